@@ -1,0 +1,39 @@
+"""LoRA for JAX as a pure parameter-tree transform.
+
+Frozen base parameters and trainable low-rank deltas sit in separate pytrees; a function of parameters
+becomes a function of (base, delta) without touching the model's code. See :func:`adapt`.
+"""
+
+from lora_jax import nnx
+from lora_jax.adapters.full import Full, Rows
+from lora_jax.adapters.lowrank import LoRA
+from lora_jax.checkpoint import load, save
+from lora_jax.merging import merge, switch_task, unmerge
+from lora_jax.optim import join, optimizer, partition, trainable_mask
+from lora_jax.report import explain, summary
+from lora_jax.spec import init, prepare
+from lora_jax.training import TrainState, train_step
+from lora_jax.transform.adapt import adapt
+
+__all__ = [
+    "Full",
+    "LoRA",
+    "Rows",
+    "TrainState",
+    "adapt",
+    "explain",
+    "init",
+    "join",
+    "load",
+    "merge",
+    "nnx",
+    "optimizer",
+    "partition",
+    "prepare",
+    "save",
+    "summary",
+    "switch_task",
+    "train_step",
+    "trainable_mask",
+    "unmerge",
+]

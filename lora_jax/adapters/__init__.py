@@ -1,0 +1,1 @@
+"""Adapters: what is trained beside, or in place of, a frozen weight. One file a family."""

@@ -1,0 +1,206 @@
+"""Labelled tensors: the factored form of an adapted weight, and its contraction without merging.
+
+An adapted weight is `gains ⊙ (W + factors[0] · factors[1] · …)`. Every axis of every factor carries a
+label. Labels that name an axis of W tie the factor to it, the others (the rank) are bonds that are
+summed. Slicing, transposing, reshaping or scanning over W then only renames or cuts labels, and a
+contraction with an input is a chain of small products that starts from the input.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Label = str
+Dims = tuple[tuple[tuple[Label, int], ...], ...]
+"""Per axis of a weight, the labels that make it up (the slowest first) with their sizes."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """An array with a label for each of its axes."""
+
+    array: jax.Array
+    labels: tuple[Label, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def sizes(self) -> dict[Label, int]:
+        return dict(zip(self.labels, self.array.shape))
+
+    def axis(self, label: Label) -> int:
+        return self.labels.index(label)
+
+    def transposed(self, labels: Sequence[Label]) -> "Factor":
+        """The same factor with its axes in the order of `labels`."""
+        order = [self.axis(label) for label in labels]
+        if order == list(range(len(order))):
+            return self
+        return Factor(lax.transpose(self.array, order), tuple(labels))
+
+
+@dataclasses.dataclass(frozen=True)
+class Factored:
+    """What an adapter makes of its weight, as labelled tensors.
+
+    Attributes:
+      labels: Per axis of the weight, the labels that make it up, the slowest first. One label is the
+        rule; a fused axis has several (`("block", "1")`).
+      factors: Their product over the labels that no axis has is added to the weight. May be empty.
+      gains: Multiply the sum; each factor's labels are all labels of axes.
+      dropout: Rate of the dropout on the input of the product with `factors`, a scalar; None for none.
+    """
+
+    labels: tuple[tuple[Label, ...], ...]
+    factors: tuple[Factor, ...] = ()
+    gains: tuple[Factor, ...] = ()
+    dropout: jax.Array | None = None
+
+    def dims(self, shape: Sequence[int]) -> Dims:
+        """The labels of each axis of a weight of this shape, with their sizes."""
+        known = {label: size for f in (*self.factors, *self.gains) for label, size in f.sizes.items()}
+        dims = []
+        for labels, size in zip(self.labels, shape):
+            unknown = [label for label in labels if label not in known]
+            if len(unknown) == 1:
+                rest = math.prod(known[label] for label in labels if label in known)
+                known[unknown[0]] = size // rest
+            dims.append(tuple((label, known[label]) for label in labels))
+        return tuple(dims)
+
+
+def compute_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype that merges are computed in: at least float32."""
+    dtype = jnp.dtype(dtype)
+    return dtype if dtype.itemsize > 4 else jnp.dtype(jnp.float32)
+
+
+def _cheapest_order(start: Factor, factors: Sequence[Factor], out: Sequence[Label]) -> list[Factor]:
+    """The order of products, each with the running result, that takes the fewest multiplications."""
+
+    def cost(order: Sequence[Factor]) -> int:
+        sizes, total = start.sizes, 0
+        for index, factor in enumerate(order):
+            sizes = sizes | factor.sizes
+            total += math.prod(sizes.values())
+            later = set(out).union(*(f.labels for f in order[index + 1 :]))
+            sizes = {label: size for label, size in sizes.items() if label in later}
+        return total
+
+    return list(min(itertools.permutations(factors), key=cost))
+
+
+def _explicit_spec(labels: Sequence[Label], *operands: Factor):
+    """The sharding of a product under a mesh with explicit axes (None elsewhere)."""
+    shardings = [jax.typeof(operand.array).sharding for operand in operands]
+    meshes = [s.mesh for s in shardings if not s.mesh.empty and not s.mesh.are_all_axes_auto]
+    if not meshes:
+        return None
+    by_label: dict[Label, object] = {}
+    for operand, sharding in zip(operands, shardings):
+        spec = (*sharding.spec, *[None] * (operand.array.ndim - len(sharding.spec)))
+        for label, axis in zip(operand.labels, spec):
+            by_label[label] = by_label.get(label) or axis
+    used: set[str] = set()
+    entries = []
+    for label in labels:
+        axis = by_label.get(label)
+        names = set(axis) if isinstance(axis, tuple) else {axis} - {None}
+        entries.append(None if names & used else axis)
+        used |= names
+    return jax.sharding.NamedSharding(meshes[0], jax.sharding.PartitionSpec(*entries))
+
+
+def _dot(left: Factor, right: Factor, later: Iterable[Label], precision, dtype) -> Factor:
+    later = set(later)
+    shared = [label for label in left.labels if label in right.labels]
+    batch = [label for label in shared if label in later]
+    summed = [label for label in shared if label not in later]
+    labels = (
+        *batch,
+        *(label for label in left.labels if label not in shared),
+        *(label for label in right.labels if label not in shared),
+    )
+    numbers = tuple(
+        (tuple(left.axis(label) for label in group), tuple(right.axis(label) for label in group))
+        for group in (summed, batch)
+    )
+    product = lax.dot_general(
+        left.array,
+        right.array,
+        numbers,
+        precision=precision,
+        preferred_element_type=dtype,
+        out_sharding=_explicit_spec(labels, left, right),
+    )
+    return Factor(product, labels)
+
+
+def chain(
+    start: Factor,
+    factors: Sequence[Factor],
+    out: Sequence[tuple[Label, int]],
+    *,
+    precision=None,
+    dtype: jax.typing.DTypeLike | None = None,
+    reverse: bool = False,
+) -> jax.Array:
+    """Multiplies `start` by one factor after another, in the cheapest order.
+
+    Because each product has the running result as an operand, no product of two factors (which would
+    be as large as the weight) is ever formed on the way from an input to an output.
+
+    Args:
+      start: The input. Labels that neither `out` nor a factor has are summed.
+      factors: Cast to the dtype of `start`.
+      out: Labels and sizes of the result's axes, in order. A label that nothing has is broadcast.
+      precision: Of each product, as for `jax.lax.dot_general`.
+      dtype: Of the result; the dtype of `start` where None.
+      reverse: Puts the factor on the left of each product, so that its axes come first.
+
+    Returns:
+      The result, with the axes that `out` names.
+    """
+    names = [label for label, _ in out]
+    known = {*names, *(label for factor in factors for label in factor.labels)}
+    lone = [index for index, label in enumerate(start.labels) if label not in known]
+    if lone:
+        start = Factor(jnp.sum(start.array, axis=tuple(lone)), tuple(x for x in start.labels if x in known))
+    result, order = start, _cheapest_order(start, factors, names)
+    for index, factor in enumerate(order):
+        later = {*names, *(label for f in order[index + 1 :] for label in f.labels)}
+        factor = Factor(factor.array.astype(start.array.dtype), factor.labels)
+        last = dtype if index == len(order) - 1 else None
+        pair = (factor, result) if reverse else (result, factor)
+        result = _dot(*pair, later, precision, last)
+    result = result.transposed([label for label in names if label in result.labels])
+    array = result.array if dtype is None else result.array.astype(dtype)
+    if len(result.labels) == len(out):
+        return array
+    kept = [index for index, label in enumerate(names) if label in result.labels]
+    return lax.broadcast_in_dim(array, [size for _, size in out], kept)
+
+
+def dense(weight: jax.Array, dims: Dims, factors: Sequence[Factor], gains: Sequence[Factor]) -> jax.Array:
+    """The adapted weight itself, computed in at least float32 and cast to the weight's dtype."""
+    labels = [pair for axis in dims for pair in axis]
+    dtype = compute_dtype(weight.dtype)
+    total = weight.astype(dtype)
+    if factors:
+        first, *rest = (Factor(factor.array.astype(dtype), factor.labels) for factor in factors)
+        total = total + chain(first, rest, labels, precision=lax.Precision.HIGHEST).reshape(weight.shape)
+    for gain in gains:
+        total = total * spread(gain, labels, dtype).reshape(weight.shape)
+    return total.astype(weight.dtype)
+
+
+def spread(gain: Factor, labels: Sequence[tuple[Label, int]], dtype: jax.typing.DTypeLike) -> jax.Array:
+    """A gain broadcast to the axes that `labels` names, in their order."""
+    names = [label for label, _ in labels]
+    gain = gain.transposed([label for label in names if label in gain.labels])
+    axes = [names.index(label) for label in gain.labels]
+    return lax.broadcast_in_dim(gain.array.astype(dtype), [size for _, size in labels], axes)

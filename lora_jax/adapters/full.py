@@ -1,0 +1,156 @@
+"""Leaves and rows that are trained outright: heads, norms, biases, new tokens."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapters.factored import Factor, Factored
+from lora_jax.adapters.protocol import (
+    BATCH,
+    IN,
+    LOOKUP,
+    OUT,
+    Adapter,
+    Recipe,
+    adapter,
+    check_axes,
+    static,
+    trained,
+    frozen,
+)
+
+
+@adapter("Full")
+class Replacement(Adapter):
+    """A leaf trained outright.
+
+    Attributes:
+      value: Takes the place of the weight.
+      axes: Empty: no role is needed.
+    """
+
+    value: jax.Array = trained()
+    axes: tuple[str, ...] = static()
+
+    merged_because = "Full trains the leaf itself"
+
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    def merge(self, weight: jax.Array) -> jax.Array:
+        return self.value.astype(weight.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Full(Recipe):
+    """Trains a leaf outright, starting from its value: classifier heads, norms, biases.
+
+    Args:
+      dtype: Of the trained copy; the function still sees the dtype of the base.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> Full().make(jax.random.key(0), jnp.ones(3, jnp.bfloat16), ()).value.dtype.name
+      'float32'
+    """
+
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    needs_axes = False
+
+    def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> Replacement:
+        del key, axes
+        if not jnp.issubdtype(weight.dtype, jnp.inexact):
+            raise ValueError(f"Full() trains floats; the leaf has dtype {weight.dtype}.")
+        return Replacement(value=jnp.array(weight, dtype=self.dtype, copy=True), axes=())
+
+
+@adapter("Rows")
+class RowReplacement(Adapter):
+    """Chosen rows of a lookup table trained outright.
+
+    Attributes:
+      rows: `[n, *out]`; take the places of the table's rows.
+      ids: `[n]`, int32; which rows.
+      count: The number of rows of the table.
+      axes: The role of each axis of the table: one in axis, the others out.
+    """
+
+    rows: jax.Array = trained()
+    ids: jax.Array = frozen()
+    count: int = static()
+    axes: tuple[str, ...] = static()
+
+    def shape(self) -> tuple[int, ...]:
+        rest = iter(self.rows.shape[1:])
+        return tuple(self.count if role == IN else next(rest) for role in self.axes)
+
+    def factored(self, weight: jax.Array) -> Factored:
+        # W + onehotᵀ·(rows − W[ids]): a low-rank term whose first factor is fixed.
+        axis = self.axes.index(IN)
+        old = jnp.moveaxis(jnp.take(weight, self.ids, axis=axis), axis, 0).astype(self.rows.dtype)
+        onehot = jax.nn.one_hot(self.ids, self.count, dtype=self.rows.dtype)
+        others = tuple(str(i) for i in range(weight.ndim) if i != axis)
+        return Factored(
+            labels=tuple((str(i),) for i in range(weight.ndim)),
+            factors=(
+                Factor(onehot, ("row", str(axis))),
+                Factor(self.rows - old, ("row", *others)),
+            ),
+        )
+
+    def merge(self, weight: jax.Array) -> jax.Array:
+        axis = self.axes.index(IN)
+        table = jnp.moveaxis(weight, axis, 0)
+        return jnp.moveaxis(table.at[self.ids].set(self.rows.astype(weight.dtype)), 0, axis)
+
+    def describe(self) -> dict[str, Any]:
+        return {"rows": self.rows.shape[0]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows(Recipe):
+    """Trains chosen rows of an embedding outright (new or special tokens), the rest stays frozen.
+
+    Args:
+      ids: The rows, each once.
+      axes: The role of each axis; None takes them from the trace.
+      dtype: Of the trained rows.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> Rows([0, 5]).make(jax.random.key(0), jnp.ones((8, 4)), ("lookup", "out")).rows.shape
+      (2, 4)
+    """
+
+    ids: tuple[int, ...]
+    _: dataclasses.KW_ONLY
+    axes: tuple[str, ...] | None = None
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        ids = tuple(int(i) for i in self.ids)
+        object.__setattr__(self, "ids", ids)
+        if not ids or len(set(ids)) != len(ids) or min(ids) < 0:
+            raise ValueError(f"Rows(ids={ids}): ids are distinct, at least 0, and at least one.")
+
+    def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> RowReplacement:
+        del key
+        check_axes(axes, weight.shape)
+        rows = [i for i, role in enumerate(axes) if role in (IN, LOOKUP)]
+        if len(rows) != 1 or BATCH in axes:
+            raise ValueError(f"Rows needs one in axis and no batch axis; the weight has the roles {axes}.")
+        (axis,) = rows
+        count = weight.shape[axis]
+        if max(self.ids) >= count:
+            raise ValueError(f"Rows(ids=…) names row {max(self.ids)}; the table has {count} rows.")
+        ids = jnp.asarray(self.ids, jnp.int32)
+        old = jnp.moveaxis(jnp.take(weight, ids, axis=axis), axis, 0)
+        return RowReplacement(
+            rows=old.astype(self.dtype),
+            ids=ids,
+            count=count,
+            axes=tuple(IN if i == axis else OUT for i in range(len(axes))),
+        )

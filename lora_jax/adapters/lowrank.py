@@ -1,0 +1,243 @@
+"""LoRA: a low-rank term beside a frozen weight."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import initializers
+from lora_jax.adapters.factored import Factor, Factored, compute_dtype
+from lora_jax.adapters.protocol import (
+    BATCH,
+    IN,
+    LOOKUP,
+    OUT,
+    Adapter,
+    Recipe,
+    adapter,
+    check_axes,
+    frozen,
+    static,
+    trained,
+)
+
+SCALINGS: dict[str, Callable[[float, int], float]] = {
+    "alpha/r": lambda alpha, rank: alpha / rank,
+    "alpha/sqrt(r)": lambda alpha, rank: alpha / math.sqrt(rank),
+}
+
+BLOCK, RANK = "block", "rank"
+
+
+@adapter("LoRA")
+class LowRank(Adapter):
+    """ΔW[in, out] = scale · Σᵣ a[r, in] · b[r, out].
+
+    Attributes:
+      a: `[*batch, (blocks,) rank, *in]`.
+      b: `[*batch, (blocks,) rank, *out]`; the out axis divided by the number of blocks.
+      scale: Scalar.
+      dropout: Scalar; the rate on the input of the low-rank product where a dropout key is given.
+      axes: The role of each axis of the weight.
+      blocks: Which of the equal parts of the out axis are adapted; `(True,)` for the whole axis. `a` and
+        `b` hold the adapted ones only.
+    """
+
+    a: jax.Array = trained()
+    b: jax.Array = trained()
+    scale: jax.Array = frozen()
+    dropout: jax.Array = frozen()
+    axes: tuple[str, ...] = static()
+    blocks: tuple[bool, ...] = static()
+
+    additive = True
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[self.axes.count(BATCH) + (len(self.blocks) > 1)]
+
+    def shape(self) -> tuple[int, ...]:
+        lead = self.axes.count(BATCH)
+        skip = lead + (len(self.blocks) > 1) + 1
+        sizes = {
+            BATCH: iter(self.a.shape[:lead]),
+            IN: iter(self.a.shape[skip:]),
+            OUT: iter(self.b.shape[skip:]),
+        }
+        return tuple(next(sizes[role]) * (len(self.blocks) if role == OUT else 1) for role in self.axes)
+
+    def factored(self, weight: jax.Array) -> Factored:
+        del weight
+        labels = {
+            role: tuple(str(i) for i, r in enumerate(self.axes) if r == role) for role in (BATCH, IN, OUT)
+        }
+        fused = len(self.blocks) > 1
+        lead = (*labels[BATCH], *((BLOCK,) if fused else ()), RANK)
+        b = self.b * self.scale.astype(self.b.dtype)
+        return Factored(
+            labels=tuple(
+                (BLOCK, str(i)) if fused and role == OUT else (str(i),) for i, role in enumerate(self.axes)
+            ),
+            factors=(
+                Factor(self._spread_blocks(self.a), (*lead, *labels[IN])),
+                Factor(self._spread_blocks(b), (*lead, *labels[OUT])),
+            ),
+            dropout=self.dropout,
+        )
+
+    def _spread_blocks(self, factor: jax.Array) -> jax.Array:
+        """Zeros in place of the blocks that are not adapted."""
+        if all(self.blocks):
+            return factor
+        axis = self.axes.count(BATCH)
+        kept = iter(jnp.split(factor, sum(self.blocks), axis=axis))
+        zero = jnp.zeros((*factor.shape[:axis], 1, *factor.shape[axis + 1 :]), factor.dtype)
+        return jnp.concatenate([next(kept) if adapted else zero for adapted in self.blocks], axis=axis)
+
+    def describe(self) -> dict[str, Any]:
+        described: dict[str, Any] = {"rank": self.rank}
+        if isinstance(self.scale, jax.Array) and self.scale.ndim == 0:
+            scale = float(self.scale)
+            described |= {"alpha": scale * self.rank, "scale": scale, "dropout": float(self.dropout)}
+        return described
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA(Recipe):
+    r"""A low-rank term beside a frozen weight: :math:`W + s\,A^\top B`.
+
+    Args:
+      rank: Of the term; at most the smaller of the weight's in and out sizes.
+      alpha: The scale's numerator; None makes the scale 1.
+      axes: The role of each axis of the weight ('batch', 'in', 'out'); None takes them from the trace.
+      blocks: Splits the out axis into that many equal parts with factors of their own, as fused qkv
+        kernels and grouped convolutions need. A tuple of booleans adapts only the parts that are True
+        (loralib's `enable_lora`).
+      scaling: 'alpha/r', or 'alpha/sqrt(r)' for rsLoRA.
+      init: 'kaiming_uniform' (a uniform, b zero; lookups get a zero, b normal), another name of
+        :mod:`lora_jax.initializers`, or a function like the ones there. 'pissa' and 'olora' move a part
+        of the weight into the factors and go through :func:`lora_jax.prepare`.
+      dropout: Rate on the input of the low-rank product, where `adapted` is given a `dropout_key`.
+      dtype: Of the factors.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> made = LoRA(rank=4, alpha=8).make(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
+      >>> made.a.shape, made.b.shape, float(made.scale)
+      ((4, 16), (4, 32), 2.0)
+
+    References:
+      Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, §4.1; Kalajdzievski,
+      `rsLoRA <https://arxiv.org/abs/2312.03732>`_, 2023, for the square root.
+    """
+
+    rank: int
+    alpha: float | None = None
+    _: dataclasses.KW_ONLY
+    axes: tuple[str, ...] | None = None
+    blocks: int | tuple[bool, ...] = 1
+    scaling: str = "alpha/r"
+    init: str | initializers.Initializer = "kaiming_uniform"
+    dropout: float = 0.0
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"LoRA(rank={self.rank!r}): the rank is a positive integer.")
+        if self.scaling not in SCALINGS:
+            raise ValueError(
+                f"LoRA(scaling={self.scaling!r}): expected one of {', '.join(map(repr, SCALINGS))}."
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"LoRA(dropout={self.dropout}): a rate is at least 0 and below 1.")
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(f"LoRA(dtype={jnp.dtype(self.dtype).name}): factors are floats.")
+        if not any(self._block_mask()):
+            raise ValueError(f"LoRA(blocks={self.blocks!r}): no block is adapted.")
+        initializers.find(self.init)
+
+    def _block_mask(self) -> tuple[bool, ...]:
+        return (True,) * self.blocks if isinstance(self.blocks, int) else tuple(map(bool, self.blocks))
+
+    def scale(self) -> float:
+        """The number that multiplies a·b."""
+        return 1.0 if self.alpha is None else SCALINGS[self.scaling](self.alpha, self.rank)
+
+    def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> LowRank:
+        """A new adapter whose term is zero (for initialisers that are)."""
+        return self._make(key, weight, axes, moves=False)[1]
+
+    def prepare(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, LowRank]:
+        """The weight without the part that the initialiser moved into the factors, and the adapter."""
+        return self._make(key, weight, axes, moves=True)
+
+    def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, LowRank]:
+        initializer = initializers.find(self.init)
+        if initializer.moves_weight and not moves:
+            raise ValueError(
+                f"LoRA(init={self.init!r}) moves a part of the weight into its factors, so that the base changes "
+                "too: use base, delta = lora_jax.prepare(key, base, spec, fn, batches)."
+            )
+        sizes = self._sizes(weight.shape, axes)
+        scale = self.scale()
+        if initializer.moves_weight:
+            if len(self._block_mask()) > 1:
+                raise ValueError(f"LoRA(init={self.init!r}) does not go with blocks={self.blocks!r}.")
+            a, b = initializer.factors_of(matrix(weight, axes), self.rank, scale)
+        else:
+            lead, fan_in, fan_out = (math.prod(sizes[role]) for role in (BATCH, IN, OUT))
+            a, b = initializer.random(key, lead, self.rank, fan_in, fan_out, lookup=LOOKUP in axes)
+        lead = (*sizes[BATCH], self.rank)
+        made = LowRank(
+            a=a.reshape(*lead, *sizes[IN]).astype(self.dtype),
+            b=b.reshape(*lead, *sizes[OUT]).astype(self.dtype),
+            scale=jnp.asarray(scale, jnp.float32),
+            dropout=jnp.asarray(self.dropout, jnp.float32),
+            axes=tuple(IN if role == LOOKUP else role for role in axes),
+            blocks=self._block_mask(),
+        )
+        if initializer.moves_weight:
+            weight = dataclasses.replace(made, scale=-made.scale).merge(weight)
+        return weight, made
+
+    def _sizes(self, shape: Sequence[int], axes: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+        """The sizes of the batch, in and out axes of the factors; raises where they cannot be had."""
+        check_axes(axes, shape)
+        roles = [IN if role == LOOKUP else role for role in axes]
+        sizes = {role: tuple(n for n, r in zip(shape, roles) if r == role) for role in (BATCH, IN, OUT)}
+        for role in (IN, OUT):
+            if not sizes[role]:
+                raise ValueError(
+                    f"LoRA needs an in and an out axis; the weight of shape {tuple(shape)} has the roles "
+                    f"{axes}, no {role!r} axis. Full() trains such a leaf outright."
+                )
+        mask = self._block_mask()
+        if len(mask) > 1:
+            if len(sizes[OUT]) != 1 or sizes[OUT][0] % len(mask):
+                raise ValueError(
+                    f"LoRA(blocks={self.blocks!r}) splits the only out axis into {len(mask)} equal parts; the weight "
+                    f"of shape {tuple(shape)} has out axes of sizes {sizes[OUT]}. An axis that already counts the "
+                    "parts can be declared 'batch' by axes=."
+                )
+            sizes[BATCH] = (*sizes[BATCH], sum(mask))
+            sizes[OUT] = (sizes[OUT][0] // len(mask),)
+        limit = min(math.prod(sizes[IN]), math.prod(sizes[OUT]))
+        if self.rank > limit:
+            raise ValueError(
+                f"LoRA(rank={self.rank}) is above the rank of the weight: shape {tuple(shape)} with roles {axes} "
+                f"is at most of rank {limit}."
+            )
+        return sizes
+
+
+def matrix(weight: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """A weight as float32 matrices `[batch, in, out]`, each group of axes flattened to one."""
+    order = [i for role in (BATCH, IN, OUT) for i, r in enumerate(axes) if (IN if r == LOOKUP else r) == role]
+    counts = [
+        math.prod(weight.shape[i] for i, r in enumerate(axes) if r in group)
+        for group in ((BATCH,), (IN, LOOKUP), (OUT,))
+    ]
+    return jnp.transpose(weight, order).reshape(counts).astype(compute_dtype(weight.dtype))

@@ -1,0 +1,156 @@
+"""What an adapter is and what a recipe is: the two small contracts that every family fulfils."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapters.factored import Factored, dense
+
+BATCH, IN, OUT, LOOKUP = "batch", "in", "out", "lookup"
+"""Axis roles. `lookup` is an in axis that is indexed (an embedding's vocabulary) instead of contracted."""
+ROLES = (BATCH, IN, OUT, LOOKUP)
+
+KINDS: dict[str, type["Adapter"]] = {}
+"""Adapter classes by the name that checkpoints give them."""
+
+
+def trained() -> Any:
+    """Declares a field of an adapter whose inexact leaves are trained."""
+    return dataclasses.field(metadata={"trained": True})
+
+
+def frozen() -> Any:
+    """Declares a field of an adapter whose leaves never train; may differ between adapters of one kind."""
+    return dataclasses.field(metadata={"trained": False})
+
+
+def static() -> Any:
+    """Declares a field that is part of the structure: strings, numbers, booleans and tuples of these."""
+    return dataclasses.field(metadata={"static": True})
+
+
+class Adapter:
+    """A pytree node that knows how to change one weight. Subclasses are decorated with :func:`adapter`.
+
+    Attributes:
+      axes: The role of each axis of the weight: 'batch', 'in' or 'out'.
+      kind: The name in checkpoints and reports.
+      additive: Whether merging adds a term that does not depend on the weight, so that subtracting it
+        restores the weight.
+      merged_because: Why the weight is merged before use, for adapters without a factored form.
+    """
+
+    axes: tuple[str, ...]
+    kind: ClassVar[str]
+    additive: ClassVar[bool] = False
+    merged_because: ClassVar[str] = "the adapter has no factored form"
+
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight that the adapter fits."""
+        raise TypeError(f"{type(self).__name__} does not say the shape of its weight: define shape().")
+
+    def factored(self, weight: jax.Array) -> Factored | None:
+        """The adapted weight as labelled tensors, or None where only :meth:`merge` exists."""
+        del weight
+        return None
+
+    def merge(self, weight: jax.Array) -> jax.Array:
+        """The adapted weight: computed in at least float32, then cast to the dtype of `weight`."""
+        form = self.factored(weight)
+        if form is None:
+            raise TypeError(f"{type(self).__name__} has neither a factored form nor its own merge().")
+        return dense(weight, form.dims(weight.shape), form.factors, form.gains)
+
+    def trainable(self) -> Self:
+        """The adapter with each leaf replaced by whether it trains. Integers never do."""
+        masks = {
+            field.name: jax.tree.map(
+                lambda leaf, trains=field.metadata["trained"]: trains and is_inexact(leaf),
+                getattr(self, field.name),
+            )
+            for field in dataclasses.fields(self)  # pyrefly: ignore[bad-argument-type]
+            if "trained" in field.metadata
+        }
+        return dataclasses.replace(self, **masks)  # pyrefly: ignore[bad-specialization]
+
+    def describe(self) -> dict[str, Any]:
+        """What a reader wants to know of the adapter (rank, alpha, …), as JSON values."""
+        return {}
+
+
+T = TypeVar("T", bound=type)
+
+
+def adapter(kind: str) -> Callable[[T], T]:
+    """Makes a class an adapter: a frozen dataclass, a pytree node, known to checkpoints as `kind`.
+
+    Fields are declared by :func:`trained`, :func:`frozen` and :func:`static`. Unflattening calls
+    nothing but the dataclass's own constructor, so leaves may be anything (None, booleans, shapes).
+    """
+
+    def decorate(cls: T) -> T:
+        cls = dataclasses.dataclass(frozen=True)(cls)
+        fields = dataclasses.fields(cls)  # pyrefly: ignore[bad-argument-type]
+        jax.tree_util.register_dataclass(
+            cls,
+            data_fields=[f.name for f in fields if "trained" in f.metadata],
+            meta_fields=[f.name for f in fields if "static" in f.metadata],
+        )
+        cls.kind = kind
+        KINDS[kind] = cls
+        return cls
+
+    return decorate
+
+
+class Recipe:
+    """Makes an adapter for a weight. Recipes are frozen dataclasses.
+
+    Attributes:
+      axes: The roles of the weight's axes where tracing should not decide them; None lets it.
+      needs_axes: Whether the recipe has to know the roles at all.
+    """
+
+    axes: tuple[str, ...] | None = None
+    needs_axes: ClassVar[bool] = True
+
+    def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> Adapter:
+        """A new adapter.
+
+        Args:
+          key: A PRNG key.
+          weight: The weight; recipes that only need its shape also take a `jax.ShapeDtypeStruct`.
+          axes: The role of each of its axes: 'batch', 'in', 'out', or 'lookup' for an in axis that
+            is indexed.
+        """
+        raise TypeError(f"{type(self).__name__} makes no adapter: define make().")
+
+    def prepare(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, Adapter]:
+        """The weight and its adapter, for inits that move part of the weight into the adapter."""
+        return weight, self.make(key, weight, axes)
+
+
+def is_adapter(node: Any) -> bool:
+    """Whether a node of a tree is an adapter."""
+    return isinstance(node, Adapter)
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether a leaf is an array of floats (or complex numbers)."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def check_axes(axes: Sequence[str], shape: Sequence[int]) -> None:
+    """Raises `ValueError` unless `axes` gives one known role for each axis of a weight."""
+    if len(axes) != len(shape):
+        raise ValueError(
+            f"axes={tuple(axes)} gives {len(axes)} roles; the weight of shape {tuple(shape)} needs {len(shape)}."
+        )
+    unknown = [role for role in axes if role not in ROLES]
+    if unknown:
+        raise ValueError(
+            f"axes={tuple(axes)}: {unknown[0]!r} is no axis role; the roles are {', '.join(ROLES)}."
+        )

@@ -1,0 +1,255 @@
+"""Adapters on disk: arrays by Orbax, and a readable JSON that says what they are.
+
+An adapter directory holds `adapter.json` (format version; per path the kind, axis roles and other
+structure, rank and alpha, and the shape and dtype of every array; a fingerprint of the base) and
+`arrays/` (an Orbax checkpoint). Everything that :func:`load` builds comes from these two.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lora_jax import paths
+from lora_jax.adapters.protocol import KINDS, Adapter, is_adapter
+
+Delta = dict[str, Adapter]
+
+FORMAT = "lora_jax adapter"
+VERSION = 1
+MANIFEST, ARRAYS = "adapter.json", "arrays"
+
+
+def save(directory: str | os.PathLike, delta: Delta, *, base: Any = None) -> None:
+    """Writes an adapter directory. It appears complete or not at all.
+
+    Args:
+      directory: Where to; parents are made. An adapter directory that is there already is replaced, any
+        other non-empty directory is refused.
+      delta: Adapters with concrete arrays.
+      base: The parameters that the delta was trained on. With it, a digest of each adapted weight is
+        stored, so that :func:`load` can tell another base of the same shapes.
+
+    Raises:
+      ValueError: The delta is empty, or holds something that is no adapter or no array.
+      FileExistsError: `directory` holds something else.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora, tempfile
+      >>> delta = lora.init(jax.random.key(0), {"w": jnp.ones((4, 4))}, {"w": lora.LoRA(2, axes=("in", "out"))})
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save(folder + "/adapter", delta)
+      ...     again = load(folder + "/adapter")
+      >>> bool((again["w"].a == delta["w"].a).all())
+      True
+    """
+    directory = pathlib.Path(directory).absolute()
+    manifest, arrays = _described(delta, base)
+    if directory.exists() and not (directory / MANIFEST).is_file():
+        if not directory.is_dir() or any(directory.iterdir()):
+            raise FileExistsError(
+                f"{directory} exists and is no adapter directory (it has no {MANIFEST}); not replaced."
+            )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    fresh = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.writing")
+    try:
+        fresh.mkdir()
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(fresh / ARRAYS, arrays)
+            checkpointer.wait_until_finished()
+        with open(fresh / MANIFEST, "w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        _exchange(fresh, directory)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def load(directory: str | os.PathLike, base: Any = None) -> Delta:
+    """Reads an adapter directory.
+
+    Args:
+      directory: From :func:`save`.
+      base: The parameters that the delta is for; the fit is checked.
+
+    Returns:
+      The delta as it was saved, on the default device.
+
+    Raises:
+      FileNotFoundError: `directory` is no adapter directory.
+      ValueError: The manifest or an array is damaged or of another version, or the delta does not fit
+        `base`: the message names every path with both shapes, and weights whose values are not those
+        the delta was trained on.
+
+    Example:
+      See :func:`save`.
+    """
+    directory = pathlib.Path(directory).absolute()
+    manifest = _manifest(directory)
+    entries = manifest["adapters"]
+    wanted = {
+        f"{path}:{name}": jax.ShapeDtypeStruct(tuple(array["shape"]), np.dtype(array["dtype"]))
+        for path, entry in entries.items()
+        for name, array in entry["arrays"].items()
+    }
+    if base is not None:
+        _check_fit(directory, manifest, base)
+    arrays = _restored(directory, wanted)
+    delta = {}
+    for path, entry in entries.items():
+        cls = KINDS[entry["kind"]]
+        leaves = {name: arrays[f"{path}:{name}"] for name in entry["arrays"]}
+        delta[path] = cls(**leaves, **{name: _tuples(value) for name, value in entry["structure"].items()})
+    return delta
+
+
+def _described(delta: Delta, base: Any) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """The manifest and the flat dict of arrays."""
+    if not isinstance(delta, Mapping) or not delta:
+        raise ValueError("There is nothing to save: a delta is a dict with at least one adapter.")
+    weights = None if base is None else paths.flatten(base).as_dict()
+    adapters: dict[str, Any] = {}
+    arrays: dict[str, jax.Array] = {}
+    for path, node in delta.items():
+        if not is_adapter(node):
+            raise ValueError(f"delta[{path!r}] is no adapter but {type(node).__name__}.")
+        leaves, structure = {}, {}
+        for field in dataclasses.fields(node):  # pyrefly: ignore[bad-argument-type]
+            value = getattr(node, field.name)
+            if "static" in field.metadata:
+                structure[field.name] = value
+            elif isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.core.Tracer):
+                leaves[field.name] = {"shape": list(value.shape), "dtype": value.dtype.name}
+                arrays[f"{path}:{field.name}"] = jax.numpy.asarray(value)
+            else:
+                raise ValueError(f"delta[{path!r}].{field.name} is no array but {type(value).__name__}.")
+        adapters[path] = {
+            "kind": node.kind,
+            **node.describe(),
+            "weight_shape": list(node.shape()),
+            "structure": structure,
+            "arrays": leaves,
+        }
+    fingerprint: dict[str, Any] = {path: {"shape": entry["weight_shape"]} for path, entry in adapters.items()}
+    if weights is not None:
+        for path, entry in fingerprint.items():
+            if path not in weights:
+                raise ValueError(f"The base lacks {path!r}; {paths.nearest(path, list(weights))}.")
+            entry |= {"dtype": weights[path].dtype.name, "sha256": _digest(weights[path])}
+    return {"format": FORMAT, "version": VERSION, "adapters": adapters, "base": fingerprint}, arrays
+
+
+def _digest(weight: jax.Array) -> str:
+    return hashlib.sha256(np.ascontiguousarray(weight).tobytes()).hexdigest()
+
+
+def _exchange(fresh: pathlib.Path, directory: pathlib.Path) -> None:
+    """Puts a finished directory in place; one that was there is restored if that fails."""
+    if not directory.exists():
+        os.rename(fresh, directory)
+        return
+    old = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.replaced")
+    os.rename(directory, old)
+    try:
+        os.rename(fresh, directory)
+    except OSError:
+        os.rename(old, directory)
+        raise
+    shutil.rmtree(old)
+
+
+def _manifest(directory: pathlib.Path) -> dict[str, Any]:
+    file = directory / MANIFEST
+    if not file.is_file():
+        raise FileNotFoundError(f"{directory} is no adapter directory: it has no {MANIFEST}.")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is damaged: {error}.") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{file} is not the manifest of a {FORMAT}.")
+    if manifest.get("version") != VERSION:
+        raise ValueError(
+            f"{file} has format version {manifest.get('version')}; this release reads {VERSION}."
+        )
+    for path, entry in manifest["adapters"].items():
+        cls = KINDS.get(entry["kind"])
+        if cls is None:
+            raise ValueError(
+                f"{file}: {path!r} is of the kind {entry['kind']!r}; known are {', '.join(sorted(KINDS))}."
+            )
+        fields = {field.name for field in dataclasses.fields(cls)}  # pyrefly: ignore[bad-argument-type]
+        stored = {*entry["arrays"], *entry["structure"]}
+        if fields != stored:
+            raise ValueError(
+                f"{file}: {path!r} ({entry['kind']}) has the fields {sorted(stored)}; expected {sorted(fields)}."
+            )
+    return manifest
+
+
+def _check_fit(directory: pathlib.Path, manifest: dict[str, Any], base: Any) -> None:
+    leaves = paths.flatten(base).as_dict()
+    wrong = []
+    for path, known in manifest["base"].items():
+        shape = tuple(known["shape"])
+        if path not in leaves:
+            wrong.append(
+                f"{path!r}: for shape {shape}, but the base lacks it ({paths.nearest(path, list(leaves))})"
+            )
+        elif tuple(leaves[path].shape) != shape:
+            wrong.append(f"{path!r}: for shape {shape}, but the base has {tuple(leaves[path].shape)}")
+        elif "sha256" in known and isinstance(leaves[path], jax.Array | np.ndarray):
+            if _digest(leaves[path]) != known["sha256"]:
+                wrong.append(
+                    f"{path!r}: of shape {shape} in both, but trained on other values than the base's"
+                )
+    if wrong:
+        listed = "\n  ".join(wrong)
+        raise ValueError(
+            f"The adapter in {directory} does not fit the base ({len(wrong)} paths):\n  {listed}"
+        )
+
+
+def _restored(directory: pathlib.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """The arrays, after a comparison of what is stored with what the manifest says."""
+    folder = directory / ARRAYS
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = {
+        name: jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=device)
+        for name, struct in wanted.items()
+    }
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            stored = dict(checkpointer.metadata(folder).item_metadata.items())
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder} is damaged or no Orbax checkpoint: {error}") from error
+        wrong = sorted(set(stored) ^ set(wanted))
+        wrong += sorted(
+            name
+            for name, struct in wanted.items()
+            if name in stored
+            and (tuple(stored[name].shape), np.dtype(stored[name].dtype)) != (struct.shape, struct.dtype)
+        )
+        if wrong:
+            raise ValueError(
+                f"{directory}: {MANIFEST} and {ARRAYS} disagree on {', '.join(map(repr, wrong[:5]))}."
+            )
+        try:
+            return checkpointer.restore(folder, target)
+        except Exception as error:
+            raise ValueError(f"{folder} cannot be read: {error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples they were."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

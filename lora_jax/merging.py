@@ -1,0 +1,141 @@
+"""Deltas folded into weights, taken out again, and exchanged."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import paths
+from lora_jax.adapters.factored import compute_dtype
+from lora_jax.adapters.protocol import Adapter
+from lora_jax.transform.call import Arguments, check_delta
+
+Delta = dict[str, Adapter]
+
+
+def merge(base: Any, delta: Delta) -> Any:
+    r"""Folds a delta into the weights: :math:`W + s\,A^\top B`, for inference without added latency.
+
+    Args:
+      base: Parameters; arrays of any dtype. Not changed, not donated.
+      delta: From :func:`lora_jax.init`.
+
+    Returns:
+      A new tree with the structure, dtypes and shardings of `base`. Each sum is computed in float32 and
+      rounded once. Leaves that the delta does not name are the same arrays.
+
+    Raises:
+      ValueError: A delta names a path that `base` lacks (the message names the nearest ones) or fits
+        another shape; a merged weight is not finite where the base's is.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> base = {"w": jnp.ones((4, 3))}
+      >>> delta = lora.init(jax.random.key(0), base, {"w": lora.LoRA(2, axes=("in", "out"))})
+      >>> bool((merge(base, delta)["w"] == base["w"]).all())
+      True
+
+    References:
+      Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, §4.1
+    """
+    return _changed(base, delta, lambda path, weight: delta[path].merge(weight))
+
+
+def unmerge(params: Any, delta: Delta, base: Any = None) -> Any:
+    """Takes a merged delta out again.
+
+    Args:
+      params: From :func:`merge`.
+      delta: What was merged.
+      base: The parameters before the merge. With it the result is exact: the weights that the delta
+        names are taken from it. Without it the delta's term is subtracted, exact to one rounding.
+
+    Returns:
+      The parameters without the delta.
+
+    Raises:
+      ValueError: Without `base`, for adapters that do not add a term of their own (`Full`, `Rows`,
+        DoRA): the weight that they replaced cannot be computed.
+    """
+    if base is not None:
+        return _restored(params, delta, base)
+    _need_additive(delta, "unmerge")
+    return _changed(params, delta, lambda path, weight: _added(weight, delta[path], -1.0))
+
+
+def switch_task(params: Any, old: Delta, new: Delta, base: Any = None) -> Any:
+    """Exchanges one merged delta for another.
+
+    Args:
+      params: Parameters with `old` merged.
+      old: The delta to take out.
+      new: The delta to fold in; it may adapt other weights.
+      base: The parameters before any merge, for an exact exchange; otherwise W − ΔW_old + ΔW_new is
+        computed in float32 and rounded once.
+
+    Raises:
+      ValueError: As :func:`unmerge`, for `old` and for the weights that both name.
+
+    References:
+      Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, §4.1
+    """
+    if base is not None:
+        return merge(_restored(params, old, base), new)
+    _need_additive(old, "switch_task")
+    _need_additive({path: node for path, node in new.items() if path in old}, "switch_task")
+    check_delta(new, Arguments.of(params, (), {}))
+
+    def exchange(path: str, weight: jax.Array) -> jax.Array:
+        wide = weight.astype(compute_dtype(weight.dtype))
+        if path in old:
+            wide = _added(wide, old[path], -1.0)
+        return (new[path].merge(wide) if path in new else wide).astype(weight.dtype)
+
+    return _changed(params, old, exchange, also=new)
+
+
+def _added(weight: jax.Array, node: Adapter, sign: float) -> jax.Array:
+    """The weight plus or minus an additive adapter's term, rounded once."""
+    dtype = compute_dtype(weight.dtype)
+    term = node.merge(jnp.zeros(weight.shape, dtype))
+    return (weight.astype(dtype) + sign * term).astype(weight.dtype)
+
+
+def _changed(params: Any, delta: Delta, change, also: Delta | None = None) -> Any:
+    check_delta(delta, Arguments.of(params, (), {}))
+    named = {*delta, *(also or {})}
+
+    def of(path: str, weight: Any) -> Any:
+        if path not in named:
+            return weight
+        result = change(path, weight)
+        if _is_finite(weight) and not _is_finite(result):
+            raise ValueError(
+                f"The merged weight {path!r} is not finite: the adapter holds NaN, Inf or values too large."
+            )
+        sharding = getattr(weight, "sharding", None)
+        if isinstance(weight, jax.Array) and not isinstance(weight, jax.core.Tracer):
+            result = jax.device_put(result, sharding)
+        return result
+
+    return paths.flatten(params).map(of)
+
+
+def _is_finite(array: Any) -> bool:
+    """Whether an array is finite; tracers, which have no values yet, count as finite."""
+    return isinstance(array, jax.core.Tracer) or bool(jnp.isfinite(array).all())
+
+
+def _restored(params: Any, delta: Delta, base: Any) -> Any:
+    original = paths.flatten(base).as_dict()
+    check_delta(delta, Arguments.of(base, (), {}))
+    return _changed(params, delta, lambda path, weight: jnp.asarray(original[path], weight.dtype))
+
+
+def _need_additive(delta: Delta, function: str) -> None:
+    fixed = [path for path, node in delta.items() if not node.additive]
+    if fixed:
+        raise ValueError(
+            f"{function} without base: the {delta[fixed[0]].kind} adapter of {fixed[0]!r} replaces its weight, which "
+            f"cannot be computed back ({len(fixed)} such paths). Give base=."
+        )

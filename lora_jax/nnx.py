@@ -1,0 +1,139 @@
+"""An NNX module as a function of parameters."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from lora_jax import paths
+
+
+def functional(model: nnx.Module) -> tuple[Callable, dict[str, Any]]:
+    """Splits an NNX module into a pure function and its parameters.
+
+    Args:
+      model: Any module. It is not changed.
+
+    Returns:
+      `(apply_fn, base)`. `base` is a plain nested dict of every variable that is no random state, with
+      paths such as `layers/0/query/kernel`. `apply_fn(base, *args, rngs=None, mutable=(), **kwargs)`
+      calls a fresh copy of the module:
+
+      - `rngs`: a PRNG key that reseeds every random stream; without it dropout is off.
+      - `mutable`: names of variable kinds the call may change (`nnx.BatchStat`) or patterns of paths;
+        the result is then `(out, changed)` with the changed variables as a dict like `base`.
+
+    Raises:
+      ValueError: (from `apply_fn`) The call changes a variable that `mutable` does not name, or `base`
+        lacks variables of the module.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> apply_fn, base = functional(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+      >>> sorted(base), apply_fn(base, jnp.ones((2, 4))).shape
+      (['bias', 'kernel'], (2, 3))
+    """
+    graphdef, random, state = nnx.split(model, nnx.RngState, ...)
+    flat = paths.flatten(state)
+    names, treedef = flat.paths, flat.treedef
+    kinds = {path: _kinds(variable) for path, variable in _variables(state)}
+
+    def apply_fn(
+        base: Any, *args: Any, rngs: jax.Array | None = None, mutable: Any = (), **kwargs: Any
+    ) -> Any:
+        given = _leaves(base)
+        missing = [name for name in names if name not in given]
+        unknown = [name for name in given if name not in kinds]
+        if missing or unknown:
+            first = (missing or unknown)[0]
+            raise ValueError(
+                f"The base does not fit the module: it lacks {len(missing)} variables and has {len(unknown)} that the "
+                f"module lacks, {first!r} for one; {paths.nearest(first, list(given if missing else names))}."
+            )
+        values = [given[name] for name in names]
+        # A copy: the module of an earlier call, and random state, are never written to.
+        module = nnx.merge(graphdef, random, treedef.unflatten(values), copy=True)
+        if rngs is None:
+            nnx.set_attributes(module, deterministic=True, raise_if_not_found=False)
+        else:
+            _reseed(module, rngs)
+        out = module(*args, **kwargs)
+        after = nnx.split(module, nnx.RngState, ...)[2]
+        changed, kinds_after = _changed(after, dict(zip(names, values))), dict(_variables(after))
+        allowed = (mutable,) if isinstance(mutable, str | type) else tuple(mutable)
+        for path in changed:
+            if not _names(allowed, path, _kinds(kinds_after[path])):
+                raise ValueError(
+                    f"The call changes the variable {path!r} ({_kinds(kinds_after[path])[-1].__name__}), which mutable= "
+                    "does not name. Name it, or set the module to evaluation with model.eval() first."
+                )
+        return (out, nested(changed)) if allowed else out
+
+    return apply_fn, nested(flat.as_dict())
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested dict from '/'-joined paths.
+
+    Example:
+      >>> nested({"a/b": 1, "a/c": 2})
+      {'a': {'b': 1, 'c': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def _leaves(base: Any) -> dict[str, Any]:
+    return paths.flatten(base).as_dict()
+
+
+def _variables(state: Any) -> list[tuple[str, Any]]:
+    """The variables of a state with their paths."""
+    found = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, nnx.Variable))[
+        0
+    ]
+    return [("/".join(paths.segment(key) for key in keys), variable) for keys, variable in found]
+
+
+def _kinds(variable: Any) -> tuple[type, ...]:
+    """The classes of a variable below `nnx.Variable`, the most general first."""
+    kinds = [
+        kind for kind in type(variable).__mro__ if issubclass(kind, nnx.Variable) and kind is not nnx.Variable
+    ]
+    return tuple(reversed(kinds)) or (nnx.Variable,)
+
+
+def _names(allowed: tuple, path: str, kinds: tuple[type, ...]) -> bool:
+    """Whether `mutable` names a variable: by class, by NNX's name of the class, or by a pattern of its path."""
+    for name in allowed:
+        if isinstance(name, type):
+            if any(issubclass(kind, name) for kind in kinds):
+                return True
+        elif name in (kind.__name__ for kind in kinds) or paths.search(name, path):
+            return True
+        elif name in (nnx.variable_name_from_type(kind, allow_register=True) for kind in kinds):
+            return True
+    return False
+
+
+def _changed(state: Any, before: Mapping[str, Any]) -> dict[str, Any]:
+    after = _leaves(state)
+    return {path: leaf for path, leaf in after.items() if leaf is not before.get(path)}
+
+
+def _reseed(module: nnx.Module, key: jax.Array) -> None:
+    """Gives every random stream a key derived from `key` and the stream's place."""
+    streams = [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.RngStream)]
+    for number, stream in enumerate(streams):
+        made = jax.random.fold_in(key, number)
+        shape = stream.key.value.shape
+        stream.key.value = jax.random.split(made, shape) if shape else made
+        stream.count.value = jax.numpy.zeros_like(stream.count.value)

@@ -1,0 +1,116 @@
+"""Trainable and frozen leaves apart, and optimizers that keep state on the trainable ones only."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax.adapters.protocol import Adapter, is_adapter
+
+Delta = dict[str, Adapter]
+
+
+def trainable_mask(tree: Any) -> Any:
+    """The tree with each leaf replaced by whether it trains, for Optax masks.
+
+    Args:
+      tree: A delta, or any tree that holds deltas, such as `{"base": …, "delta": …}`.
+
+    Returns:
+      The same structure with booleans: True on the trained leaves of adapters (`a` and `b` of a LoRA),
+      False on their frozen and integer leaves and on everything outside adapters.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> delta = lora.init(jax.random.key(0), {"w": jnp.ones((4, 4))}, {"w": lora.LoRA(2, axes=("in", "out"))})
+      >>> mask = trainable_mask(delta)["w"]
+      >>> mask.a, mask.b, mask.scale
+      (True, True, False)
+    """
+    return jax.tree.map(
+        lambda node: node.trainable() if is_adapter(node) else False, tree, is_leaf=is_adapter
+    )
+
+
+def partition(delta: Delta) -> tuple[Delta, Delta]:
+    """Separates what trains from what does not.
+
+    Args:
+      delta: From :func:`lora_jax.init`.
+
+    Returns:
+      `(train, frozen)`: two trees like `delta`, each with None in place of the other's leaves. Gradients
+      and optimizer state see `train` only.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> delta = lora.init(jax.random.key(0), {"w": jnp.ones((4, 4))}, {"w": lora.LoRA(2, axes=("in", "out"))})
+      >>> train, frozen = partition(delta)
+      >>> len(jax.tree.leaves(train)), len(jax.tree.leaves(frozen))
+      (2, 2)
+    """
+    mask = trainable_mask(delta)
+    train = jax.tree.map(lambda trains, leaf: leaf if trains else None, mask, delta)
+    frozen = jax.tree.map(lambda trains, leaf: None if trains else leaf, mask, delta)
+    return train, frozen
+
+
+def join(train: Delta, frozen: Delta) -> Delta:
+    """The delta again, from the two halves that :func:`partition` made.
+
+    Raises:
+      ValueError: The halves are of different deltas.
+    """
+
+    def pick(one, other):
+        if one is not None and other is not None:
+            raise ValueError("join(train, frozen): both halves have a value for the same leaf.")
+        return other if one is None else one
+
+    if set(train) != set(frozen):
+        different = sorted(set(train) ^ set(frozen))
+        raise ValueError(f"join(train, frozen): the halves differ in their paths, {different[0]!r} for one.")
+    return jax.tree.map(pick, train, frozen, is_leaf=lambda leaf: leaf is None)
+
+
+def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """An optimizer for the one-tree style, where base and delta are one tree of parameters.
+
+    Args:
+      tx: Any Optax transform. It sees the trainable leaves alone: its state has no entry for others,
+        and a global-norm clip measures trainable gradients only.
+
+    Returns:
+      A transform over the whole tree whose updates are zero outside the trainable leaves. Gradients of
+      integer leaves (`float0`, from `jax.grad(…, allow_int=True)`) are taken and ignored.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
+      >>> base = {"w": jnp.ones((4, 4))}
+      >>> delta = lora.init(jax.random.key(0), base, {"w": lora.LoRA(2, axes=("in", "out"))})
+      >>> state = optimizer(optax.sgd(0.1, momentum=0.9)).init({"base": base, "delta": delta})
+      >>> sorted(leaf.shape for leaf in jax.tree.leaves(state))
+      [(2, 4), (2, 4)]
+    """
+    inner = optax.with_extra_args_support(tx)
+
+    def chosen(params, tree):
+        return jax.tree.map(lambda trains, leaf: leaf if trains else None, trainable_mask(params), tree)
+
+    def init(params):
+        return inner.init(chosen(params, params))
+
+    def update(updates, state, params=None, **extra):
+        if params is None:
+            raise ValueError("optimizer(tx).update needs params, which tell the trainable leaves.")
+        trained, state = inner.update(chosen(params, updates), state, chosen(params, params), **extra)
+        full = jax.tree.map(
+            lambda leaf, update: jnp.zeros_like(leaf) if update is None else update,
+            params,
+            trained,
+            is_leaf=lambda leaf: leaf is None,
+        )
+        return full, state
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,117 @@
+"""A leaf's path as a string, patterns over paths, and the nearest candidates for error messages."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.core import meta
+
+PyTree = Any
+
+
+def _is_box(node: Any) -> bool:
+    return isinstance(node, nnx.Variable | meta.AxisMetadata)
+
+
+def segment(key: Any) -> str:
+    """A key of JAX's key paths as a string."""
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlatTree:
+    """A tree as parallel tuples of paths and leaves, and the way back.
+
+    Attributes:
+      paths: One '/'-joined path a leaf; a box (`nnx.Variable`, Linen's `Partitioned`) adds no segment.
+      leaves: The leaves, in the tree's own order.
+      treedef: The structure, boxes included.
+    """
+
+    paths: tuple[str, ...]
+    leaves: tuple[Any, ...]
+    treedef: Any
+
+    def unflatten(self, leaves: Iterable[Any]) -> PyTree:
+        """The tree again, with other leaves in the same order."""
+        return jax.tree_util.tree_unflatten(self.treedef, leaves)
+
+    def as_dict(self) -> dict[str, Any]:
+        """`{path: leaf}`."""
+        return dict(zip(self.paths, self.leaves))
+
+    def map(self, function: Callable[[str, Any], Any]) -> PyTree:
+        """The tree with each leaf replaced by `function(path, leaf)`."""
+        return self.unflatten(function(path, leaf) for path, leaf in zip(self.paths, self.leaves))
+
+
+def flatten(tree: PyTree) -> FlatTree:
+    """Flattens a tree to string paths.
+
+    Args:
+      tree: Any pytree: dicts, lists, dataclasses, Equinox modules, `nnx.State`, Linen variables.
+
+    Returns:
+      The flat form; leaves are what `jax.tree.leaves` gives, in that order.
+
+    Raises:
+      ValueError: Two leaves print the same path, so that neither could be named.
+
+    Example:
+      >>> flatten({"layer": [{"kernel": 1.0}, {"kernel": 2.0}]}).paths
+      ('layer/0/kernel', 'layer/1/kernel')
+    """
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)
+    paths: list[str] = []
+    for keys, node in nodes:
+        path = "/".join(segment(key) for key in keys)
+        if _is_box(node):
+            inner = jax.tree_util.tree_flatten_with_path(node)[0]
+            # One value a box is the rule; the rest of a box that holds a tree keeps its own names.
+            tails = ["" if len(inner) == 1 else "/" + "/".join(map(segment, tail)) for tail, _ in inner]
+            paths.extend(path + tail for tail in tails)
+        else:
+            paths.append(path)
+    leaves, treedef = jax.tree_util.tree_flatten(tree)
+    if len(set(paths)) != len(paths):
+        twice = sorted({path for path in paths if paths.count(path) > 1})
+        raise ValueError(f"Two leaves of the tree have the same path: {', '.join(map(repr, twice))}.")
+    return FlatTree(tuple(paths), tuple(leaves), treedef)
+
+
+def search(pattern: str, path: str) -> bool:
+    """Whether the regular expression occurs in the path (`re.search`)."""
+    return re.search(pattern, path) is not None
+
+
+def compiles(pattern: str) -> None:
+    """Raises `ValueError` where a pattern is not a regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"Pattern {pattern!r} is not a regular expression: {error}.") from error
+
+
+def nearest(wanted: str, candidates: Sequence[str], limit: int = 3) -> str:
+    """The candidates most like `wanted`, as the end of an error message.
+
+    Example:
+      >>> nearest("atention/kernel", ["attention/kernel", "mlp/bias"], limit=1)
+      "nearest: 'attention/kernel'"
+    """
+    if not candidates:
+        return "there are none"
+    words = re.sub(r"[^\w/]+", " ", wanted)
+
+    def likeness(candidate: str) -> float:
+        return difflib.SequenceMatcher(None, words, candidate, autojunk=False).ratio()
+
+    best = sorted(candidates, key=likeness, reverse=True)[:limit]
+    return "nearest: " + ", ".join(map(repr, best))

@@ -1,0 +1,221 @@
+"""What matched and what it costs: summary(); how each weight is treated: explain()."""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from lora_jax import paths
+from lora_jax.adapters.protocol import Adapter
+from lora_jax.axes import unique
+from lora_jax.optim import partition
+from lora_jax.transform.call import Arguments, Call, check_delta, entered, is_array
+from lora_jax.transform.interpreter import Interpreter, Use
+
+Delta = dict[str, Adapter]
+
+OPTIMIZER_SLOTS = {"SGD": 0, "momentum": 1, "Adam": 2}
+"""Optimizer state in copies of what is trained."""
+
+
+class Explanation(dict[str, tuple[Use, ...]]):
+    """Per adapted weight, its uses by the function. Prints a line a use."""
+
+    @property
+    def factored(self) -> bool:
+        """Whether no use merges a weight."""
+        return all(use.factored for uses in self.values() for use in uses)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{path}: {use}" for path, uses in self.items() for use in uses)
+
+
+def explain(fn: Callable, base: Any, delta: Delta, /, *args: Any, **kwargs: Any) -> Explanation:
+    """Tells, per weight and use, whether the adapter is applied factored or the weight is merged, and why.
+
+    Args:
+      fn: The function that :func:`lora_jax.adapt` is given (not its result).
+      base: Parameters.
+      delta: Adapters.
+      *args: Arguments of fn; it is traced, not run.
+      **kwargs: Likewise.
+
+    Returns:
+      `{path: (use, …)}`; a use has `factored`, `operation`, `reason` and `source`.
+
+    Raises:
+      ValueError: The delta does not fit the base, or adapts a weight that the function never uses.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> fn = lambda base, x: x @ base["w"]
+      >>> base, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+      >>> delta = lora.init(jax.random.key(0), base, {"w": lora.LoRA(2)}, fn, x)
+      >>> [(use.operation, use.factored) for use in explain(fn, base, delta, x)["w"]]
+      [('dot_general', True)]
+    """
+    arguments = Arguments.of(base, args, kwargs)
+    check_delta(delta, arguments)
+    call, found = Call.trace(fn, arguments), []
+    interpreter = Interpreter(uses=found)
+
+    def run(arrays, delta):
+        given = dataclasses.replace(arguments, arrays=tuple(arrays))
+        out = call.evaluate(interpreter, entered(delta, given, None, interpreter))
+        return [leaf for leaf in jax.tree.leaves(out) if is_array(leaf)]
+
+    jax.eval_shape(run, list(arguments.arrays), delta)
+    unused = [path for path in delta if not call.uses_path(path)]
+    if unused:
+        raise ValueError(f"The delta adapts {unused[0]!r}, which the function never uses.")
+    return Explanation({path: tuple(use for use in unique(found) if use.path == path) for path in delta})
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Adapters of one kind of layer (paths that differ in numbers only)."""
+
+    pattern: str
+    kind: str
+    count: int
+    details: str
+    trainable: int
+    total: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Figures of a delta on a base, all computed from the trees. Prints a table.
+
+    Attributes:
+      groups: What matched, by kind of layer.
+      trainable: Trained parameters.
+      total: Parameters of the base and the adapters together (a `Full` copy counts once).
+      base_parameters: Parameters of the base.
+      base_bytes: Of the base.
+      delta_bytes: Of the delta, frozen leaves included.
+      train_bytes: Of the trained leaves: what their gradients take, and each copy in optimizer state.
+      full_bytes: The same for full fine-tuning of the base.
+    """
+
+    groups: tuple[Group, ...]
+    trainable: int
+    total: int
+    base_parameters: int
+    base_bytes: int
+    delta_bytes: int
+    train_bytes: int
+    full_bytes: int
+
+    @property
+    def percent(self) -> float:
+        """Trained parameters in percent of all."""
+        return 100.0 * self.trainable / self.total if self.total else 0.0
+
+    def optimizer_bytes(self, name: str = "Adam") -> int:
+        """Bytes of optimizer state for 'SGD', 'momentum' or 'Adam'."""
+        return OPTIMIZER_SLOTS[name] * self.train_bytes
+
+    def __str__(self) -> str:
+        rows = [("weights", "adapter", "n", "", "trained", "of")]
+        rows += [
+            (
+                group.pattern,
+                group.kind,
+                str(group.count),
+                group.details,
+                f"{group.trainable:,}",
+                f"{group.total:,}",
+            )
+            for group in self.groups
+        ]
+        lines = _table(rows, right={2, 4, 5})
+        lines.append("")
+        lines.append(f"trainable parameters  {self.trainable:,} of {self.total:,} ({self.percent:.3f} %)")
+        lines.append("")
+        costs = [("bytes", "this delta", "full fine-tuning", "ratio")]
+        costs += [("base", f"{self.base_bytes:,}", f"{self.base_bytes:,}", "")]
+        costs += [("delta", f"{self.delta_bytes:,}", "", "")]
+        for name, factor in (("gradients", 1), *((f"{k} state", v) for k, v in OPTIMIZER_SLOTS.items())):
+            ours, full = factor * self.train_bytes, factor * self.full_bytes
+            costs.append((name, f"{ours:,}", f"{full:,}", f"{ours / full:.4f}" if full else ""))
+        return "\n".join(lines + _table(costs, right={1, 2, 3}))
+
+
+def summary(base: Any, delta: Delta) -> Summary:
+    """What a delta adapts and what training it costs beside full fine-tuning.
+
+    Args:
+      base: Parameters; arrays or `jax.ShapeDtypeStruct`.
+      delta: From :func:`lora_jax.init`.
+
+    Returns:
+      A :class:`Summary`; `print(summary(base, delta))` shows the table.
+
+    Raises:
+      ValueError: The delta does not fit the base.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> base = {"w": jnp.ones((16, 16))}
+      >>> delta = lora.init(jax.random.key(0), base, {"w": lora.LoRA(2, axes=("in", "out"))})
+      >>> made = summary(base, delta)
+      >>> made.trainable, made.total, made.optimizer_bytes("Adam")
+      (64, 320, 512)
+    """
+    check_delta(delta, Arguments.of(base, (), {}))
+    leaves = {path: leaf for path, leaf in paths.flatten(base).as_dict().items() if is_array(leaf)}
+    train, _ = partition(delta)
+    trained = {path: sum(leaf.size for leaf in jax.tree.leaves(node)) for path, node in train.items()}
+    members: dict[tuple[str, str, str], list[str]] = collections.defaultdict(list)
+    for path, node in delta.items():
+        pattern = re.sub(r"(?<![^/_])\d+(?![^/_])", "*", path)
+        details = " ".join(f"{name}={_short(value)}" for name, value in node.describe().items())
+        members[pattern, node.kind, details].append(path)
+    groups = tuple(
+        Group(
+            pattern,
+            kind,
+            len(named),
+            details,
+            sum(trained[p] for p in named),
+            sum(math.prod(leaves[p].shape) for p in named),
+        )
+        for (pattern, kind, details), named in members.items()
+    )
+    base_parameters = sum(math.prod(leaf.shape) for leaf in leaves.values())
+    added = sum(trained[path] for path, node in delta.items() if node.kind not in ("Full", "Rows"))
+    return Summary(
+        groups=groups,
+        trainable=sum(trained.values()),
+        total=base_parameters + added,
+        base_parameters=base_parameters,
+        base_bytes=_bytes(leaves),
+        delta_bytes=_bytes(delta),
+        train_bytes=_bytes(train),
+        full_bytes=_bytes(leaves),
+    )
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _table(rows: list[tuple[str, ...]], right: set[int]) -> list[str]:
+    """Rows as aligned lines; `right` are the columns aligned to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]

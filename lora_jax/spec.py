@@ -1,0 +1,168 @@
+"""From a spec (path patterns and recipes) to a delta."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from lora_jax import axes as axis_roles
+from lora_jax import paths
+from lora_jax.adapters.protocol import Adapter, Recipe, check_axes
+from lora_jax.transform.call import is_array, path_key
+
+Spec = Mapping[str, Recipe | None]
+
+
+def assign(base: Any, spec: Spec) -> dict[str, Recipe]:
+    """Which recipe each leaf of the base gets: of the patterns that occur in its path, the first.
+
+    Raises:
+      ValueError: A pattern matches nothing, or nothing that an earlier one leaves.
+    """
+    if not isinstance(spec, Mapping):
+        raise TypeError(f"A spec is a dict from path patterns to recipes; got {type(spec).__name__}.")
+    flat = paths.flatten(base)
+    leaves = [path for path, leaf in zip(flat.paths, flat.leaves) if is_array(leaf)]
+    taken: dict[str, str] = {}
+    for pattern, recipe in spec.items():
+        paths.compiles(pattern)
+        if recipe is not None and not isinstance(recipe, Recipe):
+            hint = f"; write {recipe.__name__}(…)" if isinstance(recipe, type) else ""
+            raise TypeError(f"The spec's {pattern!r} has no recipe but {recipe!r}{hint}.")
+        matched = [path for path in leaves if paths.search(pattern, path)]
+        if not matched:
+            raise ValueError(
+                f"The pattern {pattern!r} matches no path of the base; {paths.nearest(pattern, leaves)}."
+            )
+        left = [path for path in matched if path not in taken]
+        if not left:
+            earlier = sorted({taken[path] for path in matched})
+            raise ValueError(
+                f"The pattern {pattern!r} is fully shadowed: the {len(matched)} paths it matches ({matched[0]!r}, …) "
+                f"are taken by {', '.join(map(repr, earlier))} before it. The first match wins: put it earlier."
+            )
+        taken.update(dict.fromkeys(left, pattern))
+    recipes = {path: spec[taken[path]] for path in leaves if path in taken}
+    return {path: recipe for path, recipe in recipes.items() if recipe is not None}
+
+
+def init(
+    key: jax.Array, base: Any, spec: Spec, fn: Callable | None = None, /, *args: Any, **kwargs: Any
+) -> dict[str, Adapter]:
+    """Makes a delta: an adapter for each weight that a pattern of the spec matches.
+
+    Args:
+      key: A PRNG key. Each path draws from a key of its own, whatever else is adapted.
+      base: The parameters; any pytree. Leaves may be `jax.ShapeDtypeStruct` for recipes that need the
+        shape only.
+      spec: `{pattern: recipe}`. Patterns are searched in '/'-joined paths; the first match wins; None
+        as a recipe leaves frozen what a later pattern would match.
+      fn: `fn(base, *args, **kwargs)` is traced (not run) to find which axes of each weight are
+        contracted. Without it every recipe gives `axes=` or needs none.
+      *args: Arguments of fn; arrays or `jax.ShapeDtypeStruct`.
+      **kwargs: Likewise.
+
+    Returns:
+      `{path: adapter}`, in the base's order.
+
+    Raises:
+      ValueError: A pattern matches nothing or is fully shadowed; a weight has no axis roles or the
+        function never uses it; the rank is above the weight's.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> base = {"attention": {"query": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}}
+      >>> fn = lambda p, x: x @ p["attention"]["query"]["kernel"] + p["attention"]["query"]["bias"]
+      >>> delta = init(jax.random.key(0), base, {"query/kernel": lora.LoRA(rank=2)}, fn, jnp.ones((1, 4)))
+      >>> {path: adapter.a.shape for path, adapter in delta.items()}
+      {'attention/query/kernel': (2, 4)}
+    """
+    delta = {}
+    for path, recipe, given in _each(key, base, spec, fn, args, kwargs):
+        with _naming(path):
+            delta[path] = recipe.make(*given)
+    return delta
+
+
+def prepare(
+    key: jax.Array,
+    base: Any,
+    spec: Spec,
+    fn: Callable,
+    batches: Iterable[Any],
+    /,
+    *,
+    loss: Callable | None = None,
+) -> tuple[Any, dict[str, Adapter]]:
+    """Like :func:`init`, for initialisers that move a part of the weights into the adapters.
+
+    Args:
+      key: A PRNG key.
+      base: The parameters.
+      spec: As for :func:`init`.
+      fn: `fn(base, *batch)`.
+      batches: The function's other arguments, a tuple a batch (or the one argument itself). The first
+        is traced for axis roles.
+      loss: For initialisers that read gradients. None of the present ones does.
+
+    Returns:
+      The adjusted base and the delta. Merged, they are the base that was given, to float32 rounding.
+
+    Raises:
+      ValueError: As :func:`init`; no batch is given; a loss is given that nothing reads.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> w = jax.random.normal(jax.random.key(1), (4, 3))
+      >>> fn, x = (lambda p, x: x @ p["w"]), jnp.ones((1, 4))
+      >>> spec = {"w": lora.LoRA(rank=1, init="pissa")}
+      >>> base, delta = prepare(jax.random.key(0), {"w": w}, spec, fn, [(x,)])
+      >>> bool(jnp.allclose(lora.merge(base, delta)["w"], w, atol=1e-6))
+      True
+
+    References:
+      Meng et al., `PiSSA <https://arxiv.org/abs/2404.02948>`_, 2024, §3
+    """
+    if loss is not None:
+        raise ValueError("prepare(loss=…): no recipe of the spec has an initialiser that reads gradients.")
+    for first in batches:
+        break
+    else:
+        raise ValueError("prepare needs at least one batch, to trace the function.")
+    args = first if isinstance(first, tuple) else (first,)
+    moved, delta = {}, {}
+    for path, recipe, given in _each(key, base, spec, fn, args, {}):
+        with _naming(path):
+            moved[path], delta[path] = recipe.prepare(*given)
+    return paths.flatten(base).map(lambda path, leaf: moved.get(path, leaf)), delta
+
+
+def _each(key, base, spec, fn, args, kwargs):
+    """Per adapted path, in the base's order: the recipe, and the key, weight and axis roles it is given."""
+    recipes = assign(base, spec)
+    leaves = paths.flatten(base).as_dict()
+    uses = None if fn is None else axis_roles.uses_of(fn, base, list(recipes), args, kwargs)
+    for path, recipe in recipes.items():
+        with _naming(path):
+            if uses is not None and not uses[path]:
+                raise ValueError("the function never uses this weight.")
+            axes = recipe.axes or ()
+            if axes:
+                check_axes(axes, leaves[path].shape)
+            elif recipe.needs_axes:
+                if uses is None:
+                    raise ValueError(
+                        f"{recipe} needs axis roles: give a function to trace, or the recipe axes=."
+                    )
+                axes = axis_roles.roles(uses[path], leaves[path].shape)
+        yield path, recipe, (path_key(key, path), leaves[path], tuple(axes))
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Puts the path before the message of a `ValueError`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path!r}: {error}") from error

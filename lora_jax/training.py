@@ -1,0 +1,214 @@
+"""The compiled training step: gradients, accumulation and metrics, by jit or by pmap."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax.adapters.protocol import Adapter
+from lora_jax.optim import join, partition
+
+Delta = dict[str, Adapter]
+Metrics = dict[str, Any]
+
+DEVICES = "devices"
+"""The name of the mapped axis of the pmap form."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a training step reads and, but for the base, changes.
+
+    Attributes:
+      base: Frozen parameters. Passed separately inside the compiled step, never donated, never returned
+        changed.
+      delta: Adapters.
+      opt_state: `tx.init(train)` with `train, frozen = lora_jax.partition(delta)`.
+      step: Steps done, an int32 scalar.
+      key: A PRNG key; each step draws one from it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
+      >>> base = {"w": jnp.ones((4, 4))}
+      >>> delta = lora.init(jax.random.key(0), base, {"w": lora.LoRA(2, axes=("in", "out"))})
+      >>> state = TrainState.create(base, delta, optax.adam(1e-3), jax.random.key(1))
+      >>> int(state.step)
+      0
+    """
+
+    base: Any
+    delta: Delta
+    opt_state: Any
+    step: jax.Array
+    key: jax.Array
+
+    @classmethod
+    def create(
+        cls, base: Any, delta: Delta, tx: optax.GradientTransformation, key: jax.Array
+    ) -> "TrainState":
+        """The state before the first step. Donated steps leave the caller's own delta and key intact."""
+        delta, key = jax.tree.map(jnp.copy, (delta, key))
+        return cls(base, delta, tx.init(partition(delta)[0]), jnp.zeros((), jnp.int32), key)
+
+
+def train_step(
+    loss_fn: Callable,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    pmap: bool = False,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """Makes a compiled training step of the trainable leaves.
+
+    Args:
+      loss_fn: `loss_fn(base, delta, batch, key)` returns a scalar loss, or `(loss_sum, weight)`: a sum
+        and what it is to be divided by (the tokens it counts), both scalars. Sums are added up over
+        microbatches and devices and divided by the total weight; plain losses are averaged.
+      tx: Any Optax transform; it sees the trainable leaves alone.
+      accumulate: Microbatches a step; the leading size of every leaf of the batch is a multiple of it.
+      pmap: Runs the step under `jax.pmap` over all local devices: each takes an equal part of the
+        batch's leading axis, state is replicated, gradients are summed. The numbers are those of the
+        plain form (which itself runs sharded where its inputs are).
+
+    Returns:
+      `step(state, batch) -> (state, metrics)`. The buffers of the delta, the optimizer state, the step
+      and the key are donated; the base's are not. Metrics are scalars: `loss`; `grad_norm`, the global
+      norm of the gradients; `weight`, the total weight; and `nonfinite`, per path the number of
+      gradient elements that are NaN or infinite, for :func:`check_finite`.
+
+    Raises:
+      ValueError: (from the step) The batch cannot be divided by `accumulate` times the devices.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
+      >>> fn = lambda base, x: x @ base["w"]
+      >>> base, x = {"w": jnp.ones((4, 1))}, jnp.ones((2, 4))
+      >>> delta = lora.init(jax.random.key(0), base, {"w": lora.LoRA(1)}, fn, x)
+      >>> adapted = lora.adapt(fn)
+      >>> loss = lambda base, delta, x, key: jnp.mean(adapted(base, delta, x) ** 2)
+      >>> tx = optax.sgd(0.01)
+      >>> state = TrainState.create(base, delta, tx, jax.random.key(1))
+      >>> step = train_step(loss, tx)
+      >>> state, metrics = step(state, x)
+      >>> float(metrics["loss"]), int(state.step)
+      (16.0, 1)
+    """
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(
+            f"train_step(accumulate={accumulate!r}): the number of microbatches is a positive integer."
+        )
+
+    def sums(base, train, frozen, batch, key):
+        """The gradient of the loss sum, the loss sum and the weight of one microbatch."""
+
+        def summed(train):
+            out = loss_fn(base, join(train, frozen), batch, key)
+            total, weight = out if isinstance(out, tuple) else (out, 1.0)
+            for name, value in (("loss", total), ("weight", weight)):
+                if jnp.shape(value) != ():
+                    raise ValueError(
+                        f"loss_fn returned a {name} of shape {jnp.shape(value)}; expected a scalar."
+                    )
+            return total.astype(jnp.float32), jnp.asarray(weight, jnp.float32)
+
+        (total, weight), gradients = jax.value_and_grad(summed, has_aux=True)(train)
+        return gradients, total, weight
+
+    def body(base, moving, batch):
+        delta, opt_state, number, key = moving
+        train, frozen = partition(delta)
+        key, use = jax.random.split(key)
+        if pmap:
+            use = jax.random.fold_in(use, jax.lax.axis_index(DEVICES))
+        if accumulate == 1:
+            totals = sums(base, train, frozen, batch, use)
+        else:
+
+            def add(totals, inputs):
+                index, part = inputs
+                more = sums(base, train, frozen, part, jax.random.fold_in(use, index))
+                return jax.tree.map(jnp.add, totals, more), None
+
+            zero = (jax.tree.map(jnp.zeros_like, train), jnp.zeros(()), jnp.zeros(()))
+            totals, _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), _microbatches(batch, accumulate)))
+        if pmap:
+            totals = jax.lax.psum(totals, DEVICES)
+        gradients, total, weight = totals
+        gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
+        metrics = {
+            "loss": total / weight,
+            "grad_norm": optax.global_norm(gradients),
+            "weight": weight,
+            "nonfinite": {path: _count_nonfinite(node) for path, node in gradients.items()},
+        }
+        updates, opt_state = tx.update(gradients, opt_state, train)
+        train = optax.apply_updates(train, updates)
+        return (join(train, frozen), opt_state, number + 1, key), metrics
+
+    if pmap:
+        compiled = jax.pmap(
+            body, axis_name=DEVICES, in_axes=(None, None, 0), out_axes=None, donate_argnums=(1,)
+        )
+    else:
+        compiled = jax.jit(body, donate_argnums=(1,))
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        devices = jax.local_device_count() if pmap else 1
+        _check_batch(batch, accumulate, devices)
+        if pmap:
+            batch = jax.tree.map(lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), batch)
+        moving = (state.delta, state.opt_state, state.step, state.key)
+        (delta, opt_state, number, key), metrics = compiled(state.base, moving, batch)
+        return TrainState(state.base, delta, opt_state, number, key), metrics
+
+    return step
+
+
+def check_finite(metrics: Mapping[str, Any]) -> None:
+    """Raises where a step's loss or gradients are not finite; waits for the step to finish.
+
+    Args:
+      metrics: From a step made by :func:`train_step`.
+
+    Raises:
+      FloatingPointError: Names every path whose gradient has NaN or infinite elements, with the number.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> check_finite({"loss": jnp.float32(1), "nonfinite": {"w": jnp.int32(0)}})
+    """
+    bad = {path: int(count) for path, count in metrics["nonfinite"].items() if int(count)}
+    loss = float(metrics["loss"])
+    if bad:
+        named = ", ".join(f"{path} ({count} elements)" for path, count in bad.items())
+        raise FloatingPointError(f"Gradients are not finite (loss {loss}): {named}.")
+    if loss != loss or loss in (float("inf"), float("-inf")):
+        raise FloatingPointError(f"The loss is {loss}, though the gradients are finite.")
+
+
+def _count_nonfinite(tree: Any) -> jax.Array:
+    counts = [jnp.sum(~jnp.isfinite(leaf), dtype=jnp.int32) for leaf in jax.tree.leaves(tree)]
+    return sum(counts, jnp.zeros((), jnp.int32))
+
+
+def _microbatches(batch: Any, count: int) -> Any:
+    """`[n, …]` to `[count, n/count, …]`; examples are dealt out in turn, so that a sharded axis stays so."""
+    return jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch
+    )
+
+
+def _check_batch(batch: Any, accumulate: int, devices: int) -> None:
+    parts = accumulate * devices
+    if parts == 1:
+        return
+    for leaf in jax.tree.leaves(batch):
+        if not jnp.ndim(leaf) or leaf.shape[0] % parts:
+            raise ValueError(
+                f"A leaf of the batch has shape {jnp.shape(leaf)}; its leading size must be a multiple of {parts} "
+                f"(accumulate={accumulate} × {devices} devices)."
+            )

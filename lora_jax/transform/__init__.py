@@ -1,0 +1,1 @@
+"""The transform: functions of parameters as functions of (base, delta)."""

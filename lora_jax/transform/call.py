@@ -1,0 +1,159 @@
+"""A call of a function of parameters as a program over named weights: what adapt, explain and init share."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax import paths
+from lora_jax.adapters.protocol import Adapter, is_adapter
+from lora_jax.transform import jaxprs
+from lora_jax.transform.interpreter import Interpreter, Use
+from lora_jax.transform.weight import Weight, carried
+
+_ABSENT = object()
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf of an argument is traced; everything else is closed over."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The arguments of one call, arrays apart from the rest.
+
+    Attributes:
+      paths: Of the leaves of the base.
+      arrays: The array leaves of base, args and kwargs, in order.
+      static: The other leaves, with a placeholder for each array.
+      treedef: Of `(base, args, kwargs)`.
+    """
+
+    paths: tuple[str, ...]
+    arrays: tuple[Any, ...]
+    static: tuple[Any, ...]
+    treedef: Any
+
+    @classmethod
+    def of(cls, base: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "Arguments":
+        flat = paths.flatten(base)
+        leaves, treedef = jax.tree.flatten((base, tuple(args), dict(kwargs)))
+        return cls(
+            paths=tuple(path for path, leaf in zip(flat.paths, flat.leaves) if is_array(leaf)),
+            arrays=tuple(leaf for leaf in leaves if is_array(leaf)),
+            static=tuple(_ABSENT if is_array(leaf) else leaf for leaf in leaves),
+            treedef=treedef,
+        )
+
+    def key(self) -> Any:
+        """What a trace depends on, or None where that cannot be hashed."""
+        static = tuple((type(leaf), leaf) for leaf in self.static)
+        key = (tuple(map(jax.typeof, self.arrays)), static, self.treedef, jaxprs.trace_context())
+        try:
+            hash(key)
+        except TypeError:
+            return None
+        return key
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A traced call.
+
+    Attributes:
+      program: Its jaxpr.
+      paths: Of the base's array leaves, which are the first inputs.
+      outputs: The output's structure and its leaves that are no arrays.
+    """
+
+    program: jaxprs.Program
+    paths: tuple[str, ...]
+    outputs: tuple[Any, tuple[Any, ...]]
+
+    @classmethod
+    def trace(cls, fn: Callable, arguments: Arguments) -> "Call":
+        """Traces `fn(base, *args, **kwargs)`."""
+        captured = []
+
+        def flat(*arrays):
+            queue = iter(arrays)
+            leaves = [next(queue) if leaf is _ABSENT else leaf for leaf in arguments.static]
+            base, args, kwargs = jax.tree.unflatten(arguments.treedef, leaves)
+            out, treedef = jax.tree.flatten(fn(base, *args, **kwargs))
+            captured.append((treedef, tuple(_ABSENT if is_array(leaf) else leaf for leaf in out)))
+            return [leaf for leaf in out if is_array(leaf)]
+
+        program = jaxprs.trace(flat, arguments.arrays)
+        return cls(program, arguments.paths, captured[-1])
+
+    def uses_path(self, path: str) -> bool:
+        """Whether the outputs depend on a leaf of the base."""
+        return self.program.used[self.paths.index(path)]
+
+    def evaluate(self, interpreter: Interpreter, arrays: Sequence[Any]) -> Any:
+        """The output for these inputs, some of which may be adapted weights."""
+        used = [array for array, keep in zip(arrays, self.program.used) if keep]
+        results = interpreter.run(self.program.jaxpr, [*self.program.consts, *used])
+        plain = iter(
+            interpreter.materialise(out, None, "the function returns it") if isinstance(out, Weight) else out
+            for out in results
+        )
+        treedef, static = self.outputs
+        return jax.tree.unflatten(treedef, [next(plain) if leaf is _ABSENT else leaf for leaf in static])
+
+
+def check_delta(delta: Any, arguments: Arguments) -> None:
+    """Raises unless `delta` is a dict of adapters that fit the base's leaves."""
+    if not isinstance(delta, Mapping):
+        raise TypeError(f"delta is a dict from paths to adapters; got {type(delta).__name__}.")
+    shapes = {path: tuple(leaf.shape) for path, leaf in zip(arguments.paths, arguments.arrays)}
+    for path, node in delta.items():
+        if not is_adapter(node):
+            raise TypeError(f"delta[{path!r}] is no adapter but {type(node).__name__}.")
+        if path not in shapes:
+            raise ValueError(
+                f"The delta adapts {path!r}, which the base lacks; {paths.nearest(path, list(shapes))}."
+            )
+        missing = [leaf for leaf in jax.tree.leaves(node, is_leaf=lambda x: x is None) if leaf is None]
+        if missing:
+            raise ValueError(
+                f"delta[{path!r}] has leaves that are None: it is one half of partition(); give join(train, frozen)."
+            )
+        if node.shape() != shapes[path]:
+            raise ValueError(
+                f"The adapter of {path!r} is for a weight of shape {node.shape()}; the base has {shapes[path]}."
+            )
+
+
+def entered(
+    delta: Mapping[str, Adapter],
+    arguments: Arguments,
+    dropout_key: jax.Array | None,
+    interpreter: Interpreter,
+) -> list[Any]:
+    """The inputs of a call, adapted weights in place of the base's."""
+    if dropout_key is not None and not jax.dtypes.issubdtype(dropout_key.dtype, jax.dtypes.prng_key):
+        dropout_key = jax.random.wrap_key_data(dropout_key)
+    inputs = list(arguments.arrays)
+    for position, path in enumerate(arguments.paths):
+        if path not in delta:
+            continue
+        node, value = delta[path], inputs[position]
+        form = node.factored(value)
+        if form is None:
+            if interpreter.uses is not None:
+                interpreter.uses.append(Use(path, "entry", False, node.merged_because, "the arguments", {}))
+            inputs[position] = node.merge(value)
+        else:
+            key = None if dropout_key is None else path_key(dropout_key, path)
+            inputs[position] = carried(path, value, form, key)
+    return inputs
+
+
+def path_key(key: jax.Array, path: str) -> jax.Array:
+    """A key of a path's own, the same whatever else is adapted."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))

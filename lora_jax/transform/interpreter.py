@@ -1,0 +1,158 @@
+"""The interpreter: evaluates a jaxpr in which some values are adapted weights."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from lora_jax.transform import jaxprs
+from lora_jax.transform.rules import RULES
+from lora_jax.transform.weight import CannotFactor, Weight, root
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One use of a weight by the function.
+
+    Attributes:
+      path: Of the weight.
+      operation: The JAX primitive.
+      factored: Whether the adapter is applied without forming the merged weight.
+      reason: Why the weight is merged, or how it is used.
+      source: The line of the user's code.
+      roles: Role by axis of the original weight, as far as this use tells: 'in', 'out', 'batch', or
+        'indexed' for an axis of which one slice is used.
+    """
+
+    path: str
+    operation: str
+    factored: bool
+    reason: str
+    source: str
+    roles: dict[int, str]
+
+    def __str__(self) -> str:
+        return (
+            f"{'factored' if self.factored else 'merged'} in {self.operation} at {self.source}: {self.reason}"
+        )
+
+
+class Interpreter:
+    """Evaluates jaxprs with adapted weights among the values.
+
+    Args:
+      flatten: Whether low-rank products see the token axes of their input as one.
+      uses: A list that collects every :class:`Use`, or None. With a list nothing is cached.
+    """
+
+    def __init__(self, *, flatten: bool = True, uses: list[Use] | None = None):
+        self.flatten = flatten
+        self.uses = uses
+        self._calls: dict[Any, Callable] = {}
+        self._counts: dict[str, int] = {}
+
+    def run(self, jaxpr: jaxprs.Jaxpr, arguments: Sequence[Any]) -> list[Any]:
+        """The outputs of a jaxpr; each is an array or, where a view of a weight is returned, a Weight."""
+        variables, consts = jaxprs.inputs(jaxpr)
+        environment = dict(zip(variables, [*consts, *arguments]))
+        last = jaxprs.last_uses(jaxpr)
+        for position, equation in enumerate(jaxprs.equations(jaxpr)):
+            values = [jaxprs.read(environment, atom) for atom in equation.invars]
+            with jaxprs.context(equation):
+                results = self._apply(equation, values)
+            environment.update(zip(equation.outvars, results))
+            for variable in last[position]:
+                del environment[variable]
+        return [jaxprs.read(environment, atom) for atom in jaxprs.outputs(jaxpr)]
+
+    def body(self, jaxpr: jaxprs.Jaxpr) -> Callable[..., list[Any]]:
+        """A sub-jaxpr as a function, for control flow. Dropout keys are counted afresh inside."""
+
+        def call(*arguments):
+            outer, self._counts = self._counts, {}
+            try:
+                return self.run(jaxpr, arguments)
+            finally:
+                self._counts = outer
+
+        return call
+
+    def cached(self, key: Any, make: Callable[[], Callable]) -> Callable:
+        """One compiled function per sub-jaxpr, so that calls outside jit compile once."""
+        if self.uses is not None:
+            return make()
+        if key not in self._calls:
+            self._calls[key] = make()
+        return self._calls[key]
+
+    def _apply(self, equation: jaxprs.Equation, values: list[Any]) -> list[Any]:
+        if not any(isinstance(value, Weight) for value in values):
+            return jaxprs.bind(equation, values)
+        name = equation.primitive.name
+        reason = f"there is no factored form of {name}"
+        if name in RULES:
+            try:
+                return RULES[name](self, equation, values)
+            except CannotFactor as error:
+                reason = str(error)
+        return jaxprs.bind(equation, self.plain(equation, values, reason))
+
+    def plain(self, equation: jaxprs.Equation, values: Sequence[Any], reason: str) -> list[Any]:
+        """The values with weights merged (or, after a lookup, with the looked-up part computed)."""
+        return [
+            self.materialise(value, equation, reason) if isinstance(value, Weight) else value
+            for value in values
+        ]
+
+    def materialise(self, weight: Weight, equation: jaxprs.Equation | None, reason: str) -> jax.Array:
+        """The array that a weight stands for, and a record of it."""
+        if weight.cut:
+            present = {label for label, _ in weight.labels} - weight.cut
+            roles = {label: "out" for label in present} | dict.fromkeys(weight.cut, "indexed")
+            self.record(weight, equation, roles, "a lookup: only the rows in use are computed")
+        else:
+            self.record(weight, equation, {}, reason, factored=False)
+        return weight.merged()
+
+    def next_key(self, weight: Weight) -> Weight:
+        """The weight with dropout keys that no other use of it has."""
+        if weight.key is None:
+            return weight
+        count = self._counts.get(weight.path, 0)
+        self._counts[weight.path] = count + 1
+        return weight.fold_in(count)
+
+    def record(
+        self,
+        weight: Weight,
+        equation: jaxprs.Equation | None,
+        roles: dict[str, str],
+        reason: str,
+        *,
+        factored: bool = True,
+    ) -> None:
+        """Notes a use; `roles` are by label."""
+        if self.uses is None:
+            return
+        by_axis: dict[int, str] = {}
+        marked = {**dict.fromkeys(weight.cut, "indexed"), **dict.fromkeys(weight.scanned, "batch"), **roles}
+        for label, role in marked.items():
+            axis = root(label)
+            if axis is not None:
+                by_axis[axis] = _joined(by_axis.get(axis), role)
+        name, where = (
+            (equation.primitive.name, jaxprs.source(equation))
+            if equation is not None
+            else ("return", "the end")
+        )
+        self.uses.append(Use(weight.path, name, factored, reason, where, by_axis))
+
+
+def _joined(one: str | None, other: str) -> str:
+    """The role of an axis whose parts have two: part batch and part something is that something."""
+    if one is None or one in ("batch", "indexed"):
+        return other
+    if other in ("batch", "indexed") or one == other:
+        return one
+    return "in and out"

@@ -1,0 +1,158 @@
+"""All contact with JAX's jaxpr internals. When a JAX release moves something, only this file changes."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax._src import config as jax_config
+from jax._src import core as jax_core
+from jax._src import source_info_util
+from jax._src.interpreters import partial_eval
+from jax.extend.core import Literal
+
+Jaxpr = Any
+"""An open or a closed jaxpr; newer releases have one class for both."""
+
+Equation = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A traced function without its dead code.
+
+    Attributes:
+      jaxpr: Takes the used ones of the constants and the inputs, in that order.
+      consts: The used values that the function closed over.
+      used: Which inputs the outputs depend on.
+    """
+
+    jaxpr: Jaxpr
+    consts: tuple[Any, ...]
+    used: tuple[bool, ...]
+
+    @property
+    def holds_tracers(self) -> bool:
+        """Whether the function closed over tracers of an outer transformation."""
+        return any(isinstance(const, jax_core.Tracer) for const in self.consts)
+
+
+def trace(function: Callable[..., Sequence[jax.Array]], arguments: Sequence[Any]) -> Program:
+    """Traces a function of arrays to a program.
+
+    Args:
+      function: Returns a sequence of arrays. Not cached: pass a new one for a new trace.
+      arguments: Arrays, tracers or `jax.ShapeDtypeStruct`.
+    """
+    closed = jax.make_jaxpr(function)(*arguments)
+    consts = list(closed.consts)
+    opened = partial_eval.convert_constvars_jaxpr(closed.jaxpr)
+    jaxpr, used = partial_eval.dce_jaxpr(opened, [True] * len(opened.outvars))
+    used_consts, used_inputs = used[: len(consts)], used[len(consts) :]
+    return Program(
+        jaxpr=jaxpr,
+        consts=tuple(const for const, keep in zip(consts, used_consts) if keep),
+        used=tuple(used_inputs),
+    )
+
+
+def inputs(jaxpr: Jaxpr) -> tuple[list[Any], list[Any]]:
+    """The variables of a jaxpr's constants and inputs, and the constants' values."""
+    consts = list(getattr(jaxpr, "consts", ()))
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    return [*inner.constvars, *inner.invars], consts
+
+
+def equations(jaxpr: Jaxpr) -> Sequence[Equation]:
+    return getattr(jaxpr, "jaxpr", jaxpr).eqns
+
+
+def outputs(jaxpr: Jaxpr) -> Sequence[Any]:
+    """The variables or literals that a jaxpr returns."""
+    return getattr(jaxpr, "jaxpr", jaxpr).outvars
+
+
+def last_uses(jaxpr: Jaxpr) -> dict[int, list[Any]]:
+    """Per equation (by position), the variables that are not needed after it."""
+    seen = {atom for atom in outputs(jaxpr) if not isinstance(atom, Literal)}
+    last: dict[int, list[Any]] = {}
+    eqns = equations(jaxpr)
+    for position in range(len(eqns) - 1, -1, -1):
+        fresh = {atom for atom in eqns[position].invars if not isinstance(atom, Literal)} - seen
+        last[position] = list(fresh)
+        seen |= fresh
+    return last
+
+
+def read(environment: dict[Any, Any], atom: Any) -> Any:
+    """The value of a variable or literal."""
+    return atom.val if isinstance(atom, Literal) else environment[atom]
+
+
+def is_dropped(variable: Any) -> bool:
+    """Whether an equation's output is not used at all."""
+    return isinstance(variable, jax_core.DropVar)
+
+
+@contextlib.contextmanager
+def context(equation: Equation) -> Iterator[None]:
+    """The name stack, source line, mesh and `compute_on` marks that an equation was traced under."""
+    stack = source_info_util.current_name_stack() + equation.source_info.name_stack
+    with (
+        source_info_util.user_context(equation.source_info.traceback, name_stack=stack),
+        equation.ctx.manager,
+    ):
+        yield
+
+
+def bind(equation: Equation, values: Sequence[Any], **changes: Any) -> list[Any]:
+    """Runs an equation on other operands, with its own parameters but for the `changes`."""
+    parameters = equation.primitive.get_bind_params(equation.params | changes)
+    result = equation.primitive.bind(*values, **parameters)
+    return list(result) if equation.primitive.multiple_results else [result]
+
+
+def source(equation: Equation) -> str:
+    """Where in the user's code an equation comes from."""
+    return source_info_util.summarize(equation.source_info)
+
+
+def scan_counts(equation: Equation) -> tuple[int, int]:
+    """The numbers of constants and carries of a scan."""
+    params = equation.params
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"]
+    return len(jax.tree.leaves(consts, is_leaf=_is_none)), len(jax.tree.leaves(carry, is_leaf=_is_none))
+
+
+def _is_none(node: Any) -> bool:
+    return node is None
+
+
+def forwarded(jaxpr: Jaxpr) -> dict[int, int]:
+    """Which outputs are inputs handed through unchanged: `{output: input}`, calls of jit included."""
+    variables, consts = inputs(jaxpr)
+    origin = {variable: position - len(consts) for position, variable in enumerate(variables)}
+    for equation in equations(jaxpr):
+        if equation.primitive.name in ("jit", "pjit"):
+            for out, into in forwarded(equation.params["jaxpr"]).items():
+                atom = equation.invars[into]
+                if not isinstance(atom, Literal) and atom in origin:
+                    origin[equation.outvars[out]] = origin[atom]
+    return {
+        out: origin[atom]
+        for out, atom in enumerate(outputs(jaxpr))
+        if not isinstance(atom, Literal) and origin.get(atom, -1) >= 0
+    }
+
+
+def is_unspecified(sharding: Any) -> bool:
+    """Whether a jit parameter leaves a sharding open."""
+    return sharding is None or type(sharding).__name__ in ("UnspecifiedValue", "AUTO")
+
+
+def trace_context() -> Any:
+    """What a trace depends on beside its arguments: configuration, mesh, axis names. Hashable."""
+    return jax_config.trace_context()

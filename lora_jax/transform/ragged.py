@@ -1,0 +1,120 @@
+"""The ragged product as a primitive that every transformation takes.
+
+JAX's own `ragged_dot_general` has no batching rule for a batched weight and none at all for its
+gradients. This one is bilinear, so that both directions of differentiation come from its two
+transposes, and under `vmap` it runs one member of the batch after the other. Only JAX's public
+extension modules are used.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+GROUPS_BY_MATRIX = "[m,k],[g,k,n]->[m,n]"
+OUTER_BY_GROUP = "[m,k],[m,n]->[g,k,n]"
+
+_NUMBERS = {
+    GROUPS_BY_MATRIX: lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (1,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+    ),
+    OUTER_BY_GROUP: lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+    ),
+}
+
+ragged_p = Primitive("lora_ragged_product")
+
+
+def ragged_product(x, weight, sizes, precision=None, dtype=None) -> jax.Array:
+    """Rows of x, sorted by group, each times its group's matrix.
+
+    Args:
+      x: `[m, k]`.
+      weight: `[g, k, n]`.
+      sizes: `[g]`, integers; how many rows each group has.
+      precision: As for `jax.lax.dot_general`.
+      dtype: Of the result; the dtype of x where None.
+
+    Returns:
+      `[m, n]`.
+    """
+    dtype = jnp.dtype(dtype or x.dtype)
+    return ragged_p.bind(x, weight, sizes, form=GROUPS_BY_MATRIX, precision=precision, dtype=dtype)
+
+
+def _evaluate(x, y, sizes, *, form, precision, dtype):
+    return lax.ragged_dot_general(
+        x, y, sizes, _NUMBERS[form], precision=precision, preferred_element_type=dtype
+    )
+
+
+def _shape(x, y, sizes, *, form, precision, dtype):
+    del precision
+    shape = (x.shape[0], y.shape[2]) if form == GROUPS_BY_MATRIX else (sizes.shape[0], x.shape[1], y.shape[1])
+    return jax.core.ShapedArray(shape, dtype)
+
+
+def _transpose_left(cotangent, x, y, sizes, *, form, precision, dtype):
+    del dtype
+    y = y if form == OUTER_BY_GROUP else jnp.swapaxes(y, 1, 2)
+    pair = (y, jnp.swapaxes(cotangent, 1, 2)) if form == OUTER_BY_GROUP else (cotangent, y)
+    return _bind(*pair, sizes, GROUPS_BY_MATRIX, precision, x.aval.dtype)
+
+
+def _transpose_right(cotangent, x, y, sizes, *, form, precision, dtype):
+    del dtype
+    other = OUTER_BY_GROUP if form == GROUPS_BY_MATRIX else GROUPS_BY_MATRIX
+    return _bind(x, cotangent, sizes, other, precision, y.aval.dtype)
+
+
+def _bind(x, y, sizes, form, precision, dtype):
+    common = jnp.promote_types(x.dtype, y.dtype)
+    return ragged_p.bind(
+        x.astype(common), y.astype(common), sizes, form=form, precision=precision, dtype=jnp.dtype(dtype)
+    )
+
+
+def _transpose(cotangent, x, y, sizes, **params):
+    if type(cotangent) is ad.Zero:
+        return None, None, None
+    left = _transpose_left(cotangent, x, y, sizes, **params) if ad.is_undefined_primal(x) else None
+    right = _transpose_right(cotangent, x, y, sizes, **params) if ad.is_undefined_primal(y) else None
+    return left, right, None
+
+
+def _tangents(primals, tangents, **params):
+    x, y, sizes = primals
+    dx, dy, _ = tangents
+    out = ragged_p.bind(x, y, sizes, **params)
+    parts = []
+    if type(dx) is not ad.Zero:
+        parts.append(ragged_p.bind(dx, y, sizes, **params))
+    if type(dy) is not ad.Zero:
+        parts.append(ragged_p.bind(x, dy, sizes, **params))
+    return out, sum(parts[1:], parts[0])
+
+
+def _one_by_one(arguments, axes, **params):
+    size = next(a.shape[axis] for a, axis in zip(arguments, axes) if axis is not batching.not_mapped)
+    moved = [
+        a if axis is batching.not_mapped else jnp.moveaxis(a, axis, 0) for a, axis in zip(arguments, axes)
+    ]
+
+    def one(index):
+        picked = [
+            a if axis is batching.not_mapped else lax.dynamic_index_in_dim(a, index, keepdims=False)
+            for a, axis in zip(moved, axes)
+        ]
+        return ragged_p.bind(*picked, **params)
+
+    return lax.map(one, jnp.arange(size)), 0
+
+
+ragged_p.def_impl(jax.jit(_evaluate, static_argnames=("form", "precision", "dtype")))
+ragged_p.def_abstract_eval(_shape)
+mlir.register_lowering(ragged_p, mlir.lower_fun(_evaluate, multiple_results=False))
+ad.primitive_jvps[ragged_p] = _tangents
+ad.primitive_transposes[ragged_p] = _transpose
+batching.primitive_batchers[ragged_p] = _one_by_one

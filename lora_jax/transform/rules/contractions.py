@@ -1,0 +1,148 @@
+"""Matrix products with an adapted weight: `x·W + ((x·a)·b)`, never `x·(W + a·b)`."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.adapters.factored import Factor, Label, chain, spread
+from lora_jax.transform import jaxprs
+from lora_jax.transform.ragged import ragged_product
+from lora_jax.transform.weight import CannotFactor, Weight
+
+TOKENS = "tokens"
+"""Label of the axes of an input that the product leaves alone."""
+
+
+def chosen(interpreter, equation, values: Sequence) -> tuple[int, list]:
+    """The operand that stays factored, where both may be weights; the other becomes an input."""
+    values = list(values)
+    places = [place for place, value in enumerate(values[:2]) if isinstance(value, Weight)]
+    if len(places) == 2:
+        left, right = values[:2]
+        places = [0] if right.cut and not left.cut else [1]
+        other = 1 - places[0]
+        values[other] = interpreter.materialise(values[other], equation, "both operands are adapted weights")
+    return places[0], values
+
+
+def split_gains(
+    weight: Weight, contracted: set[Label], kept: set[Label]
+) -> tuple[list[Factor], list[Factor]]:
+    """Gains on the contracted axes, which scale the input, and gains on the others, which scale the output."""
+    before = [g for g in weight.gains if any(x in contracted for x in g.labels)]
+    after = [g for g in weight.gains if g not in before]
+    for gains, side in ((before, contracted), (after, kept)):
+        if any(not set(g.labels) <= side for g in gains):
+            raise CannotFactor("a gain is on contracted and kept axes at once")
+    return before, after
+
+
+def _dot_general(interpreter, equation, values):
+    params = equation.params
+    place, values = chosen(interpreter, equation, values)
+    weight, x = values[place], values[1 - place]
+    contract, batch = params["dimension_numbers"]
+    w_sum, x_sum = contract[place], contract[1 - place]
+    w_batch, x_batch = batch[place], batch[1 - place]
+    summed = [pair for axis in w_sum for pair in weight.dims[axis]]
+    shared = [pair for axis in w_batch for pair in weight.dims[axis]]
+    free_axes = [axis for axis in range(weight.value.ndim) if axis not in (*w_sum, *w_batch)]
+    free = [pair for axis in free_axes for pair in weight.dims[axis]]
+    roles = dict.fromkeys((x for x, _ in summed), "in") | dict.fromkeys((x for x, _ in shared), "batch")
+    interpreter.record(weight, equation, dict.fromkeys((x for x, _ in free), "out") | roles, "x·W + (x·a)·b")
+    if weight.is_adapted and not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise CannotFactor(f"the input has dtype {x.dtype}")
+
+    before, after = split_gains(weight, {x for x, _ in (*summed, *shared)}, {x for x, _ in (*shared, *free)})
+    x_dims: list[list[tuple[Label, int]]] = [[] for _ in range(x.ndim)]
+    for w_axis, x_axis in zip((*w_sum, *w_batch), (*x_sum, *x_batch)):
+        x_dims[x_axis] = list(weight.dims[w_axis])
+    tokens = [axis for axis in range(x.ndim) if axis not in (*x_sum, *x_batch)]
+    for axis in tokens:
+        x_dims[axis] = [(f"{TOKENS}{axis}", x.shape[axis])]
+    for gain in before:
+        pairs = [pair for axis in x_dims for pair in axis]
+        x = x * spread(gain, pairs, x.dtype).reshape(x.shape)
+
+    operands = [x, weight.value] if place == 1 else [weight.value, x]
+    (base,) = jaxprs.bind(equation, operands)
+    total = base
+    if weight.factors:
+        low_rank_input = interpreter.next_key(weight).drop_out(x)
+        grouped = _grouped(x_dims, tokens, interpreter.flatten)
+        token_pairs = [pair for group in grouped for pair in group if pair[0].startswith(TOKENS)]
+        pairs = [pair for group in grouped for pair in group]
+        start = Factor(_reshaped(low_rank_input, [n for _, n in pairs]), tuple(x for x, _ in pairs))
+        out = [*shared, *token_pairs, *free] if place == 1 else [*shared, *free, *token_pairs]
+        delta = chain(
+            start, weight.factors, out, precision=params["precision"], dtype=base.dtype, reverse=place == 0
+        )
+        total = base + _reshaped(delta, base.shape)
+    if after:
+        out_dims = [*shared, *((f"{TOKENS}{a}", x.shape[a]) for a in tokens), *free]
+        if place == 0:
+            out_dims = [*shared, *free, *((f"{TOKENS}{a}", x.shape[a]) for a in tokens)]
+        for gain in after:
+            total = total * spread(gain, out_dims, total.dtype).reshape(total.shape)
+    return [total]
+
+
+def _grouped(x_dims, tokens: Sequence[int], flatten: bool):
+    """The axes of the input, neighbouring token axes made one."""
+    joined = flatten and len(tokens) > 1 and list(tokens) == list(range(tokens[0], tokens[0] + len(tokens)))
+    if not joined:
+        return x_dims
+    size = 1
+    for axis in tokens:
+        size *= x_dims[axis][0][1]
+    return [*x_dims[: tokens[0]], [(TOKENS, size)], *x_dims[tokens[-1] + 1 :]]
+
+
+def _reshaped(array, shape):
+    return array if tuple(array.shape) == tuple(shape) else array.reshape(shape)
+
+
+def _ragged_dot(interpreter, equation, values):
+    """Tokens sorted by expert, each group times its expert's weight."""
+    x, weight, sizes = values[:3]
+    params = equation.params
+    numbers = params["ragged_dot_dimension_numbers"]
+    plain_form = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (1,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+    )
+    if not isinstance(weight, Weight) or isinstance(x, Weight) or len(values) > 3:
+        raise CannotFactor("a ragged product whose weight is not its second operand")
+    given = (numbers.dot_dimension_numbers, *numbers.lhs_ragged_dimensions, *numbers.rhs_group_dimensions)
+    if given != (plain_form.dot_dimension_numbers, 0, 0) or params["group_offset"] is not None:
+        raise CannotFactor("a ragged product of another form than ragged_dot's")
+    group, into, out = (weight.single(axis) for axis in range(3))
+    interpreter.record(
+        weight,
+        equation,
+        {group: "batch", into: "in", out: "out"},
+        "each group of x: x·W + (x·a)·b; under vmap over adapters one adapter at a time",
+    )
+    if weight.gains:
+        raise CannotFactor("gains in a ragged product")
+
+    def product(left, right, dtype):
+        return ragged_product(left, right, sizes, params["precision"], dtype)
+
+    total = product(x, weight.value, params["preferred_element_type"])
+    if weight.factors:
+        result = Factor(interpreter.next_key(weight).drop_out(x), (TOKENS, into))
+        pending = sorted(weight.factors, key=lambda factor: into not in factor.labels)
+        for index, factor in enumerate(pending):
+            later = {out, *(label for f in pending[index + 1 :] for label in f.labels)}
+            summed = [x for x in result.labels if x in factor.labels and x not in later]
+            rest = [x for x in factor.labels if x not in summed and x != group]
+            if len(summed) != 1 or len(rest) != 1 or group not in factor.labels:
+                raise CannotFactor("factors that are no chain of two in a ragged product")
+            matrix = factor.transposed([group, *summed, *rest]).array.astype(x.dtype)
+            result = Factor(product(result.array, matrix, None), (TOKENS, *rest))
+        total = total + result.array.astype(total.dtype)
+    return [total]
+
+
+RULES = {"dot_general": _dot_general, "ragged_dot_general": _ragged_dot}

@@ -1,0 +1,301 @@
+"""Calls and control flow: sub-jaxprs are interpreted inside the construct they came in."""
+
+import jax
+from jax import lax
+
+from lora_jax.adapters.factored import Factor
+from lora_jax.transform import jaxprs
+from lora_jax.transform.weight import CannotFactor, Weight
+
+
+def _enter(interpreter, values):
+    """Weights on their way into a sub-jaxpr, with dropout keys of their own."""
+    return [interpreter.next_key(v) if isinstance(v, Weight) else v for v in values]
+
+
+def _jit(interpreter, equation, values):
+    params = equation.params
+    jaxpr = params["jaxpr"]
+
+    def make():
+        body = interpreter.body(jaxpr)
+
+        def call(*arguments):
+            outputs = body(*map(_constrained, arguments, params["in_shardings"]))
+            return [_constrained(out, sharding) for out, sharding in zip(outputs, params["out_shardings"])]
+
+        call.__name__ = call.__qualname__ = params["name"]
+        return jax.jit(
+            call,
+            inline=params["inline"],
+            keep_unused=params["keep_unused"],
+            compiler_options=dict(params["compiler_options_kvs"]) or None,
+        )
+
+    return interpreter.cached(jaxpr, make)(*_enter(interpreter, values))
+
+
+def _constrained(value, sharding):
+    if jaxprs.is_unspecified(sharding):
+        return value
+    if isinstance(value, Weight):
+        return value.replace(value=lax.with_sharding_constraint(value.value, sharding))
+    return lax.with_sharding_constraint(value, sharding)
+
+
+def _remat(interpreter, equation, values):
+    params = equation.params
+    body = jax.checkpoint(
+        interpreter.body(params["jaxpr"]), prevent_cse=params["prevent_cse"], policy=params["policy"]
+    )
+    return body(*_enter(interpreter, values))
+
+
+def _call(interpreter, equation, values):
+    """Calls that only group equations."""
+    jaxpr = equation.params.get("call_jaxpr", equation.params.get("jaxpr"))
+    return interpreter.body(jaxpr)(*_enter(interpreter, values))
+
+
+def _cond(interpreter, equation, values):
+    index, *operands = values
+    branches = [_plain_outputs(interpreter, equation, branch) for branch in equation.params["branches"]]
+    return list(lax.switch(index, branches, *_enter(interpreter, operands)))
+
+
+def _plain_outputs(interpreter, equation, jaxpr):
+    """A sub-jaxpr as a function that returns arrays only."""
+    body = interpreter.body(jaxpr)
+
+    def call(*arguments):
+        return interpreter.plain(
+            equation, body(*arguments), f"a weight is returned from {equation.primitive.name}"
+        )
+
+    return call
+
+
+def _carries(interpreter, equation, carry, unchanged):
+    """Splits the carry of a loop: weights that the loop hands through are constants of it."""
+    fixed = {}
+    for position, value in enumerate(carry):
+        if isinstance(value, Weight):
+            if position in unchanged:
+                fixed[position] = value
+            else:
+                carry[position] = interpreter.materialise(value, equation, "the loop changes it")
+    moving = [value for position, value in enumerate(carry) if position not in fixed]
+    return fixed, moving
+
+
+def _with_fixed(fixed, moving):
+    """The whole carry again."""
+    rest = iter(moving)
+    return [fixed[i] if i in fixed else next(rest) for i in range(len(fixed) + len(moving))]
+
+
+def _unchanged(jaxpr, num_consts):
+    """Carry positions that the body returns as they came in."""
+    return {out for out, into in jaxprs.forwarded(jaxpr).items() if into == num_consts + out}
+
+
+def _while(interpreter, equation, values):
+    params = equation.params
+    cond_count, body_count = params["cond_nconsts"], params["body_nconsts"]
+    cond_consts = values[:cond_count]
+    body_consts = values[cond_count : cond_count + body_count]
+    carry = values[cond_count + body_count :]
+    fixed, moving = _carries(interpreter, equation, carry, _unchanged(params["body_jaxpr"], body_count))
+    cond_consts, body_consts, fixed_values = (
+        _enter(interpreter, group) for group in (cond_consts, body_consts, list(fixed.values()))
+    )
+    fixed = dict(zip(fixed, fixed_values))
+    cond = interpreter.body(params["cond_jaxpr"])
+    body = _plain_except(interpreter, equation, params["body_jaxpr"], fixed)
+    keyed = any(isinstance(v, Weight) and v.key is not None for v in (*body_consts, *fixed.values()))
+
+    def condition(state):
+        return cond(*cond_consts, *_with_fixed(fixed, state[1:]))[0]
+
+    def step(state):
+        number, *moving = state
+        consts, here = body_consts, fixed
+        if keyed:
+            consts = [_numbered(value, number) for value in consts]
+            here = {position: _numbered(value, number) for position, value in fixed.items()}
+        return [number + 1, *body(*consts, *_with_fixed(here, moving))]
+
+    _, *results = lax.while_loop(condition, step, [jax.numpy.int32(0), *moving])
+    return _with_fixed(fixed, results)
+
+
+def _plain_except(interpreter, equation, jaxpr, fixed):
+    """A loop's body without the fixed part of its carry among the outputs."""
+    body = interpreter.body(jaxpr)
+
+    def call(*arguments):
+        outputs = [out for position, out in enumerate(body(*arguments)) if position not in fixed]
+        return interpreter.plain(
+            equation, outputs, f"a weight is returned from the body of {equation.primitive.name}"
+        )
+
+    return call
+
+
+def _numbered(value, number):
+    return value.fold_in(number) if isinstance(value, Weight) else value
+
+
+def _scan(interpreter, equation, values):
+    params = equation.params
+    num_consts, num_carry = jaxprs.scan_counts(equation)
+    consts = _enter(interpreter, values[:num_consts])
+    carry = values[num_consts : num_consts + num_carry]
+    xs = _enter(interpreter, values[num_consts + num_carry :])
+    fixed, moving = _carries(interpreter, equation, carry, _unchanged(params["jaxpr"], num_consts))
+    fixed = dict(zip(fixed, _enter(interpreter, fixed.values())))
+    body = _plain_except(interpreter, equation, params["jaxpr"], fixed)
+    keyed = any(isinstance(v, Weight) and v.key is not None for v in (*consts, *fixed.values()))
+    sliced = [_scanned(interpreter, equation, x) if isinstance(x, Weight) else (x, None) for x in xs]
+    length = params["length"]
+
+    def step(moving, inputs):
+        number, rows = inputs
+        inner = [row if restore is None else restore(row) for row, (_, restore) in zip(rows, sliced)]
+        here, fixed_here = consts, fixed
+        if keyed:
+            here = [_numbered(value, number) for value in consts]
+            fixed_here = {position: _numbered(value, number) for position, value in fixed.items()}
+        outputs = body(*here, *_with_fixed(fixed_here, moving), *inner)
+        count = num_carry - len(fixed)
+        return outputs[:count], outputs[count:]
+
+    numbers = jax.numpy.arange(length) if keyed else None
+    final, ys = lax.scan(
+        step,
+        moving,
+        (numbers, [x for x, _ in sliced]),
+        length=length,
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    return [*_with_fixed(fixed, final), *ys]
+
+
+def _scanned(interpreter, equation, weight: Weight):
+    """A weight that a scan runs over: the arrays to slice, and the weight of one slice from them."""
+    if len(weight.dims[0]) != 1:
+        return interpreter.materialise(weight, equation, "the scanned axis is made of several"), None
+    label = weight.dims[0][0][0]
+
+    def lead(factor: Factor) -> Factor:
+        rest = [x for x in factor.labels if x != label]
+        return factor.transposed([label, *rest]) if label in factor.labels else factor
+
+    led = weight.map_factors(lead)
+    factors = [f for f in (*led.factors, *led.gains, led.key) if f is not None]
+    moved = [f.array for f in factors if label in f.labels]
+
+    def restore(arrays):
+        value, *slices = arrays
+        queue = iter(slices)
+
+        def cut(factor: Factor) -> Factor:
+            return Factor(next(queue), factor.labels[1:]) if label in factor.labels else factor
+
+        return led.map_factors(cut).replace(
+            value=value, dims=led.dims[1:], scanned=led.scanned | {label}, cut=led.cut - {label}
+        )
+
+    return [weight.value, *moved], restore
+
+
+def _shard_map(interpreter, equation, values):
+    params = equation.params
+    specs, arguments, rebuild = [], [], []
+    for value, spec in zip(values, params["in_specs"]):
+        if isinstance(value, Weight):
+            value, weight_specs = _sharded(value, spec, params["mesh"])
+            leaves, treedef = jax.tree.flatten(value)
+            specs.extend(weight_specs)
+            arguments.extend(leaves)
+            rebuild.append((treedef, len(leaves)))
+        else:
+            specs.append(spec)
+            arguments.append(value)
+            rebuild.append((None, 1))
+    body = _plain_outputs(interpreter, equation, params["jaxpr"])
+
+    def call(*flat):
+        rest, inner = list(flat), []
+        for treedef, count in rebuild:
+            leaves, rest = rest[:count], rest[count:]
+            inner.append(leaves[0] if treedef is None else _local(jax.tree.unflatten(treedef, leaves)))
+        return body(*_enter(interpreter, inner))
+
+    mapped = jax.shard_map(
+        call,
+        mesh=params["mesh"],
+        in_specs=tuple(specs),
+        out_specs=list(params["out_specs"]),
+        check_vma=params["check_vma"],
+        axis_names=params["newly_manual_axes"],
+    )
+    return mapped(*arguments)
+
+
+def _sharded(weight: Weight, spec, mesh):
+    """The specs of a weight's leaves, from the spec of its base."""
+    spec = (*spec, *[None] * (weight.value.ndim - len(spec)))
+    by_label = {}
+    for axis, names in zip(weight.dims, spec):
+        if names is None:
+            continue
+        label, size = axis[0]
+        count = 1
+        for name in names if isinstance(names, tuple) else (names,):
+            count *= mesh.shape[name]
+        if len(axis) > 1 and size % count:
+            raise CannotFactor(
+                f"an axis made of several is sharded {count} ways, its first part has size {size}"
+            )
+        by_label[label] = names
+    partition = jax.sharding.PartitionSpec
+
+    def spec_of(factor: Factor):
+        return Factor(partition(*(by_label.get(label) for label in factor.labels)), factor.labels)
+
+    specs = weight.map_factors(spec_of).replace(value=partition(*spec))
+    leaves = jax.tree.leaves(
+        specs.replace(rate=None if weight.rate is None else partition()),
+        is_leaf=lambda x: isinstance(x, partition),
+    )
+    return weight, leaves
+
+
+def _local(weight: Weight) -> Weight:
+    """The weight of one shard: the sizes of its labels are those of the local arrays."""
+    sizes = {label: size for f in (*weight.factors, *weight.gains) for label, size in f.sizes.items()}
+    dims = []
+    for axis, size in zip(weight.dims, weight.value.shape):
+        rest = 1
+        for _, count in axis[1:]:
+            rest *= count
+        first = axis[0][0]
+        dims.append(((first, sizes.get(first, size // rest)), *axis[1:]))
+    return weight.replace(dims=tuple(dims))
+
+
+RULES = {
+    "jit": _jit,
+    "pjit": _jit,
+    "remat2": _remat,
+    "checkpoint": _remat,
+    "remat": _remat,
+    "closed_call": _call,
+    "core_call": _call,
+    "cond": _cond,
+    "while": _while,
+    "scan": _scan,
+    "shard_map": _shard_map,
+}

@@ -1,0 +1,67 @@
+"""Indexing: `W[ids]` and `jnp.take`. The factors are indexed like the weight, so that no merged row is stored."""
+
+from jax import lax
+
+from lora_jax.adapters.factored import Factor
+from lora_jax.transform import jaxprs
+from lora_jax.transform.weight import CannotFactor, Weight, fresh
+
+
+def _gather(interpreter, equation, values):
+    """A gather that indexes one axis and takes the others whole."""
+    weight, indices = values
+    if not isinstance(weight, Weight) or isinstance(indices, Weight):
+        raise CannotFactor("a weight is used as an index")
+    params = equation.params
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    if len(numbers.start_index_map) != 1 or numbers.collapsed_slice_dims != numbers.start_index_map:
+        raise CannotFactor("a gather that indexes several axes or takes windows")
+    (axis,) = (int(a) for a in numbers.start_index_map)
+    batching = [int(a) for a in numbers.operand_batching_dims]
+    whole = [a for a in range(weight.value.ndim) if a != axis and a not in batching]
+    if any(sizes[a] != weight.value.shape[a] for a in whole):
+        raise CannotFactor("a gather that takes a part of an axis")
+    label = weight.single(axis)
+    (value,) = jaxprs.bind(equation, [weight.value, indices])
+
+    # The axes of the indices (their last one holds the index itself) become axes of the result.
+    index_dims: list[tuple[str, int]] = list(zip(fresh(weight, indices.ndim - 1), indices.shape[:-1]))
+    for operand_axis, index_axis in zip(batching, numbers.start_indices_batching_dims):
+        index_dims[int(index_axis)] = (weight.single(operand_axis), indices.shape[int(index_axis)])
+    batch_labels = [index_dims[int(a)][0] for a in numbers.start_indices_batching_dims]
+
+    def look_up(factor: Factor) -> Factor:
+        if label not in factor.labels:
+            return factor
+        at = factor.axis(label)
+        shared = [x for x in batch_labels if x in factor.labels]
+        taken = {at, *(factor.axis(x) for x in shared)}
+        rest = [a for a in range(factor.array.ndim) if a not in taken]
+        lead = len(index_dims)
+        array = lax.gather(
+            factor.array,
+            indices,
+            lax.GatherDimensionNumbers(
+                offset_dims=tuple(range(lead, lead + len(rest))),
+                collapsed_slice_dims=(at,),
+                start_index_map=(at,),
+                operand_batching_dims=tuple(factor.axis(x) for x in shared),
+                start_indices_batching_dims=tuple(
+                    place for place, (x, _) in enumerate(index_dims) if x in shared
+                ),
+            ),
+            slice_sizes=[1 if a in taken else n for a, n in enumerate(factor.array.shape)],
+            indices_are_sorted=params["indices_are_sorted"],
+            unique_indices=params["unique_indices"],
+            mode=params["mode"],
+            fill_value=params["fill_value"],
+        )
+        return Factor(array, (*(x for x, _ in index_dims), *(factor.labels[a] for a in rest)))
+
+    offsets = [int(a) for a in numbers.offset_dims]
+    remaining, lead = iter(whole), iter(index_dims)
+    dims = tuple(weight.dims[next(remaining)] if a in offsets else (next(lead),) for a in range(value.ndim))
+    return [weight.map_factors(look_up).replace(value=value, dims=dims, cut=weight.cut | {label})]
+
+
+RULES = {"gather": _gather}

@@ -1,0 +1,178 @@
+"""Operations that leave a weight a weight: casts, transposes, reshapes, slices, scalings, shardings."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.adapters.factored import Factor
+from lora_jax.transform import jaxprs
+from lora_jax.transform.weight import CannotFactor, Weight, fresh, permuted, reshaped, sliced
+
+
+def _same(interpreter, equation, values):
+    """Casts, copies, sharding constraints: the factors stay as they are."""
+    (weight,) = values
+    (value,) = jaxprs.bind(equation, [weight.value])
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise CannotFactor(f"the weight becomes {value.dtype}")
+    return [weight.replace(value=value)]
+
+
+def _barrier(interpreter, equation, values):
+    bare = [value.value if isinstance(value, Weight) else value for value in values]
+    results = jaxprs.bind(equation, bare)
+    return [
+        value.replace(value=result) if isinstance(value, Weight) else result
+        for value, result in zip(values, results)
+    ]
+
+
+def _transpose(interpreter, equation, values):
+    (weight,) = values
+    (value,) = jaxprs.bind(equation, [weight.value])
+    return [permuted(weight, value, equation.params["permutation"])]
+
+
+def _reshape(interpreter, equation, values):
+    weight, *sizes = values
+    if equation.params.get("dimensions") is not None or sizes:
+        raise CannotFactor("a reshape with a permutation or traced sizes")
+    (value,) = jaxprs.bind(equation, [weight.value])
+    return [reshaped(weight, value)]
+
+
+def _squeeze(interpreter, equation, values):
+    (weight,) = values
+    (value,) = jaxprs.bind(equation, [weight.value])
+    return [reshaped(weight, value)]
+
+
+def _broadcast(interpreter, equation, values):
+    weight, *sizes = values
+    if sizes:
+        raise CannotFactor("a broadcast to traced sizes")
+    (value,) = jaxprs.bind(equation, [weight.value])
+    places = equation.params["broadcast_dimensions"]
+    added = iter(fresh(weight, value.ndim + len(places)))
+    dims: list[tuple[tuple[str, int], ...]] = [((next(added), size),) for size in value.shape]
+    for axis, place in enumerate(places):
+        if weight.value.shape[axis] == value.shape[place]:
+            dims[place] = weight.dims[axis]
+        else:
+            for label, _ in weight.dims[axis]:
+                weight = weight.without(label)
+    return [weight.replace(value=value, dims=tuple(dims))]
+
+
+def _slice(interpreter, equation, values):
+    (weight,) = values
+    starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
+    strides = equation.params["strides"] or (1,) * len(starts)
+    (value,) = jaxprs.bind(equation, [weight.value])
+    for axis, (start, limit, stride) in enumerate(zip(starts, limits, strides)):
+        if (start, limit, stride) != (0, weight.value.shape[axis], 1):
+            weight = sliced(weight, value, axis, start, limit, stride)
+    return [weight.replace(value=value)]
+
+
+def _split(interpreter, equation, values):
+    (weight,) = values
+    parts, start = [], 0
+    axis = equation.params["axis"]
+    for size, value in zip(equation.params["sizes"], jaxprs.bind(equation, [weight.value])):
+        parts.append(sliced(weight, value, axis, start, start + int(size)))
+        start += int(size)
+    return parts
+
+
+def _dynamic_slice(interpreter, equation, values):
+    weight, *starts = values
+    if not isinstance(weight, Weight) or any(isinstance(start, Weight) for start in starts):
+        raise CannotFactor("a weight is used as an index")
+    (value,) = jaxprs.bind(equation, [weight.value, *starts])
+    starts = starts[: value.ndim]
+    for axis, (start, size) in enumerate(zip(starts, value.shape)):
+        if size == weight.value.shape[axis]:
+            continue
+        label = weight.single(axis)
+        cut = weight.along(
+            label, lambda array, at, s=start, n=size: lax.dynamic_slice_in_dim(array, s, n, at)
+        )
+        dims = (*weight.dims[:axis], ((label, size),), *weight.dims[axis + 1 :])
+        weight = cut.replace(dims=dims, cut=weight.cut | {label})
+    return [weight.replace(value=value)]
+
+
+def _scale(interpreter, equation, values):
+    """Multiplication or division by a scalar."""
+    name = equation.primitive.name
+    places = [place for place, value in enumerate(values) if isinstance(value, Weight)]
+    if len(places) != 1 or (name == "div" and places == [1]):
+        raise CannotFactor(f"{name} of or by weights")
+    (place,) = places
+    weight: Weight = values[place]
+    if len(values) == 1:
+        scalar: Any = -1.0
+    else:
+        scalar = values[1 - place]
+        if math.prod(jnp.shape(scalar)) != 1:
+            raise CannotFactor(f"{name} by an array of shape {jnp.shape(scalar)}")
+    bare = [value.value if isinstance(value, Weight) else value for value in values]
+    (value,) = jaxprs.bind(equation, bare)
+
+    def act(array):
+        factor = jnp.asarray(scalar).reshape(()).astype(array.dtype)
+        return array / factor if name == "div" else array * factor
+
+    return [weight.scaled(value, act)]
+
+
+def _all_gather(interpreter, equation, values):
+    """Gathering the shards of an axis: the factors that have the axis are gathered with it."""
+    (weight,) = values
+    params = equation.params
+    if not params["tiled"]:
+        raise CannotFactor("an all_gather that adds an axis")
+    (value,) = jaxprs.bind(equation, [weight.value])
+    axis = params["all_gather_dimension"]
+    label = weight.single(axis)
+
+    def gather(factor: Factor) -> Factor:
+        if label not in factor.labels:
+            return factor
+        (array,) = jaxprs.bind(equation, [factor.array], all_gather_dimension=factor.axis(label))
+        return Factor(array, factor.labels)
+
+    dims = (*weight.dims[:axis], ((label, value.shape[axis]),), *weight.dims[axis + 1 :])
+    return [weight.map_factors(gather).replace(value=value, dims=dims)]
+
+
+RULES = {
+    **dict.fromkeys(
+        (
+            "convert_element_type",
+            "copy",
+            "copy_p",
+            "pvary",
+            "reduce_precision",
+            "reshard",
+            "sharding_constraint",
+        ),
+        _same,
+    ),
+    "optimization_barrier": _barrier,
+    "transpose": _transpose,
+    "reshape": _reshape,
+    "squeeze": _squeeze,
+    "expand_dims": _reshape,
+    "broadcast_in_dim": _broadcast,
+    "slice": _slice,
+    "split": _split,
+    "dynamic_slice": _dynamic_slice,
+    "mul": _scale,
+    "div": _scale,
+    "neg": _scale,
+    "all_gather": _all_gather,
+}

@@ -1,0 +1,280 @@
+"""The value that the interpreter carries in place of an adapted weight, and how views act on it."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.adapters.factored import Dims, Factor, Factored, Label, dense
+
+KEY_DATA = "#key"
+"""Label of the words of a PRNG key, which is carried like a factor of the weight's batch axes."""
+
+
+class CannotFactor(Exception):
+    """An operation has no factored form here; its message says why. The weight is merged instead."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A view of a weight and of its adapter's factors. It is a pytree, so it crosses jit, scan, ….
+
+    Attributes:
+      value: The base weight under the view.
+      factors: See :class:`~lora_jax.adapters.factored.Factored`; labels tie them to the axes of `value`.
+      gains: Likewise.
+      rate: Dropout rate, or None.
+      key: Data of the dropout keys, labelled by the batch axes and `KEY_DATA`; None where no dropout.
+      path: The weight's path in the base tree.
+      dims: Per axis of `value`, its labels with sizes.
+      cut: Labels along which a part was taken by slicing or indexing.
+      scanned: Labels that a scan runs over.
+      impl: The PRNG implementation of `key`.
+    """
+
+    value: jax.Array
+    factors: tuple[Factor, ...]
+    gains: tuple[Factor, ...]
+    rate: jax.Array | None
+    key: Factor | None
+    path: str = dataclasses.field(metadata={"static": True})
+    dims: Dims = dataclasses.field(metadata={"static": True})
+    cut: frozenset[Label] = dataclasses.field(default=frozenset(), metadata={"static": True})
+    scanned: frozenset[Label] = dataclasses.field(default=frozenset(), metadata={"static": True})
+    impl: str | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def labels(self) -> tuple[tuple[Label, int], ...]:
+        """The labels of all axes in order, with sizes."""
+        return tuple(pair for axis in self.dims for pair in axis)
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether there is anything beside the base weight (a probe has nothing)."""
+        return bool(self.factors or self.gains)
+
+    def merged(self) -> jax.Array:
+        """The adapted weight under the view, as an array."""
+        if not self.is_adapted:
+            return self.value
+        return dense(self.value, self.dims, self.factors, self.gains)
+
+    def single(self, axis: int) -> Label:
+        """The label of an axis that has just one."""
+        if len(self.dims[axis]) != 1:
+            raise CannotFactor(f"axis {axis} is made of several axes")
+        return self.dims[axis][0][0]
+
+    def replace(self, **changes: Any) -> "Weight":
+        return dataclasses.replace(self, **changes)
+
+    def map_factors(self, function: Callable[[Factor], Factor], *, key: bool = True) -> "Weight":
+        """Applies a function to every labelled array but the base weight itself."""
+        return self.replace(
+            factors=tuple(map(function, self.factors)),
+            gains=tuple(map(function, self.gains)),
+            key=function(self.key) if key and self.key is not None else self.key,
+        )
+
+    def along(self, label: Label, function: Callable[[jax.Array, int], jax.Array]) -> "Weight":
+        """Applies `function(array, axis)` to the labelled arrays that have the label."""
+
+        def act(factor: Factor) -> Factor:
+            if label not in factor.labels:
+                return factor
+            return Factor(function(factor.array, factor.axis(label)), factor.labels)
+
+        return self.map_factors(act)
+
+    def without(self, label: Label) -> "Weight":
+        """Drops a label of size one from the labelled arrays."""
+
+        def drop(factor: Factor) -> Factor:
+            if label not in factor.labels:
+                return factor
+            axis = factor.axis(label)
+            return Factor(lax.squeeze(factor.array, [axis]), tuple(x for x in factor.labels if x != label))
+
+        return self.map_factors(drop)
+
+    def scaled(self, value: jax.Array, factor: Callable[[jax.Array], jax.Array]) -> "Weight":
+        """The weight times a scalar: `value` is the scaled base, `factor` scales one array."""
+        if not self.factors:
+            return self.replace(value=value)
+        first, *rest = self.factors
+        return self.replace(value=value, factors=(Factor(factor(first.array), first.labels), *rest))
+
+    def fold_in(self, number: int | jax.Array) -> "Weight":
+        """The weight with other dropout keys, one for each number."""
+        if self.key is None:
+            return self
+        keys = jax.random.wrap_key_data(self.key.array, impl=self.impl)
+        folded = jax.random.fold_in
+        for _ in range(keys.ndim):
+            folded = jax.vmap(folded, in_axes=(0, None))
+        return self.replace(key=Factor(jax.random.key_data(folded(keys, number)), self.key.labels))
+
+    def drop_out(self, x: jax.Array) -> jax.Array:
+        """Dropout on the input of the low-rank product (scaled up by the rate of what is kept)."""
+        if self.key is None or self.rate is None:
+            return x
+        words = self.key.array.reshape(-1, self.key.array.shape[-1])[0]
+        keep = 1.0 - self.rate
+        mask = jax.random.bernoulli(jax.random.wrap_key_data(words, impl=self.impl), keep, x.shape)
+        return jnp.where(mask, x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+def carried(path: str, value: jax.Array, form: Factored, dropout_key: jax.Array | None) -> Weight:
+    """A weight as it enters the interpreter.
+
+    Args:
+      path: Its path in the base tree.
+      value: The base weight.
+      form: Its adapter's factored form.
+      dropout_key: A typed PRNG key of its own, or None.
+    """
+    dims = form.dims(value.shape)
+    key, impl = None, None
+    if dropout_key is not None and form.dropout is not None and form.factors:
+        # Batch axes are the labels that all factors share: each layer and expert has its own mask.
+        common = [x for x in form.factors[0].labels if all(x in f.labels for f in form.factors)]
+        batch = [(label, size) for axis in dims for label, size in axis if label in common]
+        shape = tuple(size for _, size in batch)
+        keys = jax.random.key_data(jax.random.split(dropout_key, shape))
+        key, impl = (
+            Factor(keys, (*(label for label, _ in batch), KEY_DATA)),
+            str(jax.random.key_impl(dropout_key)),
+        )
+    return Weight(
+        value=value,
+        factors=form.factors,
+        gains=form.gains,
+        rate=form.dropout if key is not None else None,
+        key=key,
+        path=path,
+        dims=dims,
+        impl=impl,
+    )
+
+
+def probe(path: str, value: jax.Array) -> Weight:
+    """A weight without an adapter, for finding out how a function uses it."""
+    dims = tuple(((str(axis), size),) for axis, size in enumerate(value.shape))
+    return Weight(value=value, factors=(), gains=(), rate=None, key=None, path=path, dims=dims)
+
+
+def root(label: Label) -> int | None:
+    """The axis of the original weight that a label is (a part of); None for axes that views added."""
+    head = label.split(".")[0]
+    return int(head) if head.isdigit() else None
+
+
+def fresh(weight: Weight, count: int) -> list[Label]:
+    """Labels that the weight does not use, for axes that a view adds."""
+    used = {label for label, _ in weight.labels}
+    names = (f"+{number}" for number in range(len(used) + count))
+    return [name for name in names if name not in used][:count]
+
+
+def permuted(weight: Weight, value: jax.Array, order: Sequence[int]) -> Weight:
+    """A transposed view."""
+    return weight.replace(value=value, dims=tuple(weight.dims[axis] for axis in order))
+
+
+def reshaped(weight: Weight, value: jax.Array) -> Weight:
+    """A reshaped view: axes are merged and split along the borders of labels, which are cut where needed."""
+    weight, plan = _split_labels(weight, value.shape)
+    for label, size in weight.labels:
+        if size == 1 and not any(label == kept for axis in plan for kept, _ in axis):
+            weight = weight.without(label)
+    added = iter(fresh(weight, sum(not axis for axis in plan)))
+    dims = tuple(axis or ((next(added), 1),) for axis in plan)
+    return weight.replace(value=value, dims=dims)
+
+
+def _split_labels(weight: Weight, shape: Sequence[int]) -> tuple[Weight, list[tuple[tuple[Label, int], ...]]]:
+    """Cuts labels so that each axis of `shape` is a run of labels; axes of size one get no label."""
+    queue = [pair for pair in weight.labels if pair[1] != 1]
+    plan: list[tuple[tuple[Label, int], ...]] = []
+    for size in shape:
+        axis: list[tuple[Label, int]] = []
+        while size != 1:
+            label, have = queue.pop(0)
+            if size % have == 0:
+                axis.append((label, have))
+                size //= have
+            elif have % size == 0:
+                weight, parts = split_label(weight, label, size, have // size)
+                axis.append(parts[0])
+                queue.insert(0, parts[1])
+                size = 1
+            else:
+                raise CannotFactor(f"the reshape to {tuple(shape)} cuts across an axis of size {have}")
+        plan.append(tuple(axis))
+    return weight, plan
+
+
+def split_label(weight: Weight, label: Label, major: int, minor: int):
+    """Splits a label in two, in the labelled arrays and in the dims."""
+    parts = ((f"{label}.0", major), (f"{label}.1", minor))
+
+    def cut(factor: Factor) -> Factor:
+        if label not in factor.labels:
+            return factor
+        axis = factor.axis(label)
+        shape = (*factor.array.shape[:axis], major, minor, *factor.array.shape[axis + 1 :])
+        labels = (*factor.labels[:axis], parts[0][0], parts[1][0], *factor.labels[axis + 1 :])
+        return Factor(lax.reshape(factor.array, shape), labels)
+
+    dims = tuple(
+        tuple(new for old in axis for new in (parts if old[0] == label else (old,))) for axis in weight.dims
+    )
+    rename = {label: parts[0][0]}
+    marks = {
+        "cut": frozenset(rename.get(x, x) for x in weight.cut),
+        "scanned": frozenset(rename.get(x, x) for x in weight.scanned),
+    }
+    return weight.map_factors(cut).replace(dims=dims, **marks), parts
+
+
+def sliced(weight: Weight, value: jax.Array, axis: int, start: int, limit: int, stride: int = 1) -> Weight:
+    """A view of a static slice along one axis."""
+    labels = weight.dims[axis]
+    size = limit - start
+    if len(labels) > 1:
+        # A fused axis: whole blocks, or a part of one block.
+        (block, count), *rest = labels
+        inner = value_size(rest)
+        if stride != 1 or len(rest) != 1:
+            raise CannotFactor(f"a strided slice of axis {axis}, which is made of several axes")
+        if start % inner == 0 and size % inner == 0:
+            return _cut_range(weight, value, axis, block, start // inner, limit // inner, 1, rest)
+        if start // inner == (limit - 1) // inner:
+            first = start // inner
+            weight = _cut_range(weight, value, axis, block, first, first + 1, 1, rest)
+            offset = first * inner
+            return _cut_range(weight, value, axis, rest[0][0], start - offset, limit - offset, 1, [])
+        raise CannotFactor(f"the slice {start}:{limit} of axis {axis} cuts across its blocks")
+    return _cut_range(weight, value, axis, labels[0][0], start, limit, stride, [])
+
+
+def value_size(pairs: Sequence[tuple[Label, int]]) -> int:
+    """The size of an axis made of these labels."""
+    size = 1
+    for _, part in pairs:
+        size *= part
+    return size
+
+
+def _cut_range(weight, value, axis, label, start, limit, stride, rest) -> Weight:
+    cut = weight.along(label, lambda array, at: lax.slice_in_dim(array, start, limit, stride, at))
+    size = -(-(limit - start) // stride)
+    pairs = ((label, size), *rest)
+    if len(weight.dims[axis]) > 1 and not rest:  # the block before it has been cut to one
+        pairs = tuple((x, size if x == label else n) for x, n in weight.dims[axis])
+    dims = (*weight.dims[:axis], pairs, *weight.dims[axis + 1 :])
+    return cut.replace(value=value, dims=dims, cut=weight.cut | {label})
