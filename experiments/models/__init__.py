@@ -1,0 +1,1 @@
+"""Flax NNX models that carry Hugging Face weights."""

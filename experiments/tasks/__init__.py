@@ -1,0 +1,1 @@
+"""Data: what is learnt from, how it is read, tokenised and cut into batches."""
