@@ -25,15 +25,10 @@ def uses_of(
         for position, path in enumerate(arguments.paths):
             if path in wanted:
                 inputs[position] = probe(path, inputs[position])
-        return [
-            out for out in jax.tree.leaves(call.evaluate(interpreter, inputs)) if isinstance(out, jax.Array)
-        ]
+        return [out for out in jax.tree.leaves(call.evaluate(interpreter, inputs)) if isinstance(out, jax.Array)]
 
     jax.eval_shape(run, *arguments.arrays)
-    return {
-        path: [use for use in unique(found) if use.path == path] if call.uses_path(path) else []
-        for path in wanted
-    }
+    return {path: [use for use in unique(found) if use.path == path] if call.uses_path(path) else [] for path in wanted}
 
 
 def unique(uses: Sequence[Use]) -> list[Use]:
@@ -92,10 +87,7 @@ def _roles_of_use(use: Use, ndim: int) -> tuple[str, ...] | None:
         contracted = {"in", "out"} <= set(found.values())
         if not contracted:
             found = {axis: OUT if role == IN else role for axis, role in found.items()}
-        found = {
-            axis: (BATCH if contracted else LOOKUP) if role == "indexed" else role
-            for axis, role in found.items()
-        }
+        found = {axis: (BATCH if contracted else LOOKUP) if role == "indexed" else role for axis, role in found.items()}
     # Axes of size one that a reshape dropped have no label left.
     return tuple(found.get(axis, IN) for axis in range(ndim))
 

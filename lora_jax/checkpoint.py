@@ -54,11 +54,9 @@ def save(directory: str | os.PathLike, delta: Delta, *, base: Any = None) -> Non
     """
     directory = pathlib.Path(directory).absolute()
     manifest, arrays = _described(delta, base)
-    if directory.exists() and not (directory / MANIFEST).is_file():
-        if not directory.is_dir() or any(directory.iterdir()):
-            raise FileExistsError(
-                f"{directory} exists and is no adapter directory (it has no {MANIFEST}); not replaced."
-            )
+    replaceable = (directory / MANIFEST).is_file() or (directory.is_dir() and not any(directory.iterdir()))
+    if directory.exists() and not replaceable:
+        raise FileExistsError(f"{directory} exists and is no adapter directory (it has no {MANIFEST}); not replaced.")
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.writing")
     try:
@@ -149,7 +147,10 @@ def _described(delta: Delta, base: Any) -> tuple[dict[str, Any], dict[str, jax.A
     return {"format": FORMAT, "version": VERSION, "adapters": adapters, "base": fingerprint}, arrays
 
 
-def _digest(weight: jax.Array) -> str:
+def _digest(weight: Any) -> str | None:
+    """A digest of a weight's bytes; None for a weight without values (a `jax.ShapeDtypeStruct`)."""
+    if isinstance(weight, jax.ShapeDtypeStruct):
+        return None
     return hashlib.sha256(np.ascontiguousarray(weight).tobytes()).hexdigest()
 
 
@@ -179,9 +180,7 @@ def _manifest(directory: pathlib.Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{file} is not the manifest of a {FORMAT}.")
     if manifest.get("version") != VERSION:
-        raise ValueError(
-            f"{file} has format version {manifest.get('version')}; this release reads {VERSION}."
-        )
+        raise ValueError(f"{file} has format version {manifest.get('version')}; this release reads {VERSION}.")
     for path, entry in manifest["adapters"].items():
         cls = KINDS.get(entry["kind"])
         if cls is None:
@@ -203,21 +202,14 @@ def _check_fit(directory: pathlib.Path, manifest: dict[str, Any], base: Any) -> 
     for path, known in manifest["base"].items():
         shape = tuple(known["shape"])
         if path not in leaves:
-            wrong.append(
-                f"{path!r}: for shape {shape}, but the base lacks it ({paths.nearest(path, list(leaves))})"
-            )
+            wrong.append(f"{path!r}: for shape {shape}, but the base lacks it ({paths.nearest(path, list(leaves))})")
         elif tuple(leaves[path].shape) != shape:
             wrong.append(f"{path!r}: for shape {shape}, but the base has {tuple(leaves[path].shape)}")
-        elif "sha256" in known and isinstance(leaves[path], jax.Array | np.ndarray):
-            if _digest(leaves[path]) != known["sha256"]:
-                wrong.append(
-                    f"{path!r}: of shape {shape} in both, but trained on other values than the base's"
-                )
+        elif None not in (digests := (known.get("sha256"), _digest(leaves[path]))) and digests[0] != digests[1]:
+            wrong.append(f"{path!r}: of shape {shape} in both, but trained on other values than the base's")
     if wrong:
         listed = "\n  ".join(wrong)
-        raise ValueError(
-            f"The adapter in {directory} does not fit the base ({len(wrong)} paths):\n  {listed}"
-        )
+        raise ValueError(f"The adapter in {directory} does not fit the base ({len(wrong)} paths):\n  {listed}")
 
 
 def _restored(directory: pathlib.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
@@ -225,8 +217,7 @@ def _restored(directory: pathlib.Path, wanted: dict[str, jax.ShapeDtypeStruct]) 
     folder = directory / ARRAYS
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {
-        name: jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=device)
-        for name, struct in wanted.items()
+        name: jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=device) for name, struct in wanted.items()
     }
     with ocp.StandardCheckpointer() as checkpointer:
         try:
@@ -241,9 +232,7 @@ def _restored(directory: pathlib.Path, wanted: dict[str, jax.ShapeDtypeStruct]) 
             and (tuple(stored[name].shape), np.dtype(stored[name].dtype)) != (struct.shape, struct.dtype)
         )
         if wrong:
-            raise ValueError(
-                f"{directory}: {MANIFEST} and {ARRAYS} disagree on {', '.join(map(repr, wrong[:5]))}."
-            )
+            raise ValueError(f"{directory}: {MANIFEST} and {ARRAYS} disagree on {', '.join(map(repr, wrong[:5]))}.")
         try:
             return checkpointer.restore(folder, target)
         except Exception as error:

@@ -102,7 +102,5 @@ def find(init: str | Initializer) -> Initializer:
     if isinstance(init, Initializer):
         return init
     if init not in INITIALIZERS:
-        raise ValueError(
-            f"init={init!r}: expected one of {', '.join(map(repr, INITIALIZERS))} or an Initializer."
-        )
+        raise ValueError(f"init={init!r}: expected one of {', '.join(map(repr, INITIALIZERS))} or an Initializer.")
     return INITIALIZERS[init]

@@ -113,12 +113,15 @@ def _changed(params: Any, delta: Delta, change, also: Delta | None = None) -> An
             raise ValueError(
                 f"The merged weight {path!r} is not finite: the adapter holds NaN, Inf or values too large."
             )
-        sharding = getattr(weight, "sharding", None)
-        if isinstance(weight, jax.Array) and not isinstance(weight, jax.core.Tracer):
-            result = jax.device_put(result, sharding)
+        if _is_placed(weight) and result.sharding != weight.sharding:
+            result = jax.device_put(result, weight.sharding)
         return result
 
     return paths.flatten(params).map(of)
+
+
+def _is_placed(array: Any) -> bool:
+    return isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
 
 
 def _is_finite(array: Any) -> bool:

@@ -21,8 +21,9 @@ def functional(model: nnx.Module) -> tuple[Callable, dict[str, Any]]:
       calls a fresh copy of the module:
 
       - `rngs`: a PRNG key that reseeds every random stream; without it dropout is off.
-      - `mutable`: names of variable kinds the call may change (`nnx.BatchStat`) or patterns of paths;
-        the result is then `(out, changed)` with the changed variables as a dict like `base`.
+      - `mutable`: what the call may change: classes (`nnx.BatchStat`), their names in NNX
+        ('batch_stats') or patterns of paths; the result is then `(out, changed)` with the changed
+        variables as a dict like `base`.
 
     Raises:
       ValueError: (from `apply_fn`) The call changes a variable that `mutable` does not name, or `base`
@@ -38,14 +39,11 @@ def functional(model: nnx.Module) -> tuple[Callable, dict[str, Any]]:
     graphdef, random, state = nnx.split(model, nnx.RngState, ...)
     flat = paths.flatten(state)
     names, treedef = flat.paths, flat.treedef
-    kinds = {path: _kinds(variable) for path, variable in _variables(state)}
 
-    def apply_fn(
-        base: Any, *args: Any, rngs: jax.Array | None = None, mutable: Any = (), **kwargs: Any
-    ) -> Any:
+    def apply_fn(base: Any, *args: Any, rngs: jax.Array | None = None, mutable: Any = (), **kwargs: Any) -> Any:
         given = _leaves(base)
         missing = [name for name in names if name not in given]
-        unknown = [name for name in given if name not in kinds]
+        unknown = [name for name in given if name not in names]
         if missing or unknown:
             first = (missing or unknown)[0]
             raise ValueError(
@@ -56,17 +54,19 @@ def functional(model: nnx.Module) -> tuple[Callable, dict[str, Any]]:
         # A copy: the module of an earlier call, and random state, are never written to.
         module = nnx.merge(graphdef, random, treedef.unflatten(values), copy=True)
         if rngs is None:
-            nnx.set_attributes(module, deterministic=True, raise_if_not_found=False)
+            module.set_attributes(deterministic=True, raise_if_not_found=False)
         else:
             _reseed(module, rngs)
         out = module(*args, **kwargs)
         after = nnx.split(module, nnx.RngState, ...)[2]
-        changed, kinds_after = _changed(after, dict(zip(names, values))), dict(_variables(after))
+        before = dict(zip(names, values))
+        changed = {path: leaf for path, leaf in _leaves(after).items() if leaf is not before.get(path)}
+        variables = dict(_variables(after))
         allowed = (mutable,) if isinstance(mutable, str | type) else tuple(mutable)
         for path in changed:
-            if not _names(allowed, path, _kinds(kinds_after[path])):
+            if not _is_named(path, variables[path], allowed):
                 raise ValueError(
-                    f"The call changes the variable {path!r} ({_kinds(kinds_after[path])[-1].__name__}), which mutable= "
+                    f"The call changes the variable {path!r} ({type(variables[path]).__name__}), which mutable={mutable!r} "
                     "does not name. Name it, or set the module to evaluation with model.eval() first."
                 )
         return (out, nested(changed)) if allowed else out
@@ -97,36 +97,18 @@ def _leaves(base: Any) -> dict[str, Any]:
 
 def _variables(state: Any) -> list[tuple[str, Any]]:
     """The variables of a state with their paths."""
-    found = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, nnx.Variable))[
-        0
-    ]
+    found = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, nnx.Variable))[0]
     return [("/".join(paths.segment(key) for key in keys), variable) for keys, variable in found]
 
 
-def _kinds(variable: Any) -> tuple[type, ...]:
-    """The classes of a variable below `nnx.Variable`, the most general first."""
-    kinds = [
-        kind for kind in type(variable).__mro__ if issubclass(kind, nnx.Variable) and kind is not nnx.Variable
-    ]
-    return tuple(reversed(kinds)) or (nnx.Variable,)
-
-
-def _names(allowed: tuple, path: str, kinds: tuple[type, ...]) -> bool:
-    """Whether `mutable` names a variable: by class, by NNX's name of the class, or by a pattern of its path."""
-    for name in allowed:
-        if isinstance(name, type):
-            if any(issubclass(kind, name) for kind in kinds):
-                return True
-        elif name in (kind.__name__ for kind in kinds) or paths.search(name, path):
-            return True
-        elif name in (nnx.variable_name_from_type(kind, allow_register=True) for kind in kinds):
-            return True
-    return False
-
-
-def _changed(state: Any, before: Mapping[str, Any]) -> dict[str, Any]:
-    after = _leaves(state)
-    return {path: leaf for path, leaf in after.items() if leaf is not before.get(path)}
+def _is_named(path: str, variable: Any, allowed: tuple) -> bool:
+    """Whether `mutable` names a variable: by class, by the class's name in NNX, or by a pattern of its path."""
+    kind = type(variable)
+    names = (kind.__name__, nnx.variable_name_from_type(kind, allow_register=True))
+    return any(
+        isinstance(variable, name) if isinstance(name, type) else name in names or paths.search(name, path)
+        for name in allowed
+    )
 
 
 def _reseed(module: nnx.Module, key: jax.Array) -> None:

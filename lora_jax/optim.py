@@ -28,9 +28,7 @@ def trainable_mask(tree: Any) -> Any:
       >>> mask.a, mask.b, mask.scale
       (True, True, False)
     """
-    return jax.tree.map(
-        lambda node: node.trainable() if is_adapter(node) else False, tree, is_leaf=is_adapter
-    )
+    return jax.tree.map(lambda node: node.trainable() if is_adapter(node) else False, tree, is_leaf=is_adapter)
 
 
 def partition(delta: Delta) -> tuple[Delta, Delta]:

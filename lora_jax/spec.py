@@ -32,9 +32,7 @@ def assign(base: Any, spec: Spec) -> dict[str, Recipe]:
             raise TypeError(f"The spec's {pattern!r} has no recipe but {recipe!r}{hint}.")
         matched = [path for path in leaves if paths.search(pattern, path)]
         if not matched:
-            raise ValueError(
-                f"The pattern {pattern!r} matches no path of the base; {paths.nearest(pattern, leaves)}."
-            )
+            raise ValueError(f"The pattern {pattern!r} matches no path of the base; {paths.nearest(pattern, leaves)}.")
         left = [path for path in matched if path not in taken]
         if not left:
             earlier = sorted({taken[path] for path in matched})
@@ -126,9 +124,8 @@ def prepare(
     """
     if loss is not None:
         raise ValueError("prepare(loss=…): no recipe of the spec has an initialiser that reads gradients.")
-    for first in batches:
-        break
-    else:
+    first = next(iter(batches), None)
+    if first is None:
         raise ValueError("prepare needs at least one batch, to trace the function.")
     args = first if isinstance(first, tuple) else (first,)
     moved, delta = {}, {}
@@ -152,9 +149,7 @@ def _each(key, base, spec, fn, args, kwargs):
                 check_axes(axes, leaves[path].shape)
             elif recipe.needs_axes:
                 if uses is None:
-                    raise ValueError(
-                        f"{recipe} needs axis roles: give a function to trace, or the recipe axes=."
-                    )
+                    raise ValueError(f"{recipe} needs axis roles: give a function to trace, or the recipe axes=.")
                 axes = axis_roles.roles(uses[path], leaves[path].shape)
         yield path, recipe, (path_key(key, path), leaves[path], tuple(axes))
 

@@ -47,9 +47,7 @@ class TrainState:
     key: jax.Array
 
     @classmethod
-    def create(
-        cls, base: Any, delta: Delta, tx: optax.GradientTransformation, key: jax.Array
-    ) -> "TrainState":
+    def create(cls, base: Any, delta: Delta, tx: optax.GradientTransformation, key: jax.Array) -> "TrainState":
         """The state before the first step. Donated steps leave the caller's own delta and key intact."""
         delta, key = jax.tree.map(jnp.copy, (delta, key))
         return cls(base, delta, tx.init(partition(delta)[0]), jnp.zeros((), jnp.int32), key)
@@ -98,9 +96,7 @@ def train_step(
       (16.0, 1)
     """
     if not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(
-            f"train_step(accumulate={accumulate!r}): the number of microbatches is a positive integer."
-        )
+        raise ValueError(f"train_step(accumulate={accumulate!r}): the number of microbatches is a positive integer.")
 
     def sums(base, train, frozen, batch, key):
         """The gradient of the loss sum, the loss sum and the weight of one microbatch."""
@@ -110,9 +106,7 @@ def train_step(
             total, weight = out if isinstance(out, tuple) else (out, 1.0)
             for name, value in (("loss", total), ("weight", weight)):
                 if jnp.shape(value) != ():
-                    raise ValueError(
-                        f"loss_fn returned a {name} of shape {jnp.shape(value)}; expected a scalar."
-                    )
+                    raise ValueError(f"loss_fn returned a {name} of shape {jnp.shape(value)}; expected a scalar.")
             return total.astype(jnp.float32), jnp.asarray(weight, jnp.float32)
 
         (total, weight), gradients = jax.value_and_grad(summed, has_aux=True)(train)
@@ -141,7 +135,7 @@ def train_step(
         gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
         metrics = {
             "loss": total / weight,
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": optax.tree.norm(gradients),
             "weight": weight,
             "nonfinite": {path: _count_nonfinite(node) for path, node in gradients.items()},
         }
@@ -150,9 +144,7 @@ def train_step(
         return (join(train, frozen), opt_state, number + 1, key), metrics
 
     if pmap:
-        compiled = jax.pmap(
-            body, axis_name=DEVICES, in_axes=(None, None, 0), out_axes=None, donate_argnums=(1,)
-        )
+        compiled = jax.pmap(body, axis_name=DEVICES, in_axes=(None, None, 0), out_axes=None, donate_argnums=(1,))
     else:
         compiled = jax.jit(body, donate_argnums=(1,))
 
@@ -197,9 +189,7 @@ def _count_nonfinite(tree: Any) -> jax.Array:
 
 def _microbatches(batch: Any, count: int) -> Any:
     """`[n, …]` to `[count, n/count, …]`; examples are dealt out in turn, so that a sharded axis stays so."""
-    return jax.tree.map(
-        lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch
-    )
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch)
 
 
 def _check_batch(batch: Any, accumulate: int, devices: int) -> None:

@@ -16,9 +16,9 @@ from lora_jax.adapters.protocol import (
     Recipe,
     adapter,
     check_axes,
+    frozen,
     static,
     trained,
-    frozen,
 )
 
 

@@ -71,16 +71,12 @@ class LowRank(Adapter):
 
     def factored(self, weight: jax.Array) -> Factored:
         del weight
-        labels = {
-            role: tuple(str(i) for i, r in enumerate(self.axes) if r == role) for role in (BATCH, IN, OUT)
-        }
+        labels = {role: tuple(str(i) for i, r in enumerate(self.axes) if r == role) for role in (BATCH, IN, OUT)}
         fused = len(self.blocks) > 1
         lead = (*labels[BATCH], *((BLOCK,) if fused else ()), RANK)
         b = self.b * self.scale.astype(self.b.dtype)
         return Factored(
-            labels=tuple(
-                (BLOCK, str(i)) if fused and role == OUT else (str(i),) for i, role in enumerate(self.axes)
-            ),
+            labels=tuple((BLOCK, str(i)) if fused and role == OUT else (str(i),) for i, role in enumerate(self.axes)),
             factors=(
                 Factor(self._spread_blocks(self.a), (*lead, *labels[IN])),
                 Factor(self._spread_blocks(b), (*lead, *labels[OUT])),
@@ -148,9 +144,7 @@ class LoRA(Recipe):
         if not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"LoRA(rank={self.rank!r}): the rank is a positive integer.")
         if self.scaling not in SCALINGS:
-            raise ValueError(
-                f"LoRA(scaling={self.scaling!r}): expected one of {', '.join(map(repr, SCALINGS))}."
-            )
+            raise ValueError(f"LoRA(scaling={self.scaling!r}): expected one of {', '.join(map(repr, SCALINGS))}.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"LoRA(dropout={self.dropout}): a rate is at least 0 and below 1.")
         if not jnp.issubdtype(self.dtype, jnp.floating):

@@ -151,6 +151,4 @@ def check_axes(axes: Sequence[str], shape: Sequence[int]) -> None:
         )
     unknown = [role for role in axes if role not in ROLES]
     if unknown:
-        raise ValueError(
-            f"axes={tuple(axes)}: {unknown[0]!r} is no axis role; the roles are {', '.join(ROLES)}."
-        )
+        raise ValueError(f"axes={tuple(axes)}: {unknown[0]!r} is no axis role; the roles are {', '.join(ROLES)}.")

@@ -59,9 +59,7 @@ def adapt(fn: Callable, *, flatten: bool = True) -> Callable:
         return made
 
     @functools.wraps(fn)
-    def adapted(
-        base: Any, delta: dict[str, Adapter], /, *args, dropout_key: jax.Array | None = None, **kwargs
-    ) -> Any:
+    def adapted(base: Any, delta: dict[str, Adapter], /, *args, dropout_key: jax.Array | None = None, **kwargs) -> Any:
         arguments = Arguments.of(base, args, kwargs)
         check_delta(delta, arguments)
         call, interpreter = traced(arguments)

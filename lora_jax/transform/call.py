@@ -115,9 +115,7 @@ def check_delta(delta: Any, arguments: Arguments) -> None:
         if not is_adapter(node):
             raise TypeError(f"delta[{path!r}] is no adapter but {type(node).__name__}.")
         if path not in shapes:
-            raise ValueError(
-                f"The delta adapts {path!r}, which the base lacks; {paths.nearest(path, list(shapes))}."
-            )
+            raise ValueError(f"The delta adapts {path!r}, which the base lacks; {paths.nearest(path, list(shapes))}.")
         missing = [leaf for leaf in jax.tree.leaves(node, is_leaf=lambda x: x is None) if leaf is None]
         if missing:
             raise ValueError(

@@ -33,9 +33,7 @@ class Use:
     roles: dict[int, str]
 
     def __str__(self) -> str:
-        return (
-            f"{'factored' if self.factored else 'merged'} in {self.operation} at {self.source}: {self.reason}"
-        )
+        return f"{'factored' if self.factored else 'merged'} in {self.operation} at {self.source}: {self.reason}"
 
 
 class Interpreter:
@@ -100,16 +98,13 @@ class Interpreter:
 
     def plain(self, equation: jaxprs.Equation, values: Sequence[Any], reason: str) -> list[Any]:
         """The values with weights merged (or, after a lookup, with the looked-up part computed)."""
-        return [
-            self.materialise(value, equation, reason) if isinstance(value, Weight) else value
-            for value in values
-        ]
+        return [self.materialise(value, equation, reason) if isinstance(value, Weight) else value for value in values]
 
     def materialise(self, weight: Weight, equation: jaxprs.Equation | None, reason: str) -> jax.Array:
         """The array that a weight stands for, and a record of it."""
         if weight.cut:
             present = {label for label, _ in weight.labels} - weight.cut
-            roles = {label: "out" for label in present} | dict.fromkeys(weight.cut, "indexed")
+            roles = dict.fromkeys(present, "out") | dict.fromkeys(weight.cut, "indexed")
             self.record(weight, equation, roles, "a lookup: only the rows in use are computed")
         else:
             self.record(weight, equation, {}, reason, factored=False)
@@ -142,9 +137,7 @@ class Interpreter:
             if axis is not None:
                 by_axis[axis] = _joined(by_axis.get(axis), role)
         name, where = (
-            (equation.primitive.name, jaxprs.source(equation))
-            if equation is not None
-            else ("return", "the end")
+            (equation.primitive.name, jaxprs.source(equation)) if equation is not None else ("return", "the end")
         )
         self.uses.append(Use(weight.path, name, factored, reason, where, by_axis))
 

@@ -123,12 +123,8 @@ def scan_counts(equation: Equation) -> tuple[int, int]:
     params = equation.params
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"]
-    return len(jax.tree.leaves(consts, is_leaf=_is_none)), len(jax.tree.leaves(carry, is_leaf=_is_none))
-
-
-def _is_none(node: Any) -> bool:
-    return node is None
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(list(consts)), len(list(carry))
 
 
 def forwarded(jaxpr: Jaxpr) -> dict[int, int]:

@@ -45,9 +45,7 @@ def ragged_product(x, weight, sizes, precision=None, dtype=None) -> jax.Array:
 
 
 def _evaluate(x, y, sizes, *, form, precision, dtype):
-    return lax.ragged_dot_general(
-        x, y, sizes, _NUMBERS[form], precision=precision, preferred_element_type=dtype
-    )
+    return lax.ragged_dot_general(x, y, sizes, _NUMBERS[form], precision=precision, preferred_element_type=dtype)
 
 
 def _shape(x, y, sizes, *, form, precision, dtype):
@@ -98,9 +96,7 @@ def _tangents(primals, tangents, **params):
 
 def _one_by_one(arguments, axes, **params):
     size = next(a.shape[axis] for a, axis in zip(arguments, axes) if axis is not batching.not_mapped)
-    moved = [
-        a if axis is batching.not_mapped else jnp.moveaxis(a, axis, 0) for a, axis in zip(arguments, axes)
-    ]
+    moved = [a if axis is batching.not_mapped else jnp.moveaxis(a, axis, 0) for a, axis in zip(arguments, axes)]
 
     def one(index):
         picked = [

@@ -230,9 +230,7 @@ def split_label(weight: Weight, label: Label, major: int, minor: int):
         labels = (*factor.labels[:axis], parts[0][0], parts[1][0], *factor.labels[axis + 1 :])
         return Factor(lax.reshape(factor.array, shape), labels)
 
-    dims = tuple(
-        tuple(new for old in axis for new in (parts if old[0] == label else (old,))) for axis in weight.dims
-    )
+    dims = tuple(tuple(new for old in axis for new in (parts if old[0] == label else (old,))) for axis in weight.dims)
     rename = {label: parts[0][0]}
     marks = {
         "cut": frozenset(rename.get(x, x) for x in weight.cut),
@@ -247,7 +245,7 @@ def sliced(weight: Weight, value: jax.Array, axis: int, start: int, limit: int, 
     size = limit - start
     if len(labels) > 1:
         # A fused axis: whole blocks, or a part of one block.
-        (block, count), *rest = labels
+        (block, _), *rest = labels
         inner = value_size(rest)
         if stride != 1 or len(rest) != 1:
             raise CannotFactor(f"a strided slice of axis {axis}, which is made of several axes")

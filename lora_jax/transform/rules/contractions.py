@@ -26,9 +26,7 @@ def chosen(interpreter, equation, values: Sequence) -> tuple[int, list]:
     return places[0], values
 
 
-def split_gains(
-    weight: Weight, contracted: set[Label], kept: set[Label]
-) -> tuple[list[Factor], list[Factor]]:
+def split_gains(weight: Weight, contracted: set[Label], kept: set[Label]) -> tuple[list[Factor], list[Factor]]:
     """Gains on the contracted axes, which scale the input, and gains on the others, which scale the output."""
     before = [g for g in weight.gains if any(x in contracted for x in g.labels)]
     after = [g for g in weight.gains if g not in before]
@@ -75,9 +73,7 @@ def _dot_general(interpreter, equation, values):
         pairs = [pair for group in grouped for pair in group]
         start = Factor(_reshaped(low_rank_input, [n for _, n in pairs]), tuple(x for x, _ in pairs))
         out = [*shared, *token_pairs, *free] if place == 1 else [*shared, *free, *token_pairs]
-        delta = chain(
-            start, weight.factors, out, precision=params["precision"], dtype=base.dtype, reverse=place == 0
-        )
+        delta = chain(start, weight.factors, out, precision=params["precision"], dtype=base.dtype, reverse=place == 0)
         total = base + _reshaped(delta, base.shape)
     if after:
         out_dims = [*shared, *((f"{TOKENS}{a}", x.shape[a]) for a in tokens), *free]

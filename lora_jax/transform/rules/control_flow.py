@@ -45,9 +45,7 @@ def _constrained(value, sharding):
 
 def _remat(interpreter, equation, values):
     params = equation.params
-    body = jax.checkpoint(
-        interpreter.body(params["jaxpr"]), prevent_cse=params["prevent_cse"], policy=params["policy"]
-    )
+    body = jax.checkpoint(interpreter.body(params["jaxpr"]), prevent_cse=params["prevent_cse"], policy=params["policy"])
     return body(*_enter(interpreter, values))
 
 
@@ -68,9 +66,7 @@ def _plain_outputs(interpreter, equation, jaxpr):
     body = interpreter.body(jaxpr)
 
     def call(*arguments):
-        return interpreter.plain(
-            equation, body(*arguments), f"a weight is returned from {equation.primitive.name}"
-        )
+        return interpreter.plain(equation, body(*arguments), f"a weight is returned from {equation.primitive.name}")
 
     return call
 
@@ -135,9 +131,7 @@ def _plain_except(interpreter, equation, jaxpr, fixed):
 
     def call(*arguments):
         outputs = [out for position, out in enumerate(body(*arguments)) if position not in fixed]
-        return interpreter.plain(
-            equation, outputs, f"a weight is returned from the body of {equation.primitive.name}"
-        )
+        return interpreter.plain(equation, outputs, f"a weight is returned from the body of {equation.primitive.name}")
 
     return call
 
@@ -256,9 +250,7 @@ def _sharded(weight: Weight, spec, mesh):
         for name in names if isinstance(names, tuple) else (names,):
             count *= mesh.shape[name]
         if len(axis) > 1 and size % count:
-            raise CannotFactor(
-                f"an axis made of several is sharded {count} ways, its first part has size {size}"
-            )
+            raise CannotFactor(f"an axis made of several is sharded {count} ways, its first part has size {size}")
         by_label[label] = names
     partition = jax.sharding.PartitionSpec
 

@@ -21,9 +21,7 @@ def _conv(interpreter, equation, values):
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
     out_axis, in_axis, *spatial = numbers.rhs_spec
     summed = [pair for axis in (in_axis, *spatial) for pair in weight.dims[axis]]
-    roles = dict.fromkeys((x for x, _ in summed), "in") | dict.fromkeys(
-        (x for x, _ in weight.dims[out_axis]), "out"
-    )
+    roles = dict.fromkeys((x for x, _ in summed), "in") | dict.fromkeys((x for x, _ in weight.dims[out_axis]), "out")
     interpreter.record(weight, equation, roles, "conv(x, W) + conv(x, a)·b")
 
     (base,) = jaxprs.bind(equation, [x, weight.value])
@@ -36,7 +34,7 @@ def _conv(interpreter, equation, values):
     if any(names & set(gain.labels) for gain in weight.gains):
         raise CannotFactor("a gain on the in axes of a convolution")
 
-    batch_axis, feature_axis, *window = numbers.out_spec
+    feature_axis = numbers.out_spec[1]
     lead = [(f"{TOKENS}{axis}", base.shape[axis]) for axis in range(base.ndim)]
     total = base
     if weight.factors:

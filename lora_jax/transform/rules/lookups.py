@@ -14,15 +14,20 @@ def _gather(interpreter, equation, values):
         raise CannotFactor("a weight is used as an index")
     params = equation.params
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    if len(numbers.start_index_map) != 1 or numbers.collapsed_slice_dims != numbers.start_index_map:
-        raise CannotFactor("a gather that indexes several axes or takes windows")
-    (axis,) = (int(a) for a in numbers.start_index_map)
     batching = [int(a) for a in numbers.operand_batching_dims]
-    whole = [a for a in range(weight.value.ndim) if a != axis and a not in batching]
-    if any(sizes[a] != weight.value.shape[a] for a in whole):
-        raise CannotFactor("a gather that takes a part of an axis")
+    collapsed = [int(a) for a in numbers.collapsed_slice_dims]
+    # An axis that is taken whole can be in the index map too (from a vmapped dynamic_slice).
+    partial = [a for a in range(weight.value.ndim) if a not in batching and sizes[a] != weight.value.shape[a]]
+    candidates = partial or collapsed
+    if len(candidates) != 1 or not set(collapsed) <= set(candidates):
+        raise CannotFactor("a gather that does not index exactly one axis")
+    (axis,) = candidates
+    if sizes[axis] != 1:
+        raise CannotFactor("a gather of windows of rows")
+    column = [int(a) for a in numbers.start_index_map].index(axis)
     label = weight.single(axis)
     (value,) = jaxprs.bind(equation, [weight.value, indices])
+    indices = indices[..., column : column + 1]
 
     # The axes of the indices (their last one holds the index itself) become axes of the result.
     index_dims: list[tuple[str, int]] = list(zip(fresh(weight, indices.ndim - 1), indices.shape[:-1]))
@@ -46,9 +51,7 @@ def _gather(interpreter, equation, values):
                 collapsed_slice_dims=(at,),
                 start_index_map=(at,),
                 operand_batching_dims=tuple(factor.axis(x) for x in shared),
-                start_indices_batching_dims=tuple(
-                    place for place, (x, _) in enumerate(index_dims) if x in shared
-                ),
+                start_indices_batching_dims=tuple(place for place, (x, _) in enumerate(index_dims) if x in shared),
             ),
             slice_sizes=[1 if a in taken else n for a, n in enumerate(factor.array.shape)],
             indices_are_sorted=params["indices_are_sorted"],
@@ -59,9 +62,17 @@ def _gather(interpreter, equation, values):
         return Factor(array, (*(x for x, _ in index_dims), *(factor.labels[a] for a in rest)))
 
     offsets = [int(a) for a in numbers.offset_dims]
-    remaining, lead = iter(whole), iter(index_dims)
-    dims = tuple(weight.dims[next(remaining)] if a in offsets else (next(lead),) for a in range(value.ndim))
-    return [weight.map_factors(look_up).replace(value=value, dims=dims, cut=weight.cut | {label})]
+    window = iter(a for a in range(weight.value.ndim) if a not in batching and a not in collapsed)
+    lead, added = iter(index_dims), fresh(weight, indices.ndim)[-1]
+    dims = []
+    for place in range(value.ndim):
+        source = next(window) if place in offsets else None
+        if source is None:
+            dims.append((next(lead),))
+        else:
+            dims.append(((added, 1),) if source == axis else weight.dims[source])
+    looked_up = weight.map_factors(look_up)
+    return [looked_up.replace(value=value, dims=tuple(dims), cut=weight.cut | {label})]
 
 
 RULES = {"gather": _gather}

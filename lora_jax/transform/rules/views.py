@@ -24,8 +24,7 @@ def _barrier(interpreter, equation, values):
     bare = [value.value if isinstance(value, Weight) else value for value in values]
     results = jaxprs.bind(equation, bare)
     return [
-        value.replace(value=result) if isinstance(value, Weight) else result
-        for value, result in zip(values, results)
+        value.replace(value=result) if isinstance(value, Weight) else result for value, result in zip(values, results)
     ]
 
 
@@ -97,9 +96,7 @@ def _dynamic_slice(interpreter, equation, values):
         if size == weight.value.shape[axis]:
             continue
         label = weight.single(axis)
-        cut = weight.along(
-            label, lambda array, at, s=start, n=size: lax.dynamic_slice_in_dim(array, s, n, at)
-        )
+        cut = weight.along(label, lambda array, at, s=start, n=size: lax.dynamic_slice_in_dim(array, s, n, at))
         dims = (*weight.dims[:axis], ((label, size),), *weight.dims[axis + 1 :])
         weight = cut.replace(dims=dims, cut=weight.cut | {label})
     return [weight.replace(value=value)]
