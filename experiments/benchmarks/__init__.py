@@ -1,0 +1,1 @@
+"""Side-by-side speed and memory of this library and what it is compared with."""
