@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -81,7 +82,7 @@ def load(directory: str | os.PathLike, base: Any = None) -> Delta:
       base: The parameters that the delta is for; the fit is checked.
 
     Returns:
-      The delta as it was saved, on the default device.
+      The delta as it was saved, its arrays on the default device but not committed to it.
 
     Raises:
       FileNotFoundError: `directory` is no adapter directory.
@@ -128,7 +129,7 @@ def _described(delta: Delta, base: Any) -> tuple[dict[str, Any], dict[str, jax.A
                 structure[field.name] = value
             elif isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.core.Tracer):
                 leaves[field.name] = {"shape": list(value.shape), "dtype": value.dtype.name}
-                arrays[f"{path}:{field.name}"] = jax.numpy.asarray(value)
+                arrays[f"{path}:{field.name}"] = jnp.asarray(value)
             else:
                 raise ValueError(f"delta[{path!r}].{field.name} is no array but {type(value).__name__}.")
         adapters[path] = {
@@ -234,9 +235,11 @@ def _restored(directory: pathlib.Path, wanted: dict[str, jax.ShapeDtypeStruct]) 
         if wrong:
             raise ValueError(f"{directory}: {MANIFEST} and {ARRAYS} disagree on {', '.join(map(repr, wrong[:5]))}.")
         try:
-            return checkpointer.restore(folder, target)
+            restored = checkpointer.restore(folder, target)
         except Exception as error:
             raise ValueError(f"{folder} cannot be read: {error}") from error
+    # Not committed to a device, so that they go along with a base on any mesh.
+    return {name: jnp.asarray(np.asarray(array)) for name, array in restored.items()}
 
 
 def _tuples(value: Any) -> Any:

@@ -113,7 +113,7 @@ def _changed(params: Any, delta: Delta, change, also: Delta | None = None) -> An
             raise ValueError(
                 f"The merged weight {path!r} is not finite: the adapter holds NaN, Inf or values too large."
             )
-        if _is_placed(weight) and result.sharding != weight.sharding:
+        if _is_placed(weight) and _is_placed(result) and result.sharding != weight.sharding:
             result = jax.device_put(result, weight.sharding)
         return result
 
@@ -121,12 +121,14 @@ def _changed(params: Any, delta: Delta, change, also: Delta | None = None) -> An
 
 
 def _is_placed(array: Any) -> bool:
+    """Whether an array is on devices already (a tracer is not)."""
     return isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
 
 
 def _is_finite(array: Any) -> bool:
-    """Whether an array is finite; tracers, which have no values yet, count as finite."""
-    return isinstance(array, jax.core.Tracer) or bool(jnp.isfinite(array).all())
+    """Whether an array is finite; while tracing, when there are no values yet, every array counts as finite."""
+    finite = jnp.isfinite(array).all()
+    return isinstance(finite, jax.core.Tracer) or bool(finite)
 
 
 def _restored(params: Any, delta: Delta, base: Any) -> Any:

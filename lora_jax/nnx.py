@@ -66,8 +66,8 @@ def functional(model: nnx.Module) -> tuple[Callable, dict[str, Any]]:
         for path in changed:
             if not _is_named(path, variables[path], allowed):
                 raise ValueError(
-                    f"The call changes the variable {path!r} ({type(variables[path]).__name__}), which mutable={mutable!r} "
-                    "does not name. Name it, or set the module to evaluation with model.eval() first."
+                    f"The call changes the variable {path!r} ({type(variables[path]).__name__}), which "
+                    f"mutable={mutable!r} does not name. Name it, or set the module to evaluation with model.eval() first."
                 )
         return (out, nested(changed)) if allowed else out
 

@@ -1,5 +1,6 @@
 """adapt(): a function of parameters becomes a function of base and delta."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 
 from lora_jax.adapters.protocol import Adapter
+from lora_jax.transform import jaxprs
 from lora_jax.transform.call import Arguments, Call, check_delta, entered
 from lora_jax.transform.interpreter import Interpreter
 
@@ -62,6 +64,7 @@ def adapt(fn: Callable, *, flatten: bool = True) -> Callable:
     def adapted(base: Any, delta: dict[str, Adapter], /, *args, dropout_key: jax.Array | None = None, **kwargs) -> Any:
         arguments = Arguments.of(base, args, kwargs)
         check_delta(delta, arguments)
+        arguments = dataclasses.replace(arguments, arrays=tuple(jaxprs.varying_together(arguments.arrays, delta)))
         call, interpreter = traced(arguments)
         for path in delta:
             if not call.uses_path(path):

@@ -144,6 +144,19 @@ def forwarded(jaxpr: Jaxpr) -> dict[int, int]:
     }
 
 
+def varying_together(arrays: Sequence[Any], others: Any) -> list[Any]:
+    """Inside `shard_map`: the arrays, varying over every mesh axis that a leaf of `others` varies over."""
+
+    def varying(array) -> frozenset[str]:
+        return jax.typeof(array).mat.varying
+
+    axes = frozenset().union(*map(varying, jax.tree.leaves(others)))
+    if not axes:
+        return list(arrays)
+    missing = [tuple(axes - varying(array)) for array in arrays]
+    return [jax.lax.pcast(array, names, to="varying") if names else array for array, names in zip(arrays, missing)]
+
+
 def is_unspecified(sharding: Any) -> bool:
     """Whether a jit parameter leaves a sharding open."""
     return sharding is None or type(sharding).__name__ in ("UnspecifiedValue", "AUTO")

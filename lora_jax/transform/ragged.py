@@ -95,13 +95,12 @@ def _tangents(primals, tangents, **params):
 
 
 def _one_by_one(arguments, axes, **params):
-    size = next(a.shape[axis] for a, axis in zip(arguments, axes) if axis is not batching.not_mapped)
-    moved = [a if axis is batching.not_mapped else jnp.moveaxis(a, axis, 0) for a, axis in zip(arguments, axes)]
+    size = next(a.shape[axis] for a, axis in zip(arguments, axes) if axis is not None)
+    moved = [a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in zip(arguments, axes)]
 
     def one(index):
         picked = [
-            a if axis is batching.not_mapped else lax.dynamic_index_in_dim(a, index, keepdims=False)
-            for a, axis in zip(moved, axes)
+            a if axis is None else lax.dynamic_index_in_dim(a, index, keepdims=False) for a, axis in zip(moved, axes)
         ]
         return ragged_p.bind(*picked, **params)
 

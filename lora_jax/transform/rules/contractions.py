@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jax import lax
 
 from lora_jax.adapters.factored import Factor, Label, chain, spread
 from lora_jax.transform import jaxprs
@@ -100,17 +99,14 @@ def _reshaped(array, shape):
 
 
 def _ragged_dot(interpreter, equation, values):
-    """Tokens sorted by expert, each group times its expert's weight."""
+    """Tokens sorted by group (expert), each group times its own weight."""
     x, weight, sizes = values[:3]
     params = equation.params
     numbers = params["ragged_dot_dimension_numbers"]
-    plain_form = lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((1,), (1,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
-    )
+    given = (numbers.dot_dimension_numbers, tuple(numbers.lhs_ragged_dimensions), tuple(numbers.rhs_group_dimensions))
     if not isinstance(weight, Weight) or isinstance(x, Weight) or len(values) > 3:
         raise CannotFactor("a ragged product whose weight is not its second operand")
-    given = (numbers.dot_dimension_numbers, *numbers.lhs_ragged_dimensions, *numbers.rhs_group_dimensions)
-    if given != (plain_form.dot_dimension_numbers, 0, 0) or params["group_offset"] is not None:
+    if given != ((((1,), (1,)), ((), ())), (0,), (0,)) or params["group_offset"] is not None:
         raise CannotFactor("a ragged product of another form than ragged_dot's")
     group, into, out = (weight.single(axis) for axis in range(3))
     interpreter.record(
@@ -119,25 +115,54 @@ def _ragged_dot(interpreter, equation, values):
         {group: "batch", into: "in", out: "out"},
         "each group of x: x·W + (x·a)·b; under vmap over adapters one adapter at a time",
     )
-    if weight.gains:
-        raise CannotFactor("gains in a ragged product")
 
     def product(left, right, dtype):
         return ragged_product(left, right, sizes, params["precision"], dtype)
 
+    def of_rows(factor: Factor, labels: Sequence[Label]):
+        """A factor with the group's axis replaced by one of rows: each row gets its group's values."""
+        if group not in factor.labels:
+            return factor.transposed(labels).array[None]
+        array = factor.transposed([group, *labels]).array
+        return jnp.repeat(array, sizes, axis=0, total_repeat_length=x.shape[0])
+
+    before, after = split_gains(weight, {into, group}, {out, group})
+    for gain in before:
+        x = x * of_rows(gain, [into] if into in gain.labels else []).reshape(x.shape[0], -1).astype(x.dtype)
     total = product(x, weight.value, params["preferred_element_type"])
     if weight.factors:
         result = Factor(interpreter.next_key(weight).drop_out(x), (TOKENS, into))
-        pending = sorted(weight.factors, key=lambda factor: into not in factor.labels)
-        for index, factor in enumerate(pending):
-            later = {out, *(label for f in pending[index + 1 :] for label in f.labels)}
-            summed = [x for x in result.labels if x in factor.labels and x not in later]
-            rest = [x for x in factor.labels if x not in summed and x != group]
-            if len(summed) != 1 or len(rest) != 1 or group not in factor.labels:
-                raise CannotFactor("factors that are no chain of two in a ragged product")
-            matrix = factor.transposed([group, *summed, *rest]).array.astype(x.dtype)
-            result = Factor(product(result.array, matrix, None), (TOKENS, *rest))
+        pending = list(weight.factors)
+        while pending:
+            # The next factor that the running result touches; one without axes of its own comes first.
+            own = {
+                id(f): [label for label in f.labels if label != group and label not in result.labels] for f in pending
+            }
+            touching = [f for f in pending if set(f.labels) & set(result.labels)]
+            if not touching:
+                raise CannotFactor("factors that do not form a chain in a ragged product")
+            factor = min(touching, key=lambda f: len(own[id(f)]))
+            pending.remove(factor)
+            shared = [label for label in factor.labels if label in result.labels]
+            if len(shared) != 1 or len(own[id(factor)]) > 1:
+                raise CannotFactor("factors that do not form a chain in a ragged product")
+            if not own[id(factor)]:
+                scales = of_rows(factor, shared).astype(x.dtype)
+                result = Factor(result.array * jnp.broadcast_to(scales, result.array.shape), result.labels)
+                continue
+            matrix = Factor(factor.array.astype(x.dtype), factor.labels)
+            if group in factor.labels:
+                matrix = matrix.transposed([group, *shared, *own[id(factor)]])
+                result = Factor(product(result.array, matrix.array, None), (TOKENS, *own[id(factor)]))
+            else:
+                target = [(TOKENS, x.shape[0]), *((label, matrix.sizes[label]) for label in own[id(factor)])]
+                result = Factor(
+                    chain(result, [matrix], target, precision=params["precision"]), (TOKENS, *own[id(factor)])
+                )
         total = total + result.array.astype(total.dtype)
+    for gain in after:
+        rows = of_rows(gain, [out] if out in gain.labels else []).reshape(-1, gain.sizes.get(out, 1))
+        total = total * jnp.broadcast_to(rows.astype(total.dtype), total.shape)
     return [total]
 
 

@@ -1,0 +1,127 @@
+"""The factors of the contract suite, which combinations make sense, and how a case is built."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import lora_jax as lora
+from lora_jax import paths
+from contract.layers import LAYERS
+from contract.throwaway import BlockedRecipe, FrozenPairRecipe, PickedRecipe
+
+RECIPES = {
+    "LoRA": lambda axes=None: lora.LoRA(2, alpha=4, axes=axes),
+    "rsLoRA": lambda axes=None: lora.LoRA(2, alpha=3, scaling="alpha/sqrt(r)", init="gaussian", axes=axes),
+    "LoRA_bfloat16": lambda axes=None: lora.LoRA(2, alpha=4, dtype=jnp.bfloat16, axes=axes),
+    "LoRA_blocks": lambda axes=None: lora.LoRA(1, alpha=2, blocks=2, axes=axes),
+    "LoRA_one_block": lambda axes=None: lora.LoRA(1, alpha=2, blocks=(False, True), axes=axes),
+    "Full": lambda axes=None: lora.Full(),
+    "Rows": lambda axes=None: lora.Rows((0, 2), axes=axes),
+    "FrozenPair": FrozenPairRecipe,
+    "Picked": PickedRecipe,
+    "Blocked": BlockedRecipe,
+}
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+TRANSFORMATIONS = ("plain", "jit", "grad", "jvp", "vmap", "scan", "remat", "pmap", "shard_map", "train", "save")
+
+FACTORS = {
+    "layer": tuple(LAYERS),
+    "recipe": tuple(RECIPES),
+    "dtype": tuple(DTYPES),
+    "transformation": TRANSFORMATIONS,
+}
+
+USES_DEVICES = ("raw.sharding_constraint", "raw.shard_map", "raw.shard_map_gathered")
+"""Layers that span the devices themselves, so that no transformation can spread them over devices again."""
+
+
+def fits(layer: str, recipe: str) -> bool:
+    """Whether a recipe can adapt a layer's weights. (All out axes that may be split are of even size.)"""
+    roles = LAYERS[layer].axes.values()
+    if recipe in ("LoRA_blocks", "LoRA_one_block"):
+        return all(axes.count("out") == 1 for axes in roles)
+    if recipe == "Rows":
+        return all(axes.count("in") == 1 and "batch" not in axes for axes in roles)
+    return True
+
+
+def allowed(layer: str, recipe: str, dtype: str, transformation: str) -> bool:
+    if layer == "raw.while_decode" and transformation in ("grad", "remat", "train"):
+        return False  # JAX has no reverse mode for while
+    if layer in USES_DEVICES and transformation in ("pmap", "shard_map", "vmap", "scan"):
+        return False
+    return fits(layer, recipe)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layer with its adapters.
+
+    Attributes:
+      layer: Its name.
+      fn: The function of parameters.
+      base: Its parameters; may hold leaves that are no arrays.
+      args: Its other arguments.
+      fresh: The delta as it is made.
+      delta: The delta with every trained leaf moved.
+      axes: The roles that the trace should find.
+      factored: Whether the adapters should be applied without a merge.
+      forward_mode: Whether the function can be differentiated forwards.
+      tolerance: Relative to the largest value.
+    """
+
+    layer: str
+    fn: Callable
+    base: Any
+    args: tuple
+    fresh: dict
+    delta: dict
+    axes: dict[str, tuple[str, ...]]
+    factored: bool
+    forward_mode: bool
+    tolerance: float
+
+
+@functools.lru_cache(maxsize=2)
+def _made(layer: str, dtype: str) -> tuple[Callable, Any, tuple]:
+    """A layer's function, parameters and arguments; consecutive cases share them."""
+    return LAYERS[layer].make(DTYPES[dtype])
+
+
+def build(layer: str, recipe: str, dtype: str) -> Case:
+    made = LAYERS[layer]
+    fn, base, args = _made(layer, dtype)
+    # Where a custom derivative rule hides the product, the trace tells no roles and the user gives them.
+    spec = {f"^{path}$": RECIPES[recipe](axes=axes if made.merged else None) for path, axes in made.axes.items()}
+    fresh = lora.init(jax.random.key(1), base, spec, fn, *args)
+    return Case(
+        layer=layer,
+        fn=fn,
+        base=base,
+        args=args,
+        fresh=fresh,
+        delta=moved(fresh, 2),
+        axes=made.axes,
+        factored=not made.merged and recipe != "Full",
+        forward_mode=layer != "raw.custom_vjp",
+        tolerance=4e-2 if "bfloat16" in (dtype, *recipe.split("_")) else 2e-5,
+    )
+
+
+def weight(base, path):
+    return paths.flatten(base).as_dict()[path]
+
+
+def moved(delta, seed):
+    """The delta after some training: every trained leaf is another."""
+    train, frozen = lora.partition(delta)
+    leaves, treedef = jax.tree.flatten(train)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    leaves = [leaf + 0.3 * jax.random.normal(key, leaf.shape, leaf.dtype) for leaf, key in zip(leaves, keys)]
+    return lora.join(jax.tree.unflatten(treedef, leaves), frozen)
