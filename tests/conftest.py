@@ -26,6 +26,12 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full-product", action="store_true", help="The contract suite runs every combination, not all pairs."
+    )
+
+
 @pytest.fixture
 def getkey():
     """A function whose every call returns another key; the same keys in every run."""
