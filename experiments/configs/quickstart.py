@@ -103,6 +103,9 @@ class Config:
     warmup: float = 0.06
     """Share of the steps in which the learning rate rises from 0; it falls linearly to 0 in the rest."""
 
+    label_smoothing: float = 0.1
+    """Share of a label that is spread over all classes while training: a converged head is sure of itself."""
+
     clip: float = 1.0
     """Largest global norm of a step's gradients."""
 
@@ -118,7 +121,8 @@ class Config:
         for name in ("lora_lr", "all_linear_lr", "full_lr"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is a share of the steps, from 0 to below 1, not {self.warmup}")
+        for name in ("warmup", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is a share, from 0 to below 1, not {getattr(self, name)}")
         if not self.lengths or sorted(set(self.lengths)) != list(self.lengths) or self.lengths[0] < 3:
             raise ValueError(f"lengths must ascend from 3 or more, not {' '.join(map(str, self.lengths))}")

@@ -41,9 +41,7 @@ class BertConfig:
         fixed = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
         for name, value in fixed.items():
             if config.get(name, value) != value:
-                raise UserError(
-                    f"config.json: {name} is {config[name]!r}, this encoder computes {value!r} only"
-                )
+                raise UserError(f"config.json: {name} is {config[name]!r}, this encoder computes {value!r} only")
         try:
             shape = cls(**{name: config[name] for name in cls.__dataclass_fields__ if name in config})
         except TypeError as error:
@@ -128,9 +126,7 @@ class Encoder(nnx.Module):
     """The layers, one after another."""
 
     def __init__(self, config: BertConfig, *, dropout: float, rngs: nnx.Rngs):
-        self.layers = nnx.List(
-            Layer(config, dropout=dropout, rngs=rngs) for _ in range(config.num_hidden_layers)
-        )
+        self.layers = nnx.List(Layer(config, dropout=dropout, rngs=rngs) for _ in range(config.num_hidden_layers))
 
     def __call__(self, x_BLD: jax.Array, mask_BL: jax.Array) -> jax.Array:
         for layer in self.layers:
@@ -151,9 +147,7 @@ class Bert(nnx.Module):
         self.embeddings = Embeddings(config, dropout=dropout, rngs=rngs)
         self.encoder = Encoder(config, dropout=dropout, rngs=rngs)
 
-    def __call__(
-        self, tokens_BL: jax.Array, mask_BL: jax.Array, types_BL: jax.Array | None = None
-    ) -> jax.Array:
+    def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array, types_BL: jax.Array | None = None) -> jax.Array:
         """The last hidden states.
 
         Args:
@@ -163,7 +157,12 @@ class Bert(nnx.Module):
 
         Returns:
           `float[batch, length, width]`; rows at padding mean nothing.
+
+        Raises:
+          ValueError: There are more tokens than positions.
         """
+        if tokens_BL.shape[1] > self.embeddings.position.num_embeddings:
+            raise ValueError(f"{tokens_BL.shape[1]} tokens, {self.embeddings.position.num_embeddings} positions")
         types_BL = jnp.zeros_like(tokens_BL) if types_BL is None else types_BL
         x_BLD = self.embeddings(tokens_BL, types_BL)
         return self.encoder(x_BLD, mask_BL.astype(bool))
@@ -171,9 +170,7 @@ class Bert(nnx.Module):
 
 def _norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     # The fast variance, E[x²] - E[x]², cancels: its error alone exceeds the difference between frameworks.
-    return nnx.LayerNorm(
-        config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs
-    )
+    return nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs)
 
 
 _LAYER = r"encoder/layers/(\d+)"

@@ -25,9 +25,7 @@ def find(model: str) -> Path:
     if model == MINILM:
         return _packaged()
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise UserError(
-            f"{model}: no such directory, and neither {MINILM} nor a hub name (ORGANISATION/MODEL)"
-        )
+        raise UserError(f"{model}: no such directory, and neither {MINILM} nor a hub name (ORGANISATION/MODEL)")
     return _downloaded(model)
 
 

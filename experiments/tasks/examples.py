@@ -63,13 +63,9 @@ def load(directory: str | Path, split: str, limit: int | None = None) -> Example
     for number, row in enumerate(rows, start=2):
         fields = row.split("\t")
         if len(fields) != width or not fields[-1].strip():
-            raise UserError(
-                f"{path}, line {number}: expected {width} tab-separated columns with a text in the last"
-            )
+            raise UserError(f"{path}, line {number}: expected {width} tab-separated columns with a text in the last")
         if fields[0] not in position:
-            raise UserError(
-                f"{path}, line {number}: label {fields[0]!r} is not in {directory / 'labels.txt'}"
-            )
+            raise UserError(f"{path}, line {number}: label {fields[0]!r} is not in {directory / 'labels.txt'}")
         texts.append(fields[-1])
         labels.append(position[fields[0]])
     if limit is not None and not 0 < limit <= len(texts):

@@ -62,9 +62,7 @@ def examples(lines: Iterable[str]) -> list[Example]:
     """Topical packages with distinct synopses, in an order that a hash of the package's name decides."""
     by_text: dict[str, Example] = {}
     sections: dict[str, set[str]] = {}
-    kept = [
-        s for s in stanzas(lines) if s.get("Section") in SECTIONS and not NOT_TOPICAL.search(s["Package"])
-    ]
+    kept = [s for s in stanzas(lines) if s.get("Section") in SECTIONS and not NOT_TOPICAL.search(s["Package"])]
     for fields in sorted(kept, key=lambda fields: fields["Package"]):
         synopsis = " ".join(fields.get("Description", "").split())
         source = fields.get("Source", fields["Package"]).split(" ")[0]

@@ -1,0 +1,1 @@
+"""What a study shows and writes: tables, pictures, JSON."""

@@ -1,0 +1,1 @@
+"""What a config runs, end to end."""

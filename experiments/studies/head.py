@@ -1,0 +1,67 @@
+"""The head that every method starts from, as a result of its own."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+import lora_jax as lora
+from experiments.baselines import head as baseline
+from experiments.reports.results import Result, stored_bytes
+from experiments.studies.problem import HEAD, Problem, accuracy, answers
+from experiments.training.progress import bar
+
+
+def run(problem: Problem, directory: Path, console: Console) -> tuple[dict[str, Any], Result]:
+    """Fits the head, or reads the one that `directory` holds.
+
+    Returns:
+      The base with the head, and what is known of it.
+    """
+    adapter, result = directory / "adapter", directory / "result.json"
+    if result.exists():
+        return lora.merge(problem.base, lora.load(adapter, problem.base)), Result.load(result)
+    began = time.perf_counter()
+    features = _features(problem, console)
+    labelled = {name: (features[name], split.labels) for name, split in problem.splits.items()}
+    fitted = baseline.fit(labelled["train"], labelled["validation"], len(problem.names))
+    seconds = time.perf_counter() - began
+    base = problem.with_head(fitted.kernel, fitted.bias)
+    lora.save(adapter, problem.delta(jax.random.key(0), base, {HEAD: lora.Full()}), base=problem.base)
+    found = Result(
+        method="head",
+        seed=0,
+        trained_parameters=fitted.kernel.size + fitted.bias.size,
+        adam_bytes=None,
+        adapter_bytes=stored_bytes(adapter),
+        seconds=seconds,
+        validation_accuracy=fitted.validation_accuracy,
+        test_accuracy=accuracy(features["test"] @ fitted.kernel + fitted.bias, problem.splits["test"]),
+        merged_difference=0.0,
+        merged_agreement=1.0,
+        losses=[],
+        evaluations=[],
+    )
+    found.save(result)
+    console.print(
+        f"head: C = {fitted.penalty:.2g}, validation {fitted.validation_accuracy:.1%}, {seconds:.0f} s",
+        highlight=False,
+    )
+    return base, found
+
+
+def _features(problem: Problem, console: Console) -> dict[str, np.ndarray]:
+    """The sentence vectors of every split, computed once."""
+    apply = jax.jit(problem.apply)
+
+    def vectors(tokens: np.ndarray, mask: np.ndarray) -> jax.Array:
+        return apply(problem.base, tokens, mask)[1]
+
+    with bar(console, "features", sum(map(len, problem.splits.values()))) as shown:
+        return {
+            name: answers(vectors, split, problem.lengths, advance=shown.advance)
+            for name, split in problem.splits.items()
+        }

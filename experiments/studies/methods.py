@@ -1,0 +1,148 @@
+"""One trained method: what it adapts, its training run, its result."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+import lora_jax as lora
+from experiments.reports.results import Result, stored_bytes
+from experiments.studies.problem import Problem, accuracy, answers
+from experiments.training.loop import train
+from experiments.training.progress import bar
+from experiments.training.resume import Checkpoints
+from experiments.training.stream import Stream
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained and how.
+
+    Attributes:
+      name: In the table and in the names of directories.
+      spec: Patterns of paths and the recipe of each.
+      lr: Peak learning rate.
+      epochs: Passes over the training examples.
+      batch_size: Examples a step.
+      warmup: Share of the steps in which the learning rate rises.
+      clip: Largest global norm of the gradients.
+      label_smoothing: Share of the target that is spread over all classes.
+    """
+
+    name: str
+    spec: Mapping[str, Any]
+    lr: float
+    epochs: int
+    batch_size: int
+    warmup: float
+    clip: float
+    label_smoothing: float
+
+    def optimizer(self, steps: int) -> optax.GradientTransformation:
+        """Adam with a learning rate that rises linearly, then falls linearly to 0."""
+        warmup = round(self.warmup * steps)
+        up = optax.linear_schedule(0.0, self.lr, max(warmup, 1))
+        down = optax.linear_schedule(self.lr, 0.0, max(steps - warmup, 1))
+        schedule = optax.join_schedules([up, down], [warmup])
+        return optax.chain(optax.clip_by_global_norm(self.clip), optax.adam(schedule))
+
+
+def run(
+    problem: Problem,
+    base: Mapping[str, Any],
+    accuracy_of_base: float,
+    method: Method,
+    seed: int,
+    *,
+    directory: Path,
+    checkpoint_every: int,
+    console: Console,
+) -> Result:
+    """Trains a method, or goes on with it, or reads its result where it is finished.
+
+    Args:
+      problem: What to learn.
+      base: Its base with the head that training starts from.
+      accuracy_of_base: On validation.
+      method: What to train.
+      seed: Of the initial factors and the order of the examples.
+      directory: Of this run alone; it will hold `adapter/` and `result.json`.
+      checkpoint_every: Steps between checkpoints.
+      console: Where the bar is drawn.
+    """
+    stored = directory / "result.json"
+    if stored.exists():
+        return Result.load(stored)
+    splits = problem.splits
+    init_key, train_key = jax.random.split(jax.random.key(seed))
+    delta = problem.delta(init_key, base, method.spec)
+    stream = Stream(splits["train"].sequences, splits["train"].labels, problem.lengths, method.batch_size, seed)
+    tx = method.optimizer(method.epochs * stream.steps_per_epoch)
+    state = lora.TrainState.create(base, delta, tx, train_key)
+    costs = {
+        "trained_parameters": sum(leaf.size for leaf in jax.tree.leaves(lora.partition(delta)[0])),
+        "adam_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
+    }
+    adapted = jax.jit(lora.adapt(problem.apply))
+
+    def logits(delta: Any, split: str) -> np.ndarray:
+        return answers(lambda *inputs: adapted(base, delta, *inputs)[0], splits[split], problem.lengths)
+
+    with (
+        Checkpoints(directory / "checkpoints", checkpoint_every) as checkpoints,
+        bar(console, _title(method, seed), method.epochs * len(splits["train"])) as shown,
+    ):
+        state, history = train(
+            lora.train_step(loss_function(problem.apply, method.label_smoothing), tx),
+            state,
+            stream,
+            method.epochs,
+            accuracy=accuracy_of_base,
+            evaluate=lambda state: accuracy(logits(state.delta, "validation"), splits["validation"]),
+            checkpoints=checkpoints,
+            bar=shown,
+        )
+    lora.save(directory / "adapter", state.delta, base=problem.base)  # the head is in the delta: any will do
+    unmerged = logits(state.delta, "test")
+    params, apply = lora.merge(base, state.delta), jax.jit(problem.apply)
+    merged = answers(lambda *inputs: apply(params, *inputs)[0], splits["test"], problem.lengths)
+    result = Result(
+        method=method.name,
+        seed=seed,
+        **costs,
+        adapter_bytes=stored_bytes(directory / "adapter"),
+        seconds=history.seconds,
+        validation_accuracy=history.evaluations[-1][1],
+        test_accuracy=accuracy(unmerged, splits["test"]),
+        merged_difference=float(np.abs(merged - unmerged).max()),
+        merged_agreement=float(np.mean(merged.argmax(-1) == unmerged.argmax(-1))),
+        losses=history.losses,
+        evaluations=history.evaluations,
+    )
+    result.save(stored)
+    shutil.rmtree(directory / "checkpoints")
+    return result
+
+
+def loss_function(apply: Callable, label_smoothing: float) -> Callable:
+    """Cross-entropy for the library's train step: its sum over a batch's examples, and how many they are."""
+    adapted = lora.adapt(apply)
+
+    def loss(base, delta, batch, key):
+        logits, _ = adapted(base, delta, batch["tokens"], batch["mask"])
+        targets = optax.smooth_labels(jax.nn.one_hot(batch["labels"], logits.shape[-1]), label_smoothing)
+        each = optax.softmax_cross_entropy(logits, targets)
+        return jnp.sum(each * batch["weights"]), jnp.sum(batch["weights"])
+
+    return loss
+
+
+def _title(method: Method, seed: int) -> str:
+    return f"{method.name} (seed {seed})" if seed else method.name

@@ -1,0 +1,126 @@
+"""LoRA beside a converged head, LoRA on all linear layers and full fine-tuning: one table, one picture."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+import lora_jax as lora
+from experiments.configs.quickstart import Config
+from experiments.reports import curves
+from experiments.reports.results import Result, write_json
+from experiments.reports.table import merged_line, table
+from experiments.studies import head, methods
+from experiments.studies.methods import Method
+from experiments.studies.problem import HEAD, Problem, load
+
+_LINEAR = r"(attention|feed_forward)/.*kernel"
+_QUERY_VALUE = r"attention/(query|value)/kernel"
+
+
+def run(config: Config) -> list[Result]:
+    """Runs what the config asks for, shows the table, writes JSON and picture.
+
+    Raises:
+      UserError: The model or the data are missing or malformed.
+    """
+    console = Console()
+    limits = {
+        "train": config.train_examples,
+        "validation": config.validation_examples,
+        "test": config.test_examples,
+    }
+    problem = load(config.model, config.data, limits, config.lengths, report=console.print)
+    directory = _directory(config, "head", 0, problem.digest, {})
+    base, head_result = head.run(problem, directory, console)
+    results = [head_result] if "head" in config.methods else []
+    for name in config.methods:
+        if name != "head":
+            for seed in range(config.seeds):
+                results.append(_trained(problem, base, head_result, name, seed, config, console))
+    console.print()
+    console.print(table(results))
+    if trained := [result for result in results if result.losses]:
+        console.print(merged_line(trained))
+    curves.draw(config.out / "curves.png", results, f"{config.model} on {config.data}")
+    write_json(config.out / "run.json", _record(config, results))
+    console.print(f"written to {config.out}: run.json, curves.png and an adapter a run")
+    return results
+
+
+def method(name: str, config: Config) -> Method:
+    """A method of the config's `methods`."""
+    low_rank = lora.LoRA(rank=config.rank, alpha=config.alpha)
+    spec, lr = {
+        "lora": ({_QUERY_VALUE: low_rank, HEAD: lora.Full()}, config.lora_lr),
+        "all-linear": ({_LINEAR: low_rank, HEAD: lora.Full()}, config.all_linear_lr),
+        "full": ({r"": lora.Full()}, config.full_lr),
+    }[name]
+    return Method(
+        name,
+        spec,
+        lr,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        warmup=config.warmup,
+        clip=config.clip,
+        label_smoothing=config.label_smoothing,
+    )
+
+
+def _trained(
+    problem: Problem,
+    base: dict[str, Any],
+    head_result: Result,
+    name: str,
+    seed: int,
+    config: Config,
+    console: Console,
+) -> Result:
+    chosen = method(name, config)
+    settings = {key: value for key, value in asdict(chosen).items() if key != "spec"}
+    settings |= {"spec": repr(chosen.spec)}
+    return methods.run(
+        problem,
+        base,
+        head_result.validation_accuracy,
+        chosen,
+        seed,
+        directory=_directory(config, name, seed, problem.digest, settings),
+        checkpoint_every=config.checkpoint_every,
+        console=console,
+    )
+
+
+def _directory(config: Config, name: str, seed: int, digest: str, settings: dict[str, Any]) -> Path:
+    """Where a run lives: other settings, data or model, another directory; nothing stale is resumed."""
+    everything = [name, seed, digest, config.lengths, settings, _versions()]
+    mark = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:8]
+    directory = config.out / (f"{name}-{mark}" if name == "head" else f"{name}-seed{seed}-{mark}")
+    if config.fresh and directory.exists():
+        shutil.rmtree(directory)
+    return directory
+
+
+def _record(config: Config, results: list[Result]) -> dict[str, Any]:
+    return {
+        "config": asdict(config),
+        "versions": _versions(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "results": [asdict(result) for result in results],
+    }
+
+
+def _versions() -> dict[str, str]:
+    """Of what decides the numbers."""
+    found = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+    try:
+        return {"lora-jax": metadata.version("lora-jax"), **found}
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return found

@@ -1,0 +1,1 @@
+"""Training loops that can be interrupted, on top of the library's train step."""

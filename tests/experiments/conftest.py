@@ -1,0 +1,95 @@
+"""A tiny BERT in Hugging Face layout and a tiny data set that it can learn."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+
+WORDS = {
+    "games": ["chess", "puzzle", "arcade"],
+    "mail": ["inbox", "spam", "letter"],
+    "sound": ["synth", "tune", "drum"],
+}
+FILLERS = ["a", "tool", "for", "the", "new", "simple", "fast"]
+CONFIG = {
+    "model_type": "bert",
+    "hidden_act": "gelu",
+    "vocab_size": 20,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+    "max_position_embeddings": 24,
+}
+
+
+def bert_tensors(config=CONFIG, seed=0):
+    """Random weights under the names and in the shapes of a Hugging Face BERT."""
+    rng = np.random.default_rng(seed)
+    width, hidden = config["hidden_size"], config["intermediate_size"]
+    shapes = {
+        "embeddings.word_embeddings.weight": (config["vocab_size"], width),
+        "embeddings.position_embeddings.weight": (config["max_position_embeddings"], width),
+        "embeddings.token_type_embeddings.weight": (2, width),
+        "embeddings.LayerNorm.weight": (width,),
+        "embeddings.LayerNorm.bias": (width,),
+    }
+    linears = {
+        "attention.self.query": (width, width),
+        "attention.self.key": (width, width),
+        "attention.self.value": (width, width),
+        "attention.output.dense": (width, width),
+        "intermediate.dense": (hidden, width),
+        "output.dense": (width, hidden),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        for name, shape in linears.items():
+            shapes |= {
+                f"encoder.layer.{layer}.{name}.weight": shape,
+                f"encoder.layer.{layer}.{name}.bias": shape[:1],
+            }
+        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
+            shapes |= {f"encoder.layer.{layer}.{name}.{part}": (width,) for part in ("weight", "bias")}
+    tensors = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
+    return {name: 1 + 0.1 * x if "LayerNorm.weight" in name else x for name, x in tensors.items()}
+
+
+def write_model(directory, tensors, config=CONFIG):
+    """Writes a directory in Hugging Face layout."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(tensors, directory / "model.safetensors")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *itertools.chain(*WORDS.values()), *FILLERS]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"), bert_tensors())
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("data")
+    (directory / "labels.txt").write_text("games\nmail\nsound\n")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 90), ("validation", 30), ("test", 30)):
+        rows = ["label\ttext"]
+        for _ in range(count):
+            label = str(rng.choice(list(WORDS)))
+            words = [str(rng.choice(FILLERS)) for _ in range(rng.integers(1, 6))]
+            words += [str(rng.choice(WORDS[label])) for _ in range(2)]
+            rng.shuffle(words)
+            rows.append(f"{label}\t{' '.join(words)}")
+        (directory / f"{split}.tsv").write_text("\n".join(rows) + "\n")
+    return directory

@@ -1,0 +1,207 @@
+"""The quickstart study end to end, on a tiny model: what it writes, and that a resumed run is the same run."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+import lora_jax as lora
+from experiments import run
+from experiments.configs.quickstart import Config
+from experiments.reports.results import Result
+from experiments.reports.table import merged_line, size, spread, table
+from experiments.studies import methods, quickstart
+from experiments.training import loop
+
+pytestmark = pytest.mark.usefixtures("lenient")  # optax's Adam promotes: a float to the power of an integer
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model, tiny_data):
+    return Config(
+        methods=("head", "lora"),
+        epochs=2,
+        model=str(tiny_model),
+        data=str(tiny_data),
+        train_examples=80,
+        validation_examples=None,
+        test_examples=None,
+        batch_size=16,
+        lengths=(12,),
+        rank=2,
+        alpha=4.0,
+        lora_lr=0.03,
+        all_linear_lr=0.03,
+        full_lr=0.01,
+        checkpoint_every=3,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    """The config and the results of a run that nothing interrupted."""
+    config = dataclasses.replace(settings, out=tmp_path_factory.mktemp("finished"), seeds=2)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return config, quickstart.run(config)
+
+
+@pytest.fixture
+def config(settings, finished, tmp_path):
+    """A config whose head is fitted already and whose methods are yet to run."""
+    for directory in runs(finished[0], "head"):
+        shutil.copytree(directory, tmp_path / "out" / directory.name)
+    return dataclasses.replace(settings, out=tmp_path / "out")
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch):
+    """A function that makes the next training run stop at a step, by a signal or by an exception."""
+    real = lora.train_step
+
+    def at(number, what):
+        def train_step(loss, tx):
+            step = real(loss, tx)
+
+            def stepping(state, batch):
+                if int(state.step) + 1 == number:
+                    what()
+                return step(state, batch)
+
+            return stepping
+
+        monkeypatch.setattr(lora, "train_step", train_step)
+
+    yield at
+    monkeypatch.setattr(lora, "train_step", real)
+
+
+def runs(config, method):
+    return [path for path in config.out.iterdir() if path.name.startswith(f"{method}-")]
+
+
+def same(one, other):
+    assert one.losses == other.losses
+    assert one.evaluations == other.evaluations
+    assert one.test_accuracy == other.test_accuracy and one.merged_difference == other.merged_difference
+
+
+def test_all_methods(config, capsys):
+    config = dataclasses.replace(config, methods=("head", "lora", "all-linear", "full"))
+    results = quickstart.run(config)
+    out = capsys.readouterr().out
+    found = {result.method: result for result in results}
+    assert list(found) == list(config.methods)
+    assert all(name in out for name in found)
+    assert "merged and unmerged predictions agree: 100.00%" in out
+    for name in ("lora", "all-linear", "full"):
+        assert found[name].merged_difference < 1e-5
+        first, second = np.mean(np.split(np.array(found[name].losses), 2), axis=1)  # over the same examples
+        assert second < first
+        assert found[name].evaluations[0] == (0, found["head"].validation_accuracy)
+        assert found[name].adam_bytes >= 8 * found[name].trained_parameters
+    head = 17 * 3
+    assert found["head"].trained_parameters == head and found["head"].adam_bytes is None
+    assert found["lora"].trained_parameters == head + 2 * 2 * (16 + 16)
+    assert found["all-linear"].trained_parameters == head + 2 * (4 * (16 + 16) + 2 * (16 + 32))
+
+    record = json.loads((config.out / "run.json").read_text())
+    assert [result["method"] for result in record["results"]] == list(found)
+    assert record["config"]["rank"] == 2 and "jax" in record["versions"]
+    assert (config.out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_saved_adapter_gives_the_reported_accuracy(finished):
+    config, (_, result, _) = finished
+    problem = quickstart.load(config.model, config.data, dict.fromkeys(("train", "test")), config.lengths, str)
+    (directory,) = runs(config, "lora-seed0")
+    params = lora.merge(problem.base, lora.load(directory / "adapter", problem.base))
+    apply = jax.jit(problem.apply)
+    logits = methods.answers(lambda *inputs: apply(params, *inputs)[0], problem.splits["test"], problem.lengths)
+    assert methods.accuracy(logits, problem.splits["test"]) == result.test_accuracy
+    assert not (directory / "checkpoints").exists()
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+def kill():
+    raise Killed
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("what", "raised", "resumed_at"),
+    [(interrupt, KeyboardInterrupt, 8), (kill, Killed, 6)],
+    ids=["interrupted", "killed"],
+)
+def test_resumed_run_is_the_same_run(config, finished, interrupt_at, capsys, what, raised, resumed_at):
+    interrupt_at(8, what)
+    with pytest.raises(raised):
+        quickstart.run(config)
+    interrupt_at(0, None)
+    head, resumed = quickstart.run(config)
+    assert f"resumed at step {resumed_at} of 10" in capsys.readouterr().out
+    same(head, finished[1][0])
+    same(resumed, finished[1][1])
+
+
+def test_finished_runs_are_not_repeated_unless_asked(settings, finished, monkeypatch, tmp_path):
+    config = dataclasses.replace(settings, out=tmp_path / "out", seeds=2)
+    shutil.copytree(finished[0].out, config.out)
+    monkeypatch.setattr(methods, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    for one, other in zip(quickstart.run(config), finished[1], strict=True):
+        same(one, other)
+    with pytest.raises(pytest.fail.Exception):
+        quickstart.run(dataclasses.replace(config, lora_lr=1e-4))
+    with pytest.raises(pytest.fail.Exception):
+        quickstart.run(dataclasses.replace(config, fresh=True))
+    assert not (runs(config, "lora-seed0")[0] / "result.json").exists()
+
+
+def test_seeds_differ_and_are_summarised(finished):
+    _, results = finished
+    assert [(result.method, result.seed) for result in results] == [("head", 0), ("lora", 0), ("lora", 1)]
+    assert results[1].losses != results[2].losses
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(table(results))
+    assert "±" in captured.get()
+
+
+def test_interrupt_on_the_command_line(config, interrupt_at, capsys, monkeypatch):
+    interrupt_at(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("tyro.cli", lambda *args, **kwargs: config)
+    assert run.main(["quickstart"]) == 130
+    assert capsys.readouterr().err == "interrupted: the same command resumes\n"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_diverging_training_says_so(config, capsys, monkeypatch):
+    config = dataclasses.replace(config, lora_lr=1e30, clip=1e30)
+    monkeypatch.setattr("tyro.cli", lambda *args, **kwargs: config)
+    assert run.main(["quickstart"]) == 2
+    assert "try a smaller learning rate" in capsys.readouterr().err
+
+
+def test_checkpoint_that_does_not_fit(tmp_path):
+    with loop.Checkpoints(tmp_path, every=1) as checkpoints:
+        checkpoints.save(1, {"x": np.ones(3, np.float32)}, {"losses": []}, force=True)
+        with pytest.raises(ValueError, match="cannot be resumed"):
+            checkpoints.restore({"x": np.ones(4, np.float32)})
+
+
+def test_text_of_the_table():
+    assert (size(999), size(1500), size(2.5e6), size(7e9)) == ("999 B", "1.5 kB", "2.5 MB", "7.0 GB")
+    assert spread([1.0], "{:.1f}") == "1.0" and spread([1.0, 3.0], "{:.1f}") == "2.0 ± 1.4"
+    result = Result("lora", 0, 1, 8, 9, 1.0, 0.5, 0.5, 0.01, 0.995, [1.0], [(0, 0.5)])
+    assert merged_line([result]).startswith("merged and unmerged predictions disagree in places: 99.50%")

@@ -1,0 +1,90 @@
+"""The command line: help, typos, and one sentence with exit status 2 for what the user can put right."""
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+from experiments import run
+from experiments.configs import quickstart
+
+
+def answer(capsys, *args):
+    status = run.main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_help_lists_the_configs(capsys):
+    for args in ([], ["--help"]):
+        status, out, err = answer(capsys, *args)
+        assert status == 0 and "quickstart" in out and not err
+
+
+def test_help_of_a_config_documents_every_field(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    status, out, _ = answer(capsys, "quickstart", "--help")
+    assert status == 0
+    for field in dataclasses.fields(quickstart.Config):
+        assert "--" + field.name.replace("_", "-") in out
+    assert "Rank of the LoRA factors" in out
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(quickstart.Config), ids=lambda field: field.name)
+def test_every_field_has_a_docstring(field):
+    source = inspect.getsource(quickstart.Config)
+    assert f"    {field.name}: " in source
+    assert source.split(f"    {field.name}: ")[1].splitlines()[1].lstrip().startswith('"""')
+
+
+def test_unknown_config_names_the_nearest(capsys):
+    status, out, err = answer(capsys, "quikstart")
+    assert (status, out, err) == (2, "", "error: unknown config 'quikstart'; did you mean quickstart?\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--metods", "head"], "--methods"),
+        (["--methods", "head,lore"], "unknown method 'lore'"),
+        (["--methods", ","], "expected different methods"),
+        (["--epochs", "0"], "epochs must be positive"),
+        (["--epochs", "many"], "'many'"),
+        (["--lengths", "12", "8"], "lengths must ascend"),
+        (["--warmup", "1"], "warmup is a share"),
+        (["--lora-lr", "-1"], "must not be negative"),
+    ],
+)
+def test_wrong_flags(capsys, monkeypatch, flags, message):
+    monkeypatch.setenv("COLUMNS", "200")
+    status, _, err = answer(capsys, "quickstart", *flags)
+    assert status == 2 and message in err and "Traceback" not in err
+
+
+def test_what_the_user_can_put_right_is_one_sentence(capsys, tmp_path, tiny_data):
+    def check(message, *flags):
+        status, _, err = answer(capsys, "quickstart", "--out", tmp_path / "out", *flags)
+        assert status == 2 and message in err
+        assert err.startswith("error: ") and err.count("\n") == 1
+
+    check("no such data directory", "--data", tmp_path / "nowhere")
+    check("examples asked for", "--train-examples", "100000")
+    ours = ("--train-examples", "None", "--test-examples", "None", "--data", tiny_data)
+    check("no such directory", *ours, "--model", "./nowhere")
+    check(r"config.json: no such file", *ours, "--model", tmp_path)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "labels.txt").write_text("games\nmail\n")
+    (data / "train.tsv").write_text("label\ttext\nsport\tball\n")
+    check("label 'sport' is not in", *ours[:4], "--data", data)
+    (data / "train.tsv").write_text("")
+    check("train.tsv: the file is empty", *ours[:4], "--data", data)
+
+
+def test_as_a_program():
+    command = [sys.executable, "-m", "experiments.run", "quickstrat"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: unknown config 'quickstrat'; did you mean quickstart?\n"
