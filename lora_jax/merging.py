@@ -56,6 +56,13 @@ def unmerge(params: Any, delta: Delta, base: Any = None) -> Any:
     Raises:
       ValueError: Without `base`, for adapters that do not add a term of their own (`Full`, `Rows`,
         DoRA): the weight that they replaced cannot be computed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> base = {"w": jnp.ones((4, 3))}
+      >>> delta = lora.init(jax.random.key(0), base, {"w": lora.LoRA(2, axes=("in", "out"), init="gaussian")})
+      >>> bool((unmerge(merge(base, delta), delta, base)["w"] == base["w"]).all())
+      True
     """
     if base is not None:
         return _restored(params, delta, base)
@@ -75,6 +82,13 @@ def switch_task(params: Any, old: Delta, new: Delta, base: Any = None) -> Any:
 
     Raises:
       ValueError: As :func:`unmerge`, for `old` and for the weights that both name.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> base, spec = {"w": jnp.ones((4, 3))}, {"w": lora.LoRA(2, axes=("in", "out"))}
+      >>> one, two = (lora.init(jax.random.key(seed), base, spec) for seed in (1, 2))
+      >>> bool(jnp.allclose(switch_task(merge(base, one), one, two)["w"], merge(base, two)["w"]))
+      True
 
     References:
       Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, §4.1

@@ -59,6 +59,12 @@ def join(train: Delta, frozen: Delta) -> Delta:
 
     Raises:
       ValueError: The halves are of different deltas.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> delta = lora.init(jax.random.key(0), {"w": jnp.ones((4, 4))}, {"w": lora.LoRA(2, axes=("in", "out"))})
+      >>> join(*partition(delta)).keys()
+      dict_keys(['w'])
     """
 
     def pick(one, other):

@@ -50,8 +50,22 @@ class Interpreter:
         self._calls: dict[Any, Callable] = {}
         self._counts: dict[str, int] = {}
 
-    def run(self, jaxpr: jaxprs.Jaxpr, arguments: Sequence[Any]) -> list[Any]:
-        """The outputs of a jaxpr; each is an array or, where a view of a weight is returned, a Weight."""
+    def body(self, jaxpr: jaxprs.Jaxpr) -> Callable[..., list[Any]]:
+        """A jaxpr as a function; each output is an array or, where a view of a weight is returned, a Weight.
+
+        Uses of a weight are counted afresh inside, for its dropout keys.
+        """
+
+        def call(*arguments):
+            outer, self._counts = self._counts, {}
+            try:
+                return self._run(jaxpr, arguments)
+            finally:
+                self._counts = outer
+
+        return call
+
+    def _run(self, jaxpr: jaxprs.Jaxpr, arguments: Sequence[Any]) -> list[Any]:
         variables, consts = jaxprs.inputs(jaxpr)
         environment = dict(zip(variables, [*consts, *arguments]))
         last = jaxprs.last_uses(jaxpr)
@@ -63,18 +77,6 @@ class Interpreter:
             for variable in last[position]:
                 del environment[variable]
         return [jaxprs.read(environment, atom) for atom in jaxprs.outputs(jaxpr)]
-
-    def body(self, jaxpr: jaxprs.Jaxpr) -> Callable[..., list[Any]]:
-        """A sub-jaxpr as a function, for control flow. Dropout keys are counted afresh inside."""
-
-        def call(*arguments):
-            outer, self._counts = self._counts, {}
-            try:
-                return self.run(jaxpr, arguments)
-            finally:
-                self._counts = outer
-
-        return call
 
     def cached(self, key: Any, make: Callable[[], Callable]) -> Callable:
         """One compiled function per sub-jaxpr, so that calls outside jit compile once."""

@@ -276,3 +276,19 @@ def _cut_range(weight, value, axis, label, start, limit, stride, rest) -> Weight
         pairs = tuple((x, size if x == label else n) for x, n in weight.dims[axis])
     dims = (*weight.dims[:axis], pairs, *weight.dims[axis + 1 :])
     return cut.replace(value=value, dims=dims, cut=weight.cut | {label})
+
+
+def spec_by_label(weight: Weight, spec: Sequence[Any], mesh: Any) -> dict[Label, Any]:
+    """The mesh axes of each label, from a partition spec of the base weight."""
+    found = {}
+    for axis, names in zip(weight.dims, spec):
+        if names is None:
+            continue
+        ways = 1
+        for name in names if isinstance(names, tuple) else (names,):
+            ways *= mesh.shape[name]
+        label, size = axis[0]
+        if len(axis) > 1 and size % ways:
+            raise CannotFactor(f"an axis made of several is sharded {ways} ways, its first part has size {size}")
+        found[label] = names
+    return found

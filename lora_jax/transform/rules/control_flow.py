@@ -5,7 +5,7 @@ from jax import lax
 
 from lora_jax.adapters.factored import Factor
 from lora_jax.transform import jaxprs
-from lora_jax.transform.weight import CannotFactor, Weight
+from lora_jax.transform.weight import Weight, spec_by_label
 
 
 def _enter(interpreter, values):
@@ -32,7 +32,8 @@ def _jit(interpreter, equation, values):
             compiler_options=dict(params["compiler_options_kvs"]) or None,
         )
 
-    return interpreter.cached(jaxpr, make)(*_enter(interpreter, values))
+    key = (jaxpr, params["name"], params["in_shardings"], params["out_shardings"])
+    return interpreter.cached(key, make)(*_enter(interpreter, values))
 
 
 def _constrained(value, sharding):
@@ -240,24 +241,13 @@ def _shard_map(interpreter, equation, values):
 
 def _sharded(weight: Weight, spec, mesh):
     """The specs of a weight's leaves, from the spec of its base."""
-    spec = (*spec, *[None] * (weight.value.ndim - len(spec)))
-    by_label = {}
-    for axis, names in zip(weight.dims, spec):
-        if names is None:
-            continue
-        label, size = axis[0]
-        count = 1
-        for name in names if isinstance(names, tuple) else (names,):
-            count *= mesh.shape[name]
-        if len(axis) > 1 and size % count:
-            raise CannotFactor(f"an axis made of several is sharded {count} ways, its first part has size {size}")
-        by_label[label] = names
+    names = spec_by_label(weight, spec, mesh)
     partition = jax.sharding.PartitionSpec
 
     def spec_of(factor: Factor):
-        return Factor(partition(*(by_label.get(label) for label in factor.labels)), factor.labels)
+        return Factor(partition(*(names.get(label) for label in factor.labels)), factor.labels)
 
-    specs = weight.map_factors(spec_of).replace(value=partition(*spec))
+    specs = weight.map_factors(spec_of).replace(value=spec)
     leaves = jax.tree.leaves(
         specs.replace(rate=None if weight.rate is None else partition()),
         is_leaf=lambda x: isinstance(x, partition),

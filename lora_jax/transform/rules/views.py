@@ -3,12 +3,13 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.adapters.factored import Factor
 from lora_jax.transform import jaxprs
-from lora_jax.transform.weight import CannotFactor, Weight, fresh, permuted, reshaped, sliced
+from lora_jax.transform.weight import CannotFactor, Weight, fresh, permuted, reshaped, sliced, spec_by_label
 
 
 def _same(interpreter, equation, values):
@@ -126,6 +127,21 @@ def _scale(interpreter, equation, values):
     return [weight.scaled(value, act)]
 
 
+def _reshard(interpreter, equation, values):
+    """Under a mesh with explicit axes: the factors take the base's sharding along the axes they share."""
+    (weight,) = values
+    target = equation.params["dst_sharding"]
+    names = spec_by_label(weight, target.spec, target.mesh)
+    (value,) = jaxprs.bind(equation, [weight.value])
+
+    def place(factor: Factor) -> Factor:
+        spec = jax.sharding.PartitionSpec(*(names.get(label) for label in factor.labels))
+        sharding = jax.sharding.NamedSharding(target.mesh, spec)
+        return Factor(jaxprs.bind(equation, [factor.array], dst_sharding=sharding)[0], factor.labels)
+
+    return [weight.map_factors(place).replace(value=value)]
+
+
 def _all_gather(interpreter, equation, values):
     """Gathering the shards of an axis: the factors that have the axis are gathered with it."""
     (weight,) = values
@@ -154,7 +170,6 @@ RULES = {
             "copy_p",
             "pvary",
             "reduce_precision",
-            "reshard",
             "sharding_constraint",
         ),
         _same,
@@ -171,5 +186,6 @@ RULES = {
     "mul": _scale,
     "div": _scale,
     "neg": _scale,
+    "reshard": _reshard,
     "all_gather": _all_gather,
 }
