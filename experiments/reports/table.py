@@ -63,7 +63,7 @@ def spread(values: Sequence[float], form: str) -> str:
     return mean if len(values) == 1 else f"{mean} ± {form.format(np.std(values, ddof=1))}"
 
 
-def size(count: int) -> str:
+def size(count: float) -> str:
     """Bytes in the unit in which they read best."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:

@@ -1,6 +1,7 @@
 """The head that every method starts from, as a result of its own."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,27 @@ from experiments.studies.problem import HEAD, Problem, accuracy, answers
 from experiments.training.progress import bar
 
 
-def run(problem: Problem, directory: Path, console: Console) -> tuple[dict[str, Any], Result]:
-    """Fits the head, or reads the one that `directory` holds.
+@dataclass(frozen=True)
+class Start:
+    """Where every trained method starts.
 
-    Returns:
-      The base with the head, and what is known of it.
+    Attributes:
+      problem: What is learnt.
+      base: Its base with the converged head.
+      result: What is known of that head.
     """
+
+    problem: Problem
+    base: dict[str, Any]
+    result: Result
+
+
+def run(problem: Problem, directory: Path, console: Console) -> Start:
+    """Fits the head, or reads the one that `directory` holds."""
     adapter, result = directory / "adapter", directory / "result.json"
     if result.exists():
-        return lora.merge(problem.base, lora.load(adapter, problem.base)), Result.load(result)
+        base = lora.merge(problem.base, lora.load(adapter, problem.base))
+        return Start(problem, base, Result.load(result))
     began = time.perf_counter()
     features = _features(problem, console)
     labelled = {name: (features[name], split.labels) for name, split in problem.splits.items()}
@@ -50,7 +63,7 @@ def run(problem: Problem, directory: Path, console: Console) -> tuple[dict[str, 
         f"head: C = {fitted.penalty:.2g}, validation {fitted.validation_accuracy:.1%}, {seconds:.0f} s",
         highlight=False,
     )
-    return base, found
+    return Start(problem, base, found)
 
 
 def _features(problem: Problem, console: Console) -> dict[str, np.ndarray]:

@@ -14,7 +14,8 @@ from rich.console import Console
 
 import lora_jax as lora
 from experiments.reports.results import Result, stored_bytes
-from experiments.studies.problem import Problem, accuracy, answers
+from experiments.studies.head import Start
+from experiments.studies.problem import accuracy, answers
 from experiments.training.loop import train
 from experiments.training.progress import bar
 from experiments.training.resume import Checkpoints
@@ -54,23 +55,11 @@ class Method:
         return optax.chain(optax.clip_by_global_norm(self.clip), optax.adam(schedule))
 
 
-def run(
-    problem: Problem,
-    base: Mapping[str, Any],
-    accuracy_of_base: float,
-    method: Method,
-    seed: int,
-    *,
-    directory: Path,
-    checkpoint_every: int,
-    console: Console,
-) -> Result:
+def run(start: Start, method: Method, seed: int, *, directory: Path, checkpoint_every: int, console: Console) -> Result:
     """Trains a method, or goes on with it, or reads its result where it is finished.
 
     Args:
-      problem: What to learn.
-      base: Its base with the head that training starts from.
-      accuracy_of_base: On validation.
+      start: The base with the head that training starts from.
       method: What to train.
       seed: Of the initial factors and the order of the examples.
       directory: Of this run alone; it will hold `adapter/` and `result.json`.
@@ -80,7 +69,7 @@ def run(
     stored = directory / "result.json"
     if stored.exists():
         return Result.load(stored)
-    splits = problem.splits
+    problem, base, splits = start.problem, start.base, start.problem.splits
     init_key, train_key = jax.random.split(jax.random.key(seed))
     delta = problem.delta(init_key, base, method.spec)
     stream = Stream(splits["train"].sequences, splits["train"].labels, problem.lengths, method.batch_size, seed)
@@ -104,7 +93,7 @@ def run(
             state,
             stream,
             method.epochs,
-            accuracy=accuracy_of_base,
+            accuracy=start.result.validation_accuracy,
             evaluate=lambda state: accuracy(logits(state.delta, "validation"), splits["validation"]),
             checkpoints=checkpoints,
             bar=shown,

@@ -107,14 +107,13 @@ def answers(
     advance: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
     """What `function(tokens, mask)` returns for each example of a split, in the split's order."""
-    rows: list[np.ndarray | None] = [None] * len(split)
+    rows: dict[int, np.ndarray] = {}
     for planned in plan(split.sequences, lengths, EVALUATION_BATCH):
         batch = assemble(planned, split.sequences, split.labels, EVALUATION_BATCH)
         found = np.asarray(function(batch["tokens"], batch["mask"]))
-        for index, row in zip(planned.indices, found):
-            rows[index] = row
+        rows |= zip(planned.indices.tolist(), found)
         advance(len(planned.indices))
-    return np.stack(rows)
+    return np.stack([rows[index] for index in range(len(split))])
 
 
 def accuracy(logits: np.ndarray, split: Split) -> float:

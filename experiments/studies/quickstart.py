@@ -17,8 +17,9 @@ from experiments.reports import curves
 from experiments.reports.results import Result, write_json
 from experiments.reports.table import merged_line, table
 from experiments.studies import head, methods
+from experiments.studies.head import Start
 from experiments.studies.methods import Method
-from experiments.studies.problem import HEAD, Problem, load
+from experiments.studies.problem import HEAD, load
 
 _LINEAR = r"(attention|feed_forward)/.*kernel"
 _QUERY_VALUE = r"attention/(query|value)/kernel"
@@ -37,13 +38,12 @@ def run(config: Config) -> list[Result]:
         "test": config.test_examples,
     }
     problem = load(config.model, config.data, limits, config.lengths, report=console.print)
-    directory = _directory(config, "head", 0, problem.digest, {})
-    base, head_result = head.run(problem, directory, console)
-    results = [head_result] if "head" in config.methods else []
+    start = head.run(problem, _directory(config, "head", 0, problem.digest, {}), console)
+    results = [start.result] if "head" in config.methods else []
     for name in config.methods:
         if name != "head":
             for seed in range(config.seeds):
-                results.append(_trained(problem, base, head_result, name, seed, config, console))
+                results.append(_trained(start, name, seed, config, console))
     console.print()
     console.print(table(results))
     if trained := [result for result in results if result.losses]:
@@ -74,25 +74,15 @@ def method(name: str, config: Config) -> Method:
     )
 
 
-def _trained(
-    problem: Problem,
-    base: dict[str, Any],
-    head_result: Result,
-    name: str,
-    seed: int,
-    config: Config,
-    console: Console,
-) -> Result:
+def _trained(start: Start, name: str, seed: int, config: Config, console: Console) -> Result:
     chosen = method(name, config)
     settings = {key: value for key, value in asdict(chosen).items() if key != "spec"}
     settings |= {"spec": repr(chosen.spec)}
     return methods.run(
-        problem,
-        base,
-        head_result.validation_accuracy,
+        start,
         chosen,
         seed,
-        directory=_directory(config, name, seed, problem.digest, settings),
+        directory=_directory(config, name, seed, start.problem.digest, settings),
         checkpoint_every=config.checkpoint_every,
         console=console,
     )
