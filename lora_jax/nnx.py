@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from lora_jax import paths
@@ -67,7 +68,8 @@ def functional(model: nnx.Module) -> tuple[Callable, dict[str, Any]]:
             if not _is_named(path, variables[path], allowed):
                 raise ValueError(
                     f"The call changes the variable {path!r} ({type(variables[path]).__name__}), which "
-                    f"mutable={mutable!r} does not name. Name it, or set the module to evaluation with model.eval() first."
+                    f"mutable={mutable!r} does not name. Name it, or set the module to evaluation with "
+                    "model.eval() first."
                 )
         return (out, nested(changed)) if allowed else out
 
@@ -116,6 +118,6 @@ def _reseed(module: nnx.Module, key: jax.Array) -> None:
     streams = [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.RngStream)]
     for number, stream in enumerate(streams):
         made = jax.random.fold_in(key, number)
-        shape = stream.key.value.shape
-        stream.key.value = jax.random.split(made, shape) if shape else made
-        stream.count.value = jax.numpy.zeros_like(stream.count.value)
+        shape = stream.key.get_value().shape
+        stream.key.set_value(jax.random.split(made, shape) if shape else made)
+        stream.count.set_value(jnp.zeros_like(stream.count.get_value()))

@@ -10,7 +10,11 @@ from jax._src import config as jax_config
 from jax._src import core as jax_core
 from jax._src import source_info_util
 from jax._src.interpreters import partial_eval
+from jax.experimental import compute_on as compute_on_module
 from jax.extend.core import Literal
+
+compute_on = getattr(compute_on_module, "compute_on2", compute_on_module.compute_on)
+"""Runs a function on another compute type (the host). Newer releases have one name for it, older two."""
 
 Jaxpr = Any
 """An open or a closed jaxpr; newer releases have one class for both."""

@@ -56,6 +56,17 @@ def _call(interpreter, equation, values):
     return interpreter.body(jaxpr)(*_enter(interpreter, values))
 
 
+def _compute_on(interpreter, equation, values):
+    params = equation.params
+    body = jaxprs.compute_on(
+        _plain_outputs(interpreter, equation, params["jaxpr"]),
+        compute_type=params["compute_type"],
+        out_memory_spaces=list(params["out_memory_spaces"]),
+        compiler_options=params.get("compiler_options"),
+    )
+    return list(body(*_enter(interpreter, values)))
+
+
 def _cond(interpreter, equation, values):
     index, *operands = values
     branches = [_plain_outputs(interpreter, equation, branch) for branch in equation.params["branches"]]
@@ -276,6 +287,7 @@ RULES = {
     "remat": _remat,
     "closed_call": _call,
     "core_call": _call,
+    "compute_on": _compute_on,
     "cond": _cond,
     "while": _while,
     "scan": _scan,

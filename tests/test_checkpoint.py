@@ -1,0 +1,147 @@
+"""save() and load(): what is on disk, what fits, what is refused."""
+
+import json
+import os
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lora_jax as lora
+from lora_jax import checkpoint
+
+
+@pytest.fixture
+def base(getkey):
+    return {
+        "layers/0".replace("/", "_"): {"kernel": jax.random.normal(getkey(), (384, 384))},
+        "table": jnp.ones((5, 4)),
+        "head": {"bias": jnp.zeros(3, jnp.bfloat16)},
+    }
+
+
+SPEC = {
+    "kernel": lora.LoRA(8, alpha=16, axes=("in", "out")),
+    "table": lora.Rows((1, 3), axes=("in", "out")),
+    "bias": lora.Full(dtype=jnp.bfloat16),
+}
+
+
+@pytest.fixture
+def delta(base, getkey):
+    return lora.init(getkey(), base, SPEC)
+
+
+@pytest.fixture
+def saved(tmp_path, base, delta):
+    lora.save(tmp_path / "deep" / "adapter", delta, base=base)
+    return tmp_path / "deep" / "adapter"
+
+
+def test_round_trip(saved, base, delta):
+    for loaded in (lora.load(saved), lora.load(str(saved), base)):
+        chex.assert_trees_all_equal(loaded, delta)
+        assert jax.tree.structure(loaded) == jax.tree.structure(delta)
+        assert loaded["head/bias"].value.dtype == jnp.bfloat16
+
+
+def test_the_manifest_reads_well(saved):
+    entry = json.loads((saved / "adapter.json").read_text())["adapters"]["layers_0/kernel"]
+    assert {k: entry[k] for k in ("kind", "rank", "alpha", "scale", "weight_shape")} == {
+        "kind": "LoRA",
+        "rank": 8,
+        "alpha": 16.0,
+        "scale": 2.0,
+        "weight_shape": [384, 384],
+    }
+    assert entry["structure"]["axes"] == ["in", "out"]
+    assert entry["arrays"]["a"] == {"shape": [8, 384], "dtype": "float32"}
+
+
+def test_nothing_else_is_left_behind(saved, delta, base):
+    lora.save(saved, delta)  # replaced
+    assert os.listdir(saved.parent) == ["adapter"]
+    chex.assert_trees_all_equal(lora.load(saved, base), delta)
+
+
+def test_a_failed_write_leaves_the_old_adapter(saved, delta, base, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint.json, "dump", fail)
+    with pytest.raises(OSError, match="No space"):
+        lora.save(saved, lora.init(jax.random.key(9), base, SPEC))
+    assert os.listdir(saved.parent) == ["adapter"]
+    chex.assert_trees_all_equal(lora.load(saved, base), delta)
+
+
+def test_another_directory_is_not_replaced(tmp_path, delta):
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"no adapter directory \(it has no adapter\.json\); not replaced"):
+        lora.save(tmp_path, delta)
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_a_base_that_does_not_fit(saved, base):
+    other = {"layers_0": {"kernel": jnp.ones((384, 10))}, "tables": jnp.ones((5, 4)), "head": base["head"]}
+    with pytest.raises(ValueError) as error:
+        lora.load(saved, other)
+    text = str(error.value)
+    assert "(2 paths)" in text
+    assert "'layers_0/kernel': for shape (384, 384), but the base has (384, 10)" in text
+    assert "'table': for shape (5, 4), but the base lacks it (nearest: 'tables'" in text
+
+
+def test_a_base_of_other_values(saved, base):
+    with pytest.raises(ValueError, match=r"'table'.*trained on other values"):
+        lora.load(saved, base | {"table": base["table"] + 1})
+    # A base without values can only be compared by shape.
+    lora.load(saved, jax.eval_shape(lambda: base))
+
+
+def test_nothing_to_save(tmp_path, delta):
+    for nothing in ({}, None):
+        with pytest.raises(ValueError, match="nothing to save"):
+            lora.save(tmp_path / "x", nothing)
+    with pytest.raises(ValueError, match=r"delta\['w'\] is no adapter"):
+        lora.save(tmp_path / "x", {"w": jnp.ones(3)})
+    with pytest.raises(ValueError, match="is no array but NoneType"):
+        lora.save(tmp_path / "x", lora.partition(delta)[0])
+    assert not (tmp_path / "x").exists()
+
+
+def edit(saved, change):
+    manifest = json.loads((saved / "adapter.json").read_text())
+    change(manifest)
+    (saved / "adapter.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m: m.update(version=9), "version 9; this release reads 1"),
+        (lambda m: m.update(format="other"), "not the manifest"),
+        (lambda m: m["adapters"]["table"].update(kind="Foo"), "kind 'Foo'; known are"),
+        (lambda m: m["adapters"]["table"]["structure"].pop("count"), "has the fields"),
+        (lambda m: m["adapters"]["table"]["arrays"]["rows"].update(shape=[2, 5]), "disagree on 'table:rows'"),
+        (lambda m: m["adapters"].pop("table"), "disagree on 'table:ids'"),
+    ],
+)
+def test_a_manifest_that_contradicts(saved, change, message):
+    edit(saved, change)
+    with pytest.raises(ValueError, match=message):
+        lora.load(saved)
+
+
+def test_damage(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no adapter directory"):
+        lora.load(tmp_path / "nowhere")
+    for file in (saved / "arrays").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"cannot be read|damaged"):
+        lora.load(saved)
+    (saved / "adapter.json").write_text("{")
+    with pytest.raises(ValueError, match=r"adapter\.json is damaged"):
+        lora.load(saved)

@@ -1,0 +1,114 @@
+"""merge(), unmerge(), switch_task()."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import lora_jax as lora
+
+
+@pytest.fixture
+def base(getkey):
+    return {"w": jax.random.normal(getkey(), (6, 8)), "t": jax.random.normal(getkey(), (5, 3)), "n": jnp.ones(3)}
+
+
+def make(base, key, spec):
+    delta = lora.init(key, base, spec)
+    train, frozen = lora.partition(delta)
+    return lora.join(jax.tree.map(lambda leaf: leaf + 0.5 * jnp.cos(leaf), train), frozen)
+
+
+LOW = {"w": lora.LoRA(2, alpha=3, axes=("in", "out"))}
+ALL = LOW | {"t": lora.Rows((1, 4), axes=("in", "out")), "n": lora.Full()}
+
+
+def test_merge_is_the_formula(base, getkey):
+    delta = make(base, getkey(), LOW)
+    node = delta["w"]
+    expected = np.asarray(base["w"]) + 1.5 * np.einsum("ri,ro->io", node.a, node.b)
+    merged = lora.merge(base, delta)
+    chex.assert_trees_all_close(merged["w"], expected.astype(np.float32), rtol=1e-6)
+    # What is not named is the same array; the base is as it was.
+    assert merged["t"] is base["t"] and not base["w"].is_deleted()
+
+
+def test_rows_and_full_replace(base, getkey):
+    delta = make(base, getkey(), ALL)
+    merged = lora.merge(base, delta)
+    np.testing.assert_array_equal(merged["t"][jnp.asarray([1, 4])], delta["t"].rows)
+    np.testing.assert_array_equal(merged["t"][0], base["t"][0])
+    np.testing.assert_array_equal(merged["n"], delta["n"].value)
+
+
+def test_merge_in_float32_then_cast(getkey):
+    base = {"w": jax.random.normal(getkey(), (64, 64), jnp.bfloat16)}
+    delta = make(base, getkey(), LOW)
+    exact = base["w"].astype(jnp.float32) + 1.5 * jnp.einsum("ri,ro->io", delta["w"].a, delta["w"].b)
+    np.testing.assert_array_equal(lora.merge(base, delta)["w"], exact.astype(jnp.bfloat16))
+
+
+def test_order_of_merging_does_not_matter(base, getkey):
+    one, two = make(base, getkey(), LOW), make(base, getkey(), LOW)
+    chex.assert_trees_all_close(
+        lora.merge(lora.merge(base, one), two), lora.merge(lora.merge(base, two), one), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_unmerge_restores(base, getkey):
+    delta = make(base, getkey(), LOW)
+    merged = lora.merge(base, delta)
+    chex.assert_trees_all_close(lora.unmerge(merged, delta), base, rtol=1e-6, atol=1e-6)
+    delta = make(base, getkey(), ALL)
+    chex.assert_trees_all_equal(lora.unmerge(lora.merge(base, delta), delta, base), base)
+
+
+@pytest.mark.parametrize("spec", [{"t": ALL["t"]}, {"n": ALL["n"]}])
+def test_unmerge_without_base_refuses_replacements(base, spec, getkey):
+    delta = make(base, getkey(), spec)
+    (path,) = delta
+    with pytest.raises(ValueError, match=rf"{delta[path].kind} adapter of '{path}'.*base="):
+        lora.unmerge(lora.merge(base, delta), delta)
+    with pytest.raises(ValueError, match="switch_task without base"):
+        lora.switch_task(lora.merge(base, delta), delta, {})
+
+
+def test_switch_task(base, getkey):
+    old, new = make(base, getkey(), LOW), make(base, getkey(), ALL)
+    at_old, at_new = lora.merge(base, old), lora.merge(base, new)
+    chex.assert_trees_all_close(lora.switch_task(at_old, old, new), at_new, rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_equal(lora.switch_task(at_old, old, new, base), at_new)
+    chex.assert_trees_all_equal(lora.switch_task(at_new, new, old, base), at_old)
+
+
+def test_structure_dtypes_and_shardings_are_kept(getkey):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("x"))
+    base = {"w": jax.device_put(jax.random.normal(getkey(), (16, 8), jnp.bfloat16), sharding)}
+    merged = lora.merge(base, make(base, getkey(), LOW))
+    assert merged["w"].sharding == sharding and merged["w"].dtype == jnp.bfloat16
+
+
+def test_merge_under_jit(base, getkey):
+    delta = make(base, getkey(), ALL)
+    chex.assert_trees_all_close(jax.jit(lora.merge)(base, delta), lora.merge(base, delta), rtol=1e-6)
+
+
+def test_a_merge_that_would_write_nan_is_refused(base, getkey):
+    delta = make(base, getkey(), LOW)
+    for bad in (jnp.nan, jnp.inf):
+        broken = {"w": dataclasses.replace(delta["w"], a=delta["w"].a.at[0, 0].set(bad))}
+        with pytest.raises(ValueError, match="'w' is not finite"):
+            lora.merge(base, broken)
+
+
+def test_a_delta_of_another_base_is_refused(base, getkey):
+    delta = make(base, getkey(), LOW)
+    with pytest.raises(ValueError, match=r"'w' is for a weight of shape \(6, 8\); the base has \(6, 9\)"):
+        lora.merge({"w": jnp.ones((6, 9))}, delta)
+    with pytest.raises(ValueError, match=r"'w', which the base lacks; nearest: 'v'"):
+        lora.unmerge({"v": jnp.ones((6, 8))}, delta)

@@ -1,0 +1,143 @@
+"""train_step(): accumulation, token weights, devices, donation, metrics."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import lora_jax as lora
+from lora_jax.training import check_finite
+
+
+def fn(base, x):
+    return jnp.tanh(x @ base["w"]) @ base["head"]
+
+
+adapted = lora.adapt(fn)
+
+
+@pytest.fixture
+def base(getkey):
+    return {"w": jax.random.normal(getkey(), (4, 6)), "head": jax.random.normal(getkey(), (6, 2))}
+
+
+@pytest.fixture
+def batch(getkey):
+    mask = (jax.random.uniform(getkey(), (16,)) > 0.4).astype(jnp.float32)
+    return jax.random.normal(getkey(), (16, 4)), jax.random.normal(getkey(), (16, 2)), mask
+
+
+def weighted(base, delta, batch, key):
+    x, y, mask = batch
+    return jnp.sum(mask * jnp.sum((adapted(base, delta, x) - y) ** 2, axis=-1)), jnp.sum(mask)
+
+
+def plain(base, delta, batch, key):
+    x, y, _ = batch
+    return jnp.mean((adapted(base, delta, x) - y) ** 2)
+
+
+def run(loss, base, batch, steps=3, place=lambda state: state, **options):
+    delta = lora.init(jax.random.key(0), base, {"^w$": lora.LoRA(2, alpha=4), "head": lora.Full()}, fn, batch[0])
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.05, momentum=0.9))
+    state = place(lora.TrainState.create(base, delta, tx, jax.random.key(1)))
+    step = lora.train_step(loss, tx, **options)
+    history = []
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+        check_finite(metrics)
+        history.append({name: float(metrics[name]) for name in ("loss", "grad_norm", "weight")})
+    return jax.tree.map(np.asarray, state.delta), history
+
+
+@pytest.mark.parametrize("loss", [plain, weighted])
+@pytest.mark.parametrize("options", [{"accumulate": 2}, {"pmap": True}, {"pmap": True, "accumulate": 2}])
+def test_every_form_gives_the_same_numbers(loss, options, base, batch):
+    delta, history = run(loss, base, batch)
+    other_delta, other_history = run(loss, base, batch, **options)
+    chex.assert_trees_all_close(other_delta, delta, rtol=1e-5, atol=1e-6)
+    for one, other in zip(history, other_history):
+        np.testing.assert_allclose([one["loss"], one["grad_norm"]], [other["loss"], other["grad_norm"]], rtol=1e-5)
+
+
+def test_the_loss_is_the_sum_divided_by_the_weight(base, batch):
+    _, history = run(weighted, base, batch, steps=1, accumulate=4)
+    total, weight = weighted(base, {}, batch, None)
+    np.testing.assert_allclose(history[0]["loss"], total / weight, rtol=1e-6)
+    assert history[0]["weight"] == float(weight)
+
+
+def test_sharded_over_data(base, batch):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    expected = run(plain, base, batch, accumulate=2)
+    got = run(
+        plain,
+        base,
+        jax.device_put(batch, rows),
+        place=lambda state: jax.device_put(state, whole),
+        accumulate=2,
+    )
+    chex.assert_trees_all_close(got[0], expected[0], rtol=1e-5, atol=1e-6)
+
+
+def test_buffers_of_delta_and_optimizer_are_donated_and_the_base_is_not(base, batch):
+    delta = lora.init(jax.random.key(0), base, {"^w$": lora.LoRA(2)}, fn, batch[0])
+    tx = optax.adam(1e-3)
+    state = lora.TrainState.create(base, delta, tx, jax.random.key(1))
+    with jax.numpy_dtype_promotion("standard"):
+        after, _ = lora.train_step(plain, tx)(state, batch)
+    assert state.delta["w"].a.is_deleted() and state.opt_state[0].mu["w"].a.is_deleted()
+    assert not base["w"].is_deleted() and after.base["w"] is base["w"]
+    assert not delta["w"].a.is_deleted(), "create() copies, so the caller's delta lives on"
+    assert int(after.step) == 1 and (jax.random.key_data(after.key) != jax.random.key_data(jax.random.key(1))).any()
+
+
+def test_one_compilation(base, batch):
+    traces = []
+
+    def loss(base, delta, batch, key):
+        traces.append(None)
+        return plain(base, delta, batch, key)
+
+    run(loss, base, batch, steps=4)
+    assert len(traces) == 1
+
+
+def test_each_step_and_microbatch_has_its_own_key(base, batch):
+    def noise(base, delta, batch, key):
+        return plain(base, delta, batch, key) * 0 + jax.random.uniform(key)
+
+    _, history = run(noise, base, batch, steps=3, accumulate=2)
+    assert len({entry["loss"] for entry in history}) == 3
+
+
+def test_gradients_that_are_not_finite_are_named(base, batch):
+    delta = lora.init(jax.random.key(0), base, {"^w$": lora.LoRA(2), "head": lora.Full()}, fn, batch[0])
+    tx = optax.sgd(0.1)
+
+    def broken(base, delta, batch, key):
+        return plain(base, delta, batch, key) + jnp.sum(jnp.sqrt(delta["w"].b))
+
+    state = lora.TrainState.create(base, delta, tx, jax.random.key(1))
+    _, metrics = lora.train_step(broken, tx)(state, batch)
+    assert {path: int(count) for path, count in metrics["nonfinite"].items()} == {"head": 0, "w": 12}
+    with pytest.raises(FloatingPointError, match=r"w \(12 elements\)"):
+        check_finite(metrics)
+    with pytest.raises(FloatingPointError, match="loss is nan"):
+        check_finite({"loss": jnp.float32(jnp.nan), "nonfinite": {"w": 0}})
+
+
+def test_refusals(base, batch):
+    with pytest.raises(ValueError, match="positive integer"):
+        lora.train_step(plain, optax.sgd(0.1), accumulate=0)
+    with pytest.raises(ValueError, match=r"\(16, 4\).*multiple of 3"):
+        run(plain, base, batch, accumulate=3)
+    with pytest.raises(ValueError, match=r"multiple of 24 .* 8 devices"):
+        run(plain, base, batch, accumulate=3, pmap=True)
+    with pytest.raises(ValueError, match=r"loss of shape \(16, 2\)"):
+        run(lambda base, delta, batch, key: adapted(base, delta, batch[0]), base, batch)
