@@ -94,10 +94,10 @@ class Config:
     lora_lr: float = 3e-3
     """Peak learning rate of LoRA on query and value."""
 
-    all_linear_lr: float = 1e-3
+    all_linear_lr: float = 3e-3
     """Peak learning rate of LoRA on all linear layers."""
 
-    full_lr: float = 1e-4
+    full_lr: float = 2e-4
     """Peak learning rate of full fine-tuning."""
 
     warmup: float = 0.06

@@ -57,7 +57,7 @@ def train(
       stream: The batches by step.
       epochs: Passes over the data.
       accuracy: Of the state that a run begins with.
-      evaluate: Accuracy of a state; called after every half epoch.
+      evaluate: Accuracy of a state; called after every epoch, and in the middle of a single one.
       checkpoints: Where the run resumes from and leaves its state, on an interrupt as well.
       bar: Shows how far it is.
 
@@ -69,7 +69,7 @@ def train(
       KeyboardInterrupt: After a checkpoint was written.
     """
     total = epochs * stream.steps_per_epoch
-    due = set(np.linspace(0, total, 2 * epochs + 1).round().astype(int).tolist())
+    due = set(np.linspace(0, total, max(epochs, 2) + 1).round().astype(int).tolist())
     state, found = checkpoints.restore(state)
     history = History(**found) if found else History(evaluations=[(0, accuracy)])
     if found:
