@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 import lora_jax as lora
-from lora_jax import paths
 from contract.layers import LAYERS
 from contract.throwaway import BlockedRecipe, FrozenPairRecipe, PickedRecipe
+from lora_jax import paths
 
 RECIPES = {
     "LoRA": lambda axes=None: lora.LoRA(2, alpha=4, axes=axes),
@@ -28,7 +28,7 @@ RECIPES = {
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-TRANSFORMATIONS = ("plain", "jit", "grad", "jvp", "vmap", "scan", "remat", "pmap", "shard_map", "train", "save")
+TRANSFORMATIONS = ("plain", "jit", "grad", "jvp", "vmap", "scan", "remat", "pmap", "shard_map")
 
 FACTORS = {
     "layer": tuple(LAYERS),
@@ -52,7 +52,7 @@ def fits(layer: str, recipe: str) -> bool:
 
 
 def allowed(layer: str, recipe: str, dtype: str, transformation: str) -> bool:
-    if layer == "raw.while_decode" and transformation in ("grad", "remat", "train"):
+    if layer == "raw.while_decode" and transformation in ("grad", "remat"):
         return False  # JAX has no reverse mode for while
     if layer in USES_DEVICES and transformation in ("pmap", "shard_map", "vmap", "scan"):
         return False
