@@ -121,7 +121,7 @@ class Summary:
         return OPTIMIZER_SLOTS[name] * self.train_bytes
 
     def __str__(self) -> str:
-        rows = [("weights", "adapter", "n", "", "trained", "of")]
+        rows: list[tuple[str, ...]] = [("weights", "adapter", "n", "", "trained", "of")]
         rows += [
             (
                 group.pattern,
@@ -137,7 +137,7 @@ class Summary:
         lines.append("")
         lines.append(f"trainable parameters  {self.trainable:,} of {self.total:,} ({self.percent:.3f} %)")
         lines.append("")
-        costs = [("bytes", "this delta", "full fine-tuning", "ratio")]
+        costs: list[tuple[str, ...]] = [("bytes", "this delta", "full fine-tuning", "ratio")]
         costs += [("base", f"{self.base_bytes:,}", f"{self.base_bytes:,}", "")]
         costs += [("delta", f"{self.delta_bytes:,}", "", "")]
         for name, factor in (("gradients", 1), *((f"{k} state", v) for k, v in OPTIMIZER_SLOTS.items())):

@@ -140,8 +140,8 @@ def train_step(
             "nonfinite": {path: _count_nonfinite(node) for path, node in gradients.items()},
         }
         updates, opt_state = tx.update(gradients, opt_state, train)
-        train = optax.apply_updates(train, updates)
-        return (join(train, frozen), opt_state, number + 1, key), metrics
+        moved: Any = optax.apply_updates(train, updates)
+        return (join(moved, frozen), opt_state, number + 1, key), metrics
 
     if pmap:
         compiled = jax.pmap(body, axis_name=DEVICES, in_axes=(None, None, 0), out_axes=None, donate_argnums=(1,))

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +101,7 @@ def _explicit_spec(labels: Sequence[Label], *operands: Factor):
     meshes = [s.mesh for s in shardings if not s.mesh.empty and not s.mesh.are_all_axes_auto]
     if not meshes:
         return None
-    by_label: dict[Label, object] = {}
+    by_label: dict[Label, Any] = {}
     for operand, sharding in zip(operands, shardings):
         spec = (*sharding.spec, *[None] * (operand.array.ndim - len(sharding.spec)))
         for label, axis in zip(operand.labels, spec):
@@ -109,7 +110,7 @@ def _explicit_spec(labels: Sequence[Label], *operands: Factor):
     entries = []
     for label in labels:
         axis = by_label.get(label)
-        names = set(axis) if isinstance(axis, tuple) else {axis} - {None}
+        names: set[str] = set(axis) if isinstance(axis, tuple) else set() if axis is None else {axis}
         entries.append(None if names & used else axis)
         used |= names
     return jax.sharding.NamedSharding(meshes[0], jax.sharding.PartitionSpec(*entries))
@@ -125,14 +126,14 @@ def _dot(left: Factor, right: Factor, later: Iterable[Label], precision, dtype) 
         *(label for label in left.labels if label not in shared),
         *(label for label in right.labels if label not in shared),
     )
-    numbers = tuple(
-        (tuple(left.axis(label) for label in group), tuple(right.axis(label) for label in group))
-        for group in (summed, batch)
-    )
+
+    def axes(operand: Factor, group: list[Label]) -> list[int]:
+        return [operand.axis(label) for label in group]
+
     product = lax.dot_general(
         left.array,
         right.array,
-        numbers,
+        ((axes(left, summed), axes(right, summed)), (axes(left, batch), axes(right, batch))),
         precision=precision,
         preferred_element_type=dtype,
         out_sharding=_explicit_spec(labels, left, right),

@@ -32,7 +32,7 @@ class Replacement(Adapter):
     """
 
     value: jax.Array = trained()
-    axes: tuple[str, ...] = static()
+    axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
 
     merged_because = "Full trains the leaf itself"
 
@@ -81,7 +81,7 @@ class RowReplacement(Adapter):
     rows: jax.Array = trained()
     ids: jax.Array = frozen()
     count: int = static()
-    axes: tuple[str, ...] = static()
+    axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
 
     def shape(self) -> tuple[int, ...]:
         rest = iter(self.rows.shape[1:])
@@ -127,7 +127,7 @@ class Rows(Recipe):
 
     ids: tuple[int, ...]
     _: dataclasses.KW_ONLY
-    axes: tuple[str, ...] | None = None
+    axes: tuple[str, ...] | None = None  # pyrefly: ignore[bad-override]
     dtype: jax.typing.DTypeLike = jnp.float32
 
     def __post_init__(self):

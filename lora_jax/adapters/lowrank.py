@@ -50,7 +50,7 @@ class LowRank(Adapter):
     b: jax.Array = trained()
     scale: jax.Array = frozen()
     dropout: jax.Array = frozen()
-    axes: tuple[str, ...] = static()
+    axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
     blocks: tuple[bool, ...] = static()
 
     additive = True
@@ -133,7 +133,7 @@ class LoRA(Recipe):
     rank: int
     alpha: float | None = None
     _: dataclasses.KW_ONLY
-    axes: tuple[str, ...] | None = None
+    axes: tuple[str, ...] | None = None  # pyrefly: ignore[bad-override]
     blocks: int | tuple[bool, ...] = 1
     scaling: str = "alpha/r"
     init: str | initializers.Initializer = "kaiming_uniform"

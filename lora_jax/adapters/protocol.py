@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -81,17 +81,18 @@ class Adapter:
         return {}
 
 
-T = TypeVar("T", bound=type)
+T = TypeVar("T", bound="Adapter")
 
 
-def adapter(kind: str) -> Callable[[T], T]:
+@dataclass_transform(frozen_default=True, field_specifiers=(trained, frozen, static))
+def adapter(kind: str) -> Callable[[type[T]], type[T]]:
     """Makes a class an adapter: a frozen dataclass, a pytree node, known to checkpoints as `kind`.
 
     Fields are declared by :func:`trained`, :func:`frozen` and :func:`static`. Unflattening calls
     nothing but the dataclass's own constructor, so leaves may be anything (None, booleans, shapes).
     """
 
-    def decorate(cls: T) -> T:
+    def decorate(cls: type[T]) -> type[T]:
         cls = dataclasses.dataclass(frozen=True)(cls)
         fields = dataclasses.fields(cls)  # pyrefly: ignore[bad-argument-type]
         jax.tree_util.register_dataclass(

@@ -13,7 +13,7 @@ from jax._src.interpreters import partial_eval
 from jax.experimental import compute_on as compute_on_module
 from jax.extend.core import Literal
 
-compute_on = getattr(compute_on_module, "compute_on2", compute_on_module.compute_on)
+compute_on: Callable = getattr(compute_on_module, "compute_on2", compute_on_module.compute_on)
 """Runs a function on another compute type (the host). Newer releases have one name for it, older two."""
 
 Jaxpr = Any

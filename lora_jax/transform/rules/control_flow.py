@@ -1,5 +1,7 @@
 """Calls and control flow: sub-jaxprs are interpreted inside the construct they came in."""
 
+from typing import Any
+
 import jax
 from jax import lax
 
@@ -253,7 +255,7 @@ def _shard_map(interpreter, equation, values):
 def _sharded(weight: Weight, spec, mesh):
     """The specs of a weight's leaves, from the spec of its base."""
     names = spec_by_label(weight, spec, mesh)
-    partition = jax.sharding.PartitionSpec
+    partition: Any = jax.sharding.PartitionSpec
 
     def spec_of(factor: Factor):
         return Factor(partition(*(names.get(label) for label in factor.labels)), factor.labels)

@@ -64,7 +64,7 @@ def _gather(interpreter, equation, values):
     offsets = [int(a) for a in numbers.offset_dims]
     window = iter(a for a in range(weight.value.ndim) if a not in batching and a not in collapsed)
     lead, added = iter(index_dims), fresh(weight, indices.ndim)[-1]
-    dims = []
+    dims: list[tuple[tuple[str, int], ...]] = []
     for place in range(value.ndim):
         source = next(window) if place in offsets else None
         if source is None:
