@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -66,7 +67,7 @@ def save(directory: str | os.PathLike, delta: Delta, *, base: Any = None) -> Non
             checkpointer.save(fresh / ARRAYS, arrays)
             checkpointer.wait_until_finished()
         with open(fresh / MANIFEST, "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
+            file.write(_readable(manifest))
             file.flush()
             os.fsync(file.fileno())
         _exchange(fresh, directory)
@@ -153,6 +154,14 @@ def _digest(weight: Any) -> str | None:
     if isinstance(weight, jax.ShapeDtypeStruct):
         return None
     return hashlib.sha256(np.ascontiguousarray(weight).tobytes()).hexdigest()
+
+
+def _readable(manifest: dict[str, Any]) -> str:
+    """Indented JSON with lists of plain values (shapes, roles) on one line."""
+    text = json.dumps(manifest, indent=2)
+    return re.sub(
+        r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), text
+    )
 
 
 def _exchange(fresh: pathlib.Path, directory: pathlib.Path) -> None:

@@ -55,6 +55,7 @@ def test_the_manifest_reads_well(saved):
         "scale": 2.0,
         "weight_shape": [384, 384],
     }
+    assert '"axes": ["in", "out"]' in (saved / "adapter.json").read_text()
     assert entry["structure"]["axes"] == ["in", "out"]
     assert entry["arrays"]["a"] == {"shape": [8, 384], "dtype": "float32"}
 
@@ -69,7 +70,7 @@ def test_a_failed_write_leaves_the_old_adapter(saved, delta, base, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint.json, "dump", fail)
+    monkeypatch.setattr(checkpoint, "_readable", fail)
     with pytest.raises(OSError, match="No space"):
         lora.save(saved, lora.init(jax.random.key(9), base, SPEC))
     assert os.listdir(saved.parent) == ["adapter"]

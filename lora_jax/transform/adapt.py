@@ -13,6 +13,10 @@ from lora_jax.transform.call import Arguments, Call, check_delta, entered
 from lora_jax.transform.interpreter import Interpreter
 
 
+CACHED_CALLS = 128
+"""Traces that one adapted function keeps; the oldest goes when another shape or static argument comes."""
+
+
 def adapt(fn: Callable, *, flatten: bool = True) -> Callable:
     r"""Makes a function of parameters a function of frozen parameters and adapters.
 
@@ -57,6 +61,8 @@ def adapt(fn: Callable, *, flatten: bool = True) -> Callable:
             return calls[key]
         made = Call.trace(fn, arguments), Interpreter(flatten=flatten)
         if key is not None and not made[0].program.holds_tracers:
+            if len(calls) == CACHED_CALLS:
+                del calls[next(iter(calls))]
             calls[key] = made
         return made
 
