@@ -12,7 +12,6 @@ from lora_jax.transform import jaxprs
 from lora_jax.transform.call import Arguments, Call, check_delta, entered
 from lora_jax.transform.interpreter import Interpreter
 
-
 CACHED_CALLS = 128
 """Traces that one adapted function keeps; the oldest goes when another shape or static argument comes."""
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from lora_jax.transform import jaxprs
+from lora_jax.transform.product import Product
 from lora_jax.transform.rules import RULES
 from lora_jax.transform.weight import CannotFactor, Weight, root
 
@@ -71,12 +72,18 @@ class Interpreter:
         last = jaxprs.last_uses(jaxpr)
         for position, equation in enumerate(jaxprs.equations(jaxpr)):
             values = [jaxprs.read(environment, atom) for atom in equation.invars]
+            product = _addend(equation, values, last[position])
+            if product is None:
+                for place, value in enumerate(values):
+                    if isinstance(value, Product):
+                        values[place] = environment[equation.invars[place]] = value.total()
             with jaxprs.context(equation):
-                results = self._apply(equation, values)
+                results = self._apply(equation, values) if product is None else [product.plus(equation, values)]
             environment.update(zip(equation.outvars, results))
             for variable in last[position]:
                 del environment[variable]
-        return [jaxprs.read(environment, atom) for atom in jaxprs.outputs(jaxpr)]
+        outputs = [jaxprs.read(environment, atom) for atom in jaxprs.outputs(jaxpr)]
+        return [out.total() if isinstance(out, Product) else out for out in outputs]
 
     def cached(self, key: Any, make: Callable[[], Callable]) -> Callable:
         """One compiled function per sub-jaxpr, so that calls outside jit compile once."""
@@ -142,6 +149,17 @@ class Interpreter:
             (equation.primitive.name, jaxprs.source(equation)) if equation is not None else ("return", "the end")
         )
         self.uses.append(Use(weight.path, name, factored, reason, where, by_axis))
+
+
+def _addend(equation: jaxprs.Equation, values: Sequence[Any], finished: Sequence[Any]) -> Product | None:
+    """The product that an equation adds an independent array to, where that is the product's only use left."""
+    if equation.primitive.name not in ("add", "add_any"):
+        return None
+    for place, (value, other) in enumerate((values, values[::-1])):
+        independent = not isinstance(other, Product | Weight)
+        if isinstance(value, Product) and independent and equation.invars[place] in finished:
+            return value
+    return None
 
 
 def _joined(one: str | None, other: str) -> str:

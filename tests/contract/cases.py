@@ -41,6 +41,10 @@ USES_DEVICES = ("raw.sharding_constraint", "raw.shard_map", "raw.shard_map_gathe
 """Layers that span the devices themselves, so that no transformation can spread them over devices again."""
 
 
+IN_PARTS = (*USES_DEVICES, "raw.qkv_split_before", "raw.qkv_sliced_before")
+"""Layers that multiply by parts of their weight, so that even a merged gradient is made of parts."""
+
+
 def fits(layer: str, recipe: str) -> bool:
     """Whether a recipe can adapt a layer's weights. (All out axes that may be split are of even size.)"""
     roles = LAYERS[layer].axes.values()
@@ -110,7 +114,8 @@ def build(layer: str, recipe: str, dtype: str) -> Case:
         axes=made.axes,
         factored=not made.merged and recipe != "Full",
         forward_mode=layer != "raw.custom_vjp",
-        tolerance=4e-2 if "bfloat16" in (dtype, *recipe.split("_")) else 2e-5,
+        # bfloat16 has 8 bits, and every product and sum of the two forms rounds differently.
+        tolerance=8e-2 if "bfloat16" in (dtype, *recipe.split("_")) else 2e-5,
     )
 
 

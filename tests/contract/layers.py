@@ -153,13 +153,7 @@ def nnx_layer(name: str, axes, *inputs: Callable):
     def register(build):
         @layer(f"nnx.{name}", axes)
         def make(dtype):
-            apply_fn, base = lora.nnx.functional(build(dtype))
-
-            def fn(*args):
-                # JAX's own dot_product_attention does not run on bfloat16 under strict promotion.
-                with jax.numpy_dtype_promotion("standard"):
-                    return apply_fn(*args)
-
+            fn, base = lora.nnx.functional(build(dtype))
             return fn, cast(base, dtype), tuple(given(dtype) for given in inputs)
 
         return make

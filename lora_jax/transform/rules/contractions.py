@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapters.factored import Factor, Label, chain, spread
 from lora_jax.transform import jaxprs
+from lora_jax.transform.product import Product
 from lora_jax.transform.ragged import ragged_product
 from lora_jax.transform.weight import CannotFactor, Weight
 
@@ -73,7 +74,10 @@ def _dot_general(interpreter, equation, values):
         start = Factor(_reshaped(low_rank_input, [n for _, n in pairs]), tuple(x for x, _ in pairs))
         out = [*shared, *token_pairs, *free] if place == 1 else [*shared, *free, *token_pairs]
         delta = chain(start, weight.factors, out, precision=params["precision"], dtype=base.dtype, reverse=place == 0)
-        total = base + _reshaped(delta, base.shape)
+        product = Product(base, _reshaped(delta, base.shape), equation)
+        if not after:
+            return [product]
+        total = product.total()
     if after:
         out_dims = [*shared, *((f"{TOKENS}{a}", x.shape[a]) for a in tokens), *free]
         if place == 0:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapters.factored import Factor, chain, spread
 from lora_jax.transform import jaxprs
+from lora_jax.transform.product import Product
 from lora_jax.transform.weight import CannotFactor, Weight, split_label
 
 TOKENS = "tokens"
@@ -76,7 +77,10 @@ def _conv(interpreter, equation, values):
             precision=params["precision"],
             dtype=base.dtype,
         )
-        total = base + delta.reshape(base.shape)
+        product = Product(base, delta.reshape(base.shape), equation)
+        if not weight.gains:
+            return [product]
+        total = product.total()
     for gain in weight.gains:
         result = [[pair] for pair in lead]
         result[feature_axis] = list(out)
