@@ -111,8 +111,8 @@ linen(
         "params/value/kernel": ("in", "out", "out"),
         "params/out/kernel": ("in", "in", "out"),
     },
-    tokens(2, 3, 4),
-)(lambda dtype: nn.MultiHeadDotProductAttention(2, dtype=dtype))
+    tokens(2, 5, 4),
+)(lambda dtype: nn.MultiHeadDotProductAttention(2, qkv_features=12, dtype=dtype))
 
 
 class Tied(nn.Module):
@@ -181,8 +181,8 @@ nnx_layer("Embed", {"embedding": EMBED}, ids)(lambda dtype: nnx.Embed(7, 4, dtyp
 nnx_layer(
     "MultiHeadAttention",
     {"query/kernel": ("in", "out", "out"), "out/kernel": ("in", "in", "out")},
-    tokens(2, 3, 4),
-)(lambda dtype: nnx.MultiHeadAttention(2, 4, dtype=dtype, decode=False, rngs=rngs()))
+    tokens(2, 5, 4),
+)(lambda dtype: nnx.MultiHeadAttention(2, 4, 12, dtype=dtype, decode=False, rngs=rngs()))
 
 
 class WithNorms(nnx.Module):
@@ -245,7 +245,7 @@ haiku_layer("Conv2D", {"conv2_d/w": ("in", "in", "in", "out")}, tokens(2, 6, 6, 
 haiku_layer("Embed", {"embed/embeddings": EMBED}, ids)(lambda: hk.Embed(7, 4))
 
 
-def raw(name: str, shape, axes, given: Callable = tokens(2, 3, 4), **options):  # noqa: B008
+def raw(name: str, shape, axes, given: Callable = tokens(2, 5, 4), **options):  # noqa: B008
     """Registers a plain function of one weight `w`."""
 
     def register(fn):
@@ -286,7 +286,7 @@ raw("cast", (4, 6), ("in", "out"))(lambda x, w: x.astype(jnp.float32) @ w.astype
 raw("transposed_twice", (6, 4), ("out", "in"))(lambda x, w: x @ jnp.swapaxes(w, 0, 1).T.T)
 raw("twice", (4, 4), ("in", "out"))(lambda x, w: jnp.tanh(x @ w) @ w)
 raw("there_and_back", (4, 6), ("in", "out"))(lambda x, w: jnp.tanh(x @ w) @ w.T)
-raw("positions", (5, 4), ("in", "out"))(lambda x, w: x * (1 + w[: x.shape[1]])[None])
+raw("positions", (7, 4), ("in", "out"))(lambda x, w: x * (1 + w[: x.shape[1]])[None])
 raw("jit_in_jit", (4, 6), ("in", "out"))(lambda x, w: jax.jit(lambda w: jax.jit(lambda v: x @ v.T)(w.T))(w))
 raw("cond", (4, 6), ("in", "out"))(lambda x, w: jax.lax.cond(x.sum() > 0, lambda w: x @ w, lambda w: jnp.sin(x @ w), w))
 raw("while_decode", (4, 4), ("in", "out"))(
