@@ -101,7 +101,9 @@ def test_labels_must_differ(tmp_path, labels):
 
 
 @pytest.mark.parametrize(
-    "data", [b"no gzip", gzip.compress(b"label\ttext\ngames\tchess\n")[:-9], gzip.compress(b"\xff")]
+    "data",
+    [b"no gzip", gzip.compress(b"label\ttext\ngames\tchess\n")[:-9], gzip.compress(b"\xff")],
+    ids=["no gzip", "cut off", "no text"],  # the bytes hold the time of day
 )
 def test_damaged_file(tmp_path, data):
     write(tmp_path, "", "train.tsv.gz")
