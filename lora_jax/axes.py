@@ -61,8 +61,9 @@ def roles(uses: Sequence[Use], shape: Sequence[int]) -> tuple[str, ...]:
     if not told:
         how = "; ".join(f"{use.operation} at {use.source}" for use in uses) or "not at all"
         raise ValueError(
-            f"the function contracts no axis of this weight of shape {tuple(shape)} (it is used by {how}), so that "
-            "there is no in or out axis. Full() trains such a leaf outright"
+            f"the function contracts no axis of this weight of shape {tuple(shape)}, as far as tracing follows it (it "
+            f"is used by {how}), so that there is no in or out axis. Full() trains a leaf that is no matrix; a weight "
+            "that is contracted after that operation gets its roles from the recipe's axes= and is merged there."
         )
     first_use, first = told[0]
     for use, found in told[1:]:

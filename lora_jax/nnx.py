@@ -1,5 +1,6 @@
 """An NNX module as a function of parameters."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,14 +22,15 @@ def functional(model: nnx.Module) -> tuple[Callable, dict[str, Any]]:
       paths such as `layers/0/query/kernel`. `apply_fn(base, *args, rngs=None, mutable=(), **kwargs)`
       calls a fresh copy of the module:
 
-      - `rngs`: a PRNG key that reseeds every random stream; without it dropout is off.
+      - `rngs`: a PRNG key that reseeds every random stream, and that a `__call__` with an argument of
+        that name is given as `nnx.Rngs`; without it dropout is off.
       - `mutable`: what the call may change: classes (`nnx.BatchStat`), their names in NNX
         ('batch_stats') or patterns of paths; the result is then `(out, changed)` with the changed
         variables as a dict like `base`.
 
     Raises:
-      ValueError: (from `apply_fn`) The call changes a variable that `mutable` does not name, or `base`
-        lacks variables of the module.
+      ValueError: (from `apply_fn`) The call changes a variable, other than a parameter, that `mutable`
+        does not name, or `base` does not fit the module.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -58,12 +60,20 @@ def functional(model: nnx.Module) -> tuple[Callable, dict[str, Any]]:
             module.set_attributes(deterministic=True, raise_if_not_found=False)
         else:
             _reseed(module, rngs)
+            if "rngs" in inspect.signature(type(module).__call__).parameters:
+                kwargs["rngs"] = nnx.Rngs(rngs)
         out = module(*args, **kwargs)
         after = nnx.split(module, nnx.RngState, ...)[2]
         before = dict(zip(names, values))
-        changed = {path: leaf for path, leaf in _leaves(after).items() if leaf is not before.get(path)}
         variables = dict(_variables(after))
         allowed = (mutable,) if isinstance(mutable, str | type) else tuple(mutable)
+        # Lifted transforms (nnx.remat, nnx.jit) write every variable back, parameters too: as another tracer.
+        changed = {
+            path: leaf
+            for path, leaf in _leaves(after).items()
+            if leaf is not before.get(path)
+            and not (isinstance(variables[path], nnx.Param) and not _is_named(path, variables[path], allowed))
+        }
         for path in changed:
             if not _is_named(path, variables[path], allowed):
                 raise ValueError(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax.adapters.protocol import Adapter, is_adapter
+from lora_jax.transform.call import is_array
 
 Delta = dict[str, Adapter]
 
@@ -110,7 +111,7 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
             raise ValueError("optimizer(tx).update needs params, which tell the trainable leaves.")
         trained, state = inner.update(chosen(params, updates), state, chosen(params, params), **extra)
         full = jax.tree.map(
-            lambda leaf, update: jnp.zeros_like(leaf) if update is None else update,
+            lambda leaf, update: jnp.zeros_like(leaf) if update is None and is_array(leaf) else update,
             params,
             trained,
             is_leaf=lambda leaf: leaf is None,

@@ -105,7 +105,7 @@ def prepare(
       loss: For initialisers that read gradients. None of the present ones does.
 
     Returns:
-      The adjusted base and the delta. Merged, they are the base that was given, to float32 rounding.
+      The adjusted base and the delta. Merged, they are the base that was given, to rounding in its dtype.
 
     Raises:
       ValueError: As :func:`init`; no batch is given; a loss is given that nothing reads.

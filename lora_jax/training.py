@@ -6,10 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from lora_jax.adapters.factored import compute_dtype
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.optim import join, partition
+from lora_jax.transform.call import is_array
 
 Delta = dict[str, Adapter]
 Metrics = dict[str, Any]
@@ -49,8 +52,30 @@ class TrainState:
     @classmethod
     def create(cls, base: Any, delta: Delta, tx: optax.GradientTransformation, key: jax.Array) -> "TrainState":
         """The state before the first step. Donated steps leave the caller's own delta and key intact."""
-        delta, key = jax.tree.map(jnp.copy, (delta, key))
-        return cls(base, delta, tx.init(partition(delta)[0]), jnp.zeros((), jnp.int32), key)
+        opt_state = tx.init(partition(delta)[0])
+        # Copies: some transforms keep the parameters themselves, and no buffer can be donated twice.
+        delta, opt_state, key = jax.tree.map(jnp.copy, (delta, opt_state, key))
+        return cls(base, delta, opt_state, jnp.zeros((), jnp.int32), key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A tree without its arrays: structure, and the leaves that a compiled function closes over."""
+
+    treedef: Any
+    leaves: tuple[Any, ...]
+
+    @classmethod
+    def split(cls, tree: Any) -> tuple["Static", list[Any]]:
+        """The tree's static part and its arrays."""
+        leaves, treedef = jax.tree.flatten(tree)
+        static = cls(treedef, tuple(None if is_array(leaf) else leaf for leaf in leaves))
+        return static, [leaf for leaf in leaves if is_array(leaf)]
+
+    def restore(self, arrays: list[Any]) -> Any:
+        """The tree again."""
+        queue = iter(arrays)
+        return jax.tree.unflatten(self.treedef, [next(queue) if leaf is None else leaf for leaf in self.leaves])
 
 
 def train_step(
@@ -66,7 +91,8 @@ def train_step(
       loss_fn: `loss_fn(base, delta, batch, key)` returns a scalar loss, or `(loss_sum, weight)`: a sum
         and what it is to be divided by (the tokens it counts), both scalars. Sums are added up over
         microbatches and devices and divided by the total weight; plain losses are averaged.
-      tx: Any Optax transform; it sees the trainable leaves alone.
+      tx: An Optax transform; it sees the trainable leaves alone, and `value=` and `grad=` where it takes
+        them. (Line searches, which call the loss again, are not served.)
       accumulate: Microbatches a step; the leading size of every leaf of the batch is a multiple of it.
       pmap: Runs the step under `jax.pmap` over all local devices: each takes an equal part of the
         batch's leading axis, state is replicated, gradients are summed. The numbers are those of the
@@ -98,21 +124,30 @@ def train_step(
     if not isinstance(accumulate, int) or accumulate < 1:
         raise ValueError(f"train_step(accumulate={accumulate!r}): the number of microbatches is a positive integer.")
 
+    update = optax.with_extra_args_support(tx).update
+
     def sums(base, train, frozen, batch, key):
         """The gradient of the loss sum, the loss sum and the weight of one microbatch."""
 
         def summed(train):
             out = loss_fn(base, join(train, frozen), batch, key)
+            if isinstance(out, tuple) and len(out) != 2:
+                raise ValueError(f"loss_fn returned {len(out)} values; expected a loss, or (loss_sum, weight).")
             total, weight = out if isinstance(out, tuple) else (out, 1.0)
+            if not all(isinstance(value, jax.Array | np.ndarray | float | int) for value in (total, weight)):
+                raise ValueError(
+                    f"loss_fn returned {type(total).__name__} and {type(weight).__name__}; expected scalars."
+                )
             for name, value in (("loss", total), ("weight", weight)):
                 if jnp.shape(value) != ():
                     raise ValueError(f"loss_fn returned a {name} of shape {jnp.shape(value)}; expected a scalar.")
-            return total.astype(jnp.float32), jnp.asarray(weight, jnp.float32)
+            return jnp.asarray(total, jnp.float32), jnp.asarray(weight, jnp.float32)
 
         (total, weight), gradients = jax.value_and_grad(summed, has_aux=True)(train)
-        return gradients, total, weight
+        return jax.tree.map(lambda g: g.astype(compute_dtype(g.dtype)), gradients), total, weight
 
-    def body(base, moving, batch):
+    def body(static, arrays, moving, batch):
+        base = static.restore(arrays)
         delta, opt_state, number, key = moving
         train, frozen = partition(delta)
         key, use = jax.random.split(key)
@@ -127,26 +162,36 @@ def train_step(
                 more = sums(base, train, frozen, part, jax.random.fold_in(use, index))
                 return jax.tree.map(jnp.add, totals, more), None
 
-            zero = (jax.tree.map(jnp.zeros_like, train), jnp.zeros(()), jnp.zeros(()))
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, compute_dtype(leaf.dtype)), train)
+            zero = (zeros, jnp.zeros(()), jnp.zeros(()))
             totals, _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), _microbatches(batch, accumulate)))
         if pmap:
             totals = jax.lax.psum(totals, DEVICES)
         gradients, total, weight = totals
-        gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
+        # A batch of weight zero (padding only) has no gradient, rather than one that is not a number.
+        divisor = jnp.where(weight == 0, 1.0, weight)
+        gradients = jax.tree.map(lambda g, leaf: (g / divisor.astype(g.dtype)).astype(leaf.dtype), gradients, train)
         metrics = {
-            "loss": total / weight,
+            "loss": total / divisor,
             "grad_norm": optax.tree.norm(gradients),
             "weight": weight,
             "nonfinite": {path: _count_nonfinite(node) for path, node in gradients.items()},
         }
-        updates, opt_state = tx.update(gradients, opt_state, train)
+        updates, opt_state = update(gradients, opt_state, train, value=total / divisor, grad=gradients)
         moved: Any = optax.apply_updates(train, updates)
         return (join(moved, frozen), opt_state, number + 1, key), metrics
 
     if pmap:
-        compiled = jax.pmap(body, axis_name=DEVICES, in_axes=(None, None, 0), out_axes=None, donate_argnums=(1,))
+        compiled = jax.pmap(
+            body,
+            axis_name=DEVICES,
+            in_axes=(None, None, None, 0),
+            out_axes=None,
+            donate_argnums=(2,),
+            static_broadcasted_argnums=(0,),
+        )
     else:
-        compiled = jax.jit(body, donate_argnums=(1,))
+        compiled = jax.jit(body, donate_argnums=(2,), static_argnums=(0,))
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         devices = jax.local_device_count() if pmap else 1
@@ -154,7 +199,8 @@ def train_step(
         if pmap:
             batch = jax.tree.map(lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), batch)
         moving = (state.delta, state.opt_state, state.step, state.key)
-        (delta, opt_state, number, key), metrics = compiled(state.base, moving, batch)
+        static, arrays = Static.split(state.base)
+        (delta, opt_state, number, key), metrics = compiled(static, arrays, moving, batch)
         return TrainState(state.base, delta, opt_state, number, key), metrics
 
     return step

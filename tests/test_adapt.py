@@ -260,3 +260,17 @@ def test_flattening_gathers_a_sharded_sequence_and_not_flattening_does_not(flatt
     text = jax.jit(jax.grad(loss)).lower(train).compile().as_text()
     sizes = [line for line in text.splitlines() if "all-gather(" in line and ("4,64" in line or "256," in line)]
     assert bool(sizes) == flatten
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.0, None])
+def test_lookups_out_of_range_are_filled_once(fill, getkey):
+    base, ids = {"t": jax.random.normal(getkey(), (5, 4))}, jnp.asarray([1, 9])
+    fn = lambda base, ids: jnp.take(base["t"], ids, axis=0, mode="fill", fill_value=fill)  # noqa: E731
+    delta = lora.init(getkey(), base, {"t": lora.LoRA(2)}, fn, ids)
+    delta = {"t": dataclasses.replace(delta["t"], a=delta["t"].a + 0.5)}
+    chex.assert_trees_all_close(lora.adapt(fn)(base, delta, ids), fn(lora.merge(base, delta), ids), rtol=1e-5)
+
+
+def test_a_function_with_an_argument_of_adapted_is_refused():
+    with pytest.raises(ValueError, match="dropout_key"):
+        lora.adapt(lambda base, x, *, dropout_key=None: x)

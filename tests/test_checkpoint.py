@@ -1,5 +1,6 @@
 """save() and load(): what is on disk, what fits, what is refused."""
 
+import gc
 import json
 import os
 
@@ -135,6 +136,8 @@ def test_a_manifest_that_contradicts(saved, change, message):
         lora.load(saved)
 
 
+# Orbax leaves the other reads of a checkpoint unfinished where one fails; they complain when they are collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damage(saved, tmp_path):
     with pytest.raises(FileNotFoundError, match="no adapter directory"):
         lora.load(tmp_path / "nowhere")
@@ -143,6 +146,7 @@ def test_damage(saved, tmp_path):
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"cannot be read|damaged"):
         lora.load(saved)
+    gc.collect()
     (saved / "adapter.json").write_text("{")
     with pytest.raises(ValueError, match=r"adapter\.json is damaged"):
         lora.load(saved)

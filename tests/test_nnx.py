@@ -1,6 +1,7 @@
 """nnx.functional(): modules as functions of a plain dict."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -98,3 +99,29 @@ def test_a_base_that_does_not_fit(x):
         apply_fn({"layers": base["layers"]}, x)
     with pytest.raises(ValueError, match=r"lacks 0 variables and has 1.*'extra'"):
         apply_fn(base | {"extra": x}, x)
+
+
+class Lifted(nnx.Module):
+    def __init__(self):
+        self.linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.dropout = nnx.Dropout(0.5)
+
+    @nnx.remat
+    def block(self, x):
+        return jnp.tanh(self.linear(x))
+
+    def __call__(self, x, *, rngs=None):
+        return self.dropout(self.block(x), rngs=rngs)
+
+
+def test_lifted_transforms_inside_the_module(x):
+    apply_fn, base = lora.nnx.functional(Lifted())
+    delta = lora.init(jax.random.key(0), base, {"kernel": lora.LoRA(2)}, apply_fn, x)
+    assert lora.explain(apply_fn, base, delta, x).factored
+    np.testing.assert_allclose(jax.jit(lora.adapt(apply_fn))(base, delta, x), apply_fn(base, x), rtol=1e-6)
+
+
+def test_a_key_reaches_a_call_that_takes_rngs(x):
+    apply_fn, base = lora.nnx.functional(Lifted())
+    assert (apply_fn(base, x) != 0).all()
+    assert (apply_fn(base, x, rngs=jax.random.key(1)) == 0).any()

@@ -109,3 +109,17 @@ def test_an_unused_adapter():
     delta = lora.init(jax.random.key(0), W, {"w": lora.Full()})
     with pytest.raises(ValueError, match="'w', which the function never uses"):
         lora.explain(lambda p, x: x, W, delta, X)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda p, x: x @ (jnp.split(p["w"], 2, axis=1)[0] * jnp.ones((4, 3))),
+        lambda p, x: x @ jnp.tanh(p["w"][:, :3]),
+    ],
+)
+def test_a_part_that_is_changed_before_its_product_is_merged_and_tells_no_roles(fn):
+    with pytest.raises(ValueError, match=r"as far as tracing follows it.*axes="):
+        lora.init(jax.random.key(0), W, {"w": lora.LoRA(2)}, fn, X)
+    delta = lora.init(jax.random.key(0), W, {"w": lora.LoRA(2, axes=("in", "out"))}, fn, X)
+    assert not lora.explain(fn, W, delta, X).factored

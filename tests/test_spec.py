@@ -237,3 +237,11 @@ def test_shapes_suffice():
     shapes = jax.eval_shape(lambda: BASE)
     delta = lora.init(jax.random.key(0), shapes, {"kernel": lora.LoRA(2)}, fn, jax.ShapeDtypeStruct(X.shape, X.dtype))
     chex.assert_trees_all_equal(delta, init({"kernel": lora.LoRA(2)}))
+
+
+def test_full_keeps_what_float32_cannot_hold():
+    base = {"c": jnp.asarray([1 + 2j], jnp.complex64), "h": jnp.ones(2, jnp.bfloat16)}
+    delta = lora.init(jax.random.key(0), base, {".": lora.Full()})
+    assert {path: node.value.dtype.name for path, node in delta.items()} == {"c": "complex64", "h": "float32"}
+    with pytest.raises(ValueError, match=r"'h'.*its shape only"):
+        lora.init(jax.random.key(0), jax.eval_shape(lambda: base), {"h": lora.Full()})

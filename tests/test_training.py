@@ -1,6 +1,7 @@
 """train_step(): accumulation, token weights, devices, donation, metrics."""
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,3 +142,49 @@ def test_refusals(base, batch):
         run(plain, base, batch, accumulate=3, pmap=True)
     with pytest.raises(ValueError, match=r"loss of shape \(16, 2\)"):
         run(lambda base, delta, batch, key: adapted(base, delta, batch[0]), base, batch)
+
+
+def test_a_base_with_leaves_that_are_no_arrays(getkey):
+    model = eqx.nn.MLP(4, 2, 8, 1, key=getkey())
+    apply = lambda model, x: jax.vmap(model)(x)  # noqa: E731
+    x = jax.random.normal(getkey(), (16, 4))
+    delta = lora.init(getkey(), model, {"weight": lora.LoRA(2)}, apply, x)
+    whole = lora.adapt(apply)
+    tx = optax.sgd(0.1)
+    for options in ({}, {"pmap": True}):
+        state = lora.TrainState.create(model, delta, tx, getkey())
+        step = lora.train_step(lambda base, delta, x, key: jnp.mean(whole(base, delta, x) ** 2), tx, **options)
+        state, first = step(state, x)
+        _, second = step(state, x)
+        assert float(second["loss"]) < float(first["loss"])
+    tree = {"base": model, "delta": delta}
+    one_tree = lora.optimizer(tx)
+    updates, _ = one_tree.update(jax.tree.map(lambda leaf: leaf, tree), one_tree.init(tree), tree)
+    assert updates["base"].activation is None
+
+
+def test_a_batch_of_weight_zero_changes_nothing(base, batch):
+    empty = (*batch[:2], jnp.zeros(16))
+    before, _ = run(weighted, base, batch, steps=0)
+    after, history = run(weighted, base, empty, steps=1)
+    chex.assert_trees_all_equal(after, before)
+    assert history[0]["loss"] == 0 and history[0]["weight"] == 0
+
+
+def test_transforms_that_keep_parameters_or_read_the_loss(base, batch, lenient):
+    delta = lora.init(jax.random.key(0), base, {"^w$": lora.LoRA(2)}, fn, batch[0])
+    for tx in (optax.contrib.dog(1e-2), optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())):
+        state = lora.TrainState.create(base, delta, tx, jax.random.key(1))
+        state, metrics = lora.train_step(plain, tx)(state, batch)
+        check_finite(metrics)
+
+
+def test_bfloat16_factors_accumulate_in_float32(base, batch):
+    delta = lora.init(jax.random.key(0), base, {"^w$": lora.LoRA(2, dtype=jnp.bfloat16)}, fn, batch[0])
+    delta = jax.tree.map(lambda leaf: leaf + jnp.asarray(0.1, leaf.dtype), delta)
+    tx = optax.sgd(0.1)
+    norms = []
+    for accumulate in (1, 16):
+        state = lora.TrainState.create(base, delta, tx, jax.random.key(1))
+        norms.append(float(lora.train_step(plain, tx, accumulate=accumulate)(state, batch)[1]["grad_norm"]))
+    np.testing.assert_allclose(norms[1], norms[0], rtol=2e-2)

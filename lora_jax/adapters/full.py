@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters.factored import Factor, Factored
+from lora_jax.adapters.factored import Factor, Factored, compute_dtype
 from lora_jax.adapters.protocol import (
     BATCH,
     IN,
@@ -48,7 +48,8 @@ class Full(Recipe):
     """Trains a leaf outright, starting from its value: classifier heads, norms, biases.
 
     Args:
-      dtype: Of the trained copy; the function still sees the dtype of the base.
+      dtype: Of the trained copy; None is float32, or the base's dtype where that is wider. The function
+        still sees the dtype of the base.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -56,15 +57,17 @@ class Full(Recipe):
       'float32'
     """
 
-    dtype: jax.typing.DTypeLike = jnp.float32
+    dtype: jax.typing.DTypeLike | None = None
 
     needs_axes = False
 
     def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> Replacement:
         del key, axes
+        if isinstance(weight, jax.ShapeDtypeStruct):
+            raise ValueError("Full() starts from the leaf's value; the base has its shape only.")
         if not jnp.issubdtype(weight.dtype, jnp.inexact):
             raise ValueError(f"Full() trains floats; the leaf has dtype {weight.dtype}.")
-        return Replacement(value=jnp.array(weight, dtype=self.dtype, copy=True), axes=())
+        return Replacement(value=jnp.array(weight, dtype=self.dtype or compute_dtype(weight.dtype), copy=True), axes=())
 
 
 @adapter("Rows")
@@ -117,7 +120,7 @@ class Rows(Recipe):
     Args:
       ids: The rows, each once.
       axes: The role of each axis; None takes them from the trace.
-      dtype: Of the trained rows.
+      dtype: Of the trained rows; None as for `Full`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -128,7 +131,7 @@ class Rows(Recipe):
     ids: tuple[int, ...]
     _: dataclasses.KW_ONLY
     axes: tuple[str, ...] | None = None  # pyrefly: ignore[bad-override]
-    dtype: jax.typing.DTypeLike = jnp.float32
+    dtype: jax.typing.DTypeLike | None = None
 
     def __post_init__(self):
         ids = tuple(int(i) for i in self.ids)
@@ -149,7 +152,7 @@ class Rows(Recipe):
         ids = jnp.asarray(self.ids, jnp.int32)
         old = jnp.moveaxis(jnp.take(weight, ids, axis=axis), axis, 0)
         return RowReplacement(
-            rows=old.astype(self.dtype),
+            rows=old.astype(self.dtype or compute_dtype(weight.dtype)),
             ids=ids,
             count=count,
             axes=tuple(IN if i == axis else OUT for i in range(len(axes))),

@@ -114,7 +114,7 @@ class LoRA(Recipe):
         (loralib's `enable_lora`).
       scaling: 'alpha/r', or 'alpha/sqrt(r)' for rsLoRA.
       init: 'kaiming_uniform' (a uniform, b zero; lookups get a zero, b normal), another name of
-        :mod:`lora_jax.initializers`, or a function like the ones there. 'pissa' and 'olora' move a part
+        :mod:`lora_jax.initializers`, or an `Initializer`. 'pissa' and 'olora' move a part
         of the weight into the factors and go through :func:`lora_jax.prepare`.
       dropout: Rate on the input of the low-rank product, where `adapted` is given a `dropout_key`.
       dtype: Of the factors.

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -52,6 +53,8 @@ def adapt(fn: Callable, *, flatten: bool = True) -> Callable:
     References:
       Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, §4.1
     """
+    if "dropout_key" in _parameters(fn):
+        raise ValueError("The function has an argument dropout_key, a name that adapted() takes for the adapters.")
     calls: dict[Any, tuple[Call, Interpreter]] = {}
 
     def traced(arguments: Arguments) -> tuple[Call, Interpreter]:
@@ -77,3 +80,11 @@ def adapt(fn: Callable, *, flatten: bool = True) -> Callable:
         return call.evaluate(interpreter, entered(delta, arguments, dropout_key, interpreter))
 
     return adapted
+
+
+def _parameters(fn: Callable) -> Collection[str]:
+    """The names of a function's parameters, as far as they can be told."""
+    try:
+        return inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        return ()

@@ -58,11 +58,9 @@ class Interpreter:
         """
 
         def call(*arguments):
-            outer, self._counts = self._counts, {}
-            try:
-                return self._run(jaxpr, arguments)
-            finally:
-                self._counts = outer
+            frame = Interpreter(flatten=self.flatten, uses=self.uses)
+            frame._calls = self._calls
+            return frame._run(jaxpr, arguments)
 
         return call
 
@@ -111,7 +109,7 @@ class Interpreter:
 
     def materialise(self, weight: Weight, equation: jaxprs.Equation | None, reason: str) -> jax.Array:
         """The array that a weight stands for, and a record of it."""
-        if weight.cut:
+        if _is_lookup(weight, equation):
             present = {label for label, _ in weight.labels} - weight.cut
             roles = dict.fromkeys(present, "out") | dict.fromkeys(weight.cut, "indexed")
             self.record(weight, equation, roles, "a lookup: only the rows in use are computed")
@@ -149,6 +147,13 @@ class Interpreter:
             (equation.primitive.name, jaxprs.source(equation)) if equation is not None else ("return", "the end")
         )
         self.uses.append(Use(weight.path, name, factored, reason, where, by_axis))
+
+
+def _is_lookup(weight: Weight, equation: jaxprs.Equation | None) -> bool:
+    """Whether the part of a weight that was taken is used as it is: rows by index, a row, a part that is added."""
+    is_row = sum(size > 1 for _, size in weight.labels) <= 1
+    is_added = equation is not None and equation.primitive.name in ("add", "add_any", "sub")
+    return bool(weight.cut) and (weight.looked_up or is_row or is_added)
 
 
 def _addend(equation: jaxprs.Equation, values: Sequence[Any], finished: Sequence[Any]) -> Product | None:

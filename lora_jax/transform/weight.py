@@ -32,6 +32,7 @@ class Weight:
       path: The weight's path in the base tree.
       dims: Per axis of `value`, its labels with sizes.
       cut: Labels along which a part was taken by slicing or indexing.
+      looked_up: Whether rows were taken by an array of indices.
       scanned: Labels that a scan runs over.
       impl: The PRNG implementation of `key`.
     """
@@ -44,6 +45,7 @@ class Weight:
     path: str = dataclasses.field(metadata={"static": True})
     dims: Dims = dataclasses.field(metadata={"static": True})
     cut: frozenset[Label] = dataclasses.field(default=frozenset(), metadata={"static": True})
+    looked_up: bool = dataclasses.field(default=False, metadata={"static": True})
     scanned: frozenset[Label] = dataclasses.field(default=frozenset(), metadata={"static": True})
     impl: str | None = dataclasses.field(default=None, metadata={"static": True})
 

@@ -35,7 +35,7 @@ def _gather(interpreter, equation, values):
         index_dims[int(index_axis)] = (weight.single(operand_axis), indices.shape[int(index_axis)])
     batch_labels = [index_dims[int(a)][0] for a in numbers.start_indices_batching_dims]
 
-    def look_up(factor: Factor) -> Factor:
+    def look_up(factor: Factor, fill: float) -> Factor:
         if label not in factor.labels:
             return factor
         at = factor.axis(label)
@@ -57,7 +57,7 @@ def _gather(interpreter, equation, values):
             indices_are_sorted=params["indices_are_sorted"],
             unique_indices=params["unique_indices"],
             mode=params["mode"],
-            fill_value=params["fill_value"],
+            fill_value=None if params["fill_value"] is None else fill,
         )
         return Factor(array, (*(x for x, _ in index_dims), *(factor.labels[a] for a in rest)))
 
@@ -71,8 +71,13 @@ def _gather(interpreter, equation, values):
             dims.append((next(lead),))
         else:
             dims.append(((added, 1),) if source == axis else weight.dims[source])
-    looked_up = weight.map_factors(look_up)
-    return [looked_up.replace(value=value, dims=tuple(dims), cut=weight.cut | {label})]
+    # A row that is out of range is the weight's own filling, with nothing added and not scaled.
+    looked_up = weight.replace(
+        factors=tuple(look_up(factor, 0) for factor in weight.factors),
+        gains=tuple(look_up(gain, 1) for gain in weight.gains),
+        key=None if weight.key is None else look_up(weight.key, 0),
+    )
+    return [looked_up.replace(value=value, dims=tuple(dims), cut=weight.cut | {label}, looked_up=True)]
 
 
 RULES = {"gather": _gather}

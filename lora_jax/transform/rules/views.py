@@ -168,6 +168,7 @@ RULES = {
             "convert_element_type",
             "copy",
             "copy_p",
+            "name",
             "pvary",
             "reduce_precision",
             "sharding_constraint",
