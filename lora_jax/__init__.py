@@ -4,7 +4,7 @@ Frozen base parameters and trainable low-rank deltas sit in separate pytrees; a 
 becomes a function of (base, delta) without touching the model's code. See :func:`adapt`.
 """
 
-from lora_jax import nnx
+from lora_jax import nnx, peft
 from lora_jax.adapters.full import Full, Rows
 from lora_jax.adapters.lowrank import LoRA
 from lora_jax.checkpoint import load, save
@@ -29,6 +29,7 @@ __all__ = [
     "nnx",
     "optimizer",
     "partition",
+    "peft",
     "prepare",
     "save",
     "summary",

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.errors import UserError
-from experiments.models.checkpoint import Rules
+from lora_jax.peft import LINEAR, Names, Weight
 
 
 @dataclass(frozen=True)
@@ -173,28 +173,33 @@ def _norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs)
 
 
-_LAYER = r"encoder/layers/(\d+)"
-RULES = Rules(
-    # where a weight of the model stands in a checkpoint, and whether transposed (torch keeps (out, in))
-    names=(
-        (r"embeddings/(word|position|token_type)/embedding", r"embeddings.\1_embeddings.weight", False),
-        (r"embeddings/norm/scale", r"embeddings.LayerNorm.weight", False),
-        (r"embeddings/norm/bias", r"embeddings.LayerNorm.bias", False),
-        (_LAYER + r"/attention/(query|key|value)/kernel", r"encoder.layer.\1.attention.self.\2.weight", True),
-        (_LAYER + r"/attention/(query|key|value)/bias", r"encoder.layer.\1.attention.self.\2.bias", False),
-        (_LAYER + r"/attention/output/kernel", r"encoder.layer.\1.attention.output.dense.weight", True),
-        (_LAYER + r"/attention/output/bias", r"encoder.layer.\1.attention.output.dense.bias", False),
-        (_LAYER + r"/attention_norm/scale", r"encoder.layer.\1.attention.output.LayerNorm.weight", False),
-        (_LAYER + r"/attention_norm/bias", r"encoder.layer.\1.attention.output.LayerNorm.bias", False),
-        (_LAYER + r"/feed_forward/up/kernel", r"encoder.layer.\1.intermediate.dense.weight", True),
-        (_LAYER + r"/feed_forward/up/bias", r"encoder.layer.\1.intermediate.dense.bias", False),
-        (_LAYER + r"/feed_forward/down/kernel", r"encoder.layer.\1.output.dense.weight", True),
-        (_LAYER + r"/feed_forward/down/bias", r"encoder.layer.\1.output.dense.bias", False),
-        (_LAYER + r"/feed_forward_norm/scale", r"encoder.layer.\1.output.LayerNorm.weight", False),
-        (_LAYER + r"/feed_forward_norm/bias", r"encoder.layer.\1.output.LayerNorm.bias", False),
+_TABLE = "{table=word|position|token_type}"
+_PART = "{part=query|key|value}"
+_LAYER, _HF_LAYER = "encoder/layers/{layer}", "bert.encoder.layer.{layer}"
+NAMES = Names(
+    (
+        Weight(
+            f"embeddings/{_TABLE}/embedding",
+            "bert.embeddings.{table}_embeddings.weight",
+            embedding=True,
+        ),
+        Weight("embeddings/norm/scale", "bert.embeddings.LayerNorm.weight"),
+        Weight("embeddings/norm/bias", "bert.embeddings.LayerNorm.bias"),
+        Weight(f"{_LAYER}/attention/output/kernel", f"{_HF_LAYER}.attention.output.dense.weight", LINEAR),
+        Weight(f"{_LAYER}/attention/output/bias", f"{_HF_LAYER}.attention.output.dense.bias"),
+        Weight(f"{_LAYER}/attention/{_PART}/kernel", _HF_LAYER + ".attention.self.{part}.weight", LINEAR),
+        Weight(f"{_LAYER}/attention/{_PART}/bias", _HF_LAYER + ".attention.self.{part}.bias"),
+        Weight(f"{_LAYER}/attention_norm/scale", f"{_HF_LAYER}.attention.output.LayerNorm.weight"),
+        Weight(f"{_LAYER}/attention_norm/bias", f"{_HF_LAYER}.attention.output.LayerNorm.bias"),
+        Weight(f"{_LAYER}/feed_forward/up/kernel", f"{_HF_LAYER}.intermediate.dense.weight", LINEAR),
+        Weight(f"{_LAYER}/feed_forward/up/bias", f"{_HF_LAYER}.intermediate.dense.bias"),
+        Weight(f"{_LAYER}/feed_forward/down/kernel", f"{_HF_LAYER}.output.dense.weight", LINEAR),
+        Weight(f"{_LAYER}/feed_forward/down/bias", f"{_HF_LAYER}.output.dense.bias"),
+        Weight(f"{_LAYER}/feed_forward_norm/scale", f"{_HF_LAYER}.output.LayerNorm.weight"),
+        Weight(f"{_LAYER}/feed_forward_norm/bias", f"{_HF_LAYER}.output.LayerNorm.bias"),
     ),
-    # the first checkpoints call a norm's scale and bias gamma and beta
-    spellings=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
     prefix="bert.",
-    unused=r"position_ids$|^pooler\.|^cls\.|^classifier\.|^qa_outputs\.",
 )
+# the first checkpoints call a norm's scale and bias gamma and beta
+SPELLINGS = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
+UNUSED = r"position_ids$|^pooler\.|^cls\.|^classifier\.|^qa_outputs\."

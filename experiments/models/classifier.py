@@ -36,7 +36,13 @@ def load(directory: Path, classes: int) -> SentenceClassifier:
       UserError: The directory's config or weights are missing, damaged or of another architecture.
     """
     config = bert.BertConfig.from_json(checkpoint.read_config(directory))
-    encoder = checkpoint.load(lambda rngs: bert.Bert(config, rngs=rngs), bert.RULES, directory)
+    encoder = checkpoint.load(
+        lambda rngs: bert.Bert(config, rngs=rngs),
+        bert.NAMES,
+        directory,
+        spellings=bert.SPELLINGS,
+        unused=bert.UNUSED,
+    )
     return SentenceClassifier(encoder, config.hidden_size, classes, rngs=nnx.Rngs(0))
 
 

@@ -123,7 +123,7 @@ def accuracy(logits: np.ndarray, split: Split) -> float:
 
 def _digest(directory: Path, read: dict[str, examples.Examples]) -> str:
     seen = hashlib.sha256()
-    for path in [directory / "tokenizer.json", *checkpoint.weight_files(directory)]:
+    for path in [directory / "tokenizer.json", *lora.peft.model_files(directory)]:
         with path.open("rb") as file:
             seen.update(hashlib.file_digest(file, "sha256").digest())
     for found in read.values():

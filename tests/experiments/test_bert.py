@@ -21,7 +21,13 @@ FIXTURE = Path(__file__).parent / "fixtures" / "bert_parity.npz"
 
 def load(directory, dropout=0.0):
     config = bert.BertConfig.from_json(checkpoint.read_config(directory))
-    return checkpoint.load(lambda rngs: bert.Bert(config, dropout=dropout, rngs=rngs), bert.RULES, directory)
+    return checkpoint.load(
+        lambda rngs: bert.Bert(config, dropout=dropout, rngs=rngs),
+        bert.NAMES,
+        directory,
+        spellings=bert.SPELLINGS,
+        unused=bert.UNUSED,
+    )
 
 
 def hidden(model):

@@ -1,0 +1,28 @@
+"""How a model computes, beside what it computes."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+Remat = Literal["none", "dots", "full"]
+AttentionKernel = Literal["xla", "cudnn", "flash"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Choices that change time and memory but, up to rounding, no result.
+
+    Attributes:
+      scan: Layers are stacked along a leading axis and run by one scanned body: compile time and code size
+        of one layer.
+      remat: What the backward pass computes again within a layer: nothing, all but products with weights
+        ('dots'), everything ('full').
+      dtype: Of activations; weights are cast to it at each use.
+      attention: 'xla' anywhere, 'cudnn' on NVIDIA GPUs, 'flash' on TPUs.
+    """
+
+    scan: bool = False
+    remat: Remat = "none"
+    dtype: Any = jnp.float32
+    attention: AttentionKernel = "xla"

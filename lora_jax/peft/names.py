@@ -1,0 +1,296 @@
+"""Where each leaf of a model stands in a PyTorch checkpoint, and in which layout: data, not a converter a model."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+SAME = ""
+LINEAR = "in out -> out in"
+CONV1D = "width in out -> out in width"
+CONV2D = "height width in out -> out in height width"
+CONV3D = "depth height width in out -> out in depth height width"
+
+Read = Callable[[str, tuple[slice, ...]], np.ndarray]
+
+_AXIS = re.compile(r"\(([\w ]+)\)|(\w+)")
+_PLACEHOLDER = re.compile(r"\{(\w+)(?:=([^{}]*))?\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """Where the leaves that match one path stand in a PyTorch checkpoint.
+
+    A placeholder, `{layer}` for numbers or `{part=query|key|value}` for words, stands for the same text in
+    `path` and `name`. Where a leaf's path lacks a placeholder's segment, the leaf holds all of them, stacked
+    along its leading axes; so one row serves unrolled and scanned layers. A placeholder of `name` alone is an
+    axis that `layout` names: a fused kernel that PyTorch keeps in parts.
+
+    Attributes:
+      path: The whole path of the leaf, '/'-joined.
+      name: The name of the tensor, `model.layers.{layer}.mlp.up_proj.weight`.
+      layout: The leaf's axes, an arrow, the tensor's axes; parentheses group axes that are one in the array,
+        the slowest first: `"in heads width -> (heads width) in"`. Empty where both agree.
+      embedding: Whether the PyTorch module looks rows up; PEFT has names of its own for its factors.
+      tied: Names of further tensors that are the same parameter in PyTorch (`lm_head.weight`), with the
+        layout of `name`.
+
+    Example:
+      >>> row = Weight("layers/{layer}/query/kernel", "h.{layer}.q.weight", LINEAR)
+      >>> row.bind("layers/3/query/kernel", (4, 6)).shapes
+      {'h.3.q.weight': (6, 4)}
+      >>> row.bind("layers/query/kernel", (2, 4, 6)).shapes
+      {'h.0.q.weight': (6, 4), 'h.1.q.weight': (6, 4)}
+    """
+
+    path: str
+    name: str
+    layout: str = SAME
+    _: dataclasses.KW_ONLY
+    embedding: bool = False
+    tied: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        left, right = _sides(self.layout)
+        for name in (self.name, *self.tied):
+            words = _placeholders(name)
+            if unknown := [
+                label for label in words if label not in {**_placeholders(self.path), **dict.fromkeys(left)}
+            ]:
+                raise ValueError(f"{name!r}: {{{unknown[0]}}} is neither in the path {self.path!r} nor in the layout.")
+        lost, added = set(left) - set(right) - set(_placeholders(self.name)), set(right) - set(left)
+        if lost or added:
+            raise ValueError(f"The layout {self.layout!r} has different axes on its sides: {sorted(lost | added)}.")
+
+    def bind(self, path: str, shape: Sequence[int]) -> "Place | None":
+        """Where a leaf of this path and shape stands; None where the path does not match.
+
+        Raises:
+          ValueError: The path matches and the shape does not fit the layout.
+        """
+        if (match := _pattern(self.path).fullmatch(path)) is None:
+            return None
+        fixed = {label: text for label, text in match.groupdict().items() if text is not None}
+        stacked = tuple(label for label, text in match.groupdict().items() if text is None)
+        try:
+            return Place(self, path, tuple(shape), fixed, stacked)
+        except ValueError as error:
+            raise ValueError(f"{path!r} of shape {tuple(shape)} does not fit {self}: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """The names of a model's weights in PyTorch; a model declares them once.
+
+    Attributes:
+      weights: Rows; for each leaf the first that matches counts.
+      prefix: What begins every name, and is left out in checkpoints of the bare model ('bert.').
+
+    Example:
+      >>> names = Names((Weight("wte/embedding", "wte.weight", embedding=True),))
+      >>> list(names.find("wte/embedding", (8, 2)).shapes)
+      ['wte.weight']
+    """
+
+    weights: tuple[Weight, ...]
+    prefix: str = ""
+
+    def find(self, path: str, shape: Sequence[int]) -> "Place":
+        """Where a leaf stands.
+
+        Raises:
+          ValueError: No row matches its path, or its shape does not fit the row that does.
+        """
+        for weight in self.weights:
+            if place := weight.bind(path, shape):
+                return place
+        raise ValueError(f"no name is declared for {path!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """One leaf and the tensors that hold it.
+
+    Attributes:
+      weight: The row.
+      path: Of the leaf.
+      shape: Of the leaf.
+      fixed: Placeholders that the path gives.
+      stacked: Placeholders that are leading axes of the leaf.
+    """
+
+    weight: Weight
+    path: str
+    shape: tuple[int, ...]
+    fixed: Mapping[str, str]
+    stacked: tuple[str, ...]
+
+    def __post_init__(self):
+        if len(self.left) != len(self.shape):
+            raise ValueError(f"{len(self.left)} axes are named, {len(self.shape)} there are")
+        sizes = self.sizes
+        for labels, size in zip(self.left, self.shape):
+            if math.prod(sizes[label] for label in labels) != size:
+                raise ValueError(f"axis {' '.join(labels)} has size {size}, expected {[sizes[x] for x in labels]}")
+
+    @functools.cached_property
+    def left(self) -> tuple[tuple[str, ...], ...]:
+        """The labels of each axis of the leaf."""
+        given = _parse(self.weight.layout)[0] if self.weight.layout else None
+        if given is None:
+            given = tuple((f"_{axis}",) for axis in range(len(self.shape) - len(self.stacked)))
+        return (*((label,) for label in self.stacked), *given)
+
+    @functools.cached_property
+    def right(self) -> tuple[tuple[str, ...], ...]:
+        """The labels of each axis of a tensor."""
+        if self.weight.layout:
+            return _parse(self.weight.layout)[1]
+        return self.left[len(self.stacked) :]
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """The size of each label."""
+        words = _placeholders(self.weight.path) | _placeholders(self.weight.name)
+        known = {label: len(texts) for label, texts in words.items() if texts and label in itertools.chain(*self.left)}
+        for labels, size in zip(self.left, self.shape):
+            unknown = [label for label in labels if label not in known]
+            if len(unknown) > 1:
+                raise ValueError(f"the sizes of {' and '.join(unknown)} cannot be told apart")
+            for label in unknown:
+                known[label] = size // math.prod(known[x] for x in labels if x != label)
+        return known
+
+    @functools.cached_property
+    def running(self) -> tuple[str, ...]:
+        """The labels that run over tensors, in the leaf's order."""
+        kept = set(itertools.chain(*self.right))
+        return tuple(label for label in itertools.chain(*self.left) if label not in kept)
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """The name of each tensor and where it is: an index for each of `running`."""
+        return dict(self._named(self.weight.name))
+
+    @functools.cached_property
+    def tied(self) -> dict[str, str]:
+        """The names of tied tensors and of the tensors that they are."""
+        others = [name for template in self.weight.tied for name, _ in self._named(template)]
+        return dict(zip(others, itertools.cycle(self.tensors)))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The name and shape of each tensor."""
+        return dict.fromkeys(self.tensors, self.tensor_shape)
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        return tuple(math.prod(self.sizes[label] for label in labels) for labels in self.right)
+
+    def _named(self, template: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        words = _placeholders(self.weight.path) | {k: v for k, v in _placeholders(self.weight.name).items() if v}
+        for index in itertools.product(*(range(self.sizes[label]) for label in self.running)):
+            texts = {label: words[label][i] if words.get(label) else str(i) for label, i in zip(self.running, index)}
+            yield _PLACEHOLDER.sub(lambda found: {**self.fixed, **texts}[found[1]], template), index  # noqa: B023
+
+    def split(self, leaf: Any) -> dict[str, Any]:
+        """The tensors of a leaf; views of it where that is possible."""
+        flat = list(itertools.chain(*self.left))
+        order = [*self.running, *itertools.chain(*self.right)]
+        moved = leaf.reshape([self.sizes[label] for label in flat]).transpose([flat.index(label) for label in order])
+        return {name: moved[index].reshape(self.tensor_shape) for name, index in self.tensors.items()}
+
+    def join(self, read: Read, dtype: Any, window: Sequence[slice] | None = None) -> np.ndarray:
+        """The leaf, or a part of it, from its tensors.
+
+        No more of the tensors is read than the part needs, and one at a time.
+
+        Args:
+          read: `read(name, slices)` gives a part of a tensor.
+          dtype: Of the result.
+          window: A slice for each axis of the leaf; None for all of it.
+        """
+        window = [slice(*part.indices(n)) for part, n in zip(window or [slice(None)] * len(self.shape), self.shape)]
+        limits = {label: slice(0, size) for label, size in self.sizes.items()}
+        limits |= {labels[0]: part for labels, part in zip(self.left, window) if len(labels) == 1}
+
+        def length(label: str) -> int:
+            return limits[label].stop - limits[label].start
+
+        # An axis of a tensor that is several labels is read for a range of the first of them, then cut.
+        ranges = []
+        for first, *rest in self.right:
+            step = math.prod(self.sizes[label] for label in rest)
+            ranges.append(slice(limits[first].start * step, limits[first].stop * step))
+        read_shape = [n for first, *rest in self.right for n in (length(first), *(self.sizes[x] for x in rest))]
+        cuts = tuple(cut for first, *rest in self.right for cut in (slice(None), *(limits[x] for x in rest)))
+
+        flat = list(itertools.chain(*self.left))
+        leaf = np.empty([length(label) for label in flat], dtype)
+        by_tensor = leaf.transpose([flat.index(label) for label in (*self.running, *itertools.chain(*self.right))])
+        for name, index in self.tensors.items():
+            inside = tuple(i - limits[label].start for label, i in zip(self.running, index))
+            if all(0 <= i < length(label) for label, i in zip(self.running, inside)):
+                by_tensor[inside] = read(name, tuple(ranges)).reshape(read_shape)[cuts]
+        leaf = leaf.reshape([math.prod(map(length, labels)) for labels in self.left])
+        return leaf[tuple(slice(None) if len(labels) == 1 else part for labels, part in zip(self.left, window))]
+
+
+@functools.cache
+def _pattern(path: str) -> re.Pattern:
+    """A path with placeholders as a regular expression; a placeholder's whole segment may be absent."""
+    parts = []
+    for segment in path.split("/"):
+        found = _PLACEHOLDER.fullmatch(segment)
+        texts = [
+            f"(?P<{piece[1]}>{'|'.join(map(re.escape, piece[2].split('|'))) if piece[2] else '[0-9]+'})"
+            if piece
+            else re.escape(text)
+            for text, piece in _pieces(segment)
+        ]
+        parts.append(f"(?:{''.join(texts)}/)?" if found else "".join(texts) + "/")
+    return re.compile("".join(parts).removesuffix("/"))
+
+
+def _pieces(text: str) -> Iterator[tuple[str, re.Match | None]]:
+    """Plain text and placeholders, in order."""
+    end = 0
+    for match in _PLACEHOLDER.finditer(text):
+        yield text[end : match.start()], None
+        yield match[0], match
+        end = match.end()
+    yield text[end:], None
+
+
+def _placeholders(text: str) -> dict[str, tuple[str, ...]]:
+    """The placeholders of a path or name with their words; numbers have none."""
+    return {m[1]: tuple(m[2].split("|")) if m[2] else () for m in _PLACEHOLDER.finditer(text)}
+
+
+def _sides(layout: str) -> tuple[list[str], list[str]]:
+    if not layout:
+        return [], []
+    left, right = _parse(layout)
+    return list(itertools.chain(*left)), list(itertools.chain(*right))
+
+
+@functools.cache
+def _parse(layout: str) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    """The labels of each axis on both sides of a layout."""
+    sides = layout.split("->")
+    if len(sides) != 2:
+        raise ValueError(f"The layout {layout!r} is not of the form 'in out -> out in'.")
+    parsed = tuple(
+        tuple(tuple(found[1].split() if found[1] is not None else [found[2]]) for found in _AXIS.finditer(side))
+        for side in sides
+    )
+    for side, text in zip(parsed, sides):
+        labels = list(itertools.chain(*side))
+        if len(set(labels)) != len(labels) or _AXIS.sub("", text).strip():
+            raise ValueError(f"The layout {layout!r} is malformed at {text.strip()!r}.")
+    return parsed
