@@ -181,7 +181,7 @@ NAMES = Names(
         Weight(
             f"embeddings/{_TABLE}/embedding",
             "bert.embeddings.{table}_embeddings.weight",
-            embedding=True,
+            module="embedding",
         ),
         Weight("embeddings/norm/scale", "bert.embeddings.LayerNorm.weight"),
         Weight("embeddings/norm/bias", "bert.embeddings.LayerNorm.bias"),

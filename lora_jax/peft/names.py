@@ -6,9 +6,20 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+
+Module = Literal["linear", "conv1d", "embedding", "conv", "experts", "transposed_experts"]
+MODULES: dict[str, tuple[str, ...]] = {
+    "linear": ("out", "in"),
+    "conv1d": ("in", "out"),  # transformers' name for the linear layer of GPT-2
+    "embedding": ("lookup", "out"),
+    "conv": ("out", "in"),  # and the window's axes, which are contracted too
+    "experts": ("batch", "out", "in"),  # one parameter for all experts
+    "transposed_experts": ("batch", "in", "out"),
+}
+"""The axis roles of a module's tensor."""
 
 SAME = ""
 LINEAR = "in out -> out in"
@@ -36,7 +47,8 @@ class Weight:
       name: The name of the tensor, `model.layers.{layer}.mlp.up_proj.weight`.
       layout: The leaf's axes, an arrow, the tensor's axes; parentheses group axes that are one in the array,
         the slowest first: `"in heads width -> (heads width) in"`. Empty where both agree.
-      embedding: Whether the PyTorch module looks rows up; PEFT has names of its own for its factors.
+      module: What the PyTorch module does with the tensor, which tells its in and out axes: see `MODULES`.
+        Empty: 'linear' for a matrix, 'conv' for more axes.
       tied: Names of further tensors that are the same parameter in PyTorch (`lm_head.weight`), with the
         layout of `name`.
 
@@ -52,7 +64,7 @@ class Weight:
     name: str
     layout: str = SAME
     _: dataclasses.KW_ONLY
-    embedding: bool = False
+    module: Module | Literal[""] = ""
     tied: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -92,7 +104,7 @@ class Names:
       prefix: What begins every name, and is left out in checkpoints of the bare model ('bert.').
 
     Example:
-      >>> names = Names((Weight("wte/embedding", "wte.weight", embedding=True),))
+      >>> names = Names((Weight("wte/embedding", "wte.weight", module="embedding"),))
       >>> list(names.find("wte/embedding", (8, 2)).shapes)
       ['wte.weight']
     """
@@ -187,6 +199,20 @@ class Place:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The name and shape of each tensor."""
         return dict.fromkeys(self.tensors, self.tensor_shape)
+
+    @property
+    def roles(self) -> tuple[str, ...] | None:
+        """The role of each axis of a tensor; None for one that is no factor of a product (a bias, a norm)."""
+        ndim = len(self.right)
+        module = self.weight.module or {0: "", 1: "", 2: "linear"}.get(ndim, "conv")
+        if not module:
+            return None
+        roles = MODULES[module]
+        if module == "conv":
+            roles += ("in",) * (ndim - 2)
+        if len(roles) != ndim:
+            raise ValueError(f"{self.path!r}: a tensor of module={module!r} has {len(roles)} axes, not {ndim}")
+        return roles
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
