@@ -1,8 +1,15 @@
 """Scaled dot-product attention by the kernel that a platform has."""
 
 import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from experiments.models.options import AttentionKernel
+from experiments.models.options import AttentionKernel, Platform
+
+_PLATFORMS = {"cudnn": "gpu", "flash": "tpu"}
+# A block of the TPU kernel is a multiple of the 128 lanes of a register; larger blocks amortise its loop, up to
+# what fits in the fast memory beside the accumulators of the backward pass.
+_BLOCKS = (512, 256, 128)
 
 
 def attend(
@@ -11,10 +18,12 @@ def attend(
     v_BTGK: jax.Array,
     mask_B1LT: jax.Array | None = None,
     *,
+    segments_BL: jax.Array | None = None,
     causal: bool = False,
     window: int | None = None,
     scale: float | None = None,
     kernel: AttentionKernel = "xla",
+    platform: Platform | None = None,
 ) -> jax.Array:
     """Mixes values by the softmax of scaled products of queries and keys.
 
@@ -22,23 +31,110 @@ def attend(
       q_BLHK: `[batch, queries, heads, width]`.
       k_BTGK: `[batch, keys, groups, width]`; each group serves heads / groups heads (grouped-query attention).
       v_BTGK: Like the keys.
-      mask_B1LT: True where a query may see a key, broadcast over heads; None sees all.
+      mask_B1LT: True where a query may see a key, broadcast over heads; None sees all. Not for 'flash'.
+      segments_BL: Where the queries are the keys' tokens: a token sees tokens of its own segment only. A mask of
+        padding is such: tokens see tokens, padding sees padding.
       causal: Query i sees keys 0 … i only.
       window: With `causal`, query i sees the last `window` keys up to its own only.
       scale: Of the products; None is 1/√width.
       kernel: See :class:`Options`.
+      platform: Likewise.
 
     Returns:
       `[batch, queries, heads, width]`.
+
+    Raises:
+      ValueError: The kernel does not serve the platform, the shapes, the dtype or the mask.
     """
-    local = None if window is None else (window - 1, 0)
+    if window is not None and not causal:
+        raise ValueError(f"window={window} is for causal attention; give causal=True too.")
+    _check(kernel, q_BLHK, k_BTGK, mask_B1LT, platform)
+    if kernel == "flash":
+        return _flash(q_BLHK, k_BTGK, v_BTGK, segments_BL, causal, window, scale)
+    if segments_BL is not None:
+        same_B1LL = segments_BL[:, None, :, None] == segments_BL[:, None, None, :]
+        mask_B1LT = same_B1LL if mask_B1LT is None else mask_B1LT & same_B1LL
+    if kernel == "cudnn" and mask_B1LT is not None:  # it broadcasts over batch and heads only
+        mask_B1LT = jnp.broadcast_to(mask_B1LT, (*mask_B1LT.shape[:2], q_BLHK.shape[1], k_BTGK.shape[1]))
     return jax.nn.dot_product_attention(
         q_BLHK,
         k_BTGK,
         v_BTGK,
         mask=mask_B1LT,
         is_causal=causal,
-        local_window_size=local,
+        local_window_size=None if window is None else (window - 1, 0),
         scale=scale,
         implementation="cudnn" if kernel == "cudnn" else "xla",
     )
+
+
+def _flash(
+    q_BLHK: jax.Array,
+    k_BLGK: jax.Array,
+    v_BLGK: jax.Array,
+    segments_BL: jax.Array | None,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> jax.Array:
+    """JAX's splash attention, which skips the blocks that no query sees."""
+    _, length, heads, width = q_BLHK.shape
+    square = (length, length)
+    if window is not None:
+        mask = splash.LocalMask(square, window_size=(window - 1, 0), offset=0)
+    else:
+        mask = splash.CausalMask(square) if causal else splash.FullMask(square)
+    block = next(size for size in _BLOCKS if length % size == 0)
+    sizes = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), block)
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * heads),
+        block_sizes=splash.BlockSizes(**sizes),
+        head_shards=1,
+        q_seq_shards=1,
+    )
+    q_BLHK = q_BLHK * jnp.asarray(width**-0.5 if scale is None else scale, q_BLHK.dtype)  # the kernel does not scale
+    q_BHLK, k_BGLK, v_BGLK = (x.swapaxes(1, 2) for x in (q_BLHK, k_BLGK, v_BLGK))
+    if segments_BL is None:
+        mixed_BHLK = jax.vmap(kernel)(q_BHLK, k_BGLK, v_BGLK)
+    else:
+        segments_BL = segments_BL.astype(jnp.int32)
+        mixed_BHLK = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, splash.SegmentIds(ids, ids)))(
+            q_BHLK, k_BGLK, v_BGLK, segments_BL
+        )
+    return mixed_BHLK.swapaxes(1, 2)
+
+
+def _check(
+    kernel: AttentionKernel, q_BLHK: jax.Array, k_BTGK: jax.Array, mask: jax.Array | None, platform: Platform | None
+) -> None:
+    if kernel == "xla":
+        return
+    if kernel not in _PLATFORMS:
+        raise ValueError(f"attention={kernel!r}; the kernels are 'xla', {', '.join(map(repr, _PLATFORMS))}.")
+    platform = platform or jax.default_backend()  # pyrefly: ignore[bad-assignment]
+    if platform != _PLATFORMS[kernel]:
+        raise ValueError(
+            f"attention={kernel!r} runs on {_PLATFORMS[kernel]}, this is {platform}; attention='xla' runs anywhere. "
+            f"To compile ahead of time, say platform={_PLATFORMS[kernel]!r}."
+        )
+    _, queries, heads, width = q_BLHK.shape
+    keys, dtype = k_BTGK.shape[1], q_BLHK.dtype
+    problems = []
+    if kernel == "cudnn":
+        if dtype not in (jnp.bfloat16, jnp.float16):
+            problems.append(f"bfloat16 or float16, given {dtype}")
+        if width % 8:
+            problems.append(f"heads whose width is a multiple of 8, given {width}")
+    else:
+        if mask is not None:
+            problems.append("segments, no mask")
+        if queries != keys or queries % _BLOCKS[-1]:
+            problems.append(
+                f"as many queries as keys, a multiple of {_BLOCKS[-1]}, given {queries} queries and {keys} keys"
+            )
+        if dtype not in (jnp.bfloat16, jnp.float32):
+            problems.append(f"bfloat16 or float32, given {dtype}")
+    if heads % k_BTGK.shape[2]:
+        problems.append(f"heads in equal groups, given {heads} heads and {k_BTGK.shape[2]} groups")
+    if problems:
+        raise ValueError(f"attention={kernel!r} takes {'; and '.join(problems)}.")

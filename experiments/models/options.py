@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 Remat = Literal["none", "dots", "full"]
 AttentionKernel = Literal["xla", "cudnn", "flash"]
+Platform = Literal["cpu", "gpu", "tpu"]
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,16 @@ class Options:
         ('dots'), everything ('full').
       dtype: Of activations; weights are cast to it at each use.
       attention: 'xla' anywhere, 'cudnn' on NVIDIA GPUs, 'flash' on TPUs.
+      platform: What the model is compiled for, where it is not what this process runs on (ahead of time).
+      loss_chunk: How many tokens of a sequence have logits at the same time, where a model gives losses.
     """
 
     scan: bool = False
     remat: Remat = "none"
     dtype: Any = jnp.float32
     attention: AttentionKernel = "xla"
+    platform: Platform | None = None
+    loss_chunk: int = 512
+
+
+DEFAULT = Options()

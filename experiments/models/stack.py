@@ -1,9 +1,10 @@
 """Equal layers one after another: unrolled, or stacked and scanned; with or without rematerialisation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from experiments.models.options import Options
@@ -21,18 +22,24 @@ def build(make: Callable[[nnx.Rngs], nnx.Module], count: int, options: Options, 
     return nnx.vmap(make)(rngs.fork(split=count))
 
 
+def per_layer(trees: Sequence[Any], options: Options) -> Any:
+    """One tree a layer in the form that :func:`run` takes: stacked where layers are scanned, else a tuple."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) if options.scan else tuple(trees)
+
+
 def run(layers: Layers, x: Any, *shared: Any, each: Any = None, options: Options) -> tuple[Any, Any]:
-    """Calls `layer(x, each_of_layer, *shared) -> (x, kept_of_layer)` for one layer after another.
+    """Calls `layer(x, own, *shared) -> (x, kept)` for one layer after another.
 
     Args:
       layers: From :func:`build`.
       x: What goes from layer to layer.
       *shared: What every layer is given.
-      each: A tree of arrays with a leading axis over layers (a cache of keys and values); a layer gets its own.
+      each: What each layer is given of its own (its keys and values), from :func:`per_layer`; None is None for all.
       options: Whether to scan and what to rematerialise.
 
     Returns:
-      What the last layer gives, and what the layers give to keep, stacked along a leading axis like `each`.
+      What the last layer gives, and what the layers give to keep, in the form of `each`: unrolled layers update
+      arrays of their own, which XLA does in place; scanned ones read and write one stacked array.
     """
 
     def call(layer: nnx.Module, x: Any, own: Any, *shared: Any) -> tuple[Any, Any]:
@@ -44,8 +51,7 @@ def run(layers: Layers, x: Any, *shared: Any, each: Any = None, options: Options
         axes = (0, nnx.Carry, 0, *(None for _ in shared))
         return nnx.scan(call, in_axes=axes, out_axes=(nnx.Carry, 0))(layers, x, each, *shared)
     kept = []
-    for number, layer in enumerate(layers):
-        own = jax.tree.map(lambda array: array[number], each)  # noqa: B023
+    for layer, own in zip(layers, [None] * len(layers) if each is None else each):
         x, mine = call(layer, x, own, *shared)
         kept.append(mine)
-    return x, jax.tree.map(lambda *arrays: jax.numpy.stack(arrays), *kept)
+    return x, tuple(kept)
