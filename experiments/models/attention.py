@@ -56,16 +56,17 @@ def attend(
         mask_B1LT = same_B1LL if mask_B1LT is None else mask_B1LT & same_B1LL
     if kernel == "cudnn" and mask_B1LT is not None:  # it broadcasts over batch and heads only
         mask_B1LT = jnp.broadcast_to(mask_B1LT, (*mask_B1LT.shape[:2], q_BLHK.shape[1], k_BTGK.shape[1]))
-    return jax.nn.dot_product_attention(
-        q_BLHK,
-        k_BTGK,
-        v_BTGK,
-        mask=mask_B1LT,
-        is_causal=causal,
-        local_window_size=None if window is None else (window - 1, 0),
-        scale=scale,
-        implementation="cudnn" if kernel == "cudnn" else "xla",
-    )
+    with jax.numpy_dtype_promotion("standard"):  # its own scores of bfloat16 inputs are float32
+        return jax.nn.dot_product_attention(
+            q_BLHK,
+            k_BTGK,
+            v_BTGK,
+            mask=mask_B1LT,
+            is_causal=causal,
+            local_window_size=None if window is None else (window - 1, 0),
+            scale=scale,
+            implementation="cudnn" if kernel == "cudnn" else "xla",
+        )
 
 
 def _flash(
