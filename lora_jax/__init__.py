@@ -5,8 +5,10 @@ becomes a function of (base, delta) without touching the model's code. See :func
 """
 
 from lora_jax import nnx, peft
+from lora_jax.adapters.dora import DoRA
 from lora_jax.adapters.full import Full, Rows
 from lora_jax.adapters.lowrank import LoRA
+from lora_jax.adapters.offset import Offset
 from lora_jax.checkpoint import load, save
 from lora_jax.merging import merge, switch_task, unmerge
 from lora_jax.optim import join, optimizer, partition, trainable_mask
@@ -16,8 +18,10 @@ from lora_jax.training import TrainState, train_step
 from lora_jax.transform.adapt import adapt
 
 __all__ = [
+    "DoRA",
     "Full",
     "LoRA",
+    "Offset",
     "Rows",
     "TrainState",
     "adapt",

@@ -39,7 +39,7 @@ class LowRank(Adapter):
     Attributes:
       a: `[*batch, (blocks,) rank, *in]`.
       b: `[*batch, (blocks,) rank, *out]`; the out axis divided by the number of blocks.
-      scale: Scalar.
+      scale: Scalar, or one for each batch element (layer, expert): `[*batch]` or its leading axes.
       dropout: Scalar; the rate on the input of the low-rank product where a dropout key is given.
       axes: The role of each axis of the weight.
       blocks: Which of the equal parts of the out axis are adapted; `(True,)` for the whole axis. `a` and
@@ -74,7 +74,8 @@ class LowRank(Adapter):
         labels = {role: tuple(str(i) for i, r in enumerate(self.axes) if r == role) for role in (BATCH, IN, OUT)}
         fused = len(self.blocks) > 1
         lead = (*labels[BATCH], *((BLOCK,) if fused else ()), RANK)
-        b = self.b * self.scale.astype(self.b.dtype)
+        scale = self.scale.reshape(self.scale.shape + (1,) * (self.b.ndim - self.scale.ndim))
+        b = self.b * scale.astype(self.b.dtype)
         return Factored(
             labels=tuple((BLOCK, str(i)) if fused and role == OUT else (str(i),) for i, role in enumerate(self.axes)),
             factors=(
@@ -140,17 +141,23 @@ class LoRA(Recipe):
     dropout: float = 0.0
     dtype: jax.typing.DTypeLike = jnp.float32
 
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
     def __post_init__(self):
         if not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"LoRA(rank={self.rank!r}): the rank is a positive integer.")
+            raise ValueError(f"{self._name}(rank={self.rank!r}): the rank is a positive integer.")
         if self.scaling not in SCALINGS:
-            raise ValueError(f"LoRA(scaling={self.scaling!r}): expected one of {', '.join(map(repr, SCALINGS))}.")
+            raise ValueError(
+                f"{self._name}(scaling={self.scaling!r}): expected one of {', '.join(map(repr, SCALINGS))}."
+            )
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"LoRA(dropout={self.dropout}): a rate is at least 0 and below 1.")
+            raise ValueError(f"{self._name}(dropout={self.dropout}): a rate is at least 0 and below 1.")
         if not jnp.issubdtype(self.dtype, jnp.floating):
-            raise ValueError(f"LoRA(dtype={jnp.dtype(self.dtype).name}): factors are floats.")
+            raise ValueError(f"{self._name}(dtype={jnp.dtype(self.dtype).name}): factors are floats.")
         if not any(self._block_mask()):
-            raise ValueError(f"LoRA(blocks={self.blocks!r}): no block is adapted.")
+            raise ValueError(f"{self._name}(blocks={self.blocks!r}): no block is adapted.")
         initializers.find(self.init)
 
     def _block_mask(self) -> tuple[bool, ...]:
@@ -172,14 +179,14 @@ class LoRA(Recipe):
         initializer = initializers.find(self.init)
         if initializer.moves_weight and not moves:
             raise ValueError(
-                f"LoRA(init={self.init!r}) moves a part of the weight into its factors, so that the base changes "
-                "too: use base, delta = lora_jax.prepare(key, base, spec, fn, batches)."
+                f"{self._name}(init={self.init!r}) moves a part of the weight into its factors, so that the base "
+                "changes too: use base, delta = lora_jax.prepare(key, base, spec, fn, batches)."
             )
         sizes = self._sizes(weight.shape, axes)
         scale = self.scale()
         if initializer.moves_weight:
             if len(self._block_mask()) > 1:
-                raise ValueError(f"LoRA(init={self.init!r}) does not go with blocks={self.blocks!r}.")
+                raise ValueError(f"{self._name}(init={self.init!r}) does not go with blocks={self.blocks!r}.")
             a, b = initializer.factors_of(matrix(weight, axes), self.rank, scale)
         else:
             lead, fan_in, fan_out = (math.prod(sizes[role]) for role in (BATCH, IN, OUT))
@@ -205,15 +212,15 @@ class LoRA(Recipe):
         for role in (IN, OUT):
             if not sizes[role]:
                 raise ValueError(
-                    f"LoRA needs an in and an out axis; the weight of shape {tuple(shape)} has the roles "
+                    f"{self._name} needs an in and an out axis; the weight of shape {tuple(shape)} has the roles "
                     f"{axes}, no {role!r} axis. Full() trains such a leaf outright."
                 )
         mask = self._block_mask()
         if len(mask) > 1:
             if len(sizes[OUT]) != 1 or sizes[OUT][0] % len(mask):
                 raise ValueError(
-                    f"LoRA(blocks={self.blocks!r}) splits the only out axis into {len(mask)} equal parts; the weight "
-                    f"of shape {tuple(shape)} has out axes of sizes {sizes[OUT]}. An axis that already counts the "
+                    f"{self._name}(blocks={self.blocks!r}) splits the only out axis into {len(mask)} equal parts; the "
+                    f"weight of shape {tuple(shape)} has out axes of sizes {sizes[OUT]}. An axis that already counts the "
                     "parts can be declared 'batch' by axes=."
                 )
             sizes[BATCH] = (*sizes[BATCH], sum(mask))
@@ -221,8 +228,8 @@ class LoRA(Recipe):
         limit = min(math.prod(sizes[IN]), math.prod(sizes[OUT]))
         if self.rank > limit:
             raise ValueError(
-                f"LoRA(rank={self.rank}) is above the rank of the weight: shape {tuple(shape)} with roles {axes} "
-                f"is at most of rank {limit}."
+                f"{self._name}(rank={self.rank}) is above the rank of the weight: shape {tuple(shape)} with roles "
+                f"{axes} is at most of rank {limit}."
             )
         return sizes
 

@@ -28,11 +28,10 @@ def chosen(interpreter, equation, values: Sequence) -> tuple[int, list]:
 
 def split_gains(weight: Weight, contracted: set[Label], kept: set[Label]) -> tuple[list[Factor], list[Factor]]:
     """Gains on the contracted axes, which scale the input, and gains on the others, which scale the output."""
-    before = [g for g in weight.gains if any(x in contracted for x in g.labels)]
-    after = [g for g in weight.gains if g not in before]
-    for gains, side in ((before, contracted), (after, kept)):
-        if any(not set(g.labels) <= side for g in gains):
-            raise CannotFactor("a gain is on contracted and kept axes at once")
+    after = [g for g in weight.gains if set(g.labels) <= kept]
+    before = [g for g in weight.gains if not set(g.labels) <= kept]
+    if any(not set(g.labels) <= contracted for g in before):
+        raise CannotFactor("a gain is on contracted and kept axes at once")
     return before, after
 
 
@@ -48,11 +47,10 @@ def _dot_general(interpreter, equation, values):
     free_axes = [axis for axis in range(weight.value.ndim) if axis not in (*w_sum, *w_batch)]
     free = [pair for axis in free_axes for pair in weight.dims[axis]]
     roles = dict.fromkeys((x for x, _ in summed), "in") | dict.fromkeys((x for x, _ in shared), "batch")
-    interpreter.record(weight, equation, dict.fromkeys((x for x, _ in free), "out") | roles, "x·W + (x·a)·b")
     if weight.is_adapted and not jnp.issubdtype(x.dtype, jnp.inexact):
         raise CannotFactor(f"the input has dtype {x.dtype}")
-
     before, after = split_gains(weight, {x for x, _ in (*summed, *shared)}, {x for x, _ in (*shared, *free)})
+    interpreter.record(weight, equation, dict.fromkeys((x for x, _ in free), "out") | roles, "x·W + (x·a)·b")
     x_dims: list[list[tuple[Label, int]]] = [[] for _ in range(x.ndim)]
     for w_axis, x_axis in zip((*w_sum, *w_batch), (*x_sum, *x_batch)):
         x_dims[x_axis] = list(weight.dims[w_axis])

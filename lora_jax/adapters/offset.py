@@ -1,0 +1,68 @@
+"""A trained, scaled term beside a leaf: the bias that some LoRA variants add to their second product."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapters.factored import compute_dtype
+from lora_jax.adapters.protocol import Adapter, Recipe, adapter, frozen, static, trained
+
+
+@adapter("Offset")
+class Addition(Adapter):
+    """w + scale · value.
+
+    Attributes:
+      value: Of the leaf's shape.
+      scale: Scalar, or of the shape of the leaf's leading axes.
+      axes: Empty: no role is needed.
+    """
+
+    value: jax.Array = trained()
+    scale: jax.Array = frozen()
+    axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
+
+    additive = True
+    merged_because = "an offset is as large as its leaf"
+
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    def merge(self, weight: jax.Array) -> jax.Array:
+        dtype = compute_dtype(weight.dtype)
+        scale = self.scale.astype(dtype).reshape(self.scale.shape + (1,) * (self.value.ndim - self.scale.ndim))
+        return (weight.astype(dtype) + scale * self.value.astype(dtype)).astype(weight.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        return {"scale": float(self.scale)} if isinstance(self.scale, jax.Array) and self.scale.ndim == 0 else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Offset(Recipe):
+    """Trains a term that is added to a leaf, starting from zero.
+
+    On the bias of a layer, with the scale of the LoRA on its kernel, it is the bias on the second factor
+    that PEFT calls `lora_bias`: s·(B·A·x + o) + b.
+
+    Args:
+      scale: Multiplies the term.
+      dtype: Of the term.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> Offset(scale=2.0).make(jax.random.key(0), jnp.ones(3), ()).merge(jnp.ones(3)).tolist()
+      [1.0, 1.0, 1.0]
+    """
+
+    scale: float = 1.0
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    needs_axes = False
+
+    def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> Addition:
+        del key, axes
+        if not jnp.issubdtype(weight.dtype, jnp.inexact):
+            raise ValueError(f"Offset() trains floats; the leaf has dtype {weight.dtype}.")
+        return Addition(value=jnp.zeros(weight.shape, self.dtype), scale=jnp.asarray(self.scale, jnp.float32), axes=())
