@@ -399,6 +399,31 @@ def heads_case(fixture):
     return Case(fixture, rows, leaves, fn)
 
 
+def interleaved_case(fixture):
+    """Query and key whose heads keep the two halves of torch's rotary embedding interleaved."""
+    rows = (
+        Weight("attn/{part=q|k}/kernel", "{part}_proj.weight", "in heads pair half -> (heads half pair) in"),
+        Weight("attn/{part=q|k}/bias", "{part}_proj.bias", "heads pair half -> (heads half pair)"),
+        Weight("attn/v/kernel", "v_proj.weight", LINEAR),
+        Weight("attn/v/bias", "v_proj.bias"),
+        Weight("attn/out/kernel", "o_proj.weight", LINEAR),
+        Weight("attn/out/bias", "o_proj.bias"),
+    )
+    leaves = {f"attn/{part}/kernel": (8, 2, 2, 2) for part in "qk"} | {f"attn/{part}/bias": (2, 2, 2) for part in "qk"}
+    leaves |= {"attn/v/kernel": (8, 8), "attn/v/bias": (8,), "attn/out/kernel": (8, 8), "attn/out/bias": (8,)}
+
+    def fn(base, x):
+        q, k = (
+            jnp.einsum("bti,ihpf->bthpf", x, base[f"attn/{part}/kernel"]) + base[f"attn/{part}/bias"][None, None]
+            for part in "qk"
+        )
+        # Products of queries and keys do not depend on the order within a head.
+        q, k = (flat(t) for t in (q, k))
+        return dense("attn/out")(base, flat(attend(q, k, dense("attn/v")(base, x))))
+
+    return Case(fixture, rows, leaves, fn)
+
+
 # Experts.
 
 
@@ -625,6 +650,7 @@ CASES = TRAINING | {
     "parts_qkv, an axis for parts": parts_axis_case("parts_qkv"),
     "parts_qv, an axis for parts": parts_axis_case("parts_qv"),
     "parts_qkv, apart": heads_case("parts_qkv"),
+    "parts_qkv, interleaved heads": interleaved_case("parts_qkv"),
     "heads": heads_case("heads"),
     "experts_one": experts_case("experts_one"),
     "experts_one, in before out": experts_case("experts_one", layout="batch in out -> batch out in"),

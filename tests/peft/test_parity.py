@@ -126,6 +126,17 @@ def test_an_adapter_of_the_bare_model(tmp_path):
         np.testing.assert_array_equal(delta[path].b, whole[path].b)
 
 
+def test_a_nested_base_gives_the_same_delta():
+    base, delta = loaded("heads")
+    nested = {}
+    for path, leaf in base.items():
+        *parents, last = path.split("/")
+        functools.reduce(lambda node, part: node.setdefault(part, {}), parents, nested)[last] = leaf
+    again = lora.peft.load(CASES["heads"].adapter, nested, CASES["heads"].names)
+    assert again.keys() == delta.keys()
+    jax.tree.map(np.testing.assert_array_equal, again, delta)
+
+
 def test_every_fixture_is_used():
     stored = {directory.name for directory in cases.FIXTURES.iterdir() if (directory / "adapter").is_dir()}
     assert stored == {case.fixture for case in CASES.values()}
