@@ -1,26 +1,32 @@
-"""BERT's encoder in Flax NNX: token ids in, one vector a token out.
+"""BERT's and RoBERTa's encoder in Flax NNX: token ids in, one vector a token out.
 
 Shapes are in the names: B examples, L tokens, D width, H heads, K width of a head, F hidden width.
 
 References:
   Devlin et al., `BERT <https://arxiv.org/abs/1810.04805>`_, 2018
+  Liu et al., `RoBERTa <https://arxiv.org/abs/1907.11692>`_, 2019
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.errors import UserError
+from experiments.models import checkpoint, stack
+from experiments.models import config as config_json
+from experiments.models.attention import attend
+from experiments.models.norm import LayerNorm
+from experiments.models.options import DEFAULT, Options
 from lora_jax.peft import LINEAR, Names, Weight
 
 
 @dataclass(frozen=True)
 class BertConfig:
-    """The shape of a BERT encoder; names are those of Hugging Face's `config.json`."""
+    """The shape of a BERT or RoBERTa encoder; names are those of Hugging Face's `config.json`."""
 
     vocab_size: int
     hidden_size: int
@@ -30,6 +36,8 @@ class BertConfig:
     max_position_embeddings: int
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+    model_type: str = "bert"
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "BertConfig":
@@ -38,58 +46,89 @@ class BertConfig:
         Raises:
           UserError: It lacks a field or describes something that this encoder does not compute.
         """
-        fixed = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
-        for name, value in fixed.items():
-            if config.get(name, value) != value:
-                raise UserError(f"config.json: {name} is {config[name]!r}, this encoder computes {value!r} only")
-        try:
-            shape = cls(**{name: config[name] for name in cls.__dataclass_fields__ if name in config})
-        except TypeError as error:
-            raise UserError(f"config.json: {str(error).removeprefix('BertConfig.__init__() ')}") from None
-        if shape.hidden_size % shape.num_attention_heads:
-            raise UserError(
-                f"config.json: hidden_size {shape.hidden_size} is no multiple of "
-                f"num_attention_heads {shape.num_attention_heads}"
-            )
+        supported = {
+            "model_type": ("bert", "roberta"),
+            "hidden_act": ("gelu",),
+            "position_embedding_type": ("absolute",),
+            "is_decoder": (False,),
+        }
+        padding = {"pad_token_id": 1} if config.get("model_type") == "roberta" else {}
+        shape = config_json.read(cls, {**padding, **config}, supported)
+        config_json.check_heads(shape)
         return shape
+
+    @property
+    def positions(self) -> int:
+        """How many tokens there are positions for."""
+        return self.max_position_embeddings - self.first_position
+
+    @property
+    def first_position(self) -> int:
+        """The position of a text's first token: RoBERTa keeps a row for padding and leaves those before it unused."""
+        return self.pad_token_id + 1 if self.model_type == "roberta" else 0
+
+    @property
+    def names(self) -> Names:
+        """The names of the weights in a checkpoint of this model."""
+        return ROBERTA_NAMES if self.model_type == "roberta" else NAMES
 
 
 class Embeddings(nnx.Module):
     """Word, position and segment vectors, summed and normalised."""
 
-    def __init__(self, config: BertConfig, *, dropout: float, rngs: nnx.Rngs):
-        width = config.hidden_size
-        self.word = nnx.Embed(config.vocab_size, width, rngs=rngs)
-        self.position = nnx.Embed(config.max_position_embeddings, width, rngs=rngs)
-        self.token_type = nnx.Embed(config.type_vocab_size, width, rngs=rngs)
-        self.norm = _norm(config, rngs)
+    def __init__(self, config: BertConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
+        self.config = config
+        width, dtype = config.hidden_size, options.dtype
+        self.word = nnx.Embed(config.vocab_size, width, dtype=dtype, rngs=rngs)
+        self.position = nnx.Embed(config.max_position_embeddings, width, dtype=dtype, rngs=rngs)
+        self.token_type = nnx.Embed(config.type_vocab_size, width, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(width, config.layer_norm_eps, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
     def __call__(self, tokens_BL: jax.Array, types_BL: jax.Array) -> jax.Array:
-        position_1LD = self.position(jnp.arange(tokens_BL.shape[1]))[None]
-        x_BLD = self.word(tokens_BL) + self.token_type(types_BL) + position_1LD
+        x_BLD = self.word(tokens_BL) + self.token_type(types_BL) + self.position(self.numbers(tokens_BL))
         return self.dropout(self.norm(x_BLD))
+
+    def numbers(self, tokens_BL: jax.Array) -> jax.Array:
+        """The position of each token, `[batch or 1, length]`."""
+        if self.config.model_type == "bert":
+            return jnp.arange(tokens_BL.shape[1])[None]
+        is_text_BL = (tokens_BL != self.config.pad_token_id).astype(jnp.int32)
+        return jnp.cumsum(is_text_BL, axis=1) * is_text_BL + self.config.pad_token_id
 
 
 class Attention(nnx.Module):
     """Multi-head self-attention; query, key, value and output are a kernel each."""
 
-    def __init__(self, config: BertConfig, *, dropout: float, rngs: nnx.Rngs):
-        width = config.hidden_size
+    def __init__(self, config: BertConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
+        width, dtype = config.hidden_size, options.dtype
         self.heads = config.num_attention_heads
-        self.query = nnx.Linear(width, width, rngs=rngs)
-        self.key = nnx.Linear(width, width, rngs=rngs)
-        self.value = nnx.Linear(width, width, rngs=rngs)
-        self.output = nnx.Linear(width, width, rngs=rngs)
+        self.options = options
+        self.query = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.key = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.value = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.output = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
     def __call__(self, x_BLD: jax.Array, mask_BL: jax.Array) -> jax.Array:
         q_BLHK, k_BLHK, v_BLHK = (self.split(f(x_BLD)) for f in (self.query, self.key, self.value))
-        scores_BHLL = jnp.einsum("bqhk,bthk->bhqt", q_BLHK, k_BLHK) * (q_BLHK.shape[-1] ** -0.5)
-        scores_BHLL = jnp.where(mask_BL[:, None, None, :], scores_BHLL, jnp.finfo(scores_BHLL.dtype).min)
-        weights_BHLL = self.dropout(jax.nn.softmax(scores_BHLL, axis=-1))
-        mixed_BLHK = jnp.einsum("bhqt,bthk->bqhk", weights_BHLL, v_BLHK)
+        mask_B11L, kernel = mask_BL[:, None, None, :], self.options.attention
+        drops = self.dropout.rate and not self.dropout.deterministic
+        if kernel == "xla" or drops:
+            mixed_BLHK = self.mix(q_BLHK, k_BLHK, v_BLHK, mask_B11L)
+        else:
+            mask, segments = (None, mask_BL) if kernel == "flash" else (mask_B11L, None)
+            mixed_BLHK = attend(
+                q_BLHK, k_BLHK, v_BLHK, mask, segments_BL=segments, kernel=kernel, platform=self.options.platform
+            )
         return self.output(mixed_BLHK.reshape(x_BLD.shape))
+
+    def mix(self, q_BLHK: jax.Array, k_BLHK: jax.Array, v_BLHK: jax.Array, mask_B11L: jax.Array) -> jax.Array:
+        """What `attend` computes, written out: it may drop attention weights."""
+        scores_BHLL = jnp.einsum("bqhk,bthk->bhqt", q_BLHK, k_BLHK).astype(jnp.float32) * (q_BLHK.shape[-1] ** -0.5)
+        scores_BHLL = jnp.where(mask_B11L, scores_BHLL, jnp.finfo(jnp.float32).min)
+        weights_BHLL = self.dropout(jax.nn.softmax(scores_BHLL, axis=-1).astype(v_BLHK.dtype))
+        return jnp.einsum("bhqt,bthk->bqhk", weights_BHLL, v_BLHK)
 
     def split(self, x_BLD: jax.Array) -> jax.Array:
         return x_BLD.reshape(*x_BLD.shape[:2], self.heads, -1)
@@ -98,9 +137,9 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """Two linear layers with a (true, not tanh-approximated) GELU between them."""
 
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        self.up = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
-        self.down = nnx.Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
+    def __init__(self, config: BertConfig, options: Options, *, rngs: nnx.Rngs):
+        self.up = nnx.Linear(config.hidden_size, config.intermediate_size, dtype=options.dtype, rngs=rngs)
+        self.down = nnx.Linear(config.intermediate_size, config.hidden_size, dtype=options.dtype, rngs=rngs)
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         h_BLF = jax.nn.gelu(self.up(x_BLD), approximate=False)
@@ -110,28 +149,29 @@ class FeedForward(nnx.Module):
 class Layer(nnx.Module):
     """Attention, then feed-forward; each adds to its input and the sum is normalised."""
 
-    def __init__(self, config: BertConfig, *, dropout: float, rngs: nnx.Rngs):
-        self.attention = Attention(config, dropout=dropout, rngs=rngs)
-        self.attention_norm = _norm(config, rngs)
-        self.feed_forward = FeedForward(config, rngs=rngs)
-        self.feed_forward_norm = _norm(config, rngs)
+    def __init__(self, config: BertConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
+        self.attention = Attention(config, options, dropout=dropout, rngs=rngs)
+        self.attention_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
+        self.feed_forward = FeedForward(config, options, rngs=rngs)
+        self.feed_forward_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
-    def __call__(self, x_BLD: jax.Array, mask_BL: jax.Array) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, _: None, mask_BL: jax.Array) -> tuple[jax.Array, None]:
         x_BLD = self.attention_norm(x_BLD + self.dropout(self.attention(x_BLD, mask_BL)))
-        return self.feed_forward_norm(x_BLD + self.dropout(self.feed_forward(x_BLD)))
+        return self.feed_forward_norm(x_BLD + self.dropout(self.feed_forward(x_BLD))), None
 
 
 class Encoder(nnx.Module):
     """The layers, one after another."""
 
-    def __init__(self, config: BertConfig, *, dropout: float, rngs: nnx.Rngs):
-        self.layers = nnx.List(Layer(config, dropout=dropout, rngs=rngs) for _ in range(config.num_hidden_layers))
+    def __init__(self, config: BertConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
+        self.options = options
+        self.layers = stack.build(
+            lambda rngs: Layer(config, options, dropout=dropout, rngs=rngs), config.num_hidden_layers, options, rngs
+        )
 
     def __call__(self, x_BLD: jax.Array, mask_BL: jax.Array) -> jax.Array:
-        for layer in self.layers:
-            x_BLD = layer(x_BLD, mask_BL)
-        return x_BLD
+        return stack.run(self.layers, x_BLD, mask_BL, options=self.options)[0]
 
 
 class Bert(nnx.Module):
@@ -139,20 +179,24 @@ class Bert(nnx.Module):
 
     Args:
       config: The shape.
-      dropout: Rate on embeddings, attention weights and both branches of a layer, while training.
+      options: How it computes.
+      dropout: Rate on embeddings, attention weights and both branches of a layer, while training. Attention
+        weights that are dropped are computed one by one, whatever kernel `options` names.
       rngs: Keys of the random initial weights and of dropout.
     """
 
-    def __init__(self, config: BertConfig, *, dropout: float = 0.0, rngs: nnx.Rngs):
-        self.embeddings = Embeddings(config, dropout=dropout, rngs=rngs)
-        self.encoder = Encoder(config, dropout=dropout, rngs=rngs)
+    def __init__(self, config: BertConfig, options: Options = DEFAULT, *, dropout: float = 0.0, rngs: nnx.Rngs):
+        self.config = config
+        self.embeddings = Embeddings(config, options, dropout=dropout, rngs=rngs)
+        self.encoder = Encoder(config, options, dropout=dropout, rngs=rngs)
 
     def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array, types_BL: jax.Array | None = None) -> jax.Array:
         """The last hidden states.
 
         Args:
           tokens_BL: Token ids, `int[batch, length]`.
-          mask_BL: True (or 1) at tokens, False at padding.
+          mask_BL: True (or 1) at tokens, False at padding. RoBERTa numbers the positions of a text by the tokens
+            that are not its padding token, so padding has to be that token there.
           types_BL: Segment ids; None means all in segment 0.
 
         Returns:
@@ -161,45 +205,71 @@ class Bert(nnx.Module):
         Raises:
           ValueError: There are more tokens than positions.
         """
-        if tokens_BL.shape[1] > self.embeddings.position.num_embeddings:
-            raise ValueError(f"{tokens_BL.shape[1]} tokens, {self.embeddings.position.num_embeddings} positions")
+        if tokens_BL.shape[1] > self.config.positions:
+            raise ValueError(f"{tokens_BL.shape[1]} tokens, {self.config.positions} positions")
         types_BL = jnp.zeros_like(tokens_BL) if types_BL is None else types_BL
         x_BLD = self.embeddings(tokens_BL, types_BL)
         return self.encoder(x_BLD, mask_BL.astype(bool))
 
 
-def _norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # The fast variance, E[x²] - E[x]², cancels: its error alone exceeds the difference between frameworks.
-    return nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs)
+def load(
+    directory: Path,
+    options: Options = DEFAULT,
+    *,
+    dropout: float = 0.0,
+    dtype: Any = jnp.float32,
+    sharding: checkpoint.Sharding | None = None,
+) -> Bert:
+    """The encoder of a checkpoint in Hugging Face layout; see :func:`checkpoint.load`.
+
+    Raises:
+      UserError: The config or the weights are missing, damaged or of another architecture.
+    """
+    config = BertConfig.from_json(checkpoint.read_config(directory))
+    return checkpoint.load(
+        lambda rngs: Bert(config, options, dropout=dropout, rngs=rngs),
+        config.names,
+        directory,
+        dtype=dtype,
+        sharding=sharding,
+        spellings=SPELLINGS,
+        unused=UNUSED,
+    )
 
 
 _TABLE = "{table=word|position|token_type}"
 _PART = "{part=query|key|value}"
-_LAYER, _HF_LAYER = "encoder/layers/{layer}", "bert.encoder.layer.{layer}"
-NAMES = Names(
-    (
-        Weight(
-            f"embeddings/{_TABLE}/embedding",
-            "bert.embeddings.{table}_embeddings.weight",
-            module="embedding",
+_LAYER = "encoder/layers/{layer}"
+
+
+def _names(prefix: str) -> Names:
+    layer = prefix + "encoder.layer.{layer}"
+    return Names(
+        (
+            Weight(
+                f"embeddings/{_TABLE}/embedding", prefix + "embeddings.{table}_embeddings.weight", module="embedding"
+            ),
+            Weight("embeddings/norm/scale", f"{prefix}embeddings.LayerNorm.weight"),
+            Weight("embeddings/norm/bias", f"{prefix}embeddings.LayerNorm.bias"),
+            Weight(f"{_LAYER}/attention/output/kernel", f"{layer}.attention.output.dense.weight", LINEAR),
+            Weight(f"{_LAYER}/attention/output/bias", f"{layer}.attention.output.dense.bias"),
+            Weight(f"{_LAYER}/attention/{_PART}/kernel", layer + ".attention.self.{part}.weight", LINEAR),
+            Weight(f"{_LAYER}/attention/{_PART}/bias", layer + ".attention.self.{part}.bias"),
+            Weight(f"{_LAYER}/attention_norm/scale", f"{layer}.attention.output.LayerNorm.weight"),
+            Weight(f"{_LAYER}/attention_norm/bias", f"{layer}.attention.output.LayerNorm.bias"),
+            Weight(f"{_LAYER}/feed_forward/up/kernel", f"{layer}.intermediate.dense.weight", LINEAR),
+            Weight(f"{_LAYER}/feed_forward/up/bias", f"{layer}.intermediate.dense.bias"),
+            Weight(f"{_LAYER}/feed_forward/down/kernel", f"{layer}.output.dense.weight", LINEAR),
+            Weight(f"{_LAYER}/feed_forward/down/bias", f"{layer}.output.dense.bias"),
+            Weight(f"{_LAYER}/feed_forward_norm/scale", f"{layer}.output.LayerNorm.weight"),
+            Weight(f"{_LAYER}/feed_forward_norm/bias", f"{layer}.output.LayerNorm.bias"),
         ),
-        Weight("embeddings/norm/scale", "bert.embeddings.LayerNorm.weight"),
-        Weight("embeddings/norm/bias", "bert.embeddings.LayerNorm.bias"),
-        Weight(f"{_LAYER}/attention/output/kernel", f"{_HF_LAYER}.attention.output.dense.weight", LINEAR),
-        Weight(f"{_LAYER}/attention/output/bias", f"{_HF_LAYER}.attention.output.dense.bias"),
-        Weight(f"{_LAYER}/attention/{_PART}/kernel", _HF_LAYER + ".attention.self.{part}.weight", LINEAR),
-        Weight(f"{_LAYER}/attention/{_PART}/bias", _HF_LAYER + ".attention.self.{part}.bias"),
-        Weight(f"{_LAYER}/attention_norm/scale", f"{_HF_LAYER}.attention.output.LayerNorm.weight"),
-        Weight(f"{_LAYER}/attention_norm/bias", f"{_HF_LAYER}.attention.output.LayerNorm.bias"),
-        Weight(f"{_LAYER}/feed_forward/up/kernel", f"{_HF_LAYER}.intermediate.dense.weight", LINEAR),
-        Weight(f"{_LAYER}/feed_forward/up/bias", f"{_HF_LAYER}.intermediate.dense.bias"),
-        Weight(f"{_LAYER}/feed_forward/down/kernel", f"{_HF_LAYER}.output.dense.weight", LINEAR),
-        Weight(f"{_LAYER}/feed_forward/down/bias", f"{_HF_LAYER}.output.dense.bias"),
-        Weight(f"{_LAYER}/feed_forward_norm/scale", f"{_HF_LAYER}.output.LayerNorm.weight"),
-        Weight(f"{_LAYER}/feed_forward_norm/bias", f"{_HF_LAYER}.output.LayerNorm.bias"),
-    ),
-    prefix="bert.",
-)
+        prefix=prefix,
+    )
+
+
+NAMES = _names("bert.")
+ROBERTA_NAMES = _names("roberta.")
 # the first checkpoints call a norm's scale and bias gamma and beta
 SPELLINGS = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
-UNUSED = r"position_ids$|^pooler\.|^cls\.|^classifier\.|^qa_outputs\."
+UNUSED = r"position_ids$|^pooler\.|^cls\.|^lm_head\.|^classifier\.|^qa_outputs\."

@@ -1,6 +1,7 @@
 """Weights in Hugging Face layout: read tensor by tensor onto their shardings, and written back."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ M = TypeVar("M", bound=nnx.Module)
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "vocab.txt")
+NOTHING = r"(?!)"
+"""A pattern that matches nothing."""
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -41,12 +44,15 @@ def load(
     dtype: Any = jnp.float32,
     sharding: Sharding | None = None,
     spellings: Sequence[tuple[str, str]] = (),
-    unused: str = r"(?!)",
+    unused: str = NOTHING,
+    fresh: str = NOTHING,
+    optional: str = NOTHING,
+    seed: int = 0,
 ) -> M:
-    """A model with the weights of a checkpoint; its random initial weights are never computed.
+    """A model with the weights of a checkpoint; random initial values are computed of new weights only.
 
-    Each device gets its part of a weight straight from the files: no more than the part of one tensor is
-    in the host's memory beside what is on the devices.
+    Each device gets its part of a weight straight from the files: beside what is on the devices, the host's
+    memory holds one such part at a time, which is read once for all devices that share it.
 
     Args:
       build: Makes the model.
@@ -55,7 +61,11 @@ def load(
       dtype: What every weight is cast to; None keeps what is stored.
       sharding: The sharding of a weight, from its path and shape; None puts all on the default device.
       spellings: (pattern, replacement) that bring other spellings of a tensor's name to the usual one.
-      unused: Pattern of tensors that the model does without, in the names of the bare model.
+      unused: Pattern of tensors that the model does without, in the names of the bare model. They are lost:
+        what :func:`save` writes lacks them (an encoder's pooler, a head for masked words).
+      fresh: Pattern of paths of weights that are initialised, whatever the checkpoint holds (a new head).
+      optional: Pattern of paths of weights that are initialised where the checkpoint lacks all of their tensors.
+      seed: Of the initialised weights.
 
     Raises:
       UserError: Files are missing or damaged, or any tensors are missing, unexpected or of another shape:
@@ -63,25 +73,40 @@ def load(
     """
     abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     graph, params, _ = nnx.split(abstract, nnx.Param, ...)
-    wanted = dict(nnx.to_flat_state(params))
+    wanted = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(params)}
+    shardings = {
+        path: None if sharding is None else sharding(path, variable.get_value().shape)
+        for path, variable in wanted.items()
+    }
+    values: dict[str, jax.Array] = {}
     try:
         with peft.Tensors(peft.model_files(directory)) as tensors:
-            stored = _Stored(tensors, names.prefix, spellings, unused)
-            places = {
-                path: names.find("/".join(map(str, path)), leaf.get_value().shape) for path, leaf in wanted.items()
+            stored = _Stored(tensors, names.prefix, spellings)
+            places = {path: names.find(path, variable.get_value().shape) for path, variable in wanted.items()}
+            new = {
+                path
+                for path, place in places.items()
+                if re.search(fresh, path) or (re.search(optional, path) and not stored.any_of(place))
             }
-            stored.check(directory, places.values())
-            for path, place in places.items():
-                where = None if sharding is None else sharding(place.path, place.shape)
-                wanted[path] = wanted[path].replace(stored.placed(place, dtype, where))
+            read = [place for path, place in places.items() if path not in new]
+            stored.check(directory, read, {name for path in new for name in places[path].tensors}, unused)
+            for place in read:
+                values[place.path] = stored.placed(place, dtype, shardings[place.path])
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from None
-    params = nnx.from_flat_state(list(wanted.items()))
-    # what is not read (dropout keys) is computed; the compiler drops the unused initial weights
-    others = jax.jit(lambda: nnx.state(build(nnx.Rngs(0)), nnx.Not(nnx.Param)))()
-    return nnx.merge(graph, params, others)
+
+    # What is not read is computed: random state, new weights. The compiler drops all other initial weights.
+    def initial() -> tuple[Any, dict[str, jax.Array]]:
+        made, others = nnx.state(build(nnx.Rngs(seed)), nnx.Param, ...)
+        flat = {"/".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(made)}
+        return others, {path: flat[path].astype(dtype or flat[path].dtype) for path in new}
+
+    others, made = jax.jit(initial, out_shardings=(None, {path: shardings[path] for path in new}))()
+    values |= made
+    flat = [(path, variable.replace(values["/".join(map(str, path))])) for path, variable in nnx.to_flat_state(params)]
+    return nnx.merge(graph, nnx.from_flat_state(flat), others)
 
 
 def save(
@@ -91,74 +116,101 @@ def save(
     config: Mapping[str, Any],
     *,
     tokenizer: Path | None = None,
+    bare: bool = False,
     shard_bytes: int = peft.SHARD_BYTES,
 ) -> None:
     """Writes parameters in Hugging Face layout, so that transformers opens them.
 
+    All is written beside the directory, which then appears whole or, after an error, not at all.
+
     Args:
       directory: New, or empty.
-      base: The parameters, `lora.merge(base, delta)` for one.
+      base: The parameters, `lora.merge(base, delta)` for one; every array within reach of this process.
       names: Of the weights in the checkpoint.
-      config: The content of `config.json`.
+      config: The content of `config.json`, written as it is.
       tokenizer: A directory whose tokenizer files are copied.
+      bare: The names are those of a checkpoint of the bare model, without what `names.prefix` says.
       shard_bytes: The largest size of a file.
 
     Raises:
-      UserError: The directory holds something already.
+      UserError: The directory holds something already, or cannot be written.
     """
-    if directory.exists() and any(directory.iterdir()):
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory}: holds files already")
-    directory.mkdir(parents=True, exist_ok=True)
-    peft.write_model(directory, _tensors_of(base, names), shard_bytes=shard_bytes)
-    (directory / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
-    for file in [tokenizer / name for name in _COPIED] if tokenizer else ():
-        if file.is_file():
-            shutil.copyfile(file, directory / file.name)
+    unfinished = directory.with_name(f".{directory.name}.unfinished-{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        peft.write_model(unfinished, _tensors_of(base, names, bare), shard_bytes=shard_bytes)
+        (unfinished / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+        for file in [tokenizer / name for name in _COPIED] if tokenizer else ():
+            if file.is_file():
+                shutil.copyfile(file, unfinished / file.name)
+        unfinished.replace(directory)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _tensors_of(base: Any, names: peft.Names) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors_of(base: Any, names: peft.Names, bare: bool) -> Iterator[tuple[str, np.ndarray]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(base):
         place = names.find("/".join(str(key.key) for key in path), leaf.shape)
-        yield from place.split(np.asarray(leaf)).items()
+        for name, tensor in place.split(np.asarray(leaf)).items():
+            yield name.removeprefix(names.prefix) if bare else name, tensor
 
 
 class _Stored:
-    """The tensors of a checkpoint under their usual names."""
+    """The tensors of a checkpoint under their usual names, less the prefix of a bare model's names."""
 
-    def __init__(self, tensors: peft.Tensors, prefix: str, spellings: Sequence[tuple[str, str]], unused: str):
+    def __init__(self, tensors: peft.Tensors, prefix: str, spellings: Sequence[tuple[str, str]]):
         self._tensors = tensors
-        self._names: dict[str, str] = {}  # without the prefix -> in the file
+        self._prefix = prefix
+        self._names: dict[str, str] = {}  # usual name -> name in the file
         for name in tensors:
             usual = name
             for pattern, replacement in spellings:
                 usual = re.sub(pattern, replacement, usual)
-            self._names[usual.removeprefix(prefix)] = name
-        self._prefix = prefix
-        self._unused = unused
+            usual = usual.removeprefix(prefix)
+            if usual in self._names:
+                raise UserError(f"{tensors.file_of(name)}: {name} and {self._names[usual]} are the same weight")
+            self._names[usual] = name
+
+    def any_of(self, place: peft.Place) -> bool:
+        """Whether one of the weight's tensors is there."""
+        return any(name.removeprefix(self._prefix) in self._names for name in place.tensors)
+
+    def placed(self, place: peft.Place, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+        """The weight on its devices."""
+        dtype = jnp.dtype(dtype or self._dtype(place))
+        if sharding is None:
+            return jnp.asarray(place.join(self._read, dtype))
+        sharing: dict[tuple, list[jax.Device]] = {}
+        for device, part in sharding.addressable_devices_indices_map(place.shape).items():
+            sharing.setdefault(tuple((axis.start, axis.stop) for axis in part or ()), []).append(device)
+        arrays = []
+        for part, devices in sharing.items():
+            values = place.join(self._read, dtype, tuple(slice(*limits) for limits in part))
+            for device in devices:
+                where = jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
+                arrays.append(jax.device_put(values, where))
+        return jax.make_array_from_single_device_arrays(place.shape, sharding, arrays)
+
+    def _dtype(self, place: peft.Place) -> np.dtype:
+        """The dtype of the weight's first tensor."""
+        return self._read(next(iter(place.tensors)), tuple(slice(0, 0) for _ in place.right)).dtype
 
     def _read(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
         return self._tensors.read(self._names[name.removeprefix(self._prefix)], part)
 
-    def placed(self, place: peft.Place, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
-        """The weight on its devices."""
-        first = next(iter(place.tensors)).removeprefix(self._prefix)
-        dtype = jnp.dtype(
-            dtype or self._tensors.read(self._names[first], tuple(slice(0, 0) for _ in place.right)).dtype
-        )
-        if sharding is None:
-            return jnp.asarray(place.join(self._read, dtype))
-        return jax.make_array_from_callback(place.shape, sharding, lambda part: place.join(self._read, dtype, part))
-
-    def check(self, directory: Path, places: Any) -> None:
+    def check(self, directory: Path, places: Sequence[peft.Place], replaced: set[str], unused: str) -> None:
         """Compares names and shapes; every difference is reported at once."""
         wanted = {name.removeprefix(self._prefix): shape for place in places for name, shape in place.shapes.items()}
-        tied = {name.removeprefix(self._prefix) for place in places for name in place.tied}
+        known = wanted.keys() | {name.removeprefix(self._prefix) for place in places for name in place.tied}
+        known |= {name.removeprefix(self._prefix) for name in replaced}
         given = {name: self._tensors[stored] for name, stored in self._names.items()}
         problems = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in given]
         problems += [
-            f"unexpected: {name} {given[name]}"
-            for name in sorted(given.keys() - wanted.keys() - tied)
-            if not re.search(self._unused, name)
+            f"unexpected: {name} {given[name]}" for name in sorted(given.keys() - known) if not re.search(unused, name)
         ]
         problems += [
             f"shape: {name} is {given[name]}, the model wants {shape}"

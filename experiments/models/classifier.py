@@ -1,4 +1,4 @@
-"""A sentence classifier: an encoder, the mean over its tokens, one linear layer."""
+"""A sentence classifier: an encoder, the mean over its tokens, one linear layer. Heads as in transformers: heads.py."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.models import bert, checkpoint
+from experiments.models import bert
 
 
 class SentenceClassifier(nnx.Module):
@@ -35,15 +35,8 @@ def load(directory: Path, classes: int) -> SentenceClassifier:
     Raises:
       UserError: The directory's config or weights are missing, damaged or of another architecture.
     """
-    config = bert.BertConfig.from_json(checkpoint.read_config(directory))
-    encoder = checkpoint.load(
-        lambda rngs: bert.Bert(config, rngs=rngs),
-        bert.NAMES,
-        directory,
-        spellings=bert.SPELLINGS,
-        unused=bert.UNUSED,
-    )
-    return SentenceClassifier(encoder, config.hidden_size, classes, rngs=nnx.Rngs(0))
+    encoder = bert.load(directory)
+    return SentenceClassifier(encoder, encoder.config.hidden_size, classes, rngs=nnx.Rngs(0))
 
 
 def mean_pool(x_BLD: jax.Array, mask_BL: jax.Array) -> jax.Array:

@@ -12,22 +12,14 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from experiments.errors import UserError
-from experiments.models import bert, checkpoint, classifier, location
+from experiments.models import bert, classifier, location
 from experiments.tasks import text
 from tests.experiments.conftest import CONFIG, bert_tensors, write_model
 
 FIXTURE = Path(__file__).parent / "fixtures" / "bert_parity.npz"
 
 
-def load(directory, dropout=0.0):
-    config = bert.BertConfig.from_json(checkpoint.read_config(directory))
-    return checkpoint.load(
-        lambda rngs: bert.Bert(config, dropout=dropout, rngs=rngs),
-        bert.NAMES,
-        directory,
-        spellings=bert.SPELLINGS,
-        unused=bert.UNUSED,
-    )
+load = bert.load
 
 
 def hidden(model):
@@ -140,7 +132,9 @@ def test_all_misfits_are_named_at_once(tmp_path):
     ("change", "message"),
     [
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
-        ({"model_type": "roberta"}, "model_type is 'roberta'"),
+        ({"model_type": "albert"}, "model_type is 'albert', supported is 'bert' or 'roberta'"),
+        ({"is_decoder": True}, "is_decoder is True"),
+        ({"vocab_size": "20"}, "vocab_size is '20', expected a whole number"),
         ({"num_attention_heads": 3}, "no multiple"),
         ({"vocab_size": None}, "vocab_size"),
     ],

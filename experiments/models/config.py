@@ -1,0 +1,66 @@
+"""A model's shape from Hugging Face's `config.json`: whatever a model does not compute is refused by name."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from experiments.errors import UserError
+
+C = TypeVar("C")
+_KINDS: dict[Any, str] = {
+    int: "a whole number of at least 0",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+}
+
+
+def read(shape: type[C], config: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> C:
+    """The dataclass `shape` from the fields of a `config.json` that have its names; null is as good as absent.
+
+    Args:
+      shape: A dataclass of whole numbers, numbers, booleans and strings.
+      config: The content of the file.
+      supported: The values of other fields that the model computes; the first is what an absent field means.
+
+    Raises:
+      UserError: A field is missing, of another type, or asks for what the model does not compute.
+    """
+    for name, values in supported.items():
+        if config.get(name) is not None and config[name] not in values:
+            wanted = " or ".join(map(repr, values))
+            raise UserError(f"config.json: {name} is {config[name]!r}, supported is {wanted}")
+    given: dict[str, Any] = {}
+    for field in dataclasses.fields(shape):  # pyrefly: ignore[bad-argument-type]
+        value = config.get(field.name)
+        if value is None:
+            if field.default is dataclasses.MISSING:
+                raise UserError(f"config.json: {field.name} is missing")
+        elif not _fits(value, field.type):
+            raise UserError(f"config.json: {field.name} is {value!r}, expected {_KINDS[field.type]}")
+        else:
+            given[field.name] = value
+    return shape(**given)
+
+
+def check_heads(config: Any) -> None:
+    """Raises a UserError where the width is no multiple of the number of heads."""
+    if config.num_attention_heads < 1 or config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"config.json: hidden_size {config.hidden_size} is no multiple of "
+            f"num_attention_heads {config.num_attention_heads}"
+        )
+
+
+def count_classes(config: Mapping[str, Any]) -> int:
+    """How many outputs the head of a checkpoint has: `id2label` says it; 2 where it is left out."""
+    labels = config.get("id2label")
+    return len(labels) if labels is not None else int(config.get("num_labels", 2))
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is int:
+        return isinstance(value, int) and value >= 0
+    return isinstance(value, int | float) if kind is float else kind not in _KINDS or isinstance(value, kind)

@@ -1,0 +1,326 @@
+"""DeBERTa-v2's and v3's encoder in Flax NNX: attention to contents and, apart from them, to relative positions.
+
+Shapes are in the names: B examples, L tokens, D width, H heads, K width of a head, F hidden width, R relative
+positions.
+
+References:
+  He et al., `DeBERTa <https://arxiv.org/abs/2006.03654>`_, 2020
+  He et al., `DeBERTaV3 <https://arxiv.org/abs/2111.09543>`_, 2021
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments.errors import UserError
+from experiments.models import checkpoint, stack
+from experiments.models import config as config_json
+from experiments.models.norm import LayerNorm
+from experiments.models.options import DEFAULT, Options
+from lora_jax.peft import LINEAR, Names, Weight
+
+
+@dataclass(frozen=True)
+class DebertaConfig:
+    """The shape of a DeBERTa-v2 encoder; names are those of Hugging Face's `config.json`.
+
+    Attributes:
+      type_vocab_size: 0 does without segment vectors.
+      position_biased_input: Whether absolute positions are added to the words.
+      share_att_key: Positions are projected by the kernels of query and key, not by kernels of their own.
+      pos_att_type: 'c2p' lets contents attend to positions, 'p2c' positions to contents.
+      position_buckets: How many relative positions of each sign are told apart, distant ones roughly; 0: all.
+      max_relative_positions: The largest distance.
+      norm_rel_ebd: 'layer_norm' normalises the vectors of relative positions, 'none' does not.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    type_vocab_size: int = 0
+    layer_norm_eps: float = 1e-7
+    position_biased_input: bool = True
+    share_att_key: bool = False
+    pos_att_type: tuple[str, ...] = ()
+    position_buckets: int = 0
+    max_relative_positions: int = 0
+    norm_rel_ebd: str = "none"
+    model_type: str = "deberta-v2"
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> "DebertaConfig":
+        """The shape that a `config.json` describes.
+
+        Raises:
+          UserError: It lacks a field or describes something that this encoder does not compute.
+        """
+        width, heads = config.get("hidden_size"), config.get("num_attention_heads") or 1
+        supported = {
+            "model_type": ("deberta-v2",),
+            "hidden_act": ("gelu",),
+            "pooler_hidden_act": ("gelu",),
+            "conv_kernel_size": (0,),
+            "embedding_size": (width,),
+            "pooler_hidden_size": (width,),
+            "attention_head_size": (width // heads if isinstance(width, int) and isinstance(heads, int) else width,),
+            "norm_rel_ebd": ("none", "layer_norm"),
+        }
+        if not config.get("relative_attention"):  # absent means no
+            raise UserError("config.json: relative_attention is false, supported is true")
+        kinds = config.get("pos_att_type") or ()
+        kinds = tuple(kind.strip() for kind in kinds.lower().split("|")) if isinstance(kinds, str) else tuple(kinds)
+        if unknown := [kind for kind in kinds if kind not in ("c2p", "p2c")]:
+            raise UserError(f"config.json: pos_att_type has {unknown[0]!r}, supported is 'c2p' or 'p2c'")
+        # -1 is how the file says none
+        sizes = ("position_buckets", "max_relative_positions")
+        given = {name: max(config[name], 0) for name in sizes if isinstance(config.get(name), int)}
+        shape = config_json.read(cls, {**config, **given, "pos_att_type": kinds}, supported)
+        config_json.check_heads(shape)
+        return shape
+
+    @property
+    def span(self) -> int:
+        """How many relative positions of each sign there are."""
+        return self.position_buckets or self.max_distance
+
+    @property
+    def max_distance(self) -> int:
+        return self.max_relative_positions or self.max_position_embeddings
+
+    @property
+    def names(self) -> Names:
+        """The names of the weights in a checkpoint of this model."""
+        return NAMES
+
+
+def relative_rows(length: int, config: DebertaConfig) -> np.ndarray:
+    """The row of the relative positions' table for each query and key, `int32[length, length]`.
+
+    Distances up to half the buckets have a row each; the rest share rows on a logarithmic scale.
+    """
+    distance = np.arange(length)[:, None] - np.arange(length)[None, :]
+    if config.position_buckets:
+        middle = config.position_buckets // 2
+        near = np.abs(distance) < middle
+        # in float32, like the computation that the weights were trained with: a bucket's edge may hang on it
+        far = np.where(near, middle - 1, np.abs(distance)).astype(np.float32)
+        scale = np.log(np.float32((config.max_distance - 1) / middle))
+        bucket = np.ceil(np.log(far / np.float32(middle)) / scale * np.float32(middle - 1)) + middle
+        distance = np.where(far <= middle, distance, bucket * np.sign(distance))
+    return np.clip(distance + config.span, 0, 2 * config.span - 1).astype(np.int32)
+
+
+class Embeddings(nnx.Module):
+    """Word vectors, with absolute positions and segments where the config asks for them, normalised."""
+
+    def __init__(self, config: DebertaConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
+        width, dtype = config.hidden_size, options.dtype
+        self.word = nnx.Embed(config.vocab_size, width, dtype=dtype, rngs=rngs)
+        self.position = self.token_type = nnx.data(None)
+        if config.position_biased_input:
+            self.position = nnx.Embed(config.max_position_embeddings, width, dtype=dtype, rngs=rngs)
+        if config.type_vocab_size:
+            self.token_type = nnx.Embed(config.type_vocab_size, width, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(width, config.layer_norm_eps, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+
+    def __call__(self, tokens_BL: jax.Array, types_BL: jax.Array) -> jax.Array:
+        x_BLD = self.word(tokens_BL)
+        if self.position is not None:
+            x_BLD = x_BLD + self.position(jnp.arange(tokens_BL.shape[1]))[None]
+        if self.token_type is not None:
+            x_BLD = x_BLD + self.token_type(types_BL)
+        return self.dropout(self.norm(x_BLD))
+
+
+class Attention(nnx.Module):
+    """Self-attention whose scores are content to content, content to position and position to content."""
+
+    def __init__(self, config: DebertaConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
+        def linear() -> nnx.Linear:
+            return nnx.Linear(config.hidden_size, config.hidden_size, dtype=options.dtype, rngs=rngs)
+
+        self.config = config
+        self.query, self.key, self.value, self.output = linear(), linear(), linear(), linear()
+        self.pos_query = self.pos_key = nnx.data(None)
+        if not config.share_att_key:
+            self.pos_key = linear() if "c2p" in config.pos_att_type else nnx.data(None)
+            self.pos_query = linear() if "p2c" in config.pos_att_type else nnx.data(None)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+
+    def __call__(self, x_BLD: jax.Array, mask_BL: jax.Array, relative_RD: jax.Array, rows_LL: jax.Array) -> jax.Array:
+        q_BLHK, k_BLHK, v_BLHK = (self.split(f(x_BLD)) for f in (self.query, self.key, self.value))
+        kinds = self.config.pos_att_type
+        scores_BHLL = jnp.einsum("bqhk,bthk->bhqt", q_BLHK, k_BLHK)
+        relative_RD = self.dropout(relative_RD) if kinds else relative_RD
+        if "c2p" in kinds:
+            k_RHK = self.split((self.pos_key or self.key)(relative_RD))
+            by_row_BHLR = jnp.einsum("bqhk,rhk->bhqr", q_BLHK, k_RHK)
+            scores_BHLL += jnp.take_along_axis(by_row_BHLR, rows_LL[None, None], axis=3)
+        if "p2c" in kinds:
+            q_RHK = self.split((self.pos_query or self.query)(relative_RD))
+            by_row_BHRL = jnp.einsum("rhk,bthk->bhrt", q_RHK, k_BLHK)
+            scores_BHLL += jnp.take_along_axis(by_row_BHRL, rows_LL[None, None], axis=2)
+        scores_BHLL = scores_BHLL.astype(jnp.float32) * (q_BLHK.shape[-1] * (1 + len(kinds))) ** -0.5
+        scores_BHLL = jnp.where(mask_BL[:, None, None, :], scores_BHLL, jnp.finfo(jnp.float32).min)
+        weights_BHLL = self.dropout(jax.nn.softmax(scores_BHLL, axis=-1).astype(x_BLD.dtype))
+        mixed_BLHK = jnp.einsum("bhqt,bthk->bqhk", weights_BHLL, v_BLHK)
+        return self.output(mixed_BLHK.reshape(x_BLD.shape))
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """The last axis as heads and width of a head."""
+        return x.reshape(*x.shape[:-1], self.config.num_attention_heads, -1)
+
+
+class FeedForward(nnx.Module):
+    """Two linear layers with a (true, not tanh-approximated) GELU between them."""
+
+    def __init__(self, config: DebertaConfig, options: Options, *, rngs: nnx.Rngs):
+        self.up = nnx.Linear(config.hidden_size, config.intermediate_size, dtype=options.dtype, rngs=rngs)
+        self.down = nnx.Linear(config.intermediate_size, config.hidden_size, dtype=options.dtype, rngs=rngs)
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        h_BLF = jax.nn.gelu(self.up(x_BLD), approximate=False)
+        return self.down(h_BLF)
+
+
+class Layer(nnx.Module):
+    """Attention, then feed-forward; each adds to its input and the sum is normalised."""
+
+    def __init__(self, config: DebertaConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
+        self.attention = Attention(config, options, dropout=dropout, rngs=rngs)
+        self.attention_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
+        self.feed_forward = FeedForward(config, options, rngs=rngs)
+        self.feed_forward_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+
+    def __call__(
+        self, x_BLD: jax.Array, _: None, mask_BL: jax.Array, relative_RD: jax.Array, rows_LL: jax.Array
+    ) -> tuple[jax.Array, None]:
+        x_BLD = self.attention_norm(x_BLD + self.dropout(self.attention(x_BLD, mask_BL, relative_RD, rows_LL)))
+        return self.feed_forward_norm(x_BLD + self.dropout(self.feed_forward(x_BLD))), None
+
+
+class Encoder(nnx.Module):
+    """The layers, one after another, and the vectors of relative positions that all of them attend to."""
+
+    def __init__(self, config: DebertaConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
+        self.config, self.options = config, options
+        self.relative = nnx.Embed(2 * config.span, config.hidden_size, dtype=options.dtype, rngs=rngs)
+        self.relative_norm = nnx.data(None)
+        if config.norm_rel_ebd == "layer_norm":
+            self.relative_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
+        self.layers = stack.build(
+            lambda rngs: Layer(config, options, dropout=dropout, rngs=rngs), config.num_hidden_layers, options, rngs
+        )
+
+    def __call__(self, x_BLD: jax.Array, mask_BL: jax.Array) -> jax.Array:
+        relative_RD = self.relative(jnp.arange(2 * self.config.span))
+        if self.relative_norm is not None:
+            relative_RD = self.relative_norm(relative_RD)
+        rows_LL = jnp.asarray(relative_rows(x_BLD.shape[1], self.config))
+        return stack.run(self.layers, x_BLD, mask_BL, relative_RD, rows_LL, options=self.options)[0]
+
+
+class Deberta(nnx.Module):
+    """Embeddings and encoder.
+
+    Args:
+      config: The shape.
+      options: How it computes; positions enter the scores, which no attention kernel but 'xla' serves.
+      dropout: Rate on embeddings, attention weights, relative positions and both branches of a layer, while
+        training.
+      rngs: Keys of the random initial weights and of dropout.
+
+    Raises:
+      UserError: The options ask for another attention kernel.
+    """
+
+    def __init__(self, config: DebertaConfig, options: Options = DEFAULT, *, dropout: float = 0.0, rngs: nnx.Rngs):
+        if options.attention != "xla":
+            raise UserError(f"attention is {options.attention!r}, DeBERTa's disentangled attention supports 'xla' only")
+        self.config = config
+        self.embeddings = Embeddings(config, options, dropout=dropout, rngs=rngs)
+        self.encoder = Encoder(config, options, dropout=dropout, rngs=rngs)
+
+    def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array, types_BL: jax.Array | None = None) -> jax.Array:
+        """The last hidden states.
+
+        Args:
+          tokens_BL: Token ids, `int[batch, length]`.
+          mask_BL: True (or 1) at tokens, False at padding.
+          types_BL: Segment ids; None means all in segment 0. Without segment vectors they change nothing.
+
+        Returns:
+          `float[batch, length, width]`; rows at padding mean nothing.
+
+        Raises:
+          ValueError: There are more tokens than absolute positions.
+        """
+        if self.config.position_biased_input and tokens_BL.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(f"{tokens_BL.shape[1]} tokens, {self.config.max_position_embeddings} positions")
+        types_BL = jnp.zeros_like(tokens_BL) if types_BL is None else types_BL
+        return self.encoder(self.embeddings(tokens_BL, types_BL), mask_BL.astype(bool))
+
+
+def load(
+    directory: Path,
+    options: Options = DEFAULT,
+    *,
+    dropout: float = 0.0,
+    dtype: Any = jnp.float32,
+    sharding: checkpoint.Sharding | None = None,
+) -> Deberta:
+    """The encoder of a checkpoint in Hugging Face layout; see :func:`checkpoint.load`.
+
+    Raises:
+      UserError: The config or the weights are missing, damaged or of another architecture.
+    """
+    config = DebertaConfig.from_json(checkpoint.read_config(directory))
+    return checkpoint.load(
+        lambda rngs: Deberta(config, options, dropout=dropout, rngs=rngs),
+        NAMES,
+        directory,
+        dtype=dtype,
+        sharding=sharding,
+        unused=UNUSED,
+    )
+
+
+_TABLE = "{table=word|position|token_type}"
+_PART = "{part=query|key|value|pos_query|pos_key}"
+_LAYER, _HF_LAYER = "encoder/layers/{layer}", "deberta.encoder.layer.{layer}"
+NAMES = Names(
+    (
+        Weight(f"embeddings/{_TABLE}/embedding", "deberta.embeddings.{table}_embeddings.weight", module="embedding"),
+        Weight("embeddings/norm/scale", "deberta.embeddings.LayerNorm.weight"),
+        Weight("embeddings/norm/bias", "deberta.embeddings.LayerNorm.bias"),
+        Weight("encoder/relative/embedding", "deberta.encoder.rel_embeddings.weight", module="embedding"),
+        Weight("encoder/relative_norm/scale", "deberta.encoder.LayerNorm.weight"),
+        Weight("encoder/relative_norm/bias", "deberta.encoder.LayerNorm.bias"),
+        Weight(f"{_LAYER}/attention/output/kernel", f"{_HF_LAYER}.attention.output.dense.weight", LINEAR),
+        Weight(f"{_LAYER}/attention/output/bias", f"{_HF_LAYER}.attention.output.dense.bias"),
+        Weight(f"{_LAYER}/attention/{_PART}/kernel", _HF_LAYER + ".attention.self.{part}_proj.weight", LINEAR),
+        Weight(f"{_LAYER}/attention/{_PART}/bias", _HF_LAYER + ".attention.self.{part}_proj.bias"),
+        Weight(f"{_LAYER}/attention_norm/scale", f"{_HF_LAYER}.attention.output.LayerNorm.weight"),
+        Weight(f"{_LAYER}/attention_norm/bias", f"{_HF_LAYER}.attention.output.LayerNorm.bias"),
+        Weight(f"{_LAYER}/feed_forward/up/kernel", f"{_HF_LAYER}.intermediate.dense.weight", LINEAR),
+        Weight(f"{_LAYER}/feed_forward/up/bias", f"{_HF_LAYER}.intermediate.dense.bias"),
+        Weight(f"{_LAYER}/feed_forward/down/kernel", f"{_HF_LAYER}.output.dense.weight", LINEAR),
+        Weight(f"{_LAYER}/feed_forward/down/bias", f"{_HF_LAYER}.output.dense.bias"),
+        Weight(f"{_LAYER}/feed_forward_norm/scale", f"{_HF_LAYER}.output.LayerNorm.weight"),
+        Weight(f"{_LAYER}/feed_forward_norm/bias", f"{_HF_LAYER}.output.LayerNorm.bias"),
+    ),
+    prefix="deberta.",
+)
+# v3's generator and discriminator come with heads for pretraining
+UNUSED = r"position_ids$|^pooler\.|^cls\.|^(lm|mask)_predictions\.|^classifier\.|^qa_outputs\."

@@ -1,0 +1,264 @@
+"""A ViT image classifier in Flax NNX: images in, class logits out.
+
+Shapes are in the names: B images, P patches, L = P + 1 tokens, D width, H heads, K width of a head, F hidden
+width. Images are `[batch, height, width, channels]`; transformers wants the channels before height and width.
+
+References:
+  Dosovitskiy et al., `An Image is Worth 16x16 Words <https://arxiv.org/abs/2010.11929>`_, 2020
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from experiments.errors import UserError
+from experiments.models import checkpoint, stack
+from experiments.models import config as config_json
+from experiments.models.attention import attend
+from experiments.models.norm import LayerNorm
+from experiments.models.options import DEFAULT, Options
+from lora_jax.peft import CONV2D, LINEAR, Names, Weight
+
+
+@dataclass(frozen=True)
+class VitConfig:
+    """The shape of a ViT for square images; names are those of Hugging Face's `config.json`."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    image_size: int = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    layer_norm_eps: float = 1e-12
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> "VitConfig":
+        """The shape that a `config.json` describes.
+
+        Raises:
+          UserError: It lacks a field or describes something that this model does not compute.
+        """
+        shape = config_json.read(cls, config, {"model_type": ("vit",), "hidden_act": ("gelu",)})
+        config_json.check_heads(shape)
+        if not shape.patch_size or shape.image_size % shape.patch_size:
+            raise UserError(
+                f"config.json: image_size {shape.image_size} is no multiple of patch_size {shape.patch_size}"
+            )
+        return shape
+
+    @property
+    def patches(self) -> int:
+        """How many patches an image has."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def names(self) -> Names:
+        """The names of the weights in a checkpoint of this model."""
+        return NAMES
+
+
+class Embeddings(nnx.Module):
+    """A vector of each patch, after one that stands for the image; positions are added."""
+
+    def __init__(self, config: VitConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
+        width, patch = config.hidden_size, (config.patch_size, config.patch_size)
+        small = nnx.initializers.normal(0.02)
+        self.dtype = options.dtype
+        self.patch = nnx.Conv(
+            config.num_channels, width, patch, strides=patch, padding="VALID", dtype=options.dtype, rngs=rngs
+        )
+        self.image = nnx.Param(small(rngs.params(), (1, 1, width)))
+        self.position = nnx.Param(small(rngs.params(), (1, 1 + config.patches, width)))
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+
+    def __call__(self, images_BHWC: jax.Array) -> jax.Array:
+        patches_BHWD = self.patch(images_BHWC)
+        batch, *_, width = patches_BHWD.shape
+        image_B1D = jnp.broadcast_to(self.image[...].astype(self.dtype), (batch, 1, width))
+        x_BLD = jnp.concatenate([image_B1D, patches_BHWD.reshape(batch, -1, width)], axis=1)
+        return self.dropout(x_BLD + self.position[...].astype(self.dtype))
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention; query, key, value and output are a kernel each."""
+
+    def __init__(self, config: VitConfig, options: Options, *, rngs: nnx.Rngs):
+        def linear(use_bias: bool = True) -> nnx.Linear:
+            width = config.hidden_size
+            return nnx.Linear(width, width, use_bias=use_bias, dtype=options.dtype, rngs=rngs)
+
+        self.heads = config.num_attention_heads
+        self.options = options
+        self.query, self.key, self.value = (linear(config.qkv_bias) for _ in range(3))
+        self.output = linear()
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        q_BLHK, k_BLHK, v_BLHK = (self.split(f(x_BLD)) for f in (self.query, self.key, self.value))
+        mixed_BLHK = attend(q_BLHK, k_BLHK, v_BLHK, kernel=self.options.attention, platform=self.options.platform)
+        return self.output(mixed_BLHK.reshape(x_BLD.shape))
+
+    def split(self, x_BLD: jax.Array) -> jax.Array:
+        return x_BLD.reshape(*x_BLD.shape[:2], self.heads, -1)
+
+
+class FeedForward(nnx.Module):
+    """Two linear layers with a (true, not tanh-approximated) GELU between them."""
+
+    def __init__(self, config: VitConfig, options: Options, *, rngs: nnx.Rngs):
+        self.up = nnx.Linear(config.hidden_size, config.intermediate_size, dtype=options.dtype, rngs=rngs)
+        self.down = nnx.Linear(config.intermediate_size, config.hidden_size, dtype=options.dtype, rngs=rngs)
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        h_BLF = jax.nn.gelu(self.up(x_BLD), approximate=False)
+        return self.down(h_BLF)
+
+
+class Layer(nnx.Module):
+    """Attention, then feed-forward; each reads its input normalised and adds to it."""
+
+    def __init__(self, config: VitConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
+        self.attention_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
+        self.attention = Attention(config, options, rngs=rngs)
+        self.feed_forward_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
+        self.feed_forward = FeedForward(config, options, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+
+    def __call__(self, x_BLD: jax.Array, _: None) -> tuple[jax.Array, None]:
+        x_BLD = x_BLD + self.dropout(self.attention(self.attention_norm(x_BLD)))
+        return x_BLD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BLD))), None
+
+
+class Encoder(nnx.Module):
+    """The layers, one after another, and a last normalisation."""
+
+    def __init__(self, config: VitConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
+        self.options = options
+        self.layers = stack.build(
+            lambda rngs: Layer(config, options, dropout=dropout, rngs=rngs), config.num_hidden_layers, options, rngs
+        )
+        self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        return self.norm(stack.run(self.layers, x_BLD, options=self.options)[0])
+
+
+class VitClassifier(nnx.Module):
+    """Class logits of images, from the vector that stands for the whole image.
+
+    Args:
+      config: The shape.
+      classes: How many logits.
+      options: How it computes.
+      dropout: Rate on embeddings and on both branches of a layer, while training; no attention weight is dropped.
+      rngs: Keys of the random initial weights and of dropout.
+    """
+
+    def __init__(
+        self,
+        config: VitConfig,
+        classes: int,
+        options: Options = DEFAULT,
+        *,
+        dropout: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.embeddings = Embeddings(config, options, dropout=dropout, rngs=rngs)
+        self.encoder = Encoder(config, options, dropout=dropout, rngs=rngs)
+        small = nnx.initializers.normal(0.02)
+        self.classifier = nnx.Linear(config.hidden_size, classes, dtype=options.dtype, kernel_init=small, rngs=rngs)
+
+    def __call__(self, images_BHWC: jax.Array) -> jax.Array:
+        """Logits `float32[batch, classes]` of images `float[batch, height, width, channels]`."""
+        return self.classifier(self.hidden(images_BHWC)[:, 0]).astype(jnp.float32)
+
+    def hidden(self, images_BHWC: jax.Array) -> jax.Array:
+        """The last hidden states: of the image, then of its patches, row by row.
+
+        Raises:
+          ValueError: The images are not of the size that the positions were trained for.
+        """
+        size, channels = self.config.image_size, self.config.num_channels
+        if images_BHWC.shape[1:] != (size, size, channels):
+            raise ValueError(
+                f"images are {images_BHWC.shape[1:]}, expected (height, width, channels) = {(size, size, channels)}: "
+                "positions are not interpolated, resize the images"
+            )
+        return self.encoder(self.embeddings(images_BHWC))
+
+
+def load(
+    directory: Path,
+    options: Options = DEFAULT,
+    *,
+    classes: int | None = None,
+    seed: int = 0,
+    dropout: float = 0.0,
+    dtype: Any = jnp.float32,
+    sharding: checkpoint.Sharding | None = None,
+) -> VitClassifier:
+    """The classifier of a checkpoint in Hugging Face layout; see :func:`checkpoint.load`.
+
+    Args:
+      directory: Where the checkpoint is.
+      options: How the model computes.
+      classes: Of a new last layer; None takes the checkpoint's.
+      seed: Of the new layer.
+      dropout: See :class:`VitClassifier`.
+      dtype: See :func:`checkpoint.load`.
+      sharding: See :func:`checkpoint.load`.
+
+    Raises:
+      UserError: The config or the weights are missing, damaged or of another architecture.
+    """
+    described = checkpoint.read_config(directory)
+    config = VitConfig.from_json(described)
+    count = config_json.count_classes(described) if classes is None else classes
+    return checkpoint.load(
+        lambda rngs: VitClassifier(config, count, options, dropout=dropout, rngs=rngs),
+        NAMES,
+        directory,
+        dtype=dtype,
+        sharding=sharding,
+        unused=UNUSED,
+        fresh=checkpoint.NOTHING if classes is None else "^classifier/",
+        seed=seed,
+    )
+
+
+_PART = "{part=query|key|value}"
+_LAYER, _HF_LAYER = "encoder/layers/{layer}", "vit.encoder.layer.{layer}"
+NAMES = Names(
+    (
+        Weight("embeddings/image", "vit.embeddings.cls_token"),
+        Weight("embeddings/position", "vit.embeddings.position_embeddings"),
+        Weight("embeddings/patch/kernel", "vit.embeddings.patch_embeddings.projection.weight", CONV2D),
+        Weight("embeddings/patch/bias", "vit.embeddings.patch_embeddings.projection.bias"),
+        Weight(f"{_LAYER}/attention/{_PART}/kernel", _HF_LAYER + ".attention.attention.{part}.weight", LINEAR),
+        Weight(f"{_LAYER}/attention/{_PART}/bias", _HF_LAYER + ".attention.attention.{part}.bias"),
+        Weight(f"{_LAYER}/attention/output/kernel", f"{_HF_LAYER}.attention.output.dense.weight", LINEAR),
+        Weight(f"{_LAYER}/attention/output/bias", f"{_HF_LAYER}.attention.output.dense.bias"),
+        Weight(f"{_LAYER}/attention_norm/scale", f"{_HF_LAYER}.layernorm_before.weight"),
+        Weight(f"{_LAYER}/attention_norm/bias", f"{_HF_LAYER}.layernorm_before.bias"),
+        Weight(f"{_LAYER}/feed_forward/up/kernel", f"{_HF_LAYER}.intermediate.dense.weight", LINEAR),
+        Weight(f"{_LAYER}/feed_forward/up/bias", f"{_HF_LAYER}.intermediate.dense.bias"),
+        Weight(f"{_LAYER}/feed_forward/down/kernel", f"{_HF_LAYER}.output.dense.weight", LINEAR),
+        Weight(f"{_LAYER}/feed_forward/down/bias", f"{_HF_LAYER}.output.dense.bias"),
+        Weight(f"{_LAYER}/feed_forward_norm/scale", f"{_HF_LAYER}.layernorm_after.weight"),
+        Weight(f"{_LAYER}/feed_forward_norm/bias", f"{_HF_LAYER}.layernorm_after.bias"),
+        Weight("encoder/norm/scale", "vit.layernorm.weight"),
+        Weight("encoder/norm/bias", "vit.layernorm.bias"),
+        Weight("classifier/kernel", "classifier.weight", LINEAR),
+        Weight("classifier/bias", "classifier.bias"),
+    ),
+    prefix="vit.",
+)
+UNUSED = r"^pooler\.|^decoder\.|^embeddings\.mask_token$|^classifier\."
