@@ -1,0 +1,88 @@
+"""How a decoder is called: for logits, for losses, or a step at a time with a cache."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from experiments.models import cache as caches
+from experiments.models.cache import Cache, Sight
+from experiments.models.options import Options
+from experiments.training.chunked_loss import cross_entropy
+
+
+class Decoder(nnx.Module):
+    """A model of the next token.
+
+    A subclass sets `options` and `longest` (the most tokens it can tell apart; None has no bound) and gives
+    :meth:`embed`, :meth:`run`, :meth:`head` and :meth:`cache`.
+    """
+
+    options: Options
+    longest: int | None = None
+
+    def __call__(
+        self,
+        tokens_BL: jax.Array,
+        segments_BL: jax.Array | None = None,
+        positions_BL: jax.Array | None = None,
+        *,
+        labels_BL: jax.Array | None = None,
+        cache: Cache | None = None,
+        last: bool = False,
+    ) -> Any:
+        """Logits of the next tokens, or the losses of given ones.
+
+        Args:
+          tokens_BL: Token ids, `int[batch, length]`.
+          segments_BL: A mask, False (or 0) at padding; or the number of the text that a token belongs to, where a
+            row packs several. A text stands together. Padding on the right needs no mask: no token sees what
+            comes after it.
+          positions_BL: Of the tokens; None counts from 0 in each segment, or on from the cache.
+          labels_BL: The token that each place should predict, negative where none is. Their losses are returned
+            and no more than `options.loss_chunk` logits a row exist at a time.
+          cache: What came before, from :meth:`cache` or an earlier call.
+          last: Only the logits of the last place are wanted.
+
+        Returns:
+          Logits `float[batch, length, vocabulary]`, or `float[batch, vocabulary]` with `last`, in
+          `options.dtype`; what stands at padding means nothing. With `labels_BL` losses `float32[batch, length]`
+          in their place. With `cache` a pair of that and the new cache.
+
+        Raises:
+          ValueError: There are more tokens than positions, or than slots in the cache.
+        """
+        self.check_length(tokens_BL.shape[1])
+        sight = caches.look(tokens_BL.shape, segments_BL, positions_BL, cache)
+        x_BLD = self.embed(tokens_BL, sight)
+        x_BLD, kept = self.run(x_BLD, sight, None if cache is None else cache.layers)
+        if labels_BL is not None:
+            out = cross_entropy(self.head, x_BLD, labels_BL, chunk=self.options.loss_chunk)
+        else:
+            out = self.head(x_BLD[:, -1] if last else x_BLD)
+        return out if cache is None else (out, caches.kept(cache, sight, kept))
+
+    def embed(self, tokens_BL: jax.Array, sight: Sight) -> jax.Array:
+        """What goes into the first layer."""
+        raise NotImplementedError
+
+    def run(self, x_BLD: jax.Array, sight: Sight, kept: Any) -> tuple[jax.Array, Any]:
+        """The last hidden states, normalised, and what the layers keep."""
+        raise NotImplementedError
+
+    def head(self, x_BLD: jax.Array) -> jax.Array:
+        """The logits of hidden states."""
+        raise NotImplementedError
+
+    def cache(self, batch: int, slots: int) -> Cache:
+        """An empty cache for `slots` tokens a row.
+
+        Raises:
+          ValueError: They are more than there are positions.
+        """
+        raise NotImplementedError
+
+    def check_length(self, tokens: int) -> None:
+        """Raises a ValueError where the model cannot tell so many tokens apart."""
+        if self.longest is not None and tokens > self.longest:
+            raise ValueError(f"{tokens} tokens, {self.longest} positions.")

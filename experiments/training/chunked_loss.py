@@ -1,0 +1,57 @@
+"""The cross-entropy of a language model without all logits at once."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def cross_entropy(
+    head: Callable[[jax.Array], jax.Array], x_BLD: jax.Array, labels_BL: jax.Array, *, chunk: int
+) -> jax.Array:
+    r"""Each token's :math:`-\log p(\text{label})` from the last hidden states.
+
+    The logits of `chunk` tokens of every sequence exist at a time, in the forward pass and, computed again, in
+    the backward pass. The head is a function, so that the product with its weight stays a product where the
+    weight carries an adapter, is tied to an embedding, or is quantised.
+
+    Args:
+      head: `[batch, tokens, width] -> [batch, tokens, vocabulary]`, closing over its weights.
+      x_BLD: What the head is given.
+      labels_BL: The token that each place should predict; a negative one is ignored.
+      chunk: Tokens of a sequence at a time.
+
+    Returns:
+      `float32[batch, tokens]`, 0 where the label is ignored: its sum divided by the number of labels is the
+      usual loss.
+
+    Example:
+      >>> x, w = jnp.ones((1, 4, 2)), jnp.zeros((2, 8))
+      >>> loss = cross_entropy(lambda x: x @ w, x, jnp.array([[1, 2, 3, -100]]), chunk=2)
+      >>> [round(float(value), 3) for value in loss[0]]  # log 8, of as many equal logits
+      [2.079, 2.079, 2.079, 0.0]
+    """
+    batch, length, width = x_BLD.shape
+    chunk = min(chunk, length)
+    count = -(-length // chunk)
+    rest = count * chunk - length
+    x_BLD = jnp.pad(x_BLD, ((0, 0), (0, rest), (0, 0)))
+    labels_BL = jnp.pad(labels_BL, ((0, 0), (0, rest)), constant_values=-1)
+    # Chunks along the length leave the batch axis, and so its sharding, alone.
+    x_CBlD = jnp.moveaxis(x_BLD.reshape(batch, count, chunk, width), 1, 0)
+    labels_CBl = jnp.moveaxis(labels_BL.reshape(batch, count, chunk), 1, 0)
+
+    @jax.checkpoint
+    def of_chunk(x_BlD: jax.Array, labels_Bl: jax.Array) -> jax.Array:
+        return _cross_entropy(head(x_BlD), labels_Bl)
+
+    _, loss_CBl = jax.lax.scan(lambda _, one: (None, of_chunk(*one)), None, (x_CBlD, labels_CBl))
+    return jnp.moveaxis(loss_CBl, 0, 1).reshape(batch, count * chunk)[:, :length]
+
+
+def _cross_entropy(logits_BlV: jax.Array, labels_Bl: jax.Array) -> jax.Array:
+    logits_BlV = logits_BlV.astype(jnp.float32)
+    # A comparison with every entry, not an index: it fuses, and works where the vocabulary is sharded.
+    ids_11V = jnp.arange(logits_BlV.shape[-1])[None, None]
+    hit_Bl = jnp.sum(jnp.where(ids_11V == labels_Bl[..., None], logits_BlV, 0), axis=-1)
+    return jnp.where(labels_Bl >= 0, jax.nn.logsumexp(logits_BlV, axis=-1) - hit_Bl, 0)
