@@ -140,11 +140,10 @@ def test_a_changed_matrix_alone_is_a_full_leaf(edited):
 # Files.
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
-def test_a_pickle_is_refused(tmp_path, name):
+def test_a_pickle_is_refused(tmp_path):
     case = CASES["linear"]
     shutil.copy(case.adapter / "adapter_config.json", tmp_path)
-    (tmp_path / name).write_bytes(b"\x80\x02}q\x00.")
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x02}q\x00.")
     with pytest.raises(ValueError, match=r"pickle.*code"):
         lora.peft.load(tmp_path, case.base, case.names)
 
@@ -202,17 +201,35 @@ def test_unknown_keys_are_tolerated(edited):
     assert edited("linear", config={"of_a_later_version": None, "runtime": {"x": 1}}).keys() == {"fc/kernel"}
 
 
-@pytest.mark.parametrize("left_out", ["peft_type", "r", "lora_alpha", "target_modules"])
-def test_a_key_that_is_missing(tmp_path, left_out):
+@pytest.mark.parametrize("left_out, value", [("lora_alpha", 8 / 3), ("lora_dropout", 5 / 3)])
+def test_what_a_config_leaves_out_is_as_in_peft(tmp_path, left_out, value):
     case = CASES["linear"]
-    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 5, "target_modules": ["fc"]}
+    config = read_config(case.adapter)
     del config[left_out]
     write_adapter(tmp_path, read(case.adapter / "adapter_model.safetensors"), config)
-    with pytest.raises(ValueError, match=left_out):
+    delta = lora.peft.load(tmp_path, case.base, case.names)
+    assert float(delta["fc/kernel"].scale) == pytest.approx(value)
+
+
+def test_a_rank_that_is_left_out_is_8(tmp_path):
+    case = CASES["linear"]
+    config = read_config(case.adapter)
+    del config["r"]
+    write_adapter(tmp_path, read(case.adapter / "adapter_model.safetensors"), config)
+    with pytest.raises(ValueError, match=r"(?s)fc.*\b8\b"):
         lora.peft.load(tmp_path, case.base, case.names)
 
 
-@pytest.mark.parametrize("kind", ["LOHA", "IA3", "lora2", None, 3])
+def test_a_missing_peft_type(tmp_path):
+    case = CASES["linear"]
+    config = read_config(case.adapter)
+    del config["peft_type"]
+    write_adapter(tmp_path, read(case.adapter / "adapter_model.safetensors"), config)
+    with pytest.raises(ValueError, match="peft_type"):
+        lora.peft.load(tmp_path, case.base, case.names)
+
+
+@pytest.mark.parametrize("kind", ["LOHA", "IA3", "lora2", 3])
 def test_another_method_is_refused(edited, kind):
     text = message(edited, "linear", config={"peft_type": kind})
     assert "peft_type" in text and str(kind) in text
@@ -274,7 +291,7 @@ def test_an_init_that_changed_the_base_is_refused(edited, init):
     assert "init_lora_weights" in text and init in text
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva"])
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva", "mica"])
 def test_an_init_that_left_the_base_alone(edited, init):
     assert edited("linear", config={"init_lora_weights": init}).keys() == {"fc/kernel"}
 
@@ -288,7 +305,6 @@ def test_an_init_that_left_the_base_alone(edited, init):
         {"arrow_config": {"top_k": 2}},
         {"use_bdlora": {"nblocks": 2}},
         {"kasa_config": {"beta": 1.0}},
-        {"velora_config": {"rank": 1}},
         {"monteclora_config": {"n": 4}},
     ],
     ids=lambda config: next(iter(config)),
