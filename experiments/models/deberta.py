@@ -85,6 +85,11 @@ class DebertaConfig:
         given = {name: max(config[name], 0) for name in sizes if isinstance(config.get(name), int)}
         shape = config_json.read(cls, {**config, **given, "pos_att_type": kinds}, supported)
         config_json.check_heads(shape)
+        if shape.position_buckets in (1, 2, 3) or shape.max_distance < 2:
+            raise UserError(
+                f"config.json: position_buckets is {shape.position_buckets} with distances up to "
+                f"{shape.max_distance}, supported is 0 or at least 4, with distances of at least 2"
+            )
         return shape
 
     @property

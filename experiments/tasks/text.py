@@ -31,3 +31,12 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> list[
     """The token ids of each text with the tokenizer's special tokens, cut to `max_length`."""
     tokenizer.enable_truncation(max_length)
     return [np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch(list(texts))]
+
+
+def encode_pairs(
+    tokenizer: Tokenizer, first: Sequence[str], second: Sequence[str], max_length: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The token ids and the segment of each token of pairs of texts, the longer text cut first."""
+    tokenizer.enable_truncation(max_length)
+    encoded = tokenizer.encode_batch(list(zip(first, second, strict=True)))
+    return [(np.array(pair.ids, np.int32), np.array(pair.type_ids, np.int32)) for pair in encoded]

@@ -1,4 +1,4 @@
-"""The BERT encoder: parity with transformers, and checkpoints in all their forms."""
+"""BERT and RoBERTa: parity with transformers, forms of the encoder, heads, and spellings of checkpoints."""
 
 import json
 from pathlib import Path
@@ -11,15 +11,107 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+import lora_jax as lora
 from experiments.errors import UserError
-from experiments.models import bert, classifier, location
+from experiments.models import bert, checkpoint, classifier, heads, location
+from experiments.models.options import DEFAULT, Options
 from experiments.tasks import text
+from tests.experiments import encoders
 from tests.experiments.conftest import CONFIG, bert_tensors, write_model
 
 FIXTURE = Path(__file__).parent / "fixtures" / "bert_parity.npz"
 
 
 load = bert.load
+both = pytest.mark.parametrize("name", ["bert", "roberta"])
+
+
+@both
+def test_logits_agree_with_transformers(name):
+    encoders.check_parity(name)
+
+
+@both
+@pytest.mark.parametrize("form", encoders.FORMS)
+def test_every_form_computes_the_same(name, form):
+    encoders.check_form(name, form)
+
+
+@both
+def test_bfloat16(name):
+    encoders.check_bfloat16(name)
+
+
+@both
+@pytest.mark.parametrize("options", [DEFAULT, Options(scan=True)], ids=["unrolled", "scanned"])
+def test_round_trip_is_exact(name, options, tmp_path):
+    encoders.check_round_trip(name, options, tmp_path)
+
+
+@both
+@pytest.mark.parametrize("options", [DEFAULT, Options(scan=True)], ids=["unrolled", "scanned"])
+def test_adapters_are_factored(name, options):
+    encoders.check_adapters(name, options)
+
+
+def test_a_new_head_stands_on_the_checkpoints_pooler():
+    old, new = heads.load(encoders.MODELS / "bert"), heads.load(encoders.MODELS / "bert", classes=7)
+    np.testing.assert_array_equal(new.pooler.kernel[...], old.pooler.kernel[...])
+    np.testing.assert_array_equal(
+        new.encoder.embeddings.word.embedding[...], old.encoder.embeddings.word.embedding[...]
+    )
+    assert new.classifier.kernel.shape == (16, 7)
+    assert 0 < np.abs(new.classifier.kernel[...]).max() < 0.2
+    other = heads.load(encoders.MODELS / "bert", classes=7, seed=1)
+    assert np.abs(other.classifier.kernel[...] - new.classifier.kernel[...]).max() > 0.01
+
+
+def test_a_new_head_on_a_bare_encoder(tiny_model):
+    with pytest.raises(UserError) as error:
+        heads.load(tiny_model)
+    assert "missing: classifier.weight (2, 16)" in str(error.value)
+    assert "missing: pooler.dense.weight (16, 16)" in str(error.value)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    model = heads.load(tiny_model, classes=1, sharding=lambda path, shape: replicated)
+    weights = jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert all(x.sharding.is_equivalent_to(replicated, x.ndim) for x in weights)
+    assert 0.01 < np.std(model.pooler.kernel[...]) < 0.03
+
+
+def test_heads_of_other_architectures_are_refused(tmp_path):
+    write_model(tmp_path, {}, CONFIG | {"model_type": "electra"})
+    with pytest.raises(UserError, match="model_type is 'electra', supported is one of 'bert', 'roberta', 'deberta-v2'"):
+        heads.load(tmp_path)
+
+
+def test_an_encoder_alone_is_read_and_written_without_the_prefix(tmp_path):
+    _, base = lora.nnx.functional(load(encoders.MODELS / "roberta", dtype=None))
+    checkpoint.save(tmp_path / "bare", base, bert.ROBERTA_NAMES, {}, bare=True)
+    whole = encoders.tensors(encoders.MODELS / "roberta")
+    bare = encoders.tensors(tmp_path / "bare")
+    assert bare.keys() == {name.removeprefix("roberta.") for name in whole if name.startswith("roberta.")}
+
+
+def test_roberta_counts_positions_after_its_padding():
+    model = load(encoders.MODELS / "roberta")
+    assert model.config.positions == 22
+    numbers = model.embeddings.numbers(jnp.array([[0, 7, 2, 1, 1]], jnp.int32))
+    assert numbers.tolist() == [[2, 3, 4, 1, 1]]
+    with pytest.raises(ValueError, match="23 tokens, 22 positions"):
+        model(jnp.ones((1, 23), jnp.int32), jnp.ones((1, 23), bool))
+
+
+def test_pairs_of_sentences(minilm):
+    tokenizer = text.load_tokenizer(minilm)
+    first, second = ["a board game", "mail"], ["with dice", "reads and writes mail folders, and sorts them"]
+    alone = [text.encode(tokenizer, texts, 64) for texts in (first, second)]
+    for (tokens, types), a, b in zip(text.encode_pairs(tokenizer, first, second, 64), *alone):
+        assert tokens.tolist() == [*a.tolist(), *b.tolist()[1:]]
+        assert types.tolist() == [0] * len(a) + [1] * (len(b) - 1)
+    cut = text.encode_pairs(tokenizer, first, second, 8)
+    assert [len(tokens) for tokens, _ in cut] == [8, 8]
+    assert cut[1][0][-1] == alone[1][1][-1]  # special tokens stay
 
 
 def hidden(model):
