@@ -19,7 +19,7 @@ def build(make: Callable[[nnx.Rngs], nnx.Module], count: int, options: Options, 
     """Makes `count` layers, stacked where they are to be scanned."""
     if not options.scan:
         return nnx.List(make(rngs) for _ in range(count))
-    return nnx.vmap(make)(rngs.fork(split=count))
+    return nnx.vmap(make)(rngs.split(count))
 
 
 def per_layer(trees: Sequence[Any], options: Options) -> Any:
