@@ -133,10 +133,11 @@ def save(
       shard_bytes: The largest size of a file.
 
     Raises:
-      UserError: The directory holds something already, or cannot be written.
+      UserError: The directory holds something already or cannot be written, or a parameter has no name.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory}: holds files already")
+    directory = directory.absolute()
     unfinished = directory.with_name(f".{directory.name}.unfinished-{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
@@ -148,6 +149,8 @@ def save(
         unfinished.replace(directory)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error})") from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
