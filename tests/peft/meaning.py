@@ -79,7 +79,8 @@ def meaning(config, base_tensors, tied=(), inputs="embed_tokens"):
     }
     tokens = config.get("trainable_token_indices") or {}
     tokens = tokens if isinstance(tokens, dict) else {inputs: tokens}
-    adapted = modules | parameters
+    # A module's weight as a parameter is the same as the module.
+    adapted = modules | {name.removesuffix(".weight") for name in parameters}
     return {
         "peft_type": config["peft_type"],
         "modules": {key: (r, round(s, 6)) for key in adapted for r, s in [rank_and_scale(config, key)]},

@@ -3,12 +3,14 @@
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lora_jax as lora
 from tests.peft.cases import CASES, PREFIX, read, read_config, write_adapter
+from tests.peft.meaning import targeted
 
 
 @pytest.fixture
@@ -220,12 +222,13 @@ def test_a_rank_that_is_left_out_is_8(tmp_path):
         lora.peft.load(tmp_path, case.base, case.names)
 
 
-def test_a_missing_peft_type(tmp_path):
+@pytest.mark.parametrize("left_out", ["peft_type", "target_modules"])
+def test_a_key_that_is_missing(tmp_path, left_out):
     case = CASES["linear"]
     config = read_config(case.adapter)
-    del config["peft_type"]
+    del config[left_out]
     write_adapter(tmp_path, read(case.adapter / "adapter_model.safetensors"), config)
-    with pytest.raises(ValueError, match="peft_type"):
+    with pytest.raises(ValueError, match=rf"\b{left_out}\b"):
         lora.peft.load(tmp_path, case.base, case.names)
 
 
@@ -341,6 +344,40 @@ def test_a_delta_of_a_leaf_without_a_name(tmp_path):
     with pytest.raises(ValueError, match="other/kernel"):
         lora.peft.save(tmp_path / "out", {"other/kernel": delta["fc/kernel"]}, case.names)
     assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_names_that_end_alike_keep_their_own_rank(tmp_path):
+    """PEFT's patterns and targets match the ends of names."""
+    names = lora.peft.Names(
+        tuple(
+            lora.peft.Weight(f"{name.replace('.', '/')}/kernel", f"{name}.weight", lora.peft.LINEAR)
+            for name in ("fc", "inner.fc", "a.inner.fc")
+        )
+    )
+    base = {f"{path}/kernel": jnp.ones((8, 12)) for path in ("fc", "inner/fc", "a/inner/fc")}
+    spec = {
+        "^fc/": lora.LoRA(2, alpha=3, axes=("in", "out"), init="gaussian"),
+        "^inner/fc": lora.LoRA(3, alpha=5, axes=("in", "out"), init="gaussian"),
+        "^a/": lora.LoRA(4, alpha=7, axes=("in", "out"), init="gaussian"),
+    }
+    delta = lora.init(jax.random.key(0), base, spec)
+    lora.peft.save(tmp_path / "out", delta, names)
+    again = lora.peft.load(tmp_path / "out", base, names)
+    jax.tree.map(np.testing.assert_array_equal, again, delta)
+
+
+def test_a_name_that_ends_as_another_is_adapted_alone(tmp_path):
+    names = lora.peft.Names(
+        (
+            lora.peft.Weight("fc/kernel", "fc.weight", lora.peft.LINEAR),
+            lora.peft.Weight("inner/fc/kernel", "inner.fc.weight", lora.peft.LINEAR),
+        )
+    )
+    base = {"fc/kernel": jnp.ones((8, 12)), "inner/fc/kernel": jnp.ones((8, 12))}
+    delta = lora.init(jax.random.key(0), base, {"^fc/": lora.LoRA(2, alpha=3, axes=("in", "out"))})
+    lora.peft.save(tmp_path / "out", delta, names)
+    assert targeted(read_config(tmp_path / "out"), {"fc", "inner.fc"}) == {"fc"}
+    assert lora.peft.load(tmp_path / "out", base, names).keys() == {"fc/kernel"}
 
 
 def test_a_target_that_does_not_exist(tmp_path):

@@ -75,7 +75,6 @@ def same(found, case):
 def test_vllm(name, tmp_path, capsys):
     case = exported(name, "vllm", tmp_path / "out")
     tensors, config = read(tmp_path / "out" / "adapter_model.safetensors"), read_config(tmp_path / "out")
-    assert not config.get("rank_pattern") and not config.get("alpha_pattern")
     assert not config.get("use_dora") and not config.get("modules_to_save") and config.get("bias", "none") == "none"
     _, scale = rank_and_scale(config, "")
     same(deltas(tensors, lambda module, rank: scale), case)
@@ -117,6 +116,16 @@ def test_mlx(name, tmp_path):
     assert isinstance(config["num_layers"], int) and isinstance(parameters["dropout"], float)
     for module in factors:
         assert any(module == key or module.endswith(f".{key}") for key in parameters["keys"])
+
+
+def test_mlx_adapts_every_layer_that_has_an_adapter(tmp_path):
+    """It adapts the last `num_layers`, all where that is not positive, and skips tensors of the others in silence."""
+    case = CASES["stacked, unrolled"]
+    delta = lora.peft.load(case.adapter, case.base, case.names)
+    first = {path: node for path, node in delta.items() if path.startswith("layers/0/")}
+    lora.peft.save(tmp_path / "out", first, case.names, target="mlx")
+    layers = read_config(tmp_path / "out")["num_layers"]
+    assert layers <= 0 or layers >= 3
 
 
 def test_mlx_has_magnitudes(tmp_path):
