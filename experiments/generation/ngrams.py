@@ -1,0 +1,34 @@
+"""No n-gram twice."""
+
+import jax
+import jax.numpy as jnp
+
+
+def forbid_repeats(scores_BV: jax.Array, texts_BT: jax.Array, begins_B: jax.Array, length: jax.Array | int, size: int):
+    """Scores with -∞ for every token that would end an n-gram which its text has already.
+
+    Args:
+      scores_BV: Of the next tokens.
+      texts_BT: Each row's text ends before place `length`; what stands there and behind means nothing.
+      begins_B: Where each text begins.
+      length: Of the texts, what stands before their beginnings included.
+      size: n, static; 0 forbids nothing.
+
+    Example:
+      >>> text = jnp.array([[3, 1, 2, 3, 1]])
+      >>> forbid_repeats(jnp.zeros((1, 4)), text, jnp.array([0]), 5, 2).tolist()  # 1 was followed by 2
+      [[0.0, 0.0, -inf, 0.0]]
+    """
+    rows, places = texts_BT.shape
+    if not 0 < size <= places:
+        return scores_BV
+    windows = places - size + 1  # window i is the n-gram of places i … i + size - 1
+    # A text shorter than n has no n-gram: clamped or not, what is read then belongs to no window in range.
+    suffix_BN = jax.lax.dynamic_slice_in_dim(texts_BT, length - size + 1, size - 1, axis=1)
+    starts_1W = jnp.arange(windows)[None]
+    same_BW = (starts_1W >= begins_B[:, None]) & (starts_1W + size <= length)
+    for offset in range(size - 1):
+        same_BW &= texts_BT[:, offset : offset + windows] == suffix_BN[:, offset][:, None]
+    last_BW = texts_BT[:, size - 1 :]
+    forbidden_BV = jnp.zeros(scores_BV.shape, bool).at[jnp.arange(rows)[:, None], last_BW].max(same_BW)
+    return jnp.where(forbidden_BV, -jnp.inf, scores_BV)

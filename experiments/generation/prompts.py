@@ -1,0 +1,51 @@
+"""Prompts of different lengths in one batch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def align(tokens_BL: jax.Array, mask_BL: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Moves each prompt to the right end of its row, so that all continue at the same place.
+
+    Args:
+      tokens_BL: Prompts with padding on either side.
+      mask_BL: True at tokens; None has no padding.
+
+    Returns:
+      The tokens and their mask, padding on the left.
+    """
+    if mask_BL is None:
+        return tokens_BL, jnp.ones(tokens_BL.shape, bool)
+    mask_BL = mask_BL.astype(bool)
+    length = tokens_BL.shape[1]
+    after_B1 = jnp.argmax(mask_BL[:, ::-1], axis=1, keepdims=True)  # places behind the last token
+    from_BL = (jnp.arange(length)[None] - after_B1) % length
+    return jnp.take_along_axis(tokens_BL, from_BL, axis=1), jnp.take_along_axis(mask_BL, from_BL, axis=1)
+
+
+def check(tokens_BL: jax.Array, new_tokens: int, cache: Any) -> None:
+    """Raises a ValueError where the cache is not new or cannot hold the prompts and what follows."""
+    batch, length = tokens_BL.shape
+    if new_tokens < 1:
+        raise ValueError(f"new_tokens={new_tokens}, expected at least 1.")
+    # The last new token is never read.
+    rows, slots = cache.positions_BT.shape
+    if not cache.fresh or rows != batch or slots < length + new_tokens - 1:
+        state = "empty" if cache.fresh else "in use"
+        raise ValueError(
+            f"The cache has {rows} rows and {slots} slots and is {state}; expected an empty one with {batch} rows and "
+            f"{length + new_tokens - 1} slots: {length} tokens of a prompt, all but the last of {new_tokens} new ones."
+        )
+
+
+def ends(eos: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The ids that end a text, as a tuple."""
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(int(token) for token in eos)
+
+
+def is_end(tokens: jax.Array, eos: tuple[int, ...]) -> jax.Array:
+    """Where a token ends its text."""
+    return jnp.isin(tokens, jnp.asarray(eos, tokens.dtype)) if eos else jnp.zeros(tokens.shape, bool)

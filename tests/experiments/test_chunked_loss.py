@@ -1,0 +1,93 @@
+"""The chunked cross-entropy: values and gradients of the plain one, less memory, adapted and tied heads."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lora
+from experiments.models.options import Options
+from experiments.training.chunked_loss import cross_entropy
+from tests.experiments.decoders import expected, load
+
+
+def plain(head, x, labels):
+    logp = jax.nn.log_softmax(head(x).astype(jnp.float32), axis=-1)
+    taken = jnp.take_along_axis(logp, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(labels >= 0, -taken, 0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("chunk", [1, 4, 5, 100])
+def test_values_and_gradients_are_the_plain_ones(getkey, chunk, dtype):
+    x = jax.random.normal(getkey(), (2, 10, 8), dtype)
+    w = jax.random.normal(getkey(), (8, 13), dtype)
+    labels = jax.random.randint(getkey(), (2, 10), 0, 13).at[0, 3:6].set(-100).at[1, 9].set(-1)
+    weights = jax.random.uniform(getkey(), labels.shape)
+
+    def loss(losses, x, w):
+        each = losses(lambda x: x @ w, x, labels)
+        return jnp.sum(each * weights), each
+
+    value = jax.jit(
+        lambda x, w: [
+            jax.value_and_grad(functools.partial(loss, losses), argnums=(0, 1), has_aux=True)(x, w)
+            for losses in (plain, functools.partial(cross_entropy, chunk=chunk))
+        ]
+    )
+    (want, want_grads), (got, got_grads) = value(x, w)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-6, atol=1e-6)
+    assert got[1].dtype == jnp.float32 and np.all(np.asarray(got[1])[np.asarray(labels) < 0] == 0)
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.05  # sums of bfloat16 in another order
+    for a, b in zip(got_grads, want_grads):
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=tolerance)
+
+
+def test_no_pass_holds_all_logits():
+    batch, length, width, vocabulary, chunk = 2, 512, 16, 2048, 32
+    logits = 4 * batch * length * vocabulary
+    x = jax.ShapeDtypeStruct((batch, length, width), jnp.float32)
+    w = jax.ShapeDtypeStruct((width, vocabulary), jnp.float32)
+    labels = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+
+    def peak(losses):
+        def loss(x, w, labels):
+            return jnp.sum(losses(lambda x: x @ w, x, labels))
+
+        compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(x, w, labels).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert peak(plain) >= logits
+    # logits of one chunk and what the backward pass makes of them, gradients of x and w
+    assert peak(functools.partial(cross_entropy, chunk=chunk)) < logits / 4
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])  # a tied head, a head of its own
+def test_an_adapted_head_stays_factored(getkey, name, scan):
+    model = load(name, Options(scan=scan, loss_chunk=5))
+    tokens = expected(name)["tokens"]
+    labels = jnp.asarray(tokens[:, 1:]).at[1, 4:].set(-100)
+    tokens = jnp.asarray(tokens[:, :-1])
+    spec = {r"kernel|token/embedding": lora.LoRA(2, alpha=8)}
+    delta = lora.init(getkey(), model.base, spec, model.apply, tokens)
+    delta = jax.tree.map(lambda x: x if x.ndim == 0 else 0.3 * jax.random.normal(getkey(), x.shape), delta)
+    how = {"labels_BL": labels}
+    assert "merged" not in str(lora.explain(model.apply, model.base, delta, tokens, **how))
+    train, frozen = lora.partition(delta)
+    adapted = lora.adapt(model.apply)
+
+    def chunked(train):
+        return jnp.mean(adapted(model.base, lora.join(train, frozen), tokens, **how))
+
+    def whole(train):
+        logits = adapted(model.base, lora.join(train, frozen), tokens)
+        return jnp.mean(plain(lambda x: x, logits, labels))
+
+    (got, got_grads), (want, want_grads) = jax.jit(
+        lambda train: (jax.value_and_grad(chunked)(train), jax.value_and_grad(whole)(train))
+    )(train)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), got_grads, want_grads)

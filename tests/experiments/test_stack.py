@@ -1,0 +1,67 @@
+"""Layers unrolled and scanned, with and without rematerialisation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments.models import stack
+from experiments.models.options import Options
+
+
+class Layer(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x, own, shift):
+        y = jnp.tanh(self.linear(x)) + shift
+        return y, None if own is None else own + jnp.sum(y)
+
+
+def layers_of(options):
+    """The same weights in either form."""
+    unrolled = stack.build(Layer, 3, Options(), nnx.Rngs(0))
+    if not options.scan:
+        return unrolled
+    scanned = stack.build(Layer, 3, options, nnx.Rngs(0))
+    states = [nnx.state(layer) for layer in unrolled]
+    nnx.update(scanned, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+    return scanned
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_all_forms_compute_the_same(scan, remat):
+    options = Options(scan=scan, remat=remat)
+    x, shift = jnp.ones((2, 4)), jnp.float32(0.5)
+
+    def run(layers, x, options):
+        each = stack.per_layer([jnp.float32(number) for number in range(3)], options)
+        return stack.run(layers, x, shift, each=each, options=options)
+
+    y, kept = nnx.jit(run, static_argnums=2)(layers_of(options), x, options)
+    want, want_kept = run(layers_of(Options()), x, Options())
+    np.testing.assert_allclose(y, want, rtol=1e-6)
+    np.testing.assert_allclose(jnp.stack(kept) if not scan else kept, jnp.stack(want_kept), rtol=1e-6)
+    y, kept = stack.run(layers_of(options), x, shift, options=options)
+    np.testing.assert_allclose(y, want, rtol=1e-6)
+    assert jax.tree.leaves(kept) == []
+
+
+def test_layers_start_with_weights_of_their_own():
+    kernel = stack.build(Layer, 3, Options(scan=True), nnx.Rngs(0)).linear.kernel[...]
+    assert kernel.shape == (3, 4, 4) and np.abs(kernel[0] - kernel[1]).max() > 0.1
+
+
+def test_remat_computes_again():
+    graph, state = nnx.split(layers_of(Options()))
+
+    def products(remat):
+        def loss(x):
+            layers = nnx.merge(graph, state, copy=True)
+            return jnp.sum(stack.run(layers, x, jnp.float32(0), options=Options(remat=remat))[0])
+
+        return str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((2, 4)))).count("dot_general[")
+
+    assert products("full") > products("none") == products("dots") == 6  # a forward and a backward one a layer
