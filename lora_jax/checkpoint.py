@@ -11,8 +11,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +21,7 @@ import orbax.checkpoint as ocp
 
 from lora_jax import paths
 from lora_jax.adapters.protocol import KINDS, Adapter, is_adapter
+from lora_jax.files import replaced
 
 Delta = dict[str, Adapter]
 
@@ -54,15 +53,8 @@ def save(directory: str | os.PathLike, delta: Delta, *, base: Any = None) -> Non
       >>> bool((again["w"].a == delta["w"].a).all())
       True
     """
-    directory = pathlib.Path(directory).absolute()
     manifest, arrays = _described(delta, base)
-    replaceable = (directory / MANIFEST).is_file() or (directory.is_dir() and not any(directory.iterdir()))
-    if directory.exists() and not replaceable:
-        raise FileExistsError(f"{directory} exists and is no adapter directory (it has no {MANIFEST}); not replaced.")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    fresh = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.writing")
-    try:
-        fresh.mkdir()
+    with replaced(directory, MANIFEST, what="adapter directory") as fresh:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(fresh / ARRAYS, arrays)
             checkpointer.wait_until_finished()
@@ -70,9 +62,6 @@ def save(directory: str | os.PathLike, delta: Delta, *, base: Any = None) -> Non
             file.write(_readable(manifest))
             file.flush()
             os.fsync(file.fileno())
-        _exchange(fresh, directory)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def load(directory: str | os.PathLike, base: Any = None) -> Delta:
@@ -162,21 +151,6 @@ def _readable(manifest: dict[str, Any]) -> str:
     return re.sub(
         r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), text
     )
-
-
-def _exchange(fresh: pathlib.Path, directory: pathlib.Path) -> None:
-    """Puts a finished directory in place; one that was there is restored if that fails."""
-    if not directory.exists():
-        os.rename(fresh, directory)
-        return
-    old = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.replaced")
-    os.rename(directory, old)
-    try:
-        os.rename(fresh, directory)
-    except OSError:
-        os.rename(old, directory)
-        raise
-    shutil.rmtree(old)
 
 
 def _manifest(directory: pathlib.Path) -> dict[str, Any]:

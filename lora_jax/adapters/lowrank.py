@@ -220,7 +220,7 @@ class LoRA(Recipe):
             if len(sizes[OUT]) != 1 or sizes[OUT][0] % len(mask):
                 raise ValueError(
                     f"{self._name}(blocks={self.blocks!r}) splits the only out axis into {len(mask)} equal parts; the "
-                    f"weight of shape {tuple(shape)} has out axes of sizes {sizes[OUT]}. An axis that already counts the "
+                    f"weight of shape {tuple(shape)} has out axes of sizes {sizes[OUT]}. An axis that counts the "
                     "parts can be declared 'batch' by axes=."
                 )
             sizes[BATCH] = (*sizes[BATCH], sum(mask))

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lora_jax.paths import nearest
+
 Module = Literal["linear", "conv1d", "embedding", "conv", "experts", "transposed_experts"]
 MODULES: dict[str, tuple[str, ...]] = {
     "linear": ("out", "in"),
@@ -79,6 +81,15 @@ class Weight:
         if lost or added:
             raise ValueError(f"The layout {self.layout!r} has different axes on its sides: {sorted(lost | added)}.")
 
+    def examples(self) -> Iterator[str]:
+        """Its tensors' names with 0 for each number and every word for a choice of words."""
+        words = _placeholders(self.path) | {k: v for k, v in _placeholders(self.name).items() if v}
+        for name in (self.name, *self.tied):
+            labels = list(_placeholders(name))
+            for texts in itertools.product(*(words[label] or ("0",) for label in labels)):
+                given = dict(zip(labels, texts))
+                yield _PLACEHOLDER.sub(lambda found: given[found[1]], name)  # noqa: B023
+
     def bind(self, path: str, shape: Sequence[int]) -> "Place | None":
         """Where a leaf of this path and shape stands; None where the path does not match.
 
@@ -100,7 +111,8 @@ class Names:
     """The names of a model's weights in PyTorch; a model declares them once.
 
     Attributes:
-      weights: Rows; for each leaf the first that matches counts.
+      weights: Rows; for each leaf the first that matches counts. Several parameters of one module (experts) stand
+        in the order in which PyTorch's module has them.
       prefix: What begins every name, and is left out in checkpoints of the bare model ('bert.').
 
     Example:
@@ -112,16 +124,23 @@ class Names:
     weights: tuple[Weight, ...]
     prefix: str = ""
 
+    def place(self, path: str, shape: Sequence[int]) -> "Place | None":
+        """Where a leaf stands; None where no row matches its path.
+
+        Raises:
+          ValueError: Its shape does not fit the row that matches.
+        """
+        return next((place for weight in self.weights if (place := weight.bind(path, shape))), None)
+
     def find(self, path: str, shape: Sequence[int]) -> "Place":
         """Where a leaf stands.
 
         Raises:
           ValueError: No row matches its path, or its shape does not fit the row that does.
         """
-        for weight in self.weights:
-            if place := weight.bind(path, shape):
-                return place
-        raise ValueError(f"no name is declared for {path!r}")
+        if (place := self.place(path, shape)) is None:
+            raise ValueError(f"no name is declared for {path!r}; {nearest(path, [row.path for row in self.weights])}")
+        return place
 
 
 @dataclasses.dataclass(frozen=True)

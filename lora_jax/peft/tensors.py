@@ -106,7 +106,7 @@ def model_files(directory: str | os.PathLike) -> list[Path]:
         return [whole]
     index = directory / INDEX
     if not index.is_file():
-        raise ValueError(f"{directory}: no {WEIGHTS} and no {INDEX}{_other_weights(directory)}.")
+        raise ValueError(f"{directory}: no {WEIGHTS} and no {INDEX}{pickle_beside(directory)}.")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index}: expected an object 'weight_map' from tensors to files.")
@@ -198,7 +198,7 @@ def _open(path: Path) -> Any:
         raise ValueError(f"{path}: cannot be read as safetensors ({error}).") from None
 
 
-def _other_weights(directory: Path) -> str:
-    """Says so where the weights are there as pickles."""
+def pickle_beside(directory: Path) -> str:
+    """The end of an error message, where there are weights as pickles."""
     pickles = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt")) + sorted(directory.glob("*.pth"))
     return f"; {pickles[0].name} is a pickle, which can run code: convert it to safetensors first" if pickles else ""

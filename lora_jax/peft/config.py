@@ -1,0 +1,171 @@
+"""PEFT's `adapter_config.json`: what it says of each module."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_jax.peft.tensors import read_json
+
+CONFIG = "adapter_config.json"
+
+# Fields that change what an adapter computes and that have no counterpart here.
+_REFUSED = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+# Initialisers that change the base too: PEFT repeats that when it loads the adapter on the original base.
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The fields of an `adapter_config.json` that say what an adapter computes; the names are PEFT's.
+
+    Attributes:
+      trainable_token_indices: Per module (or a suffix of it) the rows; under `""` for the input embedding.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"
+    fan_in_fan_out: bool = False
+    ensure_weight_tying: bool = False
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    target_modules: Sequence[str] | str = ()
+    exclude_modules: Sequence[str] | str = ()
+    layers_to_transform: Sequence[int] | int | None = None
+    layers_pattern: Sequence[str] | str = ()
+    target_parameters: Sequence[str] = ()
+    modules_to_save: Sequence[str] = ()
+    trainable_token_indices: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
+    base_model_name_or_path: str | None = None
+
+    @classmethod
+    def read(cls, directory: Path) -> "Config":
+        """The config of an adapter directory.
+
+        Raises:
+          ValueError: It is missing or damaged, is of another method than LoRA, or uses a variant of it that is not
+            supported; the message names the field.
+        """
+        file = directory / CONFIG
+        content = read_json(file)
+        kind = content.get("peft_type")
+        if kind != "LORA":
+            raise ValueError(f"{file}: peft_type is {kind!r}; expected 'LORA'.")
+        if used := [name for name in _REFUSED if content.get(name)]:
+            raise ValueError(f"{file}: {used[0]} = {content[used[0]]!r} is not supported.")
+        init = content.get("init_lora_weights")
+        if isinstance(init, str) and init.startswith(_MOVES_BASE):
+            raise ValueError(
+                f"{file}: init_lora_weights = {init!r} changed the base, by a part that no file holds; PEFT's "
+                "save_pretrained(path_initial_model_for_weight_conversion=…) writes an ordinary adapter."
+            )
+        if not content.get("target_modules") and not content.get("target_parameters"):
+            raise ValueError(f"{file}: has neither target_modules nor target_parameters.")
+        tokens = content.get("trainable_token_indices")
+        content["trainable_token_indices"] = {"": tokens} if isinstance(tokens, list) else tokens
+        known = {
+            field.name: field.default_factory if field.default is dataclasses.MISSING else field.default
+            for field in dataclasses.fields(cls)
+        }
+        given = {name: content[name] for name in known if content.get(name) is not None}
+        for name, value in given.items():
+            _check(file, name, value)
+        return cls(**given)
+
+    def rank(self, module: str) -> int:
+        """The rank of a module's factors."""
+        return int(_by_pattern(self.rank_pattern, module, self.r))
+
+    def alpha(self, module: str) -> float:
+        """The numerator of a module's scale."""
+        return _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+
+    def scale(self, module: str) -> float:
+        """What a module's low-rank term is multiplied by."""
+        rank = self.rank(module)
+        return self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def targets(self, module: str) -> bool:
+        """Whether `target_modules` names a module, as far as the config alone can tell."""
+        wanted = self.target_modules
+        if wanted == "all-linear" or not _named(module, wanted) or _named(module, self.exclude_modules):
+            return False
+        if self.layers_to_transform is None:
+            return True
+        layers = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        for pattern in patterns or [r"[^.]*"]:
+            if found := re.match(rf"(?:.*\.)?{pattern}\.(\d+)\.", module):
+                return int(found[1]) in layers
+        return False
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of an `adapter_config.json` that PEFT loads."""
+        fields, targets = dataclasses.asdict(self), self.target_modules
+        return {
+            **dict(sorted(fields.items())),
+            "peft_type": "LORA",
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "modules_to_save": list(self.modules_to_save) or None,
+            "target_modules": self.target_modules
+            if isinstance(self.target_modules, str)
+            else list(self.target_modules),
+            "target_parameters": list(self.target_parameters) or None,
+            "task_type": None,
+            "trainable_token_indices": {k: list(v) for k, v in self.trainable_token_indices.items()} or None,
+        }
+
+
+def _named(module: str, wanted: Sequence[str] | str) -> bool:
+    if isinstance(wanted, str):
+        return bool(wanted) and re.fullmatch(wanted, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in wanted)
+
+
+def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern, in the file's order, that is the module's name or a suffix of it."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "bias": (str,),
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+    "trainable_token_indices": (dict,),
+    "target_modules": (list, str),
+    "exclude_modules": (list, str),
+    "layers_to_transform": (list, int),
+    "layers_pattern": (list, str),
+    "target_parameters": (list,),
+    "modules_to_save": (list,),
+}
+
+
+def _check(file: Path, name: str, value: Any) -> None:
+    kinds = _KINDS.get(name, (str,) if name == "base_model_name_or_path" else (bool,))
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise ValueError(f"{file}: {name} is {value!r}; expected {' or '.join(kind.__name__ for kind in kinds)}.")
+    if name == "r" and value < 1:
+        raise ValueError(f"{file}: r is {value}; a rank is at least 1.")
+    if name == "bias" and value not in ("none", "all", "lora_only"):
+        raise ValueError(f"{file}: bias is {value!r}; expected 'none', 'all' or 'lora_only'.")

@@ -1,0 +1,318 @@
+"""A delta as PyTorch modules with factors, tensors that are replaced, and rows: what every target writes."""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from lora_jax.adapters.dora import WeightDecomposed
+from lora_jax.adapters.full import Replacement, RowReplacement
+from lora_jax.adapters.lowrank import RANK, LowRank
+from lora_jax.adapters.offset import Addition
+from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
+from lora_jax.peft import keys
+from lora_jax.peft.factors import Fit, Labelled, pad_rank
+from lora_jax.peft.names import Names, Place
+
+GROUPS = "groups"
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """One PyTorch weight with factors, in PEFT's layout.
+
+    Attributes:
+      name: The base's tensor.
+      kind: Of the module, as in `Weight.module`.
+      a: `(rank, in, …)`; of experts `(rank·experts, in)`.
+      b: `(out, rank, 1…)`; of experts `(out, rank·experts)`.
+      rank: Of each expert's, or group's, product.
+      scale: What the product is multiplied by.
+      dropout: Its rate.
+      magnitude: DoRA's, or None.
+      offset: The bias on b, or None.
+      tied: Whether it is the second use of another module's weight.
+    """
+
+    name: str
+    kind: str
+    a: np.ndarray
+    b: np.ndarray
+    rank: int
+    scale: float
+    dropout: float
+    magnitude: np.ndarray | None = None
+    offset: np.ndarray | None = None
+    tied: bool = False
+
+    @property
+    def module(self) -> str:
+        return keys.split_name(self.name)[0]
+
+    @property
+    def parameter(self) -> str | None:
+        """The parameter's name, where PEFT targets the parameter and not its module."""
+        return keys.split_name(self.name)[1] if keys.is_parameter(self.name) else None
+
+    @property
+    def label(self) -> str:
+        """What PEFT matches patterns with."""
+        return self.name if self.parameter else self.module
+
+    def padded(self, rank: int) -> "Module":
+        """The same product with rows of zeros up to a rank."""
+        a, b = pad_rank(self.a, rank, 0), pad_rank(self.b, rank, 1)
+        return dataclasses.replace(self, a=a, b=b, rank=rank)
+
+    def folded(self, factor: float) -> "Module":
+        """The same change of the weight with `factor` taken out of the scale and into b."""
+        b = self.b if factor == 1.0 else (self.b.astype(np.float32) * np.float32(factor)).astype(self.b.dtype)
+        return dataclasses.replace(self, b=b, scale=self.scale / factor)
+
+
+@dataclasses.dataclass
+class Exported:
+    """A delta in PyTorch's terms.
+
+    Attributes:
+      modules: Weights with factors.
+      values: Tensors that are replaced, by name.
+      rows: Per module, the ids of rows that are replaced, and the rows.
+      ends_alike: Whether the name of a module with factors may be the end of another module's name.
+      problems: What cannot be put in these terms.
+    """
+
+    modules: list[Module] = dataclasses.field(default_factory=list)
+    values: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    rows: dict[str, tuple[list[int], np.ndarray]] = dataclasses.field(default_factory=dict)
+    ends_alike: bool = False
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            self.problems.append(str(error))
+
+
+def export(delta: Mapping[str, Adapter], names: Names) -> Exported:
+    """Puts a delta in PyTorch's terms; what cannot be is in `problems`."""
+    exported = Exported()
+    offsets: dict[str, tuple[np.ndarray, float]] = {}
+    row: dict[str, int] = {}
+    for path, node in delta.items():
+        with exported.collecting():
+            place = names.find(path, node.shape())
+            row |= dict.fromkeys(place.tensors, names.weights.index(place.weight))
+            if isinstance(node, LowRank):
+                exported.modules += _with_tied(place, _modules(place, node))
+            elif isinstance(node, Replacement):
+                exported.values |= place.split(np.asarray(node.value))
+            elif isinstance(node, RowReplacement):
+                exported.rows |= _rows(place, node)
+            elif isinstance(node, Addition):
+                offsets |= _offsets(place, node)
+            else:
+                raise ValueError(f"{path!r}: PEFT's LoRA has no counterpart of {node.kind}")
+    known = {keys.split_name(name)[0] for weight in names.weights for name in weight.examples()}
+    of_factors = {re.sub(r"\d+", "0", module.module) for module in exported.modules}
+    exported.ends_alike = any(name.endswith(f".{module}") for name in known for module in of_factors)
+    exported.modules.sort(key=lambda module: row.get(module.name, 0))
+    with exported.collecting():
+        _attach(exported.modules, offsets)
+    return exported
+
+
+def _modules(place: Place, node: LowRank) -> Iterator[Module]:
+    """The modules of one leaf."""
+    fit = Fit(place)
+    kind = place.weight.module or ("linear" if len(place.right) == 2 else "conv")
+    low = _labelled(fit, node, kind)
+    for name, index in place.tensors.items():
+        at = dict(zip(place.running, index))
+        if fit.block in at and not low.blocks[at[fit.block]]:
+            continue
+        lead = (*fit.experts, *([GROUPS] if low.groups > 1 else []))
+        into, out = ([x for labels in fit.tensor_labels(role) for x in labels] for role in (IN, OUT))
+        a = low.a.at(at).ordered((*lead, RANK, *into))
+        b = low.b.at(at).ordered((*lead, RANK, *out))
+        used = a.shape[len(lead)]
+        if any(label in low.a.labels for label in at):
+            used = _used_rank(a, b, len(lead))
+            if not used:
+                continue  # a layer that has no adapter
+            a, b = (x.take(range(used), axis=len(lead)) for x in (a, b))
+        scales = np.unique(low.scale.at(at).array)
+        if len(scales) > 1:
+            raise ValueError(f"{place.path!r}: PEFT has one scale for all experts of {name}")
+        sizes = {IN: fit.size(fit.tensor_labels(IN)), OUT: fit.size(fit.tensor_labels(OUT))}
+        magnitude = None
+        if low.magnitude is not None:
+            magnitude = low.magnitude.at(at).ordered(out).reshape(-1)
+        yield Module(
+            name=name,
+            kind=kind,
+            a=_torch_a(a, used, sizes[IN], low.groups),
+            b=_torch_b(b, used, sizes, low.groups),
+            rank=used * low.groups,
+            scale=float(scales[0]),
+            dropout=float(node.dropout),
+            magnitude=magnitude,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Labelled:
+    """A leaf's factors with a label for each axis; zeros where a block has no adapter.
+
+    Attributes:
+      blocks: Which blocks have one.
+      groups: Of a grouped convolution.
+    """
+
+    a: Labelled
+    b: Labelled
+    scale: Labelled
+    magnitude: Labelled | None
+    blocks: tuple[bool, ...]
+    groups: int
+
+
+def _labelled(fit: Fit, node: LowRank, kind: str) -> _Labelled:
+    place, sizes = fit.place, dict(fit.place.sizes)
+    running = {label for label in place.running if label != fit.block}
+    # An axis that runs over tensors may also be taken for an out axis: factors a that all tensors share.
+    for labels, own, role in zip(place.left, fit.axes, node.axes):
+        if own != role and not (role == OUT and set(labels) <= running):
+            raise ValueError(
+                f"{place.path!r}: the adapter's axes are {node.axes}, those of its PyTorch module {fit.axes}"
+            )
+    of_role = {
+        role: [x for labels, r in zip(place.left, node.axes) if r == role for x in labels] for role in (BATCH, IN, OUT)
+    }
+    a, b, scale = (np.asarray(x) for x in (node.a, node.b, node.scale))
+    batch, number = node.axes.count(BATCH), len(node.blocks)
+    lead, out, groups = of_role[BATCH], of_role[OUT], 1
+    if number > 1 and fit.block and sizes[fit.block] == number:
+        a, b = (_with_gaps(x, node.blocks, batch) for x in (a, b))
+        scale = _with_gaps(scale, node.blocks, batch) if scale.ndim > batch else scale
+        lead, out = [*lead, fit.block], [x for x in out if x != fit.block]
+    elif number > 1 and kind == "conv" and all(node.blocks):
+        lead, groups = [*lead, GROUPS], number
+        sizes |= {GROUPS: groups, out[0]: sizes[out[0]] // groups}
+    elif number > 1:
+        a, b, scale = _block_diagonal(a, b, scale, node.blocks, batch)
+    lead_sizes = [sizes[x] for x in lead]
+    magnitude = None
+    if isinstance(node, WeightDecomposed):
+        labels = [*of_role[BATCH], *of_role[OUT]]
+        magnitude = Labelled(np.asarray(node.magnitude).reshape([place.sizes[x] for x in labels]), tuple(labels))
+    return _Labelled(
+        a=Labelled(a.reshape(*lead_sizes, -1, *(sizes[x] for x in of_role[IN])), (*lead, RANK, *of_role[IN])),
+        b=Labelled(b.reshape(*lead_sizes, -1, *(sizes[x] for x in out)), (*lead, RANK, *out)),
+        scale=Labelled(scale.reshape([sizes[x] for x in lead[: scale.ndim]]), tuple(lead[: scale.ndim])),
+        magnitude=magnitude,
+        blocks=node.blocks,
+        groups=groups,
+    )
+
+
+def _with_gaps(array: np.ndarray, blocks: Sequence[bool], axis: int) -> np.ndarray:
+    """Zeros for the blocks that are not adapted."""
+    shape = list(array.shape)
+    shape[axis] = len(blocks)
+    full = np.zeros(shape, array.dtype)
+    full[(*[slice(None)] * axis, np.flatnonzero(blocks))] = array
+    return full
+
+
+def _block_diagonal(a, b, scale, blocks: Sequence[bool], axis: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Blocks with factors of their own as one pair: all of a, and b with zeros outside of each block's rows."""
+    if scale.ndim > axis:  # a scale a block
+        b = b * scale.reshape(scale.shape + (1,) * (b.ndim - scale.ndim)).astype(b.dtype)
+        scale = np.ones((), np.float32)
+    rank, size = b.shape[axis + 1 :]
+    adapted = np.flatnonzero(blocks)
+    wide = np.zeros((*b.shape[:axis], len(adapted), rank, len(blocks), size), b.dtype)
+    for number, block in enumerate(adapted):
+        wide[..., number, :, block, :] = b[(*[slice(None)] * axis, number)]
+    joined = (*b.shape[:axis], len(adapted) * rank)
+    return a.reshape(*joined, *a.shape[axis + 2 :]), wide.reshape(*joined, len(blocks) * size), scale
+
+
+def _used_rank(a: np.ndarray, b: np.ndarray, axis: int) -> int:
+    """The rank without the rows at the end that are zero in both factors."""
+    others = tuple(i for i in range(a.ndim) if i != axis), tuple(i for i in range(b.ndim) if i != axis)
+    used = np.flatnonzero(a.astype(bool).any(axis=others[0]) | b.astype(bool).any(axis=others[1]))
+    return int(used[-1]) + 1 if len(used) else 0
+
+
+def _torch_a(a: np.ndarray, rank: int, into: list[int], groups: int) -> np.ndarray:
+    if groups == 1:
+        return a.reshape(-1, *into)
+    # PEFT's A sees all channels: a group's rows are zero outside of its own.
+    channels, *window = into
+    wide = np.zeros((groups, rank, groups, channels, *window), a.dtype)
+    wide[np.arange(groups), :, np.arange(groups)] = a.reshape(groups, rank, channels, *window)
+    return wide.reshape(groups * rank, groups * channels, *window)
+
+
+def _torch_b(b: np.ndarray, rank: int, sizes: Mapping[str, list[int]], groups: int) -> np.ndarray:
+    ones = (1,) * (len(sizes[IN]) - 1)
+    if groups > 1:
+        return b.transpose(0, 2, 1).reshape(*sizes[OUT], rank, *ones)
+    b = b.reshape(-1, rank, *sizes[OUT])
+    return np.ascontiguousarray(b.transpose(2, 1, 0)).reshape(*sizes[OUT], -1, *ones)
+
+
+def _with_tied(place: Place, modules: Iterable[Module]) -> Iterator[Module]:
+    """A lookup's modules, and those of the products that use the same weight the other way round."""
+    others = {primary: other for other, primary in place.tied.items()}
+    for module in modules:
+        yield module
+        if other := others.get(module.name):
+            if module.kind != "embedding" or module.magnitude is not None:
+                raise ValueError(
+                    f"{place.path!r}: {module.name} and {other} are one weight; PEFT ties factors of lookups"
+                )
+            yield dataclasses.replace(module, name=other, kind="linear", a=module.b.T, b=module.a.T, tied=True)
+
+
+def _rows(place: Place, node: RowReplacement) -> dict[str, tuple[list[int], np.ndarray]]:
+    fit = Fit(place)
+    if len(place.tensors) > 1 or fit.axes != node.axes:
+        raise ValueError(f"{place.path!r}: Rows is held for a single lookup table only")
+    (name,) = place.tensors
+    return {keys.split_name(name)[0]: (np.asarray(node.ids).tolist(), fit.to_tensor(np.asarray(node.rows), OUT))}
+
+
+def _offsets(place: Place, node: Addition) -> dict[str, tuple[np.ndarray, float]]:
+    """Per bias, the term and its scale."""
+    scale = np.asarray(node.scale, np.float32)
+    labels = [x for group in place.left for x in group][: scale.ndim]
+    if not set(labels) <= set(place.running) or any(len(group) > 1 for group in place.left[: scale.ndim]):
+        raise ValueError(f"{place.path!r}: a scale along axes that PyTorch keeps in one tensor")
+    scales = Labelled(scale, tuple(labels))
+    return {
+        name: (value, float(scales.at(dict(zip(place.running, place.tensors[name]))).array))
+        for name, value in place.split(np.asarray(node.value)).items()
+    }
+
+
+def _attach(modules: list[Module], offsets: dict[str, tuple[np.ndarray, float]]) -> None:
+    """Puts each offset of a bias beside the factors of its module, with one scale for both."""
+    by_bias = {f"{module.module}.bias": number for number, module in enumerate(modules) if not module.parameter}
+    for name, (value, scale) in offsets.items():
+        if name not in by_bias:
+            raise ValueError(f"{name}: PEFT has an offset of a bias beside factors of the same module only")
+        number = by_bias[name]
+        ratio = scale / modules[number].scale
+        value = value if np.isclose(ratio, 1.0, rtol=1e-6) else value * np.asarray(ratio, value.dtype)
+        modules[number] = dataclasses.replace(modules[number], offset=value)
+    if offsets:  # PEFT has it in all modules or in none
+        for number, module in enumerate(modules):
+            if module.offset is None:
+                modules[number] = dataclasses.replace(module, offset=np.zeros(module.b.shape[0], module.b.dtype))

@@ -1,0 +1,116 @@
+"""The keys of PEFT's `adapter_model.safetensors`: which module and which part of it each tensor is."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+
+ADAPTER = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+WRAPPED = "base_layer"
+
+_PARTS = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_embedding_A": "a",
+    "lora_embedding_B": "b",
+    "lora_B.bias": "b_bias",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",  # releases before 0.12
+    "token_adapter.trainable_tokens_delta": "rows",
+}
+_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+?)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """What a tensor of an adapter is.
+
+    Attributes:
+      key: As it is stored.
+      module: The module, without PEFT's own wrappers.
+      part: 'a', 'b', 'b_bias', 'magnitude', 'rows', or 'value' for a tensor that replaces one of the base.
+      depth: How many wrappers stand between the module and the part: one for each further parameter of
+        one module that has factors.
+      embedding: Whether it is a factor of a lookup.
+      name: For a 'value', the name of the base's tensor.
+      wrapped: For a 'value', whether its module has factors too.
+    """
+
+    key: str
+    module: str
+    part: str
+    depth: int = 0
+    embedding: bool = False
+    name: str = ""
+    wrapped: bool = False
+
+
+def parse(key: str) -> Key | None:
+    """What a key says; None where it is none of PEFT's."""
+    if match := _KEY.fullmatch(key):
+        segments = match["module"].split(".")
+        depth = 0
+        while segments[-1] == WRAPPED:
+            segments.pop()
+            depth += 1
+        module = ".".join(x for x in segments if x != WRAPPED)
+        return Key(key, module, _PARTS[match["part"]], depth, "embedding" in match["part"])
+    if not key.startswith(PREFIX) or "." not in key.removeprefix(PREFIX):
+        return None
+    *segments, parameter = key.removeprefix(PREFIX).split(".")
+    module = ".".join(x for x in segments if x != WRAPPED)
+    return Key(key, module, "value", name=f"{module}.{parameter}", wrapped=segments[-1:] == [WRAPPED])
+
+
+def factor_keys(module: str, *, embedding: bool, depth: int = 0) -> dict[str, str]:
+    """The keys of a module's parts."""
+    inside = PREFIX + ".".join([module, *[WRAPPED] * depth])
+    a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    return {
+        "a": f"{inside}.{a}",
+        "b": f"{inside}.{b}",
+        "b_bias": f"{inside}.lora_B.bias",
+        "magnitude": f"{inside}.lora_magnitude_vector",
+    }
+
+
+def rows_key(module: str) -> str:
+    return f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"
+
+
+def value_key(module: str, parameter: str, *, wrapped: bool) -> str:
+    return f"{PREFIX}{module}.{WRAPPED + '.' if wrapped else ''}{parameter}"
+
+
+def under_wrappers(module: str, parents: Iterable[str]) -> str:
+    """A module's path where some of its ancestors are wrapped, because a parameter of theirs has factors."""
+    wrapped = set(parents)
+    segments = module.split(".")
+    found: list[str] = []
+    for count, segment in enumerate(segments, 1):
+        found.append(segment)
+        if count < len(segments) and ".".join(segments[:count]) in wrapped:
+            found.append(WRAPPED)
+    return ".".join(found)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The module and the parameter of a tensor's name."""
+    module, _, parameter = name.rpartition(".")
+    return module, parameter
+
+
+def is_parameter(name: str) -> bool:
+    """Whether PEFT targets the tensor as a parameter of its module, not as the module's weight."""
+    return split_name(name)[1] not in ("weight", "in_proj_weight")
+
+
+def matches(module: str, targets: Sequence[str]) -> bool:
+    """Whether a module is named by one of the targets: in full, or as a suffix."""
+    return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+def inside(module: str, target: str) -> bool:
+    """Whether a module is, or is inside, one that a target names."""
+    segments = module.split(".")
+    return any(matches(".".join(segments[:count]), [target]) for count in range(1, len(segments) + 1))

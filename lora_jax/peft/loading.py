@@ -1,0 +1,493 @@
+"""PEFT adapter directories to deltas."""
+
+import collections
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import paths
+from lora_jax.adapters.dora import WeightDecomposed
+from lora_jax.adapters.full import Replacement, RowReplacement
+from lora_jax.adapters.lowrank import LowRank
+from lora_jax.adapters.offset import Addition
+from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
+from lora_jax.peft import keys
+from lora_jax.peft.config import CONFIG, Config
+from lora_jax.peft.factors import Fit, pad_rank
+from lora_jax.peft.keys import ADAPTER, Key
+from lora_jax.peft.names import Names, Place
+from lora_jax.peft.tensors import Tensors, pickle_beside
+
+
+def load(directory: str | os.PathLike, base: Any, names: Names) -> dict[str, Adapter]:
+    """Reads an adapter that PEFT wrote (LoRA and its variants) as a delta for `base`.
+
+    Args:
+      directory: With `adapter_config.json` and `adapter_model.safetensors`.
+      base: The parameters that the adapter is for; leaves may be `jax.ShapeDtypeStruct` where no stored
+        tensor has to be compared with the base's.
+      names: Where the leaves of the base stand in PyTorch.
+
+    Returns:
+      `{path: adapter}`: `LoRA` and `DoRA` from factors, `Offset` from biases on B, `Full` from saved modules
+      and biases, `Rows` from trainable tokens. Layers of a stacked leaf that the adapter leaves out get
+      factors of zeros; uneven ranks are padded with zeros, which training leaves at zero.
+
+    Raises:
+      ValueError: A file is missing or damaged, or any tensors are missing, unused or of another shape, or
+        cannot be held on this base: all of them are named at once.
+
+    Example:
+      See :func:`save`.
+    """
+    directory = Path(directory)
+    config = Config.read(directory)
+    file = directory / ADAPTER
+    if not file.is_file():
+        raise ValueError(f"{directory}: no {ADAPTER}{pickle_beside(directory)}.")
+    with Tensors([file]) as tensors:
+        loader = _Loader(config, tensors, base, names)
+        delta = loader.delta()
+    if loader.problems:
+        listed = "\n  ".join(dict.fromkeys(loader.problems))
+        raise ValueError(f"{directory}: the adapter does not fit ({len(loader.problems)} problems):\n  {listed}")
+    if not delta:
+        raise ValueError(f"{file}: holds no adapter.")
+    order = {path: number for number, path in enumerate(paths.flatten(base).paths)}
+    return dict(sorted(delta.items(), key=lambda item: order[item[0]]))
+
+
+@dataclasses.dataclass
+class _Module:
+    """What the adapter holds for one matrix of the base.
+
+    Attributes:
+      name: Of the base's tensor, without the prefix.
+      label: What the config's patterns are matched with.
+      parts: The keys, by part.
+    """
+
+    name: str
+    label: str
+    parts: dict[str, Key] = dataclasses.field(default_factory=dict)
+
+
+class _Loader:
+    def __init__(self, config: Config, tensors: Tensors, base: Any, names: Names):
+        self.config = config
+        self.tensors = tensors
+        self.problems: list[str] = []
+        self.leaves = paths.flatten(base).as_dict()
+        self.prefix = names.prefix
+        self.where: dict[str, tuple[Place, tuple[int, ...]]] = {}
+        self.tied: dict[str, str] = {}
+        self.row: dict[str, int] = {}
+        for path, leaf in self.leaves.items():
+            place = names.place(path, leaf.shape) if hasattr(leaf, "shape") else None
+            if place is not None:
+                self.where |= {self.bare(name): (place, index) for name, index in place.tensors.items()}
+                self.row |= dict.fromkeys(map(self.bare, place.tensors), names.weights.index(place.weight))
+                self.tied |= {self.bare(other): self.bare(name) for other, name in place.tied.items()}
+
+    def bare(self, name: str) -> str:
+        return name.removeprefix(self.prefix)
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            self.problems.append(str(error))
+
+    def delta(self) -> dict[str, Adapter]:
+        """The delta; meaningless where there are problems."""
+        modules, values, rows = self.sorted_keys()
+        delta: dict[str, Adapter] = {}
+        by_leaf: dict[str, dict[tuple[int, ...], _Module]] = collections.defaultdict(dict)
+        for module in modules.values():
+            if module.name in self.tied:
+                self.check_tied(module, modules.get(self.tied[module.name]))
+                continue
+            if module.name in self.tied.values() and not any(self.tied.get(name) == module.name for name in modules):
+                other = next(name for name, primary in self.tied.items() if primary == module.name)
+                self.problems.append(
+                    f"tied: the adapter changes {module.name} alone, which is one weight with {other} in the base"
+                )
+            place, index = self.where[module.name]
+            by_leaf[place.path][index] = module
+        for path, found in by_leaf.items():
+            with self.collecting():
+                delta[path] = self.low_rank(self.where[next(iter(found.values())).name][0], found)
+        self.add(delta, self.offsets(modules))
+        self.add(delta, self.replacements(values, modules))
+        for key in rows:
+            with self.collecting():
+                self.add(delta, self.rows(key))
+        self.check_expected(modules, values, rows)
+        return delta
+
+    def add(self, delta: dict[str, Adapter], more: Mapping[str, Adapter]) -> None:
+        for path, node in more.items():
+            if path in delta:
+                self.problems.append(f"twice: {path!r} would have {delta[path].kind} and {node.kind}")
+            delta[path] = node
+
+    def sorted_keys(self) -> tuple[dict[str, _Module], list[Key], list[Key]]:
+        """The tensors: factors by the base's tensor that they adapt, replacements, rows."""
+        parsed = []
+        for name in sorted(self.tensors):
+            if key := keys.parse(name):
+                parsed.append(key)
+            else:
+                self.problems.append(f"unused: {name!r} is no key of PEFT's LoRA")
+        deepest = {module: max(k.depth for k in parsed if k.module == module) for module in {k.module for k in parsed}}
+        modules: dict[str, _Module] = {}
+        for key in parsed:
+            if key.part in ("value", "rows"):
+                continue
+            if target := self.target(key, deepest[key.module]):
+                modules.setdefault(target.name, target).parts[key.part] = key
+            else:
+                known = [keys.split_name(name)[0] for name in (*self.where, *self.tied)]
+                self.problems.append(
+                    f"unused: {self.described(key)}: the base has no such weight; "
+                    f"{paths.nearest(self.bare(key.module), list(dict.fromkeys(known)))}"
+                )
+        return modules, [k for k in parsed if k.part == "value"], [k for k in parsed if k.part == "rows"]
+
+    def described(self, key: Key) -> str:
+        return f"{key.key} {self.tensors[key.key]}"
+
+    def target(self, key: Key, deepest: int) -> _Module | None:
+        """The base's tensor that a factor adapts."""
+        module = self.bare(key.module)
+        own = [keys.split_name(name) for name in self.config.target_parameters]
+        own = [p for m, p in own if keys.matches(module, [m]) and f"{module}.{p}" in self.where]
+        if own:
+            # One wrapper a parameter, in the module's order; the innermost has the first.
+            own.sort(key=lambda p: self.row[f"{module}.{p}"])
+            number = deepest - key.depth
+            return _Module(f"{module}.{own[number]}", f"{key.module}.{own[number]}") if number < len(own) else None
+        for name in (f"{module}.weight", f"{module}.in_proj_weight"):
+            if key.depth == 0 and (name in self.where or name in self.tied):
+                return _Module(name, key.module)
+        return None
+
+    def read(self, key: Key, shape: Sequence[int]) -> np.ndarray:
+        """A tensor, after a check of its shape and values."""
+        if self.tensors[key.key] != tuple(shape):
+            raise ValueError(f"shape: {self.described(key)}, expected {tuple(shape)}")
+        value = self.tensors.read(key.key)
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"dtype: {key.key} is {value.dtype}, expected floats")
+        if not np.isfinite(value.astype(np.float32)).all():
+            raise ValueError(f"not finite: {key.key}")
+        return value
+
+    def low_rank(self, place: Place, found: Mapping[tuple[int, ...], _Module]) -> Adapter:
+        """The adapter of a leaf from those of its tensors."""
+        fit = Fit(place)
+        factors = {}
+        for index, module in found.items():
+            with self.collecting():
+                factors[index] = self.factors(module, fit)
+        if len(factors) < len(found):
+            raise ValueError(f"{place.path!r} has no adapter because of the above")
+        groups = next(iter(factors.values())).groups
+        if any(factor.groups != groups for factor in factors.values()):
+            raise ValueError(f"{place.path!r}: its tensors have different numbers of groups")
+        lead = fit.lead()[1]
+        rank = max(f.rank for f in factors.values())
+        dtype = _dtype(factors.values())
+        a = np.zeros((*lead, *[groups] * (groups > 1), rank, *fit.size(fit.labels(IN))), dtype)
+        b = np.zeros((*lead, *[groups] * (groups > 1), rank, *_divided(fit.size(fit.labels(OUT)), groups)), dtype)
+        scale = np.ones(lead, np.float32)
+        given = np.zeros(lead, bool)
+        axis = len(fit.experts) + (groups > 1)
+        for index, factor in factors.items():
+            a[fit.at(index)] = pad_rank(factor.a, rank, axis)
+            b[fit.at(index)] = pad_rank(factor.b, rank, axis)
+            scale[fit.at(index)] = factor.scale
+            given[fit.at(index)] = True
+        blocks = (True,) * groups
+        shape = fit.size(fit.labels(BATCH))
+        if fit.block:
+            blocks = tuple(bool(x) for x in given.reshape(-1, lead[-1]).any(axis=0))
+            kept = np.flatnonzero(blocks)
+            a, b, scale = (np.take(x, kept, axis=len(lead) - 1) for x in (a, b, scale))
+            shape = [*shape, len(kept)] if len(blocks) > 1 else shape
+        same = scale[given[..., np.flatnonzero(blocks)] if fit.block else given]
+        fields: dict[str, Any] = {
+            "a": jnp.asarray(a.reshape(*shape, *a.shape[len(lead) :])),
+            "b": jnp.asarray(b.reshape(*shape, *b.shape[len(lead) :])),
+            "scale": jnp.asarray(same.flat[0] if (same == same.flat[0]).all() else scale.reshape(shape)),
+            "dropout": jnp.asarray(self.config.lora_dropout, jnp.float32),
+            "axes": fit.axes,
+            "blocks": blocks,
+        }
+        if not self.config.use_dora:
+            return LowRank(**fields)
+        if not given.all():
+            raise ValueError(f"{place.path!r}: DoRA on {given.sum()} of the {given.size} parts of one leaf is not held")
+        magnitude = np.zeros((*lead, *fit.size(fit.labels(OUT))), _dtype(factors.values()))
+        for index, factor in factors.items():
+            magnitude[fit.at(index)] = factor.magnitude
+        full = [math.prod(place.sizes[x] for x in group) for group, r in zip(place.left, fit.axes) if r == OUT]
+        magnitude = magnitude.reshape(*fit.size(fit.labels(BATCH)), *full)
+        return WeightDecomposed(**fields, magnitude=jnp.asarray(magnitude), norm_gradient=False)
+
+    def factors(self, module: _Module, fit: Fit) -> "_Factors":
+        """A module's factors in the order of the leaf's labels."""
+        wanted = ["a", "b", *(["magnitude"] if self.config.use_dora else [])]
+        missing = [part for part in wanted if part not in module.parts]
+        if missing:
+            known = keys.factor_keys(module.label, embedding=fit.place.weight.module == "embedding")
+            raise ValueError("missing: " + ", ".join(known[part] for part in missing))
+        if "magnitude" in module.parts and not self.config.use_dora:
+            raise ValueError(f"unused: {module.parts['magnitude'].key}, since {CONFIG} has use_dora false")
+        rank = self.config.rank(module.label)
+        into, out = (fit.size(fit.tensor_labels(role)) for role in (IN, OUT))
+        ones = (1,) * (len(fit.place.right) - 2)
+        groups = 1
+        if fit.experts:
+            count = math.prod(fit.place.sizes[x] for x in fit.experts)
+            a = self.read(module.parts["a"], (rank * count, *into)).reshape(count, rank, *into)
+            b = self.read(module.parts["b"], (*out, rank * count)).reshape(*out, rank, count).transpose(2, 1, 0)
+        elif (shape := self.tensors[module.parts["b"].key])[1:2] != (rank,) and ones and rank % max(shape[1], 1) == 0:
+            groups = rank // shape[1]
+            a, b = self.grouped(module, rank, groups, into, out)
+        else:
+            a = self.read(module.parts["a"], (rank, *into))
+            b = self.read(module.parts["b"], (*out, rank, *ones)).reshape(*out, rank).T
+        magnitude = None
+        if self.config.use_dora:
+            key = module.parts["magnitude"]
+            magnitude = self.read(key, (1, *out, *ones) if ones else out).reshape(out)
+            magnitude = fit.to_leaf(magnitude, OUT, rank=False)
+        if groups == 1:
+            a, b = fit.to_leaf(a, IN), fit.to_leaf(b, OUT)
+        else:
+            a = np.stack([fit.to_leaf(part, IN) for part in a])
+        return _Factors(a, b, magnitude, self.config.scale(module.label), rank // groups, groups)
+
+    def grouped(self, module, rank: int, groups: int, into, out) -> tuple[np.ndarray, np.ndarray]:
+        """Factors of a grouped convolution, a group at a time.
+
+        PEFT's A is not grouped. What it adds fits the grouped kernel only where each group's rows see nothing but
+        the group's own channels.
+        """
+        channels, per = into[0], rank // groups
+        a = self.read(module.parts["a"], (rank, channels * groups, *into[1:]))
+        b = self.read(module.parts["b"], (*out, per, *(1,) * len(into[1:])))
+        parts = a.reshape(groups, per, groups, channels, *into[1:])
+        across = parts.copy()
+        across[np.arange(groups), :, np.arange(groups)] = 0
+        if across.any():
+            raise ValueError(
+                f"cannot be held: {module.parts['a'].key} reaches across the {groups} groups of its convolution, "
+                "which no change of the grouped kernel does"
+            )
+        own = parts[np.arange(groups), :, np.arange(groups)]
+        return own, b.reshape(groups, out[0] // groups, per).transpose(0, 2, 1)
+
+    def check_tied(self, module: _Module, partner: _Module | None) -> None:
+        """A tied weight's factors must be the same in both of its uses, or they are not one weight any more."""
+        if partner is None:
+            self.problems.append(
+                f"tied: the adapter changes {module.name} alone, which is one weight with {self.tied[module.name]} in "
+                "the base"
+            )
+            return
+        pairs = (("a", "b"), ("b", "a"))
+        if not all(one in module.parts and two in partner.parts for one, two in pairs):
+            return  # what is missing is said elsewhere
+        for one, two in pairs:
+            value, other = (self.tensors.read(m.parts[p].key) for m, p in ((module, one), (partner, two)))
+            if value.shape != other.T.shape or (value != other.T).any():
+                self.problems.append(
+                    f"tied: {module.parts[one].key} is not the transpose of {partner.parts[two].key}, and the base has "
+                    "one weight for both"
+                )
+
+    def offsets(self, modules: Mapping[str, _Module]) -> dict[str, Adapter]:
+        """The biases on B, as offsets of the layers' own biases."""
+        found: dict[str, dict[str, tuple[np.ndarray, float]]] = collections.defaultdict(dict)
+        for module in modules.values():
+            key = module.parts.get("b_bias")
+            if key is None:
+                if self.config.lora_bias:
+                    self.problems.append("missing: " + keys.factor_keys(module.label, embedding=False)["b_bias"])
+                continue
+            name = keys.split_name(module.name)[0] + ".bias"
+            if not self.config.lora_bias:
+                self.problems.append(f"unused: {key.key}, since {CONFIG} has lora_bias false")
+            elif name in self.where:
+                with self.collecting():
+                    place = self.where[name][0]
+                    found[place.path][name] = self.read(key, place.tensor_shape), self.config.scale(module.label)
+            elif self.tensors.read(key.key).any():
+                self.problems.append(f"cannot be held: {key.key}, since the base has no {name} to add it to")
+        delta: dict[str, Adapter] = {}
+        for path, values in found.items():
+            place = self.where[next(iter(values))][0]
+            scales = {scale for _, scale in values.values()}
+            (scale,) = scales if len(scales) == 1 else (1.0,)
+            whole = place.join(
+                lambda name, part: (
+                    values[self.bare(name)][0] * np.float32(values[self.bare(name)][1] / scale)  # noqa: B023
+                    if self.bare(name) in values  # noqa: B023
+                    else np.zeros(place.tensor_shape, np.float32)  # noqa: B023
+                )[part],
+                next(iter(values.values()))[0].dtype,
+            )
+            delta[path] = Addition(value=jnp.asarray(whole), scale=jnp.asarray(scale, jnp.float32), axes=())
+        return delta
+
+    def replacements(self, values: Sequence[Key], modules: Mapping[str, _Module]) -> dict[str, Adapter]:
+        """Saved modules and biases, trained outright."""
+        given: dict[str, Key] = {}
+        for key in values:
+            name = self.bare(key.name)
+            primary = self.tied.get(name, name)
+            if primary not in self.where:
+                self.problems.append(
+                    f"unused: {self.described(key)}: the base has no such weight; "
+                    f"{paths.nearest(name, list(self.where))}"
+                )
+                continue
+            with self.collecting():
+                value = self.read(key, self.where[primary][0].tensor_shape)
+                saved = keys.matches(key.module, self.config.modules_to_save)
+                # PEFT stores an embedding beside its factors, or when it may have been resized.
+                if primary in modules or (keys.split_name(name)[1] == "weight" and not saved):
+                    if self.is_in_base(primary, value):
+                        continue
+                    if primary in modules:
+                        raise ValueError(f"cannot be held: {key.key} differs from the base's, and has factors too")
+                if name != primary and not self.same_as_tied(key, primary, values):
+                    raise ValueError(f"tied: {key.key} is trained apart from {primary}, one weight in the base")
+                given.setdefault(primary, key)
+        delta: dict[str, Adapter] = {}
+        for path in dict.fromkeys(self.where[name][0].path for name in given):
+            with self.collecting():
+                delta[path] = self.replacement(path, given)
+        return delta
+
+    def replacement(self, path: str, given: Mapping[str, Key]) -> Adapter:
+        place = next(place for place, _ in self.where.values() if place.path == path)
+        own = [self.bare(name) for name in place.tensors]
+        dtype = _joint([self.tensors.read(given[name].key).dtype for name in own if name in given])
+        rest: dict[str, np.ndarray] = {}
+        if any(name not in given for name in own):
+            rest = {self.bare(name): value for name, value in place.split(self.value(path)).items()}
+
+        def read(name: str, part: tuple[slice, ...]) -> np.ndarray:
+            bare = self.bare(name)
+            return self.tensors.read(given[bare].key, part) if bare in given else rest[bare][part]
+
+        return Replacement(value=jnp.asarray(place.join(read, dtype)), axes=())
+
+    def value(self, path: str) -> np.ndarray:
+        """A leaf of the base."""
+        if isinstance(self.leaves[path], jax.ShapeDtypeStruct):
+            raise ValueError(f"{path!r}: its value is needed, and the base has its shape only")
+        return np.asarray(self.leaves[path])
+
+    def is_in_base(self, name: str, value: np.ndarray) -> bool:
+        place, index = self.where[name]
+        stored = {at: tensor for tensor, at in place.tensors.items()}[index]
+        return bool((place.split(self.value(place.path))[stored].astype(value.dtype) == value).all())
+
+    def same_as_tied(self, key: Key, primary: str, values: Sequence[Key]) -> bool:
+        partner = next((other for other in values if self.bare(other.name) == primary), None)
+        return partner is not None and bool((self.tensors.read(key.key) == self.tensors.read(partner.key)).all())
+
+    def rows(self, key: Key) -> dict[str, Adapter]:
+        """Trainable tokens."""
+        name = self.bare(key.module) + ".weight"
+        if name not in self.where:
+            raise ValueError(f"unused: {self.described(key)}: the base has no {name}")
+        by_module = self.config.trainable_token_indices
+        ids = next((by_module[name] for name in by_module if not name or keys.matches(key.module, [name])), None)
+        if ids is None:
+            raise ValueError(f"unused: {key.key}, since {CONFIG} has no trainable_token_indices for it")
+        place, _ = self.where[name]
+        fit = Fit(place)
+        if len(place.tensors) > 1 or fit.axes.count(IN) != 1 or BATCH in fit.axes:
+            raise ValueError(f"cannot be held: {key.key} on {place.path!r}, which is no single table")
+        count = fit.size(fit.labels(IN))[0]
+        if len(set(ids)) < len(ids) or not all(0 <= i < count for i in ids):
+            raise ValueError(
+                f"{CONFIG}: trainable_token_indices {list(ids)} of {key.module}: expected different rows of a table of "
+                f"{count}"
+            )
+        rows = fit.to_leaf(self.read(key, (len(ids), *fit.size(fit.tensor_labels(OUT)))), OUT)
+        return {
+            place.path: RowReplacement(
+                rows=jnp.asarray(rows), ids=jnp.asarray(ids, jnp.int32), count=count, axes=fit.axes
+            )
+        }
+
+    def check_expected(self, modules: Mapping[str, _Module], values: Sequence[Key], rows: Sequence[Key]) -> None:
+        """What the config announces must be there."""
+        matrices = [name for name, (place, _) in self.where.items() if place.roles and not keys.is_parameter(name)]
+        for name in (*matrices, *self.tied):
+            module = keys.split_name(name)[0]
+            if name not in modules and self.config.targets(module):
+                if name in self.tied and not self.config.ensure_weight_tying:
+                    continue
+                embedding = name in self.where and self.where[name][0].weight.module == "embedding"
+                known = keys.factor_keys(module, embedding=embedding)
+                self.problems.append(f"missing: {known['a']}, {known['b']}")
+        for target in self.config.target_parameters:
+            if not any(keys.matches(name, [target]) for name in modules):
+                self.problems.append(f"missing: the factors of the parameter {target}")
+        saved = {self.bare(key.name) for key in values}
+        for name in self.where:
+            module, parameter = keys.split_name(name)
+            if name in saved or parameter != "bias":
+                continue
+            adapted = f"{module}.weight" in modules
+            if self.config.bias == "all" or (self.config.bias == "lora_only" and adapted):
+                self.problems.append("missing: " + keys.value_key(module, parameter, wrapped=adapted))
+        for entry in self.config.modules_to_save:
+            inside = [name for name in self.where if keys.inside(keys.split_name(name)[0], entry)]
+            for name in inside:
+                if name not in saved:
+                    self.problems.append("missing: " + keys.value_key(*keys.split_name(name), wrapped=False))
+        for module in self.config.trainable_token_indices:
+            if not any(not module or keys.matches(key.module, [module]) for key in rows):
+                self.problems.append(f"missing: the trained tokens of {module or 'the embedding'}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Factors:
+    """One module's factors: a `[*experts, (groups,) rank, *in]`, b `[…, rank, *out]`, axes as in the leaf."""
+
+    a: np.ndarray
+    b: np.ndarray
+    magnitude: np.ndarray | None
+    scale: float
+    rank: int
+    groups: int
+
+
+def _dtype(factors: Iterable[_Factors]) -> np.dtype:
+    return _joint([x.dtype for f in factors for x in (f.a, f.b)])
+
+
+def _joint(dtypes: Sequence[np.dtype]) -> np.dtype:
+    """The one dtype, or float32."""
+    return dtypes[0] if len(set(dtypes)) == 1 else np.dtype(np.float32)
+
+
+def _divided(sizes: list[int], groups: int) -> list[int]:
+    return [sizes[0] // groups, *sizes[1:]] if groups > 1 else sizes

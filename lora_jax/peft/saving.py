@@ -1,0 +1,52 @@
+"""Deltas to directories that PEFT and other consumers of its adapters read."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from lora_jax.adapters.protocol import Adapter
+from lora_jax.peft.exported import export
+from lora_jax.peft.names import Names
+from lora_jax.peft.targets import TARGETS
+
+
+def save(
+    directory: str | os.PathLike,
+    delta: Mapping[str, Adapter],
+    names: Names,
+    *,
+    target: str = "peft",
+    base_model: str | None = None,
+) -> None:
+    """Writes a delta as an adapter for PyTorch's world.
+
+    Args:
+      directory: Where to; an adapter that is there is replaced when the new one is complete.
+      delta: Adapters of the kinds LoRA, DoRA, Offset, Full and Rows.
+      names: Where the leaves stand in PyTorch.
+      target: Who is to read it: 'peft'; 'vllm' and 'gguf' (llama.cpp's converter), which read PEFT's format in
+        part: uneven scales are folded into B; or 'mlx' (mlx-lm), with files of its own.
+      base_model: The name or path of the base, for the reader's sake.
+
+    Raises:
+      ValueError: The delta holds what the target cannot: all of it is named, and nothing is written.
+      FileExistsError: The directory exists and is no adapter.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora, tempfile
+      >>> base = {"up": {"kernel": jnp.ones((4, 6))}}
+      >>> delta = lora.init(jax.random.key(0), base, {"up": lora.LoRA(2, alpha=4, axes=("in", "out"))})
+      >>> names = lora.peft.Names((lora.peft.Weight("up/kernel", "mlp.up_proj.weight", lora.peft.LINEAR),))
+      >>> lora.peft.save(tempfile.mkdtemp(), delta, names, target="vllm")
+      vLLM needs max_lora_rank of at least 8 for this adapter of rank 2.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target={target!r}; expected one of {', '.join(map(repr, TARGETS))}.")
+    if not isinstance(delta, Mapping) or not delta:
+        raise ValueError("There is nothing to save: a delta is a dict with at least one adapter.")
+    exported = export(delta, names)
+    problems = [*exported.problems, *TARGETS[target].refuses(exported)]
+    if problems:
+        listed = "\n  ".join(dict.fromkeys(problems))
+        raise ValueError(f"The delta cannot be written for {TARGETS[target].reader}:\n  {listed}")
+    TARGETS[target].write(Path(directory), exported, base_model)
