@@ -20,7 +20,6 @@ _REFUSED = (
     "monteclora_config",
     "use_bdlora",
     "use_qalora",
-    "velora_config",
 )
 # Initialisers that change the base too: PEFT repeats that when it loads the adapter on the original base.
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -53,6 +52,7 @@ class Config:
     modules_to_save: Sequence[str] = ()
     trainable_token_indices: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
     base_model_name_or_path: str | None = None
+    task_type: str | None = None
 
     @classmethod
     def read(cls, directory: Path) -> "Config":
@@ -124,11 +124,8 @@ class Config:
             "inference_mode": True,
             "init_lora_weights": True,
             "modules_to_save": list(self.modules_to_save) or None,
-            "target_modules": self.target_modules
-            if isinstance(self.target_modules, str)
-            else list(self.target_modules),
+            "target_modules": targets if isinstance(targets, str) else list(targets),
             "target_parameters": list(self.target_parameters) or None,
-            "task_type": None,
             "trainable_token_indices": {k: list(v) for k, v in self.trainable_token_indices.items()} or None,
         }
 
@@ -162,7 +159,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 def _check(file: Path, name: str, value: Any) -> None:
-    kinds = _KINDS.get(name, (str,) if name == "base_model_name_or_path" else (bool,))
+    kinds = _KINDS.get(name, (str,) if name in ("base_model_name_or_path", "task_type") else (bool,))
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise ValueError(f"{file}: {name} is {value!r}; expected {' or '.join(kind.__name__ for kind in kinds)}.")
     if name == "r" and value < 1:

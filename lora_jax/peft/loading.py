@@ -220,7 +220,7 @@ class _Loader:
         blocks = (True,) * groups
         shape = fit.size(fit.labels(BATCH))
         if fit.block:
-            blocks = tuple(bool(x) for x in given.reshape(-1, lead[-1]).any(axis=0))
+            blocks = tuple(np.any(given.reshape(-1, lead[-1]), axis=0).tolist())
             kept = np.flatnonzero(blocks)
             a, b, scale = (np.take(x, kept, axis=len(lead) - 1) for x in (a, b, scale))
             shape = [*shape, len(kept)] if len(blocks) > 1 else shape

@@ -17,6 +17,7 @@ def save(
     *,
     target: str = "peft",
     base_model: str | None = None,
+    task_type: str | None = None,
 ) -> None:
     """Writes a delta as an adapter for PyTorch's world.
 
@@ -27,6 +28,7 @@ def save(
       target: Who is to read it: 'peft'; 'vllm' and 'gguf' (llama.cpp's converter), which read PEFT's format in
         part: uneven scales are folded into B; or 'mlx' (mlx-lm), with files of its own.
       base_model: The name or path of the base, for the reader's sake.
+      task_type: PEFT's name of the kind of model ('CAUSAL_LM', 'SEQ_CLS'), by which its Auto classes choose.
 
     Raises:
       ValueError: The delta holds what the target cannot: all of it is named, and nothing is written.
@@ -49,4 +51,4 @@ def save(
     if problems:
         listed = "\n  ".join(dict.fromkeys(problems))
         raise ValueError(f"The delta cannot be written for {TARGETS[target].reader}:\n  {listed}")
-    TARGETS[target].write(Path(directory), exported, base_model)
+    TARGETS[target].write(Path(directory), exported, base_model, task_type)

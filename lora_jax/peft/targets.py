@@ -29,12 +29,12 @@ class Target:
     Attributes:
       reader: Its name in messages.
       refuses: Names what it cannot hold.
-      write: Writes the files: `write(directory, exported, base_model)`.
+      write: Writes the files: `write(directory, exported, base_model, task_type)`.
     """
 
     reader: str
     refuses: Callable[[Exported], list[str]]
-    write: Callable[[Path, Exported, str | None], None]
+    write: Callable[[Path, Exported, str | None, str | None], None]
 
 
 def _refuses_for_peft(exported: Exported) -> list[str]:
@@ -84,24 +84,24 @@ def _refuses_for_mlx(exported: Exported) -> list[str]:
     return problems + _refuses_for_peft(exported)
 
 
-def _write_peft(directory: Path, exported: Exported, base_model: str | None) -> None:
+def _write_peft(directory: Path, exported: Exported, base_model: str | None, task_type: str | None) -> None:
     ranks = {m.label: m.rank for m in exported.modules}
-    config = Config(**_shared(exported, base_model), **_scales(exported.modules, ranks))
+    config = Config(**_shared(exported, base_model, task_type), **_scales(exported.modules, ranks))
     _write(directory, exported, config)
 
 
-def _write_vllm(directory: Path, exported: Exported, base_model: str | None) -> None:
+def _write_vllm(directory: Path, exported: Exported, base_model: str | None, task_type: str | None) -> None:
     """One scale for all modules, the config's alpha by the config's r."""
     modules = _one_scale(exported.modules)
     rank = max(module.rank for module in modules)
     exported = dataclasses.replace(exported, modules=[module.padded(rank) for module in modules])
     alpha = _rounded(exported.modules[0].scale * rank, rank)
-    _write(directory, exported, Config(**_shared(exported, base_model), r=rank, lora_alpha=alpha))
+    _write(directory, exported, Config(**_shared(exported, base_model, task_type), r=rank, lora_alpha=alpha))
     least = min(n for n in MAX_LORA_RANKS if n >= rank)
     print(f"vLLM needs max_lora_rank of at least {least} for this adapter of rank {rank}.")
 
 
-def _write_gguf(directory: Path, exported: Exported, base_model: str | None) -> None:
+def _write_gguf(directory: Path, exported: Exported, base_model: str | None, task_type: str | None) -> None:
     """One alpha for all modules, by the rank of each module's own B."""
     alphas = [_rounded(module.scale * module.rank, module.rank) for module in exported.modules]
     alpha = alphas[0]
@@ -113,11 +113,16 @@ def _write_gguf(directory: Path, exported: Exported, base_model: str | None) -> 
     ranks = collections.Counter(module.rank for module in modules)
     rank = ranks.most_common(1)[0][0]
     pattern = {re.escape(m.label): m.rank for m in modules if m.rank != rank}
-    _write(directory, exported, Config(**_shared(exported, base_model), r=rank, lora_alpha=alpha, rank_pattern=pattern))
+    _write(
+        directory,
+        exported,
+        Config(**_shared(exported, base_model, task_type), r=rank, lora_alpha=alpha, rank_pattern=pattern),
+    )
 
 
-def _write_mlx(directory: Path, exported: Exported, base_model: str | None) -> None:
+def _write_mlx(directory: Path, exported: Exported, base_model: str | None, task_type: str | None) -> None:
     """Files of its own: factors the other way round, one raw scale and one rank."""
+    del task_type  # it has none
     modules = _one_scale(exported.modules)
     rank = max(module.rank for module in modules)
     tensors = {}
@@ -196,7 +201,7 @@ def _whole(value: float) -> bool:
     return float(value).is_integer()
 
 
-def _shared(exported: Exported, base_model: str | None) -> dict[str, Any]:
+def _shared(exported: Exported, base_model: str | None, task_type: str | None) -> dict[str, Any]:
     """The fields of the config that do not depend on ranks and scales."""
     modules = exported.modules
     attention = {m.module for m in modules if m.name.endswith(".in_proj_weight")}
@@ -220,6 +225,7 @@ def _shared(exported: Exported, base_model: str | None) -> dict[str, Any]:
         "modules_to_save": sorted({keys.split_name(name)[0] for name in exported.values if name not in by_bias}),
         "trainable_token_indices": {module: ids for module, (ids, _) in exported.rows.items()},
         "base_model_name_or_path": base_model,
+        "task_type": task_type,
     }
 
 
