@@ -91,7 +91,8 @@ def load(
             read = [place for path, place in places.items() if path not in new]
             stored.check(directory, read, {name for path in new for name in places[path].tensors}, unused)
             for place in read:
-                values[place.path] = stored.placed(place, dtype, shardings[place.path])
+                # waited for: copies under way would keep one part after another in the host's memory
+                values[place.path] = jax.block_until_ready(stored.placed(place, dtype, shardings[place.path]))
     except UserError:
         raise
     except ValueError as error:
@@ -186,7 +187,7 @@ class _Stored:
         """The weight on its devices."""
         dtype = jnp.dtype(dtype or self._dtype(place))
         if sharding is None:
-            return jnp.asarray(place.join(self._read, dtype))
+            return jax.device_put(place.join(self._read, dtype))
         sharing: dict[tuple, list[jax.Device]] = {}
         for device, part in sharding.addressable_devices_indices_map(place.shape).items():
             sharing.setdefault(tuple((axis.start, axis.stop) for axis in part or ()), []).append(device)
