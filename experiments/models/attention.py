@@ -1,10 +1,13 @@
 """Scaled dot-product attention by the kernel that a platform has."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from experiments.models.options import AttentionKernel, Platform
+from experiments.models.options import AttentionKernel, Platform, Shards
 
 _PLATFORMS = {"cudnn": "gpu", "flash": "tpu"}
 # A block of the TPU kernel is a multiple of the 128 lanes of a register; larger blocks amortise its loop, up to
@@ -24,6 +27,7 @@ def attend(
     scale: float | None = None,
     kernel: AttentionKernel = "xla",
     platform: Platform | None = None,
+    shards: Shards | None = None,
 ) -> jax.Array:
     """Mixes values by the softmax of scaled products of queries and keys.
 
@@ -39,6 +43,7 @@ def attend(
       scale: Of the products; None is 1/√width.
       kernel: See :class:`Options`.
       platform: Likewise.
+      shards: Likewise.
 
     Returns:
       `[batch, queries, heads, width]`.
@@ -50,7 +55,14 @@ def attend(
         raise ValueError(f"window={window} is for causal attention; give causal=True too.")
     _check(kernel, q_BLHK, k_BTGK, mask_B1LT, platform)
     if kernel == "flash":
-        return _flash(q_BLHK, k_BTGK, v_BTGK, segments_BL, causal, window, scale)
+        local = functools.partial(_flash, causal=causal, window=window, scale=scale)
+        if shards is not None:  # XLA cannot divide a kernel: each device runs it on its examples and heads
+            batch, heads = shards
+            each = jax.P(batch, None, heads, None)
+            in_specs = (each, each, each, None if segments_BL is None else jax.P(batch, None))
+            # The kernel does not tell along which axes of the mesh its results vary.
+            local = jax.shard_map(local, in_specs=in_specs, out_specs=each, check_vma=False)
+        return local(q_BLHK, k_BTGK, v_BTGK, segments_BL)
     if segments_BL is not None:
         same_B1LL = segments_BL[:, None, :, None] == segments_BL[:, None, None, :]
         mask_B1LT = same_B1LL if mask_B1LT is None else mask_B1LT & same_B1LL
@@ -74,6 +86,7 @@ def _flash(
     k_BLGK: jax.Array,
     v_BLGK: jax.Array,
     segments_BL: jax.Array | None,
+    *,
     causal: bool,
     window: int | None,
     scale: float | None,
@@ -86,10 +99,10 @@ def _flash(
     else:
         mask = splash.CausalMask(square) if causal else splash.FullMask(square)
     block = next(size for size in _BLOCKS if length % size == 0)
-    sizes = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), block)
-    kernel = splash.make_splash_mha(
+    backward = {"block_q_dkv": block, "block_kv_dkv": block, "block_q_dq": block, "block_kv_dq": block}
+    kernel: Any = splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
-        block_sizes=splash.BlockSizes(**sizes),
+        block_sizes=splash.BlockSizes(block_q=block, block_kv=block, **backward),  # pyrefly: ignore[bad-argument-type]
         head_shards=1,
         q_seq_shards=1,
     )

@@ -88,6 +88,7 @@ class Sight:
                 window=window,
                 kernel=options.attention,
                 platform=options.platform,
+                shards=options.shards,
             )
         assert self.slots_BT is not None
         q_BL1, slots_B1T = self.positions_BL[:, :, None], self.slots_BT[:, None, :]

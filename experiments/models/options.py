@@ -8,6 +8,8 @@ import jax.numpy as jnp
 Remat = Literal["none", "dots", "full"]
 AttentionKernel = Literal["xla", "cudnn", "flash"]
 Platform = Literal["cpu", "gpu", "tpu"]
+Axes = str | tuple[str, ...] | None
+Shards = tuple[Axes, Axes]
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Options:
       dtype: Of activations; weights are cast to it at each use.
       attention: 'xla' anywhere, 'cudnn' on NVIDIA GPUs, 'flash' on TPUs.
       platform: What the model is compiled for, where it is not what this process runs on (ahead of time).
+      shards: The axes of the mesh (of `jax.set_mesh`) that divide examples and heads, for 'flash' on several devices.
       loss_chunk: How many tokens of a sequence have logits at the same time, where a model gives losses.
     """
 
@@ -30,6 +33,7 @@ class Options:
     dtype: Any = jnp.float32
     attention: AttentionKernel = "xla"
     platform: Platform | None = None
+    shards: Shards | None = None
     loss_chunk: int = 512
 
 

@@ -48,6 +48,20 @@ def test_the_flash_kernel_agrees(getkey, monkeypatch, case):
 KERNELS = ("xla", "flash")
 
 
+@pytest.mark.parametrize("segments", [None, jnp.arange(128)[None] // jnp.array([[100]] * 4)])
+def test_the_flash_kernel_on_several_devices(getkey, monkeypatch, segments):
+    make = functools.partial(attention.splash.make_splash_mha, interpret=True)
+    monkeypatch.setattr(attention.splash, "make_splash_mha", make)
+    q, k, v = (jax.random.normal(getkey(), (4, 128, heads, WIDTH)) for heads in (4, 2, 2))
+    want = attend(q, k, v, segments_BL=segments, causal=True)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    flash = functools.partial(attend, causal=True, kernel="flash", platform="tpu", shards=("data", "model"))
+    with jax.set_mesh(mesh):
+        got = jax.jit(lambda *qkv: flash(*qkv, segments_BL=segments))(q, k, v)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert got.sharding.shard_shape(got.shape) == (1, 128, 2, WIDTH)
+
+
 def test_windows_segments_and_masks(getkey):
     q, k, v = inputs(getkey, length=6)
     place = np.arange(6)
