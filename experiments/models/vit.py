@@ -102,7 +102,13 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         q_BLHK, k_BLHK, v_BLHK = (self.split(f(x_BLD)) for f in (self.query, self.key, self.value))
-        mixed_BLHK = attend(q_BLHK, k_BLHK, v_BLHK, kernel=self.options.attention, platform=self.options.platform)
+        if self.options.attention == "xla":
+            scores_BHLL = jnp.einsum("bqhk,bthk->bhqt", q_BLHK, k_BLHK).astype(jnp.float32) * (q_BLHK.shape[-1] ** -0.5)
+            weights_BHLL = jax.nn.softmax(scores_BHLL, axis=-1).astype(x_BLD.dtype)
+            mixed_BLHK = jnp.einsum("bhqt,bthk->bqhk", weights_BHLL, v_BLHK)
+        else:
+            kernel, platform = self.options.attention, self.options.platform
+            mixed_BLHK = attend(q_BLHK, k_BLHK, v_BLHK, kernel=kernel, platform=platform)
         return self.output(mixed_BLHK.reshape(x_BLD.shape))
 
     def split(self, x_BLD: jax.Array) -> jax.Array:

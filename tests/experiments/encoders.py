@@ -45,16 +45,16 @@ def names(model):
 @functools.cache
 def results(name, options=DEFAULT):
     """Logits, last hidden states and the gradients of all weights in the unrolled form, from one compiled function."""
-    model = load(name, options)
+    model, inputs = load(name, options), fixture(name).inputs
     apply_fn, base = lora.nnx.functional(model)
     hidden_fn, _ = lora.nnx.functional(model if name == "vit" else model.encoder)
 
     def loss(base):
-        logits = apply_fn(base, *fixture(name).inputs)
+        logits = apply_fn(base, *inputs)
         return jnp.sum(logits**2), logits
 
     gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(base)
-    hidden = None if name == "vit" else jax.jit(hidden_fn)(base["encoder"], *fixture(name).inputs)
+    hidden = None if name == "vit" else jax.jit(hidden_fn)(base["encoder"], *inputs)
     flat = {"/".join(str(key.key) for key in path): x for path, x in jax.tree_util.tree_leaves_with_path(gradients)}
     if options.scan:
         stacked = {path: x for path, x in flat.items() if "/layers/" in path}
@@ -81,10 +81,14 @@ def check_form(name, form):
 
 
 def check_bfloat16(name):
-    apply_fn, base = lora.nnx.functional(load(name, Options(scan=True, dtype=jnp.bfloat16)))
-    logits = jax.jit(apply_fn)(base, *fixture(name).inputs)
-    assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, fixture(name).logits, atol=0.1)
+    """Forwards and backwards."""
+    given = results(name, Options(scan=True, dtype=jnp.bfloat16))
+    assert given.logits.dtype == jnp.float32
+    np.testing.assert_allclose(given.logits, fixture(name).logits, atol=0.1)
+    for path, gradient in given.gradients.items():
+        usual = results(name).gradients[path]
+        assert gradient.dtype == jnp.float32
+        assert np.abs(gradient - usual).max() <= 0.1 * np.abs(usual).max() + 0.05, path
 
 
 def check_round_trip(name, options, directory):
