@@ -101,6 +101,17 @@ class Config:
         rank = self.rank(module)
         return self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def tokens(self, module: str) -> Sequence[int] | None:
+        """The rows of a module that are trained; None where none are."""
+        return next(
+            (
+                ids
+                for key, ids in self.trainable_token_indices.items()
+                if key in ("", module) or module.endswith(f".{key}")
+            ),
+            None,
+        )
+
     def targets(self, module: str) -> bool:
         """Whether `target_modules` names a module, as far as the config alone can tell."""
         wanted = self.target_modules

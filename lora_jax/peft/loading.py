@@ -22,9 +22,10 @@ from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
 from lora_jax.peft import keys
 from lora_jax.peft.config import CONFIG, Config
 from lora_jax.peft.factors import Fit, pad_rank
-from lora_jax.peft.keys import ADAPTER, Key
+from lora_jax.peft.keys import Key
+from lora_jax.peft.layout import adapter_tensors
 from lora_jax.peft.names import Names, Place
-from lora_jax.peft.tensors import Tensors, pickle_beside
+from lora_jax.peft.tensors import Tensors
 
 
 def load(directory: str | os.PathLike, base: Any, names: Names) -> dict[str, Adapter]:
@@ -50,17 +51,14 @@ def load(directory: str | os.PathLike, base: Any, names: Names) -> dict[str, Ada
     """
     directory = Path(directory)
     config = Config.read(directory)
-    file = directory / ADAPTER
-    if not file.is_file():
-        raise ValueError(f"{directory}: no {ADAPTER}{pickle_beside(directory)}.")
-    with Tensors([file]) as tensors:
+    with adapter_tensors(directory) as tensors:
         loader = _Loader(config, tensors, base, names)
         delta = loader.delta()
     if loader.problems:
         listed = "\n  ".join(dict.fromkeys(loader.problems))
         raise ValueError(f"{directory}: the adapter does not fit ({len(loader.problems)} problems):\n  {listed}")
     if not delta:
-        raise ValueError(f"{file}: holds no adapter.")
+        raise ValueError(f"{directory}: holds no adapter.")
     order = {path: number for number, path in enumerate(paths.flatten(base).paths)}
     return dict(sorted(delta.items(), key=lambda item: order[item[0]]))
 
@@ -415,8 +413,7 @@ class _Loader:
         name = self.bare(key.module) + ".weight"
         if name not in self.where:
             raise ValueError(f"unused: {self.described(key)}: the base has no {name}")
-        by_module = self.config.trainable_token_indices
-        ids = next((by_module[name] for name in by_module if not name or keys.matches(key.module, [name])), None)
+        ids = self.config.tokens(key.module)
         if ids is None:
             raise ValueError(f"unused: {key.key}, since {CONFIG} has no trainable_token_indices for it")
         place, _ = self.where[name]

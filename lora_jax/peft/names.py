@@ -130,7 +130,20 @@ class Names:
         Raises:
           ValueError: Its shape does not fit the row that matches.
         """
-        return next((place for weight in self.weights if (place := weight.bind(path, shape))), None)
+        rows = [*self._patterns, *([self._literals[path]] if path in self._literals else [])]
+        for number in sorted(rows):
+            if place := self.weights[number].bind(path, shape):
+                return place
+        return None
+
+    @functools.cached_property
+    def _literals(self) -> dict[str, int]:
+        """The rows whose path has no placeholder: a checkpoint's own names are thousands of these."""
+        return {row.path: number for number, row in enumerate(self.weights) if "{" not in row.path}
+
+    @functools.cached_property
+    def _patterns(self) -> list[int]:
+        return [number for number, row in enumerate(self.weights) if "{" in row.path]
 
     def find(self, path: str, shape: Sequence[int]) -> "Place":
         """Where a leaf stands.

@@ -113,11 +113,8 @@ def _write_gguf(directory: Path, exported: Exported, base_model: str | None, tas
     ranks = collections.Counter(module.rank for module in modules)
     rank = ranks.most_common(1)[0][0]
     pattern = {re.escape(m.label): m.rank for m in modules if m.rank != rank}
-    _write(
-        directory,
-        exported,
-        Config(**_shared(exported, base_model, task_type), r=rank, lora_alpha=alpha, rank_pattern=pattern),
-    )
+    shared = _shared(exported, base_model, task_type)
+    _write(directory, exported, Config(**shared, r=rank, lora_alpha=alpha, rank_pattern=pattern))
 
 
 def _write_mlx(directory: Path, exported: Exported, base_model: str | None, task_type: str | None) -> None:
