@@ -38,8 +38,8 @@ def run(layers: Layers, x: Any, *shared: Any, each: Any = None, options: Options
       options: Whether to scan and what to rematerialise.
 
     Returns:
-      What the last layer gives, and what the layers give to keep, in the form of `each`: unrolled layers update
-      arrays of their own, which XLA does in place; scanned ones read and write one stacked array.
+      What the last layer gives, and what the layers give to keep, in the form of `each`: unrolled layers have
+      arrays of their own, which nothing stacks; scanned ones read and write parts of one array.
     """
 
     def call(layer: nnx.Module, x: Any, own: Any, *shared: Any) -> tuple[Any, Any]:

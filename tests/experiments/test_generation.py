@@ -1,5 +1,7 @@
 """Generation: what transformers generates, padding on any side, base + delta, filters, and the edges of a cache."""
 
+import doctest
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 
 import lora_jax as lora
 from experiments import generation
+from experiments.generation import ngrams, sampling
 from experiments.models.options import Options
+from experiments.training import chunked_loss
 from tests.experiments.decoders import ALL, FIXTURES, expected, load
 
 PAD, NEW, SLOTS = 1, 10, 18  # nine tokens of the longest prompt, and nine that are read again
@@ -211,3 +215,9 @@ def test_what_cannot_be_generated_is_refused(getkey):
         generation.beam_search(*args, **how, beams=30)
     with pytest.raises(ValueError, match="33 tokens, 32 positions"):
         model.model.cache(1, 33)
+
+
+@pytest.mark.parametrize("module", [ngrams, sampling, chunked_loss], ids=lambda module: module.__name__)
+def test_examples_in_docstrings(module):
+    results = doctest.testmod(module)
+    assert results.attempted and not results.failed
