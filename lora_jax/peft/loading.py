@@ -2,10 +2,8 @@
 
 import collections
 import contextlib
-import dataclasses
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.adapters.dora import WeightDecomposed
 from lora_jax.adapters.full import Replacement, RowReplacement
-from lora_jax.adapters.lowrank import LowRank
 from lora_jax.adapters.offset import Addition
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
 from lora_jax.peft import keys
 from lora_jax.peft.config import CONFIG, Config
-from lora_jax.peft.factors import Fit, pad_rank
+from lora_jax.peft.factors import Fit
 from lora_jax.peft.keys import Key
 from lora_jax.peft.layout import adapter_tensors
+from lora_jax.peft.low_rank import joint, low_rank
 from lora_jax.peft.names import Names, Place
-from lora_jax.peft.tensors import Tensors
+from lora_jax.peft.stored import Module, Stored
 
 
 def load(directory: str | os.PathLike, base: Any, names: Names) -> dict[str, Adapter]:
@@ -52,7 +49,7 @@ def load(directory: str | os.PathLike, base: Any, names: Names) -> dict[str, Ada
     directory = Path(directory)
     config = Config.read(directory)
     with adapter_tensors(directory) as tensors:
-        loader = _Loader(config, tensors, base, names)
+        loader = _Loader(Stored(config, tensors), base, names)
         delta = loader.delta()
     if loader.problems:
         listed = "\n  ".join(dict.fromkeys(loader.problems))
@@ -63,25 +60,11 @@ def load(directory: str | os.PathLike, base: Any, names: Names) -> dict[str, Ada
     return dict(sorted(delta.items(), key=lambda item: order[item[0]]))
 
 
-@dataclasses.dataclass
-class _Module:
-    """What the adapter holds for one matrix of the base.
-
-    Attributes:
-      name: Of the base's tensor, without the prefix.
-      label: What the config's patterns are matched with.
-      parts: The keys, by part.
-    """
-
-    name: str
-    label: str
-    parts: dict[str, Key] = dataclasses.field(default_factory=dict)
-
-
 class _Loader:
-    def __init__(self, config: Config, tensors: Tensors, base: Any, names: Names):
-        self.config = config
-        self.tensors = tensors
+    def __init__(self, stored: Stored, base: Any, names: Names):
+        self.stored = stored
+        self.config = stored.config
+        self.tensors = stored.tensors
         self.problems: list[str] = []
         self.leaves = paths.flatten(base).as_dict()
         self.prefix = names.prefix
@@ -109,7 +92,7 @@ class _Loader:
         """The delta; meaningless where there are problems."""
         modules, values, rows = self.sorted_keys()
         delta: dict[str, Adapter] = {}
-        by_leaf: dict[str, dict[tuple[int, ...], _Module]] = collections.defaultdict(dict)
+        by_leaf: dict[str, dict[tuple[int, ...], Module]] = collections.defaultdict(dict)
         for module in modules.values():
             if module.name in self.tied:
                 self.check_tied(module, modules.get(self.tied[module.name]))
@@ -123,7 +106,7 @@ class _Loader:
             by_leaf[place.path][index] = module
         for path, found in by_leaf.items():
             with self.collecting():
-                delta[path] = self.low_rank(self.where[next(iter(found.values())).name][0], found)
+                delta[path] = low_rank(self.stored, self.where[next(iter(found.values())).name][0], found)
         self.add(delta, self.offsets(modules))
         self.add(delta, self.replacements(values, modules))
         for key in rows:
@@ -138,7 +121,7 @@ class _Loader:
                 self.problems.append(f"twice: {path!r} would have {delta[path].kind} and {node.kind}")
             delta[path] = node
 
-    def sorted_keys(self) -> tuple[dict[str, _Module], list[Key], list[Key]]:
+    def sorted_keys(self) -> tuple[dict[str, Module], list[Key], list[Key]]:
         """The tensors: factors by the base's tensor that they adapt, replacements, rows."""
         parsed = []
         for name in sorted(self.tensors):
@@ -147,7 +130,7 @@ class _Loader:
             else:
                 self.problems.append(f"unused: {name!r} is no key of PEFT's LoRA")
         deepest = {module: max(k.depth for k in parsed if k.module == module) for module in {k.module for k in parsed}}
-        modules: dict[str, _Module] = {}
+        modules: dict[str, Module] = {}
         for key in parsed:
             if key.part in ("value", "rows"):
                 continue
@@ -156,15 +139,12 @@ class _Loader:
             else:
                 known = [keys.split_name(name)[0] for name in (*self.where, *self.tied)]
                 self.problems.append(
-                    f"unused: {self.described(key)}: the base has no such weight; "
+                    f"unused: {self.stored.described(key)}: the base has no such weight; "
                     f"{paths.nearest(self.bare(key.module), list(dict.fromkeys(known)))}"
                 )
         return modules, [k for k in parsed if k.part == "value"], [k for k in parsed if k.part == "rows"]
 
-    def described(self, key: Key) -> str:
-        return f"{key.key} {self.tensors[key.key]}"
-
-    def target(self, key: Key, deepest: int) -> _Module | None:
+    def target(self, key: Key, deepest: int) -> Module | None:
         """The base's tensor that a factor adapts."""
         module = self.bare(key.module)
         own = [keys.split_name(name) for name in self.config.target_parameters]
@@ -173,130 +153,13 @@ class _Loader:
             # One wrapper a parameter, in the module's order; the innermost has the first.
             own.sort(key=lambda p: self.row[f"{module}.{p}"])
             number = deepest - key.depth
-            return _Module(f"{module}.{own[number]}", f"{key.module}.{own[number]}") if number < len(own) else None
+            return Module(f"{module}.{own[number]}", f"{key.module}.{own[number]}") if number < len(own) else None
         for name in (f"{module}.weight", f"{module}.in_proj_weight"):
             if key.depth == 0 and (name in self.where or name in self.tied):
-                return _Module(name, key.module)
+                return Module(name, key.module)
         return None
 
-    def read(self, key: Key, shape: Sequence[int]) -> np.ndarray:
-        """A tensor, after a check of its shape and values."""
-        if self.tensors[key.key] != tuple(shape):
-            raise ValueError(f"shape: {self.described(key)}, expected {tuple(shape)}")
-        value = self.tensors.read(key.key)
-        if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise ValueError(f"dtype: {key.key} is {value.dtype}, expected floats")
-        if not np.isfinite(value.astype(np.float32)).all():
-            raise ValueError(f"not finite: {key.key}")
-        return value
-
-    def low_rank(self, place: Place, found: Mapping[tuple[int, ...], _Module]) -> Adapter:
-        """The adapter of a leaf from those of its tensors."""
-        fit = Fit(place)
-        factors = {}
-        for index, module in found.items():
-            with self.collecting():
-                factors[index] = self.factors(module, fit)
-        if len(factors) < len(found):
-            raise ValueError(f"{place.path!r} has no adapter because of the above")
-        groups = next(iter(factors.values())).groups
-        if any(factor.groups != groups for factor in factors.values()):
-            raise ValueError(f"{place.path!r}: its tensors have different numbers of groups")
-        lead = fit.lead()[1]
-        rank = max(f.rank for f in factors.values())
-        dtype = _dtype(factors.values())
-        a = np.zeros((*lead, *[groups] * (groups > 1), rank, *fit.size(fit.labels(IN))), dtype)
-        b = np.zeros((*lead, *[groups] * (groups > 1), rank, *_divided(fit.size(fit.labels(OUT)), groups)), dtype)
-        scale = np.ones(lead, np.float32)
-        given = np.zeros(lead, bool)
-        axis = len(fit.experts) + (groups > 1)
-        for index, factor in factors.items():
-            a[fit.at(index)] = pad_rank(factor.a, rank, axis)
-            b[fit.at(index)] = pad_rank(factor.b, rank, axis)
-            scale[fit.at(index)] = factor.scale
-            given[fit.at(index)] = True
-        blocks = (True,) * groups
-        shape = fit.size(fit.labels(BATCH))
-        if fit.block:
-            blocks = tuple(np.any(given.reshape(-1, lead[-1]), axis=0).tolist())
-            kept = np.flatnonzero(blocks)
-            a, b, scale = (np.take(x, kept, axis=len(lead) - 1) for x in (a, b, scale))
-            shape = [*shape, len(kept)] if len(blocks) > 1 else shape
-        same = scale[given[..., np.flatnonzero(blocks)] if fit.block else given]
-        fields: dict[str, Any] = {
-            "a": jnp.asarray(a.reshape(*shape, *a.shape[len(lead) :])),
-            "b": jnp.asarray(b.reshape(*shape, *b.shape[len(lead) :])),
-            "scale": jnp.asarray(same.flat[0] if (same == same.flat[0]).all() else scale.reshape(shape)),
-            "dropout": jnp.asarray(self.config.lora_dropout, jnp.float32),
-            "axes": fit.axes,
-            "blocks": blocks,
-        }
-        if not self.config.use_dora:
-            return LowRank(**fields)
-        if not given.all():
-            raise ValueError(f"{place.path!r}: DoRA on {given.sum()} of the {given.size} parts of one leaf is not held")
-        magnitude = np.zeros((*lead, *fit.size(fit.labels(OUT))), _dtype(factors.values()))
-        for index, factor in factors.items():
-            magnitude[fit.at(index)] = factor.magnitude
-        full = [math.prod(place.sizes[x] for x in group) for group, r in zip(place.left, fit.axes) if r == OUT]
-        magnitude = magnitude.reshape(*fit.size(fit.labels(BATCH)), *full)
-        return WeightDecomposed(**fields, magnitude=jnp.asarray(magnitude), norm_gradient=False)
-
-    def factors(self, module: _Module, fit: Fit) -> "_Factors":
-        """A module's factors in the order of the leaf's labels."""
-        wanted = ["a", "b", *(["magnitude"] if self.config.use_dora else [])]
-        missing = [part for part in wanted if part not in module.parts]
-        if missing:
-            known = keys.factor_keys(module.label, embedding=fit.place.weight.module == "embedding")
-            raise ValueError("missing: " + ", ".join(known[part] for part in missing))
-        if "magnitude" in module.parts and not self.config.use_dora:
-            raise ValueError(f"unused: {module.parts['magnitude'].key}, since {CONFIG} has use_dora false")
-        rank = self.config.rank(module.label)
-        into, out = (fit.size(fit.tensor_labels(role)) for role in (IN, OUT))
-        ones = (1,) * (len(fit.place.right) - 2)
-        groups = 1
-        if fit.experts:
-            count = math.prod(fit.place.sizes[x] for x in fit.experts)
-            a = self.read(module.parts["a"], (rank * count, *into)).reshape(count, rank, *into)
-            b = self.read(module.parts["b"], (*out, rank * count)).reshape(*out, rank, count).transpose(2, 1, 0)
-        elif (shape := self.tensors[module.parts["b"].key])[1:2] != (rank,) and ones and rank % max(shape[1], 1) == 0:
-            groups = rank // shape[1]
-            a, b = self.grouped(module, rank, groups, into, out)
-        else:
-            a = self.read(module.parts["a"], (rank, *into))
-            b = self.read(module.parts["b"], (*out, rank, *ones)).reshape(*out, rank).T
-        magnitude = None
-        if self.config.use_dora:
-            key = module.parts["magnitude"]
-            magnitude = self.read(key, (1, *out, *ones) if ones else out).reshape(out)
-            magnitude = fit.to_leaf(magnitude, OUT, rank=False)
-        if groups == 1:
-            a, b = fit.to_leaf(a, IN), fit.to_leaf(b, OUT)
-        else:
-            a = np.stack([fit.to_leaf(part, IN) for part in a])
-        return _Factors(a, b, magnitude, self.config.scale(module.label), rank // groups, groups)
-
-    def grouped(self, module, rank: int, groups: int, into, out) -> tuple[np.ndarray, np.ndarray]:
-        """Factors of a grouped convolution, a group at a time.
-
-        PEFT's A is not grouped. What it adds fits the grouped kernel only where each group's rows see nothing but
-        the group's own channels.
-        """
-        channels, per = into[0], rank // groups
-        a = self.read(module.parts["a"], (rank, channels * groups, *into[1:]))
-        b = self.read(module.parts["b"], (*out, per, *(1,) * len(into[1:])))
-        parts = a.reshape(groups, per, groups, channels, *into[1:])
-        across = parts.copy()
-        across[np.arange(groups), :, np.arange(groups)] = 0
-        if across.any():
-            raise ValueError(
-                f"cannot be held: {module.parts['a'].key} reaches across the {groups} groups of its convolution, "
-                "which no change of the grouped kernel does"
-            )
-        own = parts[np.arange(groups), :, np.arange(groups)]
-        return own, b.reshape(groups, out[0] // groups, per).transpose(0, 2, 1)
-
-    def check_tied(self, module: _Module, partner: _Module | None) -> None:
+    def check_tied(self, module: Module, partner: Module | None) -> None:
         """A tied weight's factors must be the same in both of its uses, or they are not one weight any more."""
         if partner is None:
             self.problems.append(
@@ -315,7 +178,7 @@ class _Loader:
                     "one weight for both"
                 )
 
-    def offsets(self, modules: Mapping[str, _Module]) -> dict[str, Adapter]:
+    def offsets(self, modules: Mapping[str, Module]) -> dict[str, Adapter]:
         """The biases on B, as offsets of the layers' own biases."""
         found: dict[str, dict[str, tuple[np.ndarray, float]]] = collections.defaultdict(dict)
         for module in modules.values():
@@ -330,7 +193,7 @@ class _Loader:
             elif name in self.where:
                 with self.collecting():
                     place = self.where[name][0]
-                    found[place.path][name] = self.read(key, place.tensor_shape), self.config.scale(module.label)
+                    found[place.path][name] = self.stored.read(key, place.tensor_shape), self.config.scale(module.label)
             elif self.tensors.read(key.key).any():
                 self.problems.append(f"cannot be held: {key.key}, since the base has no {name} to add it to")
         delta: dict[str, Adapter] = {}
@@ -349,7 +212,7 @@ class _Loader:
             delta[path] = Addition(value=jnp.asarray(whole), scale=jnp.asarray(scale, jnp.float32), axes=())
         return delta
 
-    def replacements(self, values: Sequence[Key], modules: Mapping[str, _Module]) -> dict[str, Adapter]:
+    def replacements(self, values: Sequence[Key], modules: Mapping[str, Module]) -> dict[str, Adapter]:
         """Saved modules and biases, trained outright."""
         given: dict[str, Key] = {}
         for key in values:
@@ -357,12 +220,12 @@ class _Loader:
             primary = self.tied.get(name, name)
             if primary not in self.where:
                 self.problems.append(
-                    f"unused: {self.described(key)}: the base has no such weight; "
+                    f"unused: {self.stored.described(key)}: the base has no such weight; "
                     f"{paths.nearest(name, list(self.where))}"
                 )
                 continue
             with self.collecting():
-                value = self.read(key, self.where[primary][0].tensor_shape)
+                value = self.stored.read(key, self.where[primary][0].tensor_shape)
                 saved = keys.matches(key.module, self.config.modules_to_save)
                 # PEFT stores an embedding beside its factors, or when it may have been resized.
                 if primary in modules or (keys.split_name(name)[1] == "weight" and not saved):
@@ -382,7 +245,7 @@ class _Loader:
     def replacement(self, path: str, given: Mapping[str, Key]) -> Adapter:
         place = next(place for place, _ in self.where.values() if place.path == path)
         own = [self.bare(name) for name in place.tensors]
-        dtype = _joint([self.tensors.read(given[name].key).dtype for name in own if name in given])
+        dtype = joint([self.tensors.read(given[name].key).dtype for name in own if name in given])
         rest: dict[str, np.ndarray] = {}
         if any(name not in given for name in own):
             rest = {self.bare(name): value for name, value in place.split(self.value(path)).items()}
@@ -412,7 +275,7 @@ class _Loader:
         """Trainable tokens."""
         name = self.bare(key.module) + ".weight"
         if name not in self.where:
-            raise ValueError(f"unused: {self.described(key)}: the base has no {name}")
+            raise ValueError(f"unused: {self.stored.described(key)}: the base has no {name}")
         ids = self.config.tokens(key.module)
         if ids is None:
             raise ValueError(f"unused: {key.key}, since {CONFIG} has no trainable_token_indices for it")
@@ -426,14 +289,14 @@ class _Loader:
                 f"{CONFIG}: trainable_token_indices {list(ids)} of {key.module}: expected different rows of a table of "
                 f"{count}"
             )
-        rows = fit.to_leaf(self.read(key, (len(ids), *fit.size(fit.tensor_labels(OUT)))), OUT)
+        rows = fit.to_leaf(self.stored.read(key, (len(ids), *fit.size(fit.tensor_labels(OUT)))), OUT)
         return {
             place.path: RowReplacement(
                 rows=jnp.asarray(rows), ids=jnp.asarray(ids, jnp.int32), count=count, axes=fit.axes
             )
         }
 
-    def check_expected(self, modules: Mapping[str, _Module], values: Sequence[Key], rows: Sequence[Key]) -> None:
+    def check_expected(self, modules: Mapping[str, Module], values: Sequence[Key], rows: Sequence[Key]) -> None:
         """What the config announces must be there."""
         matrices = [name for name, (place, _) in self.where.items() if place.roles and not keys.is_parameter(name)]
         for name in (*matrices, *self.tied):
@@ -463,28 +326,3 @@ class _Loader:
         for module in self.config.trainable_token_indices:
             if not any(not module or keys.matches(key.module, [module]) for key in rows):
                 self.problems.append(f"missing: the trained tokens of {module or 'the embedding'}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Factors:
-    """One module's factors: a `[*experts, (groups,) rank, *in]`, b `[…, rank, *out]`, axes as in the leaf."""
-
-    a: np.ndarray
-    b: np.ndarray
-    magnitude: np.ndarray | None
-    scale: float
-    rank: int
-    groups: int
-
-
-def _dtype(factors: Iterable[_Factors]) -> np.dtype:
-    return _joint([x.dtype for f in factors for x in (f.a, f.b)])
-
-
-def _joint(dtypes: Sequence[np.dtype]) -> np.dtype:
-    """The one dtype, or float32."""
-    return dtypes[0] if len(set(dtypes)) == 1 else np.dtype(np.float32)
-
-
-def _divided(sizes: list[int], groups: int) -> list[int]:
-    return [sizes[0] // groups, *sizes[1:]] if groups > 1 else sizes

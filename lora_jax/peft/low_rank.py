@@ -1,0 +1,158 @@
+"""A leaf's low-rank adapter from the factors that PyTorch's modules have."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapters.dora import WeightDecomposed
+from lora_jax.adapters.lowrank import LowRank
+from lora_jax.adapters.protocol import BATCH, IN, OUT
+from lora_jax.peft import keys
+from lora_jax.peft.config import CONFIG
+from lora_jax.peft.factors import Fit, pad_rank
+from lora_jax.peft.names import Place
+from lora_jax.peft.stored import Module, Stored
+
+
+def low_rank(stored: Stored, place: Place, found: Mapping[tuple[int, ...], Module]) -> LowRank:
+    """The adapter of a leaf from those of its tensors, each with its index in `place.running`.
+
+    Raises:
+      ValueError: What is missing or does not fit, a line for each tensor.
+    """
+    fit = Fit(place)
+    factors, problems = {}, []
+    for index, module in found.items():
+        try:
+            factors[index] = _factors(stored, module, fit)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n  ".join(problems))
+    groups = next(iter(factors.values())).groups
+    if any(factor.groups != groups for factor in factors.values()):
+        raise ValueError(f"{place.path!r}: its tensors have different numbers of groups")
+    lead = fit.lead()[1]
+    rank = max(f.rank for f in factors.values())
+    dtype = _dtype(factors.values())
+    a = np.zeros((*lead, *[groups] * (groups > 1), rank, *fit.size(fit.labels(IN))), dtype)
+    b = np.zeros((*lead, *[groups] * (groups > 1), rank, *_divided(fit.size(fit.labels(OUT)), groups)), dtype)
+    scale = np.ones(lead, np.float32)
+    given = np.zeros(lead, bool)
+    axis = len(fit.experts) + (groups > 1)
+    for index, factor in factors.items():
+        a[fit.at(index)] = pad_rank(factor.a, rank, axis)
+        b[fit.at(index)] = pad_rank(factor.b, rank, axis)
+        scale[fit.at(index)] = factor.scale
+        given[fit.at(index)] = True
+    blocks = (True,) * groups
+    shape = fit.size(fit.labels(BATCH))
+    if fit.block:
+        blocks = tuple(np.any(given.reshape(-1, lead[-1]), axis=0).tolist())
+        kept = np.flatnonzero(blocks)
+        a, b, scale = (np.take(x, kept, axis=len(lead) - 1) for x in (a, b, scale))
+        shape = [*shape, len(kept)] if len(blocks) > 1 else shape
+    same = scale[given[..., np.flatnonzero(blocks)] if fit.block else given]
+    fields: dict[str, Any] = {
+        "a": jnp.asarray(a.reshape(*shape, *a.shape[len(lead) :])),
+        "b": jnp.asarray(b.reshape(*shape, *b.shape[len(lead) :])),
+        "scale": jnp.asarray(same.flat[0] if (same == same.flat[0]).all() else scale.reshape(shape)),
+        "dropout": jnp.asarray(stored.config.lora_dropout, jnp.float32),
+        "axes": fit.axes,
+        "blocks": blocks,
+    }
+    if not stored.config.use_dora:
+        return LowRank(**fields)
+    if not given.all():
+        raise ValueError(f"{place.path!r}: DoRA on {given.sum()} of the {given.size} parts of one leaf is not held")
+    magnitude = np.zeros((*lead, *fit.size(fit.labels(OUT))), _dtype(factors.values()))
+    for index, factor in factors.items():
+        magnitude[fit.at(index)] = factor.magnitude
+    full = [math.prod(place.sizes[x] for x in group) for group, r in zip(place.left, fit.axes) if r == OUT]
+    magnitude = magnitude.reshape(*fit.size(fit.labels(BATCH)), *full)
+    return WeightDecomposed(**fields, magnitude=jnp.asarray(magnitude), norm_gradient=False)
+
+
+def _factors(stored: Stored, module: Module, fit: Fit) -> "_Factors":
+    """A module's factors in the order of the leaf's labels."""
+    wanted = ["a", "b", *(["magnitude"] if stored.config.use_dora else [])]
+    missing = [part for part in wanted if part not in module.parts]
+    if missing:
+        known = keys.factor_keys(module.label, embedding=fit.place.weight.module == "embedding")
+        raise ValueError("missing: " + ", ".join(known[part] for part in missing))
+    if "magnitude" in module.parts and not stored.config.use_dora:
+        raise ValueError(f"unused: {module.parts['magnitude'].key}, since {CONFIG} has use_dora false")
+    rank = stored.config.rank(module.label)
+    into, out = (fit.size(fit.tensor_labels(role)) for role in (IN, OUT))
+    ones = (1,) * (len(fit.place.right) - 2)
+    groups = 1
+    if fit.experts:
+        count = math.prod(fit.place.sizes[x] for x in fit.experts)
+        a = stored.read(module.parts["a"], (rank * count, *into)).reshape(count, rank, *into)
+        b = stored.read(module.parts["b"], (*out, rank * count)).reshape(*out, rank, count).transpose(2, 1, 0)
+    elif (shape := stored.tensors[module.parts["b"].key])[1:2] != (rank,) and ones and rank % max(shape[1], 1) == 0:
+        groups = rank // shape[1]
+        a, b = _grouped(stored, module, rank, groups, into, out)
+    else:
+        a = stored.read(module.parts["a"], (rank, *into))
+        b = stored.read(module.parts["b"], (*out, rank, *ones)).reshape(*out, rank).T
+    magnitude = None
+    if stored.config.use_dora:
+        key = module.parts["magnitude"]
+        magnitude = stored.read(key, (1, *out, *ones) if ones else out).reshape(out)
+        magnitude = fit.to_leaf(magnitude, OUT, rank=False)
+    if groups == 1:
+        a, b = fit.to_leaf(a, IN), fit.to_leaf(b, OUT)
+    else:
+        a = np.stack([fit.to_leaf(part, IN) for part in a])
+    return _Factors(a, b, magnitude, stored.config.scale(module.label), rank // groups, groups)
+
+
+def _grouped(stored: Stored, module: Module, rank: int, groups: int, into, out) -> tuple[np.ndarray, np.ndarray]:
+    """Factors of a grouped convolution, a group at a time.
+
+    PEFT's A is not grouped. What it adds fits the grouped kernel only where each group's rows see nothing but
+    the group's own channels.
+    """
+    channels, per = into[0], rank // groups
+    a = stored.read(module.parts["a"], (rank, channels * groups, *into[1:]))
+    b = stored.read(module.parts["b"], (*out, per, *(1,) * len(into[1:])))
+    parts = a.reshape(groups, per, groups, channels, *into[1:])
+    across = parts.copy()
+    across[np.arange(groups), :, np.arange(groups)] = 0
+    if across.any():
+        raise ValueError(
+            f"cannot be held: {module.parts['a'].key} reaches across the {groups} groups of its convolution, "
+            "which no change of the grouped kernel does"
+        )
+    own = parts[np.arange(groups), :, np.arange(groups)]
+    return own, b.reshape(groups, out[0] // groups, per).transpose(0, 2, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Factors:
+    """One module's factors: a `[*experts, (groups,) rank, *in]`, b `[…, rank, *out]`, axes as in the leaf."""
+
+    a: np.ndarray
+    b: np.ndarray
+    magnitude: np.ndarray | None
+    scale: float
+    rank: int
+    groups: int
+
+
+def _dtype(factors: Iterable[_Factors]) -> np.dtype:
+    return joint([x.dtype for f in factors for x in (f.a, f.b)])
+
+
+def joint(dtypes: Sequence[np.dtype]) -> np.dtype:
+    """The one dtype, or float32."""
+    return dtypes[0] if len(set(dtypes)) == 1 else np.dtype(np.float32)
+
+
+def _divided(sizes: list[int], groups: int) -> list[int]:
+    return [sizes[0] // groups, *sizes[1:]] if groups > 1 else sizes
