@@ -110,7 +110,8 @@ def export(delta: Mapping[str, Adapter], names: Names) -> Exported:
             if isinstance(node, LowRank):
                 exported.modules += _with_tied(place, _modules(place, node))
             elif isinstance(node, Replacement):
-                exported.values |= place.split(np.asarray(node.value))
+                values = place.split(np.asarray(node.value))
+                exported.values |= values | {other: values[name] for other, name in place.tied.items()}
             elif isinstance(node, RowReplacement):
                 exported.rows |= _rows(place, node)
             elif isinstance(node, Addition):

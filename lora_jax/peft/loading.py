@@ -236,6 +236,12 @@ class _Loader:
                 if name != primary and not self.same_as_tied(key, primary, values):
                     raise ValueError(f"tied: {key.key} is trained apart from {primary}, one weight in the base")
                 given.setdefault(primary, key)
+        stored = {self.bare(key.name) for key in values}
+        for other, primary in self.tied.items():
+            if primary in given and other not in stored and not self.config.ensure_weight_tying:
+                self.problems.append(
+                    f"tied: {given[primary].key} is trained apart from {other}, one weight in the base"
+                )
         delta: dict[str, Adapter] = {}
         for path in dict.fromkeys(self.where[name][0].path for name in given):
             with self.collecting():
