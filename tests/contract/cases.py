@@ -20,8 +20,6 @@ RECIPES = {
     "LoRA_blocks": lambda axes=None: lora.LoRA(1, alpha=2, blocks=2, axes=axes),
     "LoRA_one_block": lambda axes=None: lora.LoRA(1, alpha=2, blocks=(False, True), axes=axes),
     "DoRA": lambda axes=None: lora.DoRA(2, alpha=4, axes=axes),
-    "DoRA_norm_gradient": lambda axes=None: lora.DoRA(2, alpha=4, norm_gradient=True, axes=axes),
-    "Offset": lambda axes=None: lora.Offset(0.5),
     "Full": lambda axes=None: lora.Full(),
     "Rows": lambda axes=None: lora.Rows((0, 2), axes=axes),
     "FrozenPair": FrozenPairRecipe,
@@ -61,7 +59,7 @@ def fits(layer: str, recipe: str) -> bool:
 def allowed(layer: str, recipe: str, dtype: str, transformation: str) -> bool:
     if layer == "raw.while_decode" and transformation in ("grad", "remat"):
         return False  # JAX has no reverse mode for while
-    if layer == "raw.ragged_dot" and recipe in ("Full", "Offset") and transformation == "vmap":
+    if layer == "raw.ragged_dot" and recipe == "Full" and transformation == "vmap":
         return False  # merged weights under vmap: JAX's own ragged_dot has no rule for it
     if layer in USES_DEVICES and transformation in ("pmap", "shard_map", "vmap", "scan"):
         return False
@@ -122,7 +120,7 @@ def build(layer: str, recipe: str, dtype: str) -> Case:
         delta=moved(fresh, 2),
         other=moved(fresh, 3),
         axes=made.axes,
-        factored=not made.merged and recipe not in ("Full", "Offset"),
+        factored=not made.merged and recipe != "Full",
         forward_mode=layer != "raw.custom_vjp",
         # bfloat16 has 8 bits, and a layer is several products and sums: 5 % is the worst that was seen.
         tolerance=6e-2 if "bfloat16" in (dtype, *recipe.split("_")) else 2e-5,
