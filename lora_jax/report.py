@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from lora_jax import paths
-from lora_jax.adapters.protocol import Adapter
+from lora_jax.adapters.protocol import Adapter, is_inexact
 from lora_jax.axes import unique
 from lora_jax.optim import partition
 from lora_jax.transform.call import Arguments, Call, check_delta, entered, is_array
@@ -197,7 +197,7 @@ def summary(base: Any, delta: Delta) -> Summary:
         base_bytes=_bytes(leaves),
         delta_bytes=_bytes(delta),
         train_bytes=_bytes(train),
-        full_bytes=_bytes(leaves),
+        full_bytes=_bytes({path: leaf for path, leaf in leaves.items() if is_inexact(leaf)}),
     )
 
 

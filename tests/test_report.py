@@ -123,3 +123,9 @@ def test_a_part_that_is_changed_before_its_product_is_merged_and_tells_no_roles(
         lora.init(jax.random.key(0), W, {"w": lora.LoRA(2)}, fn, X)
     delta = lora.init(jax.random.key(0), W, {"w": lora.LoRA(2, axes=("in", "out"))}, fn, X)
     assert not lora.explain(fn, W, delta, X).factored
+
+
+def test_full_fine_tuning_trains_no_integers():
+    base = {"w": jnp.ones((4, 3)), "step": jnp.zeros((), jnp.int32)}
+    delta = lora.init(jax.random.key(0), base, {"w": lora.LoRA(1, axes=("in", "out"))})
+    assert lora.summary(base, delta).full_bytes == 48

@@ -92,6 +92,7 @@ def test_wrong_axes():
     [
         ({"rank": 0}, "positive integer"),
         ({"rank": 1.5}, "positive integer"),
+        ({"rank": True}, "positive integer"),
         ({"rank": 1, "scaling": "alpha"}, "'alpha/r', 'alpha/sqrt"),
         ({"rank": 1, "dropout": 1.0}, "below 1"),
         ({"rank": 1, "init": "xavier"}, "'kaiming_uniform'"),
@@ -102,6 +103,10 @@ def test_wrong_axes():
 def test_recipes_refuse(options, message):
     with pytest.raises(ValueError, match=message):
         lora.LoRA(**options)
+
+
+def test_a_rank_from_numpy():
+    assert init({"0/kernel": lora.LoRA(np.int64(2))})["layers/0/kernel"].a.shape == (2, 4)
 
 
 def test_blocks_that_do_not_divide():

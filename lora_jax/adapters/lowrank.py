@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax import initializers
 from lora_jax.adapters.factored import Factor, Factored, compute_dtype
@@ -146,7 +147,7 @@ class LoRA(Recipe):
         return type(self).__name__
 
     def __post_init__(self):
-        if not isinstance(self.rank, int) or self.rank < 1:
+        if not isinstance(self.rank, int | np.integer) or isinstance(self.rank, bool) or self.rank < 1:
             raise ValueError(f"{self._name}(rank={self.rank!r}): the rank is a positive integer.")
         if self.scaling not in SCALINGS:
             raise ValueError(
