@@ -15,8 +15,9 @@ from lora_jax import paths
 
 RECIPES = {
     "LoRA": lambda axes=None: lora.LoRA(2, alpha=4, axes=axes),
-    "rsLoRA": lambda axes=None: lora.LoRA(2, alpha=3, scaling="alpha/sqrt(r)", init="gaussian", axes=axes),
-    "LoRA_bfloat16": lambda axes=None: lora.LoRA(2, alpha=4, dtype=jnp.bfloat16, axes=axes),
+    "rsLoRA_bfloat16": lambda axes=None: lora.LoRA(
+        2, alpha=3, scaling="alpha/sqrt(r)", init="gaussian", dtype=jnp.bfloat16, axes=axes
+    ),
     "LoRA_blocks": lambda axes=None: lora.LoRA(1, alpha=2, blocks=2, axes=axes),
     "LoRA_one_block": lambda axes=None: lora.LoRA(1, alpha=2, blocks=(False, True), axes=axes),
     "DoRA": lambda axes=None: lora.DoRA(2, alpha=4, axes=axes),
