@@ -39,7 +39,7 @@ class Fit:
     Attributes:
       place: The leaf and its tensors.
       axes: The role of each axis of the leaf.
-      batch: The axes of the leaf that are batch, by label.
+      tensor_roles: The role of each axis of a tensor.
       block: The label that splits the out axis; None without.
     """
 
