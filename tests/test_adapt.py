@@ -1,5 +1,6 @@
 """adapt(): what may be passed, what comes back, and what is refused."""
 
+import concurrent.futures
 import dataclasses
 
 import chex
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lora_jax as lora
@@ -274,3 +276,29 @@ def test_lookups_out_of_range_are_filled_once(fill, getkey):
 def test_a_function_with_an_argument_of_adapted_is_refused():
     with pytest.raises(ValueError, match="dropout_key"):
         lora.adapt(lambda base, x, *, dropout_key=None: x)
+
+
+def test_a_named_weight_stays_factored():
+    """`checkpoint_name` marks a value for remat policies; the weight goes through it."""
+    base, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+
+    def fn(base, x):
+        return x @ checkpoint_name(base["w"], "weight")
+
+    delta = lora.init(jax.random.key(0), base, {"w": lora.LoRA(2, init="gaussian")}, fn, x)
+    assert lora.explain(fn, base, delta, x).factored
+
+
+def test_threads_draw_the_same_dropout(getkey):
+    """Each trace counts the uses of a dropout key by itself, whatever other threads trace meanwhile."""
+    base = {"w": jax.random.normal(getkey(), (8, 8))}
+    x = jax.random.normal(getkey(), (4, 8))
+    fn = lambda base, x: jnp.tanh(x @ base["w"]) @ base["w"]  # noqa: E731
+    delta = lora.init(getkey(), base, {"w": lora.LoRA(2, init="gaussian", dropout=0.5)}, fn, x)
+    delta["w"] = dataclasses.replace(delta["w"], b=jnp.ones_like(delta["w"].b))
+    key = getkey()
+    expected = lora.adapt(fn)(base, delta, x, dropout_key=key)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        runs = [pool.submit(lora.adapt(fn), base, delta, x, dropout_key=key) for _ in range(16)]
+    for run in runs:
+        np.testing.assert_array_equal(run.result(), expected)
