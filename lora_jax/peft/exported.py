@@ -103,10 +103,11 @@ def export(delta: Mapping[str, Adapter], names: Names) -> Exported:
     exported = Exported()
     offsets: dict[str, tuple[np.ndarray, float]] = {}
     row: dict[str, int] = {}
+    numbers = {id(weight): number for number, weight in enumerate(names.weights)}
     for path, node in delta.items():
         with exported.collecting():
             place = names.find(path, node.shape())
-            row |= dict.fromkeys(place.tensors, names.weights.index(place.weight))
+            row |= dict.fromkeys(place.tensors, numbers[id(place.weight)])
             if isinstance(node, LowRank):
                 exported.modules += _with_tied(place, _modules(place, node))
             elif isinstance(node, Replacement):

@@ -71,11 +71,12 @@ class _Loader:
         self.where: dict[str, tuple[Place, tuple[int, ...]]] = {}
         self.tied: dict[str, str] = {}
         self.row: dict[str, int] = {}
+        numbers = {id(row): number for number, row in enumerate(names.weights)}
         for path, leaf in self.leaves.items():
             place = names.place(path, leaf.shape) if hasattr(leaf, "shape") else None
             if place is not None:
                 self.where |= {self.bare(name): (place, index) for name, index in place.tensors.items()}
-                self.row |= dict.fromkeys(map(self.bare, place.tensors), names.weights.index(place.weight))
+                self.row |= dict.fromkeys(map(self.bare, place.tensors), numbers[id(place.weight)])
                 self.tied |= {self.bare(other): self.bare(name) for other, name in place.tied.items()}
 
     def bare(self, name: str) -> str:
@@ -129,7 +130,9 @@ class _Loader:
                 parsed.append(key)
             else:
                 self.problems.append(f"unused: {name!r} is no key of PEFT's LoRA")
-        deepest = {module: max(k.depth for k in parsed if k.module == module) for module in {k.module for k in parsed}}
+        deepest: dict[str, int] = {}
+        for key in parsed:
+            deepest[key.module] = max(key.depth, deepest.get(key.module, 0))
         modules: dict[str, Module] = {}
         for key in parsed:
             if key.part in ("value", "rows"):
@@ -226,7 +229,7 @@ class _Loader:
                 continue
             with self.collecting():
                 value = self.stored.read(key, self.where[primary][0].tensor_shape)
-                saved = keys.matches(key.module, self.config.modules_to_save)
+                saved = any(keys.inside(key.module, entry) for entry in self.config.modules_to_save)
                 # PEFT stores an embedding beside its factors, or when it may have been resized.
                 if primary in modules or (keys.split_name(name)[1] == "weight" and not saved):
                     if self.is_in_base(primary, value):
