@@ -60,12 +60,16 @@ def load(directory: str | os.PathLike, base: Any, names: Names) -> dict[str, Ada
     return dict(sorted(delta.items(), key=lambda item: order[item[0]]))
 
 
+_HINTS = 4  # how many unknown keys are told with the nearest names
+
+
 class _Loader:
     def __init__(self, stored: Stored, base: Any, names: Names):
         self.stored = stored
         self.config = stored.config
         self.tensors = stored.tensors
         self.problems: list[str] = []
+        self.hints = _HINTS
         self.leaves = paths.flatten(base).as_dict()
         self.prefix = names.prefix
         self.where: dict[str, tuple[Place, tuple[int, ...]]] = {}
@@ -140,12 +144,19 @@ class _Loader:
             if target := self.target(key, deepest[key.module]):
                 modules.setdefault(target.name, target).parts[key.part] = key
             else:
-                known = [keys.split_name(name)[0] for name in (*self.where, *self.tied)]
-                self.problems.append(
-                    f"unused: {self.stored.described(key)}: the base has no such weight; "
-                    f"{paths.nearest(self.bare(key.module), list(dict.fromkeys(known)))}"
-                )
+                self.problems.append(self.unknown(key))
         return modules, [k for k in parsed if k.part == "value"], [k for k in parsed if k.part == "rows"]
+
+    def unknown(self, key: Key) -> str:
+        """What to say of a key of no weight of the base; the first ones with the nearest names."""
+        text = f"unused: {self.stored.described(key)}: the base has no such weight"
+        self.hints -= 1
+        if self.hints < 0:  # in a base of another kind all keys are unknown, and each search sees all names
+            return text
+        if key.part == "value":
+            return f"{text}; {paths.nearest(self.bare(key.name), list(self.where))}"
+        known = dict.fromkeys(keys.split_name(name)[0] for name in (*self.where, *self.tied))
+        return f"{text}; {paths.nearest(self.bare(key.module), list(known))}"
 
     def target(self, key: Key, deepest: int) -> Module | None:
         """The base's tensor that a factor adapts."""
@@ -222,10 +233,7 @@ class _Loader:
             name = self.bare(key.name)
             primary = self.tied.get(name, name)
             if primary not in self.where:
-                self.problems.append(
-                    f"unused: {self.stored.described(key)}: the base has no such weight; "
-                    f"{paths.nearest(name, list(self.where))}"
-                )
+                self.problems.append(self.unknown(key))
                 continue
             with self.collecting():
                 value = self.stored.read(key, self.where[primary][0].tensor_shape)
@@ -246,18 +254,17 @@ class _Loader:
                     f"tied: {given[primary].key} is trained apart from {other}, one weight in the base"
                 )
         delta: dict[str, Adapter] = {}
-        for path in dict.fromkeys(self.where[name][0].path for name in given):
+        for path, place in {self.where[name][0].path: self.where[name][0] for name in given}.items():
             with self.collecting():
-                delta[path] = self.replacement(path, given)
+                delta[path] = self.replacement(place, given)
         return delta
 
-    def replacement(self, path: str, given: Mapping[str, Key]) -> Adapter:
-        place = next(place for place, _ in self.where.values() if place.path == path)
+    def replacement(self, place: Place, given: Mapping[str, Key]) -> Adapter:
         own = [self.bare(name) for name in place.tensors]
         dtype = joint([self.tensors.read(given[name].key).dtype for name in own if name in given])
         rest: dict[str, np.ndarray] = {}
         if any(name not in given for name in own):
-            rest = {self.bare(name): value for name, value in place.split(self.value(path)).items()}
+            rest = {self.bare(name): value for name, value in place.split(self.value(place.path)).items()}
 
         def read(name: str, part: tuple[slice, ...]) -> np.ndarray:
             bare = self.bare(name)
