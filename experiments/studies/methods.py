@@ -17,6 +17,7 @@ from experiments.reports.results import Result, stored_bytes
 from experiments.studies.head import Start
 from experiments.studies.problem import accuracy, answers
 from experiments.training.loop import train
+from experiments.training.optimizer import adam
 from experiments.training.progress import bar
 from experiments.training.resume import Checkpoints
 from experiments.training.stream import Stream
@@ -47,12 +48,8 @@ class Method:
     label_smoothing: float
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """Adam with a learning rate that rises linearly, then falls linearly to 0."""
-        warmup = round(self.warmup * steps)
-        up = optax.linear_schedule(0.0, self.lr, max(warmup, 1))
-        down = optax.linear_schedule(self.lr, 0.0, max(steps - warmup, 1))
-        schedule = optax.join_schedules([up, down], [warmup])
-        return optax.chain(optax.clip_by_global_norm(self.clip), optax.adam(schedule))
+        """See :func:`experiments.training.optimizer.adam`."""
+        return adam(self.lr, steps, warmup=self.warmup, clip=self.clip)
 
 
 def run(start: Start, method: Method, seed: int, *, directory: Path, checkpoint_every: int, console: Console) -> Result:
@@ -93,8 +90,9 @@ def run(start: Start, method: Method, seed: int, *, directory: Path, checkpoint_
             state,
             stream,
             method.epochs,
-            accuracy=start.result.validation_accuracy,
+            score=start.result.validation_accuracy,
             evaluate=lambda state: accuracy(logits(state.delta, "validation"), splits["validation"]),
+            shown="{:.1%}".format,
             checkpoints=checkpoints,
             bar=shown,
         )

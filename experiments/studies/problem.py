@@ -1,9 +1,7 @@
 """Sentence classification made ready: a pretrained classifier as a pure function, and tokenised splits."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +11,7 @@ import numpy as np
 import lora_jax as lora
 from experiments.errors import UserError
 from experiments.models import checkpoint, classifier, location
+from experiments.studies import provenance
 from experiments.tasks import examples, text
 from experiments.tasks.batching import assemble, plan
 
@@ -96,7 +95,7 @@ def load(
     report(f"base: {model}, {count:,} parameters with the new head")
     sizes = ", ".join(f"{len(found):,} {split}" for split, found in splits.items())
     report(f"data: {data}, {len(names)} classes; examples: {sizes}")
-    return Problem(apply, base, splits, names, lengths, _digest(directory, read))
+    return Problem(apply, base, splits, names, lengths, provenance.digest(directory, read))
 
 
 def answers(
@@ -119,13 +118,3 @@ def answers(
 def accuracy(logits: np.ndarray, split: Split) -> float:
     """The share of examples whose largest logit is their label's."""
     return float(np.mean(logits.argmax(axis=-1) == split.labels))
-
-
-def _digest(directory: Path, read: dict[str, examples.Examples]) -> str:
-    seen = hashlib.sha256()
-    for path in [directory / "tokenizer.json", *lora.peft.model_files(directory)]:
-        with path.open("rb") as file:
-            seen.update(hashlib.file_digest(file, "sha256").digest())
-    for found in read.values():
-        seen.update(repr((found.names, found.texts)).encode() + found.labels.tobytes())
-    return seen.hexdigest()

@@ -1,10 +1,6 @@
 """LoRA beside a converged head, LoRA on all linear layers and full fine-tuning: one table, one picture."""
 
-import hashlib
-import json
-import shutil
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,7 @@ from experiments.configs.quickstart import Config
 from experiments.reports import curves
 from experiments.reports.results import Result, write_json
 from experiments.reports.table import merged_line, table
-from experiments.studies import head, methods
+from experiments.studies import head, methods, provenance
 from experiments.studies.head import Start
 from experiments.studies.methods import Method
 from experiments.studies.problem import HEAD, load
@@ -89,28 +85,14 @@ def _trained(start: Start, name: str, seed: int, config: Config, console: Consol
 
 
 def _directory(config: Config, name: str, seed: int, digest: str, settings: dict[str, Any]) -> Path:
-    """Where a run lives: other settings, data or model, another directory; nothing stale is resumed."""
-    everything = [name, seed, digest, config.lengths, settings, _versions()]
-    mark = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:8]
-    directory = config.out / (f"{name}-{mark}" if name == "head" else f"{name}-seed{seed}-{mark}")
-    if config.fresh and directory.exists():
-        shutil.rmtree(directory)
-    return directory
+    title = name if name == "head" else f"{name}-seed{seed}"
+    return provenance.directory(config.out, title, [name, seed, digest, config.lengths, settings], fresh=config.fresh)
 
 
 def _record(config: Config, results: list[Result]) -> dict[str, Any]:
     return {
         "config": asdict(config),
-        "versions": _versions(),
+        "versions": provenance.versions(),
         "devices": [device.device_kind for device in jax.devices()],
         "results": [asdict(result) for result in results],
     }
-
-
-def _versions() -> dict[str, str]:
-    """Of what decides the numbers."""
-    found = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
-    try:
-        return {"lora-jax": metadata.version("lora-jax"), **found}
-    except metadata.PackageNotFoundError:  # run from a checkout
-        return found

@@ -10,6 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 Batch = dict[str, np.ndarray]
+Labels = np.ndarray | Sequence[np.ndarray]
+"""`int32[examples]`; or an array an example with a label for each of its tokens."""
+
+NO_LABEL = -1
 
 
 class Planned(NamedTuple):
@@ -50,11 +54,12 @@ def plan(
     return planned if rng is None else [planned[i] for i in rng.permutation(len(planned))]
 
 
-def assemble(planned: Planned, sequences: Sequence[np.ndarray], labels: np.ndarray, batch_size: int) -> Batch:
+def assemble(planned: Planned, sequences: Sequence[np.ndarray], labels: Labels, batch_size: int) -> Batch:
     """The arrays of a planned batch; rows beyond its examples have weight 0.
 
     Returns:
-      `tokens` int32 and `mask` bool [batch_size, length], `labels` int32 and `weights` float32 [batch_size].
+      `tokens` int32 and `mask` bool [batch_size, length], `labels` int32 and `weights` float32 [batch_size];
+      labels of tokens are [batch_size, length], `NO_LABEL` at padding.
     """
     batch: Batch = {
         "tokens": np.zeros((batch_size, planned.length), np.int32),
@@ -66,6 +71,11 @@ def assemble(planned: Planned, sequences: Sequence[np.ndarray], labels: np.ndarr
         sequence = sequences[index]
         batch["tokens"][row, : len(sequence)] = sequence
         batch["mask"][row, : len(sequence)] = True
-    batch["labels"][: len(planned.indices)] = labels[planned.indices]
+    if isinstance(labels, np.ndarray):
+        batch["labels"][: len(planned.indices)] = labels[planned.indices]
+    else:
+        batch["labels"] = np.full(batch["tokens"].shape, NO_LABEL, np.int32)
+        for row, index in enumerate(planned.indices):
+            batch["labels"][row, : len(labels[index])] = labels[index]
     batch["weights"][: len(planned.indices)] = 1
     return batch

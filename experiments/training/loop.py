@@ -26,7 +26,7 @@ class History:
 
     Attributes:
       losses: Of every step.
-      evaluations: (step, accuracy on validation) pairs.
+      evaluations: (step, score on validation) pairs; what a score is, is the study's to say.
       seconds: Spent in training and evaluation, compilation included.
     """
 
@@ -35,7 +35,7 @@ class History:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self.evaluations = [(step, accuracy) for step, accuracy in self.evaluations]  # JSON makes lists of pairs
+        self.evaluations = [(step, score) for step, score in self.evaluations]  # JSON makes lists of pairs
 
 
 def train(
@@ -44,8 +44,9 @@ def train(
     stream: Stream,
     epochs: int,
     *,
-    accuracy: float,
+    score: float,
     evaluate: Callable[[S], float],
+    shown: Callable[[float], str],
     checkpoints: Checkpoints,
     bar: Bar,
 ) -> tuple[S, History]:
@@ -56,8 +57,9 @@ def train(
       state: What a run begins with.
       stream: The batches by step.
       epochs: Passes over the data.
-      accuracy: Of the state that a run begins with.
-      evaluate: Accuracy of a state; called after every epoch, and in the middle of a single one.
+      score: Of the state that a run begins with, on validation.
+      evaluate: The score of a state; called after every epoch, and in the middle of a single one.
+      shown: A score as it is printed.
       checkpoints: Where the run resumes from and leaves its state, on an interrupt as well.
       bar: Shows how far it is.
 
@@ -71,7 +73,7 @@ def train(
     total = epochs * stream.steps_per_epoch
     due = set(np.linspace(0, total, max(epochs, 2) + 1).round().astype(int).tolist())
     state, found = checkpoints.restore(state)
-    history = History(**found) if found else History(evaluations=[(0, accuracy)])
+    history = History(**found) if found else History(evaluations=[(0, score)])
     if found:
         bar.say(f"  resumed at step {len(history.losses)} of {total}")
         bar.start_at(sum(map(stream.examples, range(len(history.losses)))))
@@ -90,7 +92,7 @@ def train(
             note = f"step {done}/{total}  loss {np.mean(history.losses[-20:]):.3f}"
             bar.advance(stream.examples(done - 1), note)
             if done % stream.steps_per_epoch == 0:
-                note += f", validation {history.evaluations[-1][1]:.1%}"
+                note += f", validation {shown(history.evaluations[-1][1])}"
                 bar.say(f"  epoch {done // stream.steps_per_epoch}: {note}")
     return state, history
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.tasks.batching import Batch, Planned, assemble, plan
+from experiments.tasks.batching import Batch, Labels, Planned, assemble, plan
 
 
 class Stream:
@@ -12,7 +12,7 @@ class Stream:
 
     Args:
       sequences: Token ids, an array an example.
-      labels: `int32[examples]`.
+      labels: `int32[examples]`, or an array an example with a label for each of its tokens.
       lengths: The static lengths that batches are padded to.
       batch_size: Examples a batch.
       seed: Of the order of the examples; every pass has another.
@@ -21,7 +21,7 @@ class Stream:
     def __init__(
         self,
         sequences: Sequence[np.ndarray],
-        labels: np.ndarray,
+        labels: Labels,
         lengths: Sequence[int],
         batch_size: int,
         seed: int,
