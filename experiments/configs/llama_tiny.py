@@ -1,0 +1,13 @@
+"""A tiny random Llama learns package descriptions: trained, sampled, merged, exported to PEFT, reloaded."""
+
+from pathlib import Path
+
+from experiments.studies.language_model.config import Config
+
+STUDY = "experiments.studies.language_model.study"
+DEFAULTS = Config(
+    family="llama",
+    model="tiny-llama",
+    targets=("attention", "feed-forward", "norms", "embedding", "head"),
+    out=Path("runs/llama-tiny"),
+)

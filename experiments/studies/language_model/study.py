@@ -1,0 +1,149 @@
+"""A language model adapted by LoRA, end to end: train, generate, merge, export, read back; tables and a picture."""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import lora_jax as lora
+from experiments import generation
+from experiments.reports import curves
+from experiments.reports.agreement import Agreement, agreement_table
+from experiments.reports.results import stored_bytes, write_json
+from experiments.reports.table import size
+from experiments.studies import provenance
+from experiments.studies.language_model import exchange, samples, training
+from experiments.studies.language_model.config import Config
+from experiments.studies.language_model.problem import Problem, load
+
+_WAYS = {"base": "the base", "frequencies": "the frequency of each token alone", "adapted": "base and adapter"}
+_LINE = 68  # characters of a text that is shown
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known of a run.
+
+    Attributes:
+      trained_parameters: Scalars that training moves.
+      adapter_bytes: What the adapter in PEFT's format takes on disk.
+      merged_bytes: What the merged checkpoint takes.
+      seconds: Training and its evaluations, compilation included.
+      perplexities: On the test examples, by what gave them.
+      losses: Of every training step.
+      evaluations: (step, mean loss a token on validation) pairs.
+      texts: (prompt, what the base writes, what base and adapter write) triples.
+      agreements: What merging, writing and reading changed.
+    """
+
+    trained_parameters: int
+    adapter_bytes: int
+    merged_bytes: int
+    seconds: float
+    perplexities: dict[str, float]
+    losses: list[float]
+    evaluations: list[tuple[int, float]]
+    texts: list[tuple[str, str, str]]
+    agreements: list[Agreement]
+
+    @classmethod
+    def load(cls, path: Path) -> "Report":
+        """Reads what the study wrote as JSON."""
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["agreements"] = [Agreement(**one) for one in content["agreements"]]
+        for name in ("evaluations", "texts"):
+            content[name] = [tuple(one) for one in content[name]]
+        return cls(**content)
+
+
+def run(config: Config) -> Report:
+    """Runs what the config asks for, shows it, writes JSON and picture.
+
+    Raises:
+      UserError: The model or the data are missing or malformed.
+    """
+    console = Console()
+    problem = load(config, report=lambda line: console.print(line, highlight=False, soft_wrap=True))
+    directory = provenance.directory(config.out, f"seed{config.seed}", _settings(config, problem), fresh=config.fresh)
+    stored = directory / "result.json"
+    if stored.exists():
+        report = Report.load(stored)
+    else:
+        report = _run(problem, config, directory, console)
+        write_json(stored, asdict(report))
+        shutil.rmtree(directory / "checkpoints")
+    _show(report, config, console)
+    title = f"{config.model} on {config.data}, LoRA of rank {config.rank}"
+    curves.draw_losses(config.out / "loss.png", report.losses, report.evaluations, title)
+    record = {"config": asdict(config), "versions": provenance.versions(), "directory": directory.name}
+    devices = [device.device_kind for device in jax.devices()]
+    write_json(config.out / "run.json", {**record, "devices": devices, "result": asdict(report)})
+    console.print(f"written to {config.out}: run.json, loss.png; {directory.name}/merged, {directory.name}/peft")
+    return report
+
+
+def _run(problem: Problem, config: Config, directory: Path, console: Console) -> Report:
+    prepared = training.prepare(problem, config)
+    console.print()
+    console.print(str(lora.summary(problem.base, prepared.delta)), highlight=False, soft_wrap=True)
+    console.print()
+    base_loss = {split: prepared.loss({}, split) for split in ("validation", "test")}
+    step = generation.stepper(problem.apply)
+    before = samples.generate(problem, step, problem.base, config.new_tokens)
+    delta, history = training.run(prepared, config, directory / "checkpoints", base_loss["validation"], console)
+    test = problem.splits["test"].labels
+    frequencies = training.frequency_loss(problem.splits["train"].labels, test, problem.model.config.vocab_size)
+    losses = {"base": base_loss["test"], "frequencies": frequencies, "adapted": prepared.loss(delta, "test")}
+    adapted = generation.stepper(lora.adapt(problem.apply))
+    after = samples.generate(problem, adapted, (problem.base, delta), config.new_tokens)
+    agreements = exchange.run(problem, delta, directory, after, config.model)
+    return Report(
+        trained_parameters=sum(leaf.size for leaf in jax.tree.leaves(lora.partition(delta)[0])),
+        adapter_bytes=stored_bytes(directory / exchange.PEFT),
+        merged_bytes=stored_bytes(directory / exchange.MERGED),
+        seconds=history.seconds,
+        perplexities={name: float(np.exp(loss)) for name, loss in losses.items()},
+        losses=history.losses,
+        evaluations=history.evaluations,
+        texts=list(zip(problem.prompts, samples.texts(problem, before), samples.texts(problem, after))),
+        agreements=agreements,
+    )
+
+
+def _settings(config: Config, problem: Problem) -> dict[str, Any]:
+    """All that decides the numbers."""
+    elsewhere = ("out", "fresh", "model", "data", "samples", "checkpoint_every")
+    chosen = {name: value for name, value in asdict(config).items() if name not in elsewhere}
+    return chosen | {"digest": problem.digest}
+
+
+def _show(report: Report, config: Config, console: Console) -> None:
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("test texts by")
+    shown.add_column("perplexity a token", justify="right")
+    for name, words in _WAYS.items():
+        shown.add_row(words, f"{report.perplexities[name]:.1f}")
+    console.print(shown)
+    chosen = np.linspace(0, len(report.texts) - 1, min(config.samples, len(report.texts))).round().astype(int)
+    for prompt, before, after in (report.texts[i] for i in chosen):
+        console.print(prompt, style="bold", highlight=False, markup=False)
+        console.print(f"  before: {_short(before)}\n  after:  {_short(after)}", highlight=False, markup=False)
+    console.print(agreement_table(report.agreements))
+    console.print(
+        f"{report.trained_parameters:,} trained parameters, {report.seconds:.0f} s of training; "
+        f"adapter {size(report.adapter_bytes)}, merged checkpoint {size(report.merged_bytes)}",
+        highlight=False,
+    )
+
+
+def _short(text: str) -> str:
+    """A text in quotes that fits a line."""
+    quoted = repr(text.strip())
+    return quoted if len(quoted) <= _LINE else quoted[: _LINE - 2] + "…" + quoted[-1]
