@@ -10,6 +10,7 @@ from lora_jax.adapters.full import Full, Rows
 from lora_jax.adapters.lowrank import LoRA
 from lora_jax.adapters.offset import Offset
 from lora_jax.checkpoint import load, save
+from lora_jax.combining import combine, truncate
 from lora_jax.merging import merge, switch_task, unmerge
 from lora_jax.optim import join, optimizer, partition, trainable_mask
 from lora_jax.report import explain, summary
@@ -25,6 +26,7 @@ __all__ = [
     "Rows",
     "TrainState",
     "adapt",
+    "combine",
     "explain",
     "init",
     "join",
@@ -40,5 +42,6 @@ __all__ = [
     "switch_task",
     "train_step",
     "trainable_mask",
+    "truncate",
     "unmerge",
 ]

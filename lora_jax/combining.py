@@ -1,0 +1,280 @@
+"""Algebra of low-rank deltas: scaled, summed by several methods, and brought to a smaller rank."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.adapters.lowrank import LowRank
+from lora_jax.adapters.offset import Addition
+from lora_jax.adapters.protocol import BATCH, Adapter
+
+Delta = Mapping[str, Adapter]
+
+METHODS = (
+    "cat",
+    "linear",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "magnitude_prune",
+    "svd",
+    "ties_svd",
+    "dare_linear_svd",
+    "dare_ties_svd",
+    "magnitude_prune_svd",
+)
+
+
+def scale(delta: Delta, factor: float) -> dict[str, Adapter]:
+    """The delta that changes each weight by `factor` times as much; −1 negates it.
+
+    Raises:
+      ValueError: An adapter does not add a term of its own (`Full`, `Rows`, DoRA).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> delta = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, {"w": lora.LoRA(2, axes=("in", "out"))})
+      >>> float(scale(delta, -0.5)["w"].scale)
+      -0.5
+    """
+    for path, node in delta.items():
+        _need_term(path, node)
+    return {path: dataclasses.replace(node, scale=node.scale * factor) for path, node in delta.items()}  # pyrefly: ignore[missing-attribute]
+
+
+def combine(
+    deltas: Sequence[Delta],
+    weights: Sequence[float],
+    *,
+    method: str = "cat",
+    rank: int | None = None,
+    density: float | None = None,
+    majority: str = "total",
+    key: jax.Array | None = None,
+) -> dict[str, Adapter]:
+    r"""One delta in place of several, :math:`\sum_i w_i \Delta W_i` or near it.
+
+    Args:
+      deltas: LoRA (and Offset) adapters; a path may be missing in some of them.
+      weights: One for each; may be negative.
+      method: 'cat' is exact, with the ranks added up. 'svd' is the nearest of rank `rank`. 'linear' adds a to a
+        and b to b (equal ranks; not the sum of the products). 'ties' and 'magnitude_prune' first keep the largest
+        entries of a and of b, 'dare_linear' and 'dare_ties' random ones, scaled up; the ties add only entries of
+        the sign that prevails. The same names with `_svd` do that to ΔW, which is formed for it, and give the
+        nearest of rank `rank`.
+      rank: Of the result, for 'svd' and the `_svd` methods; None is the largest of the ranks.
+      density: The share of entries that the pruning methods keep, above 0 and at most 1.
+      majority: How the ties elect a sign: 'total' of the entries or 'frequency' of signs.
+      key: For the random methods.
+
+    Returns:
+      A delta of LoRA adapters of scale 1.
+
+    Raises:
+      ValueError: An adapter does not add a term of its own; ranks, axes or blocks differ where they may not; an
+        argument is missing or out of range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> base = {"w": jnp.ones((4, 3))}
+      >>> one, two = (lora.init(jax.random.key(i), base, {"w": lora.LoRA(2, axes=("in", "out"))}) for i in (0, 1))
+      >>> combine([one, two], [0.7, 0.3])["w"].rank
+      4
+
+    References:
+      Yadav et al., `TIES <https://arxiv.org/abs/2306.01708>`_, 2023, §4; Yu et al.,
+      `DARE <https://arxiv.org/abs/2311.03099>`_, 2023, §3
+    """
+    if method not in METHODS:
+        raise ValueError(f"combine(method={method!r}): expected one of {', '.join(map(repr, METHODS))}.")
+    if len(deltas) != len(weights) or not deltas:
+        raise ValueError(f"combine: {len(deltas)} deltas and {len(weights)} weights; one for each, at least one.")
+    plain = method.removesuffix("_svd")
+    if plain in ("ties", "dare_linear", "dare_ties", "magnitude_prune"):
+        if density is None or not 0 < density <= 1:
+            raise ValueError(f"combine(method={method!r}) needs a density above 0 and at most 1, not {density}.")
+        if plain.startswith("dare") and key is None:
+            raise ValueError(f"combine(method={method!r}) draws at random: give key=.")
+    if majority not in ("total", "frequency"):
+        raise ValueError(f"combine(majority={majority!r}): expected 'total' or 'frequency'.")
+    combined: dict[str, Adapter] = {}
+    for number, path in enumerate(dict.fromkeys(path for delta in deltas for path in delta)):
+        found = [(delta[path], weight) for delta, weight in zip(deltas, weights) if path in delta]
+        for node, _ in found:
+            _need_term(path, node)
+        if all(isinstance(node, Addition) for node, _ in found):
+            combined[path] = _sum_of_offsets([(node, w) for node, w in found if isinstance(node, Addition)])
+            continue
+        nodes = [(node, w) for node, w in found if isinstance(node, LowRank)]
+        if len(nodes) < len(found) or len({(n.shape(), n.axes, n.blocks) for n, _ in nodes}) > 1:
+            raise ValueError(f"{path!r}: the adapters to combine have different kinds, shapes, axes or blocks.")
+        own = None if key is None else jax.random.fold_in(key, number)
+        merge = _Merge(plain, density or 1.0, majority, own)
+        try:
+            combined[path] = _combined(nodes, method, rank, merge)
+        except ValueError as error:
+            raise ValueError(f"{path!r}: {error}") from None
+    return combined
+
+
+def truncate(delta: Delta, rank: int) -> dict[str, Adapter]:
+    """The nearest delta whose adapters are of a smaller rank (in the norm of ΔW).
+
+    The singular value decomposition of ΔW is that of a rank × rank matrix between the orthogonal parts of the
+    factors; ΔW is not formed.
+
+    Args:
+      delta: LoRA adapters; adapters of other kinds, and of no larger rank, stay as they are.
+      rank: At least 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> base = {"w": jnp.ones((4, 3))}
+      >>> delta = lora.init(jax.random.key(0), base, {"w": lora.LoRA(3, axes=("in", "out"), init="gaussian")})
+      >>> truncate(delta, 1)["w"].a.shape
+      (1, 4)
+
+    References:
+      Eckart and Young, 1936
+    """
+    if rank < 1:
+        raise ValueError(f"truncate(rank={rank}): a rank is at least 1.")
+    return {
+        path: _truncated(node, rank) if type(node) is LowRank and node.rank > rank else node
+        for path, node in delta.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Merge:
+    """Entries of several arrays, stacked along the first axis, made one: pruned, elected, added."""
+
+    method: str
+    density: float
+    majority: str
+    key: jax.Array | None
+
+    def __call__(self, arrays: jax.Array, weights: jax.Array, lead: int, part: int) -> jax.Array:
+        """Each of the first `lead` axes after the stacking one is pruned by itself; `part` tells draws apart."""
+        if self.method in ("ties", "magnitude_prune"):
+            prune: Callable = lambda x: _largest(x, self.density)  # noqa: E731
+            for _ in range(lead + 1):
+                prune = jax.vmap(prune)
+            arrays = prune(arrays)
+        elif self.method.startswith("dare") and self.key is not None:
+            kept = jax.random.bernoulli(jax.random.fold_in(self.key, part), self.density, arrays.shape)
+            arrays = jnp.where(kept, arrays / self.density, 0.0)
+        weighted = arrays * weights.reshape((-1,) + (1,) * (arrays.ndim - 1))
+        if self.method not in ("ties", "dare_ties"):
+            return weighted.sum(axis=0)
+        signs = jnp.sign(arrays)
+        elected = (arrays if self.majority == "total" else signs).sum(axis=0, keepdims=True)
+        agrees = signs == jnp.where(elected >= 0, 1.0, -1.0)
+        return jnp.where(agrees, weighted, 0.0).sum(axis=0) / jnp.maximum(agrees.sum(axis=0), 1).astype(arrays.dtype)
+
+
+def _largest(array: jax.Array, density: float) -> jax.Array:
+    """The largest entries of an array, zeros for the others."""
+    flat = array.reshape(-1)
+    _, kept = lax.top_k(jnp.abs(flat), int(density * flat.size))
+    return jnp.zeros_like(flat).at[kept].set(flat[kept]).reshape(array.shape)
+
+
+def _combined(nodes: list[tuple[LowRank, float]], method: str, rank: int | None, merge: _Merge) -> LowRank:
+    first, lead = nodes[0][0], _lead(nodes[0][0])
+    dtype = first.a.dtype
+    if method in ("cat", "svd"):
+        a = jnp.concatenate([_by_scale(n.a, n.scale, w) for n, w in nodes], axis=lead)
+        b = jnp.concatenate([n.b.astype(jnp.float32) for n, _ in nodes], axis=lead)
+        whole = dataclasses.replace(first, a=a, b=b, scale=jnp.ones((), jnp.float32))
+        if method == "svd":
+            whole = _truncated(whole, rank or max(node.rank for node, _ in nodes))
+    elif method.endswith("_svd"):
+        weights = jnp.array([w for _, w in nodes], jnp.float32)
+        products = jnp.stack([_product(node) for node, _ in nodes])
+        whole = _nearest(first, merge(products, weights, lead, 0), rank or max(node.rank for node, _ in nodes))
+    else:
+        if len({node.rank for node, _ in nodes}) > 1:
+            raise ValueError(f"combine(method={method!r}) adds factors of equal rank; 'cat' and 'svd' take any.")
+        parts = []
+        for part, name in enumerate(("a", "b")):
+            # √|w·s| on both factors, the sign on a alone
+            arrays, roots = [], []
+            for node, weight in nodes:
+                if node.scale.ndim:
+                    raise ValueError(
+                        f"combine(method={method!r}) takes one scale an adapter; 'cat' and 'svd' take any."
+                    )
+                total = weight * node.scale
+                root = jnp.sqrt(jnp.abs(total))
+                roots.append(jnp.where(total < 0, -root, root) if name == "a" else root)
+                arrays.append(getattr(node, name).astype(jnp.float32))
+            # Blocks of one kernel are pruned together: they are one module.
+            parts.append(merge(jnp.stack(arrays), jnp.stack(roots), first.axes.count(BATCH), part))
+        whole = dataclasses.replace(first, a=parts[0], b=parts[1], scale=jnp.ones((), jnp.float32))
+    return dataclasses.replace(whole, a=whole.a.astype(dtype), b=whole.b.astype(dtype))
+
+
+def _lead(node: LowRank) -> int:
+    """The number of axes before the rank."""
+    return node.axes.count(BATCH) + (len(node.blocks) > 1)
+
+
+def _by_scale(array: jax.Array, scale: jax.Array, factor: float = 1.0) -> jax.Array:
+    total = (scale * factor).reshape(scale.shape + (1,) * (array.ndim - scale.ndim))
+    return array.astype(jnp.float32) * total
+
+
+def _matrices(node: LowRank) -> tuple[jax.Array, jax.Array]:
+    """The factors as `[*lead, rank, in]` and `[*lead, rank, out]`, in float32."""
+    lead = _lead(node)
+    return tuple(x.astype(jnp.float32).reshape(*x.shape[: lead + 1], -1) for x in (node.a, node.b))  # pyrefly: ignore[bad-return]
+
+
+def _product(node: LowRank) -> jax.Array:
+    """ΔW, `[*lead, in, out]`."""
+    a, b = _matrices(node)
+    return _by_scale(jnp.matmul(a.mT, b, precision=lax.Precision.HIGHEST), node.scale)
+
+
+def _truncated(node: LowRank, rank: int) -> LowRank:
+    a, b = _matrices(node)
+    exact = lax.Precision.HIGHEST
+    (qa, ra), (qb, rb) = jnp.linalg.qr(a.mT), jnp.linalg.qr(b.mT)
+    u, s, vt = jnp.linalg.svd(jnp.matmul(ra, rb.mT, precision=exact), full_matrices=False)
+    rank = min(rank, s.shape[-1])
+    root = jnp.sqrt(s[..., :rank])[..., None]
+    new_a = root * jnp.matmul(u[..., :rank].mT, qa.mT, precision=exact)
+    new_b = root * jnp.matmul(vt[..., :rank, :], qb.mT, precision=exact)
+    return _with_factors(node, new_a, new_b, node.scale)
+
+
+def _nearest(like: LowRank, product: jax.Array, rank: int) -> LowRank:
+    """The nearest low-rank adapter to a given ΔW, `[*lead, in, out]`."""
+    u, s, vt = jnp.linalg.svd(product, full_matrices=False)
+    rank = min(rank, s.shape[-1])
+    root = jnp.sqrt(s[..., :rank])[..., None]
+    return _with_factors(like, root * u[..., :rank].mT, root * vt[..., :rank, :], jnp.ones((), jnp.float32))
+
+
+def _with_factors(node: LowRank, a: jax.Array, b: jax.Array, scale: jax.Array) -> LowRank:
+    lead = _lead(node)
+    a, b = (
+        new.reshape(*new.shape[: lead + 1], *old.shape[lead + 1 :]).astype(old.dtype)
+        for new, old in ((a, node.a), (b, node.b))
+    )
+    return dataclasses.replace(node, a=a, b=b, scale=scale)
+
+
+def _sum_of_offsets(nodes: list[tuple[Addition, float]]) -> Addition:
+    first = nodes[0][0]
+    value = sum(_by_scale(node.value, node.scale, weight) for node, weight in nodes)
+    return dataclasses.replace(first, value=jnp.asarray(value, first.value.dtype), scale=jnp.ones((), jnp.float32))
+
+
+def _need_term(path: str, node: Adapter) -> None:
+    if not node.additive:
+        raise ValueError(f"{path!r}: the {node.kind} adapter adds no term of its own, so that it has no multiples.")

@@ -1,0 +1,157 @@
+"""Scaled, combined and truncated deltas; PEFT's combinations where PEFT has the method."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lora
+from lora_jax import combining, merging
+from lora_jax.adapters.lowrank import LowRank
+
+FIXTURE = np.load(pathlib.Path(__file__).parent / "fixtures" / "adapters" / "combinations.npz")
+RANKS = {"one": 3, "two": 3, "three": 2}
+ALPHAS = {"one": 5, "two": 2, "three": 4}
+WEIGHTS = {"plain": (0.7, 0.5), "negative": (1.2, -0.4)}
+ELEMENTWISE = ("linear", "ties", "magnitude_prune")
+
+
+def of_fixture(name):
+    """PEFT's adapter in this library's orientation."""
+
+    def node(module):
+        scale = jnp.float32(ALPHAS[name] / RANKS[name])
+        a, b = (jnp.asarray(FIXTURE[f"{name}.{module}.{part}"]) for part in "ab")
+        return LowRank(a=a, b=b.T, scale=scale, dropout=jnp.float32(0), axes=("in", "out"), blocks=(True,))
+
+    return {"up": node("up"), "embed": node("embed")}
+
+
+def added(node):
+    """ΔW."""
+    return np.asarray(node.merge(jnp.zeros(node.shape())))
+
+
+def made(seed, rank=2, shape=(6, 8), axes=("in", "out"), alpha=3.0, **options):
+    base = {"w": jnp.zeros(shape)}
+    recipe = lora.LoRA(rank, alpha=alpha, axes=axes, init="gaussian", **options)
+    delta = lora.init(jax.random.key(seed), base, {"w": recipe})
+    b = jax.random.normal(jax.random.key(100 + seed), delta["w"].b.shape)
+    return {
+        "w": jax.tree.unflatten(jax.tree.structure(delta["w"]), [delta["w"].a, b, *jax.tree.leaves(delta["w"])[2:]])
+    }
+
+
+@pytest.mark.parametrize("sign", WEIGHTS)
+@pytest.mark.parametrize("method", ["cat", *ELEMENTWISE, "svd", "ties_svd", "magnitude_prune_svd"])
+def test_combinations_are_pefts(method, sign):
+    pair = ("one", "two") if method in ELEMENTWISE else ("one", "three")
+    options = {} if method in ("cat", "linear", "svd") else {"density": 0.5}
+    if method.endswith("svd"):
+        options["rank"] = 2
+    if "ties" in method:
+        options["majority"] = "frequency" if sign == "negative" else "total"
+    combined = combining.combine([of_fixture(name) for name in pair], WEIGHTS[sign], method=method, **options)
+    for module in ("up", "embed"):
+        expected = FIXTURE[f"{sign}.{method}.{module}"]
+        expected = expected if module == "embed" else expected.T
+        np.testing.assert_allclose(added(combined[module]), expected, rtol=1e-4, atol=2e-5)
+
+
+FORMS = {
+    "matrix": {},
+    "layers": {"shape": (3, 6, 8), "axes": ("batch", "in", "out")},
+    "heads": {"shape": (6, 2, 4), "axes": ("in", "out", "out")},
+    "blocks": {"blocks": (True, False)},
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_cat_is_the_weighted_sum(form):
+    one, two = made(1, 2, **form), made(2, 1, alpha=5.0, **form)
+    combined = combining.combine([one, two], [0.5, -2.0])
+    assert combined["w"].rank == 3
+    np.testing.assert_allclose(
+        added(combined["w"]), 0.5 * added(one["w"]) - 2.0 * added(two["w"]), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_truncation_is_the_nearest(form):
+    delta = made(1, 3, **form)
+    np.testing.assert_allclose(added(combining.truncate(delta, 3)["w"]), added(delta["w"]), rtol=1e-5, atol=1e-5)
+    cut = combining.truncate(delta, 1)["w"]
+    assert cut.rank == 1
+    node = delta["w"]
+    lead = node.axes.count("batch")
+    whole, near = (np.asarray(added(x)).reshape(*node.shape()[:lead], 6, 8) for x in (node, cut))
+    # By Eckart and Young what is lost is the other singular values; a block is a matrix of its own.
+    parts = [whole[..., :4]] if len(node.blocks) > 1 else [whole]
+    lost = sum((np.linalg.svd(part, compute_uv=False)[..., 1:] ** 2).sum() for part in parts)
+    np.testing.assert_allclose(((whole - near) ** 2).sum(), lost, rtol=1e-4)
+
+
+def test_the_svd_of_all_ranks_is_the_sum():
+    one, two = made(1, 2), made(2, 3)
+    combined = combining.combine([one, two], [1.0, -1.0], method="svd", rank=5)
+    np.testing.assert_allclose(merging.norm(combined["w"]), merging.distance(one["w"], two["w"]), rtol=1e-5)
+
+
+def test_scaling_and_negating():
+    delta = made(1)
+    np.testing.assert_allclose(added(combining.scale(delta, -2.0)["w"]), -2.0 * added(delta["w"]), rtol=1e-6)
+    gone = combining.combine([delta, combining.scale(delta, -1.0)], [1.0, 1.0])
+    np.testing.assert_allclose(added(gone["w"]), 0.0, atol=1e-5)
+
+
+def test_deltas_on_different_weights():
+    one, two = made(1), {"v": made(2)["w"]}
+    combined = combining.combine([one, two], [1.0, 0.5])
+    np.testing.assert_allclose(added(combined["w"]), added(one["w"]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(added(combined["v"]), 0.5 * added(two["v"]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_linear_svd"])
+def test_dare_is_unbiased(method):
+    delta = made(1, 6)
+
+    @jax.jit
+    @jax.vmap
+    def draw(key):
+        combined = combining.combine([delta], [1.0], method=method, density=0.5, rank=6, key=key)
+        return combined["w"].merge(jnp.zeros((6, 8)))
+
+    drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 1000)))
+    # Independent masks on a and b: the mean of the products is the product of the means.
+    assert np.abs(drawn.mean(axis=0) - added(delta["w"])).mean() < 0.1 * np.abs(added(delta["w"])).mean()
+    assert not np.allclose(drawn[0], drawn[1])
+
+
+def test_offsets_add():
+    base = {"b": jnp.zeros(3)}
+    delta = lora.init(jax.random.key(0), base, {"b": lora.Offset(2.0)})
+    delta = jax.tree.map(lambda x: x + 1, delta)  # value 1, scale 3
+    combined = combining.combine([delta, delta], [1.0, -0.5], method="linear")
+    np.testing.assert_allclose(lora.merge(base, combined)["b"], 1.5)
+
+
+def test_what_cannot_be_combined():
+    one = made(1)
+    with pytest.raises(ValueError, match="'w': the Full adapter"):
+        combining.scale({"w": lora.Full().make(jax.random.key(0), jnp.ones(3), ())}, 2.0)
+    with pytest.raises(ValueError, match="equal rank"):
+        combining.combine([one, made(2, 3)], [1.0, 1.0], method="linear")
+    with pytest.raises(ValueError, match="different kinds, shapes"):
+        combining.combine([one, made(2, shape=(5, 8))], [1.0, 1.0])
+    with pytest.raises(ValueError, match="'cat', 'linear'"):
+        combining.combine([one], [1.0], method="mean")
+    with pytest.raises(ValueError, match="2 deltas and 1 weights"):
+        combining.combine([one, one], [1.0])
+    with pytest.raises(ValueError, match="density"):
+        combining.combine([one], [1.0], method="ties")
+    with pytest.raises(ValueError, match="give key="):
+        combining.combine([one], [1.0], method="dare_ties", density=0.5)
+    with pytest.raises(ValueError, match="at least 1"):
+        combining.truncate(one, 0)
