@@ -40,9 +40,8 @@ def scale(delta: Delta, factor: float) -> dict[str, Adapter]:
       >>> float(scale(delta, -0.5)["w"].scale)
       -0.5
     """
-    for path, node in delta.items():
-        _need_term(path, node)
-    return {path: dataclasses.replace(node, scale=node.scale * factor) for path, node in delta.items()}  # pyrefly: ignore[missing-attribute]
+    terms = {path: _term(path, node) for path, node in delta.items()}
+    return {path: dataclasses.replace(node, scale=node.scale * factor) for path, node in terms.items()}
 
 
 def combine(
@@ -102,9 +101,7 @@ def combine(
         raise ValueError(f"combine(majority={majority!r}): expected 'total' or 'frequency'.")
     combined: dict[str, Adapter] = {}
     for number, path in enumerate(dict.fromkeys(path for delta in deltas for path in delta)):
-        found = [(delta[path], weight) for delta, weight in zip(deltas, weights) if path in delta]
-        for node, _ in found:
-            _need_term(path, node)
+        found = [(_term(path, delta[path]), weight) for delta, weight in zip(deltas, weights) if path in delta]
         if all(isinstance(node, Addition) for node, _ in found):
             combined[path] = _sum_of_offsets([(node, w) for node, w in found if isinstance(node, Addition)])
             continue
@@ -275,6 +272,8 @@ def _sum_of_offsets(nodes: list[tuple[Addition, float]]) -> Addition:
     return dataclasses.replace(first, value=jnp.asarray(value, first.value.dtype), scale=jnp.ones((), jnp.float32))
 
 
-def _need_term(path: str, node: Adapter) -> None:
-    if not node.additive:
-        raise ValueError(f"{path!r}: the {node.kind} adapter adds no term of its own, so that it has no multiples.")
+def _term(path: str, node: Adapter) -> LowRank | Addition:
+    """An adapter that adds a term of its own."""
+    if isinstance(node, LowRank | Addition) and node.additive:
+        return node
+    raise ValueError(f"{path!r}: the {node.kind} adapter adds no low-rank term of its own, which could be scaled.")
