@@ -12,26 +12,40 @@ from collections.abc import Iterator
 def replaced(directory: str | os.PathLike, manifest: str, *, what: str) -> Iterator[pathlib.Path]:
     """A new directory to write into, put in the place of `directory` when the block ends well.
 
+    If it does not (an error, Ctrl-C), everything that was made is removed, new parents included.
+
     Args:
-      directory: What is to be written. If it exists, it is empty or holds `manifest`.
+      directory: What is to be written. If it exists, it is empty or holds `manifest`. A link to a directory
+        stays; what it leads to is replaced.
       manifest: The file by which a directory of the same kind is known.
       what: What such a directory is called in the error.
 
     Raises:
       FileExistsError: The directory exists and is of another kind. Nothing is changed.
+      OSError: It cannot be written; the error names `directory`, not what is made on the way.
     """
-    directory = pathlib.Path(directory).absolute()
+    given, directory = directory, pathlib.Path(os.path.realpath(directory))
     ours = (directory / manifest).is_file() or (directory.is_dir() and not any(directory.iterdir()))
-    if directory.exists() and not ours:
+    if os.path.lexists(directory) and not ours:
         raise FileExistsError(f"{directory} exists and is no {what} (it has no {manifest}); not replaced.")
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    missing = [parent for parent in directory.parents if not parent.exists()]
     fresh = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.writing")
+    whole = False
     try:
-        fresh.mkdir()
+        fresh.mkdir(parents=True)
         yield fresh
         _exchange(fresh, directory)
+        whole = True
+    except OSError as error:
+        # A write that fails has no file's name; others name what nobody has heard of.
+        if error.errno is None or (error.filename is not None and not str(error.filename).startswith(str(fresh))):
+            raise
+        raise OSError(error.errno, error.strerror, str(given)) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+        for parent in () if whole else missing:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
 def _exchange(fresh: pathlib.Path, directory: pathlib.Path) -> None:
@@ -40,10 +54,13 @@ def _exchange(fresh: pathlib.Path, directory: pathlib.Path) -> None:
         os.rename(fresh, directory)
         return
     old = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.replaced")
-    os.rename(directory, old)
     try:
+        os.rename(directory, old)
         os.rename(fresh, directory)
-    except OSError:
-        os.rename(old, directory)
+    except BaseException:
+        if old.exists() and not directory.exists():
+            os.rename(old, directory)
         raise
-    shutil.rmtree(old)
+    finally:
+        if directory.exists():
+            shutil.rmtree(old, ignore_errors=True)

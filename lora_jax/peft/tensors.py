@@ -3,7 +3,8 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from safetensors.numpy import save_file
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""The dtypes, as safetensors spells them, whose numbers are the tensor's values; others are quantised or integers."""
+
+_CHUNK = 16 * 2**20
 
 
 class Tensors(Mapping[str, tuple[int, ...]]):
@@ -83,10 +88,6 @@ class Tensors(Mapping[str, tuple[int, ...]]):
         """The file that holds a tensor."""
         return self._where[name][0]
 
-    def metadata(self, name: str) -> dict[str, str]:
-        """The metadata of the file that holds a tensor."""
-        return self._where[name][1].metadata() or {}
-
     def dtype(self, name: str) -> str:
         """The dtype of a tensor as safetensors spells it ('F32', 'BF16')."""
         return self._slice(name).get_dtype()
@@ -111,11 +112,31 @@ def model_files(directory: str | os.PathLike) -> list[Path]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index}: expected an object 'weight_map' from tensors to files.")
     names = sorted(set(weight_map.values()))
+    if not names:
+        raise ValueError(f"{index}: its 'weight_map' names no tensor.")
     if outside := [name for name in names if Path(name).name != name]:
         raise ValueError(f"{index}: {outside[0]!r} is no file of this directory.")
     if missing := [name for name in names if not (directory / name).is_file()]:
         raise ValueError(f"{directory}: {len(missing)} of {len(names)} shards missing: {', '.join(missing[:3])}.")
     return [directory / name for name in names]
+
+
+def check_index(tensors: Tensors) -> None:
+    """Raises `ValueError` unless the index beside some shards lists just what is in them."""
+    index = tensors.files[0].with_name(INDEX)
+    if tensors.files[0].name == WEIGHTS or not index.is_file():
+        return
+    listed = read_json(index)["weight_map"]
+    wrong = [name for name in sorted({*listed, *tensors}) if listed.get(name) != _file_name(tensors, name)]
+    if wrong:
+        where = _file_name(tensors, wrong[0]) or "in no shard"
+        raise ValueError(
+            f"{index}: {wrong[0]!r} should be in {listed.get(wrong[0])}, and is {where} ({len(wrong)} such tensors)."
+        )
+
+
+def _file_name(tensors: Tensors, name: str) -> str | None:
+    return tensors.file_of(name).name if name in tensors else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -124,11 +145,11 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       ValueError: There is no such file, or it is not a JSON object.
     """
+    if not path.is_file():
+        raise ValueError(absent(path))
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error}).") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, not {type(content).__name__}.")
@@ -136,12 +157,63 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes one safetensors file; `format: pt` is what PyTorch's readers want."""
-    save_file(
-        {name: np.ascontiguousarray(array) for name, array in tensors.items()},
-        file,
-        metadata={"format": "pt", **(metadata or {})},
-    )
+    """Writes one safetensors file; `format: pt` is what PyTorch's readers want.
+
+    Raises:
+      OSError: It cannot be written.
+    """
+    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    try:
+        save_file(contiguous, file, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:  # the disk is full, for one
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(*((int(code[1]), os.strerror(int(code[1]))) if code else (str(error),))) from error
+
+
+def rewrite(
+    source: Path,
+    target: Path,
+    change: Callable[[str], np.ndarray | None],
+    advance: Callable[[int], None] = lambda size: None,
+) -> None:
+    """Copies a safetensors file, tensor by tensor, with the values of some of them changed.
+
+    What is not changed is copied as bytes, whatever its dtype, and no more than one tensor is in memory.
+
+    Args:
+      source: A file that :class:`Tensors` opens.
+      target: The new file.
+      change: The new value of a tensor, of its shape and dtype; None to leave it.
+      advance: Called with the number of bytes that have been written since the last call.
+
+    Raises:
+      OSError: A file cannot be read or written.
+    """
+    with open(source, "rb") as old, open(target, "wb") as new:
+        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
+        start = old.tell()
+        metadata = {"format": "pt", **header.pop("__metadata__", {})}
+        content = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+        content += b" " * (-len(content) % 8)
+        new.write(len(content).to_bytes(8, "little") + content)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            value = change(name)
+            if value is not None:
+                data = np.ascontiguousarray(value).tobytes()
+                if len(data) != end - begin:
+                    raise ValueError(f"{name!r}: {len(data)} bytes in the place of {end - begin}.")
+                new.write(data)
+                advance(len(data))
+                continue
+            old.seek(start + begin)
+            while begin < end:
+                data = old.read(min(_CHUNK, end - begin))
+                if not data:
+                    raise OSError(f"{source}: ended while {name!r} was read.")
+                new.write(data)
+                advance(len(data))
+                begin += len(data)
 
 
 def write_model(
@@ -190,12 +262,19 @@ def _shard(directory: Path, number: int, count: int) -> Path:
 
 
 def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(absent(path))
     try:
-        if not path.is_file():  # a loop of links is an error of its own
-            raise ValueError(f"{path}: no such file.")
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: cannot be read as safetensors ({error}).") from None
+
+
+def absent(path: Path) -> str:
+    """What to say of a file that is not there, or not a file."""
+    if path.is_symlink() and not path.exists():
+        return f"{path}: a link that leads nowhere, or in a circle."
+    return f"{path}: is no file." if path.exists() else f"{path}: no such file."
 
 
 def pickle_beside(directory: Path) -> str:
