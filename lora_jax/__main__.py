@@ -1,15 +1,21 @@
 """Adapters on disk: `python -m lora_jax inspect | merge | convert | diff`."""
 
 import argparse
+import contextlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 
 PROGRAM = "lora-jax"
-_PIPE_WIDTH = 160  # into a file or another program, where no window tells
-DIFFERENT, WRONG, INTERRUPTED = 1, 2, 130
+DIFFERENT, WRONG, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+
+_WIDE = 1000  # of a table into a file or another program, where no window tells
+_PROBLEMS = 12  # how many of an adapter's problems are listed
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -19,67 +25,120 @@ def main(args: Sequence[str] | None = None) -> int:
       args: In place of `sys.argv[1:]`.
 
     Returns:
-      The exit status: 0; 1 where `diff` finds a difference; 2 for what the user can put right.
+      The exit status: 0; 1 where `diff` finds a difference; 2 for what the user can put right; 130 and 143 after
+      an interrupt and a termination signal.
     """
     try:
         given = _parser().parse_args(args)
-    except SystemExit as stop:  # argparse's own: --help, or arguments that do not parse
+        with _terminable():
+            return _run(given)
+    except SystemExit as stop:  # argparse's own (--help, or arguments that do not parse), or a closed pipe
         return stop.code if isinstance(stop.code, int) else WRONG
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = _PIPE_WIDTH
-    try:
-        return _run(given, console)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_said(error)}", file=sys.stderr)
         return WRONG
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Terminated) as error:
         print("interrupted: nothing was written", file=sys.stderr)
-        return INTERRUPTED
+        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else TERMINATED
 
 
-def _run(given: argparse.Namespace, console: Console) -> int:
+def _run(given: argparse.Namespace) -> int:
     from lora_jax import commands  # after the arguments are known to be right: JAX takes seconds to start
 
+    console, progress = _console(), _console(stderr=True)
     match given.command:
         case "inspect":
-            commands.inspect(given.adapter, given.base, console)
+            commands.inspect(given.adapter, given.base, console, progress)
         case "merge":
-            commands.merge(given.base, given.adapter, given.out, force=given.force, console=console)
+            commands.merge(given.base, given.adapter, given.out, force=given.force, console=console, progress=progress)
         case "convert":
-            commands.convert(given.adapter, given.out, target=given.target, force=given.force, console=console)
+            commands.convert(
+                given.adapter, given.out, target=given.target, base=given.base, force=given.force, console=console
+            )
         case "diff":
-            return DIFFERENT if commands.diff(given.adapter, given.other, console) else 0
+            return DIFFERENT if commands.diff(given.adapter, given.other, console, progress) else 0
     return 0
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """Plain text: names of files and weights are no markup."""
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = _WIDE
+    return console
+
+
+class _Terminated(BaseException):
+    """A termination signal, as an exception: what is half-written is removed on the way out."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only there are signals to be had
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _said(error: Exception) -> str:
+    """An error's message: an operating system's with the file first, a long list with its beginning."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or error.filename2 or 'output'}: {error.strerror}."
+    lines = str(error).splitlines() or [type(error).__name__]
+    more = len(lines) - 1 - _PROBLEMS
+    return "\n".join(lines if more <= 0 else [*lines[: _PROBLEMS + 1], f"  … and {more} more"])
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="Adapters on disk: look at them, merge, convert, compare."
+        prog=PROGRAM,
+        description="Adapters on disk: look at them, merge, convert, compare.",
+        epilog=f"{PROGRAM} COMMAND --help has an example of each.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    def add(name: str, summary: str, details: str, example: str) -> argparse.ArgumentParser:
         return commands.add_parser(
             name,
             help=summary,
-            description=summary,
+            description=f"{summary}\n\n{details}",
             epilog=f"example:\n  {PROGRAM} {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
-    inspect = add("inspect", "What an adapter holds, and which base it fits.", "inspect my-adapter")
+    inspect = add(
+        "inspect",
+        "What an adapter holds: ranks, scales, norms of ΔW, and which base it fits.",
+        "With --base every tensor is checked against the checkpoint, and norms are compared with its weights'.",
+        "inspect my-adapter --base llama",
+    )
     inspect.add_argument("adapter", type=Path, help="a directory that PEFT or lora_jax wrote")
-    inspect.add_argument("--base", type=Path, help="a checkpoint directory to compare a PEFT adapter with")
+    inspect.add_argument("--base", type=Path, help="the checkpoint directory that a PEFT adapter may be for")
 
     merge = add(
-        "merge", "Folds a PEFT adapter into a checkpoint that transformers loads.", "merge llama my-adapter merged"
+        "merge",
+        "Folds a PEFT adapter into a checkpoint that transformers loads.",
+        "Sums are computed in float32 and rounded once to the stored dtype; files, shards and dtypes stay the base's.",
+        "merge llama my-adapter merged",
     )
     merge.add_argument("base", type=Path, help="a checkpoint directory: config.json and safetensors")
     merge.add_argument("adapter", type=Path, help="a directory that PEFT wrote")
     merge.add_argument("out", type=Path, help="the new checkpoint directory")
 
-    convert = add("convert", "Writes a PEFT adapter for another reader.", "convert my-adapter for-vllm --target vllm")
+    convert = add(
+        "convert",
+        "Writes a PEFT adapter for another reader.",
+        "What the reader cannot hold is refused by name; uneven scales are folded into B where it has one for all.",
+        "convert my-adapter for-vllm --target vllm",
+    )
     convert.add_argument("adapter", type=Path, help="a directory that PEFT wrote")
     convert.add_argument("out", type=Path, help="the new adapter directory")
     convert.add_argument(
@@ -88,10 +147,18 @@ def _parser() -> argparse.ArgumentParser:
         choices=("peft", "vllm", "gguf", "mlx"),
         help="vllm and gguf (llama.cpp's converter) read PEFT's format in part, mlx (mlx-lm) has its own",
     )
+    convert.add_argument(
+        "--base", type=Path, help="the checkpoint directory: tells embeddings that are stored but were not trained"
+    )
     for command in (merge, convert):
         command.add_argument("--force", action="store_true", help="replace an existing output of the same kind")
 
-    diff = add("diff", "How two adapters differ; status 1 if they do.", "diff before after")
+    diff = add(
+        "diff",
+        "How two adapters differ.",
+        "The exit status is 0 if they hold the same, bit for bit, 1 if they differ, 2 if one cannot be read.",
+        "diff before after",
+    )
     diff.add_argument("adapter", type=Path, help="a directory that PEFT or lora_jax wrote")
     diff.add_argument("other", type=Path, help="another")
     return parser

@@ -1,22 +1,29 @@
 """Names for PyTorch's own tensors: leaves that are the tensors of a checkpoint, or of an adapter, as they are."""
 
+import collections
 import itertools
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from lora_jax.peft import keys
 from lora_jax.peft.config import Config
-from lora_jax.peft.keys import ADAPTER
-from lora_jax.peft.names import Names, Weight
-from lora_jax.peft.tensors import Tensors, pickle_beside
+from lora_jax.peft.keys import ADAPTER, Key
+from lora_jax.peft.names import Module, Names, Weight
+from lora_jax.peft.tensors import FLOATS, Tensors, absent, pickle_beside
 
 Shape = tuple[int, ...]
-Shapes = dict[str, Shape]
-Base = dict[str, Any]
+Levels = list[tuple[Shape, Shape]]
+"""The shapes of a module's factors: one pair, or one for each of its parameters, the outermost wrapper's first."""
+Kind = Module | Literal[""]
+
+# What transformers' models do with a square tensor, where its shape does not tell.
+_CONV1D_MODELS = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
+_TRANSPOSED_EXPERTS_MODELS = ("aria", "aria_text", "gpt_oss", "openai_privacy_filter")
 
 
 def adapter_tensors(directory: Path) -> Tensors:
@@ -26,81 +33,108 @@ def adapter_tensors(directory: Path) -> Tensors:
       ValueError: It has none in safetensors.
     """
     if not (directory / ADAPTER).is_file():
-        raise ValueError(f"{directory}: no {ADAPTER}{pickle_beside(directory)}.")
+        raise ValueError(f"{absent(directory / ADAPTER).removesuffix('.')}{pickle_beside(directory)}.")
     return Tensors([directory / ADAPTER])
 
 
-def of_adapter(directory: Path) -> tuple[Base, Names]:
+def of_adapter(directory: Path) -> tuple[dict[str, Any], Names]:
     """The weights that an adapter is for, as far as it tells: their names, and shapes in PyTorch's layout.
+
+    A matrix that PEFT stores beside the factors (see :func:`copies`) is taken for the base's own.
 
     Raises:
       ValueError: The adapter's files are missing or damaged, or its factors do not go together.
     """
     config = Config.read(directory)
-    shapes: Shapes = {}
-    kinds: dict[str, str] = {}
+    shapes: dict[str, Shape] = {}
+    kinds: dict[str, Kind] = {}
+    stored: dict[str, Stored] = {}
     with adapter_tensors(directory) as tensors:
-        for (module, embedding), levels in _factors(tensors).items():
+        parsed = _parsed(tensors)
+        for (module, embedding), levels in _factors(tensors, parsed).items():
             for name, (a, b) in _named(module, levels, config).items():
                 kinds[name], shapes[name] = _weight(config, name, a, b, embedding)
-        for stored in tensors:
-            key = keys.parse(stored)
-            if key and key.part == "value" and key.name not in shapes:
-                shapes[key.name] = tensors[stored]
-            elif key and key.part == "rows" and f"{key.module}.weight" not in shapes:
-                ids = config.tokens(key.module) or ()
-                shapes[f"{key.module}.weight"] = (max(ids, default=0) + 1, *tensors[stored][1:])
+        for key in parsed:
+            if key.part == "value" and key.name not in shapes:
+                shapes[key.name] = tensors[key.key]
+            elif key.part == "rows" and f"{key.module}.weight" not in shapes:
+                ids = [i for i in config.tokens(key.module) or () if isinstance(i, int)]
+                shapes[f"{key.module}.weight"] = (max(ids, default=0) + 1, *tensors[key.key][1:])
                 kinds[f"{key.module}.weight"] = "embedding"
-            elif key and key.part == "b_bias":
-                shapes.setdefault(f"{key.module}.bias", tensors[stored])
-    base = {leaf_path(name): jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+            elif key.part == "b_bias":
+                shapes.setdefault(f"{key.module}.bias", tensors[key.key])
+        for key in _copies(parsed, config):
+            stored[key.name] = Stored(tensors[key.key], lambda key=key: _read(directory, key))
+    base = {
+        leaf_path(name): stored.get(name, jax.ShapeDtypeStruct(shape, np.float32)) for name, shape in shapes.items()
+    }
     return base, _names(shapes, kinds)
 
 
-def of_checkpoint(checkpoint: Tensors, directory: Path) -> tuple[Base, Names]:
+def copies(directory: Path) -> list[str]:
+    """The weights that an adapter holds whole, although its config does not say that they were trained.
+
+    PEFT stores embeddings so, where they have factors or the vocabulary may have grown; only the base tells
+    whether they changed.
+    """
+    config = Config.read(directory)
+    with adapter_tensors(directory) as tensors:
+        return [key.name for key in _copies(_parsed(tensors), config)]
+
+
+def of_checkpoint(checkpoint: Tensors, directory: Path, model_type: str = "") -> tuple[dict[str, Any], Names]:
     """A checkpoint's tensors as leaves for an adapter.
 
+    Args:
+      checkpoint: Open.
+      directory: The adapter's.
+      model_type: As the checkpoint's `config.json` has it; tells axes where shapes do not.
+
     Raises:
-      ValueError: As :func:`of_adapter`; or what a square weight's axes are cannot be told.
+      ValueError: As :func:`of_adapter`; a weight with factors is quantised; or what a square weight's axes are
+        cannot be told.
     """
     config = Config.read(directory)
     shapes = {name: checkpoint[name] for name in checkpoint}
-    kinds: dict[str, str] = {}
-    prefix = ""
     with adapter_tensors(directory) as tensors:
-        factors = _factors(tensors)
-        prefix = _prefix(shapes, {module for module, _ in factors})
-        bare = {name.removeprefix(prefix): name for name in shapes}
-        order: list[str] = []
-        for (module, embedding), levels in factors.items():
-            module = module.removeprefix(prefix)
-            own = [p for m, p in map(keys.split_name, config.target_parameters) if keys.matches(module, [m])]
-            own = [name for p in own if (name := f"{module}.{p}") in bare]
-            if own:
-                found = _parameters({name: shapes[bare[name]] for name in own}, levels, config)
-                kinds |= {bare[name]: kind for name, kind in found.items()}
-                order += [bare[name] for name in found]
-            elif f"{module}.weight" in bare and len(levels) == 1:
-                name = bare[f"{module}.weight"]
-                kinds[name] = _kind(shapes[name], *levels[0], embedding, config)
-        for stored in tensors:
-            key = keys.parse(stored)
-            if key and key.part == "rows" and (name := bare.get(f"{key.module.removeprefix(prefix)}.weight")):
-                kinds[name] = "embedding"
-    shapes = {name: shapes[name] for name in (*order, *(x for x in shapes if x not in order))}
-    return {leaf_path(name): Stored(checkpoint, name) for name in shapes}, _names(shapes, kinds, prefix)
+        parsed = _parsed(tensors)
+        factors = _factors(tensors, parsed)
+        sizes = {key: tensors[key.key] for key in parsed}
+    prefix = _prefix({keys.split_name(name)[0] for name in shapes}, {key.module for key in parsed})
+    bare = {name.removeprefix(prefix): name for name in shapes}
+    square = _Squares(config, model_type)
+    kinds: dict[str, Kind] = {}
+    order: list[str] = []
+    for (module, embedding), levels in factors.items():
+        module = module.removeprefix(prefix)
+        own = {f"{module}.{p}": shapes[bare[f"{module}.{p}"]] for p in _parameters(module, config, bare)}
+        if own:
+            found = _parameter_kinds(own, levels, config, model_type)
+            kinds |= {bare[name]: kind for name, kind in found.items()}
+            order += [bare[name] for name in found]
+        elif (name := bare.get(f"{module}.weight")) and len(levels) == 1:
+            kinds[name] = "embedding" if embedding else square.kind(name, shapes[name], *levels[0])
+        adapted = [bare[name] for name in own] or [bare.get(f"{module}.{x}") for x in ("weight", "qweight")]
+        _check_floats(checkpoint, [name for name in adapted if name])
+    kinds |= square.kinds()
+    for key in parsed:
+        if key.part == "rows" and (name := bare.get(f"{key.module.removeprefix(prefix)}.weight")):
+            kinds[name] = "embedding"
+    tied = _tied(sizes, bare, shapes, kinds, prefix)
+    shapes = {name: shapes[name] for name in dict.fromkeys((*order, *shapes))}
+    base = {leaf_path(name): Stored(shape, lambda name=name: checkpoint.read(name)) for name, shape in shapes.items()}
+    return base, _names(shapes, kinds, tied, prefix)
 
 
 class Stored:
-    """A tensor of a checkpoint as a leaf, read when its values are asked for."""
+    """A tensor on disk as a leaf, read when its values are asked for."""
 
-    def __init__(self, checkpoint: Tensors, name: str):
-        self._checkpoint = checkpoint
-        self._name = name
-        self.shape = checkpoint[name]
+    def __init__(self, shape: Shape, read: Callable[[], np.ndarray]):
+        self.shape = shape
+        self._read = read
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        value = self._checkpoint.read(self._name)
+        value = self._read()
         return value if dtype is None else value.astype(dtype)
 
 
@@ -109,37 +143,65 @@ def leaf_path(name: str) -> str:
     return name.replace(".", "/")
 
 
-def _names(shapes: Shapes, kinds: Mapping[str, str], prefix: str = "") -> Names:
-    rows = tuple(Weight(leaf_path(name), name, module=kinds.get(name, "")) for name in shapes)  # pyrefly: ignore[bad-argument-type]
-    return Names(rows, prefix=prefix)
+def _names(
+    names: Iterable[str], kinds: Mapping[str, Kind], tied: Mapping[str, tuple[str, ...]] | None = None, prefix: str = ""
+) -> Names:
+    tied = tied or {}
+    rows = [Weight(leaf_path(x), x, module=kinds.get(x, ""), tied=tied.get(x, ())) for x in names]
+    return Names(tuple(rows), prefix=prefix)
 
 
-def _factors(tensors: Tensors) -> dict[tuple[str, bool], list[tuple[Shape, Shape]]]:
+def _parsed(tensors: Tensors) -> list[Key]:
+    return [key for name in tensors if (key := keys.parse(name))]
+
+
+def _factors(tensors: Tensors, parsed: Iterable[Key]) -> dict[tuple[str, bool], Levels]:
     """Per module, and whether it is a lookup, the shapes of its factors, the outermost wrapper's first."""
     found: dict[tuple[str, bool], dict[int, dict[str, Shape]]] = {}
-    for stored in tensors:
-        key = keys.parse(stored)
-        if key and key.part in ("a", "b"):
-            levels = found.setdefault((key.module, key.embedding), {})
-            levels.setdefault(key.depth, {})[key.part] = tensors[stored]
-    for (module, _), levels in found.items():
-        for parts in levels.values():
+    for key in parsed:
+        if key.part in ("a", "b"):
+            shape = tensors[key.key]
+            if len(shape) < 2:
+                raise ValueError(f"{tensors.files[0]}: {key.key} has the shape {shape}, expected two axes or more.")
+            found.setdefault((key.module, key.embedding), {}).setdefault(key.depth, {})[key.part] = shape
+    for (module, embedding), levels in found.items():
+        for depth, parts in levels.items():
             if missing := {"a", "b"} - parts.keys():
-                raise ValueError(f"{tensors.files[0]}: {module} has no {'lora_' + missing.pop().upper()}.")
+                key = keys.factor_keys(module, embedding=embedding, depth=depth)[missing.pop()]
+                raise ValueError(f"{tensors.files[0]}: {key} is missing beside the other factor of its module.")
     return {at: [(levels[d]["a"], levels[d]["b"]) for d in sorted(levels)] for at, levels in found.items()}
 
 
-def _named(module: str, levels: list, config: Config) -> dict[str, tuple]:
+def _copies(parsed: Iterable[Key], config: Config) -> list[Key]:
+    """The keys of whole matrices that PEFT stores without being told to."""
+    found = [key for key in parsed if key.part == "value" and keys.split_name(key.name)[1] == "weight"]
+    return [key for key in found if not any(keys.inside(key.module, entry) for entry in config.modules_to_save)]
+
+
+def _read(directory: Path, key: Key) -> np.ndarray:
+    with adapter_tensors(directory) as tensors:
+        return tensors.read(key.key)
+
+
+def _parameters(module: str, config: Config, known: Iterable[str] | None = None) -> list[str]:
+    """The parameters of a module that have factors of their own, in the config's order."""
+    targets = map(keys.split_name, config.target_parameters)
+    own = [parameter for parent, parameter in targets if keys.matches(module, [parent])]
+    return own if known is None else [parameter for parameter in own if f"{module}.{parameter}" in known]
+
+
+def _named(module: str, levels: Levels, config: Config) -> dict[str, tuple[Shape, Shape]]:
     """The weights of a module's factors, by name; those of parameters as the config lists them."""
-    own = [p for m, p in map(keys.split_name, config.target_parameters) if keys.matches(module, [m])]
+    own = _parameters(module, config)
+    if len(levels) != max(len(own), 1):
+        named = f"names {', '.join(own)}" if own else "names none of its parameters"
+        raise ValueError(f"{module}: {len(levels)} pairs of factors, and target_parameters {named}.")
     if not own:
-        if len(levels) > 1:
-            raise ValueError(f"{module}: {len(levels)} pairs of factors, and target_parameters names none of them")
         return {f"{module}.weight": levels[0]}
     return {f"{module}.{p}": shapes for p, shapes in zip(own, reversed(levels))}
 
 
-def _weight(config: Config, name: str, a: Shape, b: Shape, embedding: bool) -> tuple[str, tuple[int, ...]]:
+def _weight(config: Config, name: str, a: Shape, b: Shape, embedding: bool) -> tuple[Kind, Shape]:
     """The kind and the shape of the weight that factors are for."""
     rank = config.rank(name if keys.is_parameter(name) else keys.split_name(name)[0])
     if embedding:
@@ -152,45 +214,136 @@ def _weight(config: Config, name: str, a: Shape, b: Shape, embedding: bool) -> t
     return ("conv1d", (a[1], b[0])) if config.fan_in_fan_out else ("linear", (b[0], a[1]))
 
 
-def _kind(shape: Shape, a: Shape, b: Shape, embedding: bool, config: Config) -> str:
-    """What the module of a checkpoint's weight is."""
-    if embedding:
-        return "embedding"
-    if len(shape) != 2:
-        return "conv"
-    linear, conv1d = shape == (b[0], a[1]), shape == (a[1], b[0])
-    return "conv1d" if conv1d and (not linear or config.fan_in_fan_out) else "linear"
+class _Squares:
+    """Which matrices are `in × out`, as GPT-2's: shapes tell of most, these of the square ones.
+
+    The config has one `fan_in_fan_out` for all modules: that of the last one, where there are both kinds.
+    """
+
+    def __init__(self, config: Config, model_type: str):
+        self._flag = config.fan_in_fan_out
+        self._conv1d_model = model_type in _CONV1D_MODELS
+        self._open: list[str] = []
+        self._told: dict[str, set[Kind]] = collections.defaultdict(set)
+
+    def kind(self, name: str, shape: Shape, a: Shape, b: Shape) -> Kind:
+        """What the module of a weight is; square ones are told later."""
+        if len(shape) != 2:
+            return "conv"
+        if shape == (b[0], a[1]) == (a[1], b[0]):
+            self._open.append(name)
+            return "linear"
+        kind: Kind = "conv1d" if shape == (a[1], b[0]) else "linear"
+        self._told[_last(name)].add(kind)
+        return kind
+
+    def kinds(self) -> dict[str, Kind]:
+        """What the modules of the square weights are."""
+        stated: Kind = "conv1d" if self._flag else "linear"
+        elsewhere = set().union(*self._told.values())
+        found: dict[str, Kind] = {}
+        for name in self._open:
+            alike = self._told.get(_last(name), set())
+            if len(alike) == 1:
+                (found[name],) = alike
+            elif self._conv1d_model and re.search(r"\.\d+\.", name):
+                found[name] = "conv1d"
+            elif elsewhere - {stated}:
+                raise ValueError(
+                    f"{name!r} is square, and whether it is stored in × out or out × in cannot be told: the adapter's "
+                    "config says one of them for all modules, and there are both (the model_type of the base's "
+                    "config.json would tell)."
+                )
+            else:
+                found[name] = stated
+        return found
 
 
-def _parameters(shapes: Shapes, levels: list, config: Config) -> dict[str, str]:
-    """The kinds of one module's parameters, in the module's order: the one order that the shapes allow."""
-    fitting = []
-    for order in itertools.permutations(shapes):
-        kinds = [_parameter_kind(shapes[n], *pair, config.rank(n)) for n, pair in zip(order, reversed(levels))]
-        if len(levels) == len(order) and all(kinds):
-            fitting.append(dict(zip(order, kinds)))
-    if len(fitting) != 1 or "either" in fitting[0].values():
-        said = "do not fit its factors" if not fitting else "fit its factors in more than one way"
-        raise ValueError(f"the parameters {', '.join(shapes)} {said}")
-    return fitting[0]
+def _last(name: str) -> str:
+    return keys.split_name(name)[0].rpartition(".")[2]
 
 
-def _parameter_kind(shape: Shape, a: Shape, b: Shape, rank: int) -> str:
+def _parameter_kinds(shapes: dict[str, Shape], levels: Levels, config: Config, model_type: str) -> dict[str, Kind]:
+    """The kinds of one module's parameters, in the module's order: the one order that the shapes allow.
+
+    Whether experts are stored `in × out` is one answer for all parameters of a module.
+    """
+    fitting: dict[tuple[tuple[str, Kind], ...], bool] = {}
+    if len(levels) == len(shapes):
+        for transposed, order in itertools.product((False, True), itertools.permutations(shapes)):
+            pairs = zip(order, reversed(levels))
+            kinds = {name: _parameter_kind(shapes[name], a, b, config.rank(name), transposed) for name, (a, b) in pairs}
+            if all(kinds.values()):
+                fitting.setdefault(tuple(kinds.items()), transposed)
+    if len(set(fitting.values())) > 1 and model_type:
+        known = model_type in _TRANSPOSED_EXPERTS_MODELS
+        fitting = {kinds: transposed for kinds, transposed in fitting.items() if transposed == known}
+    if len(fitting) == 1:
+        return dict(*fitting)
+    listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    if not fitting:
+        given = ", ".join(f"A {a} and B {b}" for a, b in levels)
+        raise ValueError(f"{listed}: no order of these parameters fits the adapter's factors {given}.")
+    hint = "" if model_type else " (the model_type of the base's config.json might tell)"
+    raise ValueError(f"{listed}: these parameters fit the adapter's factors in more than one way{hint}.")
+
+
+def _parameter_kind(shape: Shape, a: Shape, b: Shape, rank: int, transposed: bool) -> Kind:
+    """What a parameter is, if factors of these shapes are for it."""
     if len(shape) == 2:
         return "linear" if shape == (b[0], a[1]) and a[0] == rank else ""
     if len(shape) != 3 or a[0] != rank * shape[0] or b[1] != rank * shape[0]:
         return ""
-    plain, transposed = shape[1:] == (b[0], a[1]), shape[1:] == (a[1], b[0])
-    return "either" if plain and transposed else "experts" if plain else "transposed_experts" if transposed else ""
+    if transposed:
+        return "transposed_experts" if shape[1:] == (a[1], b[0]) else ""
+    return "experts" if shape[1:] == (b[0], a[1]) else ""
 
 
-def _prefix(shapes: Shapes, modules: set[str]) -> str:
-    """What the checkpoint's names or the adapter's have in front of the others'."""
-    known = {keys.split_name(name)[0] for name in shapes}
-    candidates = ["", *dict.fromkeys(name.split(".")[0] + "." for name in (*modules, *shapes))]
+def _prefix(known: set[str], adapted: set[str]) -> str:
+    """What the checkpoint's modules or the adapter's have in front of the others' ('bert.')."""
+    votes = collections.Counter({"": len(known & adapted)})
+    for one, other in ((known, adapted), (adapted, known)):
+        for module in one:
+            segments = module.split(".")
+            for count in range(1, min(4, len(segments))):
+                if ".".join(segments[count:]) in other:
+                    votes[".".join(segments[:count]) + "."] += 1
+    return max(votes, key=lambda prefix: (votes[prefix], not prefix))
 
-    def found(prefix: str) -> int:
-        bare = {name.removeprefix(prefix) for name in known}
-        return sum(module.removeprefix(prefix) in bare for module in modules)
 
-    return max(candidates, key=lambda prefix: (found(prefix), -candidates.index(prefix)))
+def _tied(
+    sizes: Mapping[Key, Shape],
+    bare: Mapping[str, str],
+    shapes: Mapping[str, Shape],
+    kinds: Mapping[str, Kind],
+    prefix: str,
+) -> dict[str, tuple[str, ...]]:
+    """Weights of the adapter that a checkpoint stores once, under the name of an embedding: tied heads."""
+    tied: dict[str, tuple[str, ...]] = {}
+    wanted: dict[str, list[Shape]] = collections.defaultdict(list)
+    for key, shape in sizes.items():
+        name = f"{key.module.removeprefix(prefix)}.weight"
+        if name not in bare and not key.embedding and (key.part in ("a", "b") or key.name == f"{key.module}.weight"):
+            wanted[name].append(shape)
+    tables: dict[Shape, list[str]] = collections.defaultdict(list)
+    if wanted:
+        for name, shape in shapes.items():
+            if kinds.get(name) == "embedding" or re.search(r"emb|wte|shared", _last(name)):
+                tables[shape].append(name)
+    for name, found in wanted.items():
+        # Of factors (r, in) and (out, r), in either order; or of the whole weight.
+        fitting = {x for x in tables if x in found or any((b[0], a[-1]) == x for a in found for b in found)}
+        candidates = [table for shape in fitting for table in tables[shape]]
+        chosen = [x for x in candidates if kinds.get(x) == "embedding"] or candidates
+        if len(chosen) == 1 and not re.search(r"\.\d+\.", name):
+            tied[chosen[0]] = (*tied.get(chosen[0], ()), prefix + name)
+    return tied
+
+
+def _check_floats(checkpoint: Tensors, names: Iterable[str]) -> None:
+    for name in names:
+        if checkpoint.dtype(name) not in FLOATS:
+            raise ValueError(
+                f"{checkpoint.file_of(name)}: {name!r} is quantised (stored as {checkpoint.dtype(name)}); an adapter "
+                "fits the original floats, not these."
+            )
