@@ -140,7 +140,10 @@ def merge(base: Path, adapter: Path, out: Path, *, force: bool, console: Console
         raise ValueError(f"{adapter}: {_NEEDS_NAMES.format('a merge')}")
     _check_new(out, (MODEL, (WEIGHTS, INDEX)), "checkpoint", force, apart_from=(base, adapter))
     with opened(base) as tensors, replaced(out, MODEL, what="checkpoint") as fresh:
-        delta = peft.load(adapter, *layout.of_checkpoint(tensors, adapter, _model_type(base)))
+        weights, names = layout.of_checkpoint(tensors, adapter, _model_type(base))
+        delta = peft.load(adapter, weights, names)
+        tied = {weight.path for weight in names.weights if weight.tied}
+        head = _untied_by_adapter(base, tensors, {p for p, x in delta.items() if isinstance(x, LowRank)} - tied)
         copied, left_out = _others(base, tensors)
         for file in copied:
             shutil.copyfile(file, fresh / file.name)
@@ -159,7 +162,7 @@ def merge(base: Path, adapter: Path, out: Path, *, force: bool, console: Console
         with _bar(progress, "merging (MiB)", megabytes) as advance:
             for file in tensors.files:
                 rewrite(file, fresh / file.name, change, lambda size: advance(size / 2**20))
-        total, head = len(tensors), _tied_head(base, tensors, changed)
+        total = len(tensors)
     console.print(f"{out}: {base} with {sum(changed.values())} of {_count(total, 'tensor')} changed")
     same = [path for path, differs in changed.items() if not differs]
     if len(same) == len(changed):
@@ -167,7 +170,9 @@ def merge(base: Path, adapter: Path, out: Path, *, force: bool, console: Console
     elif same:
         console.print(f"{_count(len(same), 'adapted weight')} as before: {_first(_shown(x, False) for x in same)}")
     if head:
-        console.print(f"{head} is also the output head (tied), which the merge changes too")
+        console.print(
+            f"{head} is also the output head (tied): merged, the adapter changes both; unmerged, the lookup only"
+        )
     if left_out:
         console.print(f"not copied: {_first(left_out)}")
 
@@ -266,15 +271,15 @@ def _others(base: Path, tensors: Tensors) -> tuple[list[Path], list[str]]:
     return copied, left_out
 
 
-def _tied_head(base: Path, tensors: Tensors, changed: Mapping[str, bool]) -> str:
-    """The changed table that a model's head shares; empty where there is none."""
+def _untied_by_adapter(base: Path, tensors: Tensors, adapted: set[str]) -> str:
+    """The adapted table that the model's head shares, and the adapter does not know of; empty where there is none."""
     config = _model_config(base)
     kinds = [str(x) for x in config.get("architectures") or []]
     has_head = any(x.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")) for x in kinds)
     if not has_head or config.get("tie_word_embeddings") is False or "lm_head.weight" in tensors:
         return ""
     tables = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight")
-    return next((name for name in tensors if name.endswith(tables) and changed.get(layout.leaf_path(name))), "")
+    return next((name for name in tensors if name.endswith(tables) and layout.leaf_path(name) in adapted), "")
 
 
 # What is refused before any work.

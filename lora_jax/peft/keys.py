@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 ADAPTER = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -19,6 +19,8 @@ _PARTS = {
     "token_adapter.trainable_tokens_delta": "rows",
 }
 _KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+?)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
+
+_INSIDE_SAVED = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,11 @@ def parse(key: str) -> Key | None:
     *segments, parameter = key.removeprefix(PREFIX).split(".")
     module = ".".join(x for x in segments if x != WRAPPED)
     return Key(key, module, "value", name=f"{module}.{parameter}", wrapped=segments[-1:] == [WRAPPED])
+
+
+def is_repeated(key: str, stored: Container[str]) -> bool:
+    """Whether a key repeats another, or the base's: with `bias` set, PEFT also stores saved modules' biases so."""
+    return (once := _INSIDE_SAVED.sub("", key)) != key and once in stored
 
 
 def factor_keys(module: str, *, embedding: bool, depth: int = 0) -> dict[str, str]:

@@ -152,7 +152,7 @@ def _names(
 
 
 def _parsed(tensors: Tensors) -> list[Key]:
-    return [key for name in tensors if (key := keys.parse(name))]
+    return [key for name in tensors if not keys.is_repeated(name, tensors) and (key := keys.parse(name))]
 
 
 def _factors(tensors: Tensors, parsed: Iterable[Key]) -> dict[tuple[str, bool], Levels]:

@@ -130,6 +130,8 @@ class _Loader:
         """The tensors: factors by the base's tensor that they adapt, replacements, rows."""
         parsed = []
         for name in sorted(self.tensors):
+            if keys.is_repeated(name, self.tensors):
+                continue
             if key := keys.parse(name):
                 parsed.append(key)
             else:
