@@ -165,7 +165,17 @@ def _manifest(directory: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not the manifest of a {FORMAT}.")
     if manifest.get("version") != VERSION:
         raise ValueError(f"{file} has format version {manifest.get('version')}; this release reads {VERSION}.")
-    for path, entry in manifest["adapters"].items():
+    try:
+        _check_entries(file, manifest["adapters"])
+        if not all(isinstance(known["shape"], list) for known in manifest["base"].values()):
+            raise TypeError("a shape is no list")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged: {type(error).__name__} {error}.") from error
+    return manifest
+
+
+def _check_entries(file: pathlib.Path, entries: dict[str, Any]) -> None:
+    for path, entry in entries.items():
         cls = KINDS.get(entry["kind"])
         if cls is None:
             raise ValueError(
@@ -177,7 +187,8 @@ def _manifest(directory: pathlib.Path) -> dict[str, Any]:
             raise ValueError(
                 f"{file}: {path!r} ({entry['kind']}) has the fields {sorted(stored)}; expected {sorted(fields)}."
             )
-    return manifest
+        for array in entry["arrays"].values():
+            np.dtype(array["dtype"]), tuple(array["shape"])
 
 
 def _check_fit(directory: pathlib.Path, manifest: dict[str, Any], base: Any) -> None:

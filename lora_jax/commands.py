@@ -138,6 +138,7 @@ def merge(base: Path, adapter: Path, out: Path, *, force: bool, console: Console
     """Writes a checkpoint with a PEFT adapter folded in, in the base's files and dtypes."""
     if is_native(adapter):
         raise ValueError(f"{adapter}: {_NEEDS_NAMES.format('a merge')}")
+    _check_directory(base)
     _check_new(out, (MODEL, (WEIGHTS, INDEX)), "checkpoint", force, apart_from=(base, adapter))
     with opened(base) as tensors, replaced(out, MODEL, what="checkpoint") as fresh:
         weights, names = layout.of_checkpoint(tensors, adapter, _model_type(base))
@@ -189,6 +190,8 @@ def convert(
             f"{directory}: holds {_first(names)} whole, as PEFT does for embeddings; only the base tells whether it "
             "was trained: give --base."
         )
+    if base:
+        _check_directory(base)
     _check_new(out, (CONFIG,), "adapter", force, apart_from=(directory, *([base] if base else [])))
     with contextlib.ExitStack() as stack:
         if base is None:
@@ -223,7 +226,7 @@ def diff(one: Path, other: Path, console: Console, progress: Console) -> bool:
         console.print(table)
         console.print()
     console.print(
-        f"different: {different} of {_count(len(paths), 'weight')}" if different else f"same: {_kinds(first)}"
+        f"different: {different} of {_count(len(paths), 'weight')}" if different else f"the same: {_kinds(first)}"
     )
     for line in stored:
         console.print(line)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 ADAPTER = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -99,6 +99,14 @@ def under_wrappers(module: str, parents: Iterable[str]) -> str:
         if count < len(segments) and ".".join(segments[:count]) in wrapped:
             found.append(WRAPPED)
     return ".".join(found)
+
+
+def wrapped_parents(key: str) -> Iterator[str]:
+    """The modules that have wrappers, and in a key stand before a module of their own."""
+    segments = key.removeprefix(PREFIX).split(".")
+    for number, segment in enumerate(segments[:-3]):
+        if segment == WRAPPED and segments[number + 1] != WRAPPED:
+            yield ".".join(x for x in segments[:number] if x != WRAPPED)
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -51,8 +51,9 @@ def of_adapter(directory: Path) -> tuple[dict[str, Any], Names]:
     stored: dict[str, Stored] = {}
     with adapter_tensors(directory) as tensors:
         parsed = _parsed(tensors)
+        wrapped = {parent for key in parsed for parent in keys.wrapped_parents(key.key)}
         for (module, embedding), levels in _factors(tensors, parsed).items():
-            for name, (a, b) in _named(module, levels, config).items():
+            for name, (a, b) in _named(module, levels, config, module in wrapped).items():
                 kinds[name], shapes[name] = _weight(config, name, a, b, embedding)
         for key in parsed:
             if key.part == "value" and key.name not in shapes:
@@ -190,14 +191,17 @@ def _parameters(module: str, config: Config, known: Iterable[str] | None = None)
     return own if known is None else [parameter for parameter in own if f"{module}.{parameter}" in known]
 
 
-def _named(module: str, levels: Levels, config: Config) -> dict[str, tuple[Shape, Shape]]:
-    """The weights of a module's factors, by name; those of parameters as the config lists them."""
+def _named(module: str, levels: Levels, config: Config, wrapped: bool) -> dict[str, tuple[Shape, Shape]]:
+    """The weights of a module's factors, by name; those of parameters as the config lists them.
+
+    A module with factors that has modules with factors inside is PyTorch's attention.
+    """
     own = _parameters(module, config)
     if len(levels) != max(len(own), 1):
         named = f"names {', '.join(own)}" if own else "names none of its parameters"
         raise ValueError(f"{module}: {len(levels)} pairs of factors, and target_parameters {named}.")
     if not own:
-        return {f"{module}.weight": levels[0]}
+        return {f"{module}.{'in_proj_weight' if wrapped else 'weight'}": levels[0]}
     return {f"{module}.{p}": shapes for p, shapes in zip(own, reversed(levels))}
 
 

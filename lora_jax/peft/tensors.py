@@ -106,6 +106,8 @@ def model_files(directory: str | os.PathLike) -> list[Path]:
     if (whole := directory / WEIGHTS).is_file():
         return [whole]
     index = directory / INDEX
+    if circular := [file for file in (whole, index) if file.is_symlink() and not file.exists()]:
+        raise ValueError(absent(circular[0]))
     if not index.is_file():
         raise ValueError(f"{directory}: no {WEIGHTS} and no {INDEX}{pickle_beside(directory)}.")
     weight_map = read_json(index).get("weight_map")
@@ -114,7 +116,7 @@ def model_files(directory: str | os.PathLike) -> list[Path]:
     names = sorted(set(weight_map.values()))
     if not names:
         raise ValueError(f"{index}: its 'weight_map' names no tensor.")
-    if outside := [name for name in names if Path(name).name != name]:
+    if outside := [name for name in names if Path(name).name != name or name == ".."]:
         raise ValueError(f"{index}: {outside[0]!r} is no file of this directory.")
     if missing := [name for name in names if not (directory / name).is_file()]:
         raise ValueError(f"{directory}: {len(missing)} of {len(names)} shards missing: {', '.join(missing[:3])}.")
