@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.tasks.batching import assemble, plan
+from experiments.tasks.batching import NO_LABEL, assemble, plan
 from experiments.training.stream import Stream
 
 LENGTHS = (4, 6, 9)
@@ -39,6 +39,14 @@ def test_assembled_rows(sequences):
         expected = sequences[batch["labels"][row]]
         assert batch["tokens"][row, batch["mask"][row]].tolist() == expected.tolist()
     assert not batch["mask"][count:].any() and not batch["weights"][count:].any()
+
+
+def test_labels_of_tokens_are_padded_beside_them(sequences):
+    labels = [sequence + 100 for sequence in sequences]
+    for planned in plan(sequences, LENGTHS, 8):
+        batch = assemble(planned, sequences, labels, 8)
+        assert batch["labels"].dtype == np.int32 and batch["labels"].shape == batch["tokens"].shape
+        np.testing.assert_array_equal(batch["labels"], np.where(batch["mask"], batch["tokens"] + 100, NO_LABEL))
 
 
 def test_stream_is_a_function_of_seed_and_step(sequences):

@@ -18,7 +18,13 @@ MERGED, PEFT = "merged", "peft"
 
 
 def run(
-    problem: Problem, delta: dict[str, Any], directory: Path, generated: np.ndarray, base_model: str
+    problem: Problem,
+    delta: dict[str, Any],
+    directory: Path,
+    *,
+    step: generation.Step,
+    generated: np.ndarray,
+    base_model: str,
 ) -> list[Agreement]:
     """Writes `merged/`, a checkpoint that transformers opens, and `peft/`, an adapter that PEFT opens; reads both.
 
@@ -26,6 +32,7 @@ def run(
       problem: What was learnt.
       delta: The adapter.
       directory: Where both go; what an interrupted run left of them is replaced.
+      step: Of generation, from parameters that nothing adapts.
       generated: What base and adapter write after each prompt.
       base_model: What PEFT is told the base is.
     """
@@ -40,7 +47,7 @@ def run(
     reread = problem.reload(directory / MERGED)
     reloaded = lora.peft.load(directory / PEFT, problem.base, problem.names)
     plain, adapted = jax.jit(problem.apply), jax.jit(lora.adapt(problem.apply))
-    again = samples.generate(problem, generation.stepper(problem.apply), merged, generated.shape[1])
+    again = samples.generate(problem, step, merged, generated.shape[1])
     written = generated >= 0
     apart: dict[str, float] = dict.fromkeys(("merged", "checkpoint", "adapter"), 0.0)
     largest = 0.0

@@ -105,7 +105,7 @@ def load(config: Config, report: Callable[[str], None]) -> Problem:
     limits = {"train": config.train_examples, "validation": config.validation_examples, "test": config.test_examples}
     read = {split: examples.load(config.data, split, limit) for split, limit in limits.items()}
     directory, family = location.find(config.model), FAMILIES[config.family]
-    options = Options(loss_chunk=config.loss_chunk)
+    options = Options(scan=True, loss_chunk=config.loss_chunk)  # one layer to compile, however many there are
     model = family.load(directory, options)
     tokenizer = text.load_tokenizer(directory)
     longest = max(config.lengths[-1], config.new_tokens)

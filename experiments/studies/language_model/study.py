@@ -94,7 +94,8 @@ def _run(problem: Problem, config: Config, directory: Path, console: Console) ->
     console.print()
     console.print(str(lora.summary(problem.base, prepared.delta)), highlight=False, soft_wrap=True)
     console.print()
-    base_loss = {split: prepared.loss({}, split) for split in ("validation", "test")}
+    # a new adapter changes nothing: this is the base
+    base_loss = {split: prepared.loss(prepared.delta, split) for split in ("validation", "test")}
     step = generation.stepper(problem.apply)
     before = samples.generate(problem, step, problem.base, config.new_tokens)
     delta, history = training.run(prepared, config, directory / "checkpoints", base_loss["validation"], console)
@@ -103,7 +104,7 @@ def _run(problem: Problem, config: Config, directory: Path, console: Console) ->
     losses = {"base": base_loss["test"], "frequencies": frequencies, "adapted": prepared.loss(delta, "test")}
     adapted = generation.stepper(lora.adapt(problem.apply))
     after = samples.generate(problem, adapted, (problem.base, delta), config.new_tokens)
-    agreements = exchange.run(problem, delta, directory, after, config.model)
+    agreements = exchange.run(problem, delta, directory, step=step, generated=after, base_model=config.model)
     return Report(
         trained_parameters=sum(leaf.size for leaf in jax.tree.leaves(lora.partition(delta)[0])),
         adapter_bytes=stored_bytes(directory / exchange.PEFT),
