@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
 STUDY = "experiments.studies.quickstart"
 METHODS = ("head", "lora", "all-linear", "full")
+LOW_RANK = ("lora", "all-linear")
 
 
 def parse_methods(text: Sequence[str]) -> tuple[str, ...]:
@@ -61,6 +62,10 @@ class Config:
 
     out: Path = Path("runs/quickstart")
     """Where everything is written; a run that is there already is resumed or shown, not repeated."""
+
+    export: Literal["none", "peft"] = "none"
+    """peft: write each LoRA run's adapter in PEFT's format as well, with its head and a README that says how
+    transformers and peft open it."""
 
     fresh: bool = False
     """Start over, even where a finished or interrupted run of the same settings is there."""

@@ -1,5 +1,6 @@
 """A sentence classifier: an encoder, the mean over its tokens, one linear layer. Heads as in transformers: heads.py."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.models import bert
+from lora_jax.peft import Names
 
 
 class SentenceClassifier(nnx.Module):
@@ -37,6 +39,16 @@ def load(directory: Path, classes: int) -> SentenceClassifier:
     """
     encoder = bert.load(directory)
     return SentenceClassifier(encoder, encoder.config.hidden_size, classes, rngs=nnx.Rngs(0))
+
+
+def encoder_names(config: bert.BertConfig) -> Names:
+    """The names of the encoder's weights in a classifier, as the bare encoder has them (transformers' `AutoModel`)."""
+    prefix = config.names.prefix
+    rows = [
+        dataclasses.replace(weight, path=f"encoder/{weight.path}", name=weight.name.removeprefix(prefix))
+        for weight in config.names.weights
+    ]
+    return Names(tuple(rows))
 
 
 def mean_pool(x_BLD: jax.Array, mask_BL: jax.Array) -> jax.Array:

@@ -8,14 +8,14 @@ import jax
 from rich.console import Console
 
 import lora_jax as lora
-from experiments.configs.quickstart import Config
+from experiments.configs.quickstart import LOW_RANK, Config
 from experiments.reports import curves
 from experiments.reports.results import Result, write_json
 from experiments.reports.table import merged_line, table
-from experiments.studies import head, methods, provenance
+from experiments.studies import encoder_export, head, methods, provenance
 from experiments.studies.head import Start
 from experiments.studies.methods import Method
-from experiments.studies.problem import HEAD, load
+from experiments.studies.problem import HEAD, Problem, answers, load
 
 _LINEAR = r"(attention|feed_forward)/.*kernel"
 _QUERY_VALUE = r"attention/(query|value)/kernel"
@@ -74,14 +74,21 @@ def _trained(start: Start, name: str, seed: int, config: Config, console: Consol
     chosen = method(name, config)
     settings = {key: value for key, value in asdict(chosen).items() if key != "spec"}
     settings |= {"spec": repr(chosen.spec)}
-    return methods.run(
-        start,
-        chosen,
-        seed,
-        directory=_directory(config, name, seed, start.problem.digest, settings),
-        checkpoint_every=config.checkpoint_every,
-        console=console,
+    directory = _directory(config, name, seed, start.problem.digest, settings)
+    result = methods.run(
+        start, chosen, seed, directory=directory, checkpoint_every=config.checkpoint_every, console=console
     )
+    if config.export == "peft" and name in LOW_RANK:
+        _export(start.problem, config.model, directory, console)
+    return result
+
+
+def _export(problem: Problem, model: str, directory: Path, console: Console) -> None:
+    """Writes the adapter of a finished run in PEFT's format."""
+    delta, apply = lora.load(directory / "adapter", problem.base), jax.jit(lora.adapt(problem.apply))
+    logits = answers(lambda *inputs: apply(problem.base, delta, *inputs)[0], problem.splits["test"], problem.lengths)
+    encoder_export.export(problem, delta, model, directory, logits)
+    console.print(f"PEFT: {directory / encoder_export.DIRECTORY}", highlight=False, soft_wrap=True)
 
 
 def _directory(config: Config, name: str, seed: int, digest: str, settings: dict[str, Any]) -> Path:

@@ -11,6 +11,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
+import lora_jax as lora
+
 WORDS = {
     "games": ["chess", "puzzle", "arcade"],
     "mail": ["inbox", "spam", "letter"],
@@ -93,3 +95,25 @@ def tiny_data(tmp_path_factory):
             rows.append(f"{label}\t{' '.join(words)}")
         (directory / f"{split}.tsv").write_text("\n".join(rows) + "\n")
     return directory
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch):
+    """A function that makes the next training run stop at a step, by a signal or by an exception."""
+    real = lora.train_step
+
+    def at(number, what):
+        def train_step(loss, tx):
+            step = real(loss, tx)
+
+            def stepping(state, batch):
+                if int(state.step) + 1 == number:
+                    what()
+                return step(state, batch)
+
+            return stepping
+
+        monkeypatch.setattr(lora, "train_step", train_step)
+
+    yield at
+    monkeypatch.setattr(lora, "train_step", real)

@@ -3,21 +3,26 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 
 import jax
 import numpy as np
 import pytest
+import safetensors
 from rich.console import Console
+from safetensors.numpy import load_file
 
 import lora_jax as lora
 from experiments import run
 from experiments.configs.quickstart import Config
+from experiments.models import bert, classifier
 from experiments.reports.results import Result
 from experiments.reports.table import merged_line, size, spread, table
 from experiments.studies import methods, quickstart
 from experiments.training import loop
+from tests.experiments.conftest import CONFIG
 
 pytestmark = pytest.mark.usefixtures("lenient")  # optax's Adam promotes: a float to the power of an integer
 
@@ -57,28 +62,6 @@ def config(settings, finished, tmp_path):
     for directory in runs(finished[0], "head"):
         shutil.copytree(directory, tmp_path / "out" / directory.name)
     return dataclasses.replace(settings, out=tmp_path / "out")
-
-
-@pytest.fixture
-def interrupt_at(monkeypatch):
-    """A function that makes the next training run stop at a step, by a signal or by an exception."""
-    real = lora.train_step
-
-    def at(number, what):
-        def train_step(loss, tx):
-            step = real(loss, tx)
-
-            def stepping(state, batch):
-                if int(state.step) + 1 == number:
-                    what()
-                return step(state, batch)
-
-            return stepping
-
-        monkeypatch.setattr(lora, "train_step", train_step)
-
-    yield at
-    monkeypatch.setattr(lora, "train_step", real)
 
 
 def runs(config, method):
@@ -125,6 +108,36 @@ def test_saved_adapter_gives_the_reported_accuracy(finished):
     logits = methods.answers(lambda *inputs: apply(params, *inputs)[0], problem.splits["test"], problem.lengths)
     assert methods.accuracy(logits, problem.splits["test"]) == result.test_accuracy
     assert not (directory / "checkpoints").exists()
+
+
+def test_exported_adapter_and_head_reproduce_the_predictions(settings, finished, tmp_path, capsys):
+    config = dataclasses.replace(settings, out=tmp_path / "out", export="peft")
+    shutil.copytree(finished[0].out, config.out)
+    quickstart.run(config)
+    directory = next(path for path in runs(config, "lora") if "seed0" in path.name)
+    assert not any((path / "peft").exists() for path in runs(config, "head"))
+    assert f"PEFT: {directory / 'peft'}" in capsys.readouterr().out
+
+    # the adapter on the published weights, and the head of the export, without the head that training began with
+    problem = quickstart.load(config.model, config.data, dict.fromkeys(("train", "test")), config.lengths, str)
+    names = classifier.encoder_names(bert.BertConfig.from_json(CONFIG))
+    delta = lora.peft.load(directory / "peft", problem.base, names)
+    head = load_file(directory / "peft" / "classifier.safetensors")
+    assert all(path.startswith("encoder/") for path in delta) and head["weight"].shape == (3, 16)
+    with safetensors.safe_open(directory / "peft" / "adapter_model.safetensors", "np") as file:
+        assert all(key.startswith("base_model.model.encoder.layer.0.") for key in file.keys())  # noqa: SIM118
+    adapted = jax.jit(lora.adapt(problem.apply))
+    vectors = methods.answers(lambda *x: adapted(problem.base, delta, *x)[1], problem.splits["test"], problem.lengths)
+    logits = np.load(directory / "test_logits.npy")
+    np.testing.assert_allclose(vectors @ head["weight"].T + head["bias"], logits, atol=1e-5)
+    assert methods.accuracy(logits, problem.splits["test"]) == Result.load(directory / "result.json").test_accuracy
+
+    readme = (directory / "peft" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    compile(code, "README.md", "exec")
+    assert f'"{config.model}"' in code and "max_length=12" in code and '["games", "mail", "sound"]' in code
+    quickstart.run(config)  # what was exported is replaced
+    assert (directory / "peft" / "README.md").read_text() == readme
 
 
 class Killed(BaseException):

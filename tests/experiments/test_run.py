@@ -9,6 +9,7 @@ import pytest
 
 from experiments import run
 from experiments.configs import quickstart
+from experiments.studies.language_model import config as language_model
 
 
 def answer(capsys, *args):
@@ -20,7 +21,12 @@ def answer(capsys, *args):
 def test_help_lists_the_configs(capsys):
     for args in ([], ["--help"]):
         status, out, err = answer(capsys, *args)
-        assert status == 0 and "quickstart" in out and not err
+        assert status == 0 and not err
+        assert all(f"  {name} " in out for name in ("quickstart", "llama-tiny", "gpt2-tiny"))
+
+
+def test_dashes_and_underscores_name_the_same_config():
+    assert run.find_config("llama-tiny") is run.find_config("llama_tiny")
 
 
 def test_help_of_a_config_documents_every_field(capsys, monkeypatch):
@@ -32,16 +38,27 @@ def test_help_of_a_config_documents_every_field(capsys, monkeypatch):
     assert "Rank of the LoRA factors" in out
 
 
-@pytest.mark.parametrize("field", dataclasses.fields(quickstart.Config), ids=lambda field: field.name)
-def test_every_field_has_a_docstring(field):
-    source = inspect.getsource(quickstart.Config)
-    assert f"    {field.name}: " in source
-    assert source.split(f"    {field.name}: ")[1].splitlines()[1].lstrip().startswith('"""')
+@pytest.mark.parametrize("name", ["llama-tiny", "gpt2-tiny"])
+def test_help_of_a_language_model(capsys, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "200")
+    status, out, _ = answer(capsys, name, "--help")
+    assert status == 0 and f"(default: runs/{name})" in out and "--family" not in out
+    for field in dataclasses.fields(language_model.Config):
+        assert field.name == "family" or "--" + field.name.replace("_", "-") in out
 
 
-def test_unknown_config_names_the_nearest(capsys):
-    status, out, err = answer(capsys, "quikstart")
-    assert (status, out, err) == (2, "", "error: unknown config 'quikstart'; did you mean quickstart?\n")
+@pytest.mark.parametrize("config", [quickstart.Config, language_model.Config], ids=["quickstart", "language_model"])
+def test_every_field_has_a_docstring(config):
+    source = inspect.getsource(config)
+    for field in dataclasses.fields(config):
+        assert f"    {field.name}: " in source
+        assert source.split(f"    {field.name}: ")[1].splitlines()[1].lstrip().startswith('"""'), field.name
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("quikstart", "quickstart"), ("lama_tiny", "llama-tiny")])
+def test_unknown_config_names_the_nearest(capsys, typed, meant):
+    status, out, err = answer(capsys, typed)
+    assert (status, out, err) == (2, "", f"error: unknown config {typed!r}; did you mean {meant}?\n")
 
 
 @pytest.mark.parametrize(
@@ -50,6 +67,7 @@ def test_unknown_config_names_the_nearest(capsys):
         (["--metods", "head"], "--methods"),
         (["--methods", "head,lore"], "unknown method 'lore'"),
         (["--methods", ","], "expected different methods"),
+        (["--export", "onnx"], "onnx"),
         (["--epochs", "0"], "epochs must be positive"),
         (["--epochs", "many"], "'many'"),
         (["--lengths", "12", "8"], "lengths must ascend"),
@@ -60,6 +78,24 @@ def test_unknown_config_names_the_nearest(capsys):
 def test_wrong_flags(capsys, monkeypatch, flags, message):
     monkeypatch.setenv("COLUMNS", "200")
     status, _, err = answer(capsys, "quickstart", *flags)
+    assert status == 2 and message in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rank", "0"], "rank must be positive"),
+        (["--samples", "-1"], "samples must not be negative"),
+        (["--targets", "router"], "router"),
+        (["--targets"], "targets"),
+        (["--family", "gpt2"], "--family"),
+        (["--warmup", "1"], "warmup is a share"),
+        (["--lengths", "12", "8"], "lengths must ascend"),
+    ],
+)
+def test_wrong_flags_of_a_language_model(capsys, monkeypatch, flags, message):
+    monkeypatch.setenv("COLUMNS", "200")
+    status, _, err = answer(capsys, "llama-tiny", *flags)
     assert status == 2 and message in err and "Traceback" not in err
 
 

@@ -1,0 +1,78 @@
+"""A trained sentence classifier in PEFT's format: its encoder's adapter, and its head as a file of its own.
+
+PEFT adapts what transformers opens, and transformers has no mean over tokens with one linear layer behind it. So the
+adapter is for the bare encoder, as `AutoModel` opens it: whatever head the base was given here, the adapter depends on
+the published weights alone. The head is two tensors, and a README says in a few lines of PyTorch how all of it is put
+together.
+"""
+
+import json
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+import lora_jax as lora
+from experiments.models import bert, checkpoint, classifier, location
+from experiments.studies.problem import HEAD, Problem
+
+DIRECTORY, LOGITS = "peft", "test_logits.npy"
+_PUBLISHED = {location.MINILM: "sentence-transformers/all-MiniLM-L6-v2"}  # what a package carries, by its hub name
+_README = """# LoRA on {title}
+
+Made by lora_jax. The adapter is for the encoder as transformers opens it; the head on the mean of its token vectors is
+in `classifier.safetensors`.
+
+```python
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+base, adapter = {base}, "."
+tokenizer = AutoTokenizer.from_pretrained(base)
+encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(base), adapter).eval()
+head = load_file(f"{{adapter}}/classifier.safetensors")
+labels = {labels}
+
+
+@torch.no_grad()
+def logits(texts):
+    batch = tokenizer(texts, padding=True, truncation=True, max_length={length}, return_tensors="pt")
+    mask = batch["attention_mask"][..., None]
+    sentences = (encoder(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
+    return sentences @ head["weight"].T + head["bias"]
+
+
+print(labels[logits(["a chess engine"]).argmax()])
+```
+"""
+
+
+def export(problem: Problem, delta: Mapping[str, Any], model: str, directory: Path, logits: np.ndarray) -> None:
+    """Writes `peft/`, and beside it what a check by hand compares it with.
+
+    Args:
+      problem: What was learnt.
+      delta: LoRA on the encoder, and the classifier.
+      model: The base, as `experiments.models.location.find` knows it.
+      directory: Of the run.
+      logits: Of the test examples, in their order.
+    """
+    found = location.find(model)
+    base = _PUBLISHED.get(model, str(found.absolute()) if Path(model).is_dir() else model)
+    head = HEAD.removeprefix("^")
+    encoder = {path: adapter for path, adapter in delta.items() if not path.startswith(head)}
+    merged = lora.merge(problem.base, {path: delta[path] for path in delta.keys() - encoder.keys()})["classifier"]
+    names = classifier.encoder_names(bert.BertConfig.from_json(checkpoint.read_config(found)))
+    place = directory / DIRECTORY
+    lora.peft.save(place, encoder, names, base_model=base, task_type="FEATURE_EXTRACTION")
+    tensors = {"weight": np.ascontiguousarray(np.asarray(merged["kernel"]).T), "bias": np.asarray(merged["bias"])}
+    save_file(tensors, place / "classifier.safetensors")
+    labels = textwrap.fill(json.dumps(problem.names), 100, subsequent_indent="    ", break_long_words=False)
+    text = _README.format(title=base, base=json.dumps(base), labels=labels, length=problem.lengths[-1])
+    (place / "README.md").write_text(text, encoding="utf-8")
+    np.save(directory / LOGITS, logits)
