@@ -199,9 +199,9 @@ def convert(
         else:
             weights, names = layout.of_checkpoint(stack.enter_context(opened(base)), directory, _model_type(base))
         delta = peft.load(directory, weights, names)
-        peft.save(
-            out, delta, names, target=target, base_model=config.base_model_name_or_path, task_type=config.task_type
-        )
+        about = {"base_model": config.base_model_name_or_path, "task_type": config.task_type}
+        with replaced(out, CONFIG, what="adapter") as fresh:
+            peft.save(fresh, delta, names, target=target, **about)
     console.print(f"{out}: {_kinds(delta)}, written for {TARGETS[target].reader}")
 
 

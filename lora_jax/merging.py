@@ -1,6 +1,5 @@
 """Deltas folded into weights, taken out again, exchanged, and measured."""
 
-import itertools
 from typing import Any
 
 import jax
@@ -122,7 +121,8 @@ def norm(node: LowRank) -> float:
       >>> norm(delta["w"])
       0.0
     """
-    return distance(node, node, sign=0.0)
+    a, b = _matrices(node)
+    return float(np.sqrt(max(_inner(a, b, a, b), 0.0)))
 
 
 def distance(one: LowRank, other: LowRank, *, sign: float = -1.0) -> float:
@@ -141,12 +141,14 @@ def distance(one: LowRank, other: LowRank, *, sign: float = -1.0) -> float:
             f"The adapters are for different weights: shapes {one.shape()} and {other.shape()}, roles {one.axes} and "
             f"{other.axes}."
         )
-    # ‖Σᵢ AᵢBᵢ‖² = Σᵢⱼ tr(AᵢᵀAⱼ · BⱼBᵢᵀ): products of rank × rank for each batch element.
-    terms = [(1.0, _matrices(one)), (sign, _matrices(other))]
-    squares = 0.0
-    for (x, (a, b)), (y, (c, d)) in itertools.product(terms, terms):
-        squares += x * y * np.sum((a @ c.swapaxes(1, 2)) * (b @ d.swapaxes(1, 2)))
+    (a, b), (c, d) = _matrices(one), _matrices(other)
+    squares = _inner(a, b, a, b) + 2 * sign * _inner(a, b, c, d) + sign**2 * _inner(c, d, c, d)
     return float(np.sqrt(max(squares, 0.0)))
+
+
+def _inner(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> float:
+    """⟨AᵀB, CᵀD⟩, by products of rank × rank for each batch element."""
+    return float(np.sum((a @ c.swapaxes(1, 2)) * (b @ d.swapaxes(1, 2))))
 
 
 def _matrices(node: LowRank) -> tuple[np.ndarray, np.ndarray]:

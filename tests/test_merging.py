@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lora_jax as lora
+from lora_jax.merging import distance, norm
 
 
 @pytest.fixture
@@ -112,3 +113,56 @@ def test_a_delta_of_another_base_is_refused(base, getkey):
         lora.merge({"w": jnp.ones((6, 9))}, delta)
     with pytest.raises(ValueError, match=r"'w', which the base lacks; nearest: 'v'"):
         lora.unmerge({"v": jnp.ones((6, 8))}, delta)
+
+
+# norm and distance.
+
+SHAPED = {
+    "matrix": ((6, 8), ("in", "out"), {}),
+    "the other way round": ((8, 6), ("out", "in"), {}),
+    "stacked": ((3, 6, 8), ("batch", "in", "out"), {}),
+    "window": ((3, 2, 8), ("in", "in", "out"), {}),
+    "heads": ((6, 2, 4), ("in", "out", "out"), {}),
+    "blocks": ((6, 8), ("in", "out"), {"blocks": 2}),
+    "some blocks": ((6, 12), ("in", "out"), {"blocks": (True, False, True)}),
+    "stacked blocks": ((3, 6, 8), ("batch", "in", "out"), {"blocks": 2}),
+}
+
+
+def low_rank(key, shape, axes, rank=2, **options):
+    recipe = lora.LoRA(rank, alpha=3, axes=axes, init="gaussian", **options)
+    return make({"w": jnp.zeros(shape)}, key, {"w": recipe})["w"]
+
+
+def change(node):
+    return np.asarray(node.merge(jnp.zeros(node.shape())), np.float64)
+
+
+@pytest.mark.parametrize("name", SHAPED)
+def test_norm_is_that_of_the_change(name, getkey):
+    shape, axes, options = SHAPED[name]
+    node = low_rank(getkey(), shape, axes, **options)
+    assert norm(node) == pytest.approx(np.linalg.norm(change(node)), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["matrix", "stacked", "some blocks"])
+def test_distance_is_that_of_the_changes(name, getkey):
+    shape, axes, options = SHAPED[name]
+    one, other = low_rank(getkey(), shape, axes, **options), low_rank(getkey(), shape, axes, rank=1, **options)
+    assert distance(one, other) == pytest.approx(np.linalg.norm(change(one) - change(other)), rel=1e-5)
+    assert distance(one, other, sign=1.0) == pytest.approx(np.linalg.norm(change(one) + change(other)), rel=1e-5)
+    assert distance(one, one) == pytest.approx(0, abs=1e-6 * norm(one))
+
+
+def test_a_scale_for_each_layer_counts(getkey):
+    node = low_rank(getkey(), (3, 6, 8), ("batch", "in", "out"))
+    node = dataclasses.replace(node, scale=jnp.asarray([0.0, 1.0, 2.0]))
+    assert norm(node) == pytest.approx(np.linalg.norm(change(node)), rel=1e-5)
+    assert norm(dataclasses.replace(node, b=0 * node.b)) == 0.0
+
+
+def test_distance_of_adapters_for_different_weights(getkey):
+    one = low_rank(getkey(), (6, 8), ("in", "out"))
+    for shape, axes in (((6, 9), ("in", "out")), ((6, 8), ("out", "in"))):
+        with pytest.raises(ValueError, match="different weights"):
+            distance(one, low_rank(getkey(), shape, axes))

@@ -77,8 +77,10 @@ class Tensors(Mapping[str, tuple[int, ...]]):
         """
         stored = self._slice(name)
         try:
-            # A scalar has no axis to slice.
-            return self._where[name][1].get_tensor(name) if not stored.get_shape() else stored[part or (slice(None),)]
+            if part is None or 0 in stored.get_shape():  # what is empty cannot be sliced
+                whole = self._where[name][1].get_tensor(name)
+                return whole if part is None else whole[part]
+            return stored[part]
         except (SafetensorError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"{self._where[name][0]}: {name!r} of dtype {stored.get_dtype()} cannot be read: {error}."

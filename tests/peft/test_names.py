@@ -1,0 +1,87 @@
+"""Names: leaves to tensors and back, whole and in part."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from lora_jax.peft import CONV2D, LINEAR, Names, Weight
+
+PLACES = {
+    "as it is": Weight("w", "w").bind("w", (4, 6)),
+    "transposed": Weight("w", "w", LINEAR).bind("w", (4, 6)),
+    "window": Weight("w", "w", CONV2D).bind("w", (3, 2, 4, 6)),
+    "heads": Weight("w", "w", "in heads width -> (heads width) in").bind("w", (4, 3, 2)),
+    "fused": Weight("w", "{part=q|k|v}.w", "in (part out) -> out in").bind("w", (4, 6)),
+    "stacked": Weight("h/{layer}/w", "h.{layer}.w", LINEAR).bind("h/w", (3, 4, 6)),
+    "one layer": Weight("h/{layer}/w", "h.{layer}.w", LINEAR).bind("h/2/w", (4, 6)),
+    "stacked and fused": Weight("h/{layer}/w", "h.{layer}.{part=k|v}.w", "in (part out) -> out in").bind(
+        "h/w", (2, 4, 6)
+    ),
+}
+
+
+def leaf(place):
+    return np.arange(np.prod(place.shape), dtype=np.float32).reshape(place.shape)
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_split_and_join_are_inverses(name):
+    place = PLACES[name]
+    tensors = place.split(leaf(place))
+    assert {n: value.shape for n, value in tensors.items()} == place.shapes
+    np.testing.assert_array_equal(place.join(lambda n, part: tensors[n][part], np.float32), leaf(place))
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_part_is_that_of_the_whole_and_reads_no_more(name):
+    place = PLACES[name]
+    whole, read = leaf(place), []
+    tensors = place.split(whole)
+
+    def reading(n, part):
+        read.append(n)
+        return tensors[n][part]
+
+    for axis in range(whole.ndim):
+        for start, stop in itertools.combinations(range(whole.shape[axis] + 1), 2):
+            window = [slice(None)] * whole.ndim
+            window[axis] = slice(start, stop)
+            read.clear()
+            np.testing.assert_array_equal(place.join(reading, np.float32, window), whole[tuple(window)])
+            assert len(read) == len(set(read)) <= len(tensors)
+            if name == "stacked" and axis == 0:
+                assert len(read) == stop - start
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("w", "{layer}.w"), "layer"),
+        (("w", "w", "in out"), "not of the form"),
+        (("w", "w", "in out -> out out"), "malformed"),
+        (("w", "w", "in out -> out"), "different axes"),
+    ],
+)
+def test_rows_that_are_wrong(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        Weight(*arguments)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 5), (2, 4, 6)])
+def test_a_shape_that_does_not_fit(shape):
+    with pytest.raises(ValueError, match="'w' of shape"):
+        Weight("w", "{part=q|k|v}.w", "in (part out) -> out in").bind("w", shape)
+
+
+def test_a_path_without_a_name():
+    names = Names((Weight("attention/kernel", "a.weight"),))
+    with pytest.raises(ValueError, match=r"'atention/kernel'.*nearest: 'attention/kernel'"):
+        names.find("atention/kernel", (2, 2))
+
+
+def test_the_first_row_that_matches_counts():
+    names = Names((Weight("h/{layer}/w", "by.{layer}"), Weight("h/0/w", "literal"), Weight("x", "x"), Weight("x", "y")))
+    assert list(names.find("h/0/w", (2,)).tensors) == ["by.0"]
+    assert list(names.find("h/w", (2, 3)).tensors) == ["by.0", "by.1"]
+    assert names.place("h/0/v", (2,)) is None
