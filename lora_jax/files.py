@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def replaced(directory: str | os.PathLike, manifest: str, *, what: str) -> Iterator[pathlib.Path]:
+def replaced(directory: str | os.PathLike, manifest: str, *, what: str, keep: bool = False) -> Iterator[pathlib.Path]:
     """A new directory to write into, put in the place of `directory` when the block ends well.
 
     If it does not (an error, Ctrl-C), everything that was made is removed, new parents included.
@@ -19,6 +19,8 @@ def replaced(directory: str | os.PathLike, manifest: str, *, what: str) -> Itera
         stays; what it leads to is replaced.
       manifest: The file by which a directory of the same kind is known.
       what: What such a directory is called in the error.
+      keep: Whether other files of an existing directory stay: then only the files that were written are
+        replaced, one after another, the manifest last.
 
     Raises:
       FileExistsError: The directory exists and is of another kind. Nothing is changed.
@@ -34,7 +36,11 @@ def replaced(directory: str | os.PathLike, manifest: str, *, what: str) -> Itera
     try:
         fresh.mkdir(parents=True)
         yield fresh
-        _exchange(fresh, directory)
+        if keep and directory.exists():
+            for file in sorted(fresh.iterdir(), key=lambda file: file.name == manifest):
+                os.replace(file, directory / file.name)
+        else:
+            _exchange(fresh, directory)
         whole = True
     except OSError as error:
         # A write that fails has no file's name; others name what nobody has heard of.

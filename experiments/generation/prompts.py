@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def align(tokens_BL: jax.Array, mask_BL: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -43,7 +44,7 @@ def check(tokens_BL: jax.Array, new_tokens: int, cache: Any) -> None:
 
 def ends(eos: int | Sequence[int] | None) -> tuple[int, ...]:
     """The ids that end a text, as a tuple."""
-    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(int(token) for token in eos)
+    return () if eos is None else tuple(np.atleast_1d(eos).tolist())
 
 
 def is_end(tokens: jax.Array, eos: tuple[int, ...]) -> jax.Array:

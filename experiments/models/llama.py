@@ -272,8 +272,8 @@ NAMES = Names(
     ),
     prefix="model.",
 )
-# The first row that matches a leaf counts.
-TIED_NAMES = dataclasses.replace(NAMES, weights=(dataclasses.replace(_TOKEN, tied=("lm_head.weight",)), *NAMES.weights))
+_TIED = dataclasses.replace(_TOKEN, tied=("lm_head.weight",))
+TIED_NAMES = dataclasses.replace(NAMES, weights=tuple(_TIED if row is _TOKEN else row for row in NAMES.weights))
 UNUSED = r"rotary_emb\.inv_freq$"  # in old checkpoints
 
 

@@ -22,7 +22,7 @@ from experiments.models import config as config_json
 from experiments.models.attention import attend
 from experiments.models.norm import LayerNorm
 from experiments.models.options import DEFAULT, Options
-from lora_jax.peft import CONV2D, LINEAR, Names, Weight
+from lora_jax.peft import CONV2D, LINEAR, SAME, Names, Weight
 
 
 @dataclass(frozen=True)
@@ -240,26 +240,44 @@ def load(
     )
 
 
-_PART = "{part=query|key|value}"
-_LAYER, _HF_LAYER = "encoder/layers/{layer}", "vit.encoder.layer.{layer}"
+# The parts of a layer here, in checkpoint files, and in transformers 5, which renames them as it loads.
+_LINEAR_PARTS = (
+    ("attention/query", "attention.attention.query", "attention.q_proj"),
+    ("attention/key", "attention.attention.key", "attention.k_proj"),
+    ("attention/value", "attention.attention.value", "attention.v_proj"),
+    ("attention/output", "attention.output.dense", "attention.o_proj"),
+    ("feed_forward/up", "intermediate.dense", "mlp.fc1"),
+    ("feed_forward/down", "output.dense", "mlp.fc2"),
+)
+_NORMS = (
+    ("attention_norm", "layernorm_before", "layernorm_before"),
+    ("feed_forward_norm", "layernorm_after", "layernorm_after"),
+)
+
+
+def _rows(parts: tuple[tuple[str, str, str], ...], ours: str, theirs: str, layout: str = SAME) -> list[Weight]:
+    """The rows of one kind of variable in all layers."""
+    return [
+        Weight(
+            f"encoder/layers/{{layer}}/{here}/{ours}",
+            f"vit.encoder.layer.{{layer}}.{in_files}.{theirs}",
+            layout,
+            in_model=f"vit.layers.{{layer}}.{in_model}.{theirs}",
+        )
+        for here, in_files, in_model in parts
+    ]
+
+
 NAMES = Names(
     (
         Weight("embeddings/image", "vit.embeddings.cls_token"),
         Weight("embeddings/position", "vit.embeddings.position_embeddings"),
         Weight("embeddings/patch/kernel", "vit.embeddings.patch_embeddings.projection.weight", CONV2D),
         Weight("embeddings/patch/bias", "vit.embeddings.patch_embeddings.projection.bias"),
-        Weight(f"{_LAYER}/attention/{_PART}/kernel", _HF_LAYER + ".attention.attention.{part}.weight", LINEAR),
-        Weight(f"{_LAYER}/attention/{_PART}/bias", _HF_LAYER + ".attention.attention.{part}.bias"),
-        Weight(f"{_LAYER}/attention/output/kernel", f"{_HF_LAYER}.attention.output.dense.weight", LINEAR),
-        Weight(f"{_LAYER}/attention/output/bias", f"{_HF_LAYER}.attention.output.dense.bias"),
-        Weight(f"{_LAYER}/attention_norm/scale", f"{_HF_LAYER}.layernorm_before.weight"),
-        Weight(f"{_LAYER}/attention_norm/bias", f"{_HF_LAYER}.layernorm_before.bias"),
-        Weight(f"{_LAYER}/feed_forward/up/kernel", f"{_HF_LAYER}.intermediate.dense.weight", LINEAR),
-        Weight(f"{_LAYER}/feed_forward/up/bias", f"{_HF_LAYER}.intermediate.dense.bias"),
-        Weight(f"{_LAYER}/feed_forward/down/kernel", f"{_HF_LAYER}.output.dense.weight", LINEAR),
-        Weight(f"{_LAYER}/feed_forward/down/bias", f"{_HF_LAYER}.output.dense.bias"),
-        Weight(f"{_LAYER}/feed_forward_norm/scale", f"{_HF_LAYER}.layernorm_after.weight"),
-        Weight(f"{_LAYER}/feed_forward_norm/bias", f"{_HF_LAYER}.layernorm_after.bias"),
+        *_rows(_LINEAR_PARTS, "kernel", "weight", LINEAR),
+        *_rows(_LINEAR_PARTS, "bias", "bias"),
+        *_rows(_NORMS, "scale", "weight"),
+        *_rows(_NORMS, "bias", "bias"),
         Weight("encoder/norm/scale", "vit.layernorm.weight"),
         Weight("encoder/norm/bias", "vit.layernorm.bias"),
         Weight("classifier/kernel", "classifier.weight", LINEAR),

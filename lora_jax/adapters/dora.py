@@ -67,7 +67,9 @@ def norms(weight: jax.Array, form: Factored, labels: Sequence[str]) -> jax.Array
     squares = Factor(jnp.sum(jnp.square(wide.array), axis=summed), tuple(order)).transposed(labels).array
     cross = chain(wide, factors, out, precision=exact)
     delta = chain(factors[0], [*factors[1:], *twins], out, precision=exact)
-    return jnp.sqrt(jnp.maximum(squares + 2.0 * cross + delta, 0.0))
+    total = squares + 2.0 * cross + delta
+    # The root has no gradient at zero.
+    return jnp.where(total > 0.0, jnp.sqrt(jnp.where(total > 0.0, total, 1.0)), 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

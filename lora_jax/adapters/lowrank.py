@@ -76,7 +76,8 @@ class LowRank(Adapter):
         fused = len(self.blocks) > 1
         lead = (*labels[BATCH], *((BLOCK,) if fused else ()), RANK)
         scale = self.scale.reshape(self.scale.shape + (1,) * (self.b.ndim - self.scale.ndim))
-        b = self.b * scale.astype(self.b.dtype)
+        dtype = compute_dtype(self.b.dtype)  # a scale of few bits would be another scale
+        b = self.b.astype(dtype) * scale.astype(dtype)
         return Factored(
             labels=tuple((BLOCK, str(i)) if fused and role == OUT else (str(i),) for i, role in enumerate(self.axes)),
             factors=(

@@ -68,8 +68,15 @@ class Module:
 
     def folded(self, factor: float) -> "Module":
         """The same change of the weight with `factor` taken out of the scale and into b."""
-        b = self.b if factor == 1.0 else (self.b.astype(np.float32) * np.float32(factor)).astype(self.b.dtype)
+        b = self.b if factor == 1.0 else multiplied(self.b, factor)
         return dataclasses.replace(self, b=b, scale=self.scale / factor)
+
+
+def multiplied(array: np.ndarray, factor: float | np.ndarray) -> np.ndarray:
+    """A product, in float32 where the array's dtype does not hold it."""
+    wide = array.astype(np.float32) * np.asarray(factor, np.float32)
+    narrow = wide.astype(array.dtype)
+    return narrow if (narrow.astype(np.float32) == wide).all() else wide
 
 
 @dataclasses.dataclass
@@ -80,6 +87,8 @@ class Exported:
       modules: Weights with factors.
       values: Tensors that are replaced, by name.
       rows: Per module, the ids of rows that are replaced, and the rows.
+      bias: Which biases are trained by themselves: 'none', 'lora_only' (of modules with factors), 'all'.
+      saved: Modules of which `values` are saved.
       ends_alike: Whether the name of a module with factors may be the end of another module's name.
       problems: What cannot be put in these terms.
     """
@@ -87,6 +96,8 @@ class Exported:
     modules: list[Module] = dataclasses.field(default_factory=list)
     values: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     rows: dict[str, tuple[list[int], np.ndarray]] = dataclasses.field(default_factory=dict)
+    bias: str = "none"
+    saved: set[str] = dataclasses.field(default_factory=set)
     ends_alike: bool = False
     problems: list[str] = dataclasses.field(default_factory=list)
 
@@ -107,19 +118,22 @@ def export(delta: Mapping[str, Adapter], names: Names) -> Exported:
     for path, node in delta.items():
         with exported.collecting():
             place = names.find(path, node.shape())
-            row |= dict.fromkeys(place.tensors, numbers[id(place.weight)])
+            new = place.in_model
+            row |= dict.fromkeys(new.values(), numbers[id(place.weight)])
             if isinstance(node, LowRank):
-                exported.modules += _with_tied(place, _modules(place, node))
+                modules = _with_tied(place, _modules(place, node))
+                exported.modules += [dataclasses.replace(m, name=new.get(m.name, m.name)) for m in modules]
             elif isinstance(node, Replacement):
                 values = place.split(np.asarray(node.value))
-                exported.values |= values | {other: values[name] for other, name in place.tied.items()}
+                exported.values |= {new[name]: value for name, value in values.items()}
+                exported.values |= {other: values[name] for other, name in place.tied.items()}
             elif isinstance(node, RowReplacement):
                 exported.rows |= _rows(place, node)
             elif isinstance(node, Addition):
                 offsets |= _offsets(place, node)
             else:
                 raise ValueError(f"{path!r}: PEFT's LoRA has no counterpart of {node.kind}")
-    known = {keys.split_name(name)[0] for weight in names.weights for name in weight.examples()}
+    known = {keys.split_name(re.sub(r"\d+", "0", name))[0] for weight in names.weights for name in weight.examples()}
     of_factors = {re.sub(r"\d+", "0", module.module) for module in exported.modules}
     exported.ends_alike = any(name.endswith(f".{module}") for name in known for module in of_factors)
     exported.modules.sort(key=lambda module: row.get(module.name, 0))
@@ -143,7 +157,7 @@ def _modules(place: Place, node: LowRank) -> Iterator[Module]:
         b = low.b.at(at).ordered((*lead, RANK, *out))
         used = a.shape[len(lead)]
         if any(label in low.a.labels for label in at):
-            used = _used_rank(a, b, len(lead))
+            used = _used_rank(a, b, len(lead)) or (a.shape[len(lead)] if low.magnitude is not None else 0)
             if not used:
                 continue  # a layer that has no adapter
             a, b = (x.take(range(used), axis=len(lead)) for x in (a, b))
@@ -234,7 +248,7 @@ def _with_gaps(array: np.ndarray, blocks: Sequence[bool], axis: int) -> np.ndarr
 def _block_diagonal(a, b, scale, blocks: Sequence[bool], axis: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Blocks with factors of their own as one pair: all of a, and b with zeros outside of each block's rows."""
     if scale.ndim > axis:  # a scale a block
-        b = b * scale.reshape(scale.shape + (1,) * (b.ndim - scale.ndim)).astype(b.dtype)
+        b = multiplied(b, scale.reshape(scale.shape + (1,) * (b.ndim - scale.ndim)))
         scale = np.ones((), np.float32)
     rank, size = b.shape[axis + 1 :]
     adapted = np.flatnonzero(blocks)
@@ -288,7 +302,12 @@ def _rows(place: Place, node: RowReplacement) -> dict[str, tuple[list[int], np.n
     if len(place.tensors) > 1 or fit.axes != node.axes:
         raise ValueError(f"{place.path!r}: Rows is held for a single lookup table only")
     (name,) = place.tensors
-    return {keys.split_name(name)[0]: (np.asarray(node.ids).tolist(), fit.to_tensor(np.asarray(node.rows), OUT))}
+    return {
+        keys.split_name(place.in_model[name])[0]: (
+            np.asarray(node.ids).tolist(),
+            fit.to_tensor(np.asarray(node.rows), OUT),
+        )
+    }
 
 
 def _offsets(place: Place, node: Addition) -> dict[str, tuple[np.ndarray, float]]:
@@ -299,7 +318,7 @@ def _offsets(place: Place, node: Addition) -> dict[str, tuple[np.ndarray, float]
         raise ValueError(f"{place.path!r}: a scale along axes that PyTorch keeps in one tensor")
     scales = Labelled(scale, tuple(labels))
     return {
-        name: (value, float(scales.at(dict(zip(place.running, place.tensors[name]))).array))
+        place.in_model[name]: (value, float(scales.at(dict(zip(place.running, place.tensors[name]))).array))
         for name, value in place.split(np.asarray(node.value)).items()
     }
 
@@ -312,7 +331,7 @@ def _attach(modules: list[Module], offsets: dict[str, tuple[np.ndarray, float]])
             raise ValueError(f"{name}: PEFT has an offset of a bias beside factors of the same module only")
         number = by_bias[name]
         ratio = scale / modules[number].scale
-        value = value if np.isclose(ratio, 1.0, rtol=1e-6) else value * np.asarray(ratio, value.dtype)
+        value = value if np.isclose(ratio, 1.0, rtol=1e-6) else multiplied(value, ratio)
         modules[number] = dataclasses.replace(modules[number], offset=value)
     if offsets:  # PEFT has it in all modules or in none
         for number, module in enumerate(modules):

@@ -75,16 +75,25 @@ class _Loader:
         self.where: dict[str, tuple[Place, tuple[int, ...]]] = {}
         self.tied: dict[str, str] = {}
         self.row: dict[str, int] = {}
+        # names in PyTorch's running model, which adapters have, to those in checkpoint files; and back, in full
+        self.in_files: dict[str, str] = {}
+        self.in_model: dict[str, str] = {}
         numbers = {id(row): number for number, row in enumerate(names.weights)}
         for path, leaf in self.leaves.items():
             place = names.place(path, leaf.shape) if hasattr(leaf, "shape") else None
             if place is not None:
                 self.where |= {self.bare(name): (place, index) for name, index in place.tensors.items()}
+                self.in_files |= {self.bare(new): self.bare(name) for name, new in place.in_model.items()}
+                self.in_model |= {self.bare(name): new for name, new in place.in_model.items()}
                 self.row |= dict.fromkeys(map(self.bare, place.tensors), numbers[id(place.weight)])
                 self.tied |= {self.bare(other): self.bare(name) for other, name in place.tied.items()}
 
     def bare(self, name: str) -> str:
         return name.removeprefix(self.prefix)
+
+    def in_file(self, name: str) -> str:
+        """The name of a tensor of the adapter as checkpoint files have it, without the prefix."""
+        return self.in_files.get(self.bare(name), self.bare(name))
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
@@ -111,7 +120,9 @@ class _Loader:
             by_leaf[place.path][index] = module
         for path, found in by_leaf.items():
             with self.collecting():
-                delta[path] = low_rank(self.stored, self.where[next(iter(found.values())).name][0], found)
+                delta[path] = low_rank(
+                    self.stored, self.where[next(iter(found.values())).name][0], found, self.leaves[path]
+                )
         self.add(delta, self.offsets(modules))
         self.add(delta, self.replacements(values, modules))
         for key in rows:
@@ -170,7 +181,7 @@ class _Loader:
             own.sort(key=lambda p: self.row[f"{module}.{p}"])
             number = deepest - key.depth
             return Module(f"{module}.{own[number]}", f"{key.module}.{own[number]}") if number < len(own) else None
-        for name in (f"{module}.weight", f"{module}.in_proj_weight"):
+        for name in (self.in_file(f"{module}.weight"), f"{module}.in_proj_weight"):
             if key.depth == 0 and (name in self.where or name in self.tied):
                 return Module(name, key.module)
         return None
@@ -232,7 +243,7 @@ class _Loader:
         """Saved modules and biases, trained outright."""
         given: dict[str, Key] = {}
         for key in values:
-            name = self.bare(key.name)
+            name = self.in_file(key.name)
             primary = self.tied.get(name, name)
             if primary not in self.where:
                 self.problems.append(self.unknown(key))
@@ -249,7 +260,7 @@ class _Loader:
                 if name != primary and not self.same_as_tied(key, primary, values):
                     raise ValueError(f"tied: {key.key} is trained apart from {primary}, one weight in the base")
                 given.setdefault(primary, key)
-        stored = {self.bare(key.name) for key in values}
+        stored = {self.in_file(key.name) for key in values}
         for other, primary in self.tied.items():
             if primary in given and other not in stored and not self.config.ensure_weight_tying:
                 self.problems.append(
@@ -291,7 +302,7 @@ class _Loader:
 
     def rows(self, key: Key) -> dict[str, Adapter]:
         """Trainable tokens."""
-        name = self.bare(key.module) + ".weight"
+        name = self.in_file(f"{key.module}.weight")
         if name not in self.where:
             raise ValueError(f"unused: {self.stored.described(key)}: the base has no {name}")
         ids = self.config.tokens(key.module)
@@ -318,8 +329,9 @@ class _Loader:
         """What the config announces must be there."""
         matrices = [name for name, (place, _) in self.where.items() if place.roles and not keys.is_parameter(name)]
         for name in (*matrices, *self.tied):
-            module = keys.split_name(name)[0]
-            if name not in modules and self.config.targets(module):
+            module = keys.split_name(self.in_model.get(name, name))[0]
+            whole = any(keys.inside(module, entry) for entry in self.config.modules_to_save)
+            if name not in modules and not whole and self.config.targets(module):
                 if name in self.tied and not self.config.ensure_weight_tying:
                     continue
                 embedding = name in self.where and self.where[name][0].weight.module == "embedding"
@@ -328,19 +340,18 @@ class _Loader:
         for target in self.config.target_parameters:
             if not any(keys.matches(name, [target]) for name in modules):
                 self.problems.append(f"missing: the factors of the parameter {target}")
-        saved = {self.bare(key.name) for key in values}
+        saved = {self.in_file(key.name) for key in values}
         for name in self.where:
-            module, parameter = keys.split_name(name)
+            module, parameter = keys.split_name(self.in_model[name])
             if name in saved or parameter != "bias":
                 continue
-            adapted = f"{module}.weight" in modules
+            adapted = self.in_file(f"{module}.weight") in modules
             if self.config.bias == "all" or (self.config.bias == "lora_only" and adapted):
                 self.problems.append("missing: " + keys.value_key(module, parameter, wrapped=adapted))
         for entry in self.config.modules_to_save:
-            inside = [name for name in self.where if keys.inside(keys.split_name(name)[0], entry)]
-            for name in inside:
-                if name not in saved:
-                    self.problems.append("missing: " + keys.value_key(*keys.split_name(name), wrapped=False))
+            for name, shown in self.in_model.items():
+                if name not in saved and keys.inside(keys.split_name(shown)[0], entry):
+                    self.problems.append("missing: " + keys.value_key(*keys.split_name(shown), wrapped=False))
         for module in self.config.trainable_token_indices:
             if not any(not module or keys.matches(key.module, [module]) for key in rows):
                 self.problems.append(f"missing: the trained tokens of {module or 'the embedding'}")

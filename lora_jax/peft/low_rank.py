@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,8 +19,10 @@ from lora_jax.peft.names import Place
 from lora_jax.peft.stored import Module, Stored
 
 
-def low_rank(stored: Stored, place: Place, found: Mapping[tuple[int, ...], Module]) -> LowRank:
+def low_rank(stored: Stored, place: Place, found: Mapping[tuple[int, ...], Module], leaf: Any) -> LowRank:
     """The adapter of a leaf from those of its tensors, each with its index in `place.running`.
+
+    Layers that the adapter leaves out have factors of zeros, and with DoRA the magnitudes of the leaf itself.
 
     Raises:
       ValueError: What is missing or does not fit, a line for each tensor.
@@ -67,14 +70,27 @@ def low_rank(stored: Stored, place: Place, found: Mapping[tuple[int, ...], Modul
     }
     if not stored.config.use_dora:
         return LowRank(**fields)
-    if not given.all():
-        raise ValueError(f"{place.path!r}: DoRA on {given.sum()} of the {given.size} parts of one leaf is not held")
     magnitude = np.zeros((*lead, *fit.size(fit.labels(OUT))), _dtype(factors.values()))
     for index, factor in factors.items():
         magnitude[fit.at(index)] = factor.magnitude
     full = [math.prod(place.sizes[x] for x in group) for group, r in zip(place.left, fit.axes) if r == OUT]
-    magnitude = magnitude.reshape(*fit.size(fit.labels(BATCH)), *full)
+    wanted = (*fit.size(fit.labels(BATCH)), *full)
+    if not given.all():
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(f"{place.path!r}: the magnitudes of layers without adapter need the base's values")
+        left_out = np.broadcast_to(~given.reshape(given.shape + (1,) * (magnitude.ndim - given.ndim)), magnitude.shape)
+        magnitude = np.where(left_out.reshape(wanted), _norms(leaf, fit.axes), magnitude.reshape(wanted))
+    magnitude = magnitude.reshape(wanted)
     return WeightDecomposed(**fields, magnitude=jnp.asarray(magnitude), norm_gradient=False)
+
+
+def _norms(leaf: Any, axes: Sequence[str]) -> np.ndarray:
+    """The norm of each output's weights, `[*batch, *out]`."""
+    squares = np.square(np.asarray(leaf).astype(np.float64))
+    norms = np.sqrt(squares.sum(axis=tuple(i for i, role in enumerate(axes) if role == IN)))
+    kept = [role for role in axes if role != IN]
+    order = [i for wanted in (BATCH, OUT) for i, role in enumerate(kept) if role == wanted]
+    return norms.transpose(order).astype(np.float32)
 
 
 def _factors(stored: Stored, module: Module, fit: Fit) -> "_Factors":

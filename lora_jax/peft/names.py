@@ -51,6 +51,8 @@ class Weight:
         the slowest first: `"in heads width -> (heads width) in"`. Empty where both agree.
       module: What the PyTorch module does with the tensor, which tells its in and out axes: see `MODULES`.
         Empty: 'linear' for a matrix, 'conv' for more axes.
+      in_model: The tensor's name in PyTorch's running model, where checkpoint files have another (transformers 5
+        renames some as it loads them). Adapters are written with it, and read with either.
       tied: Names of further tensors that are the same parameter in PyTorch (`lm_head.weight`), with the
         layout of `name`.
 
@@ -67,6 +69,7 @@ class Weight:
     layout: str = SAME
     _: dataclasses.KW_ONLY
     module: Module | Literal[""] = ""
+    in_model: str = ""
     tied: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -84,11 +87,19 @@ class Weight:
     def examples(self) -> Iterator[str]:
         """Its tensors' names with 0 for each number and every word for a choice of words."""
         words = _placeholders(self.path) | {k: v for k, v in _placeholders(self.name).items() if v}
-        for name in (self.name, *self.tied):
+        for name in (self.in_model or self.name, *self.tied):
             labels = list(_placeholders(name))
             for texts in itertools.product(*(words[label] or ("0",) for label in labels)):
                 given = dict(zip(labels, texts))
                 yield _PLACEHOLDER.sub(lambda found: given[found[1]], name)  # noqa: B023
+
+    def declares(self, name: str) -> bool:
+        """Whether a tensor of a running model may be one of this row's."""
+        words = _placeholders(self.path) | {k: v for k, v in _placeholders(self.name).items() if v}
+        for template in (self.in_model or self.name, *self.tied):
+            if _template(template, tuple(sorted(words.items()))).fullmatch(name):
+                return True
+        return False
 
     def bind(self, path: str, shape: Sequence[int]) -> "Place | None":
         """Where a leaf of this path and shape stands; None where the path does not match.
@@ -139,7 +150,8 @@ class Names:
     @functools.cached_property
     def _literals(self) -> dict[str, int]:
         """The rows whose path has no placeholder: a checkpoint's own names are thousands of these."""
-        return {row.path: number for number, row in enumerate(self.weights) if "{" not in row.path}
+        numbered = reversed(list(enumerate(self.weights)))  # of rows with one path the first counts
+        return {row.path: number for number, row in numbered if "{" not in row.path}
 
     @functools.cached_property
     def _patterns(self) -> list[int]:
@@ -227,6 +239,12 @@ class Place:
         others = [name for template in self.weight.tied for name, _ in self._named(template)]
         return dict(zip(others, itertools.cycle(self.tensors)))
 
+    @functools.cached_property
+    def in_model(self) -> dict[str, str]:
+        """The names of the tensors in PyTorch's running model, by their names in checkpoint files."""
+        renamed = [name for name, _ in self._named(self.weight.in_model or self.weight.name)]
+        return dict(zip(self.tensors, renamed))
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The name and shape of each tensor."""
@@ -313,6 +331,19 @@ def _pattern(path: str) -> re.Pattern:
         ]
         parts.append(f"(?:{''.join(texts)}/)?" if found else "".join(texts) + "/")
     return re.compile("".join(parts).removesuffix("/"))
+
+
+@functools.cache
+def _template(text: str, words: tuple[tuple[str, tuple[str, ...]], ...]) -> re.Pattern:
+    """A name with placeholders as a regular expression."""
+    known = dict(words)
+    texts = [
+        (f"(?:{'|'.join(map(re.escape, known[piece[1]]))})" if known.get(piece[1]) else "[0-9]+")
+        if piece
+        else re.escape(text)
+        for text, piece in _pieces(text)
+    ]
+    return re.compile("".join(texts))
 
 
 def _pieces(text: str) -> Iterator[tuple[str, re.Match | None]]:

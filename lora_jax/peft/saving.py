@@ -3,11 +3,13 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.peft.exported import export
 from lora_jax.peft.names import Names
 from lora_jax.peft.targets import TARGETS
+from lora_jax.peft.whole import complete
 
 
 def save(
@@ -16,6 +18,7 @@ def save(
     names: Names,
     *,
     target: str = "peft",
+    base: Any = None,
     base_model: str | None = None,
     task_type: str | None = None,
 ) -> None:
@@ -27,6 +30,8 @@ def save(
       names: Where the leaves stand in PyTorch.
       target: Who is to read it: 'peft'; 'vllm' and 'gguf' (llama.cpp's converter), which read PEFT's format in
         part: uneven scales are folded into B; or 'mlx' (mlx-lm), with files of its own.
+      base: The parameters. With them a delta may train a part of what PEFT saves whole (a norm's scale without its
+        bias, one layer's bias): the rest is taken from them.
       base_model: The name or path of the base, for the reader's sake.
       task_type: PEFT's name of the kind of model ('CAUSAL_LM', 'SEQ_CLS'), by which its Auto classes choose.
 
@@ -47,6 +52,7 @@ def save(
     if not isinstance(delta, Mapping) or not delta:
         raise ValueError("There is nothing to save: a delta is a dict with at least one adapter.")
     exported = export(delta, names)
+    complete(exported, names, base)
     problems = [*exported.problems, *TARGETS[target].refuses(exported)]
     if problems:
         listed = "\n  ".join(dict.fromkeys(problems))

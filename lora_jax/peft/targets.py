@@ -114,7 +114,7 @@ def _write_gguf(directory: Path, exported: Exported, base_model: str | None, tas
     exported = dataclasses.replace(exported, modules=modules)
     ranks = collections.Counter(module.rank for module in modules)
     rank = ranks.most_common(1)[0][0]
-    pattern = {re.escape(m.label): m.rank for m in modules if m.rank != rank}
+    pattern = {_exactly(m.label): m.rank for m in modules if m.rank != rank}
     shared = _shared(exported, base_model, task_type)
     _write(directory, exported, Config(**shared, r=rank, lora_alpha=alpha, rank_pattern=pattern))
 
@@ -144,7 +144,7 @@ def _write_mlx(directory: Path, exported: Exported, base_model: str | None, task
     }
     if base_model is not None:
         config["model"] = base_model
-    with replaced(directory, CONFIG, what="adapter directory") as fresh:
+    with replaced(directory, CONFIG, what="adapter directory", keep=True) as fresh:
         write(fresh / "adapters.safetensors", tensors)
         _write_json(fresh / CONFIG, config)
 
@@ -182,9 +182,14 @@ def _scales(modules: Sequence[Module], ranks: dict[str, int]) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": use_rslora,
-        "rank_pattern": {re.escape(label): r for label, r in ranks.items() if r != rank},
-        "alpha_pattern": {re.escape(label): a for label, a in alphas.items() if a != alpha},
+        "rank_pattern": {_exactly(label): r for label, r in ranks.items() if r != rank},
+        "alpha_pattern": {_exactly(label): a for label, a in alphas.items() if a != alpha},
     }
+
+
+def _exactly(label: str) -> str:
+    """A key of a pattern that means one module, and none whose path ends so: PEFT puts `(.*\\.)?` before it."""
+    return f"^{re.escape(label)}"
 
 
 def _rounded(alpha: float, divisor: float) -> float:
@@ -206,11 +211,6 @@ def _shared(exported: Exported, base_model: str | None, task_type: str | None) -
     attention = {m.module for m in modules if m.name.endswith(".in_proj_weight")}
     # PEFT reaches the output of an attention module by itself.
     targets = {m.module for m in modules if not m.parameter and m.module.rpartition(".")[0] not in attention}
-    adapted = {m.module for m in modules}
-    biases = [n for n in exported.values if keys.split_name(n)[1] == "bias" and _stands_alone(n, exported)]
-    inside = [name for name in biases if keys.split_name(name)[0] in adapted]
-    bias = "none" if not inside else "lora_only" if len(inside) == len(biases) else "all"
-    by_bias = set(biases if bias == "all" else inside)
     return {
         # PEFT takes a listed name for every module whose path ends so; a pattern is matched with the whole path.
         "target_modules": "|".join(map(re.escape, sorted(targets))) if exported.ends_alike else sorted(targets),
@@ -220,21 +220,16 @@ def _shared(exported: Exported, base_model: str | None, task_type: str | None) -
         "lora_bias": any(m.offset is not None for m in modules),
         "fan_in_fan_out": bool(modules) and any(m.kind == "conv1d" for m in modules),
         "ensure_weight_tying": any(m.tied for m in modules),
-        "bias": bias,
-        "modules_to_save": sorted({keys.split_name(name)[0] for name in exported.values if name not in by_bias}),
+        "bias": exported.bias,
+        "modules_to_save": sorted(exported.saved),
         "trainable_token_indices": {module: ids for module, (ids, _) in exported.rows.items()},
         "base_model_name_or_path": base_model,
         "task_type": task_type,
     }
 
 
-def _stands_alone(name: str, exported: Exported) -> bool:
-    """Whether a bias is trained without its module's weight."""
-    return f"{keys.split_name(name)[0]}.weight" not in exported.values
-
-
 def _write(directory: Path, exported: Exported, config: Config) -> None:
-    with replaced(directory, CONFIG, what="adapter directory") as fresh:
+    with replaced(directory, CONFIG, what="adapter directory", keep=True) as fresh:
         write(fresh / ADAPTER, dict(_tensors(exported)))
         _write_json(fresh / CONFIG, config.to_json())
 
