@@ -1,6 +1,7 @@
 """PEFT's `adapter_config.json`: what it says of each module."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -88,13 +89,21 @@ class Config:
             _check(file, name, value)
         return cls(**given)
 
+    @functools.cached_property
+    def _ranks(self) -> "_Patterns":
+        return _Patterns(self.rank_pattern)
+
+    @functools.cached_property
+    def _alphas(self) -> "_Patterns":
+        return _Patterns(self.alpha_pattern)
+
     def rank(self, module: str) -> int:
         """The rank of a module's factors."""
-        return int(_by_pattern(self.rank_pattern, module, self.r))
+        return int(self._ranks.find(module, self.r))
 
     def alpha(self, module: str) -> float:
         """The numerator of a module's scale."""
-        return _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        return self._alphas.find(module, self.lora_alpha)
 
     def scale(self, module: str) -> float:
         """What a module's low-rank term is multiplied by."""
@@ -147,9 +156,29 @@ def _named(module: str, wanted: Sequence[str] | str) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in wanted)
 
 
-def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern, in the file's order, that is the module's name or a suffix of it."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+class _Patterns:
+    """Values by pattern: that of the first, in the file's order, which is the module's name or the end of it.
+
+    Patterns are regular expressions. Most are plain names, and there may be one for each of thousands of modules,
+    so that these are looked up.
+    """
+
+    def __init__(self, pattern: Mapping[str, Any]):
+        self._plain: dict[str, tuple[int, Any]] = {}
+        self._others: list[tuple[int, re.Pattern, Any]] = []
+        for number, (key, value) in enumerate(pattern.items()):
+            name = re.sub(r"\\(.)", r"\1", key)
+            if re.escape(name) == key:
+                self._plain.setdefault(name, (number, value))
+            else:
+                self._others.append((number, re.compile(rf"(.*\.)?({key})$"), value))
+
+    def find(self, module: str, default: Any) -> Any:
+        segments = module.split(".")
+        ends = (".".join(segments[start:]) for start in range(len(segments)))
+        found = [self._plain[end] for end in ends if end in self._plain]
+        first, value = min(found, key=lambda entry: entry[0], default=(math.inf, default))
+        return next((v for number, regex, v in self._others if number < first and regex.match(module)), value)
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -173,7 +202,37 @@ def _check(file: Path, name: str, value: Any) -> None:
     kinds = _KINDS.get(name, (str,) if name in ("base_model_name_or_path", "task_type") else (bool,))
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise ValueError(f"{file}: {name} is {value!r}; expected {' or '.join(kind.__name__ for kind in kinds)}.")
+    said = _wrong_inside(name, value)
+    if said:
+        raise ValueError(f"{file}: {name} is {value!r}; {said}.")
     if name == "r" and value < 1:
         raise ValueError(f"{file}: r is {value}; a rank is at least 1.")
     if name == "bias" and value not in ("none", "all", "lora_only"):
         raise ValueError(f"{file}: bias is {value!r}; expected 'none', 'all' or 'lora_only'.")
+
+
+def _wrong_inside(name: str, value: Any) -> str:
+    """What is wrong with the entries of a list or an object; empty where nothing is."""
+    patterns: list[Any] = []
+    if name in ("rank_pattern", "alpha_pattern"):
+        patterns = list(value)
+        least = 1 if name == "rank_pattern" else -math.inf
+        kinds = (int,) if name == "rank_pattern" else (int, float)
+        if not all(isinstance(x, kinds) and not isinstance(x, bool) and x >= least for x in value.values()):
+            return "expected a number for each pattern" + (", a rank of at least 1" if name == "rank_pattern" else "")
+    elif name in ("target_modules", "exclude_modules") and isinstance(value, str):
+        patterns = [value]
+    elif name == "layers_to_transform" and isinstance(value, list):
+        return "" if all(isinstance(x, int) for x in value) else "expected numbers of layers"
+    elif name == "trainable_token_indices":
+        lists = [ids for ids in value.values() if isinstance(ids, list)]
+        good = len(lists) == len(value) and all(isinstance(i, int) for ids in lists for i in ids)
+        return "" if good else "expected a list of rows for each module"
+    elif isinstance(value, list) and not all(isinstance(x, str) for x in value):
+        return "expected a list of names"
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            return f"{pattern!r} is no regular expression: {error}"
+    return ""

@@ -52,10 +52,12 @@ def parse(key: str) -> Key | None:
     if match := _KEY.fullmatch(key):
         segments = match["module"].split(".")
         depth = 0
-        while segments[-1] == WRAPPED:
+        while segments[-1:] == [WRAPPED]:
             segments.pop()
             depth += 1
         module = ".".join(x for x in segments if x != WRAPPED)
+        if not module:
+            return None
         return Key(key, module, _PARTS[match["part"]], depth, "embedding" in match["part"])
     if not key.startswith(PREFIX) or "." not in key.removeprefix(PREFIX):
         return None

@@ -110,8 +110,8 @@ def _factors(stored: Stored, module: Module, fit: Fit) -> "_Factors":
         count = math.prod(fit.place.sizes[x] for x in fit.experts)
         a = stored.read(module.parts["a"], (rank * count, *into)).reshape(count, rank, *into)
         b = stored.read(module.parts["b"], (*out, rank * count)).reshape(*out, rank, count).transpose(2, 1, 0)
-    elif (shape := stored.tensors[module.parts["b"].key])[1:2] != (rank,) and ones and rank % max(shape[1], 1) == 0:
-        groups = rank // shape[1]
+    elif ones and (per := (stored.tensors[module.parts["b"].key][1:2] or (0,))[0]) not in (0, rank) and rank % per == 0:
+        groups = rank // per
         a, b = _grouped(stored, module, rank, groups, into, out)
     else:
         a = stored.read(module.parts["a"], (rank, *into))

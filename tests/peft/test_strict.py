@@ -1,6 +1,7 @@
 """Loading uses every tensor and misses none, or says in one error all that is wrong."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -108,6 +109,11 @@ def test_names_without_the_prefix_of_peft(tmp_path):
 def test_integers_are_no_factors(edited, dtype):
     text = message(edited, "linear", {"fc.lora_A.weight": A.astype(dtype)})
     assert "fc.lora_A.weight" in text
+
+
+@pytest.mark.parametrize("shape", [(8, 0, 1, 1), (0, 0), (8,), ()])
+def test_an_empty_factor_of_a_convolution(edited, shape):
+    assert "conv.lora_B.weight" in message(edited, "conv2d", {"conv.lora_B.weight": np.ones(shape, np.float32)})
 
 
 # The base.
@@ -220,6 +226,39 @@ def test_a_rank_that_is_left_out_is_8(tmp_path):
     write_adapter(tmp_path, read(case.adapter / "adapter_model.safetensors"), config)
     with pytest.raises(ValueError, match=r"(?s)fc.*\b8\b"):
         lora.peft.load(tmp_path, case.base, case.names)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rank_pattern": {"[": 3}},
+        {"rank_pattern": {"fc": "3"}},
+        {"rank_pattern": {"fc": 0}},
+        {"alpha_pattern": {"fc": None}},
+        {"target_modules": "("},
+        {"target_modules": ["fc", 3]},
+        {"target_parameters": [1]},
+        {"modules_to_save": [None]},
+        {"trainable_token_indices": {"fc": 1}},
+        {"layers_to_transform": ["1"]},
+    ],
+    ids=str,
+)
+def test_entries_that_are_wrong(edited, config):
+    (name,) = config
+    assert name in message(edited, "linear", config=config)
+
+
+def test_a_pattern_for_each_of_many_modules():
+    """Looked up, where a pattern is a plain name; the first in the file's order counts, plain or not."""
+    from lora_jax.peft.config import Config
+
+    plain = {re.escape(f"layers.{i}.up"): i + 1 for i in range(20_000)}
+    config = Config(rank_pattern={r"layers\.[7]\.up": 70, **plain, "up": 1, r".*\.[0-9]\.down": 2, "down": 3})
+    assert [config.rank(f"model.layers.{i}.up") for i in range(20_000)] == [
+        70 if i == 7 else i + 1 for i in range(20_000)
+    ]
+    assert [config.rank(name) for name in ("up", "a.up", "cup", "layers.3.down", "layers.33.down")] == [1, 1, 8, 2, 3]
 
 
 @pytest.mark.parametrize("left_out", ["peft_type", "target_modules"])
