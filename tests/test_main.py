@@ -564,6 +564,11 @@ def test_factors_of_odd_shapes(fails, reader, adapter, shape):
     assert "up_proj" in fails(*reader)
 
 
+def test_a_scalar_under_a_name_that_the_base_does_not_have(fails, base, adapter, tmp_path):
+    edit_adapter(adapter, {"other.weight": np.ones((), np.float32)})
+    assert "other.weight" in fails("merge", base, adapter, tmp_path / "out")
+
+
 def test_a_factor_without_the_other(fails, reader, adapter):
     edit_adapter(adapter, {"model.layers.0.mlp.up_proj.lora_B.weight": None})
     assert "model.layers.0.mlp.up_proj.lora_B.weight" in fails(*reader)

@@ -336,7 +336,7 @@ def _tied(
                 tables[shape].append(name)
     for name, found in wanted.items():
         # Of factors (r, in) and (out, r), in either order; or of the whole weight.
-        fitting = {x for x in tables if x in found or any((b[0], a[-1]) == x for a in found for b in found)}
+        fitting = {x for x in tables if x in found or any(a and b and (b[0], a[-1]) == x for a in found for b in found)}
         candidates = [table for shape in fitting for table in tables[shape]]
         chosen = [x for x in candidates if kinds.get(x) == "embedding"] or candidates
         if len(chosen) == 1 and not re.search(r"\.\d+\.", name):

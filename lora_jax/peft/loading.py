@@ -227,7 +227,7 @@ class _Loader:
         for path, values in found.items():
             place = self.where[next(iter(values))][0]
             scales = {scale for _, scale in values.values()}
-            (scale,) = scales if len(scales) == 1 else (1.0,)
+            (scale,) = scales if len(scales) == 1 and all(scales) else (1.0,)
             whole = place.join(
                 lambda name, part: (
                     values[self.bare(name)][0] * np.float32(values[self.bare(name)][1] / scale)  # noqa: B023

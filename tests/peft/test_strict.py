@@ -320,6 +320,11 @@ def test_a_bias_on_the_second_factor_without_one_in_the_base(edited):
     assert "fc.lora_B.bias" in text
 
 
+def test_a_scale_of_zero(edited):
+    delta = edited("lora_bias", config={"lora_alpha": 0})
+    assert not any(np.asarray(node.merge(jnp.zeros(node.shape()))).any() for node in delta.values())
+
+
 @pytest.mark.parametrize("indices", [[5, 1], [5, 1, 12, 3], [5, 1, 14], [5, 1, 1]])
 def test_token_indices_that_do_not_fit(edited, indices):
     text = message(edited, "trainable_tokens", config={"trainable_token_indices": {"embed": indices}})
