@@ -25,12 +25,17 @@ def cross_entropy(
       `float32[batch, tokens]`, 0 where the label is ignored: its sum divided by the number of labels is the
       usual loss.
 
+    Raises:
+      ValueError: `chunk` is less than 1.
+
     Example:
       >>> x, w = jnp.ones((1, 4, 2)), jnp.zeros((2, 8))
       >>> loss = cross_entropy(lambda x: x @ w, x, jnp.array([[1, 2, 3, -100]]), chunk=2)
       >>> [round(float(value), 3) for value in loss[0]]  # log 8, of as many equal logits
       [2.079, 2.079, 2.079, 0.0]
     """
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}: at least one token at a time.")
     batch, length, width = x_BLD.shape
     chunk = min(chunk, length)
     count = -(-length // chunk)

@@ -91,3 +91,8 @@ def test_an_adapted_head_stays_factored(getkey, name, scan):
     )(train)
     np.testing.assert_allclose(got, want, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), got_grads, want_grads)
+
+
+def test_a_chunk_of_nothing():
+    with pytest.raises(ValueError, match="chunk=0"):
+        cross_entropy(lambda x: x, jnp.ones((1, 2, 3)), jnp.zeros((1, 2), jnp.int32), chunk=0)
