@@ -38,12 +38,17 @@ def close(case, actual, merged):
     Args:
       case: The case.
       actual: From the adapted form, in the case's dtype.
-      merged: `merged(case)` is the same through merged weights; for a bfloat16 case it is computed in float32.
+      merged: `merged(case)` is the same through merged weights. A bfloat16 case is held against float32: within the
+        tolerance, or where a value nearly cancels, within a few times what bfloat16 costs the merged form itself.
     """
     exact = merged(case.wide or case)
+    error = worst(actual, exact)
     if case.wide is None:
         assert [x.dtype for x in jax.tree.leaves(actual)] == [x.dtype for x in jax.tree.leaves(exact)]
-    assert worst(actual, exact) <= case.tolerance
+    if error > case.tolerance and case.wide is not None:
+        assert error <= 3 * worst(merged(case), exact)
+    else:
+        assert error <= case.tolerance
 
 
 def worst(actual, exact):

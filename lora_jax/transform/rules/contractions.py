@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from lora_jax.adapters.factored import Factor, Label, chain, spread
+from lora_jax.adapters.factored import Factor, Label, chain, times
 from lora_jax.transform import jaxprs
 from lora_jax.transform.product import Product
 from lora_jax.transform.ragged import ragged_product
@@ -59,7 +59,7 @@ def _dot_general(interpreter, equation, values):
         x_dims[axis] = [(f"{TOKENS}{axis}", x.shape[axis])]
     for gain in before:
         pairs = [pair for axis in x_dims for pair in axis]
-        x = x * spread(gain, pairs, x.dtype).reshape(x.shape)
+        x = times(x, gain, pairs)
 
     operands = [x, weight.value] if place == 1 else [weight.value, x]
     (base,) = jaxprs.bind(equation, operands)
@@ -81,7 +81,7 @@ def _dot_general(interpreter, equation, values):
         if place == 0:
             out_dims = [*shared, *free, *((f"{TOKENS}{a}", x.shape[a]) for a in tokens)]
         for gain in after:
-            total = total * spread(gain, out_dims, total.dtype).reshape(total.shape)
+            total = times(total, gain, out_dims)
     return [total]
 
 

@@ -4,7 +4,7 @@ import math
 
 import jax.numpy as jnp
 
-from lora_jax.adapters.factored import Factor, chain, spread
+from lora_jax.adapters.factored import Factor, chain, times
 from lora_jax.transform import jaxprs
 from lora_jax.transform.product import Product
 from lora_jax.transform.weight import CannotFactor, Weight, split_label
@@ -84,7 +84,7 @@ def _conv(interpreter, equation, values):
     for gain in weight.gains:
         result = [[pair] for pair in lead]
         result[feature_axis] = list(out)
-        total = total * spread(gain, [p for axis in result for p in axis], total.dtype).reshape(total.shape)
+        total = times(total, gain, [p for axis in result for p in axis])
     return [total]
 
 
