@@ -53,7 +53,8 @@ def load(directory: str | os.PathLike, base: Any, names: Names) -> dict[str, Ada
         delta = loader.delta()
     if loader.problems:
         listed = "\n  ".join(dict.fromkeys(loader.problems))
-        raise ValueError(f"{directory}: the adapter does not fit:\n  {listed}")
+        count = f"{len(loader.problems)} problem{'s' if len(loader.problems) > 1 else ''}"
+        raise ValueError(f"{directory}: the adapter does not fit ({count}):\n  {listed}")
     if not delta:
         raise ValueError(f"{directory}: holds no adapter.")
     order = {path: number for number, path in enumerate(paths.flatten(base).paths)}
