@@ -7,38 +7,65 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.adapters.factored import Factor, Factored, chain, compute_dtype
+from lora_jax.adapters import checks, roles
+from lora_jax.adapters.factored import Factor, Factored, chain, compute_dtype, folded
 from lora_jax.adapters.lowrank import LoRA, LowRank
-from lora_jax.adapters.protocol import BATCH, OUT, adapter, static, trained
+from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter, adapter, static, trained
+
+NORM_OVER = (IN, OUT)
 
 
 @adapter("DoRA")
 class WeightDecomposed(LowRank):
-    """W' = magnitude / ‖V‖ · V per output, with V = W + scale · Σᵣ a[r] · b[r] and ‖V‖ over the in axes.
+    """W' = magnitude / ‖V‖ · V with V = W + scale · Σᵣ a[r] · b[r], a norm for each output (or input).
 
     Attributes:
-      magnitude: `[*batch, *out]`.
+      magnitude: `[*batch, *out]` where the norm is over the in axes, `[*batch, *in]` where it is over the out axes.
+      norm_over: The axes that a norm is taken over, 'in' or 'out'.
       norm_gradient: Whether gradients flow through ‖V‖.
     """
 
     magnitude: jax.Array = trained()
+    norm_over: str = static()
     norm_gradient: bool = static()
 
     additive = False
 
     def factored(self, weight: jax.Array) -> Factored:
         form = super().factored(weight)
-        kept = [labels for labels, role in zip(form.labels, self.axes) if role == BATCH]
-        kept += [labels for labels, role in zip(form.labels, self.axes) if role == OUT]
-        sizes = dict(pair for axis in form.dims(weight.shape) for pair in axis)
-        labels = tuple(label for axis in kept for label in axis)
-        norm = norms(weight, form, labels)
-        if not self.norm_gradient:
-            norm = lax.stop_gradient(norm)
-        magnitude = self.magnitude.astype(norm.dtype).reshape([sizes[label] for label in labels])
-        # A column of zeros has no direction; its magnitude is zero too.
-        gain = magnitude / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
-        return dataclasses.replace(form, gains=(Factor(gain, labels),))
+        return decomposed(form, weight, self.axes, self.magnitude, self.norm_over, self.norm_gradient)
+
+
+def decomposed(
+    form: Factored, weight: jax.Array, axes: Sequence[str], magnitude: jax.Array, norm_over: str, norm_gradient: bool
+) -> Factored:
+    """The factored form of a weight, decomposed: its magnitudes over its norms are gains."""
+    labels = _kept(form, axes, norm_over)
+    norm = norms(weight, form, labels)
+    if not norm_gradient:
+        norm = lax.stop_gradient(norm)
+    sizes = dict(pair for axis in form.dims(weight.shape) for pair in axis)
+    magnitude = magnitude.astype(norm.dtype).reshape([sizes[label] for label in labels])
+    # A column of zeros has no direction; its magnitude is zero too.
+    gain = magnitude / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
+    return dataclasses.replace(form, gains=(Factor(gain, labels),))
+
+
+def magnitude_of(recipe: str, term: Adapter, weight: jax.Array, norm_over: str) -> jax.Array:
+    """The norms that magnitudes start from: of the weight with the term that `term` adds."""
+    if isinstance(weight, jax.ShapeDtypeStruct):
+        raise ValueError(f"{recipe}(…) starts from the weight's norms; the base has its shape only.")
+    form = term.factored(weight)
+    assert form is not None
+    kept = OUT if norm_over == IN else IN
+    shape = [n for wanted in (BATCH, kept) for n in roles.sizes(weight.shape, term.axes, wanted)]
+    return norms(weight, form, _kept(form, term.axes, norm_over)).reshape(shape)
+
+
+def _kept(form: Factored, axes: Sequence[str], norm_over: str) -> tuple[str, ...]:
+    """The labels of the axes that norms are not over, batch axes first."""
+    order = (BATCH, OUT if norm_over == IN else IN)
+    return tuple(label for wanted in order for axis, role in zip(form.labels, axes) if role == wanted for label in axis)
 
 
 def norms(weight: jax.Array, form: Factored, labels: Sequence[str]) -> jax.Array:
@@ -55,7 +82,7 @@ def norms(weight: jax.Array, form: Factored, labels: Sequence[str]) -> jax.Array
     sizes = dict(pairs)
     out = [(label, sizes[label]) for label in labels]
     wide = Factor(weight.astype(dtype).reshape([size for _, size in pairs]), tuple(label for label, _ in pairs))
-    factors = [Factor(factor.array.astype(dtype), factor.labels) for factor in form.factors]
+    factors = folded([Factor(factor.array.astype(dtype), factor.labels) for factor in form.factors])
     # ΔW once more, with bonds of its own.
     twins = [
         Factor(factor.array, tuple(label if label in sizes else f"{label}'" for label in factor.labels))
@@ -79,6 +106,8 @@ class DoRA(LoRA):
     Takes what :class:`LoRA` takes, and:
 
     Args:
+      norm_over: The axes that a norm is taken over. 'in' gives each output a magnitude, as the authors' code does;
+        'out' gives each input one (the other reading of the paper's columns, which LyCORIS follows).
       norm_gradient: Whether gradients flow through the norm; the paper stops them (§4.3), at no loss.
 
     Example:
@@ -91,16 +120,17 @@ class DoRA(LoRA):
       Liu et al., `DoRA <https://arxiv.org/abs/2402.09353>`_, 2024, §4
     """
 
+    norm_over: str = IN
     norm_gradient: bool = False
 
+    def __post_init__(self):
+        super().__post_init__()
+        checks.one_of("DoRA", "norm_over", self.norm_over, NORM_OVER)
+
     def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, WeightDecomposed]:
-        if isinstance(weight, jax.ShapeDtypeStruct):
-            raise ValueError("DoRA(…) starts from the weight's norms; the base has its shape only.")
         weight, low = super()._make(key, weight, axes, moves)
         fields = {field.name: getattr(low, field.name) for field in dataclasses.fields(low)}
-        form = low.factored(weight)
-        roles = [(role, labels) for role, labels in zip(low.axes, form.labels)]
-        labels = [x for wanted in (BATCH, OUT) for role, axis in roles if role == wanted for x in axis]
-        shape = [n for wanted in (BATCH, OUT) for n, role in zip(weight.shape, low.axes) if role == wanted]
-        magnitude = norms(weight, form, labels).reshape(shape).astype(self.dtype)
-        return weight, WeightDecomposed(**fields, magnitude=magnitude, norm_gradient=self.norm_gradient)
+        magnitude = magnitude_of("DoRA", low, weight, self.norm_over).astype(self.dtype)
+        return weight, WeightDecomposed(
+            **fields, magnitude=magnitude, norm_over=self.norm_over, norm_gradient=self.norm_gradient
+        )

@@ -1,7 +1,7 @@
 """Leaves and rows that are trained outright: heads, norms, biases, new tokens."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from lora_jax.adapters.protocol import (
     adapter,
     check_axes,
     frozen,
+    needed,
     static,
     trained,
 )
@@ -41,6 +42,9 @@ class Replacement(Adapter):
 
     def merge(self, weight: jax.Array) -> jax.Array:
         return self.value.astype(weight.dtype)
+
+    def neutral(self, weight: jax.Array | None) -> Self:
+        return dataclasses.replace(self, value=needed(weight, self.kind).astype(self.value.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +112,10 @@ class RowReplacement(Adapter):
         axis = self.axes.index(IN)
         table = jnp.moveaxis(weight, axis, 0)
         return jnp.moveaxis(table.at[self.ids].set(self.rows.astype(weight.dtype)), 0, axis)
+
+    def neutral(self, weight: jax.Array | None) -> Self:
+        rows = jnp.take(needed(weight, self.kind), self.ids, axis=self.axes.index(IN))
+        return dataclasses.replace(self, rows=jnp.moveaxis(rows, self.axes.index(IN), 0).astype(self.rows.dtype))
 
     def describe(self) -> dict[str, Any]:
         return {"rows": self.rows.shape[0]}

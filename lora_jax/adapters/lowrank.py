@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from lora_jax.adapters.protocol import (
     adapter,
     check_axes,
     frozen,
+    pad_axis,
     static,
     trained,
 )
@@ -57,8 +58,20 @@ class LowRank(Adapter):
     additive = True
 
     @property
+    def _rank_axis(self) -> int:
+        return self.axes.count(BATCH) + (len(self.blocks) > 1)
+
+    @property
     def rank(self) -> int:
-        return self.a.shape[self.axes.count(BATCH) + (len(self.blocks) > 1)]
+        return self.a.shape[self._rank_axis]
+
+    def padded(self, rank: int) -> Self:
+        a, b = (pad_axis(factor, self._rank_axis, rank) for factor in (self.a, self.b))
+        return dataclasses.replace(self, a=a, b=b)
+
+    def neutral(self, weight: jax.Array | None) -> Self:
+        del weight
+        return dataclasses.replace(self, a=jnp.zeros_like(self.a), b=jnp.zeros_like(self.b))
 
     def shape(self) -> tuple[int, ...]:
         lead = self.axes.count(BATCH)

@@ -1,7 +1,7 @@
 """A trained, scaled term beside a leaf: the bias that some LoRA variants add to their second product."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,10 @@ class Addition(Adapter):
         dtype = compute_dtype(weight.dtype)
         scale = self.scale.astype(dtype).reshape(self.scale.shape + (1,) * (self.value.ndim - self.scale.ndim))
         return (weight.astype(dtype) + scale * self.value.astype(dtype)).astype(weight.dtype)
+
+    def neutral(self, weight: jax.Array | None) -> Self:
+        del weight
+        return dataclasses.replace(self, value=jnp.zeros_like(self.value))
 
     def describe(self) -> dict[str, Any]:
         return {"scale": float(self.scale)} if isinstance(self.scale, jax.Array) and self.scale.ndim == 0 else {}

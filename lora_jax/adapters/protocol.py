@@ -64,6 +64,36 @@ class Adapter:
             raise TypeError(f"{type(self).__name__} has neither a factored form nor its own merge().")
         return dense(weight, form.dims(weight.shape), form.factors, form.gains)
 
+    @property
+    def rank(self) -> int | None:
+        """The size that :meth:`padded` raises; None for kinds without one."""
+        return None
+
+    def padded(self, rank: int) -> Self:
+        """The same adapter with a larger rank, so that adapters of different ranks stack.
+
+        What is added are zeros behind the present entries. They change neither the weight nor the gradients of
+        the present entries, and have no gradients themselves. (Where two zero factors multiply, both hold.)
+
+        Args:
+          rank: At least :attr:`rank`.
+        """
+        raise TypeError(f"{type(self).__name__} has no rank to pad to {rank}.")
+
+    def neutral(self, weight: jax.Array | None) -> Self:
+        """An adapter with the structure, shapes and dtypes of this one that leaves its weight as it is.
+
+        It stands for this path in members of a stack that do not adapt it.
+
+        Args:
+          weight: The weight; may be None for kinds whose neutral adapter does not depend on it.
+
+        Raises:
+          ValueError: The kind needs the weight, and there is none.
+        """
+        del weight
+        raise TypeError(f"{type(self).__name__} does not say which of its adapters changes nothing: define neutral().")
+
     def trainable(self) -> Self:
         """The adapter with each leaf replaced by whether it trains. Integers never do."""
         masks = {
@@ -132,6 +162,20 @@ class Recipe:
     def prepare(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, Adapter]:
         """The weight and its adapter, for inits that move part of the weight into the adapter."""
         return weight, self.make(key, weight, axes)
+
+
+def needed(weight: jax.Array | None, kind: str) -> jax.Array:
+    """The weight that :meth:`Adapter.neutral` cannot do without; raises where there is none."""
+    if weight is None:
+        raise ValueError(f"A {kind} adapter that changes nothing is made from the weight: give base=.")
+    return weight
+
+
+def pad_axis(array: jax.Array, axis: int, size: int) -> jax.Array:
+    """Zeros behind the entries of one axis, up to `size`."""
+    if size < array.shape[axis]:
+        raise ValueError(f"An axis of size {array.shape[axis]} cannot be padded to {size}.")
+    return jnp.pad(array, [(0, size - array.shape[axis] if i == axis else 0) for i in range(array.ndim)])
 
 
 def is_adapter(node: Any) -> bool:
