@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax import lax
 from lora_jax.adapters import checks, roles
 from lora_jax.adapters.factored import Factor, Factored, chain, compute_dtype, folded
 from lora_jax.adapters.lowrank import LoRA, LowRank
-from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter, adapter, static, trained
+from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter, adapter, needed, static, trained
 
 NORM_OVER = (IN, OUT)
 
@@ -34,6 +35,11 @@ class WeightDecomposed(LowRank):
     def factored(self, weight: jax.Array) -> Factored:
         form = super().factored(weight)
         return decomposed(form, weight, self.axes, self.magnitude, self.norm_over, self.norm_gradient)
+
+    def neutral(self, weight: jax.Array | None) -> Self:
+        low = LowRank(**{field.name: getattr(self, field.name) for field in dataclasses.fields(LowRank)}).neutral(None)
+        magnitude = magnitude_of(self.kind, low, needed(weight, self.kind), self.norm_over)
+        return dataclasses.replace(self, a=low.a, b=low.b, magnitude=magnitude.astype(self.magnitude.dtype))
 
 
 def decomposed(
