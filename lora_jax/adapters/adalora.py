@@ -1,0 +1,111 @@
+"""AdaLoRA: a low-rank term in the form of a singular value decomposition, whose values can be pruned."""
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapters.factored import Factored, compute_dtype
+from lora_jax.adapters.lowrank import LoRA, LowRank
+from lora_jax.adapters.protocol import IN, Adapter, adapter, frozen, pad_axis, static, trained
+from lora_jax.initializers import Initializer
+
+
+@adapter("AdaLoRA")
+class SingularTriplets(Adapter):
+    """ΔW[in, out] = scale · Σᵣ values[r] · a[r, in] · b[r, out].
+
+    A value of zero prunes its triplet; shapes stay. :func:`lora_jax.optim.allocate_ranks` decides which.
+
+    Attributes:
+      a: `[*batch, (blocks,) rank, *in]`; the paper's Q.
+      values: `[*batch, (blocks,) rank]`; the paper's Λ.
+      b: `[*batch, (blocks,) rank, *out]`; the paper's P, transposed.
+      scale: Scalar, or one for each batch element, as in :class:`lora_jax.adapters.lowrank.LowRank`.
+      dropout: Scalar; the rate on the input of the low-rank product where a dropout key is given.
+      axes: The role of each axis of the weight.
+      blocks: Which of the equal parts of the out axis are adapted.
+    """
+
+    a: jax.Array = trained()
+    values: jax.Array = trained()
+    b: jax.Array = trained()
+    scale: jax.Array = frozen()
+    dropout: jax.Array = frozen()
+    axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
+    blocks: tuple[bool, ...] = static()
+
+    additive = True
+
+    def folded(self) -> LowRank:
+        """The same term as a plain pair, with the values in `b`: what combining, exporting and measuring take."""
+        dtype = compute_dtype(self.b.dtype)
+        values = self.values.reshape(self.values.shape + (1,) * (self.b.ndim - self.values.ndim))
+        return self._pair(self.b.astype(dtype) * values.astype(dtype))
+
+    def _pair(self, b: jax.Array) -> LowRank:
+        return LowRank(a=self.a, b=b, scale=self.scale, dropout=self.dropout, axes=self.axes, blocks=self.blocks)
+
+    @property
+    def rank(self) -> int:
+        return self.values.shape[-1]
+
+    def shape(self) -> tuple[int, ...]:
+        return self._pair(self.b).shape()
+
+    def factored(self, weight: jax.Array) -> Factored:
+        # Values times b is rank × out numbers; a factor of their own would be one more product for every token.
+        return self.folded().factored(weight)
+
+    def padded(self, rank: int) -> Self:
+        axis = self.values.ndim - 1
+        a, values, b = (pad_axis(x, axis, rank) for x in (self.a, self.values, self.b))
+        return dataclasses.replace(self, a=a, values=values, b=b)
+
+    def neutral(self, weight: jax.Array | None) -> Self:
+        del weight
+        a, values, b = (jnp.zeros_like(x) for x in (self.a, self.values, self.b))
+        return dataclasses.replace(self, a=a, values=values, b=b)
+
+    def describe(self) -> dict[str, Any]:
+        return self._pair(self.b).describe()
+
+
+NORMAL = Initializer(
+    draw=lambda key, batch, rank, fan_in, fan_out: tuple(
+        0.02 * jax.random.normal(part, (batch, rank, size), jnp.float32)
+        for part, size in zip(jax.random.split(key), (fan_in, fan_out))
+    )
+)
+"""a, b ~ N(0, 0.02²)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaLoRA(LoRA):
+    r"""A low-rank term whose rank is decided in training: :math:`W + s\,A^\top \mathrm{diag}(\lambda)\,B`.
+
+    The values :math:`\lambda` start at zero, the factors at N(0, 0.02²). The optimizer is wrapped in
+    :func:`lora_jax.optim.allocate_ranks`, which sets the least important values to zero, and
+    :func:`lora_jax.optim.orthogonality` is added to the loss.
+
+    Takes what :class:`LoRA` takes but `init`; `rank` is the one that training begins with. PEFT divides alpha by
+    rank + 1e-5: alpha · rank / (rank + 1e-5) here gives its scale exactly.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> made = AdaLoRA(rank=12, alpha=24).make(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
+      >>> made.a.shape, made.values.shape, made.b.shape, float(made.scale)
+      ((12, 16), (12,), (12, 32), 2.0)
+
+    References:
+      Zhang et al., `AdaLoRA <https://arxiv.org/abs/2303.10512>`_, 2023, §3.1
+    """
+
+    init: Initializer = dataclasses.field(default=NORMAL, init=False, repr=False)  # pyrefly: ignore[bad-override]
+
+    def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, SingularTriplets]:  # pyrefly: ignore
+        weight, pair = super()._make(key, weight, axes, moves)
+        fields = {field.name: getattr(pair, field.name) for field in dataclasses.fields(pair)}
+        lead = pair.a.shape[: pair.a.ndim - pair.axes.count(IN)]
+        return weight, SingularTriplets(**fields, values=jnp.zeros(lead, self.dtype))
