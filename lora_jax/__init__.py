@@ -4,7 +4,8 @@ Frozen base parameters and trainable low-rank deltas sit in separate pytrees; a 
 becomes a function of (base, delta) without touching the model's code. See :func:`adapt`.
 """
 
-from lora_jax import nnx, peft
+from lora_jax import nnx, optim, peft
+from lora_jax.adapters.adalora import AdaLoRA
 from lora_jax.adapters.dora import DoRA
 from lora_jax.adapters.full import Full, Rows
 from lora_jax.adapters.lowrank import LoRA
@@ -19,6 +20,7 @@ from lora_jax.training import TrainState, train_step
 from lora_jax.transform.adapt import adapt
 
 __all__ = [
+    "AdaLoRA",
     "DoRA",
     "Full",
     "LoRA",
@@ -33,6 +35,7 @@ __all__ = [
     "load",
     "merge",
     "nnx",
+    "optim",
     "optimizer",
     "partition",
     "peft",
