@@ -8,8 +8,13 @@ from lora_jax import nnx, optim, peft
 from lora_jax.adapters.adalora import AdaLoRA
 from lora_jax.adapters.dora import DoRA
 from lora_jax.adapters.full import Full, Rows
+from lora_jax.adapters.ia3 import IA3
+from lora_jax.adapters.loha import LoHa
+from lora_jax.adapters.lokr import LoKr
+from lora_jax.adapters.lora_fa import LoRAFA
 from lora_jax.adapters.lowrank import LoRA
 from lora_jax.adapters.offset import Offset
+from lora_jax.adapters.vera import DVoRA, VeRA
 from lora_jax.checkpoint import load, save
 from lora_jax.combining import combine, truncate
 from lora_jax.merging import merge, switch_task, unmerge
@@ -20,13 +25,19 @@ from lora_jax.training import TrainState, train_step
 from lora_jax.transform.adapt import adapt
 
 __all__ = [
+    "IA3",
     "AdaLoRA",
+    "DVoRA",
     "DoRA",
     "Full",
+    "LoHa",
+    "LoKr",
     "LoRA",
+    "LoRAFA",
     "Offset",
     "Rows",
     "TrainState",
+    "VeRA",
     "adapt",
     "combine",
     "explain",

@@ -9,7 +9,7 @@ contraction with an input is a chain of small products that starts from the inpu
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -82,17 +82,25 @@ def compute_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
 
 def _cheapest_order(start: Factor, factors: Sequence[Factor], out: Sequence[Label]) -> list[Factor]:
     """The order of products, each with the running result, that takes the fewest multiplications."""
+    sizes = {label: size for factor in (start, *factors) for label, size in factor.sizes.items()}
+    everything = range(len(factors))
 
-    def cost(order: Sequence[Factor]) -> int:
-        sizes, total = start.sizes, 0
-        for index, factor in enumerate(order):
-            sizes = sizes | factor.sizes
-            total += math.prod(sizes.values())
-            later = set(out).union(*(f.labels for f in order[index + 1 :]))
-            sizes = {label: size for label, size in sizes.items() if label in later}
-        return total
+    def running(done: Collection[int]) -> set[Label]:
+        """The labels of the result after some of the products, in whatever order."""
+        later = set(out).union(*(factors[i].labels for i in everything if i not in done))
+        return later.intersection(set(start.labels).union(*(factors[i].labels for i in done)))
 
-    return list(min(itertools.permutations(factors), key=cost))
+    best: dict[frozenset[int], tuple[int, tuple[int, ...]]] = {frozenset(): (0, ())}
+    for count in everything:
+        for done in map(frozenset, itertools.combinations(everything, count + 1)):
+            options = []
+            for last in sorted(done):
+                before = done - {last}
+                labels = set(start.labels) if not before else running(before)
+                cost = math.prod(sizes[label] for label in labels.union(factors[last].labels))
+                options.append((best[before][0] + cost, (*best[before][1], last)))
+            best[done] = min(options)
+    return [factors[i] for i in best[frozenset(everything)][1]]
 
 
 def _explicit_spec(labels: Sequence[Label], *operands: Factor):
@@ -157,7 +165,8 @@ def chain(
 
     Args:
       start: The input. Labels that neither `out` nor a factor has are summed.
-      factors: Cast to the dtype of `start`.
+      factors: Cast to the dtype of `start`. One whose labels all stay (a diagonal) is multiplied elementwise, as
+        gains are (:func:`times`).
       out: Labels and sizes of the result's axes, in order. A label that nothing has is broadcast.
       precision: Of each product, as for `jax.lax.dot_general`.
       dtype: Of the result; the dtype of `start` where None.
@@ -174,6 +183,9 @@ def chain(
     result, order = start, _cheapest_order(start, factors, names)
     for index, factor in enumerate(order):
         later = {*names, *(label for f in order[index + 1 :] for label in f.labels)}
+        if set(factor.labels) <= later & set(result.labels):  # a diagonal: nothing is summed
+            result = Factor(times(result.array, factor, list(result.sizes.items())), result.labels)
+            continue
         factor = Factor(factor.array.astype(start.array.dtype), factor.labels)
         last = dtype if index == len(order) - 1 else None
         pair = (factor, result) if reverse else (result, factor)
@@ -215,3 +227,17 @@ def spread(gain: Factor, labels: Sequence[tuple[Label, int]], dtype: jax.typing.
     gain = gain.transposed([label for label in names if label in gain.labels])
     axes = [names.index(label) for label in gain.labels]
     return lax.broadcast_in_dim(gain.array.astype(dtype), [size for _, size in labels], axes)
+
+
+def folded(factors: Sequence[Factor]) -> list[Factor]:
+    """The same product of fewer factors: one whose labels another has too (a diagonal) is multiplied into it."""
+    left, whole = sorted(factors, key=lambda factor: len(factor.labels)), []
+    while left:
+        small = left.pop(0)
+        place = next((i for i, large in enumerate(left) if set(small.labels) <= set(large.labels)), None)
+        if place is None:
+            whole.append(small)
+        else:
+            large = left[place]
+            left[place] = Factor(times(large.array, small, list(large.sizes.items())), large.labels)
+    return whole

@@ -81,7 +81,7 @@ def low_rank(stored: Stored, place: Place, found: Mapping[tuple[int, ...], Modul
         left_out = np.broadcast_to(~given.reshape(given.shape + (1,) * (magnitude.ndim - given.ndim)), magnitude.shape)
         magnitude = np.where(left_out.reshape(wanted), _norms(leaf, fit.axes), magnitude.reshape(wanted))
     magnitude = magnitude.reshape(wanted)
-    return WeightDecomposed(**fields, magnitude=jnp.asarray(magnitude), norm_gradient=False)
+    return WeightDecomposed(**fields, magnitude=jnp.asarray(magnitude), norm_over="in", norm_gradient=False)
 
 
 def _norms(leaf: Any, axes: Sequence[str]) -> np.ndarray:

@@ -1,0 +1,90 @@
+"""(IA)³: a trained gain on each output or each input of a frozen weight."""
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapters import checks, roles
+from lora_jax.adapters.factored import Factor, Factored
+from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter, Recipe, adapter, check_axes, static, trained
+
+
+@adapter("IA3")
+class Rescaled(Adapter):
+    """W times a gain for each output, or for each input.
+
+    Attributes:
+      gain: `[*batch, *out]` where `on` is 'out', `[*batch, *in]` where it is 'in'.
+      on: Which axes have gains, 'out' or 'in'.
+      rest: Sizes of the axes that have none.
+      axes: The role of each axis of the weight.
+    """
+
+    gain: jax.Array = trained()
+    on: str = static()
+    rest: tuple[int, ...] = static()
+    axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
+
+    def shape(self) -> tuple[int, ...]:
+        lead = self.axes.count(BATCH)
+        scaled = self.gain.shape[lead:]
+        into, out = (self.rest, scaled) if self.on == OUT else (scaled, self.rest)
+        return roles.assembled(self.axes, batch=self.gain.shape[:lead], into=into, out=out)
+
+    def factored(self, weight: jax.Array) -> Factored:
+        labels = (*roles.labels(self.axes, BATCH), *roles.labels(self.axes, self.on))
+        return Factored(labels=tuple((str(axis),) for axis in range(weight.ndim)), gains=(Factor(self.gain, labels),))
+
+    def neutral(self, weight: jax.Array | None) -> Self:
+        del weight
+        return dataclasses.replace(self, gain=jnp.ones_like(self.gain))
+
+    def describe(self) -> dict[str, Any]:
+        return {"on": self.on}
+
+
+@dataclasses.dataclass(frozen=True)
+class IA3(Recipe):
+    r"""Trains a gain of each output (or input) of a frozen weight: :math:`l \odot (x W)` or :math:`(l \odot x) W`.
+
+    The paper has it on the outputs of keys and values and on the inputs of the second feed-forward weight. A bias
+    that follows is not scaled; where it should be, as in PEFT, it is a leaf of its own: `IA3(axes=("out",))`.
+
+    Args:
+      on: 'out' or 'in'. The in axes of a convolution are its window and its channels.
+      axes: The role of each axis of the weight; None takes them from the trace.
+      dtype: Of the gains.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> IA3().make(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out")).gain.shape
+      (32,)
+
+    References:
+      Liu et al., `Few-Shot Parameter-Efficient Fine-Tuning <https://arxiv.org/abs/2205.05638>`_, 2022, §3.3
+    """
+
+    on: str = OUT
+    _: dataclasses.KW_ONLY
+    axes: tuple[str, ...] | None = None  # pyrefly: ignore[bad-override]
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        checks.one_of("IA3", "on", self.on, (OUT, IN))
+        checks.floating("IA3", self.dtype)
+
+    def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> Rescaled:
+        del key
+        check_axes(axes, weight.shape)
+        axes = roles.contracted(axes)
+        if self.on not in axes:
+            raise ValueError(
+                f"IA3(on={self.on!r}): the weight of shape {tuple(weight.shape)} has the roles {axes}, no "
+                f"{self.on!r} axis."
+            )
+        batch, scaled, rest = (
+            roles.sizes(weight.shape, axes, role) for role in (BATCH, self.on, IN if self.on == OUT else OUT)
+        )
+        return Rescaled(gain=jnp.ones((*batch, *scaled), self.dtype), on=self.on, rest=rest, axes=axes)

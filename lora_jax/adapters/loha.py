@@ -1,0 +1,154 @@
+"""LoHa: the elementwise product of two low-rank terms."""
+
+import dataclasses
+import math
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.adapters import checks, roles
+from lora_jax.adapters.factored import Factor, Factored, chain, compute_dtype
+from lora_jax.adapters.protocol import (
+    BATCH,
+    IN,
+    OUT,
+    Adapter,
+    Recipe,
+    adapter,
+    frozen,
+    pad_axis,
+    static,
+    trained,
+)
+
+
+@adapter("LoHa")
+class HadamardProduct(Adapter):
+    """ΔW = scale · (Σᵣ a1[r] · b1[r]) ⊙ (Σᵣ a2[r] · b2[r]).
+
+    ΔW is of rank rank² at most: its factors are the products of each row of a1 with each of a2, and likewise of b1
+    and b2. It is applied through them where rank² is no more than the weight's own rank, and merged elsewhere.
+
+    Attributes:
+      a1: `[*batch, rank, *in]`.
+      b1: `[*batch, rank, *out]`.
+      a2: `[*batch, rank, *in]`.
+      b2: `[*batch, rank, *out]`.
+      scale: Scalar.
+      axes: The role of each axis of the weight.
+    """
+
+    a1: jax.Array = trained()
+    b1: jax.Array = trained()
+    a2: jax.Array = trained()
+    b2: jax.Array = trained()
+    scale: jax.Array = frozen()
+    axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
+
+    additive = True
+    merged_because = "LoHa's rank² is above the rank of the weight, so that its term is not of low rank"
+
+    @property
+    def rank(self) -> int:
+        return self.a1.shape[self.axes.count(BATCH)]
+
+    def shape(self) -> tuple[int, ...]:
+        lead = self.axes.count(BATCH)
+        into, out = (x.shape[lead + 1 :] for x in (self.a1, self.b1))
+        return roles.assembled(self.axes, batch=self.a1.shape[:lead], into=into, out=out)
+
+    def factored(self, weight: jax.Array) -> Factored | None:
+        batch, into, out = (roles.labels(self.axes, role) for role in (BATCH, IN, OUT))
+        lead = len(batch)
+        if self.rank**2 > min(math.prod(x.shape[lead + 1 :]) for x in (self.a1, self.b1)):
+            return None
+        dtype = compute_dtype(self.a1.dtype)
+
+        def products(one: jax.Array, two: jax.Array) -> jax.Array:
+            """The product of each row of one with each row of the other, `[*batch, rank, rank, …]`."""
+            return jnp.expand_dims(one.astype(dtype), lead + 1) * jnp.expand_dims(two.astype(dtype), lead)
+
+        ranks = ("rank1", "rank2")
+        return Factored(
+            labels=tuple((str(axis),) for axis in range(weight.ndim)),
+            factors=(
+                Factor(products(self.a1, self.a2), (*batch, *ranks, *into)),
+                Factor(products(self.b1, self.b2) * self.scale.astype(dtype), (*batch, *ranks, *out)),
+            ),
+        )
+
+    def merge(self, weight: jax.Array) -> jax.Array:
+        batch, into, out = (roles.labels(self.axes, role) for role in (BATCH, IN, OUT))
+        dtype = compute_dtype(weight.dtype)
+        order = [(str(axis), size) for axis, size in enumerate(weight.shape)]
+
+        def term(a: jax.Array, b: jax.Array) -> jax.Array:
+            one, two = Factor(a.astype(dtype), (*batch, "rank", *into)), Factor(b.astype(dtype), (*batch, "rank", *out))
+            return chain(one, [two], order, precision=lax.Precision.HIGHEST)
+
+        change = self.scale.astype(dtype) * term(self.a1, self.b1) * term(self.a2, self.b2)
+        return (weight.astype(dtype) + change).astype(weight.dtype)
+
+    def padded(self, rank: int) -> Self:
+        lead = self.axes.count(BATCH)
+        wide = {name: pad_axis(getattr(self, name), lead, rank) for name in ("a1", "b1", "a2", "b2")}
+        return dataclasses.replace(self, **wide)
+
+    def neutral(self, weight: jax.Array | None) -> Self:
+        del weight
+        return dataclasses.replace(self, b2=jnp.zeros_like(self.b2))
+
+    def describe(self) -> dict[str, Any]:
+        return {"rank": self.rank}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoHa(Recipe):
+    r"""The elementwise product of two low-rank terms: :math:`W + s\,(A_1^\top B_1) \odot (A_2^\top B_2)`.
+
+    Args:
+      rank: Of each term; the product's is up to its square. At most the smaller of the weight's in and out sizes.
+      alpha: The scale's numerator, over the rank; None makes the scale 1.
+      axes: The role of each axis of the weight; None takes them from the trace.
+      dtype: Of the factors.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> made = LoHa(rank=4, alpha=4).make(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
+      >>> made.a1.shape, made.b2.shape, float(made.scale)
+      ((4, 16), (4, 32), 1.0)
+
+    References:
+      Hyeon-Woo et al., `FedPara <https://arxiv.org/abs/2108.06098>`_, 2021, §2.2; Yeh et al.,
+      `LyCORIS <https://arxiv.org/abs/2309.14859>`_, 2023, §3.3, for the starting values
+    """
+
+    rank: int
+    alpha: float | None = None
+    _: dataclasses.KW_ONLY
+    axes: tuple[str, ...] | None = None  # pyrefly: ignore[bad-override]
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        checks.positive("LoHa", "rank", self.rank)
+        checks.floating("LoHa", self.dtype)
+
+    def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> HadamardProduct:
+        axes = roles.in_and_out("LoHa", axes, weight.shape)
+        batch, into, out = (roles.sizes(weight.shape, axes, role) for role in (BATCH, IN, OUT))
+        checks.rank_of("LoHa", self.rank, weight.shape, axes)
+        one, two, three = jax.random.split(key, 3)
+
+        def normal(key: jax.Array, sizes: tuple[int, ...], deviation: float) -> jax.Array:
+            return (deviation * jax.random.normal(key, (*batch, self.rank, *sizes), jnp.float32)).astype(self.dtype)
+
+        return HadamardProduct(
+            a1=normal(one, into, 1.0),
+            b1=normal(two, out, 0.1),
+            a2=normal(three, into, 1.0),
+            b2=jnp.zeros((*batch, self.rank, *out), self.dtype),
+            scale=jnp.asarray(1.0 if self.alpha is None else self.alpha / self.rank, jnp.float32),
+            axes=axes,
+        )

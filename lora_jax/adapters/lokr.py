@@ -1,0 +1,215 @@
+"""LoKr: the Kronecker product of a small matrix with a low-rank (or full) one."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapters import checks, roles
+from lora_jax.adapters.factored import Factor, Factored, compute_dtype
+from lora_jax.adapters.protocol import (
+    BATCH,
+    IN,
+    OUT,
+    Adapter,
+    Recipe,
+    adapter,
+    frozen,
+    pad_axis,
+    static,
+    trained,
+)
+
+
+@adapter("LoKr")
+class LowRankKronecker(Adapter):
+    """ΔW = scale · c ⊗ Σᵣ a[r] · b[r]; c spans the slow part of one in and of one out axis, a and b all the rest.
+
+    Attributes:
+      c: `[*batch, in₁, out₁]`.
+      a: `[*batch, rank, *in₂]`.
+      b: `[*batch, rank, *out₂]`.
+      scale: Scalar.
+      split: The numbers of the in and of the out axis that are divided.
+      axes: The role of each axis of the weight.
+    """
+
+    c: jax.Array = trained()
+    a: jax.Array = trained()
+    b: jax.Array = trained()
+    scale: jax.Array = frozen()
+    split: tuple[int, ...] = static()
+    axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
+
+    additive = True
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[self.axes.count(BATCH)]
+
+    def shape(self) -> tuple[int, ...]:
+        skip = self.axes.count(BATCH) + 1
+        return _shape(self, self.a.shape[skip:], self.b.shape[skip:])
+
+    def factored(self, weight: jax.Array) -> Factored:
+        batch, into, out = _second_labels(self)
+        a, b = Factor(self.a, (*batch, "rank", *into)), Factor(self.b, (*batch, "rank", *out))
+        return _form(self, weight.ndim, (a, b))
+
+    def padded(self, rank: int) -> Self:
+        lead = self.axes.count(BATCH)
+        return dataclasses.replace(self, a=pad_axis(self.a, lead, rank), b=pad_axis(self.b, lead, rank))
+
+    def neutral(self, weight: jax.Array | None) -> Self:
+        del weight
+        return dataclasses.replace(self, c=jnp.zeros_like(self.c))
+
+    def describe(self) -> dict[str, Any]:
+        return {"rank": self.rank}
+
+
+@adapter("LoKr.full")
+class FullKronecker(Adapter):
+    """ΔW = scale · c ⊗ d.
+
+    Attributes:
+      c: `[*batch, in₁, out₁]`.
+      d: `[*batch, *in₂, *out₂]`.
+      scale: Scalar.
+      split: The numbers of the in and of the out axis that are divided.
+      axes: The role of each axis of the weight.
+    """
+
+    c: jax.Array = trained()
+    d: jax.Array = trained()
+    scale: jax.Array = frozen()
+    split: tuple[int, ...] = static()
+    axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
+
+    additive = True
+
+    def shape(self) -> tuple[int, ...]:
+        lead = self.axes.count(BATCH)
+        middle = lead + self.axes.count(IN)
+        return _shape(self, self.d.shape[lead:middle], self.d.shape[middle:])
+
+    def factored(self, weight: jax.Array) -> Factored:
+        batch, into, out = _second_labels(self)
+        return _form(self, weight.ndim, (Factor(self.d, (*batch, *into, *out)),))
+
+    def neutral(self, weight: jax.Array | None) -> Self:
+        del weight
+        return dataclasses.replace(self, c=jnp.zeros_like(self.c))
+
+
+Kronecker = LowRankKronecker | FullKronecker
+
+
+def _shape(node: Kronecker, into: Sequence[int], out: Sequence[int]) -> tuple[int, ...]:
+    """The shape of the weight, from the sizes of the second matrix's axes."""
+    lead = node.axes.count(BATCH)
+    first = dict(zip(node.split, node.c.shape[lead:]))
+    second = roles.assembled(node.axes, batch=node.c.shape[:lead], into=into, out=out)
+    return tuple(size * first.get(axis, 1) for axis, size in enumerate(second))
+
+
+def _second_labels(node: Kronecker) -> tuple[tuple[str, ...], ...]:
+    """The labels of the second matrix's batch, in and out axes."""
+
+    def of(role: str) -> tuple[str, ...]:
+        axes = (axis for axis, found in enumerate(node.axes) if found == role)
+        return tuple(f"{axis}.1" if axis in node.split else str(axis) for axis in axes)
+
+    return of(BATCH), of(IN), of(OUT)
+
+
+def _form(node: Kronecker, ndim: int, second: tuple[Factor, ...]) -> Factored:
+    """The factored form: each divided axis has two labels."""
+    dtype = compute_dtype(node.c.dtype)
+    first = (*roles.labels(node.axes, BATCH), *(f"{axis}.0" for axis in node.split))
+    return Factored(
+        labels=tuple((f"{i}.0", f"{i}.1") if i in node.split else (str(i),) for i in range(ndim)),
+        factors=(Factor(node.c.astype(dtype) * node.scale.astype(dtype), first), *second),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoKr(Recipe):
+    r"""A Kronecker product beside a frozen weight: :math:`W + s\,C \otimes (A^\top B)`.
+
+    The largest in and the largest out axis are divided: c takes the smaller part of both, the second matrix the
+    rest and all other axes. Where `rank` is half of the second matrix's larger side or more, that is trained in
+    full, as PEFT does.
+
+    Args:
+      rank: Of the second matrix.
+      alpha: The scale's numerator, over the rank; None makes the scale 1.
+      factor: Bounds the sizes of c: the largest divisor of the axis up to it and up to the axis's square root.
+        None leaves the square root.
+      axes: The role of each axis of the weight; None takes them from the trace.
+      dtype: Of the factors.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> made = LoKr(rank=2, alpha=4).make(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
+      >>> made.c.shape, made.a.shape, made.b.shape
+      ((4, 4), (2, 4), (2, 8))
+
+    References:
+      Yeh et al., `LyCORIS <https://arxiv.org/abs/2309.14859>`_, 2023, §3.4; Edalati et al.,
+      `KronA <https://arxiv.org/abs/2212.10650>`_, 2022
+    """
+
+    rank: int
+    alpha: float | None = None
+    _: dataclasses.KW_ONLY
+    factor: int | None = None
+    axes: tuple[str, ...] | None = None  # pyrefly: ignore[bad-override]
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        checks.positive("LoKr", "rank", self.rank)
+        if self.factor is not None:
+            checks.positive("LoKr", "factor", self.factor)
+        checks.floating("LoKr", self.dtype)
+
+    def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> Kronecker:
+        axes = roles.in_and_out("LoKr", axes, weight.shape)
+        split = tuple(_largest(weight.shape, axes, role) for role in (IN, OUT))
+        first = tuple(_divisor(weight.shape[axis], self.factor) for axis in split)
+        inner = [size // dict(zip(split, first)).get(axis, 1) for axis, size in enumerate(weight.shape)]
+        batch, into, out = (roles.sizes(inner, axes, role) for role in (BATCH, IN, OUT))
+        fan_in = math.prod(into)
+        one, two = jax.random.split(key)
+
+        def uniform(key: jax.Array, shape: Sequence[int], fan: int) -> jax.Array:
+            return jax.random.uniform(key, shape, jnp.float32, -(fan**-0.5), fan**-0.5).astype(self.dtype)
+
+        common = {
+            "c": jnp.zeros((*batch, *first), self.dtype),
+            "scale": jnp.asarray(1.0 if self.alpha is None else self.alpha / self.rank, jnp.float32),
+            "split": split,
+            "axes": axes,
+        }
+        divided = [inner[axis] for axis in split]
+        if self.rank >= max(divided) / 2:
+            return FullKronecker(d=uniform(one, (*batch, *into, *out), fan_in), **common)
+        return LowRankKronecker(
+            a=uniform(one, (*batch, self.rank, *into), fan_in),
+            b=uniform(two, (*batch, self.rank, *out), self.rank),
+            **common,
+        )
+
+
+def _largest(shape: Sequence[int], axes: Sequence[str], role: str) -> int:
+    """The number of the largest axis of a role, the last of several."""
+    return max((size, axis) for axis, (size, found) in enumerate(zip(shape, axes)) if found == role)[1]
+
+
+def _divisor(size: int, limit: int | None) -> int:
+    """The largest divisor of a size up to its square root and up to a limit."""
+    largest = math.isqrt(size) if limit is None else min(limit, math.isqrt(size))
+    return max(divisor for divisor in range(1, largest + 1) if size % divisor == 0)

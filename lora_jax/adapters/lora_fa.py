@@ -1,0 +1,42 @@
+"""LoRA-FA: LoRA whose first factor stays as it was drawn."""
+
+import dataclasses
+
+import jax
+
+from lora_jax.adapters.lowrank import LoRA, LowRank
+from lora_jax.adapters.protocol import adapter, frozen
+
+
+@adapter("LoRA-FA")
+class FrozenA(LowRank):
+    """A low-rank term of which `b` alone trains."""
+
+    a: jax.Array = frozen()
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAFA(LoRA):
+    r"""LoRA with `a` frozen: half of the trained numbers, and no input kept for the gradient of `a`.
+
+    Takes what :class:`LoRA` takes. Embeddings start, as LoRA's do, from a zero `a`, which would stay zero: they need
+    an `init` that draws it, such as 'gaussian'.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> delta = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, {"w": LoRAFA(2, axes=("in", "out"))})
+      >>> [leaf.shape for leaf in jax.tree.leaves(lora.partition(delta)[0])]
+      [(2, 3)]
+
+    References:
+      Zhang et al., `LoRA-FA <https://arxiv.org/abs/2308.03303>`_, 2023, §3
+    """
+
+    def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, FrozenA]:
+        weight, low = super()._make(key, weight, axes, moves)
+        if not isinstance(low.a, jax.core.Tracer) and not low.a.any():
+            raise ValueError(
+                f"LoRAFA(init={self.init!r}) starts this weight from a zero a, which stays zero: choose an init that "
+                "draws a, such as 'gaussian'."
+            )
+        return weight, FrozenA(**{field.name: getattr(low, field.name) for field in dataclasses.fields(low)})

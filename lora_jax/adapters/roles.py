@@ -1,0 +1,48 @@
+"""The axes of a weight by their roles: labels, sizes, and shapes put together again."""
+
+from collections.abc import Sequence
+
+from lora_jax.adapters.protocol import BATCH, IN, LOOKUP, OUT, check_axes
+
+
+def contracted(axes: Sequence[str]) -> tuple[str, ...]:
+    """The roles with indexed axes as in axes, which is how adapters store them."""
+    return tuple(IN if role == LOOKUP else role for role in axes)
+
+
+def labels(axes: Sequence[str], role: str) -> tuple[str, ...]:
+    """The labels of the axes of one role: their numbers."""
+    return tuple(str(number) for number, found in enumerate(axes) if found == role)
+
+
+def sizes(shape: Sequence[int], axes: Sequence[str], role: str) -> tuple[int, ...]:
+    """The sizes of the axes of one role."""
+    return tuple(size for size, found in zip(shape, axes) if found == role)
+
+
+def assembled(axes: Sequence[str], *, batch: Sequence[int], into: Sequence[int], out: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a weight from the sizes of its batch, in and out axes."""
+    queues = {BATCH: iter(batch), IN: iter(into), OUT: iter(out)}
+    return tuple(next(queues[role]) for role in axes)
+
+
+def in_and_out(name: str, axes: Sequence[str], shape: Sequence[int]) -> tuple[str, ...]:
+    """The roles as adapters store them.
+
+    Args:
+      name: Of the recipe, for the message.
+      axes: The role of each axis.
+      shape: Of the weight.
+
+    Raises:
+      ValueError: The roles do not fit the shape, or there is no in or no out axis.
+    """
+    check_axes(axes, shape)
+    roles = contracted(axes)
+    for role in (IN, OUT):
+        if role not in roles:
+            raise ValueError(
+                f"{name} needs an in and an out axis; the weight of shape {tuple(shape)} has the roles {tuple(axes)}, "
+                f"no {role!r} axis. Full() trains such a leaf outright."
+            )
+    return roles

@@ -1,0 +1,205 @@
+"""VeRA: one frozen random pair for all weights of a size, and trained vectors; DVoRA decomposes it like DoRA."""
+
+import dataclasses
+import math
+import weakref
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapters import checks, roles
+from lora_jax.adapters.dora import NORM_OVER, decomposed, magnitude_of
+from lora_jax.adapters.factored import Factor, Factored
+from lora_jax.adapters.protocol import (
+    BATCH,
+    IN,
+    OUT,
+    Adapter,
+    Recipe,
+    adapter,
+    frozen,
+    needed,
+    pad_axis,
+    static,
+    trained,
+)
+
+_SHARED: weakref.WeakValueDictionary[tuple, jax.Array] = weakref.WeakValueDictionary()
+
+
+def shared(seed: int, part: int, shape: tuple[int, ...], fan: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Random numbers U(±√(6/fan)): one array for all who ask for the same, as long as one of them lives."""
+    name = (seed, part, shape, fan, jnp.dtype(dtype))
+    array = _SHARED.get(name)
+    if array is None:
+        key, bound = jax.random.fold_in(jax.random.key(seed), part), (6.0 / fan) ** 0.5
+        array = jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
+        if not isinstance(array, jax.core.Tracer):
+            _SHARED[name] = array
+    return array
+
+
+@adapter("VeRA")
+class ScaledPair(Adapter):
+    """W + scaling of a frozen pair: ΔW[i, o] = Σᵣ a[r, i] · d[r] · b[r, o] · g[o].
+
+    Attributes:
+      d: `[*batch, rank]`; scales the rank.
+      g: `[*batch, *out]`; scales the outputs.
+      a: `[rank, *in]`, frozen; the same array in all adapters of one seed, rank and size.
+      b: `[rank, *out]`, likewise.
+      dropout: Scalar; the rate on the input of the low-rank product where a dropout key is given.
+      axes: The role of each axis of the weight.
+    """
+
+    d: jax.Array = trained()
+    g: jax.Array = trained()
+    a: jax.Array = frozen()
+    b: jax.Array = frozen()
+    dropout: jax.Array = frozen()
+    axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
+
+    additive = True
+
+    def shape(self) -> tuple[int, ...]:
+        return roles.assembled(self.axes, batch=self.d.shape[:-1], into=self.a.shape[1:], out=self.b.shape[1:])
+
+    def factored(self, weight: jax.Array) -> Factored:
+        batch, into, out = (roles.labels(self.axes, role) for role in (BATCH, IN, OUT))
+        return Factored(
+            labels=tuple((str(axis),) for axis in range(weight.ndim)),
+            factors=(
+                Factor(self.a, ("rank", *into)),
+                Factor(self.d, (*batch, "rank")),
+                Factor(self.b, ("rank", *out)),
+                Factor(self.g, (*batch, *out)),
+            ),
+            dropout=self.dropout,
+        )
+
+    @property
+    def rank(self) -> int:
+        return self.d.shape[-1]
+
+    def padded(self, rank: int) -> Self:
+        axis = self.d.ndim - 1
+        return dataclasses.replace(
+            self, d=pad_axis(self.d, axis, rank), a=pad_axis(self.a, 0, rank), b=pad_axis(self.b, 0, rank)
+        )
+
+    def neutral(self, weight: jax.Array | None) -> Self:
+        del weight
+        return dataclasses.replace(self, g=jnp.zeros_like(self.g))
+
+    def describe(self) -> dict[str, Any]:
+        return {"rank": self.rank}
+
+
+@adapter("DVoRA")
+class DecomposedPair(ScaledPair):
+    """The same on the direction of the weight, with a trained magnitude, as in DoRA.
+
+    Attributes:
+      magnitude: `[*batch, *out]`, or `[*batch, *in]` where the norm is over the out axes.
+      norm_over: The axes that a norm is taken over, 'in' or 'out'.
+      norm_gradient: Whether gradients flow through the norm.
+    """
+
+    magnitude: jax.Array = trained()
+    norm_over: str = static()
+    norm_gradient: bool = static()
+
+    additive = False
+
+    def factored(self, weight: jax.Array) -> Factored:
+        form = super().factored(weight)
+        return decomposed(form, weight, self.axes, self.magnitude, self.norm_over, self.norm_gradient)
+
+    def neutral(self, weight: jax.Array | None) -> Self:
+        zero = super().neutral(weight)
+        magnitude = magnitude_of(self.kind, zero, needed(weight, self.kind), self.norm_over)
+        return dataclasses.replace(zero, magnitude=magnitude.astype(self.magnitude.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class VeRA(Recipe):
+    r"""Trains two vectors beside a frozen random pair: :math:`W + A^\top\,\mathrm{diag}(d)\,B\,\mathrm{diag}(g)`.
+
+    Args:
+      rank: Of the pair; may be above the weight's.
+      seed: Of the pair. Weights of one size share it, in memory and on disk.
+      d: What the vector d starts from; g starts from zero.
+      axes: The role of each axis of the weight; None takes them from the trace.
+      dropout: Rate on the input of the low-rank product, where `adapted` is given a `dropout_key`.
+      dtype: Of the vectors and the pair.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> made = VeRA(rank=64).make(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
+      >>> made.d.shape, made.g.shape, made.a.shape
+      ((64,), (32,), (64, 16))
+
+    References:
+      Kopiczko et al., `VeRA <https://arxiv.org/abs/2310.11454>`_, 2023, §3
+    """
+
+    rank: int
+    _: dataclasses.KW_ONLY
+    seed: int = 0
+    d: float = 0.1
+    axes: tuple[str, ...] | None = None  # pyrefly: ignore[bad-override]
+    dropout: float = 0.0
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        name = type(self).__name__
+        checks.positive(name, "rank", self.rank)
+        checks.rate(name, "dropout", self.dropout)
+        checks.floating(name, self.dtype)
+
+    def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> ScaledPair:
+        del key
+        axes = roles.in_and_out(type(self).__name__, axes, weight.shape)
+        batch, into, out = (roles.sizes(weight.shape, axes, role) for role in (BATCH, IN, OUT))
+        return ScaledPair(
+            d=jnp.full((*batch, self.rank), self.d, self.dtype),
+            g=jnp.zeros((*batch, *out), self.dtype),
+            a=shared(self.seed, 0, (self.rank, *into), math.prod(into), self.dtype),
+            b=shared(self.seed, 1, (self.rank, *out), self.rank, self.dtype),
+            dropout=jnp.asarray(self.dropout, jnp.float32),
+            axes=axes,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DVoRA(VeRA):
+    r"""VeRA on the direction of a weight, with a trained magnitude: DoRA with VeRA's vectors.
+
+    Takes what :class:`VeRA` takes, and:
+
+    Args:
+      norm_over: The axes that a norm is taken over, as for :class:`lora_jax.DoRA`.
+      norm_gradient: Whether gradients flow through the norm.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> DVoRA(rank=64).make(jax.random.key(0), jnp.full((4, 8), 2.0), ("in", "out")).magnitude.tolist()[:2]
+      [4.0, 4.0]
+
+    References:
+      Liu et al., `DoRA <https://arxiv.org/abs/2402.09353>`_, 2024, §5.4
+    """
+
+    norm_over: str = IN
+    norm_gradient: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        checks.one_of("DVoRA", "norm_over", self.norm_over, NORM_OVER)
+
+    def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> DecomposedPair:
+        pair = super().make(key, weight, axes)
+        fields = {field.name: getattr(pair, field.name) for field in dataclasses.fields(pair)}
+        magnitude = magnitude_of("DVoRA", pair, weight, self.norm_over).astype(self.dtype)
+        return DecomposedPair(**fields, magnitude=magnitude, norm_over=self.norm_over, norm_gradient=self.norm_gradient)
