@@ -1,0 +1,259 @@
+"""The families beside LoRA: PEFT's outputs and gradients, starting values, and what recipes refuse."""
+
+import dataclasses
+import gc
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import lora_jax as lora
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "adapters"
+
+
+def linear(base, x):
+    return x @ base["weight"].T + base["bias"][None, None]
+
+
+def conv(base, x):
+    y = jax.lax.conv_general_dilated(
+        x, base["weight"], (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NCHW", "OIHW", "NCHW")
+    )
+    return y + base["bias"][None, :, None, None]
+
+
+def embedding(base, x):
+    return jnp.take(base["weight"], x, axis=0)
+
+
+FUNCTIONS = {"linear": linear, "conv2d": conv, "embedding": embedding}
+
+
+def low_rank(into):
+    """a [rank, *in] and b [rank, *out] from PEFT's (rank, in·…) and (out, rank, …)."""
+    return {
+        "a": lambda a: a.reshape(a.shape[0], *into),
+        "b": lambda b: b.reshape(b.shape[0], -1).T,
+    }
+
+
+def families(kind, into):
+    """Per case: the recipe and, per leaf, PEFT's name and how its array becomes ours."""
+    a, b = low_rank(into).values()
+    first, rest = (2, (into[0] // 2, *into[1:]))
+    kron = {"c": ("lokr_w1", np.transpose)}
+    inner = low_rank(rest)
+    lora_names = ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A", "lora_B")
+    assert into[0] % first == 0 or kind == "embedding"
+    return {
+        "dora": (
+            lora.DoRA(3, alpha=5),
+            {
+                "a": (lora_names[0], a),
+                "b": (lora_names[1], b),
+                "magnitude": ("lora_magnitude_vector", np.ravel),
+            },
+        ),
+        "vera": (lora.VeRA(5), {"d": ("vera_lambda_d", np.asarray), "g": ("vera_lambda_b", np.asarray)}),
+        "loha": (
+            lora.LoHa(2, alpha=3),
+            {
+                "a1": ("hada_w1_b", a),
+                "b1": ("hada_w1_a", b),
+                "a2": ("hada_w2_b", a),
+                "b2": ("hada_w2_a", b),
+            },
+        ),
+        "lokr": (
+            lora.LoKr(1, alpha=3),
+            kron | {"a": ("lokr_w2_b", inner["a"]), "b": ("lokr_w2_a", inner["b"])},
+        ),
+        "lokr_full": (lora.LoKr(6, alpha=3), kron | {"d": ("lokr_w2", lambda d: np.moveaxis(d, 0, -1))}),
+        "ia3_out": (lora.IA3(), {"gain": ("ia3_l", np.ravel)}),
+        "ia3_in": (lora.IA3("in"), {"gain": ("ia3_l", np.ravel)}),
+    }
+
+
+CASES = [
+    *(("dora", kind) for kind in FUNCTIONS),
+    *((family, kind) for family in ("loha", "lokr", "lokr_full") for kind in ("linear", "conv2d")),
+    *((family, "linear") for family in ("vera", "ia3_out", "ia3_in")),
+]
+
+
+@pytest.fixture(scope="module")
+def stored():
+    with np.load(FIXTURES / "families.npz") as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["adapted", "merged"])
+@pytest.mark.parametrize("family, kind", CASES)
+def test_outputs_and_gradients_are_pefts(family, kind, merged, stored, getkey):
+    prefix = f"{family}.{kind}."
+    arrays = {name.removeprefix(prefix): array for name, array in stored.items() if name.startswith(prefix)}
+    fn = FUNCTIONS[kind]
+    base = {name: jnp.asarray(arrays[name]) for name in ("weight", "bias") if name in arrays}
+    x = jnp.asarray(arrays["x"], jnp.int32 if kind == "embedding" else jnp.float32)
+    into = arrays["weight"].shape[:1] if kind == "embedding" else arrays["weight"].shape[1:]
+    recipe, names = families(kind, into)[family]
+    spec = {"weight": recipe}
+    if family == "ia3_out":  # PEFT scales the bias too
+        spec["bias"] = lora.IA3(axes=("out",))
+    delta = lora.init(getkey(), base, spec, fn, x)
+    leaves = {name: jnp.asarray(ours(arrays[f"p.{theirs}"])) for name, (theirs, ours) in names.items()}
+    node = delta["weight"]
+    for name, leaf in leaves.items():
+        assert getattr(node, name).shape == leaf.shape, name
+    if family == "vera":
+        leaves |= {"a": jnp.asarray(arrays["f.vera_A"]), "b": jnp.asarray(arrays["f.vera_B"].T)}
+    if "scale" in arrays:
+        np.testing.assert_allclose(node.scale, arrays["scale"], rtol=1e-6)
+    delta["weight"] = dataclasses.replace(node, **leaves)
+    if "bias" in delta:
+        delta["bias"] = dataclasses.replace(delta["bias"], gain=leaves["gain"])
+    cotangent = jnp.asarray(arrays["cotangent"])
+    train, frozen = lora.partition(delta)
+
+    def loss(train, x):
+        whole = lora.join(train, frozen)
+        y = fn(lora.merge(base, whole), x) if merged else lora.adapt(fn)(base, whole, x)
+        return jnp.sum(y * cotangent), y
+
+    argnums = 0 if kind == "embedding" else (0, 1)
+    (_, y), gradients = jax.jit(jax.value_and_grad(loss, argnums, has_aux=True))(train, x)
+    close = {"rtol": 2e-5, "atol": 2e-5}
+    np.testing.assert_allclose(y, arrays["y"], **close)
+    by_leaf = gradients if kind == "embedding" else gradients[0]
+    for name, (theirs, ours) in names.items():
+        gradient = getattr(by_leaf["weight"], name)
+        if "bias" in by_leaf:
+            gradient = gradient + by_leaf["bias"].gain
+        np.testing.assert_allclose(gradient, ours(arrays[f"g.{theirs}"]), **close, err_msg=name)
+    if kind != "embedding":
+        np.testing.assert_allclose(gradients[1], arrays["grad_x"], **close)
+
+
+WEIGHT = jax.random.normal(jax.random.key(7), (24, 36))
+
+
+def made(recipe, shape=None, axes=("in", "out")):
+    return recipe.make(jax.random.key(0), WEIGHT if shape is None else jnp.ones(shape), axes)
+
+
+def test_vera_shares_one_pair_among_weights_of_a_size_and_lets_go_of_it():
+    one, two = made(lora.VeRA(256)), made(lora.VeRA(256))
+    assert one.a is two.a and one.b is two.b
+    assert made(lora.VeRA(256), (24, 20)).a is one.a
+    assert made(lora.VeRA(256, seed=1)).a is not one.a
+    assert made(lora.VeRA(256, dtype=jnp.bfloat16)).a.dtype == jnp.bfloat16
+    stacked = made(lora.VeRA(256), (3, 24, 36), ("batch", "in", "out"))
+    assert stacked.a is one.a and stacked.d.shape == (3, 256) and stacked.g.shape == (3, 36)
+    square = made(lora.VeRA(8), (24, 24))
+    assert (np.asarray(square.a) != np.asarray(square.b)).any()
+    from lora_jax.adapters import vera
+
+    before = len(vera._SHARED)
+    del one, two, stacked
+    gc.collect()
+    assert len(vera._SHARED) < before
+
+
+def test_vera_starts_as_pefts():
+    node = made(lora.VeRA(256))
+    for pair, fan in ((node.a, 24), (node.b, 256)):
+        bound = np.sqrt(6 / fan)
+        assert stats.kstest(np.ravel(pair), stats.uniform(-bound, 2 * bound).cdf).pvalue > 1e-3
+    assert (np.asarray(node.d) == np.float32(0.1)).all() and not np.asarray(node.g).any()
+
+
+def test_loha_and_lokr_start_as_pefts():
+    node = made(lora.LoHa(16))
+    for leaf, deviation in ((node.a1, 1.0), (node.b1, 0.1), (node.a2, 1.0)):
+        assert stats.kstest(np.ravel(leaf), stats.norm(0, deviation).cdf).pvalue > 1e-3
+    assert not np.asarray(node.b2).any()
+    node = made(lora.LoKr(2), (2400, 3600))
+    assert node.c.shape == (48, 60) and not np.asarray(node.c).any()
+    for leaf, fan in ((node.a, 50), (node.b, 2)):
+        assert stats.kstest(np.ravel(leaf), stats.uniform(-(fan**-0.5), 2 * fan**-0.5).cdf).pvalue > 1e-3
+    assert made(lora.LoKr(64, alpha=16), (64, 64)).scale == 0.25
+
+
+def test_a_divisor_may_be_bounded():
+    assert made(lora.LoKr(2, factor=3), (24, 36)).c.shape == (3, 3)
+    assert made(lora.LoKr(2), (7, 36)).c.shape == (1, 6)
+
+
+def test_loha_of_a_rank_whose_square_is_above_the_weights_is_merged_and_says_so():
+    base, fn, x = {"w": WEIGHT}, lambda base, x: x @ base["w"], jnp.ones((2, 24))
+    for rank, factored in ((4, True), (5, False)):
+        delta = lora.init(jax.random.key(0), base, {"w": lora.LoHa(rank)}, fn, x)
+        explained = lora.explain(fn, base, delta, x)
+        assert explained.factored == factored
+        assert ("rank²" in str(explained)) != factored
+
+
+def test_lora_fa_trains_b_alone_and_keeps_no_input_for_a():
+    base, fn = {"w": WEIGHT}, lambda base, x: x @ base["w"]
+    x = jnp.ones((64, 24))
+    delta = lora.init(jax.random.key(0), base, {"w": lora.LoRAFA(2, alpha=4)}, fn, x)
+    train, frozen = lora.partition(delta)
+    assert [leaf.shape for leaf in jax.tree.leaves(train)] == [(2, 36)]
+
+    def out(train):
+        return lora.adapt(fn)(base, lora.join(train, frozen), x)
+
+    _, pullback = jax.vjp(out, train)
+    kept = [leaf.shape for leaf in jax.tree.leaves(pullback) if hasattr(leaf, "shape")]
+    assert x.shape not in kept and (64, 2) in kept
+
+
+def test_lora_fa_refuses_a_zero_a():
+    table = {"w": jnp.ones((8, 4))}
+    with pytest.raises(ValueError, match=r"zero a, which stays zero: choose an init that draws a"):
+        lora.init(jax.random.key(0), table, {"w": lora.LoRAFA(2, axes=("lookup", "out"))})
+    lora.init(jax.random.key(0), table, {"w": lora.LoRAFA(2, axes=("lookup", "out"), init="gaussian")})
+
+
+@pytest.mark.parametrize(
+    "recipe, shape, axes, message",
+    [
+        (lora.VeRA(2), (4,), ("out",), r"VeRA needs an in and an out axis; .* no 'in' axis"),
+        (lora.LoHa(5), (4, 8), ("in", "out"), r"LoHa\(rank=5\) is above the rank of the weight: .* at most of rank 4"),
+        (lora.LoKr(2), (4, 8), ("in", "in"), r"LoKr needs an in and an out axis; .* no 'out' axis"),
+        (lora.IA3("in"), (4,), ("out",), r"IA3\(on='in'\): .* no 'in' axis"),
+        (lora.IA3(), (4, 8), ("in",), r"gives 1 roles"),
+    ],
+    ids=str,
+)
+def test_weights_that_a_recipe_does_not_fit(recipe, shape, axes, message):
+    with pytest.raises(ValueError, match=message):
+        made(recipe, shape, axes)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: lora.VeRA(0), r"VeRA\(rank=0\): the rank is a positive integer"),
+        (lambda: lora.DVoRA(2, norm_over="rows"), r"DVoRA\(norm_over='rows'\): expected one of 'in', 'out'"),
+        (lambda: lora.DoRA(2, norm_over="rows"), r"DoRA\(norm_over='rows'\): expected one of 'in', 'out'"),
+        (lambda: lora.VeRA(2, dropout=1.0), r"VeRA\(dropout=1.0\): a rate is at least 0 and below 1"),
+        (lambda: lora.IA3("both"), r"IA3\(on='both'\): expected one of 'out', 'in'"),
+        (lambda: lora.LoHa(2, dtype=jnp.int8), r"LoHa\(dtype=int8\): adapters are floats"),
+        (lambda: lora.LoKr(2, factor=0), r"LoKr\(factor=0\): the factor is a positive integer"),
+    ],
+    ids=str,
+)
+def test_arguments_that_no_recipe_takes(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("recipe", [lora.DVoRA(2), lora.DoRA(2)], ids=["DVoRA", "DoRA"])
+def test_magnitudes_need_the_weights_values(recipe):
+    with pytest.raises(ValueError, match="starts from the weight's norms; the base has its shape only"):
+        recipe.make(jax.random.key(0), jax.ShapeDtypeStruct((4, 8), jnp.float32), ("in", "out"))
