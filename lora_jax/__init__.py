@@ -15,6 +15,7 @@ from lora_jax.adapters.lora_fa import LoRAFA
 from lora_jax.adapters.lowrank import LoRA
 from lora_jax.adapters.offset import Offset
 from lora_jax.adapters.vera import DVoRA, VeRA
+from lora_jax.batching import TrainStates, route, stack, swap, train_many, unstack
 from lora_jax.checkpoint import load, save
 from lora_jax.combining import combine, truncate
 from lora_jax.merging import merge, switch_task, unmerge
@@ -37,6 +38,7 @@ __all__ = [
     "Offset",
     "Rows",
     "TrainState",
+    "TrainStates",
     "VeRA",
     "adapt",
     "combine",
@@ -51,11 +53,16 @@ __all__ = [
     "partition",
     "peft",
     "prepare",
+    "route",
     "save",
+    "stack",
     "summary",
+    "swap",
     "switch_task",
+    "train_many",
     "train_step",
     "trainable_mask",
     "truncate",
     "unmerge",
+    "unstack",
 ]

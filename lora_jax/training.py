@@ -121,10 +121,50 @@ def train_step(
       >>> float(metrics["loss"]), int(state.step)
       (16.0, 1)
     """
-    if not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(f"train_step(accumulate={accumulate!r}): the number of microbatches is a positive integer.")
+    update = update_of(loss_fn, accumulate, DEVICES if pmap else None)
 
-    update = optax.with_extra_args_support(tx).update
+    def body(static, arrays, moving, batch):
+        return update(tx, static.restore(arrays), moving, batch)
+
+    if pmap:
+        compiled = jax.pmap(
+            body,
+            axis_name=DEVICES,
+            in_axes=(None, None, None, 0),
+            out_axes=None,
+            donate_argnums=(2,),
+            static_broadcasted_argnums=(0,),
+        )
+    else:
+        compiled = jax.jit(body, donate_argnums=(2,), static_argnums=(0,))
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        devices = jax.local_device_count() if pmap else 1
+        check_batch(batch, accumulate, devices)
+        if pmap:
+            batch = jax.tree.map(lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), batch)
+        moving = (state.delta, state.opt_state, state.step, state.key)
+        static, arrays = Static.split(state.base)
+        (delta, opt_state, number, key), metrics = compiled(static, arrays, moving, batch)
+        return TrainState(state.base, delta, opt_state, number, key), metrics
+
+    return step
+
+
+def update_of(loss_fn: Callable, accumulate: int, axis: str | None = None) -> Callable:
+    """One training step as a pure function.
+
+    Args:
+      loss_fn: As for :func:`train_step`.
+      accumulate: Likewise.
+      axis: The mapped axis over whose devices gradients are summed, or None.
+
+    Returns:
+      `update(tx, base, moving, batch) -> (moving, metrics)`; `moving` is the delta, the optimizer state, the number
+      of steps done and the key.
+    """
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"accumulate={accumulate!r}: the number of microbatches is a positive integer.")
 
     def sums(base, train, frozen, batch, key):
         """The gradient of the loss sum, the loss sum and the weight of one microbatch."""
@@ -146,13 +186,12 @@ def train_step(
         (total, weight), gradients = jax.value_and_grad(summed, has_aux=True)(train)
         return jax.tree.map(lambda g: g.astype(compute_dtype(g.dtype)), gradients), total, weight
 
-    def body(static, arrays, moving, batch):
-        base = static.restore(arrays)
+    def update(tx, base, moving, batch):
         delta, opt_state, number, key = moving
         train, frozen = partition(delta)
         key, use = jax.random.split(key)
-        if pmap:
-            use = jax.random.fold_in(use, jax.lax.axis_index(DEVICES))
+        if axis is not None:
+            use = jax.random.fold_in(use, jax.lax.axis_index(axis))
         if accumulate == 1:
             totals = sums(base, train, frozen, batch, use)
         else:
@@ -165,8 +204,8 @@ def train_step(
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, compute_dtype(leaf.dtype)), train)
             zero = (zeros, jnp.zeros(()), jnp.zeros(()))
             totals, _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), _microbatches(batch, accumulate)))
-        if pmap:
-            totals = jax.lax.psum(totals, DEVICES)
+        if axis is not None:
+            totals = jax.lax.psum(totals, axis)
         gradients, total, weight = totals
         # A batch of weight zero (padding only) has no gradient, rather than one that is not a number.
         divisor = jnp.where(weight == 0, 1.0, weight)
@@ -177,33 +216,12 @@ def train_step(
             "weight": weight,
             "nonfinite": {path: _count_nonfinite(node) for path, node in gradients.items()},
         }
-        updates, opt_state = update(gradients, opt_state, train, value=total / divisor, grad=gradients)
+        change = optax.with_extra_args_support(tx).update
+        updates, opt_state = change(gradients, opt_state, train, value=total / divisor, grad=gradients)
         moved: Any = optax.apply_updates(train, updates)
         return (join(moved, frozen), opt_state, number + 1, key), metrics
 
-    if pmap:
-        compiled = jax.pmap(
-            body,
-            axis_name=DEVICES,
-            in_axes=(None, None, None, 0),
-            out_axes=None,
-            donate_argnums=(2,),
-            static_broadcasted_argnums=(0,),
-        )
-    else:
-        compiled = jax.jit(body, donate_argnums=(2,), static_argnums=(0,))
-
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        devices = jax.local_device_count() if pmap else 1
-        _check_batch(batch, accumulate, devices)
-        if pmap:
-            batch = jax.tree.map(lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), batch)
-        moving = (state.delta, state.opt_state, state.step, state.key)
-        static, arrays = Static.split(state.base)
-        (delta, opt_state, number, key), metrics = compiled(static, arrays, moving, batch)
-        return TrainState(state.base, delta, opt_state, number, key), metrics
-
-    return step
+    return update
 
 
 def check_finite(metrics: Mapping[str, Any]) -> None:
@@ -238,7 +256,8 @@ def _microbatches(batch: Any, count: int) -> Any:
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch)
 
 
-def _check_batch(batch: Any, accumulate: int, devices: int) -> None:
+def check_batch(batch: Any, accumulate: int, devices: int = 1) -> None:
+    """Raises unless every leaf of a batch can be divided into microbatches and over devices."""
     parts = accumulate * devices
     if parts == 1:
         return

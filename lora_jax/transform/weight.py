@@ -142,9 +142,10 @@ def carried(path: str, value: jax.Array, form: Factored, dropout_key: jax.Array 
     dims = form.dims(value.shape)
     key, impl = None, None
     if dropout_key is not None and form.dropout is not None and form.factors:
-        # Batch axes are the labels that all factors share: each layer and expert has its own mask.
-        common = [x for x in form.factors[0].labels if all(x in f.labels for f in form.factors)]
-        batch = [(label, size) for axis in dims for label, size in axis if label in common]
+        # Batch axes are the labels that all factors of axes share: each layer and expert has its own mask.
+        pairs = [pair for axis in dims for pair in axis]
+        tied = [set(f.labels) for f in form.factors if any(label in f.labels for label, _ in pairs)]
+        batch = [(label, size) for label, size in pairs if all(label in labels for labels in tied)]
         shape = tuple(size for _, size in batch)
         keys = jax.random.key_data(jax.random.split(dropout_key, shape))
         key, impl = (

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from lora_jax.adapters.factored import Factor, Label, chain, times
+from lora_jax.adapters.factored import Factor, Label, times
 from lora_jax.transform import jaxprs
+from lora_jax.transform.members import chain
 from lora_jax.transform.product import Product
 from lora_jax.transform.ragged import ragged_product
 from lora_jax.transform.weight import CannotFactor, Weight

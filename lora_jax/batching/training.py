@@ -1,0 +1,184 @@
+"""Many adapters trained at once over one base: TrainStates and train_many()."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax.adapters.protocol import Adapter
+from lora_jax.batching.stacking import stack
+from lora_jax.optim import partition
+from lora_jax.training import Metrics, Static, check_batch, update_of
+
+Delta = Mapping[str, Adapter]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainStates:
+    """What a step of many trainings reads and, but for base and hyperparameters, changes.
+
+    Attributes:
+      base: Frozen parameters, which all members share.
+      delta: The members' adapters, from :func:`lora_jax.stack`.
+      opt_state: One a member; leaves are `[members, …]`.
+      step: Steps done, int32 `[members]`.
+      key: PRNG keys, `[members]`.
+      hyper: Hyperparameters by name, `[members]` each.
+      active: Which members train, booleans `[members]`; the others stay as they are, bit for bit.
+      present: Per path that some member lacks, which members have it, booleans `[members]`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
+      >>> base = {"w": jnp.ones((4, 4))}
+      >>> deltas = [lora.init(jax.random.key(r), base, {"w": lora.LoRA(r, axes=("in", "out"))}) for r in (1, 2)]
+      >>> states = TrainStates.create(base, deltas, optax.adam(1e-3), jax.random.split(jax.random.key(1)))
+      >>> stopped = dataclasses.replace(states, active=jnp.array([True, False]))
+    """
+
+    base: Any
+    delta: dict[str, Adapter]
+    opt_state: Any
+    step: jax.Array
+    key: jax.Array
+    hyper: dict[str, jax.Array]
+    active: jax.Array
+    present: dict[str, jax.Array]
+
+    @classmethod
+    def create(
+        cls,
+        base: Any,
+        deltas: Sequence[Delta],
+        tx: optax.GradientTransformation | Callable[..., optax.GradientTransformation],
+        keys: Sequence[jax.Array] | jax.Array,
+        hyper: Mapping[str, Any] | None = None,
+    ) -> "TrainStates":
+        """The states before the first step.
+
+        Args:
+          base: Parameters.
+          deltas: The members, as for :func:`lora_jax.stack`; `lora_jax.unstack` gives them back.
+          tx: As for :func:`train_many`.
+          keys: A PRNG key a member.
+          hyper: The arguments of `tx`, a value a member each.
+
+        Raises:
+          ValueError: The deltas do not stack; there are not as many keys or values as deltas.
+        """
+        hyper = {name: jnp.asarray(values) for name, values in (hyper or {}).items()}
+        for name, values in {"keys": keys, **hyper}.items():
+            if len(values) != len(deltas):
+                raise ValueError(f"TrainStates: {len(deltas)} deltas and {len(values)} {name}; one for each.")
+        delta = stack(deltas, base=base)
+        opt_state = jax.vmap(lambda delta, hyper: _made(tx, hyper).init(partition(delta)[0]))(delta, hyper)
+        present = {path: jnp.array([path in mine for mine in deltas]) for path in delta}
+        members = len(deltas)
+        return cls(
+            base=base,
+            delta=delta,
+            # Copies: some transforms keep the parameters themselves, and no buffer can be donated twice.
+            opt_state=jax.tree.map(jnp.copy, opt_state),
+            step=jnp.zeros(members, jnp.int32),
+            key=jnp.stack(list(keys)),
+            hyper=hyper,
+            active=jnp.ones(members, bool),
+            present={path: has for path, has in present.items() if not has.all()},
+        )
+
+
+def train_many(
+    loss_fn: Callable,
+    tx: optax.GradientTransformation | Callable[..., optax.GradientTransformation],
+    *,
+    accumulate: int = 1,
+    batch_axes: Any = 0,
+) -> Callable[[TrainStates, Any], tuple[TrainStates, Metrics]]:
+    r"""Makes a compiled step that trains many adapters at once, as :func:`lora_jax.train_step` trains one.
+
+    :math:`\Delta_k \leftarrow \Delta_k + u_k(\nabla_{\Delta_k} L(W, \Delta_k, B_k))` for all members k by one
+    `jax.vmap`: the products with the base are those of all members' batches together. Members may differ in seeds,
+    ranks, paths, batches and hyperparameters. The result is that of as many separate runs, for transforms that act
+    entry by entry or through norms of the whole (one that averages over a factor's axes sees the padding of a
+    smaller rank).
+
+    Args:
+      loss_fn: As for :func:`lora_jax.train_step`; it sees one member.
+      tx: An Optax transform for all members, or a function that makes one of hyperparameters
+        (`lambda lr: optax.adam(lr)`), called with each member's own.
+      accumulate: Microbatches a step.
+      batch_axes: Which axis of the batch's leaves counts the members, as `in_axes` of `jax.vmap`; None gives every
+        member the same batch.
+
+    Returns:
+      `step(states, batch) -> (states, metrics)`, metrics as those of :func:`lora_jax.train_step`, `[members]` each.
+      Those of a member that is not active are of the update that it did not take. The buffers of deltas, optimizer
+      states, steps and keys are donated.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
+      >>> fn = lambda base, x: x @ base["w"]
+      >>> base, x = {"w": jnp.ones((4, 1))}, jnp.ones((2, 4))
+      >>> deltas = [lora.init(jax.random.key(i), base, {"w": lora.LoRA(1)}, fn, x) for i in range(3)]
+      >>> adapted = lora.adapt(fn)
+      >>> loss = lambda base, delta, x, key: jnp.mean(adapted(base, delta, x) ** 2)
+      >>> tx, keys = (lambda lr: optax.sgd(lr)), jax.random.split(jax.random.key(1), 3)
+      >>> states = lora.TrainStates.create(base, deltas, tx, keys, {"lr": [0.1, 0.01, 0.001]})
+      >>> states, metrics = train_many(loss, tx, batch_axes=None)(states, x)
+      >>> metrics["loss"].tolist()
+      [16.0, 16.0, 16.0]
+      >>> [delta["w"].rank for delta in lora.unstack(states.delta, deltas)]
+      [1, 1, 1]
+    """
+
+    def body(static, arrays, moving, fixed, batch):
+        base = static.restore(arrays)
+
+        def member(moving, fixed, batch):
+            hyper, active, present = fixed
+            check_batch(batch, accumulate)
+
+            def loss(base, delta, batch, key):
+                # A path that the member lacks has no gradient, and so no part in a norm.
+                return loss_fn(base, _held(delta, present), batch, key)
+
+            (delta, *rest), metrics = update_of(loss, accumulate)(_made(tx, hyper), base, moving, batch)
+            old, *old_rest = moving
+            delta = {path: _where(active & present.get(path, True), delta[path], old[path]) for path in delta}
+            return (delta, *_where(active, rest, old_rest)), metrics
+
+        return jax.vmap(member, in_axes=(0, 0, batch_axes))(moving, fixed, batch)
+
+    compiled = jax.jit(body, donate_argnums=(2,), static_argnums=(0,))
+
+    def step(states: TrainStates, batch: Any) -> tuple[TrainStates, Metrics]:
+        moving = (states.delta, states.opt_state, states.step, states.key)
+        fixed = (states.hyper, states.active, states.present)
+        static, arrays = Static.split(states.base)
+        (delta, opt_state, number, key), metrics = compiled(static, arrays, moving, fixed, batch)
+        return dataclasses.replace(states, delta=delta, opt_state=opt_state, step=number, key=key), metrics
+
+    return step
+
+
+def _made(tx, hyper: Mapping[str, jax.Array]) -> optax.GradientTransformation:
+    """The transform of one member."""
+    return tx if isinstance(tx, optax.GradientTransformation) else tx(**hyper)
+
+
+def _held(delta: Delta, present: Mapping[str, jax.Array]) -> dict[str, Adapter]:
+    """The delta, without gradients at paths that the member lacks."""
+
+    def hold(path, node):
+        if path not in present:
+            return node
+        return jax.tree.map(lambda leaf: jnp.where(present[path], leaf, jax.lax.stop_gradient(leaf)), node)
+
+    return {path: hold(path, node) for path, node in delta.items()}
+
+
+def _where(choice: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda one, other: jnp.where(choice, one, other), new, old)

@@ -1,0 +1,89 @@
+"""Products with the factors of one of several members, which batched examples choose each for itself.
+
+The factors keep an axis of members, a bond like the rank, and a one-hot vector is one factor more: the sum over the
+bond is then the chosen member's term, whatever a product does with its factors. Where examples are batched, sorted by
+member, an input's product with stacked factors is one ragged product, and no factor is copied for an example.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapters import factored
+from lora_jax.adapters.factored import Factor, Label
+from lora_jax.transform.ragged import ragged_product
+
+MEMBER = "#member"
+"""Label of the axis of members. A factor with this label alone is the choice: one-hot, or zero for no member."""
+
+
+def chain(
+    start: Factor,
+    factors: Sequence[Factor],
+    out: Sequence[tuple[Label, int]],
+    *,
+    precision=None,
+    dtype: jax.typing.DTypeLike | None = None,
+    reverse: bool = False,
+) -> jax.Array:
+    """As :func:`lora_jax.adapters.factored.chain`, with ragged products where factors have an axis of members."""
+    choice = next((factor for factor in factors if factor.labels == (MEMBER,)), None)
+    if choice is None:
+        return factored.chain(start, factors, out, precision=precision, dtype=dtype, reverse=reverse)
+    result, pending = start, [factor for factor in factors if factor is not choice]
+    while pending:
+        factor = next((f for f in pending if set(f.labels) & set(result.labels)), pending[0])
+        pending = [f for f in pending if f is not factor]
+        later = {label for label, _ in out}.union(*(f.labels for f in pending))
+        result = _product(result, factor, choice, later, precision)
+    return factored.chain(result, [], out, dtype=dtype or start.array.dtype)
+
+
+def _product(left: Factor, right: Factor, choice: Factor, later: set[Label], precision) -> Factor:
+    shared = [label for label in right.labels if label in left.labels]
+    summed = [label for label in shared if label not in later]
+    own = [label for label in right.labels if label not in left.labels and label != MEMBER]
+    kept = [label for label in left.labels if label not in summed]
+    sizes = left.sizes | right.sizes
+    if MEMBER not in right.labels or summed != shared or not summed:
+        names = [label for label in (*kept, *own) if label in later]
+        factors = [right, choice] if MEMBER in right.labels else [right]
+        target = [(label, sizes[label]) for label in names]
+        return Factor(factored.chain(left, factors, target, precision=precision), tuple(names))
+    rows = left.transposed([*kept, *summed]).array
+    matrices = right.transposed([MEMBER, *summed, *own]).array.astype(rows.dtype)
+    inner = [sizes[label] for label in summed]
+    width = 1
+    for size in inner:
+        width *= size
+    product = _chosen(precision)(
+        rows.reshape(-1, width), matrices.reshape(matrices.shape[0], width, -1), choice.array.astype(rows.dtype)
+    )
+    labels = (*kept, *own)
+    return Factor(product.reshape([sizes[label] for label in labels]), labels)
+
+
+def _chosen(precision):
+    """The product of `x [n, k]` with one of `[members, k, m]`, which a one-hot vector picks."""
+
+    @jax.custom_batching.custom_vmap
+    def product(x, matrices, choice):
+        return jnp.matmul(x, jnp.tensordot(choice, matrices, 1), precision=precision)
+
+    @product.def_vmap
+    def batched(size, is_batched, x, matrices, choice):
+        x_batched, matrices_batched, choice_batched = is_batched
+        if matrices_batched or not choice_batched:
+            axes = tuple(0 if batched else None for batched in is_batched)
+            return jax.vmap(product.fun, in_axes=axes)(x, matrices, choice), True
+        if not x_batched:
+            x = jnp.broadcast_to(x, (size, *x.shape))
+        # Sorted by member: the rows of each follow one another; those of no member are at the end.
+        rows = jnp.sum(choice, axis=0).astype(jnp.int32) * x.shape[1]
+        out = ragged_product(x.reshape(-1, x.shape[-1]), matrices, rows, precision)
+        chosen = jnp.sum(choice, axis=1)[:, None, None] > 0
+        out = out.reshape(size, x.shape[1], -1)
+        return jnp.where(chosen, out, jnp.zeros((), out.dtype)), True
+
+    return product
