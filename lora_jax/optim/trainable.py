@@ -84,7 +84,8 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
 
     Args:
       tx: Any Optax transform. It sees the trainable leaves alone: its state has no entry for others,
-        and a global-norm clip measures trainable gradients only.
+        and a global-norm clip measures trainable gradients only. The adapters' other leaves are given to its
+        `update` as `frozen`.
 
     Returns:
       A transform over the whole tree whose updates are zero outside the trainable leaves. Gradients of
@@ -109,7 +110,8 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     def update(updates, state, params=None, **extra):
         if params is None:
             raise ValueError("optimizer(tx).update needs params, which tell the trainable leaves.")
-        trained, state = inner.update(chosen(params, updates), state, chosen(params, params), **extra)
+        still = jax.tree.map(lambda node: partition(node)[1] if is_adapter(node) else None, params, is_leaf=is_adapter)
+        trained, state = inner.update(chosen(params, updates), state, chosen(params, params), frozen=still, **extra)
         full = jax.tree.map(
             lambda leaf, update: jnp.zeros_like(leaf) if update is None and is_array(leaf) else update,
             params,
