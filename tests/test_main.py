@@ -19,7 +19,7 @@ from safetensors import deserialize
 from safetensors.numpy import save_file
 
 import lora_jax as lora
-from lora_jax import commands
+from lora_jax.commands import merging as merge_command
 from lora_jax.__main__ import main
 from tests.peft.cases import CASES, PREFIX, read, read_config, write_adapter
 
@@ -797,8 +797,8 @@ def test_a_signal_in_the_middle(run, monkeypatch, base, adapter, tmp_path, numbe
         os.kill(os.getpid(), number)
         return merged(*args)
 
-    merged = commands.merged
-    monkeypatch.setattr(commands, "merged", interrupted)
+    merged = merge_command.merged
+    monkeypatch.setattr(merge_command, "merged", interrupted)
     before, handler = listing(tmp_path), signal.getsignal(signal.SIGTERM)
     assert run("merge", base, adapter, tmp_path / "new" / "out") == (status, "", "interrupted: nothing was written\n")
     assert listing(tmp_path) == before and signal.getsignal(signal.SIGTERM) == handler

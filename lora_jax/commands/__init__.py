@@ -1,0 +1,8 @@
+"""What the command line does: inspect, merge, convert and compare adapters on disk."""
+
+from lora_jax.commands.comparison import diff
+from lora_jax.commands.conversion import convert
+from lora_jax.commands.inspection import inspect
+from lora_jax.commands.merging import merge
+
+__all__ = ["convert", "diff", "inspect", "merge"]

@@ -1,0 +1,42 @@
+"""`convert`: an adapter written again for another reader."""
+
+import contextlib
+from pathlib import Path
+
+from rich.console import Console
+
+from lora_jax import peft
+from lora_jax.commands.outputs import check_new
+from lora_jax.commands.reading import NEEDS_NAMES, check_directory, is_native, model_type, opened
+from lora_jax.commands.wording import few, kinds_of
+from lora_jax.files import replaced
+from lora_jax.peft import layout
+from lora_jax.peft.config import CONFIG, Config
+from lora_jax.peft.targets import TARGETS
+
+
+def convert(
+    directory: Path, out: Path, *, target: str, base: Path | None = None, force: bool, console: Console
+) -> None:
+    """Writes a PEFT adapter again for another reader."""
+    if is_native(directory):
+        raise ValueError(f"{directory}: {NEEDS_NAMES.format('a conversion')}")
+    config = Config.read(directory)
+    if base is None and (names := layout.copies(directory)):
+        raise ValueError(
+            f"{directory}: holds {few(names)} whole, as PEFT does for embeddings; only the base tells whether it "
+            "was trained: give --base."
+        )
+    if base:
+        check_directory(base)
+    check_new(out, (CONFIG,), "adapter", force, apart_from=(directory, *([base] if base else [])))
+    with contextlib.ExitStack() as stack:
+        if base is None:
+            weights, names = layout.of_adapter(directory)
+        else:
+            weights, names = layout.of_checkpoint(stack.enter_context(opened(base)), directory, model_type(base))
+        delta = peft.load(directory, weights, names)
+        about = {"base_model": config.base_model_name_or_path, "task_type": config.task_type}
+        with replaced(out, CONFIG, what="adapter") as fresh:
+            peft.save(fresh, delta, names, target=target, **about)
+    console.print(f"{out}: {kinds_of(delta)}, written for {TARGETS[target].reader}")

@@ -1,0 +1,120 @@
+"""`merge`: a checkpoint with an adapter folded in."""
+
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from lora_jax import peft
+from lora_jax.adapters.lowrank import LowRank
+from lora_jax.adapters.protocol import Adapter
+from lora_jax.commands.outputs import check_new
+from lora_jax.commands.reading import MODEL, NEEDS_NAMES, check_directory, is_native, model_config, model_type, opened
+from lora_jax.commands.wording import counted, few, progress_bar, shown
+from lora_jax.files import replaced
+from lora_jax.peft import layout
+from lora_jax.peft.config import CONFIG
+from lora_jax.peft.tensors import (
+    INDEX,
+    WEIGHTS,
+    Tensors,
+    absent,
+    rewrite,
+)
+
+_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+
+
+def merge(base: Path, adapter: Path, out: Path, *, force: bool, console: Console, progress: Console) -> None:
+    """Writes a checkpoint with a PEFT adapter folded in, in the base's files and dtypes."""
+    if is_native(adapter):
+        raise ValueError(f"{adapter}: {NEEDS_NAMES.format('a merge')}")
+    check_directory(base)
+    check_new(out, (MODEL, (WEIGHTS, INDEX)), "checkpoint", force, apart_from=(base, adapter))
+    with opened(base) as tensors, replaced(out, MODEL, what="checkpoint") as fresh:
+        weights, names = layout.of_checkpoint(tensors, adapter, model_type(base))
+        delta = peft.load(adapter, weights, names)
+        tied = {weight.path for weight in names.weights if weight.tied}
+        head = _untied_by_adapter(base, tensors, {p for p, x in delta.items() if isinstance(x, LowRank)} - tied)
+        copied, left_out = _others(base, tensors)
+        for file in copied:
+            shutil.copyfile(file, fresh / file.name)
+        changed = dict.fromkeys(delta, False)
+
+        def change(name: str) -> np.ndarray | None:
+            path = layout.leaf_path(name)
+            if path not in delta:
+                return None
+            before = tensors.read(name)
+            after = merged(name, before, delta.pop(path))
+            changed[path] = not np.array_equal(before, after)
+            return after
+
+        megabytes = sum(file.stat().st_size for file in tensors.files) // 2**20
+        with progress_bar(progress, "merging (MiB)", megabytes) as advance:
+            for file in tensors.files:
+                rewrite(file, fresh / file.name, change, lambda size: advance(size / 2**20))
+        total = len(tensors)
+    console.print(f"{out}: {base} with {sum(changed.values())} of {counted(total, 'tensor')} changed")
+    same = [path for path, differs in changed.items() if not differs]
+    if len(same) == len(changed):
+        console.print("the merge changes nothing: every ΔW is zero, or lost in rounding to the base's dtype")
+    elif same:
+        console.print(f"{counted(len(same), 'adapted weight')} as before: {few(shown(x, False) for x in same)}")
+    if head:
+        console.print(
+            f"{head} is also the output head (tied): merged, the adapter changes both; unmerged, the lookup only"
+        )
+    if left_out:
+        console.print(f"not copied: {few(left_out)}")
+
+
+def merged(name: str, value: np.ndarray, node: Adapter) -> np.ndarray:
+    """One tensor with its adapter, computed in float32 and cast to what is stored.
+
+    Raises:
+      ValueError: NaN or Inf is in the weight, or would be in the result.
+    """
+    if not np.isfinite(value.astype(np.float32)).all():
+        raise ValueError(f"{name!r} of the base holds NaN or Inf; nothing is merged into it.")
+    wide = np.asarray(node.merge(jnp.asarray(value, jnp.float32)))
+    with np.errstate(over="ignore"):  # told below
+        result = wide.astype(value.dtype)
+    if not np.isfinite(result.astype(np.float32)).all():
+        largest = np.max(np.abs(wide))
+        raise ValueError(f"{name!r} would hold NaN or Inf: the merged weight is up to {largest:.4g}, as {value.dtype}.")
+    if value.dtype.itemsize > 4:  # what the adapter leaves alone keeps its bits
+        result = np.where(wide == value.astype(np.float32), value, result)
+    return result
+
+
+def _others(base: Path, tensors: Tensors) -> tuple[list[Path], list[str]]:
+    """The files beside a checkpoint's weights that belong to a merged one, and what does not."""
+    copied, left_out = [], []
+    sharded = tensors.files[0].name != WEIGHTS
+    for path in sorted(base.iterdir()):
+        if path.is_symlink() and not path.exists():
+            raise ValueError(absent(path))
+        if path.is_file() and (path.name == INDEX if path.name.endswith(".index.json") else True):
+            if path.name == INDEX and not sharded:
+                continue
+            if path.suffix not in _NOT_COPIED and path.name != CONFIG:
+                copied.append(path)
+            elif path not in tensors.files:
+                left_out.append(path.name)
+        elif path.is_dir() and not path.name.startswith("."):
+            left_out.append(f"{path.name}/")
+    return copied, left_out
+
+
+def _untied_by_adapter(base: Path, tensors: Tensors, adapted: set[str]) -> str:
+    """The adapted table that the model's head shares, and the adapter does not know of; empty where there is none."""
+    config = model_config(base)
+    kinds = [str(x) for x in config.get("architectures") or []]
+    has_head = any(x.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")) for x in kinds)
+    if not has_head or config.get("tie_word_embeddings") is False or "lm_head.weight" in tensors:
+        return ""
+    tables = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight")
+    return next((name for name in tensors if name.endswith(tables) and layout.leaf_path(name) in adapted), "")

@@ -1,0 +1,93 @@
+"""What the commands read: adapters of this library and of PEFT, checkpoints in Hugging Face layout."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_jax import checkpoint, peft
+from lora_jax.adapters.protocol import Adapter
+from lora_jax.peft import layout
+from lora_jax.peft.config import CONFIG
+from lora_jax.peft.tensors import (
+    Tensors,
+    absent,
+    check_index,
+    model_files,
+    pickle_beside,
+    read_json,
+)
+
+MODEL = "config.json"
+
+NEEDS_NAMES = (
+    "{} takes a PEFT adapter; this one of lora_jax has the paths of a JAX model, and lora_jax.peft.save(…, names) "
+    "writes it for PyTorch."
+)
+
+
+def read(directory: Path, base: Path | None = None) -> dict[str, Adapter]:
+    """The delta in a directory, of this library or of PEFT; PEFT's is given PyTorch's names and orientation.
+
+    Args:
+      directory: The adapter.
+      base: The checkpoint that a PEFT adapter is for, if it is to be compared with it.
+
+    Raises:
+      ValueError: It is neither, is damaged, or does not fit the base.
+    """
+    native = is_native(directory)
+    if base is None:
+        return checkpoint.load(directory) if native else peft.load(directory, *layout.of_adapter(directory))
+    if native:
+        raise ValueError(f"{directory}: {NEEDS_NAMES.format('its fit')}")
+    with opened(base) as tensors:
+        return peft.load(directory, *layout.of_checkpoint(tensors, directory, model_type(base)))
+
+
+def is_native(directory: Path) -> bool:
+    """Whether an adapter is of this library; otherwise it is of PEFT.
+
+    Raises:
+      ValueError: It is neither.
+    """
+    check_directory(directory)
+    if (directory / checkpoint.MANIFEST).is_file():
+        return True
+    if (directory / CONFIG).is_file():
+        return False
+    inside = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
+    hint = f"; there is one in {', '.join(inside[:3])}" if inside else pickle_beside(directory)
+    if (directory / CONFIG).is_symlink():
+        raise ValueError(absent(directory / CONFIG))
+    raise ValueError(f"{directory}: no adapter (it has neither {CONFIG} nor {checkpoint.MANIFEST}){hint}.")
+
+
+@contextlib.contextmanager
+def opened(base: Path) -> Iterator[Tensors]:
+    """The tensors of a checkpoint in Hugging Face layout.
+
+    Raises:
+      ValueError: It is none, or its files are damaged or do not go together.
+    """
+    check_directory(base)
+    with Tensors(model_files(base)) as tensors:
+        check_index(tensors)
+        yield tensors
+
+
+def check_directory(path: Path) -> None:
+    if not path.is_dir():
+        if path.exists():
+            raise ValueError(f"{path}: is a file, expected the directory that it is in.")
+        if path.is_symlink():
+            raise ValueError(absent(path))
+        raise ValueError(f"{path}: no such directory (names on a hub are not looked up).")
+
+
+def model_config(base: Path) -> dict[str, Any]:
+    return read_json(base / MODEL) if (base / MODEL).is_file() else {}
+
+
+def model_type(base: Path) -> str:
+    return str(model_config(base).get("model_type") or "")
