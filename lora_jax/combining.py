@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.adapters.conversion import as_low_rank
 from lora_jax.adapters.lowrank import LowRank
 from lora_jax.adapters.offset import Addition
 from lora_jax.adapters.protocol import BATCH, Adapter
@@ -40,8 +41,9 @@ def scale(delta: Delta, factor: float) -> dict[str, Adapter]:
       >>> float(scale(delta, -0.5)["w"].scale)
       -0.5
     """
-    terms = {path: _term(path, node) for path, node in delta.items()}
-    return {path: dataclasses.replace(node, scale=node.scale * factor) for path, node in terms.items()}
+    for path, node in delta.items():
+        _need_term(path, node)
+    return {path: dataclasses.replace(node, scale=node.scale * factor) for path, node in delta.items()}  # pyrefly: ignore
 
 
 def combine(
@@ -57,7 +59,8 @@ def combine(
     r"""One delta in place of several, :math:`\sum_i w_i \Delta W_i` or near it.
 
     Args:
-      deltas: LoRA (and Offset) adapters; a path may be missing in some of them.
+      deltas: LoRA (and Offset) adapters, and others that add a product of two factors (LoRA-FA, AdaLoRA, VeRA,
+        LoHa), which become LoRA; a path may be missing in some of them.
       weights: One for each; may be negative.
       method: 'cat' is exact, with the ranks added up. 'svd' is the nearest of rank `rank`. 'linear' adds a to a
         and b to b (equal ranks; not the sum of the products). 'ties' and 'magnitude_prune' first keep the largest
@@ -124,7 +127,8 @@ def truncate(delta: Delta, rank: int) -> dict[str, Adapter]:
     factors; ΔW is not formed.
 
     Args:
-      delta: LoRA adapters; adapters of other kinds, and of no larger rank, stay as they are.
+      delta: LoRA adapters, and others that add a product of two factors (LoRA-FA, AdaLoRA, VeRA, LoHa), which become
+        LoRA where their rank is larger; the rest stay as they are.
       rank: At least 1.
 
     Example:
@@ -139,10 +143,14 @@ def truncate(delta: Delta, rank: int) -> dict[str, Adapter]:
     """
     if rank < 1:
         raise ValueError(f"truncate(rank={rank}): a rank is at least 1.")
-    return {
-        path: _truncated(node, rank) if type(node) is LowRank and node.rank > rank else node
-        for path, node in delta.items()
-    }
+    truncated = dict(delta)
+    for path, node in delta.items():
+        if not node.additive or node.rank is None:
+            continue
+        term = _term(path, node)
+        if isinstance(term, LowRank) and term.rank > rank:
+            truncated[path] = _truncated(term, rank)
+    return truncated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,7 +281,14 @@ def _sum_of_offsets(nodes: list[tuple[Addition, float]]) -> Addition:
 
 
 def _term(path: str, node: Adapter) -> LowRank | Addition:
-    """An adapter that adds a term of its own."""
-    if isinstance(node, LowRank | Addition) and node.additive:
-        return node
-    raise ValueError(f"{path!r}: the {node.kind} adapter adds no low-rank term of its own, which could be scaled.")
+    """What an adapter adds, as a term that can be combined."""
+    _need_term(path, node)
+    try:
+        return node if isinstance(node, Addition) else as_low_rank(node)
+    except ValueError as error:
+        raise ValueError(f"{path!r}: {error}") from None
+
+
+def _need_term(path: str, node: Adapter) -> None:
+    if not node.additive:
+        raise ValueError(f"{path!r}: the {node.kind} adapter adds no term of its own, which could be scaled.")

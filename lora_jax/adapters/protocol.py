@@ -1,13 +1,14 @@
 """What an adapter is and what a recipe is: the two small contracts that every family fulfils."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters.factored import Factored, dense
+from lora_jax.initializers import Reading
 
 BATCH, IN, OUT, LOOKUP = "batch", "in", "out", "lookup"
 """Axis roles. `lookup` is an in axis that is indexed (an embedding's vocabulary) instead of contracted."""
@@ -39,7 +40,7 @@ class Adapter:
       axes: The role of each axis of the weight: 'batch', 'in' or 'out'.
       kind: The name in checkpoints and reports.
       additive: Whether merging adds a term that does not depend on the weight, so that subtracting it
-        restores the weight.
+        restores the weight. Such kinds have a leaf `scale` that multiplies the term.
       merged_because: Why the weight is merged before use, for adapters without a factored form.
     """
 
@@ -143,10 +144,13 @@ class Recipe:
     Attributes:
       axes: The roles of the weight's axes where tracing should not decide them; None lets it.
       needs_axes: Whether the recipe has to know the roles at all.
+      reads: What :func:`lora_jax.prepare` is to read of the data for it; see
+        :class:`lora_jax.initializers.Initializer`.
     """
 
     axes: tuple[str, ...] | None = None
     needs_axes: ClassVar[bool] = True
+    reads: str | None = None
 
     def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> Adapter:
         """A new adapter.
@@ -162,6 +166,10 @@ class Recipe:
     def prepare(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, Adapter]:
         """The weight and its adapter, for inits that move part of the weight into the adapter."""
         return weight, self.make(key, weight, axes)
+
+    def informed(self, readings: Mapping[str, Reading]) -> dict[str, "Recipe | None"]:
+        """The recipe for each path that gets this one, with what was read of the data; None leaves a path out."""
+        raise TypeError(f"{type(self).__name__} reads {self.reads}: define informed().")
 
 
 def needed(weight: jax.Array | None, kind: str) -> jax.Array:

@@ -42,13 +42,14 @@ def shared(seed: int, part: int, shape: tuple[int, ...], fan: int, dtype: jax.ty
 
 @adapter("VeRA")
 class ScaledPair(Adapter):
-    """W + scaling of a frozen pair: ΔW[i, o] = Σᵣ a[r, i] · d[r] · b[r, o] · g[o].
+    """ΔW[i, o] = scale · Σᵣ a[r, i] · d[r] · b[r, o] · g[o].
 
     Attributes:
       d: `[*batch, rank]`; scales the rank.
       g: `[*batch, *out]`; scales the outputs.
       a: `[rank, *in]`, frozen; the same array in all adapters of one seed, rank and size.
       b: `[rank, *out]`, likewise.
+      scale: Scalar.
       dropout: Scalar; the rate on the input of the low-rank product where a dropout key is given.
       axes: The role of each axis of the weight.
     """
@@ -57,6 +58,7 @@ class ScaledPair(Adapter):
     g: jax.Array = trained()
     a: jax.Array = frozen()
     b: jax.Array = frozen()
+    scale: jax.Array = frozen()
     dropout: jax.Array = frozen()
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
 
@@ -73,7 +75,7 @@ class ScaledPair(Adapter):
                 Factor(self.a, ("rank", *into)),
                 Factor(self.d, (*batch, "rank")),
                 Factor(self.b, ("rank", *out)),
-                Factor(self.g, (*batch, *out)),
+                Factor(self.g * self.scale.astype(self.g.dtype), (*batch, *out)),
             ),
             dropout=self.dropout,
         )
@@ -167,6 +169,7 @@ class VeRA(Recipe):
             g=jnp.zeros((*batch, *out), self.dtype),
             a=shared(self.seed, 0, (self.rank, *into), math.prod(into), self.dtype),
             b=shared(self.seed, 1, (self.rank, *out), self.rank, self.dtype),
+            scale=jnp.ones((), jnp.float32),
             dropout=jnp.asarray(self.dropout, jnp.float32),
             axes=axes,
         )
