@@ -4,7 +4,7 @@ Frozen base parameters and trainable low-rank deltas sit in separate pytrees; a 
 becomes a function of (base, delta) without touching the model's code. See :func:`adapt`.
 """
 
-from lora_jax import nnx, optim, peft
+from lora_jax import initializers, nnx, optim, peft
 from lora_jax.adapters.adalora import AdaLoRA
 from lora_jax.adapters.dora import DoRA
 from lora_jax.adapters.full import Full, Rows
@@ -20,6 +20,7 @@ from lora_jax.checkpoint import load, save
 from lora_jax.combining import combine, truncate
 from lora_jax.merging import merge, switch_task, unmerge
 from lora_jax.optim import join, optimizer, partition, trainable_mask
+from lora_jax.plain import to_plain_lora
 from lora_jax.report import explain, summary
 from lora_jax.spec import init, prepare
 from lora_jax.training import TrainState, train_step
@@ -44,6 +45,7 @@ __all__ = [
     "combine",
     "explain",
     "init",
+    "initializers",
     "join",
     "load",
     "merge",
@@ -59,6 +61,7 @@ __all__ = [
     "summary",
     "swap",
     "switch_task",
+    "to_plain_lora",
     "train_many",
     "train_step",
     "trainable_mask",

@@ -1,6 +1,7 @@
 """From a spec (path patterns and recipes) to a delta."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ import jax
 from lora_jax import axes as axis_roles
 from lora_jax import paths
 from lora_jax.adapters.protocol import Adapter, Recipe, check_axes
+from lora_jax.capturing import capture
+from lora_jax.initializers import GRADIENT
 from lora_jax.transform.call import is_array, path_key
 
 Spec = Mapping[str, Recipe | None]
@@ -93,7 +96,12 @@ def prepare(
     *,
     loss: Callable | None = None,
 ) -> tuple[Any, dict[str, Adapter]]:
-    """Like :func:`init`, for initialisers that move a part of the weights into the adapters.
+    """Like :func:`init`, for initialisers that read data or move a part of the weights into the adapters.
+
+    PiSSA, OLoRA and LoftQ read the weights; EVA and CorDA read the inputs that the weights have in `fn` (an in × in
+    matrix is held for each weight); LoRA-GA reads the gradient of `loss` (held in float32). Inputs are read by
+    differentiating the outputs of `fn`: a use that acts on no float output, or only behind a `stop_gradient`, does
+    not count.
 
     Args:
       key: A PRNG key.
@@ -101,14 +109,17 @@ def prepare(
       spec: As for :func:`init`.
       fn: `fn(base, *batch)`.
       batches: The function's other arguments, a tuple a batch (or the one argument itself). The first
-        is traced for axis roles.
-      loss: For initialisers that read gradients. None of the present ones does.
+        is traced for axis roles; all are read, once, where an initialiser reads data. Tokens that pad them count.
+      loss: `loss(base, *batch)`, a scalar, for initialisers that read gradients.
 
     Returns:
-      The adjusted base and the delta. Merged, they are the base that was given, to rounding in its dtype.
+      The adjusted base and the delta. Merged, they are the base that was given, to rounding in its dtype (but for
+      LoftQ). Weights are moved one by one; those that are not adapted are the same arrays. EVA leaves weights out
+      that get no rank.
 
     Raises:
-      ValueError: As :func:`init`; no batch is given; a loss is given that nothing reads.
+      ValueError: As :func:`init`; no batch is given; a loss is given that nothing reads, or not given; the inputs of
+        a weight cannot be read.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -120,19 +131,42 @@ def prepare(
       True
 
     References:
-      Meng et al., `PiSSA <https://arxiv.org/abs/2404.02948>`_, 2024, §3
+      Meng et al., `PiSSA <https://arxiv.org/abs/2404.02948>`_, 2024, §3; :mod:`lora_jax.initializers` has the others'
     """
-    if loss is not None:
-        raise ValueError("prepare(loss=…): no recipe of the spec has an initialiser that reads gradients.")
-    first = next(iter(batches), None)
+    rest = (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
+    first = next(rest, None)
     if first is None:
         raise ValueError("prepare needs at least one batch, to trace the function.")
-    args = first if isinstance(first, tuple) else (first,)
+    adapted = list(_each(key, base, spec, fn, first, {}))
+    recipes = {path: recipe for path, recipe, _ in adapted}
+    reading = {path: recipe.reads for path, recipe in recipes.items() if recipe.reads is not None}
+    for path, what in reading.items():
+        if what == GRADIENT and loss is None:
+            raise ValueError(f"{path!r}: {recipes[path]} reads the gradient of a loss: give prepare(…, loss=…).")
+    if loss is not None and GRADIENT not in reading.values():
+        raise ValueError("prepare(loss=…): no recipe of the spec has an initialiser that reads gradients.")
+    informed: dict[str, Recipe | None] = dict(recipes)
+    if reading:
+        wanted = {path: (reading[path], axes) for path, _, (_, _, axes) in adapted if path in reading}
+        readings = capture(fn, loss, base, wanted, itertools.chain([first], rest))
+        while readings:
+            recipe = recipes[next(iter(readings))]
+            alike = {path: readings.pop(path) for path in list(readings) if recipes[path] == recipe}
+            informed |= recipe.informed(alike)
     moved, delta = {}, {}
-    for path, recipe, given in _each(key, base, spec, fn, args, {}):
-        with _naming(path):
-            moved[path], delta[path] = recipe.prepare(*given)
-    return paths.flatten(base).map(lambda path, leaf: moved.get(path, leaf)), delta
+    for path, _, given in adapted:
+        recipe = informed.pop(path)
+        if recipe is not None:
+            with _naming(path):
+                moved[path], delta[path] = recipe.prepare(*given)
+    return paths.flatten(base).map(lambda path, leaf: _placed(moved.get(path, leaf), leaf)), delta
+
+
+def _placed(moved: Any, leaf: Any) -> Any:
+    """The moved weight where the weight was."""
+    if not isinstance(moved, jax.Array) or not isinstance(leaf, jax.Array) or isinstance(moved, jax.core.Tracer):
+        return moved
+    return moved if moved.sharding == leaf.sharding else jax.device_put(moved, leaf.sharding)
 
 
 def _each(key, base, spec, fn, args, kwargs):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lora_jax.adapters.factored import Factored, compute_dtype
 from lora_jax.adapters.lowrank import LoRA, LowRank
 from lora_jax.adapters.protocol import IN, Adapter, adapter, frozen, pad_axis, static, trained
-from lora_jax.initializers import Initializer
+from lora_jax.initializers import Drawn, Initializer
 
 
 @adapter("AdaLoRA")
@@ -72,8 +72,8 @@ class SingularTriplets(Adapter):
         return self._pair(self.b).describe()
 
 
-NORMAL = Initializer(
-    draw=lambda key, batch, rank, fan_in, fan_out: tuple(
+NORMAL = Drawn(
+    lambda key, batch, rank, fan_in, fan_out: tuple(
         0.02 * jax.random.normal(part, (batch, rank, size), jnp.float32)
         for part, size in zip(jax.random.split(key), (fan_in, fan_out))
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import initializers
+from lora_jax.adapters import roles
 from lora_jax.adapters.factored import Factor, Factored, compute_dtype
 from lora_jax.adapters.protocol import (
     BATCH,
@@ -19,12 +20,12 @@ from lora_jax.adapters.protocol import (
     Adapter,
     Recipe,
     adapter,
-    check_axes,
     frozen,
     pad_axis,
     static,
     trained,
 )
+from lora_jax.initializers import Inputs, Reading
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
     "alpha/r": lambda alpha, rank: alpha / rank,
@@ -118,6 +119,45 @@ class LowRank(Adapter):
 
 
 @dataclasses.dataclass(frozen=True)
+class Matrices:
+    """A weight as matrices, one for each batch element and adapted block.
+
+    Attributes:
+      axes: The role of each axis of the weight: 'batch', 'in' or 'out'.
+      blocks: Which of the equal parts of the out axis are adapted.
+      batch: Sizes of the batch axes, and the number of adapted blocks where there are several parts.
+      into: Sizes of the in axes.
+      out: Sizes of the out axes, of one part.
+    """
+
+    axes: tuple[str, ...]
+    blocks: tuple[bool, ...]
+    batch: tuple[int, ...]
+    into: tuple[int, ...]
+    out: tuple[int, ...]
+
+    @property
+    def fan_in(self) -> int:
+        return math.prod(self.into)
+
+    @property
+    def fan_out(self) -> int:
+        return math.prod(self.out)
+
+    def of(self, weight: jax.Array) -> jax.Array:
+        """`[batch, in, out]`, at least float32."""
+        order = [axis for wanted in (BATCH, IN, OUT) for axis, role in enumerate(self.axes) if role == wanted]
+        parts = len(self.blocks)
+        grouped = jnp.transpose(weight, order).reshape(-1, self.fan_in, parts, self.fan_out)
+        kept = jnp.moveaxis(grouped, 2, 1)[:, np.flatnonzero(self.blocks)]
+        return kept.reshape(-1, self.fan_in, self.fan_out).astype(compute_dtype(weight.dtype))
+
+    def repeated(self, inputs: Inputs) -> Inputs:
+        """The inputs of each matrix, from those of each batch element: blocks have them in common."""
+        return jax.tree.map(lambda leaf: jnp.repeat(leaf, sum(self.blocks), axis=0), inputs)
+
+
+@dataclasses.dataclass(frozen=True)
 class LoRA(Recipe):
     r"""A low-rank term beside a frozen weight: :math:`W + s\,A^\top B`.
 
@@ -130,8 +170,8 @@ class LoRA(Recipe):
         (loralib's `enable_lora`).
       scaling: 'alpha/r', or 'alpha/sqrt(r)' for rsLoRA.
       init: 'kaiming_uniform' (a uniform, b zero; lookups get a zero, b normal), another name of
-        :mod:`lora_jax.initializers`, or an `Initializer`. 'pissa' and 'olora' move a part
-        of the weight into the factors and go through :func:`lora_jax.prepare`.
+        :mod:`lora_jax.initializers`, or an `Initializer`. Those that read data or move a part of the weight
+        into the factors go through :func:`lora_jax.prepare`.
       dropout: Rate on the input of the low-rank product, where `adapted` is given a `dropout_key`.
       dtype: Of the factors.
 
@@ -190,70 +230,93 @@ class LoRA(Recipe):
         """The weight without the part that the initialiser moved into the factors, and the adapter."""
         return self._make(key, weight, axes, moves=True)
 
+    @property
+    def reads(self) -> str | None:  # pyrefly: ignore[bad-override]
+        return initializers.find(self.init).reads
+
+    def informed(self, readings: Mapping[str, Reading]) -> dict[str, Recipe | None]:
+        initializer = initializers.find(self.init)
+        split = {path: self._matrices(reading.shape, reading.axes) for path, reading in readings.items()}
+        inputs = {path: split[path].repeated(found.inputs) for path, found in readings.items() if found.inputs}
+        limits = {path: min(matrices.fan_in, matrices.fan_out) for path, matrices in split.items()}
+        ranks = initializer.distributed(self.rank, inputs, limits)
+        recipes: dict[str, Recipe | None] = {}
+        for path, found in readings.items():
+            own = None if ranks is None else ranks[path]
+            rank = self.rank if own is None else max(own)
+            if rank == 0:
+                recipes[path] = None
+                continue
+            gradient = None if found.gradient is None else split[path].of(found.gradient)
+            recipes[path] = dataclasses.replace(
+                self,
+                rank=rank,
+                # The scale is that of the recipe, whatever the rank.
+                alpha=None if self.alpha is None else self.scale() / SCALINGS[self.scaling](1.0, rank),
+                init=initializers.Informed(initializer, inputs.get(path), gradient, own),
+            )
+        return recipes
+
     def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, LowRank]:
         initializer = initializers.find(self.init)
-        if initializer.moves_weight and not moves:
-            raise ValueError(
-                f"{self._name}(init={self.init!r}) moves a part of the weight into its factors, so that the base "
-                "changes too: use base, delta = lora_jax.prepare(key, base, spec, fn, batches)."
+        if initializer.reads or (initializer.moves_weight and not moves):
+            does = (
+                f"reads the {initializer.reads}" if initializer.reads else "moves a part of the weight into its factors"
             )
-        sizes = self._sizes(weight.shape, axes)
+            raise ValueError(
+                f"{self._name}(init={self.init!r}) {does}: use "
+                "base, delta = lora_jax.prepare(key, base, spec, fn, batches)."
+            )
         scale = self.scale()
-        if initializer.moves_weight:
-            if len(self._block_mask()) > 1:
-                raise ValueError(f"{self._name}(init={self.init!r}) does not go with blocks={self.blocks!r}.")
-            a, b = initializer.factors_of(matrix(weight, axes), self.rank, scale)
-        else:
-            lead, fan_in, fan_out = (math.prod(sizes[role]) for role in (BATCH, IN, OUT))
-            a, b = initializer.random(key, lead, self.rank, fan_in, fan_out, lookup=LOOKUP in axes)
-        lead = (*sizes[BATCH], self.rank)
-        made = LowRank(
-            a=a.reshape(*lead, *sizes[IN]).astype(self.dtype),
-            b=b.reshape(*lead, *sizes[OUT]).astype(self.dtype),
-            scale=jnp.asarray(scale, jnp.float32),
-            dropout=jnp.asarray(self.dropout, jnp.float32),
-            axes=tuple(IN if role == LOOKUP else role for role in axes),
-            blocks=self._block_mask(),
-        )
-        if initializer.moves_weight:
-            weight = dataclasses.replace(made, scale=-made.scale).merge(weight)
-        return weight, made
+        if initializer.moves_weight and scale <= 0:
+            raise ValueError(f"{self._name}(alpha={self.alpha}, init={self.init!r}) divides by a positive scale.")
+        matrices = self._matrices(weight.shape, axes)
 
-    def _sizes(self, shape: Sequence[int], axes: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-        """The sizes of the batch, in and out axes of the factors; raises where they cannot be had."""
-        check_axes(axes, shape)
-        roles = [IN if role == LOOKUP else role for role in axes]
-        sizes = {role: tuple(n for n, r in zip(shape, roles) if r == role) for role in (BATCH, IN, OUT)}
-        for role in (IN, OUT):
-            if not sizes[role]:
-                raise ValueError(
-                    f"{self._name} needs an in and an out axis; the weight of shape {tuple(shape)} has the roles "
-                    f"{axes}, no {role!r} axis. Full() trains such a leaf outright."
-                )
+        def term(a: jax.Array, b: jax.Array, scale: float) -> LowRank:
+            return LowRank(
+                a=a.reshape(*matrices.batch, self.rank, *matrices.into).astype(self.dtype),
+                b=b.reshape(*matrices.batch, self.rank, *matrices.out).astype(self.dtype),
+                scale=jnp.asarray(scale, jnp.float32),
+                dropout=jnp.asarray(self.dropout, jnp.float32),
+                axes=matrices.axes,
+                blocks=matrices.blocks,
+            )
+
+        start = initializer.start(
+            initializers.Given(
+                key=key,
+                batch=math.prod(matrices.batch),
+                rank=self.rank,
+                fan_in=matrices.fan_in,
+                fan_out=matrices.fan_out,
+                lookup=LOOKUP in axes,
+                scale=scale,
+                leaf=weight,
+                matrices=matrices.of,
+                without=lambda a, b: term(a, b, -scale).merge(weight),
+            )
+        )
+        return weight if start.leaf is None else start.leaf, term(start.a, start.b, scale)
+
+    def _matrices(self, shape: Sequence[int], axes: Sequence[str]) -> Matrices:
+        """The weight as matrices; raises where it has none of this rank."""
+        name = self._name
+        axes = roles.in_and_out(name, axes, shape)
+        batch, into, out = (roles.sizes(shape, axes, role) for role in (BATCH, IN, OUT))
         mask = self._block_mask()
         if len(mask) > 1:
-            if len(sizes[OUT]) != 1 or sizes[OUT][0] % len(mask):
+            if len(out) != 1 or out[0] % len(mask):
                 raise ValueError(
-                    f"{self._name}(blocks={self.blocks!r}) splits the only out axis into {len(mask)} equal parts; the "
-                    f"weight of shape {tuple(shape)} has out axes of sizes {sizes[OUT]}. An axis that counts the "
+                    f"{name}(blocks={self.blocks!r}) splits the only out axis into {len(mask)} equal parts; the "
+                    f"weight of shape {tuple(shape)} has out axes of sizes {out}. An axis that counts the "
                     "parts can be declared 'batch' by axes=."
                 )
-            sizes[BATCH] = (*sizes[BATCH], sum(mask))
-            sizes[OUT] = (sizes[OUT][0] // len(mask),)
-        limit = min(math.prod(sizes[IN]), math.prod(sizes[OUT]))
+            batch, out = (*batch, sum(mask)), (out[0] // len(mask),)
+        found = Matrices(axes=axes, blocks=mask, batch=batch, into=into, out=out)
+        limit = min(found.fan_in, found.fan_out)
         if self.rank > limit:
             raise ValueError(
-                f"{self._name}(rank={self.rank}) is above the rank of the weight: shape {tuple(shape)} with roles "
+                f"{name}(rank={self.rank}) is above the rank of the weight: shape {tuple(shape)} with roles "
                 f"{axes} is at most of rank {limit}."
             )
-        return sizes
-
-
-def matrix(weight: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """A weight as float32 matrices `[batch, in, out]`, each group of axes flattened to one."""
-    order = [i for role in (BATCH, IN, OUT) for i, r in enumerate(axes) if (IN if r == LOOKUP else r) == role]
-    counts = [
-        math.prod(weight.shape[i] for i, r in enumerate(axes) if r in group)
-        for group in ((BATCH,), (IN, LOOKUP), (OUT,))
-    ]
-    return jnp.transpose(weight, order).reshape(counts).astype(compute_dtype(weight.dtype))
+        return found

@@ -109,6 +109,9 @@ class Interpreter:
 
     def materialise(self, weight: Weight, equation: jaxprs.Equation | None, reason: str) -> jax.Array:
         """The array that a weight stands for, and a record of it."""
+        if weight.taps:
+            where = "" if equation is None else f" ({equation.primitive.name} at {jaxprs.source(equation)})"
+            raise ValueError(f"{weight.path!r}: its inputs cannot be read here: {reason}{where}.")
         if _is_lookup(weight, equation):
             present = {label for label, _ in weight.labels} - weight.cut
             roles = dict.fromkeys(present, "out") | dict.fromkeys(weight.cut, "indexed")

@@ -44,6 +44,12 @@ def ragged_product(x, weight, sizes, precision=None, dtype=None) -> jax.Array:
     return ragged_p.bind(x, weight, sizes, form=GROUPS_BY_MATRIX, precision=precision, dtype=dtype)
 
 
+def ragged_outer(x, y, sizes, precision=None, dtype=None) -> jax.Array:
+    """The sum of the outer products of rows, for each group: `[m, k]`, `[m, n]` -> `[g, k, n]`."""
+    dtype = jnp.dtype(dtype or x.dtype)
+    return ragged_p.bind(x, y, sizes, form=OUTER_BY_GROUP, precision=precision, dtype=dtype)
+
+
 def _evaluate(x, y, sizes, *, form, precision, dtype):
     return lax.ragged_dot_general(x, y, sizes, _NUMBERS[form], precision=precision, preferred_element_type=dtype)
 

@@ -14,6 +14,11 @@ KEY_DATA = "#key"
 """Label of the words of a PRNG key, which is carried like a factor of the weight's batch axes."""
 
 
+def twin(label: Label) -> Label:
+    """The second label of an axis, in an array that has the axis twice (a second moment)."""
+    return f"{label}'"
+
+
 class CannotFactor(Exception):
     """An operation has no factored form here; its message says why. The weight is merged instead."""
 
@@ -35,6 +40,8 @@ class Weight:
       looked_up: Whether rows were taken by an array of indices.
       scanned: Labels that a scan runs over.
       impl: The PRNG implementation of `key`.
+      taps: Zeros whose gradients are moments of the weight's input (:mod:`lora_jax.transform.taps`); labels tie
+        them to the axes of `value`, in axes also by their :func:`twin`.
     """
 
     value: jax.Array
@@ -48,6 +55,7 @@ class Weight:
     looked_up: bool = dataclasses.field(default=False, metadata={"static": True})
     scanned: frozenset[Label] = dataclasses.field(default=frozenset(), metadata={"static": True})
     impl: str | None = dataclasses.field(default=None, metadata={"static": True})
+    taps: tuple[Factor, ...] = ()
 
     @property
     def labels(self) -> tuple[tuple[Label, int], ...]:
@@ -80,15 +88,21 @@ class Weight:
             factors=tuple(map(function, self.factors)),
             gains=tuple(map(function, self.gains)),
             key=function(self.key) if key and self.key is not None else self.key,
+            taps=tuple(map(function, self.taps)),
         )
+
+    @property
+    def labelled(self) -> tuple[Factor, ...]:
+        """Every labelled array but the base weight itself, in the order of :meth:`map_factors`."""
+        return (*self.factors, *self.gains, *(() if self.key is None else (self.key,)), *self.taps)
 
     def along(self, label: Label, function: Callable[[jax.Array, int], jax.Array]) -> "Weight":
         """Applies `function(array, axis)` to the labelled arrays that have the label."""
 
         def act(factor: Factor) -> Factor:
-            if label not in factor.labels:
-                return factor
-            return Factor(function(factor.array, factor.axis(label)), factor.labels)
+            for axis in _axes(factor, label):
+                factor = Factor(function(factor.array, axis), factor.labels)
+            return factor
 
         return self.map_factors(act)
 
@@ -96,10 +110,9 @@ class Weight:
         """Drops a label of size one from the labelled arrays."""
 
         def drop(factor: Factor) -> Factor:
-            if label not in factor.labels:
-                return factor
-            axis = factor.axis(label)
-            return Factor(lax.squeeze(factor.array, [axis]), tuple(x for x in factor.labels if x != label))
+            gone = _axes(factor, label)
+            kept = tuple(x for axis, x in enumerate(factor.labels) if axis not in gone)
+            return Factor(lax.squeeze(factor.array, gone), kept) if gone else factor
 
         return self.map_factors(drop)
 
@@ -128,6 +141,11 @@ class Weight:
         keep = 1.0 - self.rate
         mask = jax.random.bernoulli(jax.random.wrap_key_data(words, impl=self.impl), keep, x.shape)
         return jnp.where(mask, x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+def _axes(factor: Factor, label: Label) -> list[int]:
+    """The axes of a labelled array that follow an axis of the weight."""
+    return [factor.axis(name) for name in (label, twin(label)) if name in factor.labels]
 
 
 def carried(path: str, value: jax.Array, form: Factored, dropout_key: jax.Array | None) -> Weight:
@@ -224,13 +242,13 @@ def _split_labels(weight: Weight, shape: Sequence[int]) -> tuple[Weight, list[tu
 def split_label(weight: Weight, label: Label, major: int, minor: int):
     """Splits a label in two, in the labelled arrays and in the dims."""
     parts = ((f"{label}.0", major), (f"{label}.1", minor))
+    names = {label: [name for name, _ in parts], twin(label): [twin(name) for name, _ in parts]}
 
     def cut(factor: Factor) -> Factor:
-        if label not in factor.labels:
+        labels = tuple(new for old in factor.labels for new in names.get(old, [old]))
+        if len(labels) == len(factor.labels):
             return factor
-        axis = factor.axis(label)
-        shape = (*factor.array.shape[:axis], major, minor, *factor.array.shape[axis + 1 :])
-        labels = (*factor.labels[:axis], parts[0][0], parts[1][0], *factor.labels[axis + 1 :])
+        shape = [n for old, size in factor.sizes.items() for n in ((major, minor) if old in names else (size,))]
         return Factor(lax.reshape(factor.array, shape), labels)
 
     dims = tuple(tuple(new for old in axis for new in (parts if old[0] == label else (old,))) for axis in weight.dims)

@@ -9,6 +9,7 @@ from lora_jax.transform import jaxprs
 from lora_jax.transform.members import chain
 from lora_jax.transform.product import Product
 from lora_jax.transform.ragged import ragged_product
+from lora_jax.transform.taps import check_whole, moments, ragged_moments, tapped
 from lora_jax.transform.weight import CannotFactor, Weight
 
 TOKENS = "tokens"
@@ -58,9 +59,12 @@ def _dot_general(interpreter, equation, values):
     tokens = [axis for axis in range(x.ndim) if axis not in (*x_sum, *x_batch)]
     for axis in tokens:
         x_dims[axis] = [(f"{TOKENS}{axis}", x.shape[axis])]
+    pairs = [pair for axis in x_dims for pair in axis]
     for gain in before:
-        pairs = [pair for axis in x_dims for pair in axis]
         x = times(x, gain, pairs)
+    if weight.taps:
+        check_whole(weight, summed)
+        x = tapped(x, weight.taps, lambda x: moments(x.reshape([n for _, n in pairs]), pairs, weight.taps))
 
     operands = [x, weight.value] if place == 1 else [weight.value, x]
     (base,) = jaxprs.bind(equation, operands)
@@ -132,6 +136,9 @@ def _ragged_dot(interpreter, equation, values):
     before, after = split_gains(weight, {into, group}, {out, group})
     for gain in before:
         x = x * of_rows(gain, [into] if into in gain.labels else []).reshape(x.shape[0], -1).astype(x.dtype)
+    if weight.taps:
+        check_whole(weight, [(into, x.shape[1])])
+        x = tapped(x, weight.taps, lambda x: ragged_moments(x, sizes))
     total = product(x, weight.value, params["preferred_element_type"])
     if weight.factors:
         result = Factor(interpreter.next_key(weight).drop_out(x), (TOKENS, into))

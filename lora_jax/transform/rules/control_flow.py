@@ -7,7 +7,7 @@ from jax import lax
 
 from lora_jax.adapters.factored import Factor
 from lora_jax.transform import jaxprs
-from lora_jax.transform.weight import Weight, spec_by_label
+from lora_jax.transform.weight import CannotFactor, Weight, spec_by_label
 
 
 def _enter(interpreter, values):
@@ -201,8 +201,7 @@ def _scanned(interpreter, equation, weight: Weight):
         return factor.transposed([label, *rest]) if label in factor.labels else factor
 
     led = weight.map_factors(lead)
-    factors = [f for f in (*led.factors, *led.gains, led.key) if f is not None]
-    moved = [f.array for f in factors if label in f.labels]
+    moved = [f.array for f in led.labelled if label in f.labels]
 
     def restore(arrays):
         value, *slices = arrays
@@ -254,6 +253,8 @@ def _shard_map(interpreter, equation, values):
 
 def _sharded(weight: Weight, spec, mesh):
     """The specs of a weight's leaves, from the spec of its base."""
+    if weight.taps:
+        raise CannotFactor("inside shard_map each device sees a part of the inputs")
     names = spec_by_label(weight, spec, mesh)
     partition: Any = jax.sharding.PartitionSpec
 

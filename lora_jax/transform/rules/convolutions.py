@@ -3,10 +3,12 @@
 import math
 
 import jax.numpy as jnp
+from jax import lax
 
 from lora_jax.adapters.factored import Factor, chain, times
 from lora_jax.transform import jaxprs
 from lora_jax.transform.product import Product
+from lora_jax.transform.taps import check_whole, moments, tapped
 from lora_jax.transform.weight import CannotFactor, Weight, split_label
 
 TOKENS = "tokens"
@@ -25,6 +27,11 @@ def _conv(interpreter, equation, values):
     roles = dict.fromkeys((x for x, _ in summed), "in") | dict.fromkeys((x for x, _ in weight.dims[out_axis]), "out")
     interpreter.record(weight, equation, roles, "conv(x, W) + conv(x, a)·b")
 
+    if weight.taps:
+        if groups > 1:
+            raise CannotFactor("a grouped convolution has inputs of its own for each group")
+        check_whole(weight, summed)
+        x = tapped(x, weight.taps, lambda x: _patch_moments(x, equation, weight))
     (base,) = jaxprs.bind(equation, [x, weight.value])
     if not weight.is_adapted:
         return [base]
@@ -86,6 +93,27 @@ def _conv(interpreter, equation, values):
         result[feature_axis] = list(out)
         total = times(total, gain, [p for axis in result for p in axis])
     return [total]
+
+
+def _patch_moments(x, equation, weight: Weight):
+    """The moments of the windows that a convolution multiplies with its kernel."""
+    params = equation.params
+    numbers = params["dimension_numbers"]
+    _, in_axis, *spatial = numbers.rhs_spec
+    windows = lax.conv_general_dilated_patches(
+        x,
+        filter_shape=[weight.value.shape[axis] for axis in spatial],
+        window_strides=params["window_strides"],
+        padding=params["padding"],
+        lhs_dilation=params["lhs_dilation"],
+        rhs_dilation=params["rhs_dilation"],
+        dimension_numbers=numbers,
+    )
+    # A window's features are its channels, each with its places.
+    pairs = [[(f"{TOKENS}{axis}", size)] for axis, size in enumerate(windows.shape)]
+    pairs[numbers.out_spec[1]] = [pair for axis in (in_axis, *spatial) for pair in weight.dims[axis]]
+    flat = [pair for axis in pairs for pair in axis]
+    return moments(windows.reshape([n for _, n in flat]), flat, weight.taps)
 
 
 def _split_groups(weight: Weight, axis: int, groups: int) -> Weight:

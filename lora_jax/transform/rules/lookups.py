@@ -4,7 +4,7 @@ from jax import lax
 
 from lora_jax.adapters.factored import Factor
 from lora_jax.transform import jaxprs
-from lora_jax.transform.weight import CannotFactor, Weight, fresh
+from lora_jax.transform.weight import CannotFactor, Weight, fresh, twin
 
 
 def _gather(interpreter, equation, values):
@@ -26,6 +26,8 @@ def _gather(interpreter, equation, values):
         raise CannotFactor("a gather of windows of rows")
     column = [int(a) for a in numbers.start_index_map].index(axis)
     label = weight.single(axis)
+    if any(twin(label) in tap.labels for tap in weight.taps):
+        raise CannotFactor("rows are looked up, of which the input is a count")
     (value,) = jaxprs.bind(equation, [weight.value, indices])
     indices = indices[..., column : column + 1]
 
@@ -76,6 +78,7 @@ def _gather(interpreter, equation, values):
         factors=tuple(look_up(factor, 0) for factor in weight.factors),
         gains=tuple(look_up(gain, 1) for gain in weight.gains),
         key=None if weight.key is None else look_up(weight.key, 0),
+        taps=tuple(look_up(tap, 0) for tap in weight.taps),
     )
     return [looked_up.replace(value=value, dims=tuple(dims), cut=weight.cut | {label}, looked_up=True)]
 

@@ -1,0 +1,127 @@
+"""Factors from the inputs of the weight: EVA and CorDA."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lora_jax.initializers.initializer import INPUTS, Given, Initializer, Inputs, Start
+
+
+@dataclasses.dataclass(frozen=True)
+class EVA(Initializer):
+    r"""a is the directions in which the inputs vary most, b = 0; layers whose inputs vary in few get smaller ranks.
+
+    The rows of a are the leading principal components of the inputs. All matrices that one recipe adapts share a
+    budget of rank × their number; it goes to the components with the largest shares of their own layer's variance,
+    at most ρ·rank to a matrix. The scale stays the recipe's. Layers stacked in one leaf have factors of one size:
+    rows beyond a layer's own rank are zero in a and in b, and stay zero in training. A weight of which no matrix gets
+    a component is left out.
+
+    Args:
+      rho: The largest rank as a multiple of the recipe's; 1 gives every matrix the same.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> base, fn = {"w": jnp.ones((3, 3))}, lambda base, x: x @ base["w"]
+      >>> x = jnp.asarray([[1.0, 5.0, 0.0], [1.0, -5.0, 0.0]])
+      >>> _, delta = lora.prepare(jax.random.key(0), base, {"w": lora.LoRA(1, init=EVA())}, fn, [(x,)])
+      >>> jnp.abs(delta["w"].a).round(4).tolist()
+      [[0.0, 1.0, 0.0]]
+
+    References:
+      Paischer et al., `EVA <https://arxiv.org/abs/2410.07170>`_, 2024, §3
+    """
+
+    rho: float = 2.0
+
+    reads = INPUTS
+
+    def __post_init__(self):
+        if self.rho < 1.0:
+            raise ValueError(f"EVA(rho={self.rho}): at least 1.")
+
+    def start(self, given: Given) -> Start:
+        assert given.inputs is not None and given.ranks is not None
+        _, vectors = jnp.linalg.eigh(given.inputs.covariance())
+        leading = jnp.flip(vectors, axis=2)[:, :, : given.rank].mT
+        used = jnp.arange(given.rank)[None, :] < jnp.asarray(given.ranks)[:, None]
+        a = jnp.where(used[:, :, None], leading, 0.0)
+        return Start(a, jnp.zeros((given.batch, given.rank, given.fan_out), jnp.float32))
+
+    def distributed(
+        self, rank: int, inputs: Mapping[str, Inputs], limits: Mapping[str, int]
+    ) -> dict[str, tuple[int, ...]]:
+        shares, owners = [], []
+        for path, found in inputs.items():
+            share = np.asarray(_shares(found.covariance()))[:, : min(round(rank * self.rho), limits[path])]
+            shares.append(share.ravel())
+            owners += [(path, matrix) for matrix in range(share.shape[0]) for _ in range(share.shape[1])]
+        budget = rank * sum(found.count.shape[0] for found in inputs.values())
+        pooled = np.concatenate(shares)
+        best = [place for place in np.argsort(-pooled, kind="stable")[:budget] if pooled[place] > 0]
+        counts = {path: [0] * found.count.shape[0] for path, found in inputs.items()}
+        for path, matrix in (owners[place] for place in best):
+            counts[path][matrix] += 1
+        return {path: tuple(found) for path, found in counts.items()}
+
+
+def _shares(covariance: jax.Array) -> jax.Array:
+    """The shares of the variance that principal components have, the largest first: `[batch, in]`."""
+    values = jnp.flip(jnp.linalg.eigvalsh(covariance), axis=1)
+    total = jnp.trace(covariance, axis1=1, axis2=2)[:, None]
+    # What is left of a variance of zero is rounding.
+    rounding = values.shape[1] * jnp.finfo(values.dtype).eps
+    shares = jnp.where(total > 0, values / jnp.where(total > 0, total, 1.0), 0.0)
+    return jnp.where(shares > rounding, shares, 0.0)
+
+
+DAMPING = 0.01
+"""Of the mean of the second moment's diagonal, added to it, so that it can be inverted; as in the authors' code."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CorDA(Initializer):
+    r"""Singular directions of the weight, each as important as the inputs make it.
+
+    With C the damped second moment of the inputs and :math:`CW = U\Sigma V^\top`, the weight is
+    :math:`C^{-1}U\Sigma V^\top`. The chosen terms of this sum move into the factors.
+
+    Args:
+      keep_knowledge: False trains the largest terms, which the batches use most: give batches of the new task
+        (instruction-previewed mode). True trains the smallest and leaves the largest in the base: give batches of
+        what is to be kept (knowledge-preserved mode).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> base, fn, x = {"w": jnp.eye(2)}, lambda base, x: x @ base["w"], jnp.asarray([[1.0, 0.0]])
+      >>> base, _ = lora.prepare(jax.random.key(0), base, {"w": lora.LoRA(1, init=CorDA())}, fn, [(x,)])
+      >>> jnp.diag(base["w"]).round(4).tolist()
+      [0.0, 1.0]
+
+    References:
+      Yang et al., `CorDA <https://arxiv.org/abs/2406.05223>`_, 2024, §3
+    """
+
+    keep_knowledge: bool = False
+
+    moves_weight = True
+    reads = INPUTS
+
+    def start(self, given: Given) -> Start:
+        assert given.inputs is not None
+        squares = given.inputs.squares
+        size = squares.shape[1]
+        mean = jnp.trace(squares, axis1=1, axis2=2)[:, None, None] / size
+        # A matrix without inputs (an expert that no token chose) is not weighted.
+        damped = squares / jnp.where(mean > 0, mean, 1.0) + jnp.where(mean > 0, DAMPING, 1.0) * jnp.eye(size)
+        weighted = jnp.matmul(damped, given.weight.astype(damped.dtype), precision=lax.Precision.HIGHEST)
+        u, s, vt = jnp.linalg.svd(weighted, full_matrices=False)
+        chosen = slice(-given.rank, None) if self.keep_knowledge else slice(given.rank)
+        root = jnp.sqrt(s[:, chosen] / given.scale)[:, :, None]
+        a = root * jnp.linalg.solve(damped, u[:, :, chosen]).mT
+        b = root * vt[:, chosen]
+        return Start(a, b, given.without(a, b))

@@ -1,0 +1,60 @@
+"""Factors made of a part of the weight, which leaves the base: PiSSA and OLoRA."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from lora_jax.initializers.decomposition import singular_triplets
+from lora_jax.initializers.initializer import Given, Initializer, Start
+
+
+@dataclasses.dataclass(frozen=True)
+class PiSSA(Initializer):
+    r"""The largest singular values of the weight: :math:`s\,a^\top b = U_r\Sigma_r V_r^\top`, with both factors √Σ.
+
+    Args:
+      niter: Subspace iterations of a randomised decomposition, for large matrices (16 in the authors' scripts); None
+        for the exact one.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> base, fn, x = {"w": jnp.diag(jnp.asarray([3.0, 2.0]))}, lambda base, x: x @ base["w"], jnp.ones((1, 2))
+      >>> base, delta = lora.prepare(jax.random.key(0), base, {"w": lora.LoRA(1, init=PiSSA())}, fn, [(x,)])
+      >>> base["w"].round(4).tolist()
+      [[0.0, 0.0], [0.0, 2.0]]
+
+    References:
+      Meng et al., `PiSSA <https://arxiv.org/abs/2404.02948>`_, 2024, §3
+    """
+
+    niter: int | None = None
+
+    moves_weight = True
+
+    def start(self, given: Given) -> Start:
+        u, s, v = singular_triplets(given.weight, given.rank, niter=self.niter, key=given.key)
+        root = jnp.sqrt(s / given.scale)[:, :, None]
+        return Start(root * u, root * v, given.without(root * u, root * v))
+
+
+@dataclasses.dataclass(frozen=True)
+class OLoRA(Initializer):
+    """The first columns of Q and rows of R, where QR is the weight as `[out, in]`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> base, fn, x = {"w": jnp.ones((2, 2))}, lambda base, x: x @ base["w"], jnp.ones((1, 2))
+      >>> _, delta = lora.prepare(jax.random.key(0), base, {"w": lora.LoRA(1, init=OLoRA())}, fn, [(x,)])
+      >>> jnp.sum(delta["w"].b ** 2).round(4).item()
+      1.0
+
+    References:
+      Büyükakyüz, `OLoRA <https://arxiv.org/abs/2406.01775>`_, 2024, §3
+    """
+
+    moves_weight = True
+
+    def start(self, given: Given) -> Start:
+        q, r = jnp.linalg.qr(given.weight.mT)
+        a, b = r[:, : given.rank], q[:, :, : given.rank].mT
+        return Start(a, b, given.without(a, b))

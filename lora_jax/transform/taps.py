@@ -1,0 +1,100 @@
+"""Moments of the inputs of a weight, read without side effects.
+
+Beside its value a weight carries zeros, labelled by its batch and in axes. Where it is contracted, the input passes
+through an identity whose derivative with respect to the zeros is declared to be the input's moments. The gradient of
+any sum of the function's outputs with respect to the zeros is then what `jax.grad` adds up over all uses of the
+weight, through jit, scan, remat and cond, a slice for each layer of a scan.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.adapters.factored import Factor, Label, chain
+from lora_jax.adapters.protocol import BATCH, IN
+from lora_jax.transform.ragged import ragged_outer
+from lora_jax.transform.weight import CannotFactor, Weight, probe, twin
+
+Moments = tuple[jax.Array, jax.Array, jax.Array]
+"""Σ x·xᵀ `[*batch, *in, *in]`, Σ x `[*batch, *in]` and the number of inputs `[*batch]`, float32."""
+
+
+def zeros(shape: Sequence[int], axes: Sequence[str]) -> Moments:
+    """The moments of no inputs, for a weight of this shape with these axis roles."""
+    batch, into = ([n for n, role in zip(shape, axes) if role == wanted] for wanted in (BATCH, IN))
+    return tuple(jnp.zeros(sizes, jnp.float32) for sizes in ([*batch, *into, *into], [*batch, *into], batch))  # pyrefly: ignore[bad-return]
+
+
+def with_taps(path: str, value: jax.Array, axes: Sequence[str], moments: Moments) -> Weight:
+    """A weight that reads its inputs; `moments` are zeros to differentiate with respect to."""
+    batch, into = ([str(axis) for axis, role in enumerate(axes) if role == wanted] for wanted in (BATCH, IN))
+    labels = ((*batch, *into, *map(twin, into)), (*batch, *into), tuple(batch))
+    return probe(path, value).replace(taps=tuple(map(Factor, moments, labels)))
+
+
+def check_whole(weight: Weight, contracted: Sequence[tuple[Label, int]]) -> None:
+    """Raises `CannotFactor` unless the whole in axes of a weight are contracted, and nothing else."""
+    wanted = {label for label in weight.taps[0].labels if twin(label) in weight.taps[0].labels}
+    missing = {label for label in weight.taps[0].labels if label.endswith("'")} - set(map(twin, wanted))
+    found = {label for label, size in contracted if size > 1 or label in wanted}
+    if missing or found != wanted:
+        raise CannotFactor("other axes than its in axes are contracted")
+    if wanted & weight.cut:
+        raise CannotFactor("only a part of its in axes is contracted")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _tapped(x, taps, measure):
+    del taps, measure
+    return x
+
+
+def _forward(x, taps, measure):
+    del taps, measure
+    return x, x
+
+
+def _backward(measure, x, cotangent):
+    return cotangent, measure(x)
+
+
+_tapped.defvjp(_forward, _backward)
+
+
+def tapped(x: jax.Array, taps: Sequence[Factor], measure: Callable[[jax.Array], Moments]) -> jax.Array:
+    """The input itself; the derivative with respect to the taps is `measure(x)`."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise CannotFactor(f"the input has dtype {x.dtype}")
+    return _tapped(x, tuple(tap.array for tap in taps), measure)
+
+
+def moments(x: jax.Array, labels: Sequence[tuple[Label, int]], taps: Sequence[Factor]) -> Moments:
+    """The moments of an input whose axes are labelled, in the layout of the taps."""
+    square, plain, count = ([(label, tap.sizes[label]) for label in tap.labels] for tap in taps)
+    names = [label for label, _ in labels]
+    into = {label for label, _ in square if twin(label) in dict(square)}
+    wide = Factor(x.astype(jnp.float32), tuple(names))
+    mirrored = Factor(wide.array, tuple(twin(label) if label in into else label for label in names))
+    own = into | {label for label, _ in count}
+    number = math.prod(size for label, size in labels if label not in own)
+    return (
+        chain(wide, [mirrored], square, precision=lax.Precision.HIGHEST),
+        chain(wide, [], plain),
+        jnp.full([size for _, size in count], number, jnp.float32),
+    )
+
+
+def ragged_moments(x: jax.Array, sizes: jax.Array) -> Moments:
+    """The moments of the rows of each group."""
+    wide = x.astype(jnp.float32)
+    ones = jnp.ones((x.shape[0], 1), jnp.float32)
+    exact = lax.Precision.HIGHEST
+    return (
+        ragged_outer(wide, wide, sizes, exact),
+        ragged_outer(wide, ones, sizes, exact)[..., 0],
+        sizes.astype(jnp.float32),
+    )
