@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.adapters.conversion import as_low_rank
+from lora_jax.adapters.conversion import as_low_rank, is_low_rank
 from lora_jax.adapters.lowrank import LowRank
 from lora_jax.adapters.offset import Addition
 from lora_jax.adapters.protocol import BATCH, Adapter
@@ -145,10 +145,7 @@ def truncate(delta: Delta, rank: int) -> dict[str, Adapter]:
         raise ValueError(f"truncate(rank={rank}): a rank is at least 1.")
     truncated = dict(delta)
     for path, node in delta.items():
-        if not node.additive or node.rank is None:
-            continue
-        term = _term(path, node)
-        if isinstance(term, LowRank) and term.rank > rank:
+        if node.additive and is_low_rank(node) and (term := as_low_rank(node)).rank > rank:
             truncated[path] = _truncated(term, rank)
     return truncated
 

@@ -155,3 +155,51 @@ def test_what_cannot_be_combined():
         combining.combine([one], [1.0], method="dare_ties", density=0.5)
     with pytest.raises(ValueError, match="at least 1"):
         combining.truncate(one, 0)
+
+
+FAMILIES = {
+    "LoRA-FA": lora.LoRAFA(2, alpha=3),
+    "AdaLoRA": lora.AdaLoRA(3, alpha=3),
+    "AdaLoRA in blocks": lora.AdaLoRA(2, alpha=3, blocks=(False, True)),
+    "VeRA": lora.VeRA(5),
+    "LoHa": lora.LoHa(2, alpha=3),
+}
+
+
+def moved(node, seed):
+    """The adapter with every trained leaf another."""
+    train, frozen = lora.partition({"w": node})
+    leaves, treedef = jax.tree.flatten(train)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    leaves = [x + 0.5 * jax.random.normal(key, x.shape, x.dtype) for x, key in zip(leaves, keys)]
+    return lora.join(treedef.unflatten(leaves), frozen)["w"]
+
+
+@pytest.mark.parametrize(
+    "shape, axes", [((6, 8), ("in", "out")), ((4, 3, 8, 2), ("out", "in", "batch", "in"))], ids=str
+)
+@pytest.mark.parametrize("recipe", FAMILIES.values(), ids=FAMILIES)
+def test_terms_of_other_families_become_low_rank(recipe, shape, axes):
+    weight = jnp.zeros(shape)
+    node = moved(recipe.make(jax.random.key(0), weight, axes), 1)
+    other = moved(lora.LoRA(2, alpha=5).make(jax.random.key(2), weight, axes), 3)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    if node.rank > 1:
+        truncated = combining.truncate({"w": node}, 1)["w"]
+        assert type(truncated) is LowRank and truncated.rank == 1
+        truncated = combining.truncate({"w": node}, node.rank**2)["w"]
+        np.testing.assert_allclose(added(truncated), added(node), **close)
+    np.testing.assert_allclose(added(combining.scale({"w": node}, -2.0)["w"]), -2 * added(node), **close)
+    if "blocks" in str(recipe) and recipe.blocks != 1:
+        with pytest.raises(ValueError, match="different kinds, shapes, axes or blocks"):
+            combining.combine([{"w": node}, {"w": other}], [2.0, -0.5])
+        other = node
+    combined = combining.combine([{"w": node}, {"w": other}], [2.0, -0.5])["w"]
+    np.testing.assert_allclose(added(combined), 2 * added(node) - 0.5 * added(other), **close)
+
+
+def test_a_term_that_is_no_product_of_two_factors_is_not_combined():
+    delta = lora.init(jax.random.key(0), {"w": jnp.zeros((6, 8))}, {"w": lora.LoKr(1, axes=("in", "out"))})
+    with pytest.raises(ValueError, match=r"'w': what a LoKr(.full)? adapter does to its weight is no product of two"):
+        combining.combine([delta], [1.0])
+    assert combining.truncate(delta, 1) == delta

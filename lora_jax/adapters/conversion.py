@@ -7,9 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters import roles
-from lora_jax.adapters.factored import Factor, Label, compute_dtype, spread
+from lora_jax.adapters.adalora import SingularTriplets
+from lora_jax.adapters.factored import Factor, Factored, Label, compute_dtype, spread
 from lora_jax.adapters.lowrank import LowRank
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
+
+
+def is_low_rank(node: Adapter) -> bool:
+    """Whether an adapter adds a product of two factors, so that :func:`as_low_rank` has it."""
+    if isinstance(node, LowRank | SingularTriplets):
+        return True
+    form = _form(node)
+    return form is not None and not any(_spans(node, factor) for factor in form.factors)
 
 
 def as_low_rank(node: Adapter) -> LowRank:
@@ -20,19 +29,18 @@ def as_low_rank(node: Adapter) -> LowRank:
     Raises:
       ValueError: The adapter adds no term of its own, or none that is a product of two factors.
     """
+    if isinstance(node, SingularTriplets):
+        node = node.folded()
     if isinstance(node, LowRank):
         return LowRank(node.a, node.b, node.scale, node.dropout, node.axes, node.blocks)
-    form = node.factored(jax.ShapeDtypeStruct(node.shape(), jnp.float32)) if node.additive else None  # pyrefly: ignore[bad-argument-type]
-    axes = [] if form is None else [label for axis in form.labels for label in axis]
-    if form is None or not form.factors or len(axes) != len(node.axes):
+    form = _form(node)
+    if form is None or any(_spans(node, factor) for factor in form.factors):
         raise ValueError(f"what a {node.kind} adapter does to its weight is no product of two factors.")
     batch, into, out = (roles.labels(node.axes, role) for role in (BATCH, IN, OUT))
     sizes = {label: size for factor in form.factors for label, size in factor.sizes.items()}
-    bonds = [label for label in sizes if label not in axes]
+    bonds = [label for label in sizes if label not in (*batch, *into, *out)]
     right = [factor for factor in form.factors if set(factor.labels) & set(out)]
     left = [factor for factor in form.factors if not set(factor.labels) & set(out)]
-    if any(set(factor.labels) & set(into) for factor in right):
-        raise ValueError(f"what a {node.kind} adapter does to its weight is no product of two factors.")
 
     def product(factors: Sequence[Factor], ends: Sequence[Label]) -> jax.Array:
         labels = [(label, sizes[label]) for label in (*batch, *bonds, *ends)]
@@ -48,3 +56,17 @@ def as_low_rank(node: Adapter) -> LowRank:
         axes=node.axes,
         blocks=(True,),
     )
+
+
+def _form(node: Adapter) -> Factored | None:
+    """The factored form of the term that an adapter adds to its weight, whatever the weight's values."""
+    if not node.additive:
+        return None
+    form = node.factored(jax.ShapeDtypeStruct(node.shape(), jnp.float32))  # pyrefly: ignore[bad-argument-type]
+    return form if form is not None and form.factors else None
+
+
+def _spans(node: Adapter, factor: Factor) -> bool:
+    """Whether a factor has labels of both in and out axes (parts of an axis included)."""
+    axes = {node.axes[int(label.split(".")[0])] for label in factor.labels if label[0].isdigit()}
+    return {IN, OUT} <= axes
