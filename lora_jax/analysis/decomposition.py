@@ -1,0 +1,179 @@
+"""The change that a delta makes, and its weights, as matrices and their singular value decompositions."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import paths
+from lora_jax.adapters.factored import Factor, compute_dtype
+from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter, check_axes
+from lora_jax.transform.call import Arguments, check_delta
+
+Delta = Mapping[str, Adapter]
+Axes = Mapping[str, Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decomposition:
+    """Singular value decompositions, the largest value first. Directions of zero values are zero.
+
+    Attributes:
+      inputs: `[*lead, in, k]`; the directions of the input, which are the right-singular vectors of the papers'
+        (out, in) matrices.
+      values: `[*lead, k]`; their norm is the Frobenius norm of the matrix.
+      outputs: `[*lead, out, k]`.
+    """
+
+    inputs: np.ndarray
+    values: np.ndarray
+    outputs: np.ndarray
+
+
+def decompose(delta: Delta, base: Any = None, *, axes: Axes | None = None) -> dict[str, Decomposition]:
+    """The singular value decomposition of every ΔW.
+
+    For adapters that add a product of factors (LoRA, AdaLoRA, VeRA, …) it is that of a small matrix between the
+    orthogonal parts of the factors. For all others ΔW is the merged weight minus the base's.
+
+    Args:
+      delta: Adapters.
+      base: The parameters; needed for adapters that do not add a product of factors.
+      axes: `{path: roles}` for adapters that know none (`Full`).
+
+    Returns:
+      `{path: Decomposition}`. The values are the spectrum, their norm is ‖ΔW‖_F.
+
+    Raises:
+      ValueError: An adapter needs the base, or has no in or no out axes; the delta does not fit the base.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> recipe = lora.LoRA(2, axes=("in", "out"))
+      >>> delta = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, {"w": recipe})
+      >>> decompose(delta)["w"].values.tolist()
+      [0.0, 0.0]
+    """
+    weights = weights_of(delta, base)
+    return {path: decomposed(path, node, weights.get(path), axes) for path, node in delta.items()}
+
+
+def decompose_weights(base: Any, delta: Delta, *, axes: Axes | None = None) -> dict[str, Decomposition]:
+    """The singular value decomposition of every weight that a delta adapts, in the delta's reading of its axes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> base = {"w": jnp.diag(jnp.array([1.0, 3.0]))}
+      >>> delta = lora.init(jax.random.key(0), base, {"w": lora.LoRA(1, axes=("in", "out"))})
+      >>> decompose_weights(base, delta)["w"].values.tolist()
+      [3.0, 1.0]
+    """
+    weights = weights_of(delta, base)
+    return {path: svd(matrices_of(weights[path], *reading_of(path, node, axes))) for path, node in delta.items()}
+
+
+def weights_of(delta: Delta, base: Any) -> dict[str, Any]:
+    """The adapted weights by path; none without a base."""
+    if base is None:
+        return {}
+    check_delta(delta, Arguments.of(base, (), {}))
+    leaves = paths.flatten(base).as_dict()
+    return {path: leaves[path] for path in delta}
+
+
+def reading_of(path: str, node: Adapter, axes: Axes | None) -> tuple[tuple[str, ...], int]:
+    """How a weight is read as matrices: the roles of its axes, and into how many blocks its out axis is split."""
+    roles = tuple((axes or {}).get(path, node.axes))
+    if IN not in roles or OUT not in roles:
+        raise ValueError(
+            f"{path!r}: the {node.kind} adapter has the axis roles {roles}; it takes in and out axes to read a weight "
+            f"of shape {node.shape()} as a matrix. Give axes={{path: roles}}, or leave the path out."
+        )
+    check_axes(roles, node.shape())
+    return roles, len(getattr(node, "blocks", (True,)))
+
+
+def decomposed(path: str, node: Adapter, weight: Any, axes: Axes | None) -> Decomposition:
+    """The decomposition of one ΔW."""
+    reading = reading_of(path, node, axes)
+    if node.additive:
+        pair = _pair(node)
+        if pair is None:
+            return svd(matrices_of(node.merge(jnp.zeros(node.shape(), jnp.float32)), *reading))
+        (q_in, r_in), (q_out, r_out) = np.linalg.qr(pair[0]), np.linalg.qr(pair[1])
+        core = svd(r_in @ r_out.swapaxes(-1, -2))
+        return Decomposition(q_in @ core.inputs, core.values, q_out @ core.outputs)
+    if weight is None:
+        raise ValueError(f"{path!r}: the {node.kind} adapter adds no term of its own to its weight: give base=.")
+    return svd(matrices_of(node.merge(wide(weight)), *reading) - matrices_of(weight, *reading))
+
+
+def svd(matrix: np.ndarray) -> Decomposition:
+    """The decomposition of `[*lead, in, out]`."""
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    zero = s <= s.max(axis=-1, keepdims=True, initial=0.0) * np.finfo(s.dtype).eps * max(matrix.shape[-2:])
+    keep = ~zero[..., None, :]
+    return Decomposition(u * keep, np.where(zero, 0.0, s), vt.swapaxes(-1, -2) * keep)
+
+
+def _pair(node: Adapter) -> tuple[np.ndarray, np.ndarray] | None:
+    """ΔW as two matrices, `[*lead, in, k]` and `[*lead, out, k]`, or None where the factors do not part so."""
+    form = node.factored(jax.ShapeDtypeStruct(node.shape(), jnp.float32))  # an additive term has no use for the values
+    if form is None:
+        return None
+    sizes = dict(pair for axis in form.dims(node.shape()) for pair in axis)
+    role_of = {label: role for labels, role in zip(form.labels, node.axes) for label in labels}
+    reads: list[Factor] = []  # with labels of in axes
+    writes: list[Factor] = []
+    for factor in form.factors:
+        (reads if any(role_of.get(label) == IN for label in factor.labels) else writes).append(factor)
+    read, written = ({label for factor in side for label in factor.labels} for side in (reads, writes))
+    # An out label on both sides counts matrices, as batch labels do: the blocks of a fused axis.
+    lead = [x for x, role in role_of.items() if role == BATCH or (role == OUT and x in read & written)]
+    if any(role_of.get(label) == OUT and label not in lead for label in read):
+        return None
+    bonds = sorted(label for label in read & written if label not in role_of)
+    into, out = ([x for x, role in role_of.items() if role == wanted and x not in lead] for wanted in (IN, OUT))
+    return _product(reads, lead, into, bonds, sizes), _product(writes, lead, out, bonds, sizes)
+
+
+def _product(
+    factors: Sequence[Factor], lead: Sequence[str], own: Sequence[str], bonds: Sequence[str], sizes: Mapping[str, int]
+) -> np.ndarray:
+    """`[*lead, own, bonds]`: the product of factors, with the labels of each of the last two groups flattened."""
+    number = {label: i for i, label in enumerate({*lead, *own, *bonds, *(x for f in factors for x in f.labels)})}
+    # Ones along what no factor has: one pair of factors may serve all layers.
+    ones = np.ones([sizes[label] for label in (*lead, *own)])
+    operands: list[Any] = [ones, [number[label] for label in (*lead, *own)]]
+    for factor in factors:
+        operands += [float64(factor.array), [number[label] for label in factor.labels]]
+    product = np.einsum(*operands, [number[label] for label in (*lead, *own, *bonds)], optimize=True)
+    rest = product.shape[len(lead) + len(own) :]
+    return product.reshape(*product.shape[: len(lead)], -1, int(np.prod(rest)))
+
+
+def matrices_of(weight: Any, roles: Sequence[str], blocks: int) -> np.ndarray:
+    """A weight as `[*batch, (blocks,) in, out]`."""
+    groups = [[i for i, role in enumerate(roles) if role == wanted] for wanted in (BATCH, IN, OUT)]
+    array = float64(weight).transpose([i for group in groups for i in group])
+    batch, into = array.shape[: len(groups[0])], array.shape[len(groups[0]) : len(groups[0]) + len(groups[1])]
+    matrices = array.reshape(*batch, int(np.prod(into)), blocks, -1).swapaxes(-2, -3)
+    return matrices if blocks > 1 else matrices[..., 0, :, :]
+
+
+def wide(weight: Any) -> jax.Array:
+    """In the dtype that merges are computed in, so that a change is not rounded to the weight's own."""
+    return jnp.asarray(weight).astype(compute_dtype(weight.dtype))
+
+
+def float64(array: Any) -> np.ndarray:
+    """On the host, in the precision of the analysis."""
+    return np.asarray(array).astype(np.float64)
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray, otherwise: float) -> np.ndarray:
+    """The quotient, and `otherwise` where the denominator is zero."""
+    return np.divide(numerator, denominator, out=np.full(np.shape(numerator), otherwise), where=denominator != 0)
