@@ -1,0 +1,113 @@
+"""The pictures of the analysis."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lora_jax.analysis import Amplification, Drift
+
+_COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2")
+_MARKERS = {"query": "o", "value": "^"}
+
+
+def similarities(path: Path, found: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Writes φ for all i and j: a row a weight, a column a comparison."""
+    names = list(next(iter(found.values())))
+    figure, panels = _panels(len(found), len(names), (3.1, 3.0))
+    image = None
+    for row, (weight, grids) in zip(panels, found.items()):
+        for axes, name in zip(row, names):
+            grid = grids[name]
+            extent = (0.5, grid.shape[1] + 0.5, grid.shape[0] + 0.5, 0.5)
+            image = axes.imshow(grid, vmin=0, vmax=1, aspect="auto", cmap="magma", extent=extent, interpolation="none")
+            axes.set_title(name, fontsize=9)
+            axes.set(xlabel="j", xticks=_ticks(grid.shape[1]), yticks=_ticks(grid.shape[0]))
+        row[0].set_ylabel(f"{_short(weight)}\ni")
+    assert image is not None
+    figure.colorbar(image, ax=panels, label="φ(i, j)", shrink=0.8)
+    _save(figure, path, "Subspaces that the first i and the first j directions share")
+
+
+def amplifications(path: Path, found: Mapping[str, Mapping[str, Amplification]]) -> None:
+    """Writes the amplification of every weight, and what W does in ΔW's directions beside others."""
+    figure, ((left, right),) = _panels(1, 2, (5.6, 4.2))
+    for colour, weights in zip(_COLOURS, found.values()):
+        for part, chosen in _by_part(weights).items():
+            layers = range(len(chosen))
+            values = [float(amplified.factor) for amplified in chosen]
+            left.plot(layers, values, color=colour, marker=_MARKERS[part], markersize=5, linewidth=1)
+    method, weights = next(iter(found.items()))
+    kinds = {"ΔW": "projected", "W, the largest": "largest", "random": "random"}
+    for colour, field in zip(_COLOURS, kinds.values()):
+        for part, chosen in _by_part(weights).items():
+            values = [float(getattr(amplified, field)) for amplified in chosen]
+            right.plot(range(len(chosen)), values, color=colour, marker=_MARKERS[part], markersize=5, linewidth=1)
+    left.set(xlabel="layer", ylabel="‖ΔW‖ / ‖UᵀWVᵀ‖", yscale="log", title="amplification")
+    right.set(xlabel="layer", ylabel="‖UᵀWVᵀ‖", yscale="log", title=f"W in {method}'s number of directions, from")
+    _legend(left, list(found))
+    _legend(right, list(kinds))
+    _save(figure, path, "How much ΔW amplifies what W already does in the directions of ΔW")
+
+
+def drifts(
+    path: Path, found: Mapping[str, Mapping[int, Mapping[str, Drift]]], correlations: Mapping[str, float]
+) -> None:
+    """Writes ΔM over ΔD, a panel a method, a point a weight and step."""
+    figure, (row,) = _panels(1, len(found), (3.4, 3.6))
+    for axes, (method, steps) in zip(row, found.items()):
+        for colour, weights in zip(_COLOURS, steps.values()):
+            for weight, drift in weights.items():
+                axes.scatter(drift.direction, drift.magnitude, color=colour, marker=_MARKERS[_part(weight)], s=22)
+        axes.set(xlabel="ΔD, change of direction", title=f"{method}: correlation {correlations[method]:+.2f}")
+        axes.ticklabel_format(scilimits=(-2, 3))
+    row[0].set_ylabel("ΔM, change of magnitude")
+    steps = next(iter(found.values()))
+    _legend(row[-1], [f"step {step}" for step in steps])
+    _save(figure, path, "How far the weights of query and value have moved")
+
+
+def _panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(columns * size[0], rows * size[1]), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _legend(axes: Axes, coloured: Sequence[str]) -> None:
+    """Colours by name, markers by part of the attention."""
+    entries = [Line2D([], [], color=colour, label=name) for colour, name in zip(_COLOURS, coloured)]
+    entries += [
+        Line2D([], [], color="grey", marker=marker, linestyle="", label=part) for part, marker in _MARKERS.items()
+    ]
+    axes.legend(handles=entries, frameon=False, fontsize=8)
+
+
+def _save(figure: Figure, path: Path, title: str) -> None:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _ticks(size: int) -> list[int]:
+    return sorted({1, *np.linspace(0, size, 5).round().astype(int)[1:].tolist()})
+
+
+def _by_part(weights: Mapping[str, Amplification]) -> dict[str, list[Amplification]]:
+    """The weights of query and of value, each in the order of the layers."""
+    return {part: [found for path, found in weights.items() if _part(path) == part] for part in _MARKERS}
+
+
+def _part(path: str) -> str:
+    return next(part for part in _MARKERS if f"/{part}/" in path)
+
+
+def _short(path: str) -> str:
+    layer = re.search(r"\d+", path)
+    return f"{_part(path)} of layer {layer.group()}" if layer else _part(path)
