@@ -117,7 +117,7 @@ class CorDA(Initializer):
         size = squares.shape[1]
         mean = jnp.trace(squares, axis1=1, axis2=2)[:, None, None] / size
         # A matrix without inputs (an expert that no token chose) is not weighted.
-        damped = squares / jnp.where(mean > 0, mean, 1.0) + jnp.where(mean > 0, DAMPING, 1.0) * jnp.eye(size)
+        damped = squares / jnp.where(mean > 0, mean, 1.0) + jnp.where(mean > 0, DAMPING, 1.0) * jnp.eye(size)[None]
         weighted = jnp.matmul(damped, given.weight.astype(damped.dtype), precision=lax.Precision.HIGHEST)
         u, s, vt = jnp.linalg.svd(weighted, full_matrices=False)
         chosen = slice(-given.rank, None) if self.keep_knowledge else slice(given.rank)
