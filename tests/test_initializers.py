@@ -52,8 +52,8 @@ def pefts(name, module):
         ("pissa", "pissa", 1e-5),
         ("pissa_niter_16", PiSSA(niter=16), 1e-5),
         ("olora", "olora", 1e-5),
-        ("corda_ipm", "corda", 3e-4),
-        ("corda_kpm", CorDA(keep_knowledge=True), 3e-4),
+        ("corda_ipm", "corda", 1e-3),
+        ("corda_kpm", CorDA(keep_knowledge=True), 1e-3),
     ],
 )
 def test_moved_parts_are_pefts(name, init, tolerance):
@@ -64,6 +64,20 @@ def test_moved_parts_are_pefts(name, init, tolerance):
         assert float(FIXTURE[f"{name}.{module}.scale"]) == float(delta[module].scale) == 2.0
         np.testing.assert_allclose(added(delta[module]), 2.0 * a.T @ b, atol=tolerance)
         np.testing.assert_allclose(base[module], moved, atol=tolerance)
+
+
+@pytest.mark.parametrize("keep_knowledge", [False, True])
+def test_corda_is_exact_in_float32(keep_knowledge):
+    """PEFT's own results, which invert a matrix, are up to 1e-4 from these."""
+    recipe = lora.LoRA(RANK, ALPHA, init=CorDA(keep_knowledge))
+    _, delta = lora.prepare(jax.random.key(0), published(), {"up": recipe}, fn, [X])
+    x, weight = (np.asarray(array, np.float64) for array in (X, published()["up"]))
+    squares = x.T @ x
+    damped = squares + 0.01 * np.trace(squares) / len(squares) * np.eye(len(squares))
+    u, s, vt = np.linalg.svd(damped @ weight, full_matrices=False)
+    chosen = slice(-RANK, None) if keep_knowledge else slice(RANK)
+    expected = np.linalg.inv(damped) @ u[:, chosen] @ np.diag(s[chosen]) @ vt[chosen]
+    np.testing.assert_allclose(added(delta["up"]), expected, atol=5e-5)
 
 
 def test_eva_has_pefts_ranks_and_directions():

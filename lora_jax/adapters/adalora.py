@@ -72,13 +72,14 @@ class SingularTriplets(Adapter):
         return self._pair(self.b).describe()
 
 
-NORMAL = Drawn(
-    lambda key, batch, rank, fan_in, fan_out: tuple(
-        0.02 * jax.random.normal(part, (batch, rank, size), jnp.float32)
-        for part, size in zip(jax.random.split(key), (fan_in, fan_out))
-    )
-)
-"""a, b ~ N(0, 0.02²)."""
+def _normal(key, batch, rank, fan_in, fan_out):
+    """a, b ~ N(0, 0.02²)."""
+    key_a, key_b = jax.random.split(key)
+    a = 0.02 * jax.random.normal(key_a, (batch, rank, fan_in), jnp.float32)
+    return a, 0.02 * jax.random.normal(key_b, (batch, rank, fan_out), jnp.float32)
+
+
+NORMAL = Drawn(_normal)
 
 
 @dataclasses.dataclass(frozen=True)

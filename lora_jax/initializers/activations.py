@@ -80,7 +80,8 @@ def _shares(covariance: jax.Array) -> jax.Array:
 
 
 DAMPING = 0.01
-"""Of the mean of the second moment's diagonal, added to it, so that it can be inverted; as in the authors' code."""
+"""Of the mean of the second moment's diagonal, added to it, so that no direction counts for nothing; as in the
+authors' code, which inverts the sum."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +120,10 @@ class CorDA(Initializer):
         # A matrix without inputs (an expert that no token chose) is not weighted.
         damped = squares / jnp.where(mean > 0, mean, 1.0) + jnp.where(mean > 0, DAMPING, 1.0) * jnp.eye(size)[None]
         weighted = jnp.matmul(damped, given.weight.astype(damped.dtype), precision=lax.Precision.HIGHEST)
-        u, s, vt = jnp.linalg.svd(weighted, full_matrices=False)
+        _, s, vt = jnp.linalg.svd(weighted, full_matrices=False)
         chosen = slice(-given.rank, None) if self.keep_knowledge else slice(given.rank)
-        root = jnp.sqrt(s[:, chosen] / given.scale)[:, :, None]
-        a = root * jnp.linalg.solve(damped, u[:, :, chosen]).mT
-        b = root * vt[:, chosen]
+        v, s = vt[:, chosen], s[:, chosen, None]
+        # C⁻¹UΣ is WV: nothing is inverted.
+        image = jnp.matmul(v, given.weight.mT, precision=lax.Precision.HIGHEST)
+        a, b = image / jnp.sqrt(jnp.maximum(s, jnp.finfo(s.dtype).tiny) * given.scale), v * jnp.sqrt(s / given.scale)
         return Start(a, b, given.without(a, b))
