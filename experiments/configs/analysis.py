@@ -10,8 +10,8 @@ STUDY = "experiments.studies.analysis"
 class Config:
     """Subspaces, amplification, and changes of direction and magnitude in all-MiniLM-L6-v2's query and value.
 
-    Trains six short runs on the quickstart's data from the same converged head: LoRA of a small and of a large rank
-    with two seeds each, DoRA, and full fine-tuning. Then it compares subspaces (LoRA paper, §7.2 and appendix H),
+    Trains five short runs on the quickstart's data from the same converged head: LoRA of a small rank, of a large one
+    with two seeds, DoRA, and full fine-tuning. Then it compares subspaces (LoRA paper, §7.2 and appendix H),
     measures amplification (§7.3), and how far direction and magnitude move and go together (DoRA paper, §3.2).
 
     The default takes about 6 minutes on 2 CPU cores. It writes three pictures and a JSON under --out. Interrupted,

@@ -22,7 +22,8 @@ from experiments.studies.methods import Method
 from experiments.studies.problem import HEAD, Problem, load
 from lora_jax import analysis
 
-_WATCHED = r"attention/(query|value)/kernel"
+PARTS = ("query", "value")
+_WATCHED = rf"attention/({'|'.join(PARTS)})/kernel"
 _WARMUP, _CLIP, _LABEL_SMOOTHING = 0.06, 1.0, 0.1  # the quickstart's
 
 
@@ -34,14 +35,14 @@ class Findings:
       similarities: Path, then comparison, to φ for all i and j.
       amplifications: Method, then path.
       drifts: Method, then step, then path.
-      correlations: Of ΔD and ΔM over all steps and paths, by method.
+      correlations: Of ΔD and ΔM over all steps and layers; method, then query or value.
       accuracies: On validation, by run.
     """
 
     similarities: dict[str, dict[str, np.ndarray]]
     amplifications: dict[str, dict[str, analysis.Amplification]]
     drifts: dict[str, dict[int, dict[str, analysis.Drift]]]
-    correlations: dict[str, float]
+    correlations: dict[str, dict[str, float]]
     accuracies: dict[str, float]
 
 
@@ -57,7 +58,7 @@ def run(config: Config) -> Findings:
     axes = _watched(problem, config)
     drawn = [path for path in axes if re.search(rf"\b{config.layer}\b", path)]
     if not drawn:
-        raise UserError(f"--layer {config.layer}: the model has layers 0 to {len(axes) // 2 - 1}")
+        raise UserError(f"--layer {config.layer}: the model has layers 0 to {len(axes) // len(PARTS) - 1}")
     start = head.run(
         problem, provenance.directory(config.out, "head", _shared(config, problem), fresh=config.fresh), console
     )
@@ -95,7 +96,7 @@ def _methods(config: Config) -> list[tuple[Method, int]]:
     small, large = (lora.LoRA(rank, alpha=config.alpha) for rank in (config.rank, config.large_rank))
     dora = lora.DoRA(config.rank, alpha=config.alpha)
     return [
-        *[(method(_lora(config.rank), adapters(small), config.lora_lr), seed) for seed in (0, 1)],
+        (method(_lora(config.rank), adapters(small), config.lora_lr), 0),
         *[(method(_lora(config.large_rank), adapters(large), config.lora_lr), seed) for seed in (0, 1)],
         (method(f"DoRA r={config.rank}", adapters(dora), config.lora_lr), 0),
         (method("full", {"": lora.Full()}, config.full_lr), 0),
@@ -129,9 +130,8 @@ def _analysed(config: Config, start: Start, runs: list[Run], axes: dict[str, tup
         for run in first
     }
     return Findings(
-        similarities=_similarities(
-            start, by_run[small, 0], by_run[large, 0], by_run[small, 1], by_run[large, 1], config.large_rank
-        ),
+        # Not of one seed: the rows of a smaller factor are the first ones of a larger, drawn from the same key.
+        similarities=_similarities(start, by_run[small, 0], by_run[large, 1], by_run[large, 0], config.large_rank),
         # What is of full rank is cut to the directions that LoRA has.
         amplifications={
             run.name: analysis.amplification(
@@ -141,26 +141,28 @@ def _analysed(config: Config, start: Start, runs: list[Run], axes: dict[str, tup
         },
         drifts=drifts,
         correlations={
-            name: analysis.correlation(drift for paths in steps.values() for drift in paths.values())
+            name: {
+                part: analysis.correlation(
+                    drift for paths in steps.values() for path, drift in paths.items() if f"/{part}/" in path
+                )
+                for part in PARTS
+            }
             for name, steps in drifts.items()
         },
         accuracies={f"{run.name} seed {run.seed}": run.accuracy for run in runs},
     )
 
 
-def _similarities(
-    start: Start, small: Run, large: Run, small_again: Run, large_again: Run, count: int
-) -> dict[str, dict[str, np.ndarray]]:
-    """φ between runs, between a run and the weight, and between random matrices."""
-    a = {id(run): analysis.factor_directions(run.last) for run in (small, large, small_again, large_again)}
+def _similarities(start: Start, small: Run, large: Run, again: Run, count: int) -> dict[str, dict[str, np.ndarray]]:
+    """φ between runs, between random matrices, and between a run and the weight."""
+    of_small, of_large, of_again = (analysis.factor_directions(run.last) for run in (small, large, again))
     weights, change = analysis.decompose_weights(start.base, large.last), analysis.decompose(large.last)
     rng, found = np.random.default_rng(0), {}
-    for path, node in large.last.items():
-        random = [np.linalg.qr(rng.normal(size=(node.shape()[0], count)))[0] for _ in range(2)]
+    for path in large.last:
+        random = [np.linalg.qr(rng.normal(size=of_large[path].shape))[0] for _ in range(2)]
         pairs = {
-            f"{small.name} and {large.name}": (a[id(small)][path], a[id(large)][path]),
-            f"{small.name}, two seeds": (a[id(small)][path], a[id(small_again)][path]),
-            f"{large.name}, two seeds": (a[id(large)][path], a[id(large_again)][path]),
+            f"{small.name} and {large.name}": (of_small[path], of_large[path]),
+            f"{large.name}, two seeds": (of_large[path], of_again[path]),
             "two random matrices": random,
             f"W and ΔW of {large.name}": (weights[path].inputs[:, :count], change[path].inputs),
         }
@@ -171,14 +173,14 @@ def _similarities(
 def _table(findings: Findings) -> Table:
     """Medians over the weights, a line a method."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = ("‖ΔW‖", "‖UᵀWVᵀ‖\nof ΔW", "of W", "random", "ampli-\nfication", "without\nscale", "corr\n(ΔD, ΔM)")
+    columns = ("‖ΔW‖", "‖UᵀWVᵀ‖\nof ΔW", "of W", "random", "ampli-\nfication", "without\nscale")
     shown.add_column("method")
-    for name in columns:
+    for name in (*columns, *(f"corr(ΔD, ΔM)\n{part}" for part in PARTS)):
         shown.add_column(name, justify="right")
     for name, found in findings.amplifications.items():
         rows = [[x.change, x.projected, x.largest, x.random, x.factor, x.unscaled_factor] for x in found.values()]
         numbers = [f"{number:.2f}" for number in np.median(np.array(rows, float), axis=0)]
-        shown.add_row(name, *numbers, f"{findings.correlations[name]:+.2f}")
+        shown.add_row(name, *numbers, *(f"{found:+.2f}" for found in findings.correlations[name].values()))
     return shown
 
 

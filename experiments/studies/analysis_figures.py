@@ -43,20 +43,20 @@ def amplifications(path: Path, found: Mapping[str, Mapping[str, Amplification]])
             values = [float(amplified.factor) for amplified in chosen]
             left.plot(layers, values, color=colour, marker=_MARKERS[part], markersize=5, linewidth=1)
     method, weights = next(iter(found.items()))
-    kinds = {"ΔW": "projected", "W, the largest": "largest", "random": "random"}
+    kinds = {f"ΔW of {method}": "projected", "W, the largest": "largest", "random": "random"}
     for colour, field in zip(_COLOURS, kinds.values()):
         for part, chosen in _by_part(weights).items():
             values = [float(getattr(amplified, field)) for amplified in chosen]
             right.plot(range(len(chosen)), values, color=colour, marker=_MARKERS[part], markersize=5, linewidth=1)
     left.set(xlabel="layer", ylabel="‖ΔW‖ / ‖UᵀWVᵀ‖", yscale="log", title="amplification")
-    right.set(xlabel="layer", ylabel="‖UᵀWVᵀ‖", yscale="log", title=f"W in {method}'s number of directions, from")
+    right.set(xlabel="layer", ylabel="‖UᵀWVᵀ‖", yscale="log", title="what W does in as many directions of …")
     _legend(left, list(found))
     _legend(right, list(kinds))
     _save(figure, path, "How much ΔW amplifies what W already does in the directions of ΔW")
 
 
 def drifts(
-    path: Path, found: Mapping[str, Mapping[int, Mapping[str, Drift]]], correlations: Mapping[str, float]
+    path: Path, found: Mapping[str, Mapping[int, Mapping[str, Drift]]], correlations: Mapping[str, Mapping[str, float]]
 ) -> None:
     """Writes ΔM over ΔD, a panel a method, a point a weight and step."""
     figure, (row,) = _panels(1, len(found), (3.4, 3.6))
@@ -64,7 +64,9 @@ def drifts(
         for colour, weights in zip(_COLOURS, steps.values()):
             for weight, drift in weights.items():
                 axes.scatter(drift.direction, drift.magnitude, color=colour, marker=_MARKERS[_part(weight)], s=22)
-        axes.set(xlabel="ΔD, change of direction", title=f"{method}: correlation {correlations[method]:+.2f}")
+        said = ", ".join(f"{part} {value:+.2f}" for part, value in correlations[method].items())
+        axes.set(xlabel="ΔD, change of direction")
+        axes.set_title(f"{method}\ncorrelation: {said}", fontsize=10, pad=16)
         axes.ticklabel_format(scilimits=(-2, 3))
     row[0].set_ylabel("ΔM, change of magnitude")
     steps = next(iter(found.values()))
@@ -84,7 +86,7 @@ def _legend(axes: Axes, coloured: Sequence[str]) -> None:
     entries += [
         Line2D([], [], color="grey", marker=marker, linestyle="", label=part) for part, marker in _MARKERS.items()
     ]
-    axes.legend(handles=entries, frameon=False, fontsize=8)
+    axes.legend(handles=entries, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _save(figure: Figure, path: Path, title: str) -> None:
