@@ -21,8 +21,9 @@ def moved(delta, amount=0.3):
     )
 
 
-def by_hand(weight, node, axes):
+def by_hand(weight, node, axes, norm_over="in"):
     """m · V / ‖V‖ with the product formed: the paper's formula."""
+    kept = "out" if norm_over == "in" else "in"
     letters = dict(zip(range(weight.ndim), "abcdef"))
     of = {r: "".join(letters[i] for i, x in enumerate(axes) if x == r) for r in ("batch", "in", "out")}
     delta = jnp.einsum(
@@ -32,10 +33,10 @@ def by_hand(weight, node, axes):
         precision="highest",
     )
     v = weight + node.scale * delta
-    into = tuple(i for i, role in enumerate(axes) if role == "in")
-    norm = jnp.sqrt(jnp.sum(jnp.square(v), axis=into, keepdims=True))
-    shape = [1 if role == "in" else n for n, role in zip(weight.shape, axes)]
-    order = [i for r in ("batch", "out") for i, x in enumerate(axes) if x == r]
+    summed = tuple(i for i, role in enumerate(axes) if role == norm_over)
+    norm = jnp.sqrt(jnp.sum(jnp.square(v), axis=summed, keepdims=True))
+    shape = [1 if role == norm_over else n for n, role in zip(weight.shape, axes)]
+    order = [i for r in ("batch", kept) for i, x in enumerate(axes) if x == r]
     magnitude = node.magnitude.reshape([weight.shape[i] for i in order])
     back = sorted(range(len(order)), key=lambda i: order[i])
     return magnitude.transpose(back).reshape(shape) * v / norm
@@ -51,13 +52,14 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("norm_over", ["in", "out"])
 @pytest.mark.parametrize("shape, axes", CASES.values(), ids=CASES)
-def test_the_merged_weight_is_the_papers(shape, axes, lenient):
+def test_the_merged_weight_is_the_papers(shape, axes, norm_over, lenient):
     base = {"w": jax.random.normal(jax.random.key(1), shape)}
-    delta = lora.init(jax.random.key(0), base, {"w": lora.DoRA(2, alpha=3, axes=axes)})
+    delta = lora.init(jax.random.key(0), base, {"w": lora.DoRA(2, alpha=3, axes=axes, norm_over=norm_over)})
     np.testing.assert_allclose(lora.merge(base, delta)["w"], base["w"], rtol=1e-6)
     delta = moved(delta)
-    expected = by_hand(base["w"], delta["w"], axes)
+    expected = by_hand(base["w"], delta["w"], axes, norm_over)
     np.testing.assert_allclose(lora.merge(base, delta)["w"], expected, rtol=1e-5, atol=1e-6)
 
 

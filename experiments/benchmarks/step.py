@@ -71,6 +71,7 @@ class Target:
     of: Callable[[Cost], float]
     against: str
     limit: float
+    subject: str = "lora_jax"
 
 
 TARGETS = (
@@ -80,6 +81,7 @@ TARGETS = (
     Target("median seconds", lambda cost: statistics.median(cost.step), "hand-written", 0.82),
     Target("trace + compile", lambda cost: cost.build, "hand-written", 1.25),
     Target("peak memory", lambda cost: cost.peak_bytes, "hand-written", 1.02),
+    Target("FLOPs of DoRA", lambda cost: cost.flops, "lora_jax", 1.25, "lora_jax, DoRA"),
 )
 
 
@@ -174,12 +176,12 @@ def table(costs: dict[str, Cost]) -> str:
     return "\n".join(lines)
 
 
-def verdicts(costs: dict[str, Cost], subject: str = "lora_jax") -> list[tuple[str, bool]]:
+def verdicts(costs: dict[str, Cost]) -> list[tuple[str, bool]]:
     """A line for every target whose two variants ran, and whether it holds."""
     found = []
     for target in TARGETS:
-        if subject in costs and target.against in costs:
-            ratio = target.of(costs[subject]) / target.of(costs[target.against])
+        if target.subject in costs and target.against in costs:
+            ratio = target.of(costs[target.subject]) / target.of(costs[target.against])
             holds = ratio <= target.limit
             line = f"{target.what:16}{ratio:7.3f} × {target.against:18}(≤ {target.limit:<5}) "
             found.append((line + ("PASS" if holds else "FAIL"), holds))

@@ -80,11 +80,11 @@ def by_hand(problem: Problem, factors: Factors, layer: Callable[..., jax.Array])
     return Parts(loss, factors, problem.base)
 
 
-def library(problem: Problem, layers: list[str] | None = None) -> Parts:
+def library(problem: Problem, layers: list[str] | None = None, recipe: Callable[..., lora.LoRA] = lora.LoRA) -> Parts:
     """lora_jax on the plain model; `layers` restricts the adapters to some of them."""
     logits = functools.partial(model.logits, shape=problem.shape)
     where = "|".join(problem.factors if layers is None else layers)
-    spec = {f"^({where})/kernel$": lora.LoRA(rank=problem.rank, alpha=problem.alpha)}
+    spec = {f"^({where})/kernel$": recipe(rank=problem.rank, alpha=problem.alpha)}
     delta = lora.init(jax.random.key(0), problem.base, spec, logits, problem.tokens[:, :-1])
     for path, adapter in delta.items():
         a, b = problem.factors[path.removesuffix("/kernel")]
@@ -195,6 +195,7 @@ def available() -> dict[str, Callable[[Problem], Parts]]:
     """The variants that can run here, by the name in the table."""
     variants: dict[str, Callable[[Problem], Parts]] = {
         "lora_jax": library,
+        "lora_jax, DoRA": functools.partial(library, recipe=lora.DoRA),
         "bound": bound,
         "flattened by hand": flat_by_hand,
         "hand-written": hand_written,

@@ -99,7 +99,9 @@ def norms(weight: jax.Array, form: Factored, labels: Sequence[str]) -> jax.Array
     order = [label for label, _ in pairs if label in labels]
     squares = Factor(jnp.sum(jnp.square(wide.array), axis=summed), tuple(order)).transposed(labels).array
     cross = chain(wide, factors, out, precision=exact)
-    delta = chain(factors[0], [*factors[1:], *twins], out, precision=exact)
+    # From the factor whose axes are summed: with its twin it gives rank × rank.
+    start = min(range(len(factors)), key=lambda i: len(set(factors[i].labels) & set(labels)))
+    delta = chain(factors[start], [*factors[:start], *factors[start + 1 :], *twins], out, precision=exact)
     total = squares + 2.0 * cross + delta
     # The root has no gradient at zero.
     return jnp.where(total > 0.0, jnp.sqrt(jnp.where(total > 0.0, total, 1.0)), 0.0)

@@ -67,15 +67,15 @@ class HadamardProduct(Adapter):
         dtype = compute_dtype(self.a1.dtype)
 
         def products(one: jax.Array, two: jax.Array) -> jax.Array:
-            """The product of each row of one with each row of the other, `[*batch, rank, rank, …]`."""
-            return jnp.expand_dims(one.astype(dtype), lead + 1) * jnp.expand_dims(two.astype(dtype), lead)
+            """The product of each row of one with each row of the other, `[*batch, rank², …]`."""
+            all_pairs = jnp.expand_dims(one.astype(dtype), lead + 1) * jnp.expand_dims(two.astype(dtype), lead)
+            return all_pairs.reshape(*one.shape[:lead], -1, *one.shape[lead + 1 :])
 
-        ranks = ("rank1", "rank2")
         return Factored(
             labels=tuple((str(axis),) for axis in range(weight.ndim)),
             factors=(
-                Factor(products(self.a1, self.a2), (*batch, *ranks, *into)),
-                Factor(products(self.b1, self.b2) * self.scale.astype(dtype), (*batch, *ranks, *out)),
+                Factor(products(self.a1, self.a2), (*batch, "rank", *into)),
+                Factor(products(self.b1, self.b2) * self.scale.astype(dtype), (*batch, "rank", *out)),
             ),
         )
 

@@ -97,10 +97,13 @@ class Interpreter:
         name = equation.primitive.name
         reason = f"there is no factored form of {name}"
         if name in RULES:
+            recorded = len(self.uses or ())
             try:
                 return RULES[name](self, equation, values)
             except CannotFactor as error:
                 reason = str(error)
+                if self.uses is not None:  # what the rule had recorded before it gave up
+                    del self.uses[recorded:]
         return jaxprs.bind(equation, self.plain(equation, values, reason))
 
     def plain(self, equation: jaxprs.Equation, values: Sequence[Any], reason: str) -> list[Any]:

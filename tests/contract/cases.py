@@ -24,10 +24,40 @@ RECIPES = {
     "DoRA": lambda axes=None: lora.DoRA(2, alpha=4, axes=axes),
     "Full": lambda axes=None: lora.Full(),
     "Rows": lambda axes=None: lora.Rows((0, 2), axes=axes),
+    "DoRA_inputs": lambda axes=None: lora.DoRA(2, alpha=4, norm_over="out", axes=axes),
+    "LoRAFA": lambda axes=None: lora.LoRAFA(2, alpha=4, init="gaussian", axes=axes),
+    "AdaLoRA": lambda axes=None: lora.AdaLoRA(2, alpha=4, axes=axes),
+    "VeRA": lambda axes=None: lora.VeRA(3, axes=axes),
+    "DVoRA": lambda axes=None: lora.DVoRA(3, axes=axes),
+    "LoHa": lambda axes=None: lora.LoHa(1, alpha=2, axes=axes),
+    "LoKr": lambda axes=None: lora.LoKr(1, alpha=2, axes=axes),
+    "IA3": lambda axes=None: lora.IA3(axes=axes),
+    "IA3_inputs": lambda axes=None: lora.IA3("in", axes=axes),
     "FrozenPair": FrozenPairRecipe,
     "Picked": PickedRecipe,
     "Blocked": BlockedRecipe,
 }
+
+EVERYWHERE = ("LoRA", "LoRA_blocks", "DoRA", "Full", "Rows")
+"""Recipes that meet every layer: between them they have all that a factored form may hold. The others meet some."""
+
+SOME = (
+    "linen.DenseGeneral",
+    "linen.Conv2d_strided",
+    "linen.Conv2d_grouped_dilated",
+    "linen.Embed_tied_attend",
+    "linen.scan",
+    "nnx.Embed",
+    "nnx.MultiHeadAttention",
+    "equinox.MLP",
+    "raw.x_w",
+    "raw.w_x",
+    "raw.ragged_dot",
+    "raw.reshaped_to_heads",
+    "raw.scan_over_layers",
+    "raw.twice",
+)
+"""A layer of each form that a use of a weight may have."""
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -44,8 +74,15 @@ USES_DEVICES = ("raw.sharding_constraint", "raw.shard_map", "raw.shard_map_gathe
 """Layers that span the devices themselves, so that no transformation can spread them over devices again."""
 
 
-MERGED = tuple(itertools.product(("raw.ragged_dot",), ("LoRA_blocks", "LoRA_one_block", "Blocked")))
-"""Out axes in blocks have no ragged product of their own."""
+CONVOLUTIONS = ("linen.Conv2d_strided", "linen.Conv2d_grouped_dilated")
+MERGED = (
+    # Axes in blocks or divided have no ragged product of their own, and no lookup.
+    *itertools.product(("raw.ragged_dot",), ("LoRA_blocks", "LoRA_one_block", "Blocked", "LoKr")),
+    *itertools.product(("nnx.Embed", "linen.Embed_tied_attend"), ("LoKr",)),
+    # Gains on the in axes of a convolution are on its window too; a divided kernel is no kernel.
+    *itertools.product(CONVOLUTIONS, ("DoRA_inputs", "IA3_inputs", "LoKr")),
+)
+"""What is merged, and explain says so."""
 
 IN_PARTS = (*USES_DEVICES, "raw.positions", "raw.qkv_split_before", "raw.qkv_sliced_before")
 """Layers that multiply by parts of their weight, so that even a merged gradient is made of parts."""
@@ -53,6 +90,8 @@ IN_PARTS = (*USES_DEVICES, "raw.positions", "raw.qkv_split_before", "raw.qkv_sli
 
 def fits(layer: str, recipe: str) -> bool:
     """Whether a recipe can adapt a layer's weights. (All out axes that may be split are of even size.)"""
+    if recipe not in EVERYWHERE and layer not in SOME:
+        return False
     roles = LAYERS[layer].axes.values()
     if recipe in ("LoRA_blocks", "LoRA_one_block"):
         return all(axes.count("out") == 1 for axes in roles)

@@ -235,7 +235,7 @@ def check_shard_map(case):
 
 BY_RECIPE = [
     (layer, recipe)
-    for layer in ("raw.x_w", "linen.scan", "nnx.Embed", "equinox.MLP")
+    for layer in ("linen.scan", "nnx.Embed")
     for recipe in cases.RECIPES
     if cases.fits(layer, recipe)
 ]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -74,8 +75,31 @@ def test_bound_is_one_adapter_on_the_first_layer(problem):
         np.testing.assert_allclose(ours, theirs, **CLOSE)
 
 
+def weight_shaped(problem, make):
+    """Arrays of the shape of an adapted weight (or its transpose) that the compiled step holds beside its arguments."""
+    parts = make(problem)
+    train_step, state = step.make_step(parts)
+    text = train_step.lower(parts.train, state, parts.rest, problem.tokens).compile().as_text()
+    sizes = {size for n_in, n_out in problem.shape.linears().values() for size in ((n_in, n_out), (n_out, n_in))}
+    found, inside = [], False
+    for line in text.splitlines():
+        if line.endswith("{"):  # what stands inside of a fusion is held by nobody
+            inside = "fused" in line.split("(")[0]
+        held = re.match(r"\s+(?:ROOT )?%?\S+ = \w+\[(\d+),(\d+)\]\S* (?!parameter)([\w-]+)\(", line)
+        if held and not inside and (int(held[1]), int(held[2])) in sizes:
+            found.append(held[3])
+    return found
+
+
+def test_doras_step_holds_no_array_of_a_weights_shape():
+    shape = model.Shape(layers=1, width=256, hidden=640, heads=2, vocabulary=40, batch=2, length=6)
+    problem = step_variants.make_problem(shape, rank=3)
+    assert weight_shaped(problem, step_variants.formed) != []
+    assert weight_shaped(problem, step_variants.available()["lora_jax, DoRA"]) == []
+
+
 def test_command_prints_variants_and_verdicts(capsys):
-    names = ("lora_jax", "bound", "hand-written", "full fine-tuning")
+    names = ("lora_jax", "lora_jax, DoRA", "bound", "hand-written", "full fine-tuning")
     shape = dataclasses.replace(SHAPE, layers=1)
     status = step.main(step.Config(shape=shape, rank=2, steps=1, compiles=1, variants=names))
     printed = capsys.readouterr().out
