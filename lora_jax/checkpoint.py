@@ -1,8 +1,8 @@
 """Adapters on disk: arrays by Orbax, and a readable JSON that says what they are.
 
 An adapter directory holds `adapter.json` (format version; per path the kind, axis roles and other
-structure, rank and alpha, and the shape and dtype of every array; a fingerprint of the base) and
-`arrays/` (an Orbax checkpoint). Everything that :func:`load` builds comes from these two.
+structure, rank and alpha, and the shape and dtype of every array, or which other it is; a fingerprint of
+the base) and `arrays/` (an Orbax checkpoint). Everything that :func:`load` builds comes from these two.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ Delta = dict[str, Adapter]
 FORMAT = "lora_jax adapter"
 VERSION = 1
 MANIFEST, ARRAYS = "adapter.json", "arrays"
+SAME = "same_as"
 
 
 def save(directory: str | os.PathLike, delta: Delta, *, base: Any = None) -> None:
@@ -90,6 +91,7 @@ def load(directory: str | os.PathLike, base: Any = None) -> Delta:
         f"{path}:{name}": jax.ShapeDtypeStruct(tuple(array["shape"]), np.dtype(array["dtype"]))
         for path, entry in entries.items()
         for name, array in entry["arrays"].items()
+        if SAME not in array
     }
     if base is not None:
         _check_fit(directory, manifest, base)
@@ -97,7 +99,7 @@ def load(directory: str | os.PathLike, base: Any = None) -> Delta:
     delta = {}
     for path, entry in entries.items():
         cls = KINDS[entry["kind"]]
-        leaves = {name: arrays[f"{path}:{name}"] for name in entry["arrays"]}
+        leaves = {name: arrays[array.get(SAME, f"{path}:{name}")] for name, array in entry["arrays"].items()}
         delta[path] = cls(**leaves, **{name: _tuples(value) for name, value in entry["structure"].items()})
     return delta
 
@@ -109,6 +111,7 @@ def _described(delta: Delta, base: Any) -> tuple[dict[str, Any], dict[str, jax.A
     weights = None if base is None else paths.flatten(base).as_dict()
     adapters: dict[str, Any] = {}
     arrays: dict[str, jax.Array] = {}
+    known: dict[int, str] = {}  # one array that several adapters hold (VeRA's pair) is written once
     for path, node in delta.items():
         if not is_adapter(node):
             raise ValueError(f"delta[{path!r}] is no adapter but {type(node).__name__}.")
@@ -118,8 +121,13 @@ def _described(delta: Delta, base: Any) -> tuple[dict[str, Any], dict[str, jax.A
             if "static" in field.metadata:
                 structure[field.name] = value
             elif isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.core.Tracer):
+                name = f"{path}:{field.name}"
                 leaves[field.name] = {"shape": list(value.shape), "dtype": value.dtype.name}
-                arrays[f"{path}:{field.name}"] = jnp.asarray(value)
+                if id(value) in known:
+                    leaves[field.name][SAME] = known[id(value)]
+                else:
+                    known[id(value)] = name
+                    arrays[name] = jnp.asarray(value)
             else:
                 raise ValueError(f"delta[{path!r}].{field.name} is no array but {type(value).__name__}.")
         adapters[path] = {
@@ -189,6 +197,11 @@ def _check_entries(file: pathlib.Path, entries: dict[str, Any]) -> None:
             )
         for array in entry["arrays"].values():
             np.dtype(array["dtype"]), tuple(array["shape"])
+            if SAME in array:
+                path, _, name = array[SAME].rpartition(":")
+                other = entries[path]["arrays"][name]
+                if SAME in other or (other["shape"], other["dtype"]) != (array["shape"], array["dtype"]):
+                    raise ValueError(f"{file}: {array[SAME]!r} does not stand for an array that is the same as it.")
 
 
 def _check_fit(directory: pathlib.Path, manifest: dict[str, Any], base: Any) -> None:

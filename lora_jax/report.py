@@ -202,7 +202,10 @@ def summary(base: Any, delta: Delta) -> Summary:
 
 
 def _bytes(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes of all leaves; an array that stands in several places is held once (a shape is an array of its own)."""
+    leaves = jax.tree.leaves(tree)
+    own = {number if isinstance(leaf, jax.ShapeDtypeStruct) else id(leaf): leaf for number, leaf in enumerate(leaves)}
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in own.values())
 
 
 def _short(value: Any) -> str:

@@ -257,3 +257,16 @@ def test_arguments_that_no_recipe_takes(make, message):
 def test_magnitudes_need_the_weights_values(recipe):
     with pytest.raises(ValueError, match="starts from the weight's norms; the base has its shape only"):
         recipe.make(jax.random.key(0), jax.ShapeDtypeStruct((4, 8), jnp.float32), ("in", "out"))
+
+
+def test_a_shared_pair_is_saved_and_counted_once(tmp_path):
+    base = {str(i): jnp.ones((24, 36)) for i in range(3)}
+    delta = lora.init(jax.random.key(0), base, {".": lora.VeRA(64, axes=("in", "out"))})
+    pair, vectors = 64 * (24 + 36) * 4, 3 * (64 + 36 + 2) * 4  # a scale and a rate each
+    assert lora.summary(base, delta).delta_bytes == pair + vectors
+    lora.save(tmp_path / "adapter", delta)
+    stored = sum(file.stat().st_size for file in (tmp_path / "adapter" / "arrays").rglob("*") if file.is_file())
+    loaded = lora.load(tmp_path / "adapter", base)
+    assert loaded["0"].a is loaded["1"].a is loaded["2"].a
+    np.testing.assert_array_equal(loaded["2"].b, delta["0"].b)
+    assert stored < 2 * pair

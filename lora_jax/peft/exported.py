@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from lora_jax.adapters.conversion import as_low_rank, is_low_rank
 from lora_jax.adapters.dora import WeightDecomposed
 from lora_jax.adapters.full import Replacement, RowReplacement
 from lora_jax.adapters.lowrank import RANK, LowRank
@@ -120,7 +121,13 @@ def export(delta: Mapping[str, Adapter], names: Names) -> Exported:
             place = names.find(path, node.shape())
             new = place.in_model
             row |= dict.fromkeys(new.values(), numbers[id(place.weight)])
-            if isinstance(node, LowRank):
+            if isinstance(node, WeightDecomposed) and node.norm_over != IN:
+                raise ValueError(
+                    f"{path!r}: PEFT's DoRA has a magnitude for each output, this adapter "
+                    f"(norm_over={node.norm_over!r}) one for each input"
+                )
+            if is_low_rank(node):
+                node = node if isinstance(node, LowRank) else as_low_rank(node)
                 modules = _with_tied(place, _modules(place, node))
                 exported.modules += [dataclasses.replace(m, name=new.get(m.name, m.name)) for m in modules]
             elif isinstance(node, Replacement):

@@ -26,7 +26,8 @@ def save(
 
     Args:
       directory: Where to; an adapter that is there is replaced when the new one is complete.
-      delta: Adapters of the kinds LoRA, DoRA, Offset, Full and Rows.
+      delta: Adapters of the kinds LoRA, DoRA, Offset, Full and Rows. What else adds a product of two factors (LoRA-FA,
+        AdaLoRA, VeRA, LoHa) is written as the LoRA that it equals.
       names: Where the leaves stand in PyTorch.
       target: Who is to read it: 'peft'; 'vllm' and 'gguf' (llama.cpp's converter), which read PEFT's format in
         part: uneven scales are folded into B; or 'mlx' (mlx-lm), with files of its own.
