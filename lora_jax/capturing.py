@@ -66,7 +66,8 @@ def capture(
         else:
             readings[path] = Reading(shape, roles, gradient=sums[path] / count)
             seen, what = sums[path], "gradient but zero was seen"
-        if not jnp.any(seen):
+        nothing = ~jnp.any(seen)
+        if not isinstance(nothing, jax.core.Tracer) and nothing:
             raise ValueError(
                 f"{path!r}: no {what}: it does not act on the outputs in a way that can be differentiated."
             )

@@ -185,6 +185,7 @@ def stacked_base(dtype=jnp.float32):
 
 
 TOKENS = jax.random.normal(jax.random.key(6), (2, 5, 6))
+STACKED, ADAPTED, MERGED = jax.jit(stacked), jax.jit(lora.adapt(stacked)), jax.jit(lora.merge)
 
 
 @pytest.mark.parametrize(
@@ -195,11 +196,12 @@ def test_the_first_output_is_unchanged(recipe, init):
     base = stacked_base()
     options = {"loss": lambda base, x: jnp.sum(jnp.sin(stacked(base, x)))} if init == "lora_ga" else {}
     spec = {".": recipe(2, 3, init=init)}
-    moved, delta = lora.prepare(jax.random.key(0), base, spec, stacked, [TOKENS], **options)
-    after = jax.jit(lora.adapt(stacked))(moved, delta, TOKENS)
-    np.testing.assert_allclose(after, jax.jit(stacked)(base, TOKENS), rtol=1e-4, atol=1e-5)
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), lora.merge(moved, delta), base)
-    changed = [path for path in base if (moved[path] != base[path]).any()]
+    prepare = lambda base: lora.prepare(jax.random.key(0), base, spec, stacked, [TOKENS], **options)  # noqa: E731
+    # EVA's ranks are numbers, which a compiled prepare does not have.
+    moved, delta = prepare(base) if init == "eva" else jax.jit(prepare)(base)
+    np.testing.assert_allclose(ADAPTED(moved, delta, TOKENS), STACKED(base, TOKENS), rtol=1e-4, atol=1e-5)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), MERGED(moved, delta), base)
+    changed = [path for path in base if (np.asarray(moved[path]) != np.asarray(base[path])).any()]
     assert changed == ([] if init in ("eva", "orthogonal") else list(base))
 
 
@@ -410,7 +412,7 @@ def test_inputs_that_cannot_be_read(function, message):
 
 
 def test_inputs_inside_loops_that_have_no_gradient_are_refused():
-    with pytest.raises(ValueError, match="while"):
+    with pytest.raises(ValueError, match=r"'w': its inputs cannot be read here: a while loop has no gradient"):
         lora.prepare(jax.random.key(0), SQUARE, {"w": lora.LoRA(1, init="eva")}, from_while, [X[:3, :4]])
 
 
@@ -497,19 +499,18 @@ def test_moved_weights_stay_where_they_are():
 # Plain LoRA.
 
 
-@pytest.mark.parametrize("recipe", [lora.LoRA, lora.DoRA])
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_trained_pissa_is_a_plain_lora_of_twice_the_rank(init, recipe):
+@pytest.mark.parametrize("init, recipe", [("pissa", lora.LoRA), ("olora", lora.DoRA)])
+def test_a_trained_moved_part_is_a_plain_lora_of_twice_the_rank(init, recipe):
     base = stacked_base()
     spec = {"layers|heads": recipe(2, 3, init=init), "conv": lora.Full()}
     moved, start = lora.prepare(jax.random.key(0), base, spec, stacked, [TOKENS])
     train, frozen = lora.partition(start)
-    keys = iter(jax.random.split(jax.random.key(8), len(jax.tree.leaves(train))))
-    delta = lora.join(jax.tree.map(lambda leaf: leaf + jax.random.normal(next(keys), leaf.shape) / 9, train), frozen)
+    draw = np.random.default_rng(8)
+    delta = lora.join(jax.tree.map(lambda leaf: leaf + draw.normal(0, 0.1, leaf.shape).astype("f"), train), frozen)
     plain = lora.to_plain_lora(delta, start)
     assert [plain[path].rank for path in ("layers", "heads")] == [4, 4]
-    expected = lora.adapt(stacked)(moved, delta, TOKENS)
-    np.testing.assert_allclose(lora.adapt(stacked)(base, plain, TOKENS), expected, rtol=1e-4, atol=1e-5)
+    expected = ADAPTED(moved, delta, TOKENS)
+    np.testing.assert_allclose(ADAPTED(base, plain, TOKENS), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_plain_lora_refuses_and_leaves_alone():

@@ -110,6 +110,8 @@ def _unchanged(jaxpr, num_consts):
 
 
 def _while(interpreter, equation, values):
+    if any(isinstance(value, Weight) and value.taps for value in values):
+        raise CannotFactor("a while loop has no gradient, which reads the inputs")
     params = equation.params
     cond_count, body_count = params["cond_nconsts"], params["body_nconsts"]
     cond_consts = values[:cond_count]
