@@ -11,7 +11,7 @@ import optax
 
 from lora_jax.adapters.factored import compute_dtype
 from lora_jax.adapters.protocol import Adapter
-from lora_jax.optim import join, partition
+from lora_jax.optim import join, partition, trainable_mask
 from lora_jax.transform.call import is_array
 
 Delta = dict[str, Adapter]
@@ -52,10 +52,11 @@ class TrainState:
     @classmethod
     def create(cls, base: Any, delta: Delta, tx: optax.GradientTransformation, key: jax.Array) -> "TrainState":
         """The state before the first step. Donated steps leave the caller's own delta and key intact."""
-        opt_state = tx.init(partition(delta)[0])
+        train, frozen = partition(delta)
+        opt_state = tx.init(train)
         # Copies: some transforms keep the parameters themselves, and no buffer can be donated twice.
-        delta, opt_state, key = jax.tree.map(jnp.copy, (delta, opt_state, key))
-        return cls(base, delta, opt_state, jnp.zeros((), jnp.int32), key)
+        train, opt_state, key = jax.tree.map(jnp.copy, (train, opt_state, key))
+        return cls(base, join(train, frozen), opt_state, jnp.zeros((), jnp.int32), key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,24 @@ class Static:
         """The tree again."""
         queue = iter(arrays)
         return jax.tree.unflatten(self.treedef, [next(queue) if leaf is None else leaf for leaf in self.leaves])
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves:
+    """Which leaves of a delta train, so that these alone are donated and returned by a compiled step."""
+
+    treedef: Any
+    trains: tuple[bool, ...]
+
+    def split(self, delta: Delta) -> tuple[list[Any], list[Any]]:
+        """The leaves that train and the others."""
+        leaves = list(zip(self.trains, jax.tree.leaves(delta)))
+        return [leaf for trains, leaf in leaves if trains], [leaf for trains, leaf in leaves if not trains]
+
+    def join(self, train: list[Any], frozen: list[Any]) -> Delta:
+        """The delta again."""
+        queues = {True: iter(train), False: iter(frozen)}
+        return jax.tree.unflatten(self.treedef, [next(queues[trains]) for trains in self.trains])
 
 
 def train_step(
@@ -99,10 +118,10 @@ def train_step(
         plain form (which itself runs sharded where its inputs are).
 
     Returns:
-      `step(state, batch) -> (state, metrics)`. The buffers of the delta, the optimizer state, the step
-      and the key are donated; the base's are not. Metrics are scalars: `loss`; `grad_norm`, the global
-      norm of the gradients; `weight`, the total weight; and `nonfinite`, per path the number of
-      gradient elements that are NaN or infinite, for :func:`check_finite`.
+      `step(state, batch) -> (state, metrics)`. The buffers of the delta's trained leaves, the optimizer state, the
+      step and the key are donated; those of the base and of frozen leaves (VeRA's shared pair) are not. Metrics are
+      scalars: `loss`; `grad_norm`, the global norm of the gradients; `weight`, the total weight; and `nonfinite`, per
+      path the number of gradient elements that are NaN or infinite, for :func:`check_finite`.
 
     Raises:
       ValueError: (from the step) The batch cannot be divided by `accumulate` times the devices.
@@ -123,30 +142,39 @@ def train_step(
     """
     update = update_of(loss_fn, accumulate, DEVICES if pmap else None)
 
-    def body(static, arrays, moving, batch):
-        return update(tx, static.restore(arrays), moving, batch)
+    known: dict[Any, Halves] = {}  # telling the halves apart costs milliseconds
+
+    def body(static, halves, arrays, frozen, moving, batch):
+        train, *rest = moving
+        (delta, *rest), metrics = update(tx, static.restore(arrays), (halves.join(train, frozen), *rest), batch)
+        return (halves.split(delta)[0], *rest), metrics
 
     if pmap:
         compiled = jax.pmap(
             body,
             axis_name=DEVICES,
-            in_axes=(None, None, None, 0),
+            in_axes=(None, None, None, None, None, 0),
             out_axes=None,
-            donate_argnums=(2,),
-            static_broadcasted_argnums=(0,),
+            donate_argnums=(4,),
+            static_broadcasted_argnums=(0, 1),
         )
     else:
-        compiled = jax.jit(body, donate_argnums=(2,), static_argnums=(0,))
+        compiled = jax.jit(body, donate_argnums=(4,), static_argnums=(0, 1))
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         devices = jax.local_device_count() if pmap else 1
         check_batch(batch, accumulate, devices)
         if pmap:
             batch = jax.tree.map(lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), batch)
-        moving = (state.delta, state.opt_state, state.step, state.key)
+        structure = jax.tree.structure(state.delta)
+        if structure not in known:
+            known[structure] = Halves(structure, tuple(jax.tree.leaves(trainable_mask(state.delta))))
+        halves = known[structure]
+        train, frozen = halves.split(state.delta)
         static, arrays = Static.split(state.base)
-        (delta, opt_state, number, key), metrics = compiled(static, arrays, moving, batch)
-        return TrainState(state.base, delta, opt_state, number, key), metrics
+        moving = (train, state.opt_state, state.step, state.key)
+        (train, opt_state, number, key), metrics = compiled(static, halves, arrays, frozen, moving, batch)
+        return TrainState(state.base, halves.join(train, frozen), opt_state, number, key), metrics
 
     return step
 

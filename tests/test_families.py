@@ -7,6 +7,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy import stats
 
@@ -270,3 +271,16 @@ def test_a_shared_pair_is_saved_and_counted_once(tmp_path):
     assert loaded["0"].a is loaded["1"].a is loaded["2"].a
     np.testing.assert_array_equal(loaded["2"].b, delta["0"].b)
     assert stored < 2 * pair
+
+
+def test_training_keeps_a_shared_pair_shared(lenient):
+    base, x = {"0": jnp.ones((6, 6)), "1": jnp.ones((6, 6))}, jnp.ones((2, 6))
+    fn = lambda base, x: x @ base["0"] @ base["1"]  # noqa: E731
+    delta = lora.init(jax.random.key(0), base, {".": lora.VeRA(4)}, fn, x)
+    adapted, tx = lora.adapt(fn), optax.sgd(0.1)
+    state = lora.TrainState.create(base, delta, tx, jax.random.key(1))
+    step = lora.train_step(lambda base, delta, x, key: jnp.mean(adapted(base, delta, x)), tx)
+    for _ in range(2):
+        state, _ = step(state, x)
+    assert state.delta["0"].a is state.delta["1"].a is delta["0"].a
+    assert np.asarray(state.delta["1"].g).any() and np.asarray(delta["0"].a).any()
