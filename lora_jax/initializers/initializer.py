@@ -146,8 +146,8 @@ class Informed(Initializer):
     """
 
     initializer: Initializer
-    inputs: Inputs | None
-    gradient: jax.Array | None
+    inputs: Inputs | None = dataclasses.field(repr=False)
+    gradient: jax.Array | None = dataclasses.field(repr=False)
     ranks: tuple[int, ...] | None
 
     @property

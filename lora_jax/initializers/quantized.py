@@ -46,18 +46,19 @@ class LoftQ(Initializer):
             raise ValueError(f"LoftQ(iterations={self.iterations}): at least one.")
 
     def start(self, given: Given) -> Start:
-        weight, target = given.weight, given.leaf
-        leaf = a = b = None
-        for _ in range(self.iterations):
-            leaf = target if a is None or b is None else given.without(a, b)
-            leaf = self.quantizer(leaf)
-            values = leaf.dequantize() if hasattr(leaf, "dequantize") else leaf
-            if jnp.shape(values) != target.shape:
-                raise ValueError(f"LoftQ's quantizer made {jnp.shape(values)} of a weight of shape {target.shape}.")
-            values = values.astype(target.dtype)
-            u, s, v = singular_triplets(weight - given.matrices(values), given.rank)
-            root = jnp.sqrt(s / given.scale)[:, :, None]
-            a, b = root * u, root * v
-            leaf = leaf if hasattr(leaf, "dequantize") else values
-        assert a is not None and b is not None
+        leaf, a, b = self._step(given, given.leaf)
+        for _ in range(1, self.iterations):
+            leaf, a, b = self._step(given, given.without(a, b))
         return Start(a, b, leaf)
+
+    def _step(self, given: Given, target: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+        """The quantised target, and the factors that bring it nearest to the weight."""
+        leaf = self.quantizer(target)
+        is_node = hasattr(leaf, "dequantize")
+        values = leaf.dequantize() if is_node else leaf
+        if jnp.shape(values) != target.shape:
+            raise ValueError(f"LoftQ's quantizer made {jnp.shape(values)} of a weight of shape {target.shape}.")
+        values = values.astype(target.dtype)
+        u, s, v = singular_triplets(given.weight - given.matrices(values), given.rank)
+        root = jnp.sqrt(s / given.scale)[:, :, None]
+        return leaf if is_node else values, root * u, root * v
