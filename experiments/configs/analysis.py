@@ -47,7 +47,7 @@ class Config:
     """How many training examples, from the beginning of the file; None takes all."""
 
     validation_examples: int | None = 500
-    """How many validation examples."""
+    """How many validation examples, and as many of the test examples, by which the head is judged."""
 
     epochs: int = 3
     """Passes over the training examples; what changes is measured after each."""

@@ -53,7 +53,8 @@ def run(config: Config) -> Findings:
       UserError: The model or the data are missing or malformed, or have no such layer or rank.
     """
     console = Console()
-    limits = {"train": config.train_examples, "validation": config.validation_examples, "test": 100}
+    judged = config.validation_examples
+    limits = {"train": config.train_examples, "validation": judged, "test": judged}
     problem = load(config.model, config.data, limits, config.lengths, report=console.print)
     axes = _watched(problem, config)
     drawn = [path for path in axes if re.search(rf"\b{config.layer}\b", path)]

@@ -121,7 +121,8 @@ def svd(matrix: np.ndarray) -> Decomposition:
 
 def _pair(node: Adapter) -> tuple[np.ndarray, np.ndarray] | None:
     """ΔW as two matrices, `[*lead, in, k]` and `[*lead, out, k]`, or None where the factors do not part so."""
-    form = node.factored(jax.ShapeDtypeStruct(node.shape(), jnp.float32))  # an additive term has no use for the values
+    weight: Any = jax.ShapeDtypeStruct(node.shape(), jnp.float32)  # an additive term has no use for the values
+    form = node.factored(weight)
     if form is None:
         return None
     sizes = dict(pair for axis in form.dims(node.shape()) for pair in axis)

@@ -94,7 +94,7 @@ def by_path(transforms: Mapping[str, optax.GradientTransformation]) -> optax.Gra
                 raise ValueError(f"by_path: the pattern {pattern!r} matches no leaf; {paths.nearest(pattern, seen)}.")
         return grouping
 
-    return optax.multi_transform(dict(transforms), grouped)
+    return optax.multi_transform({**transforms}, grouped)
 
 
 def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
