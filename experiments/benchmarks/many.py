@@ -94,7 +94,7 @@ def forwards(config: Config, length: int) -> dict[str, Callable[[], jax.Array]]:
     deltas = [_filled(key, lora.init(key, base, spec, batched, tokens)) for key in keys]
     stacked, ids = lora.stack(deltas), np.random.default_rng(0).permutation(shape.batch)
     one = jax.jit(lora.adapt(batched))
-    compiled = {SINGLE: lambda: one(base, deltas[0], tokens)}
+    compiled: dict[str, Callable[[], jax.Array]] = {SINGLE: lambda: one(base, deltas[0], tokens)}
     kinds = {ROUTED: False, GROUPED: True} if jax.default_backend() == "gpu" else {ROUTED: False}
     for name, grouped in kinds.items():
         routed = jax.jit(lora.route(lora.adapt(single), grouped=grouped))
