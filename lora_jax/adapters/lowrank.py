@@ -12,6 +12,7 @@ import numpy as np
 from lora_jax import initializers
 from lora_jax.adapters import roles
 from lora_jax.adapters.factored import Factor, Factored, compute_dtype
+from lora_jax.adapters.matrices import Matrices
 from lora_jax.adapters.protocol import (
     BATCH,
     IN,
@@ -25,7 +26,7 @@ from lora_jax.adapters.protocol import (
     static,
     trained,
 )
-from lora_jax.initializers import Inputs, Reading
+from lora_jax.initializers import Reading
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
     "alpha/r": lambda alpha, rank: alpha / rank,
@@ -116,45 +117,6 @@ class LowRank(Adapter):
             scale = float(self.scale)
             described |= {"alpha": scale * self.rank, "scale": scale, "dropout": float(self.dropout)}
         return described
-
-
-@dataclasses.dataclass(frozen=True)
-class Matrices:
-    """A weight as matrices, one for each batch element and adapted block.
-
-    Attributes:
-      axes: The role of each axis of the weight: 'batch', 'in' or 'out'.
-      blocks: Which of the equal parts of the out axis are adapted.
-      batch: Sizes of the batch axes, and the number of adapted blocks where there are several parts.
-      into: Sizes of the in axes.
-      out: Sizes of the out axes, of one part.
-    """
-
-    axes: tuple[str, ...]
-    blocks: tuple[bool, ...]
-    batch: tuple[int, ...]
-    into: tuple[int, ...]
-    out: tuple[int, ...]
-
-    @property
-    def fan_in(self) -> int:
-        return math.prod(self.into)
-
-    @property
-    def fan_out(self) -> int:
-        return math.prod(self.out)
-
-    def of(self, weight: jax.Array) -> jax.Array:
-        """`[batch, in, out]`, at least float32."""
-        order = [axis for wanted in (BATCH, IN, OUT) for axis, role in enumerate(self.axes) if role == wanted]
-        parts = len(self.blocks)
-        grouped = jnp.transpose(weight, order).reshape(-1, self.fan_in, parts, self.fan_out)
-        kept = jnp.moveaxis(grouped, 2, 1)[:, np.flatnonzero(self.blocks)]
-        return kept.reshape(-1, self.fan_in, self.fan_out).astype(compute_dtype(weight.dtype))
-
-    def repeated(self, inputs: Inputs) -> Inputs:
-        """The inputs of each matrix, from those of each batch element: blocks have them in common."""
-        return jax.tree.map(lambda leaf: jnp.repeat(leaf, sum(self.blocks), axis=0), inputs)
 
 
 @dataclasses.dataclass(frozen=True)
