@@ -46,10 +46,10 @@ class Config:
     """What to learn: debian_sections, which is shipped, or a directory with labels.txt and train, validation
     and test as .tsv or .tsv.gz, each with a header, the label in the first column, the text in the last."""
 
-    train_examples: int | None = 3000
+    train_examples: int | None = 2500
     """How many training examples, from the beginning of the file; None takes all."""
 
-    validation_examples: int | None = 1000
+    validation_examples: int | None = 800
     """How many validation examples; they choose the head's penalty and the pair."""
 
     test_examples: int | None = 2000

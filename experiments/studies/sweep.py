@@ -95,7 +95,12 @@ def _trained(config: Config, start: Start, directory: Path, console: Console) ->
     rates = [lr for _, lr in config.grid]
     states = lora.TrainStates.create(start.base, deltas, tx, keys, {"lr": rates})
     step = lora.train_many(loss_function(problem.apply, config.label_smoothing), tx, batch_axes=None)
-    accuracies = _accuracies(problem)
+    accuracies, measured = _accuracies(problem), dict[int, np.ndarray]()
+
+    def evaluate(states: lora.TrainStates) -> float:
+        scores = measured[_done(states)] = accuracies(states)
+        return float(np.nanmax(scores))
+
     with (
         Checkpoints(directory / "checkpoints", config.checkpoint_every) as checkpoints,
         bar(console, f"{len(deltas)} adapters", config.epochs * len(splits["train"])) as shown,
@@ -106,12 +111,14 @@ def _trained(config: Config, start: Start, directory: Path, console: Console) ->
             stream,
             config.epochs,
             score=start.result.validation_accuracy,
-            evaluate=lambda states: float(np.nanmax(accuracies(states))),
+            evaluate=evaluate,
             shown="{:.1%} at best".format,
             checkpoints=checkpoints,
             bar=shown,
         )
-    scores = accuracies(states)
+    if _done(states) not in measured:  # resumed behind the last step
+        evaluate(states)
+    scores = measured[_done(states)]
     chosen = int(np.nanargmax(scores))
     best = lora.unstack(states.delta, deltas)[chosen]
     lora.save(directory / "adapter", best, base=problem.base)
@@ -129,6 +136,10 @@ def _trained(config: Config, start: Start, directory: Path, console: Console) ->
     write_json(directory / "result.json", asdict(found))
     shutil.rmtree(directory / "checkpoints")
     return found
+
+
+def _done(states: lora.TrainStates) -> int:
+    return int(states.step.max())
 
 
 def _deltas(config: Config, start: Start) -> list[dict[str, Any]]:

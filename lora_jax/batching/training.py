@@ -11,7 +11,8 @@ import optax
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.batching.stacking import stack
 from lora_jax.optim import partition
-from lora_jax.training import Metrics, Static, check_batch, update_of
+from lora_jax.training import Metrics, Static, check_batch
+from lora_jax.update import update_of
 
 Delta = Mapping[str, Adapter]
 
