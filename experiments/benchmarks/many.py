@@ -4,7 +4,8 @@ Two comparisons; the sides of each take turns in one process:
 
   forward    a GPT-2-small-shaped forward of 32 × 64 tokens (float32, random weights, rank 8 on all four linear
              weights of a block): every example with another adapter, through lora_jax.route, against all with one.
-             Medians; beside it the same with one token each, and both with grouped products where there is a GPU
+             Ratios are medians over rounds. Beside it the same with one token each, and both with grouped products
+             where there is a GPU
   training   8 adapters on the quickstart's model (query, value and head, batch 8 × 24 tokens each): at once, by
              lora_jax.train_many, against 8 runs one after the other. Compilation is included, once on either side
 
@@ -69,11 +70,13 @@ class Training:
     Attributes:
       seconds: From the first trace to the last step.
       first: Of these, until the first step was done.
+      examples: How many the other steps saw.
       losses: The last loss of each adapter.
     """
 
     seconds: list[float] = dataclasses.field(default_factory=list)
     first: list[float] = dataclasses.field(default_factory=list)
+    examples: float = 0.0
     losses: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
 
 
@@ -164,33 +167,28 @@ def time_training(config: Config, problem: Problem) -> dict[str, Training]:
             found[name].losses = np.array(sides[name](lambda marks=marks: marks.append(time.perf_counter())))
             found[name].first.append(marks[1] - marks[0])
             found[name].seconds.append(marks[-1] - marks[0])
+            total, steps = config.adapters * config.steps * settings.batch_size, len(marks) - 1
+            found[name].examples = total * (steps - 1) / steps
     return found
 
 
 def report_forward(title: str, seconds: dict[str, list[float]]) -> float:
-    """Prints a line a kind; returns the ratio of their medians."""
-    single = statistics.median(seconds[SINGLE])
+    """Prints a line a kind; returns the median over rounds of an adapter an example against one for all."""
     print(f"\n{title:34}{'median s':>10}{'min s':>10}{'ratio':>8}")
+    ratio = {}
     for name, values in seconds.items():
-        print(
-            f"  {name:32}{statistics.median(values):10.4f}{min(values):10.4f}{statistics.median(values) / single:8.3f}"
-        )
-    return statistics.median(seconds[ROUTED]) / single
+        ratio[name] = statistics.median(one / other for one, other in zip(values, seconds[SINGLE]))
+        print(f"  {name:32}{statistics.median(values):10.4f}{min(values):10.4f}{ratio[name]:8.3f}")
+    return ratio[ROUTED]
 
 
-def report_training(title: str, found: dict[str, Training], examples: int) -> tuple[float, float]:
-    """Prints a line a side; returns the ratios of their seconds, and of their examples a second once compiled.
-
-    Args:
-      title: Of the table.
-      found: What was measured.
-      examples: How many all steps but one see. (The first is compiled in.)
-    """
+def report_training(title: str, found: dict[str, Training]) -> tuple[float, float]:
+    """Prints a line a side; returns the ratios of their seconds, and of their examples a second once compiled."""
     print(f"\n{title:34}{'median s':>10}{'min s':>10}{'first step s':>14}{'examples/s':>12}")
     total, speed = {}, {}
     for name, side in found.items():
         total[name] = statistics.median(side.seconds)
-        speed[name] = examples / statistics.median(a - b for a, b in zip(side.seconds, side.first))
+        speed[name] = side.examples / statistics.median(a - b for a, b in zip(side.seconds, side.first))
         first = statistics.median(side.first)
         print(f"  {name:32}{total[name]:10.2f}{min(side.seconds):10.2f}{first:14.2f}{speed[name]:12.0f}")
     difference = np.abs(found[TOGETHER].losses - found[APART].losses).max()
@@ -219,8 +217,7 @@ def main(config: Config) -> int:
     forward = report_forward(f"forward, {shape.batch} × {shape.length} tokens", time_forwards(config, shape.length))
     report_forward(f"forward, {shape.batch} × 1 token", time_forwards(config, 1))
     title = f"training {config.adapters} × {config.steps} steps of {settings.batch_size} × {settings.lengths[-1]}"
-    examples = config.adapters * config.steps * settings.batch_size
-    seconds, throughput = report_training(title, time_training(config, problem), examples)
+    seconds, throughput = report_training(title, time_training(config, problem))
     print()
     held.append(verdict(f"forward: {ROUTED} / {SINGLE}", forward, 1.15))
     if jax.default_backend() == "gpu":
