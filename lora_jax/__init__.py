@@ -17,8 +17,7 @@ from lora_jax.adapters.offset import Offset
 from lora_jax.adapters.vera import DVoRA, VeRA
 from lora_jax.batching import TrainStates, route, stack, swap, train_many, unstack
 from lora_jax.checkpoint import load, save
-from lora_jax.combining import combine, truncate
-from lora_jax.merging import merge, switch_task, unmerge
+from lora_jax.merging import combine, merge, switch_task, truncate, unmerge
 from lora_jax.optim import join, optimizer, partition, trainable_mask
 from lora_jax.plain import to_plain_lora
 from lora_jax.report import explain, summary

@@ -16,7 +16,7 @@ import pytest
 from scipy import stats
 
 import lora_jax as lora
-from lora_jax import combining
+from lora_jax import merging
 from lora_jax.adapters.lowrank import LowRank
 from tests.peft.cases import CASES, read_config, write_adapter
 from tests.peft.cases import read as read_tensors
@@ -195,7 +195,7 @@ def test_19_scales_may_differ():
         close(change(node), change(ONE[path]) + change(other[path]))
 
 
-@pytest.mark.parametrize("method", combining.METHODS)
+@pytest.mark.parametrize("method", merging.METHODS)
 def test_20_every_method_keeps_an_adapter_alone_as_it_is(method):
     path = next(iter(ONE))
     alone = lora.combine([{path: ONE[path]}], [1.0], method=method, density=1.0, key=jax.random.key(0))
@@ -294,10 +294,10 @@ def test_33_a_bias_on_b():
 
 
 def test_34_scales_are_set_and_multiplied():
-    doubled = combining.scale(ONE, 2.0)
+    doubled = merging.scale(ONE, 2.0)
     for path in ONE:
         close(change(doubled[path]), 2 * change(ONE[path]))
-    chex.assert_trees_all_equal(combining.scale(doubled, 0.5), ONE)
+    chex.assert_trees_all_equal(merging.scale(doubled, 0.5), ONE)
 
 
 def test_35_adapters_of_other_ranks_and_alphas_swap_without_a_retrace():

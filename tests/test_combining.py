@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
-from lora_jax import combining, merging
+from lora_jax import merging
 from lora_jax.adapters.lowrank import LowRank
 
 FIXTURE = np.load(pathlib.Path(__file__).parent / "fixtures" / "adapters" / "combinations.npz")
@@ -53,7 +53,7 @@ def test_combinations_are_pefts(method, sign):
         options["rank"] = 2
     if "ties" in method:
         options["majority"] = "frequency" if sign == "negative" else "total"
-    combined = combining.combine([of_fixture(name) for name in pair], WEIGHTS[sign], method=method, **options)
+    combined = merging.combine([of_fixture(name) for name in pair], WEIGHTS[sign], method=method, **options)
     for module in ("up", "embed"):
         expected = FIXTURE[f"{sign}.{method}.{module}"]
         expected = expected if module == "embed" else expected.T
@@ -71,7 +71,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_cat_is_the_weighted_sum(form):
     one, two = made(1, 2, **form), made(2, 1, alpha=5.0, **form)
-    combined = combining.combine([one, two], [0.5, -2.0])
+    combined = merging.combine([one, two], [0.5, -2.0])
     assert combined["w"].rank == 3
     np.testing.assert_allclose(
         added(combined["w"]), 0.5 * added(one["w"]) - 2.0 * added(two["w"]), rtol=1e-5, atol=1e-5
@@ -81,8 +81,8 @@ def test_cat_is_the_weighted_sum(form):
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_truncation_is_the_nearest(form):
     delta = made(1, 3, **form)
-    np.testing.assert_allclose(added(combining.truncate(delta, 3)["w"]), added(delta["w"]), rtol=1e-5, atol=1e-5)
-    cut = combining.truncate(delta, 1)["w"]
+    np.testing.assert_allclose(added(merging.truncate(delta, 3)["w"]), added(delta["w"]), rtol=1e-5, atol=1e-5)
+    cut = merging.truncate(delta, 1)["w"]
     assert cut.rank == 1
     node = delta["w"]
     lead = node.axes.count("batch")
@@ -95,20 +95,20 @@ def test_truncation_is_the_nearest(form):
 
 def test_the_svd_of_all_ranks_is_the_sum():
     one, two = made(1, 2), made(2, 3)
-    combined = combining.combine([one, two], [1.0, -1.0], method="svd", rank=5)
+    combined = merging.combine([one, two], [1.0, -1.0], method="svd", rank=5)
     np.testing.assert_allclose(merging.norm(combined["w"]), merging.distance(one["w"], two["w"]), rtol=1e-5)
 
 
 def test_scaling_and_negating():
     delta = made(1)
-    np.testing.assert_allclose(added(combining.scale(delta, -2.0)["w"]), -2.0 * added(delta["w"]), rtol=1e-6)
-    gone = combining.combine([delta, combining.scale(delta, -1.0)], [1.0, 1.0])
+    np.testing.assert_allclose(added(merging.scale(delta, -2.0)["w"]), -2.0 * added(delta["w"]), rtol=1e-6)
+    gone = merging.combine([delta, merging.scale(delta, -1.0)], [1.0, 1.0])
     np.testing.assert_allclose(added(gone["w"]), 0.0, atol=1e-5)
 
 
 def test_deltas_on_different_weights():
     one, two = made(1), {"v": made(2)["w"]}
-    combined = combining.combine([one, two], [1.0, 0.5])
+    combined = merging.combine([one, two], [1.0, 0.5])
     np.testing.assert_allclose(added(combined["w"]), added(one["w"]), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(added(combined["v"]), 0.5 * added(two["v"]), rtol=1e-5, atol=1e-6)
 
@@ -120,7 +120,7 @@ def test_dare_is_unbiased(method):
     @jax.jit
     @jax.vmap
     def draw(key):
-        combined = combining.combine([delta], [1.0], method=method, density=0.5, rank=6, key=key)
+        combined = merging.combine([delta], [1.0], method=method, density=0.5, rank=6, key=key)
         return combined["w"].merge(jnp.zeros((6, 8)))
 
     drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 1000)))
@@ -133,28 +133,28 @@ def test_offsets_add():
     base = {"b": jnp.zeros(3)}
     delta = lora.init(jax.random.key(0), base, {"b": lora.Offset(2.0)})
     delta = jax.tree.map(lambda x: x + 1, delta)  # value 1, scale 3
-    combined = combining.combine([delta, delta], [1.0, -0.5], method="linear")
+    combined = merging.combine([delta, delta], [1.0, -0.5], method="linear")
     np.testing.assert_allclose(lora.merge(base, combined)["b"], 1.5)
 
 
 def test_what_cannot_be_combined():
     one = made(1)
     with pytest.raises(ValueError, match="'w': the Full adapter"):
-        combining.scale({"w": lora.Full().make(jax.random.key(0), jnp.ones(3), ())}, 2.0)
+        merging.scale({"w": lora.Full().make(jax.random.key(0), jnp.ones(3), ())}, 2.0)
     with pytest.raises(ValueError, match="equal rank"):
-        combining.combine([one, made(2, 3)], [1.0, 1.0], method="linear")
+        merging.combine([one, made(2, 3)], [1.0, 1.0], method="linear")
     with pytest.raises(ValueError, match="different kinds, shapes"):
-        combining.combine([one, made(2, shape=(5, 8))], [1.0, 1.0])
+        merging.combine([one, made(2, shape=(5, 8))], [1.0, 1.0])
     with pytest.raises(ValueError, match="'cat', 'linear'"):
-        combining.combine([one], [1.0], method="mean")
+        merging.combine([one], [1.0], method="mean")
     with pytest.raises(ValueError, match="2 deltas and 1 weights"):
-        combining.combine([one, one], [1.0])
+        merging.combine([one, one], [1.0])
     with pytest.raises(ValueError, match="density"):
-        combining.combine([one], [1.0], method="ties")
+        merging.combine([one], [1.0], method="ties")
     with pytest.raises(ValueError, match="give key="):
-        combining.combine([one], [1.0], method="dare_ties", density=0.5)
+        merging.combine([one], [1.0], method="dare_ties", density=0.5)
     with pytest.raises(ValueError, match="at least 1"):
-        combining.truncate(one, 0)
+        merging.truncate(one, 0)
 
 
 FAMILIES = {
@@ -185,21 +185,21 @@ def test_terms_of_other_families_become_low_rank(recipe, shape, axes):
     other = moved(lora.LoRA(2, alpha=5).make(jax.random.key(2), weight, axes), 3)
     close = {"rtol": 1e-5, "atol": 1e-5}
     if node.rank > 1:
-        truncated = combining.truncate({"w": node}, 1)["w"]
+        truncated = merging.truncate({"w": node}, 1)["w"]
         assert type(truncated) is LowRank and truncated.rank == 1
-        truncated = combining.truncate({"w": node}, node.rank**2)["w"]
+        truncated = merging.truncate({"w": node}, node.rank**2)["w"]
         np.testing.assert_allclose(added(truncated), added(node), **close)
-    np.testing.assert_allclose(added(combining.scale({"w": node}, -2.0)["w"]), -2 * added(node), **close)
+    np.testing.assert_allclose(added(merging.scale({"w": node}, -2.0)["w"]), -2 * added(node), **close)
     if "blocks" in str(recipe) and recipe.blocks != 1:
         with pytest.raises(ValueError, match="different kinds, shapes, axes or blocks"):
-            combining.combine([{"w": node}, {"w": other}], [2.0, -0.5])
+            merging.combine([{"w": node}, {"w": other}], [2.0, -0.5])
         other = node
-    combined = combining.combine([{"w": node}, {"w": other}], [2.0, -0.5])["w"]
+    combined = merging.combine([{"w": node}, {"w": other}], [2.0, -0.5])["w"]
     np.testing.assert_allclose(added(combined), 2 * added(node) - 0.5 * added(other), **close)
 
 
 def test_a_term_that_is_no_product_of_two_factors_is_not_combined():
     delta = lora.init(jax.random.key(0), {"w": jnp.zeros((6, 8))}, {"w": lora.LoKr(1, axes=("in", "out"))})
     with pytest.raises(ValueError, match=r"'w': what a LoKr(.full)? adapter does to its weight is no product of two"):
-        combining.combine([delta], [1.0])
-    assert combining.truncate(delta, 1) == delta
+        merging.combine([delta], [1.0])
+    assert merging.truncate(delta, 1) == delta

@@ -166,3 +166,36 @@ def test_distance_of_adapters_for_different_weights(getkey):
     for shape, axes in (((6, 9), ("in", "out")), ((6, 8), ("out", "in"))):
         with pytest.raises(ValueError, match="different weights"):
             distance(one, low_rank(getkey(), shape, axes))
+
+
+FAMILIES = {
+    "AdaLoRA": lora.AdaLoRA(2, alpha=3),
+    "LoRAFA": lora.LoRAFA(2, alpha=3),
+    "LoHa": lora.LoHa(2, alpha=3),
+    "LoHa of a high rank": lora.LoHa(4, alpha=3),
+    "LoKr": lora.LoKr(1, alpha=3),
+    "LoKr, full": lora.LoKr(8, alpha=3),
+    "VeRA": lora.VeRA(5),
+    "Offset": lora.Offset(2.0),
+}
+
+
+@pytest.mark.parametrize("recipe", FAMILIES.values(), ids=FAMILIES)
+def test_terms_of_every_family_are_measured(recipe, getkey):
+    node = recipe.make(getkey(), jnp.zeros((6, 3, 8)), ("in", "batch", "out"))
+    train, frozen = lora.partition({"w": node})
+    one, other = (
+        lora.join(jax.tree.map(lambda leaf, by=by: leaf + by * jnp.cos(leaf), train), frozen)["w"] for by in (0.5, -0.3)
+    )
+    assert norm(one) == pytest.approx(np.linalg.norm(change(one)), rel=1e-5)
+    assert distance(one, other) == pytest.approx(np.linalg.norm(change(one) - change(other)), rel=1e-5)
+    low = low_rank(getkey(), (6, 3, 8), ("in", "batch", "out"))
+    if one.axes:
+        assert distance(one, low) == pytest.approx(np.linalg.norm(change(one) - change(low)), rel=1e-5)
+
+
+@pytest.mark.parametrize("recipe", [lora.IA3(), lora.Full(), lora.DVoRA(2)], ids=lambda recipe: type(recipe).__name__)
+def test_what_adds_no_term_has_no_norm(recipe, getkey):
+    node = recipe.make(getkey(), jnp.ones((6, 8)), ("in", "out"))
+    with pytest.raises(ValueError, match="adds no term of its own"):
+        norm(node)

@@ -12,7 +12,6 @@ from rich.console import Console
 
 from lora_jax import checkpoint
 from lora_jax.adapters.lowrank import LowRank
-from lora_jax.adapters.offset import Addition
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.commands.reading import is_native, opened, read
 from lora_jax.commands.wording import (
@@ -109,9 +108,7 @@ def _sizes(delta: Mapping[str, Adapter], base: Path | None, progress: Console) -
         tensors = stack.enter_context(opened(base)) if base else None
         stored = {layout.leaf_path(name): name for name in tensors} if tensors else {}
         for path, node in delta.items():
-            change = norm(node) if isinstance(node, LowRank) else None
-            if isinstance(node, Addition):
-                change = euclidean(node.merge(jnp.zeros(node.shape(), jnp.float32)))
+            change = norm(node) if node.additive or isinstance(node, LowRank) else None
             weight = None
             if tensors:
                 value = tensors.read(stored[path]).astype(np.float32)

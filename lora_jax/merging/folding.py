@@ -1,15 +1,13 @@
-"""Deltas folded into weights, taken out again, exchanged, and measured."""
+"""Deltas folded into weights, taken out again, exchanged."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lora_jax import paths
 from lora_jax.adapters.factored import compute_dtype
-from lora_jax.adapters.lowrank import LowRank
-from lora_jax.adapters.protocol import BATCH, Adapter
+from lora_jax.adapters.protocol import Adapter
 from lora_jax.transform.call import Arguments, check_delta
 
 Delta = dict[str, Adapter]
@@ -108,62 +106,6 @@ def switch_task(params: Any, old: Delta, new: Delta, base: Any = None) -> Any:
         return (new[path].merge(wide) if path in new else wide).astype(weight.dtype)
 
     return _changed(params, old, exchange, also=new)
-
-
-def norm(node: LowRank) -> float:
-    """The Frobenius norm of what an adapter adds to its weight (DoRA: before the magnitudes).
-
-    It is computed from the factors in float64, without the product that is as large as the weight.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, lora_jax as lora
-      >>> delta = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, {"w": lora.LoRA(2, axes=("in", "out"))})
-      >>> norm(delta["w"])
-      0.0
-    """
-    a, b = _matrices(node)
-    return float(np.sqrt(max(_inner(a, b, a, b), 0.0)))
-
-
-def distance(one: LowRank, other: LowRank, *, sign: float = -1.0) -> float:
-    """The Frobenius norm of the difference of what two adapters of one weight add to it.
-
-    Args:
-      one: A LoRA (or DoRA) adapter.
-      other: Another; its rank may differ.
-      sign: Of `other`: −1 for the difference, 1 for the sum.
-
-    Raises:
-      ValueError: They are for weights of different shapes or roles.
-    """
-    if (one.shape(), one.axes) != (other.shape(), other.axes):
-        raise ValueError(
-            f"The adapters are for different weights: shapes {one.shape()} and {other.shape()}, roles {one.axes} and "
-            f"{other.axes}."
-        )
-    (a, b), (c, d) = _matrices(one), _matrices(other)
-    squares = _inner(a, b, a, b) + 2 * sign * _inner(a, b, c, d) + sign**2 * _inner(c, d, c, d)
-    return float(np.sqrt(max(squares, 0.0)))
-
-
-def _inner(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> float:
-    """⟨AᵀB, CᵀD⟩, by products of rank × rank for each batch element."""
-    return float(np.sum((a @ c.swapaxes(1, 2)) * (b @ d.swapaxes(1, 2))))
-
-
-def _matrices(node: LowRank) -> tuple[np.ndarray, np.ndarray]:
-    """Factors as `[batch·blocks, rank, in]` and `[…, out]`, the scale in b, zeros for blocks without adapter."""
-    lead = node.axes.count(BATCH)
-    a, b, scale = (np.asarray(x).astype(np.float64) for x in (node.a, node.b, node.scale))
-    b = b * scale.reshape(scale.shape + (1,) * (b.ndim - scale.ndim))
-    if len(node.blocks) > 1:
-        wide = [np.zeros((*x.shape[:lead], len(node.blocks), *x.shape[lead + 1 :])) for x in (a, b)]
-        for full, part in zip(wide, (a, b)):
-            full[(*[slice(None)] * lead, np.flatnonzero(node.blocks))] = part
-        a, b = wide
-        lead += 1
-    count = int(np.prod(a.shape[:lead]))
-    return a.reshape(count, a.shape[lead], -1), b.reshape(count, b.shape[lead], -1)
 
 
 def _added(weight: jax.Array, node: Adapter, sign: float) -> jax.Array:
