@@ -172,11 +172,11 @@ def _similarities(start: Start, small: Run, large: Run, again: Run, count: int) 
 
 
 def _table(findings: Findings) -> Table:
-    """Medians over the weights, a line a method."""
+    """Medians over the weights, and the correlation of ΔD and ΔM; a line a method."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = ("‖ΔW‖", "‖UᵀWVᵀ‖\nof ΔW", "of W", "random", "ampli-\nfication", "without\nscale")
-    shown.add_column("method")
-    for name in (*columns, *(f"corr(ΔD, ΔM)\n{part}" for part in PARTS)):
+    columns = ("‖ΔW‖", "UᵀWV\nof ΔW", "of W", "random", "ampli-\nfied", "un-\nscaled")
+    shown.add_column("method", no_wrap=True)
+    for name in (*columns, *(f"ΔD, ΔM\n{part}" for part in PARTS)):
         shown.add_column(name, justify="right")
     for name, found in findings.amplifications.items():
         rows = [[x.change, x.projected, x.largest, x.random, x.factor, x.unscaled_factor] for x in found.values()]

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 
 from lora_jax.analysis import Amplification, Drift
 
@@ -50,6 +51,9 @@ def amplifications(path: Path, found: Mapping[str, Mapping[str, Amplification]])
             right.plot(range(len(chosen)), values, color=colour, marker=_MARKERS[part], markersize=5, linewidth=1)
     left.set(xlabel="layer", ylabel="‖ΔW‖ / ‖UᵀWVᵀ‖", yscale="log", title="amplification")
     right.set(xlabel="layer", ylabel="‖UᵀWVᵀ‖", yscale="log", title="what W does in as many directions of …")
+    for axes in (left, right):
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     _legend(left, list(found))
     _legend(right, list(kinds))
     _save(figure, path, "How much ΔW amplifies what W already does in the directions of ΔW")
