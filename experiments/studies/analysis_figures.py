@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from lora_jax.analysis import Amplification, Drift
 
@@ -52,6 +52,7 @@ def amplifications(path: Path, found: Mapping[str, Mapping[str, Amplification]])
     left.set(xlabel="layer", ylabel="‖ΔW‖ / ‖UᵀWVᵀ‖", yscale="log", title="amplification")
     right.set(xlabel="layer", ylabel="‖UᵀWVᵀ‖", yscale="log", title="what W does in as many directions of …")
     for axes in (left, right):
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
     _legend(left, list(found))
