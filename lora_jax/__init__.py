@@ -4,7 +4,7 @@ Frozen base parameters and trainable low-rank deltas sit in separate pytrees; a 
 becomes a function of (base, delta) without touching the model's code. See :func:`adapt`.
 """
 
-from lora_jax import analysis, initializers, nnx, optim, peft
+from lora_jax import analysis, initializers, merging, nnx, optim, peft
 from lora_jax.adapters.adalora import AdaLoRA
 from lora_jax.adapters.dora import DoRA
 from lora_jax.adapters.full import Full, Rows
@@ -49,6 +49,7 @@ __all__ = [
     "join",
     "load",
     "merge",
+    "merging",
     "nnx",
     "optim",
     "optimizer",
