@@ -7,10 +7,9 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lora_jax import initializers
-from lora_jax.adapters import roles
+from lora_jax.adapters import checks, roles
 from lora_jax.adapters.factored import Factor, Factored, compute_dtype
 from lora_jax.adapters.matrices import Matrices
 from lora_jax.adapters.protocol import (
@@ -76,28 +75,23 @@ class LowRank(Adapter):
         return dataclasses.replace(self, a=jnp.zeros_like(self.a), b=jnp.zeros_like(self.b))
 
     def shape(self) -> tuple[int, ...]:
-        lead = self.axes.count(BATCH)
-        skip = lead + (len(self.blocks) > 1) + 1
-        sizes = {
-            BATCH: iter(self.a.shape[:lead]),
-            IN: iter(self.a.shape[skip:]),
-            OUT: iter(self.b.shape[skip:]),
-        }
-        return tuple(next(sizes[role]) * (len(self.blocks) if role == OUT else 1) for role in self.axes)
+        lead, skip = self.axes.count(BATCH), self._rank_axis + 1
+        out = tuple(size * len(self.blocks) for size in self.b.shape[skip:])
+        return roles.assembled(self.axes, batch=self.a.shape[:lead], into=self.a.shape[skip:], out=out)
 
     def factored(self, weight: jax.Array) -> Factored:
         del weight
-        labels = {role: tuple(str(i) for i, r in enumerate(self.axes) if r == role) for role in (BATCH, IN, OUT)}
+        batch, into, out = (roles.labels(self.axes, role) for role in (BATCH, IN, OUT))
         fused = len(self.blocks) > 1
-        lead = (*labels[BATCH], *((BLOCK,) if fused else ()), RANK)
+        lead = (*batch, *((BLOCK,) if fused else ()), RANK)
         scale = self.scale.reshape(self.scale.shape + (1,) * (self.b.ndim - self.scale.ndim))
         dtype = compute_dtype(self.b.dtype)  # a scale of few bits would be another scale
         b = self.b.astype(dtype) * scale.astype(dtype)
         return Factored(
             labels=tuple((BLOCK, str(i)) if fused and role == OUT else (str(i),) for i, role in enumerate(self.axes)),
             factors=(
-                Factor(self._spread_blocks(self.a), (*lead, *labels[IN])),
-                Factor(self._spread_blocks(b), (*lead, *labels[OUT])),
+                Factor(self._spread_blocks(self.a), (*lead, *into)),
+                Factor(self._spread_blocks(b), (*lead, *out)),
             ),
             dropout=self.dropout,
         )
@@ -163,16 +157,10 @@ class LoRA(Recipe):
         return type(self).__name__
 
     def __post_init__(self):
-        if not isinstance(self.rank, int | np.integer) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"{self._name}(rank={self.rank!r}): the rank is a positive integer.")
-        if self.scaling not in SCALINGS:
-            raise ValueError(
-                f"{self._name}(scaling={self.scaling!r}): expected one of {', '.join(map(repr, SCALINGS))}."
-            )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"{self._name}(dropout={self.dropout}): a rate is at least 0 and below 1.")
-        if not jnp.issubdtype(self.dtype, jnp.floating):
-            raise ValueError(f"{self._name}(dtype={jnp.dtype(self.dtype).name}): factors are floats.")
+        checks.positive(self._name, "rank", self.rank)
+        checks.one_of(self._name, "scaling", self.scaling, tuple(SCALINGS))
+        checks.rate(self._name, "dropout", self.dropout)
+        checks.floating(self._name, self.dtype)
         if not any(self._block_mask()):
             raise ValueError(f"{self._name}(blocks={self.blocks!r}): no block is adapted.")
         initializers.find(self.init)
