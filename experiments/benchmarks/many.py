@@ -57,9 +57,9 @@ class Config:
     """The model, the data and the batches that are trained on."""
     adapters: int = 8
     """How many are trained."""
-    steps: int = 25
+    steps: int = 100
     """Of each training run."""
-    runs: int = 3
+    runs: int = 2
     """Timed trainings of all adapters, at once and one after the other."""
 
 

@@ -75,14 +75,14 @@ class TrainStates:
             if len(values) != len(deltas):
                 raise ValueError(f"TrainStates: {len(deltas)} deltas and {len(values)} {name}; one for each.")
         delta = stack(deltas, base=base)
-        opt_state = jax.vmap(lambda delta, hyper: _made(tx, hyper).init(partition(delta)[0]))(delta, hyper)
+        init = jax.jit(jax.vmap(lambda delta, hyper: _made(tx, hyper).init(partition(delta)[0])))
         present = {path: jnp.array([path in mine for mine in deltas]) for path in delta}
         members = len(deltas)
         return cls(
             base=base,
             delta=delta,
             # Copies: some transforms keep the parameters themselves, and no buffer can be donated twice.
-            opt_state=jax.tree.map(jnp.copy, opt_state),
+            opt_state=jax.tree.map(jnp.copy, init(delta, hyper)),
             step=jnp.zeros(members, jnp.int32),
             key=jnp.stack(list(keys)),
             hyper=hyper,
