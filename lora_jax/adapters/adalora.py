@@ -29,7 +29,7 @@ class SingularTriplets(Adapter):
     """
 
     a: jax.Array = trained()
-    values: jax.Array = trained()
+    values: jax.Array = trained(vector=True)
     b: jax.Array = trained()
     scale: jax.Array = frozen()
     dropout: jax.Array = frozen()

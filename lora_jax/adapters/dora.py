@@ -26,7 +26,7 @@ class WeightDecomposed(LowRank):
       norm_gradient: Whether gradients flow through ‖V‖.
     """
 
-    magnitude: jax.Array = trained()
+    magnitude: jax.Array = trained(vector=True)
     norm_over: str = static()
     norm_gradient: bool = static()
 

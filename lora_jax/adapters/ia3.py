@@ -22,7 +22,7 @@ class Rescaled(Adapter):
       axes: The role of each axis of the weight.
     """
 
-    gain: jax.Array = trained()
+    gain: jax.Array = trained(vector=True)
     on: str = static()
     rest: tuple[int, ...] = static()
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]

@@ -18,9 +18,14 @@ KINDS: dict[str, type["Adapter"]] = {}
 """Adapter classes by the name that checkpoints give them."""
 
 
-def trained() -> Any:
-    """Declares a field of an adapter whose inexact leaves are trained."""
-    return dataclasses.field(metadata={"trained": True})
+def trained(*, vector: bool = False) -> Any:
+    """Declares a field of an adapter whose inexact leaves are trained.
+
+    Args:
+      vector: Whether it holds a number for each output, input or rank, as a bias does, instead of a factor.
+        Optimizers treat the two differently (:func:`lora_jax.optim.decay_mask`).
+    """
+    return dataclasses.field(metadata={"trained": True, "vector": vector})
 
 
 def frozen() -> Any:

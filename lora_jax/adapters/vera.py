@@ -54,8 +54,8 @@ class ScaledPair(Adapter):
       axes: The role of each axis of the weight.
     """
 
-    d: jax.Array = trained()
-    g: jax.Array = trained()
+    d: jax.Array = trained(vector=True)
+    g: jax.Array = trained(vector=True)
     a: jax.Array = frozen()
     b: jax.Array = frozen()
     scale: jax.Array = frozen()
@@ -108,7 +108,7 @@ class DecomposedPair(ScaledPair):
       norm_gradient: Whether gradients flow through the norm.
     """
 
-    magnitude: jax.Array = trained()
+    magnitude: jax.Array = trained(vector=True)
     norm_over: str = static()
     norm_gradient: bool = static()
 

@@ -1,5 +1,6 @@
 """Leaves of a delta in groups that an optimizer treats differently: LoRA+, weight decay, rates by path."""
 
+import dataclasses
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,13 +9,10 @@ import jax
 import optax
 
 from lora_jax import paths
-from lora_jax.adapters.protocol import BATCH, Adapter, is_adapter
+from lora_jax.adapters.protocol import Adapter, is_adapter
 
 Label = Callable[[str, Any, Adapter | None], Any]
 """(path of a leaf, the leaf, the adapter that it belongs to) -> its label."""
-
-ALONG_AXES = ("magnitude", "gain", "g")
-"""Leaves of adapters with a number for each output (or input), which may be several axes: `[*batch, *out]`."""
 
 
 def labels(tree: Any, label: Label) -> Any:
@@ -156,11 +154,12 @@ def decay_mask(tree: Any) -> Any:
 
 
 def _is_vector(path: str, leaf: Any, adapter: Adapter) -> bool:
-    """Whether a leaf of an adapter is a vector (or less) for each matrix that the batch axes count."""
+    """Whether a leaf of an adapter is a vector: declared as one, or a whole leaf that is a bias or a norm's scale."""
     *weight, name = path.split("/")
     if not adapter.axes:  # a whole leaf, whose roles nobody needed
         return leaf.ndim < 2 or weight[-1] in ("bias", "scale")
-    return name in ALONG_AXES or leaf.ndim - adapter.axes.count(BATCH) < 2
+    (field,) = (field for field in dataclasses.fields(adapter) if field.name == name)  # pyrefly: ignore[bad-argument-type]
+    return field.metadata.get("vector", True)  # what is frozen is of neither group; nothing decays it
 
 
 def _name(path: str) -> str:
