@@ -231,9 +231,7 @@ def _triplets(tree: Any, function: str) -> dict[str, SingularTriplets]:
     }
     if not found:
         kinds = sorted({node.kind for _, node in nodes if is_adapter(node)})
-        raise ValueError(
-            f"{function}: there is no AdaLoRA adapter; there are {', '.join(kinds) or 'none at all'}."
-        )
+        raise ValueError(f"{function}: there is no AdaLoRA adapter; there are {', '.join(kinds) or 'none at all'}.")
     return found
 
 
