@@ -13,7 +13,7 @@ class Config:
     All adapters of the grid are trained in one run by lora_jax.train_many, on the same batches; the base is there
     once. Validation accuracy chooses among them; the chosen one alone is tried on the test examples.
 
-    The default takes under 10 minutes on 2 CPU cores and about 3 GB of memory. It writes the chosen adapter, a JSON
+    The default takes under 10 minutes on 2 CPU cores and about 4 GB of memory. It writes the chosen adapter, a JSON
     and a heat map under --out. Interrupted, the same command resumes.
     """
 
@@ -46,7 +46,7 @@ class Config:
     """What to learn: debian_sections, which is shipped, or a directory with labels.txt and train, validation
     and test as .tsv or .tsv.gz, each with a header, the label in the first column, the text in the last."""
 
-    train_examples: int | None = 2500
+    train_examples: int | None = 2000
     """How many training examples, from the beginning of the file; None takes all."""
 
     validation_examples: int | None = 800
@@ -55,7 +55,7 @@ class Config:
     test_examples: int | None = 2000
     """How many test examples; the chosen adapter is tried on them once, at the end."""
 
-    batch_size: int = 32
+    batch_size: int = 16
     """Examples a training step."""
 
     lengths: tuple[int, ...] = (10, 14, 20, 40)
