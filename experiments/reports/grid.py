@@ -59,7 +59,9 @@ def draw_grid(
             colour = "black"
         axes.text(column, row, text, ha="center", va="center", color=colour)
     row, column = chosen
-    axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#e45756", linewidth=3))
+    axes.add_patch(
+        Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#e45756", linewidth=3, clip_on=False)
+    )
     axes.set(xlabel=labels[1], ylabel=labels[0])
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)

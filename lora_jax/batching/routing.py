@@ -22,6 +22,9 @@ def route(adapted: Callable, *, in_axes: Any = 0, out_axes: Any = 0, grouped: bo
     base are those of the whole batch, the low-rank ones each example's own. The shapes depend on the stack and the
     batch, not on the ids: one compiled function serves every mix, and what :func:`lora_jax.swap` puts into the stack.
 
+    What an adapter takes from the weight itself (DoRA's norms) is computed for each member, not for each example.
+    Leaves trained outright (Full) are copied for each example: meant for biases, norms and small heads.
+
     The function sees one example, without the batch axis. Functions that couple the examples of a batch (batch
     statistics, contrastive losses) are not supported: what an example would see of the others is not there.
 
