@@ -109,8 +109,8 @@ def train_step(
       loss_fn: `loss_fn(base, delta, batch, key)` returns a scalar loss, or `(loss_sum, weight)`: a sum
         and what it is to be divided by (the tokens it counts), both scalars. Sums are added up over
         microbatches and devices and divided by the total weight; plain losses are averaged.
-      tx: An Optax transform; it sees the trainable leaves alone, and `value=` and `grad=` where it takes
-        them. (Line searches, which call the loss again, are not served.)
+      tx: An Optax transform; it sees the trainable leaves alone, and `value=`, `grad=` and `frozen=` (the other
+        half of the delta) where it takes them. (Line searches, which call the loss again, are not served.)
       accumulate: Microbatches a step; the leading size of every leaf of the batch is a multiple of it.
       pmap: Runs the step under `jax.pmap` over all local devices: each takes an equal part of the
         batch's leading axis, state is replicated, gradients are summed. The numbers are those of the

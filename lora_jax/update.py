@@ -78,7 +78,7 @@ def update_of(loss_fn: Callable, accumulate: int, axis: str | None = None) -> Ca
             "nonfinite": {path: _count_nonfinite(node) for path, node in gradients.items()},
         }
         change = optax.with_extra_args_support(tx).update
-        updates, opt_state = change(gradients, opt_state, train, value=total / divisor, grad=gradients)
+        updates, opt_state = change(gradients, opt_state, train, value=total / divisor, grad=gradients, frozen=frozen)
         moved: Any = optax.apply_updates(train, updates)
         return (join(moved, frozen), opt_state, number + 1, key), metrics
 

@@ -383,3 +383,14 @@ def test_all_of_it_in_one_training_step(lenient):
     again = dataclasses.replace(state, opt_state=treedef.unflatten([jnp.array(np.asarray(leaf)) for leaf in leaves]))
     expected = step(jax.tree.map(jnp.copy, state), x)[1]["loss"]
     assert step(again, x)[1]["loss"] == expected
+
+
+def test_a_step_tells_the_transform_what_is_frozen(lenient):
+    base, x = {"w": jnp.ones((4, 4))}, jnp.ones((2, 4))
+    fn = lambda base, x: x @ base["w"]  # noqa: E731
+    delta = lora.init(jax.random.key(0), base, {"w": lora.LoRAFA(2)}, fn, x)
+    adapted, tx = lora.adapt(fn), optax.chain(lora.optim.scale_by_riemannian(), optax.sgd(0.1))
+    state = lora.TrainState.create(base, delta, tx, jax.random.key(1))
+    step = lora.train_step(lambda base, delta, x, key: jnp.mean(adapted(base, delta, x)), tx)
+    state, _ = step(state, x)
+    assert np.asarray(state.delta["w"].b).any()
