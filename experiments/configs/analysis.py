@@ -14,10 +14,12 @@ class Config:
     with two seeds, DoRA, and full fine-tuning. Then it compares subspaces (LoRA paper, §7.2 and appendix H),
     measures amplification (§7.3), and how far direction and magnitude move and go together (DoRA paper, §3.2).
 
-    Two seeds share their first directions (φ above 0.5) and hardly any others, ΔW shares none with W's first, and ΔM
-    and ΔD go together in LoRA (correlation over 0.9) more than in DoRA (0.7).
+    In every layer the first direction of one seed lies largely among the 64 of another (φ from 0.4 to 0.9; random
+    matrices 0.2 at most), all 64 of both share hardly more than random ones, and so do W and ΔW. ΔM and ΔD go together
+    in LoRA (correlations 0.93 to 1.00 for query and value, over layers and steps) more than in DoRA (0.7); full
+    fine-tuning has 0.73 and 0.93.
 
-    The default takes about 7 minutes of one CPU core. It writes three pictures and a JSON under --out. Interrupted,
+    The default takes about 9 minutes of one CPU core. It writes three pictures and a JSON under --out. Interrupted,
     the same command resumes.
     """
 
