@@ -111,7 +111,7 @@ def _described(delta: Delta, base: Any) -> tuple[dict[str, Any], dict[str, jax.A
     weights = None if base is None else paths.flatten(base).as_dict()
     adapters: dict[str, Any] = {}
     arrays: dict[str, jax.Array] = {}
-    known: dict[int, str] = {}  # one array that several adapters hold (VeRA's pair) is written once
+    known: dict[tuple, str] = {}  # a frozen matrix that several adapters hold (VeRA's pair) is written once
     for path, node in delta.items():
         if not is_adapter(node):
             raise ValueError(f"delta[{path!r}] is no adapter but {type(node).__name__}.")
@@ -123,11 +123,13 @@ def _described(delta: Delta, base: Any) -> tuple[dict[str, Any], dict[str, jax.A
             elif isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.core.Tracer):
                 name = f"{path}:{field.name}"
                 leaves[field.name] = {"shape": list(value.shape), "dtype": value.dtype.name}
-                if id(value) in known:
-                    leaves[field.name][SAME] = known[id(value)]
-                else:
-                    known[id(value)] = name
+                own = name
+                if not field.metadata["trained"] and value.ndim > 1:
+                    own = known.setdefault((value.shape, value.dtype, _digest(value)), name)
+                if own == name:
                     arrays[name] = jnp.asarray(value)
+                else:
+                    leaves[field.name][SAME] = own
             else:
                 raise ValueError(f"delta[{path!r}].{field.name} is no array but {type(value).__name__}.")
         adapters[path] = {

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.optim import join, partition, trainable_mask
@@ -112,9 +113,9 @@ def train_step(
       tx: An Optax transform; it sees the trainable leaves alone, and `value=`, `grad=` and `frozen=` (the other
         half of the delta) where it takes them. (Line searches, which call the loss again, are not served.)
       accumulate: Microbatches a step; the leading size of every leaf of the batch is a multiple of it.
-      pmap: Runs the step under `jax.pmap` over all local devices: each takes an equal part of the
-        batch's leading axis, state is replicated, gradients are summed. The numbers are those of the
-        plain form (which itself runs sharded where its inputs are).
+      pmap: Runs the step under `jax.pmap` over all local devices: each takes an equal part of the batch's leading
+        axis, the state (base included) is replicated, gradients are summed. The numbers are those of the plain
+        form (which itself runs sharded where its inputs are).
 
     Returns:
       `step(state, batch) -> (state, metrics)`. The buffers of the delta's trained leaves, the optimizer state, the
@@ -172,10 +173,26 @@ def train_step(
         train, frozen = halves.split(state.delta)
         static, arrays = Static.split(state.base)
         moving = (train, state.opt_state, state.step, state.key)
+        if pmap:  # once: what comes back is replicated already, and compiles nothing else
+            arrays, frozen, moving = _replicated((arrays, frozen, moving))
         (train, opt_state, number, key), metrics = compiled(static, halves, arrays, frozen, moving, batch)
-        return TrainState(state.base, halves.join(train, frozen), opt_state, number, key), metrics
+        base = static.restore(arrays) if pmap else state.base
+        return TrainState(base, halves.join(train, frozen), opt_state, number, key), metrics
 
     return step
+
+
+def _replicated(tree: Any) -> Any:
+    """The arrays of a tree on every local device; one that stands in several places stays one."""
+    sharding = NamedSharding(Mesh(jax.local_devices(), (DEVICES,)), PartitionSpec())
+    placed: dict[int, jax.Array] = {}
+
+    def place(leaf: Any) -> jax.Array:
+        if id(leaf) not in placed:
+            placed[id(leaf)] = jax.device_put(leaf, sharding)
+        return placed[id(leaf)]
+
+    return jax.tree.map(place, tree)
 
 
 def check_finite(metrics: Mapping[str, Any]) -> None:

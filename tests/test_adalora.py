@@ -303,3 +303,14 @@ def test_parameters_that_cannot_be():
         lora.AdaLoRA(2, init="pissa")
     with pytest.raises(ValueError, match=r"AdaLoRA\(rank=0\)"):
         lora.AdaLoRA(0)
+
+
+def test_a_schedule_without_a_final_phase_ends_at_the_target(lenient):
+    delta = lora.init(jax.random.key(0), {"w": jnp.ones((8, 8))}, {"w": lora.AdaLoRA(6, axes=("in", "out"))})
+    train, _ = lora.partition(delta)
+    tx = lora.optim.allocate_ranks(optax.adam(1e-2), 2, steps=10, interval=7)
+    state = tx.init(train)
+    for _ in range(10):
+        updates, state = tx.update(jax.tree.map(jnp.cos, train), state, train)
+        train = optax.apply_updates(train, updates)
+    assert int(jnp.count_nonzero(train["w"].values)) == 2

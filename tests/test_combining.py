@@ -202,4 +202,18 @@ def test_a_term_that_is_no_product_of_two_factors_is_not_combined():
     delta = lora.init(jax.random.key(0), {"w": jnp.zeros((6, 8))}, {"w": lora.LoKr(1, axes=("in", "out"))})
     with pytest.raises(ValueError, match=r"'w': what a LoKr(.full)? adapter does to its weight is no product of two"):
         merging.combine([delta], [1.0])
-    assert merging.truncate(delta, 1) == delta
+    with pytest.raises(ValueError, match=r"'w': what a LoKr(.full)? adapter does .* cannot be brought to rank 1"):
+        merging.truncate(delta, 1)
+    weight = {"w": jnp.ones((6, 8))}
+    dora = lora.init(jax.random.key(0), weight, {"w": lora.DoRA(2, axes=("in", "out"))})
+    with pytest.raises(ValueError, match=r"'w': what a DoRA adapter does .* cannot be brought to rank 1"):
+        merging.truncate(dora, 1)
+    assert merging.truncate(dora, 2) == dora
+    gains = lora.init(jax.random.key(0), weight, {"w": lora.IA3(axes=("in", "out"))})
+    assert merging.truncate(gains, 1) == gains
+
+
+def test_the_order_of_deltas_decides_no_dtype():
+    narrow = made(1, dtype=jnp.bfloat16)
+    for pair in ([narrow, made(2)], [made(2), narrow]):
+        assert merging.combine(pair, [1.0, 1.0])["w"].a.dtype == jnp.float32

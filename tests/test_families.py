@@ -217,6 +217,8 @@ def test_lora_fa_refuses_a_zero_a():
     table = {"w": jnp.ones((8, 4))}
     with pytest.raises(ValueError, match=r"zero a, which stays zero: choose an init that draws a"):
         lora.init(jax.random.key(0), table, {"w": lora.LoRAFA(2, axes=("lookup", "out"))})
+    with pytest.raises(ValueError, match=r"zero a, which stays zero"):
+        jax.jit(lambda key: lora.init(key, table, {"w": lora.LoRAFA(2, axes=("lookup", "out"))}))(jax.random.key(0))
     lora.init(jax.random.key(0), table, {"w": lora.LoRAFA(2, axes=("lookup", "out"), init="gaussian")})
 
 
@@ -247,7 +249,6 @@ def test_weights_that_a_recipe_does_not_fit(recipe, shape, axes, message):
         (lambda: lora.LoHa(2, dtype=jnp.int8), r"LoHa\(dtype=int8\): adapters are floats"),
         (lambda: lora.LoKr(2, factor=0), r"LoKr\(factor=0\): the factor is a positive integer"),
     ],
-    ids=str,
 )
 def test_arguments_that_no_recipe_takes(make, message):
     with pytest.raises(ValueError, match=message):
@@ -265,12 +266,20 @@ def test_a_shared_pair_is_saved_and_counted_once(tmp_path):
     delta = lora.init(jax.random.key(0), base, {".": lora.VeRA(64, axes=("in", "out"))})
     pair, vectors = 64 * (24 + 36) * 4, 3 * (64 + 36 + 2) * 4  # a scale and a rate each
     assert lora.summary(base, delta).delta_bytes == pair + vectors
-    lora.save(tmp_path / "adapter", delta)
+    lora.save(tmp_path / "adapter", jax.tree.map(jnp.copy, delta))  # copies, as after a transformation
     stored = sum(file.stat().st_size for file in (tmp_path / "adapter" / "arrays").rglob("*") if file.is_file())
     loaded = lora.load(tmp_path / "adapter", base)
     assert loaded["0"].a is loaded["1"].a is loaded["2"].a
     np.testing.assert_array_equal(loaded["2"].b, delta["0"].b)
     assert stored < 2 * pair
+
+
+@pytest.mark.parametrize("recipe", [lora.DoRA, lora.DVoRA])
+def test_narrow_factors_start_from_the_function(recipe):
+    base, fn, x = {"w": WEIGHT}, lambda base, x: x @ base["w"], jnp.ones((2, 24))
+    delta = lora.init(jax.random.key(0), base, {"w": recipe(2, dtype=jnp.bfloat16)}, fn, x)
+    assert jax.tree.leaves(lora.partition(delta)[0])[0].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(lora.adapt(fn)(base, delta, x), fn(base, x))
 
 
 def test_training_keeps_a_shared_pair_shared(lenient):

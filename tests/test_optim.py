@@ -212,7 +212,7 @@ def test_lora_plus_with_an_injected_ratio(train, lenient):
 
 
 def test_lora_plus_needs_a_factor_b(train):
-    with pytest.raises(ValueError, match="no adapter has a factor b that trains"):
+    with pytest.raises(ValueError, match="no LoRA or AdaLoRA has a factor b that trains"):
         lora.optim.lora_plus().init({"classifier": train["classifier"]})
 
 

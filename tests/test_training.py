@@ -105,8 +105,10 @@ def test_one_compilation(base, batch):
         traces.append(None)
         return plain(base, delta, batch, key)
 
-    run(loss, base, batch, steps=4)
-    assert len(traces) == 1
+    for pmap in (False, True):
+        traces.clear()
+        run(loss, base, batch, steps=3, pmap=pmap)
+        assert len(traces) == 1
 
 
 def test_each_step_and_microbatch_has_its_own_key(base, batch):

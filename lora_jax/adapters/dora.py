@@ -58,7 +58,8 @@ def decomposed(
 
 
 def magnitude_of(recipe: str, term: Adapter, weight: jax.Array, norm_over: str) -> jax.Array:
-    """The norms that magnitudes start from: of the weight with the term that `term` adds."""
+    """The norms that magnitudes start from: of the weight with the term that `term` adds. At least float32, whatever
+    the dtype of the factors: a magnitude of few bits would not give back its weight."""
     if isinstance(weight, jax.ShapeDtypeStruct):
         raise ValueError(f"{recipe}(…) starts from the weight's norms; the base has its shape only.")
     form = term.factored(weight)
@@ -111,7 +112,8 @@ def norms(weight: jax.Array, form: Factored, labels: Sequence[str]) -> jax.Array
 class DoRA(LoRA):
     r"""LoRA on the direction of each output's weights, with a trained magnitude: :math:`m\,V/\lVert V\rVert`.
 
-    Takes what :class:`LoRA` takes, and:
+    Takes what :class:`LoRA` takes; `dtype` is that of the factors, magnitudes are at least float32. Dropout acts on the
+    input of the low-rank product alone: the magnitudes scale what it leaves. And:
 
     Args:
       norm_over: The axes that a norm is taken over. 'in' gives each output a magnitude, as the authors' code does;
@@ -138,7 +140,7 @@ class DoRA(LoRA):
     def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, WeightDecomposed]:
         weight, low = super()._make(key, weight, axes, moves)
         fields = {field.name: getattr(low, field.name) for field in dataclasses.fields(low)}
-        magnitude = magnitude_of("DoRA", low, weight, self.norm_over).astype(self.dtype)
+        magnitude = magnitude_of("DoRA", low, weight, self.norm_over)
         return weight, WeightDecomposed(
             **fields, magnitude=magnitude, norm_over=self.norm_over, norm_gradient=self.norm_gradient
         )

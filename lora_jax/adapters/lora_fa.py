@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from lora_jax.adapters.lowrank import LoRA, LowRank
-from lora_jax.adapters.protocol import adapter, frozen
+from lora_jax.adapters.protocol import LOOKUP, adapter, frozen
 
 
 @adapter("LoRA-FA")
@@ -34,7 +34,9 @@ class LoRAFA(LoRA):
 
     def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, FrozenA]:
         weight, low = super()._make(key, weight, axes, moves)
-        if not isinstance(low.a, jax.core.Tracer) and not low.a.any():
+        drawn = isinstance(low.a, jax.core.Tracer)  # whose values nobody knows yet
+        zero = self.init == "zero_a" or (self.init == "kaiming_uniform" and LOOKUP in axes)
+        if zero if drawn else not low.a.any():
             raise ValueError(
                 f"LoRAFA(init={self.init!r}) starts this weight from a zero a, which stays zero: choose an init that "
                 "draws a, such as 'gaussian'."

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapters import checks, roles
 from lora_jax.adapters.dora import NORM_OVER, decomposed, magnitude_of
-from lora_jax.adapters.factored import Factor, Factored
+from lora_jax.adapters.factored import Factor, Factored, compute_dtype
 from lora_jax.adapters.protocol import (
     BATCH,
     IN,
@@ -69,13 +69,14 @@ class ScaledPair(Adapter):
 
     def factored(self, weight: jax.Array) -> Factored:
         batch, into, out = (roles.labels(self.axes, role) for role in (BATCH, IN, OUT))
+        dtype = compute_dtype(self.g.dtype)  # a scale of few bits would be another scale
         return Factored(
             labels=tuple((str(axis),) for axis in range(weight.ndim)),
             factors=(
                 Factor(self.a, ("rank", *into)),
                 Factor(self.d, (*batch, "rank")),
                 Factor(self.b, ("rank", *out)),
-                Factor(self.g * self.scale.astype(self.g.dtype), (*batch, *out)),
+                Factor(self.g.astype(dtype) * self.scale.astype(dtype), (*batch, *out)),
             ),
             dropout=self.dropout,
         )
@@ -130,7 +131,7 @@ class VeRA(Recipe):
 
     Args:
       rank: Of the pair; may be above the weight's.
-      seed: Of the pair. Weights of one size share it, in memory and on disk.
+      seed: Of the pair. Weights of one size share it, in memory (until a transformation copies the delta) and on disk.
       d: What the vector d starts from; g starts from zero.
       axes: The role of each axis of the weight; None takes them from the trace.
       dropout: Rate on the input of the low-rank product, where `adapted` is given a `dropout_key`.
@@ -204,5 +205,5 @@ class DVoRA(VeRA):
     def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> DecomposedPair:
         pair = super().make(key, weight, axes)
         fields = {field.name: getattr(pair, field.name) for field in dataclasses.fields(pair)}
-        magnitude = magnitude_of("DVoRA", pair, weight, self.norm_over).astype(self.dtype)
+        magnitude = magnitude_of("DVoRA", pair, weight, self.norm_over)
         return DecomposedPair(**fields, magnitude=magnitude, norm_over=self.norm_over, norm_gradient=self.norm_gradient)

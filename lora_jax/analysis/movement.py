@@ -63,7 +63,7 @@ def correlation(drifts: Iterable[Drift]) -> float:
     """Pearson's correlation of ΔD and ΔM over everything in several drifts: paths, layers, steps of a training.
 
     Raises:
-      ValueError: There are fewer than two points.
+      ValueError: There are fewer than two points, or all have one ΔD or one ΔM.
 
     Example:
       >>> import numpy as np
@@ -78,4 +78,7 @@ def correlation(drifts: Iterable[Drift]) -> float:
     direction, magnitude = (np.concatenate(values) for values in zip(*points)) if points else ((), ())
     if len(direction) < 2:
         raise ValueError(f"correlation: it takes two points or more, there are {len(direction)}.")
+    for name, values in (("directions", direction), ("magnitudes", magnitude)):
+        if np.ptp(values) == 0:
+            raise ValueError(f"correlation: all {len(values)} changes of {name} are {values[0]:g}.")
     return float(np.corrcoef(direction, magnitude)[0, 1])

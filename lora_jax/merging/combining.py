@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.adapters.conversion import as_low_rank, is_low_rank
+from lora_jax.adapters.factored import compute_dtype
 from lora_jax.adapters.lowrank import LowRank
 from lora_jax.adapters.offset import Addition
 from lora_jax.adapters.protocol import BATCH, Adapter
@@ -128,8 +129,11 @@ def truncate(delta: Delta, rank: int) -> dict[str, Adapter]:
 
     Args:
       delta: LoRA adapters, and others that add a product of two factors (LoRA-FA, AdaLoRA, VeRA, LoHa), which become
-        LoRA where their rank is larger; the rest stay as they are.
+        LoRA where their rank is larger; what has no rank (`Full`, `Rows`, `IA3`, `Offset`) stays as it is.
       rank: At least 1.
+
+    Raises:
+      ValueError: A rank below 1; an adapter of a larger rank that adds no product of two factors (DoRA, LoKr).
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -145,8 +149,15 @@ def truncate(delta: Delta, rank: int) -> dict[str, Adapter]:
         raise ValueError(f"truncate(rank={rank}): a rank is at least 1.")
     truncated = dict(delta)
     for path, node in delta.items():
-        if node.additive and is_low_rank(node) and (term := as_low_rank(node)).rank > rank:
-            truncated[path] = _truncated(term, rank)
+        if node.additive and is_low_rank(node):
+            term = as_low_rank(node)
+            if term.rank > rank:
+                truncated[path] = _truncated(term, rank)
+        elif (node.rank or 0) > rank or (node.additive and not isinstance(node, Addition)):
+            raise ValueError(
+                f"{path!r}: what a {node.kind} adapter does to its weight cannot be brought to rank {rank} by its "
+                "factors. Leave it out, or merge it."
+            )
     return truncated
 
 
@@ -187,7 +198,7 @@ def _largest(array: jax.Array, density: float) -> jax.Array:
 
 def _combined(nodes: list[tuple[LowRank, float]], method: str, rank: int | None, merge: _Merge) -> LowRank:
     first, lead = nodes[0][0], _lead(nodes[0][0])
-    dtype = first.a.dtype
+    dtype = _common([node.a.dtype for node, _ in nodes])
     if method in ("cat", "svd"):
         a = jnp.concatenate([_by_scale(n.a, n.scale, w) for n, w in nodes], axis=lead)
         b = jnp.concatenate([n.b.astype(jnp.float32) for n, _ in nodes], axis=lead)
@@ -218,6 +229,12 @@ def _combined(nodes: list[tuple[LowRank, float]], method: str, rank: int | None,
             parts.append(merge(jnp.stack(arrays), jnp.stack(roots), first.axes.count(BATCH), part))
         whole = dataclasses.replace(first, a=parts[0], b=parts[1], scale=jnp.ones((), jnp.float32))
     return dataclasses.replace(whole, a=whole.a.astype(dtype), b=whole.b.astype(dtype))
+
+
+def _common(dtypes: Sequence[jnp.dtype]) -> jnp.dtype:
+    """The dtype of all, or where they differ the widest, at least float32."""
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+    return widest if len(set(dtypes)) == 1 else compute_dtype(widest)
 
 
 def _lead(node: LowRank) -> int:
@@ -273,8 +290,9 @@ def _with_factors(node: LowRank, a: jax.Array, b: jax.Array, scale: jax.Array) -
 
 def _sum_of_offsets(nodes: list[tuple[Addition, float]]) -> Addition:
     first = nodes[0][0]
+    dtype = _common([node.value.dtype for node, _ in nodes])
     value = sum(_by_scale(node.value, node.scale, weight) for node, weight in nodes)
-    return dataclasses.replace(first, value=jnp.asarray(value, first.value.dtype), scale=jnp.ones((), jnp.float32))
+    return dataclasses.replace(first, value=jnp.asarray(value, dtype), scale=jnp.ones((), jnp.float32))
 
 
 def _term(path: str, node: Adapter) -> LowRank | Addition:

@@ -170,7 +170,7 @@ def allocate_ranks(
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"allocate_ranks({name}={beta}): a decay is at least 0 and below 1.")
     inner = optax.with_extra_args_support(tx)
-    last = steps - final  # the step of the last allocation
+    last = min(steps - final, steps - 1)  # the step of the last allocation
 
     def init(params):
         nodes = _triplets(params, "allocate_ranks")
@@ -201,7 +201,9 @@ def allocate_ranks(
             lambda average, new, mean: smooth(average, jnp.abs(new - mean), beta2), state.uncertainty, now, sensitivity
         )
         scores = {path: _score(jax.tree.map(jnp.multiply, sensitivity[path], uncertainty[path])) for path in before}
-        budget = rank_budget(state.step, *_sizes(before, target_rank), steps=steps, warmup=warmup, final=final)
+        initial, target = _sizes(before, target_rank)
+        budget = rank_budget(state.step, initial, target, steps=steps, warmup=warmup, final=final)
+        budget = jnp.where(state.step >= last, target, budget)  # with no final phase, training ends a step too early
         due = choosing & (state.step > warmup) & (state.step % interval == 0) | (state.step == last)
         best = _best(scores, budget)
         kept = {path: jnp.where(due, best[path], state.kept[path]) for path in before}

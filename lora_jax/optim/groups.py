@@ -9,6 +9,8 @@ import jax
 import optax
 
 from lora_jax import paths
+from lora_jax.adapters.adalora import SingularTriplets
+from lora_jax.adapters.lowrank import LowRank
 from lora_jax.adapters.protocol import Adapter, is_adapter
 
 Label = Callable[[str, Any, Adapter | None], Any]
@@ -98,15 +100,16 @@ def by_path(transforms: Mapping[str, optax.GradientTransformation]) -> optax.Gra
 def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
     r"""LoRA+: the learning rate of `b` is `ratio` times that of `a`. Comes after the optimizer in a chain.
 
-    Besides `b` the group holds what is a vector for each matrix (DoRA's magnitudes, gains, trained biases and
-    norms), as in the authors' code. A learning rate multiplies updates last, so that scaling them by the ratio is
-    the same as raising it, for weight decay and schedules too.
+    `b` is that of LoRA and its kin (DoRA, AdaLoRA): the factor that starts from zero. Besides it the group holds what
+    is a vector for each matrix (DoRA's magnitudes, gains, trained biases and norms). Of an embedding it is `a` that
+    starts from zero; a rate of its own comes from :func:`by_path`. A learning rate multiplies updates last, so that
+    scaling them by the ratio is the same as raising it, for weight decay and schedules too.
 
     Args:
       ratio: :math:`\eta_B / \eta_A`; may come from `optax.inject_hyperparams`.
 
     Raises:
-      ValueError: (from `init` and `update`) No adapter has a factor `b` that trains.
+      ValueError: (from `init` and `update`) No adapter of that kind has a factor `b` that trains.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
@@ -122,10 +125,12 @@ def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
     """
 
     def group(tree):
-        is_b = labels(tree, lambda path, leaf, adapter: adapter is not None and _name(path) == "b")
+        is_b = labels(
+            tree, lambda path, leaf, adapter: isinstance(adapter, LowRank | SingularTriplets) and _name(path) == "b"
+        )
         if not any(jax.tree.leaves(is_b)):
             known = jax.tree.leaves(labels(tree, lambda path, leaf, adapter: path))
-            raise ValueError(f"lora_plus: no adapter has a factor b that trains; {paths.nearest('/b', known)}.")
+            raise ValueError(f"lora_plus: no LoRA or AdaLoRA has a factor b that trains; {paths.nearest('/b', known)}.")
         is_vector = labels(tree, lambda path, leaf, adapter: adapter is not None and _is_vector(path, leaf, adapter))
         return jax.tree.map(operator.or_, is_b, is_vector)
 

@@ -41,7 +41,7 @@ def _refuses_for_peft(exported: Exported) -> list[str]:
     """PEFT has one dropout, and DoRA and biases on B for all modules or none."""
     modules = exported.modules
     problems = []
-    if not modules:
+    if not modules and not exported.problems:  # whose factors nobody could write
         problems.append("no factors: PEFT's LoRA needs them on some module, whatever else is trained")
     if len({module.dropout for module in modules}) > 1:
         rates = sorted({module.dropout for module in modules})
