@@ -234,10 +234,7 @@ def check_shard_map(case):
 
 
 BY_RECIPE = [
-    (layer, recipe)
-    for layer in ("linen.scan", "nnx.Embed")
-    for recipe in cases.RECIPES
-    if cases.fits(layer, recipe)
+    (layer, recipe) for layer in ("linen.scan", "nnx.Embed") for recipe in cases.RECIPES if cases.fits(layer, recipe)
 ]
 
 

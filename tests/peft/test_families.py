@@ -1,7 +1,6 @@
 """What PEFT's LoRA can hold of other families is written as LoRA; the rest is refused by name."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
