@@ -1,6 +1,6 @@
 """What data tells of weights: moments of their inputs and gradients of a loss, over batches that are seen once."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -58,20 +58,31 @@ def capture(
         if sums:
             sums = of_loss(sums, arguments, lambda path, zeros, value: value + zeros.astype(value.dtype))
     readings = {}
-    for path, (_, roles) in wanted.items():
+    for path, (what, roles) in wanted.items():
         shape = tuple(leaves[path].shape)
-        if path in moments:
-            readings[path] = Reading(shape, roles, inputs=_flat(moments[path], shape, roles))
-            seen, what = moments[path][2], "input was seen"
+        # Sums leave their dict as their readings are made: both are not held for more than one weight.
+        if what == INPUTS:
+            readings[path] = Reading(shape, roles, inputs=_flat(*moments.pop(path)))
         else:
-            readings[path] = Reading(shape, roles, gradient=sums[path] / count)
-            seen, what = sums[path], "gradient but zero was seen"
-        nothing = ~jnp.any(seen)
-        if not isinstance(nothing, jax.core.Tracer) and nothing:
-            raise ValueError(
-                f"{path!r}: no {what}: it does not act on the outputs in a way that can be differentiated."
-            )
+            readings[path] = Reading(shape, roles, gradient=sums.pop(path) / count)
+        _check(path, readings[path])
     return readings
+
+
+def _check(path: str, reading: Reading) -> None:
+    """Raises where nothing was read, or what no factors can be made of; while tracing, everything passes."""
+    if reading.inputs is not None:
+        values, seen = reading.inputs.squares, reading.inputs.count
+        nothing, bad = "input was seen", "inputs hold NaN or Inf, or values whose squares are too large for float32"
+    else:
+        values = seen = reading.gradient
+        nothing, bad = "gradient but zero was seen", "gradient holds NaN or Inf"
+    if isinstance(values, jax.core.Tracer):
+        return
+    if not jnp.isfinite(values).all():
+        raise ValueError(f"{path!r}: the {bad}.")
+    if not jnp.any(seen):
+        raise ValueError(f"{path!r}: no {nothing}: it does not act on the outputs in a way that can be differentiated.")
 
 
 class _Accumulated:
@@ -123,8 +134,8 @@ def _scalar(loss: Any) -> jax.Array:
     return loss
 
 
-def _flat(moments: taps.Moments, shape: Sequence[int], axes: Sequence[str]) -> Inputs:
-    squares, total, count = moments
+def _flat(squares: jax.Array, total: jax.Array, count: jax.Array) -> Inputs:
+    """Batch axes and in axes flattened to one each."""
     batch = count.size
     size = total.size // batch
     return Inputs(squares.reshape(batch, size, size), total.reshape(batch, size), count.reshape(batch))

@@ -98,10 +98,14 @@ def prepare(
 ) -> tuple[Any, dict[str, Adapter]]:
     """Like :func:`init`, for initialisers that read data or move a part of the weights into the adapters.
 
-    PiSSA, OLoRA and LoftQ read the weights; EVA and CorDA read the inputs that the weights have in `fn` (an in × in
-    matrix is held for each weight); LoRA-GA reads the gradient of `loss` (held in float32). Inputs are read by
-    differentiating the outputs of `fn`: a use that acts on no float output, or only behind a `stop_gradient`, does
-    not count.
+    PiSSA, OLoRA and LoftQ read the weights; EVA and CorDA read the inputs that the weights have in `fn`; LoRA-GA reads
+    the gradient of `loss`. Inputs are read by differentiating the outputs of `fn`: a use that acts on no float output,
+    or only behind a `stop_gradient`, does not count.
+
+    Held beside the base, in float32: an in × in matrix for each weight whose inputs are read, or a copy of each weight
+    whose gradient is. What was read of a weight is let go when its factors are made, as its moved form comes. (For four
+    square weights at most 4 such matrices are held, and 1 (EVA), 3 (LoRA-GA) or 7 (CorDA) more while the factors of
+    one weight are made, with its singular vectors.)
 
     Args:
       key: A PRNG key.
@@ -151,8 +155,9 @@ def prepare(
         readings = capture(fn, loss, base, wanted, itertools.chain([first], rest))
         while readings:
             recipe = recipes[next(iter(readings))]
-            alike = {path: readings.pop(path) for path in list(readings) if recipes[path] == recipe}
-            informed |= recipe.informed(alike)
+            alike = [path for path in readings if recipes[path] == recipe]
+            # A reading is held by the recipe that it informs, until that recipe has made its adapter.
+            informed |= recipe.informed({path: readings.pop(path) for path in alike})
     moved, delta = {}, {}
     for path, _, given in adapted:
         recipe = informed.pop(path)

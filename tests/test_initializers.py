@@ -1,6 +1,7 @@
 """Initialisers: PEFT's results where PEFT has the method, what they promise of the first output, what they read."""
 
 import dataclasses
+import gc
 import pathlib
 
 import jax
@@ -440,6 +441,33 @@ def test_batches_are_consumed_once_and_all_are_read():
     assert_same_directions(split["up"].a, whole["up"].a)
     assert_same_directions(split["down"].a, whole["down"].a)
     assert_same_directions(split["down"].b, whole["down"].b)
+
+
+@pytest.mark.parametrize("parent, options", [(CorDA, {}), (LoRAGA, {"loss": lambda p, x: jnp.sum(chained(p, x) ** 2)})])
+def test_what_was_read_is_held_once_and_weight_by_weight(parent, options):
+    held = []
+
+    class Watching(parent):
+        def start(self, given):
+            held.append(live() - before)
+            return super().start(given)
+
+    def live():
+        return sum(array.nbytes for array in jax.live_arrays()) / base["0"].nbytes
+
+    base = {str(i): jax.random.normal(jax.random.key(i), (64, 64)) / 8 for i in range(4)}
+    spec, x = {".": lora.LoRA(2, init=Watching())}, jax.random.normal(jax.random.key(5), (4, 64))
+    gc.collect()
+    before = live()
+    lora.prepare(jax.random.key(0), base, spec, chained, [x, x], **options)
+    # Four weights, read or moved already, and what the factors of one are made of.
+    assert len(held) == 4 and max(held) < 5.5
+
+
+def chained(base, x):
+    for weight in base.values():
+        x = jnp.tanh(x @ weight)
+    return x
 
 
 def test_data_is_not_read_unasked():

@@ -187,9 +187,8 @@ class LoRA(Recipe):
     def informed(self, readings: Mapping[str, Reading]) -> dict[str, Recipe | None]:
         initializer = initializers.find(self.init)
         split = {path: self._matrices(reading.shape, reading.axes) for path, reading in readings.items()}
-        inputs = {path: split[path].repeated(found.inputs) for path, found in readings.items() if found.inputs}
         limits = {path: min(matrices.fan_in, matrices.fan_out) for path, matrices in split.items()}
-        ranks = initializer.distributed(self.rank, inputs, limits)
+        ranks = initializer.distributed(self.rank, readings, limits, sum(self._block_mask()))
         recipes: dict[str, Recipe | None] = {}
         for path, found in readings.items():
             own = None if ranks is None else ranks[path]
@@ -197,13 +196,12 @@ class LoRA(Recipe):
             if rank == 0:
                 recipes[path] = None
                 continue
-            gradient = None if found.gradient is None else split[path].of(found.gradient)
             recipes[path] = dataclasses.replace(
                 self,
                 rank=rank,
                 # The scale is that of the recipe, whatever the rank.
                 alpha=None if self.alpha is None else self.scale() / SCALINGS[self.scaling](1.0, rank),
-                init=initializers.Informed(initializer, inputs.get(path), gradient, own),
+                init=initializers.Informed(initializer, found, own),
             )
         return recipes
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from lora_jax.adapters.factored import compute_dtype
 from lora_jax.adapters.protocol import BATCH, IN, OUT
-from lora_jax.initializers import Inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +42,7 @@ class Matrices:
         order = [axis for wanted in (BATCH, IN, OUT) for axis, role in enumerate(self.axes) if role == wanted]
         parts = len(self.blocks)
         grouped = jnp.transpose(weight, order).reshape(-1, self.fan_in, parts, self.fan_out)
-        kept = jnp.moveaxis(grouped, 2, 1)[:, np.flatnonzero(self.blocks)]
+        kept = jnp.moveaxis(grouped, 2, 1)
+        if not all(self.blocks):
+            kept = kept[:, np.flatnonzero(self.blocks)]
         return kept.reshape(-1, self.fan_in, self.fan_out).astype(compute_dtype(weight.dtype))
-
-    def repeated(self, inputs: Inputs) -> Inputs:
-        """The inputs of each matrix, from those of each batch element: blocks have them in common."""
-        return jax.tree.map(lambda leaf: jnp.repeat(leaf, sum(self.blocks), axis=0), inputs)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax.initializers.initializer import INPUTS, Given, Initializer, Inputs, Start
+from lora_jax.initializers.initializer import INPUTS, Given, Initializer, Reading, Start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +53,19 @@ class EVA(Initializer):
         return Start(a, jnp.zeros((given.batch, given.rank, given.fan_out), jnp.float32))
 
     def distributed(
-        self, rank: int, inputs: Mapping[str, Inputs], limits: Mapping[str, int]
+        self, rank: int, readings: Mapping[str, Reading], limits: Mapping[str, int], blocks: int
     ) -> dict[str, tuple[int, ...]]:
-        shares, owners = [], []
-        for path, found in inputs.items():
-            share = np.asarray(_shares(found.covariance()))[:, : min(round(rank * self.rho), limits[path])]
+        shares, owners, counts = [], [], {}
+        for path, reading in readings.items():
+            assert reading.inputs is not None
+            largest = min(round(rank * self.rho), limits[path])
+            share = np.repeat(np.asarray(_shares(reading.inputs.covariance()))[:, :largest], blocks, axis=0)
             shares.append(share.ravel())
             owners += [(path, matrix) for matrix in range(share.shape[0]) for _ in range(share.shape[1])]
-        budget = rank * sum(found.count.shape[0] for found in inputs.values())
+            counts[path] = [0] * share.shape[0]
+        budget = rank * sum(map(len, counts.values()))
         pooled = np.concatenate(shares)
         best = [place for place in np.argsort(-pooled, kind="stable")[:budget] if pooled[place] > 0]
-        counts = {path: [0] * found.count.shape[0] for path, found in inputs.items()}
         for path, matrix in (owners[place] for place in best):
             counts[path][matrix] += 1
         return {path: tuple(found) for path, found in counts.items()}

@@ -32,6 +32,10 @@ class Inputs:
         mean = self.total[:, :, None] / count
         return self.squares / count - mean * jnp.swapaxes(mean, 1, 2)
 
+    def repeated(self, times: int) -> "Inputs":
+        """The inputs of each of so many blocks, which have in common those of their batch element."""
+        return self if times == 1 else jax.tree.map(lambda leaf: jnp.repeat(leaf, times, axis=0), self)
+
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
@@ -121,16 +125,17 @@ class Initializer:
         raise TypeError(f"{type(self).__name__} starts no factors: define start().")
 
     def distributed(
-        self, rank: int, inputs: Mapping[str, Inputs], limits: Mapping[str, int]
+        self, rank: int, readings: Mapping[str, Reading], limits: Mapping[str, int], blocks: int
     ) -> dict[str, tuple[int, ...]] | None:
         """The rank of each matrix of each path, or None where each gets the recipe's.
 
         Args:
           rank: The recipe's.
-          inputs: By path, of each matrix.
+          readings: By path, what was read.
           limits: By path, the largest rank that its matrices can have.
+          blocks: How many matrices each batch element is split into.
         """
-        del rank, inputs, limits
+        del rank, readings, limits, blocks
         return None
 
 
@@ -140,14 +145,12 @@ class Informed(Initializer):
 
     Attributes:
       initializer: The initialiser.
-      inputs: For each matrix of the weight, or None.
-      gradient: `[batch, in, out]`, or None.
+      reading: As it was read; it is laid out for each matrix when the factors are made, one weight at a time.
       ranks: Of each matrix, or None.
     """
 
     initializer: Initializer
-    inputs: Inputs | None = dataclasses.field(repr=False)
-    gradient: jax.Array | None = dataclasses.field(repr=False)
+    reading: Reading = dataclasses.field(repr=False)
     ranks: tuple[int, ...] | None
 
     @property
@@ -155,5 +158,9 @@ class Informed(Initializer):
         return self.initializer.moves_weight
 
     def start(self, given: Given) -> Start:
-        read = dataclasses.replace(given, inputs=self.inputs, gradient=self.gradient, ranks=self.ranks)
-        return self.initializer.start(read)
+        inputs, gradient = self.reading.inputs, self.reading.gradient
+        if inputs is not None:
+            inputs = inputs.repeated(given.batch // inputs.count.shape[0])
+        if gradient is not None:
+            gradient = given.matrices(gradient)
+        return self.initializer.start(dataclasses.replace(given, inputs=inputs, gradient=gradient, ranks=self.ranks))
