@@ -36,6 +36,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a directory that may not be written
+        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except SystemExit as stop:  # tyro's: --help, or flags that do not parse
         return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt:

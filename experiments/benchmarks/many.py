@@ -26,6 +26,7 @@ import numpy as np
 import tyro
 
 import lora_jax as lora
+from experiments import settings
 from experiments.benchmarks import gpt2_step_model as model
 from experiments.benchmarks.step import rotations
 from experiments.configs import quickstart
@@ -61,6 +62,13 @@ class Config:
     """Of each training run."""
     runs: int = 2
     """Timed trainings of all adapters, at once and one after the other."""
+
+    def __post_init__(self) -> None:
+        settings.positive(self, "rank", "rounds", "adapters", "runs")
+        if self.steps < 2:
+            raise ValueError(f"steps must be 2 or more (the first compiles), not {self.steps}")
+        if self.rank > self.shape.width:
+            raise ValueError(f"rank must be at most the model's width ({self.shape.width}), not {self.rank}")
 
 
 @dataclasses.dataclass
@@ -129,13 +137,13 @@ def time_forwards(config: Config, length: int) -> dict[str, list[float]]:
 
 def time_training(config: Config, problem: Problem) -> dict[str, Training]:
     """Both ways to train all adapters, from cleared caches."""
-    members, settings = range(config.adapters), config.trained
-    chosen = method("lora", settings)
-    tx, loss = chosen.optimizer(config.steps), loss_function(problem.apply, settings.label_smoothing)
+    members, trained = range(config.adapters), config.trained
+    chosen = method("lora", trained)
+    tx, loss = chosen.optimizer(config.steps), loss_function(problem.apply, trained.label_smoothing)
     keys = jax.random.split(jax.random.key(0), config.adapters)
     deltas = [problem.delta(key, problem.base, chosen.spec) for key in keys]
     train = problem.splits["train"]
-    streams = [Stream(train.sequences, train.labels, problem.lengths, settings.batch_size, seed) for seed in members]
+    streams = [Stream(train.sequences, train.labels, problem.lengths, trained.batch_size, seed) for seed in members]
     batches = [[stream[step] for step in range(config.steps)] for stream in streams]
     found = {APART: Training(), TOGETHER: Training()}
 
@@ -167,7 +175,7 @@ def time_training(config: Config, problem: Problem) -> dict[str, Training]:
             found[name].losses = np.array(sides[name](lambda marks=marks: marks.append(time.perf_counter())))
             found[name].first.append(marks[1] - marks[0])
             found[name].seconds.append(marks[-1] - marks[0])
-            total, steps = config.adapters * config.steps * settings.batch_size, len(marks) - 1
+            total, steps = config.adapters * config.steps * trained.batch_size, len(marks) - 1
             found[name].examples = total * (steps - 1) / steps
     return found
 
@@ -205,10 +213,10 @@ def verdict(what: str, ratio: float, limit: float, *, least: bool = False) -> bo
 
 def main(config: Config) -> int:
     """Measures, prints, and returns the exit status."""
-    settings, shape = config.trained, config.shape
-    limits = {split: getattr(settings, f"{split}_examples") for split in ("train", "validation", "test")}
+    trained, shape = config.trained, config.shape
+    limits = {split: getattr(trained, f"{split}_examples") for split in ("train", "validation", "test")}
     try:
-        problem = load(settings.model, settings.data, limits, settings.lengths, report=print)
+        problem = load(trained.model, trained.data, limits, trained.lengths, report=print)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -216,7 +224,7 @@ def main(config: Config) -> int:
     held = []
     forward = report_forward(f"forward, {shape.batch} × {shape.length} tokens", time_forwards(config, shape.length))
     report_forward(f"forward, {shape.batch} × 1 token", time_forwards(config, 1))
-    title = f"training {config.adapters} × {config.steps} steps of {settings.batch_size} × {settings.lengths[-1]}"
+    title = f"training {config.adapters} × {config.steps} steps of {trained.batch_size} × {trained.lengths[-1]}"
     seconds, throughput = report_training(title, time_training(config, problem))
     print()
     held.append(verdict(f"forward: {ROUTED} / {SINGLE}", forward, 1.15))

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments import settings
+
 STUDY = "experiments.studies.analysis"
 
 
@@ -73,18 +75,12 @@ class Config:
     """Training steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        positive = ("rank", "alpha", "epochs", "batch_size", "checkpoint_every")
-        for name in (*positive, "train_examples", "validation_examples"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be positive, not {value}")
+        settings.positive(self, "rank", "alpha", "epochs", "batch_size", "checkpoint_every", "lora_lr", "full_lr")
+        settings.positive(self, "train_examples", "validation_examples")
+        settings.not_negative(self, "layer")
+        settings.lengths(self)
         if self.large_rank <= self.rank:
             raise ValueError(f"large_rank must be above rank ({self.rank}), not {self.large_rank}")
-        for name in ("layer", "lora_lr", "full_lr"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative")
-        if not self.lengths or sorted(set(self.lengths)) != list(self.lengths) or self.lengths[0] < 3:
-            raise ValueError(f"lengths must ascend from 3 or more, not {' '.join(map(str, self.lengths))}")
 
 
 DEFAULTS = Config()

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
+from experiments import settings
+
 STUDY = "experiments.studies.quickstart"
 METHODS = ("head", "lora", "all-linear", "full")
 LOW_RANK = ("lora", "all-linear")
@@ -122,19 +124,11 @@ class Config:
     """Training steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        positive = ("seeds", "epochs", "batch_size", "rank", "checkpoint_every", "clip", "alpha")
-        for name in (*positive, "train_examples", "validation_examples", "test_examples"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be positive, not {value}")
-        for name in ("lora_lr", "all_linear_lr", "full_lr"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative")
-        for name in ("warmup", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is a share, from 0 to below 1, not {getattr(self, name)}")
-        if not self.lengths or sorted(set(self.lengths)) != list(self.lengths) or self.lengths[0] < 3:
-            raise ValueError(f"lengths must ascend from 3 or more, not {' '.join(map(str, self.lengths))}")
+        settings.positive(self, "seeds", "epochs", "batch_size", "rank", "checkpoint_every", "clip", "alpha")
+        settings.positive(self, "train_examples", "validation_examples", "test_examples")
+        settings.not_negative(self, "lora_lr", "all_linear_lr", "full_lr")
+        settings.share(self, "warmup", "label_smoothing")
+        settings.lengths(self)
 
 
 DEFAULTS = Config()

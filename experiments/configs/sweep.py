@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments import settings
+
 STUDY = "experiments.studies.sweep"
 
 
@@ -75,20 +77,11 @@ class Config:
     """Training steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "checkpoint_every", "clip", "alpha")
-        for name in (*positive, "train_examples", "validation_examples", "test_examples"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be positive, not {value}")
-        for name in ("ranks", "learning_rates"):
-            values = getattr(self, name)
-            if not values or min(values) <= 0 or len(set(values)) < len(values):
-                raise ValueError(f"{name} must be different positive numbers, not {' '.join(map(str, values))}")
-        for name in ("warmup", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is a share, from 0 to below 1, not {getattr(self, name)}")
-        if not self.lengths or sorted(set(self.lengths)) != list(self.lengths) or self.lengths[0] < 3:
-            raise ValueError(f"lengths must ascend from 3 or more, not {' '.join(map(str, self.lengths))}")
+        settings.positive(self, "epochs", "batch_size", "checkpoint_every", "clip", "alpha", "ranks", "learning_rates")
+        settings.positive(self, "train_examples", "validation_examples", "test_examples")
+        settings.not_negative(self, "seed")
+        settings.share(self, "warmup", "label_smoothing")
+        settings.lengths(self)
 
     @property
     def grid(self) -> list[tuple[int, float]]:

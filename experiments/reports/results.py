@@ -2,9 +2,14 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from experiments.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,14 +51,29 @@ class Result:
     @classmethod
     def load(cls, path: Path) -> "Result":
         """Reads what `save` wrote."""
-        content = json.loads(path.read_text(encoding="utf-8"))
-        pairs = [(step, accuracy) for step, accuracy in content.pop("evaluations")]
-        return cls(**content, evaluations=pairs)
+
+        def make(content: Any) -> "Result":
+            pairs = [(step, accuracy) for step, accuracy in content.pop("evaluations")]
+            return cls(**content, evaluations=pairs)
+
+        return read_json(path, make)
 
 
 def stored_bytes(directory: Path) -> int:
     """What the files under a directory hold."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def read_json(path: Path, make: Callable[[Any], T]) -> T:
+    """What `make` makes of the content of a file that :func:`write_json` wrote.
+
+    Raises:
+      UserError: It is damaged, or was written by another version.
+    """
+    try:
+        return make(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: damaged, or of another version ({error}); --fresh starts over") from None
 
 
 def write_json(path: Path, content: Any) -> None:

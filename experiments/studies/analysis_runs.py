@@ -1,6 +1,5 @@
 """Training runs that keep the adapters of chosen weights after every epoch."""
 
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from rich.console import Console
 
 import lora_jax as lora
-from experiments.reports.results import write_json
+from experiments.reports.results import read_json, write_json
 from experiments.studies.head import Start
 from experiments.studies.methods import Method, loss_function
 from experiments.studies.problem import accuracy, answers
@@ -67,10 +66,10 @@ def trained(
     finished = directory / "history.json"
     if not finished.exists():
         _train(start, method, seed, watched, directory, checkpoint_every, console)
-    history = json.loads(finished.read_text(encoding="utf-8"))
-    steps = [step for step, _ in history["evaluations"] if step]
+    evaluations = read_json(finished, lambda content: [(step, accuracy) for step, accuracy in content["evaluations"]])
+    steps = [step for step, _ in evaluations if step]
     deltas = {step: lora.load(_snapshot(directory, step), start.problem.base) for step in steps}
-    return Run(method.name, seed, deltas, history["evaluations"][-1][1])
+    return Run(method.name, seed, deltas, evaluations[-1][1])
 
 
 def _train(

@@ -1,6 +1,5 @@
 """LoRA's rank and learning rate: every pair of a grid trained at once, the best one tried on test."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,7 @@ import lora_jax as lora
 from experiments.configs.sweep import Config
 from experiments.errors import UserError
 from experiments.reports.grid import draw_grid, grid_table
-from experiments.reports.results import write_json
+from experiments.reports.results import read_json, write_json
 from experiments.studies import head, provenance
 from experiments.studies.head import Start
 from experiments.studies.methods import loss_function
@@ -71,7 +70,7 @@ def run(config: Config) -> Sweep:
     directory = _directory(config, "sweep", [problem.digest, settings])
     stored = directory / "result.json"
     if stored.exists():
-        found = Sweep(**json.loads(stored.read_text(encoding="utf-8")))
+        found = read_json(stored, lambda content: Sweep(**content))
     else:
         found = _trained(config, start, directory, console)
     _show(config, found, directory, console)

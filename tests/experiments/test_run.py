@@ -9,6 +9,8 @@ import pytest
 
 from experiments import run
 from experiments.configs import quickstart
+from experiments.errors import UserError
+from experiments.reports.results import Result
 from experiments.studies.language_model import config as language_model
 
 
@@ -124,3 +126,37 @@ def test_as_a_program():
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: unknown config 'quickstrat'; did you mean quickstart?\n"
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["sweep", "--alpha", "nan"], "alpha must be positive, not nan"),
+        (["sweep", "--learning-rates", "nan"], "learning_rates must be positive, not nan"),
+        (["sweep", "--seed", "-1"], "seed must not be negative"),
+        (["analysis", "--lora-lr", "0"], "lora_lr must be positive, not 0.0"),
+        (["quickstart", "--clip", "inf"], "clip must be positive, not inf"),
+    ],
+)
+def test_numbers_that_no_run_can_use(args, said, capsys):
+    assert run.main(args) == 2
+    assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_an_output_that_cannot_be_written(tmp_path, capsys, monkeypatch):
+    def full(path, *args, **kwargs):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("experiments.studies.quickstart.run", lambda config: full(config.out))
+    assert run.main(["quickstart", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"evaluations": []}'], ids=["cut", "something else", "another version"]
+)
+def test_a_damaged_record_is_one_sentence(content, tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"result\.json: damaged, or of another version .*--fresh starts over"):
+        Result.load(path)

@@ -6,6 +6,8 @@ from typing import Literal
 
 import tyro
 
+from experiments import settings
+
 Family = Literal["gpt2", "llama"]
 Target = Literal["attention", "feed-forward", "norms", "embedding", "head"]
 
@@ -93,17 +95,10 @@ class Config:
     """Training steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "rank", "alpha", "clip", "loss_chunk", "new_tokens", "checkpoint_every")
-        for name in (*positive, "train_examples", "validation_examples", "test_examples"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be positive, not {value}")
-        for name in ("lr", "samples", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is a share, from 0 to below 1, not {self.warmup}")
+        settings.positive(self, "epochs", "batch_size", "rank", "alpha", "clip", "loss_chunk", "new_tokens")
+        settings.positive(self, "checkpoint_every", "train_examples", "validation_examples", "test_examples")
+        settings.not_negative(self, "lr", "samples", "seed")
+        settings.share(self, "warmup")
+        settings.lengths(self)
         if not self.targets:
             raise ValueError("targets must name something to adapt")
-        if not self.lengths or sorted(set(self.lengths)) != list(self.lengths) or self.lengths[0] < 3:
-            raise ValueError(f"lengths must ascend from 3 or more, not {' '.join(map(str, self.lengths))}")

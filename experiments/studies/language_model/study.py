@@ -1,6 +1,5 @@
 """A language model adapted by LoRA, end to end: train, generate, merge, export, read back; tables and a picture."""
 
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import lora_jax as lora
 from experiments import generation
 from experiments.reports import curves
 from experiments.reports.agreement import Agreement, agreement_table
-from experiments.reports.results import stored_bytes, write_json
+from experiments.reports.results import read_json, stored_bytes, write_json
 from experiments.reports.table import size
 from experiments.studies import provenance
 from experiments.studies.language_model import exchange, samples, training
@@ -56,11 +55,14 @@ class Report:
     @classmethod
     def load(cls, path: Path) -> "Report":
         """Reads what the study wrote as JSON."""
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content["agreements"] = [Agreement(**one) for one in content["agreements"]]
-        for name in ("evaluations", "texts"):
-            content[name] = [tuple(one) for one in content[name]]
-        return cls(**content)
+
+        def make(content: Any) -> "Report":
+            content["agreements"] = [Agreement(**one) for one in content["agreements"]]
+            for name in ("evaluations", "texts"):
+                content[name] = [tuple(one) for one in content[name]]
+            return cls(**content)
+
+        return read_json(path, make)
 
 
 def run(config: Config) -> Report:
