@@ -163,6 +163,32 @@ def test_an_id_that_is_no_member(grouped):
         routed(BASE, stacked, jnp.zeros(7), X)
 
 
+def test_grouped_products_of_bfloat16():
+    """Examples are counted exactly past the 256 that bfloat16 has, and products accumulate as they are asked to."""
+    count = 300
+    ids = jnp.array([0] * 3 + [1] * (count - 3))
+    base = {"w": jnp.ones((2, 2), jnp.bfloat16)}
+    x = normal(6, count, 1, 2).astype(jnp.bfloat16)
+
+    def wide(base, x):
+        return jnp.matmul(x, base["w"], preferred_element_type=jnp.float32)
+
+    delta = lora.init(jax.random.key(0), base, {"w": lora.LoRA(1, init="gaussian", axes=("in", "out"))})
+    ones = {"w": dataclasses.replace(delta["w"], b=jnp.ones_like(delta["w"].b))}
+    thirds = {"w": dataclasses.replace(ones["w"], b=ones["w"].b / 3)}
+    plain, grouped = (lora.route(lora.adapt(wide), grouped=grouped) for grouped in (False, True))
+    arguments = base, lora.stack([ones, thirds]), ids, x
+    chex.assert_trees_all_close(grouped(*arguments), plain(*arguments), rtol=1e-2, atol=1e-2)
+    found = [e for e in equations(jax.make_jaxpr(grouped)(*arguments)) if e.primitive.name == "lora_ragged_product"]
+    assert [e.params["dtype"] for e in found] == [jnp.bfloat16, jnp.float32]
+
+
+def test_a_batch_of_no_examples():
+    for grouped in (False, True):
+        routed = lora.route(lora.adapt(fn), grouped=grouped)
+        assert routed(BASE, lora.stack(low_rank()), jnp.zeros(0, int), X[:0]).shape == (0, LENGTH, 8)
+
+
 def test_axes_are_those_of_vmap():
     def two(base, tokens, scale, extra, *, factor):
         return {"y": jnp.matmul(tokens["x"], base["w"]) * scale, "sum": jnp.sum(extra) * factor}

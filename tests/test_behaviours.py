@@ -216,9 +216,12 @@ def test_22_adapters_of_one_batch_may_be_on_different_layers():
     close(routed[1], adapted(BASE, last, IDS[1:])[0])
 
 
-def test_23_as_many_ids_as_examples():
-    with pytest.raises(ValueError, match="3"):
-        lora.route(lora.adapt(fn))(BASE, lora.stack([ONE, TWO]), [0, 1, 1], IDS)
+@pytest.mark.parametrize("grouped", [False, True], ids=["plain", "grouped"])
+@pytest.mark.parametrize("ids", [[0], [0, 1, 1]], ids=len)
+def test_23_as_many_ids_as_examples(ids, grouped):
+    routed = lora.route(lora.adapt(fn), grouped=grouped)
+    with pytest.raises(ValueError, match=f"adapter_ids has {len(ids)} entries; the batch has 2 examples"):
+        routed(BASE, lora.stack([ONE, TWO]), ids, IDS)
 
 
 def test_24_an_embedding_with_lora_is_saved(tmp_path):

@@ -165,6 +165,15 @@ def test_a_base_with_leaves_that_are_no_arrays(getkey):
     assert updates["base"].activation is None
 
 
+def test_the_one_tree_optimizer_in_a_step(base, batch):
+    delta = lora.init(jax.random.key(0), base, {"^w$": lora.LoRA(2)}, fn, batch[0])
+    ends = []
+    for tx in (optax.sgd(0.1), lora.optimizer(optax.sgd(0.1))):
+        state = lora.TrainState.create(base, delta, tx, jax.random.key(1))
+        ends.append(lora.train_step(plain, tx)(state, batch)[0].delta)
+    chex.assert_trees_all_equal(*ends)
+
+
 def test_a_batch_of_weight_zero_changes_nothing(base, batch):
     empty = (*batch[:2], jnp.zeros(16))
     before, _ = run(weighted, base, batch, steps=0)

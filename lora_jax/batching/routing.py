@@ -44,7 +44,7 @@ def route(adapted: Callable, *, in_axes: Any = 0, out_axes: Any = 0, grouped: bo
       Every example sees the whole of `kwargs`.
 
     Raises:
-      ValueError: (from `routed`) An id is out of range; the ids are no vector of integers.
+      ValueError: (from `routed`) An id is out of range; the ids are no vector of integers, one an example.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -64,19 +64,20 @@ def route(adapted: Callable, *, in_axes: Any = 0, out_axes: Any = 0, grouped: bo
     def routed(base, stacked, adapter_ids, /, *args, dropout_key=None, **kwargs):
         members = count(stacked)
         ids = _checked(adapter_ids, members)
+        axes = in_axes if isinstance(in_axes, int | None) else tuple(in_axes)
+        _each(functools.partial(_check_size, ids.shape[0]), axes, args)
         keys = None if dropout_key is None else jax.random.split(dropout_key, ids.shape[0])
         # Past the last member there is none: what is gathered there changes nothing.
         ids = jnp.where((ids >= 0) & (ids < members), ids, members)
         order = jnp.argsort(ids) if grouped else None
         if order is not None:
             ids, keys = jax.tree.map(lambda leaf: leaf[order], (ids, keys))
-            args = _taken(args, in_axes, order)
+            args = _taken(args, axes, order)
 
         def one(member, key, args):
             delta = {path: Chosen(node, member, grouped) for path, node in stacked.items()}
             return adapted(base, delta, *args, dropout_key=key, **kwargs)
 
-        axes = in_axes if isinstance(in_axes, int | None) else tuple(in_axes)
         out = jax.vmap(one, in_axes=(0, 0, axes), out_axes=out_axes)(ids, keys, args)
         return out if order is None else _taken(out, out_axes, jnp.argsort(order))
 
@@ -98,14 +99,24 @@ def _checked(ids: Any, members: int) -> jax.Array:
     return jnp.asarray(found, jnp.int32)
 
 
+def _check_size(examples: int, leaf: Any, axis: int) -> None:
+    """Raises where a leaf of the batch has another number of examples than there are ids."""
+    for size in np.shape(leaf)[axis:][:1]:
+        if size != examples:
+            raise ValueError(f"adapter_ids has {examples} entries; the batch has {size} examples.")
+
+
 def _taken(tree: Any, axes: Any, order: jax.Array) -> Any:
-    """The examples of a batch in another order; `axes` as for `jax.vmap`."""
+    """The examples of a batch in another order."""
+    return _each(lambda leaf, axis: jnp.take(leaf, order, axis=axis), axes, tree)
+
+
+def _each(function: Callable[[Any, int], Any], axes: Any, tree: Any) -> Any:
+    """The function of every leaf that has a batch axis and of that axis; `axes` as for `jax.vmap`."""
 
     def each(axis, part):
-        return part if axis is None else jax.tree.map(lambda leaf: jnp.take(leaf, order, axis=axis), part)
+        return part if axis is None else jax.tree.map(lambda leaf: function(leaf, axis), part)
 
-    if isinstance(axes, int):
-        return each(axes, tree)
     axes = tuple(axes) if isinstance(tree, tuple) and isinstance(axes, list) else axes
     return jax.tree.map(each, axes, tree, is_leaf=lambda node: node is None)
 

@@ -111,7 +111,9 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
         if params is None:
             raise ValueError("optimizer(tx).update needs params, which tell the trainable leaves.")
         still = jax.tree.map(lambda node: partition(node)[1] if is_adapter(node) else None, params, is_leaf=is_adapter)
-        trained, state = inner.update(chosen(params, updates), state, chosen(params, params), frozen=still, **extra)
+        # A caller that split the tree itself (train_step) has said what is frozen: its word holds.
+        extra = {"frozen": still, **extra}
+        trained, state = inner.update(chosen(params, updates), state, chosen(params, params), **extra)
         full = jax.tree.map(
             lambda leaf, update: jnp.zeros_like(leaf) if update is None and is_array(leaf) else update,
             params,

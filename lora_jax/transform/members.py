@@ -5,6 +5,7 @@ bond is then the chosen member's term, whatever a product does with its factors.
 member, an input's product with stacked factors is one ragged product, and no factor is copied for an example.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -36,11 +37,28 @@ def chain(
         factor = next((f for f in pending if set(f.labels) & set(result.labels)), pending[0])
         pending = [f for f in pending if f is not factor]
         later = {label for label, _ in out}.union(*(f.labels for f in pending))
-        result = _product(result, factor, choice, later, precision)
+        result = _product(result, factor, choice, later, precision, None if pending else dtype)
     return factored.chain(result, [], out, dtype=dtype or start.array.dtype)
 
 
-def _product(left: Factor, right: Factor, choice: Factor, later: set[Label], precision) -> Factor:
+def picked(factors: Sequence[Factor]) -> list[Factor]:
+    """The same product without the axis of members: of each factor the chosen member's part."""
+    choice = next((factor for factor in factors if factor.labels == (MEMBER,)), None)
+    if choice is None:
+        return list(factors)
+
+    def pick(factor: Factor) -> Factor:
+        if MEMBER not in factor.labels:
+            return factor
+        labels = tuple(label for label in factor.labels if label != MEMBER)
+        parts = factor.transposed([MEMBER, *labels]).array
+        one = choice.array.astype(parts.dtype)
+        return Factor(jnp.tensordot(one, parts, 1, precision=jax.lax.Precision.HIGHEST), labels)
+
+    return [pick(factor) for factor in factors if factor is not choice]
+
+
+def _product(left: Factor, right: Factor, choice: Factor, later: set[Label], precision, dtype) -> Factor:
     shared = [label for label in right.labels if label in left.labels]
     summed = [label for label in shared if label not in later]
     own = [label for label in right.labels if label not in left.labels and label != MEMBER]
@@ -50,26 +68,26 @@ def _product(left: Factor, right: Factor, choice: Factor, later: set[Label], pre
         names = [label for label in (*kept, *own) if label in later]
         factors = [right, choice] if MEMBER in right.labels else [right]
         target = [(label, sizes[label]) for label in names]
-        return Factor(factored.chain(left, factors, target, precision=precision), tuple(names))
+        return Factor(factored.chain(left, factors, target, precision=precision, dtype=dtype), tuple(names))
     rows = left.transposed([*kept, *summed]).array
     matrices = right.transposed([MEMBER, *summed, *own]).array.astype(rows.dtype)
-    inner = [sizes[label] for label in summed]
-    width = 1
-    for size in inner:
-        width *= size
-    product = _chosen(precision)(
-        rows.reshape(-1, width), matrices.reshape(matrices.shape[0], width, -1), choice.array.astype(rows.dtype)
+    count, width, columns = (math.prod(sizes[label] for label in labels) for labels in (kept, summed, own))
+    product = _chosen(precision, dtype)(
+        rows.reshape(count, width),
+        matrices.reshape(matrices.shape[0], width, columns),
+        choice.array.astype(rows.dtype),
     )
     labels = (*kept, *own)
     return Factor(product.reshape([sizes[label] for label in labels]), labels)
 
 
-def _chosen(precision):
+def _chosen(precision, dtype):
     """The product of `x [n, k]` with one of `[members, k, m]`, which a one-hot vector picks."""
 
     @jax.custom_batching.custom_vmap
     def product(x, matrices, choice):
-        return jnp.matmul(x, jnp.tensordot(choice, matrices, 1), precision=precision)
+        matrix = jnp.tensordot(choice, matrices, 1)
+        return jnp.matmul(x, matrix, precision=precision, preferred_element_type=dtype)
 
     @product.def_vmap
     def batched(size, is_batched, x, matrices, choice):
@@ -80,10 +98,11 @@ def _chosen(precision):
         if not x_batched:
             x = jnp.broadcast_to(x, (size, *x.shape))
         # Sorted by member: the rows of each follow one another; those of no member are at the end.
-        rows = jnp.sum(choice, axis=0).astype(jnp.int32) * x.shape[1]
-        out = ragged_product(x.reshape(-1, x.shape[-1]), matrices, rows, precision)
-        chosen = jnp.sum(choice, axis=1)[:, None, None] > 0
-        out = out.reshape(size, x.shape[1], -1)
+        # Counted as integers: bfloat16 cannot tell 256 examples of one member from 257.
+        rows = jnp.sum(choice > 0, axis=0, dtype=jnp.int32) * x.shape[1]
+        out = ragged_product(x.reshape(size * x.shape[1], x.shape[2]), matrices, rows, precision, dtype)
+        chosen = jnp.any(choice > 0, axis=1)[:, None, None]
+        out = out.reshape(size, x.shape[1], matrices.shape[2])
         return jnp.where(chosen, out, jnp.zeros((), out.dtype)), True
 
     return product
