@@ -75,7 +75,7 @@ def correlation(drifts: Iterable[Drift]) -> float:
       Liu et al., `DoRA <https://arxiv.org/abs/2402.09353>`_, 2024, §3.2
     """
     points = [(drift.direction.ravel(), drift.magnitude.ravel()) for drift in drifts]
-    direction, magnitude = (np.concatenate(values) for values in zip(*points)) if points else ((), ())
+    direction, magnitude = (np.concatenate(values) for values in zip(*points)) if points else (np.zeros(0), np.zeros(0))
     if len(direction) < 2:
         raise ValueError(f"correlation: it takes two points or more, there are {len(direction)}.")
     for name, values in (("directions", direction), ("magnitudes", magnitude)):
