@@ -45,12 +45,21 @@ FAMILIES = {
     "VeRA": lora.VeRA,
 }
 
+EXPERTS = {
+    "DoRA": lora.DoRA,
+    "Full": lambda rank: lora.Full(),
+    "LoHa": lora.LoHa,
+    "LoKr": lora.LoKr,
+    "LoRA": lora.LoRA,
+}
+
 BASE = {
     "w": normal(0, 4, 6),
     "bias": jnp.ones(6),
     "head": normal(1, 6, 8),
     "layers": normal(2, 2, 4, 4),
     "families": {path: normal(seed, 4, 4) for seed, path in enumerate(FAMILIES)},
+    "experts": {path: normal(seed, 2, 4, 4) for seed, path in enumerate((*EXPERTS, "plain"))},
 }
 X = normal(3, BATCH, LENGTH, 4)
 IDS = [2, 0, 1, 2, 3, 0, 2]
@@ -58,7 +67,7 @@ IDS = [2, 0, 1, 2, 3, 0, 2]
 
 def made(seed, spec, function=fn):
     """A delta that changes something."""
-    delta = lora.init(jax.random.key(seed), BASE, spec, function, X)
+    delta = lora.init(jax.random.key(seed), BASE, spec, function, X[0])
     train, frozen = lora.partition(delta)
     moved = jax.tree.map(lambda x: x + 0.2 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), train)
     return lora.join(moved, frozen)
@@ -99,6 +108,20 @@ def products(base, x):
     return x
 
 
+def experts(base, x):
+    """Tokens in groups, each with an expert of its own; the last experts are not adapted."""
+    sizes = jnp.array([2, 3])
+    for path in (*EXPERTS, "plain"):
+        x = jnp.tanh(jax.lax.ragged_dot(x, base["experts"][path], sizes))
+    return x
+
+
+@functools.cache
+def adapted_experts():
+    small, large = ({f"experts/{path}$": recipe(rank) for path, recipe in EXPERTS.items()} for rank in (1, 2))
+    return [made(1, small, experts), {}, made(2, large, experts), made(3, small, experts)]
+
+
 @functools.cache
 def families():
     small, large = ({f"{path}$": recipe(rank) for path, recipe in FAMILIES.items()} for rank in (1, 2))
@@ -110,6 +133,7 @@ MEMBERS = {
     "DoRA, Full, blocks": (fn, other_kinds),
     "scan": (layers, scanned),
     "families": (products, families),
+    "experts": (experts, adapted_experts),
 }
 
 

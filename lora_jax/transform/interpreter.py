@@ -9,6 +9,7 @@ import jax
 from lora_jax.transform import jaxprs
 from lora_jax.transform.product import Product
 from lora_jax.transform.rules import RULES
+from lora_jax.transform.rules.contractions import on_arrays
 from lora_jax.transform.weight import CannotFactor, Weight, root
 
 
@@ -93,7 +94,7 @@ class Interpreter:
 
     def _apply(self, equation: jaxprs.Equation, values: list[Any]) -> list[Any]:
         if not any(isinstance(value, Weight) for value in values):
-            return jaxprs.bind(equation, values)
+            return on_arrays(equation, values)
         name = equation.primitive.name
         reason = f"there is no factored form of {name}"
         if name in RULES:
@@ -104,7 +105,7 @@ class Interpreter:
                 reason = str(error)
                 if self.uses is not None:  # what the rule had recorded before it gave up
                     del self.uses[recorded:]
-        return jaxprs.bind(equation, self.plain(equation, values, reason))
+        return on_arrays(equation, self.plain(equation, values, reason))
 
     def plain(self, equation: jaxprs.Equation, values: Sequence[Any], reason: str) -> list[Any]:
         """The values with weights merged (or, after a lookup, with the looked-up part computed)."""

@@ -103,8 +103,6 @@ def fits(layer: str, recipe: str) -> bool:
 def allowed(layer: str, recipe: str, dtype: str, transformation: str) -> bool:
     if layer == "raw.while_decode" and transformation in ("grad", "remat"):
         return False  # JAX has no reverse mode for while
-    if layer == "raw.ragged_dot" and recipe == "Full" and transformation == "vmap":
-        return False  # merged weights under vmap: JAX's own ragged_dot has no rule for it
     if layer in USES_DEVICES and transformation in ("pmap", "shard_map", "vmap", "scan"):
         return False
     return fits(layer, recipe)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapters.factored import Factor, Label, times
 from lora_jax.transform import jaxprs
-from lora_jax.transform.members import chain
+from lora_jax.transform.members import chain, picked
 from lora_jax.transform.product import Product
 from lora_jax.transform.ragged import ragged_product
 from lora_jax.transform.taps import check_whole, moments, ragged_moments, tapped
@@ -109,11 +109,9 @@ def _ragged_dot(interpreter, equation, values):
     """Tokens sorted by group (expert), each group times its own weight."""
     x, weight, sizes = values[:3]
     params = equation.params
-    numbers = params["ragged_dot_dimension_numbers"]
-    given = (numbers.dot_dimension_numbers, tuple(numbers.lhs_ragged_dimensions), tuple(numbers.rhs_group_dimensions))
     if not isinstance(weight, Weight) or isinstance(x, Weight) or len(values) > 3:
         raise CannotFactor("a ragged product whose weight is not its second operand")
-    if given != ((((1,), (1,)), ((), ())), (0,), (0,)) or params["group_offset"] is not None:
+    if not is_ragged_dot(equation):
         raise CannotFactor("a ragged product of another form than ragged_dot's")
     group, into, out = (weight.single(axis) for axis in range(3))
     interpreter.record(
@@ -142,7 +140,7 @@ def _ragged_dot(interpreter, equation, values):
     total = product(x, weight.value, params["preferred_element_type"])
     if weight.factors:
         result = Factor(interpreter.next_key(weight).drop_out(x), (TOKENS, into))
-        pending = list(weight.factors)
+        pending = picked(weight.factors)  # rows sorted by group cannot be sorted by member too
         while pending:
             # The next factor that the running result touches; one without axes of its own comes first.
             own = {
@@ -174,6 +172,27 @@ def _ragged_dot(interpreter, equation, values):
         rows = of_rows(gain, [out] if out in gain.labels else []).reshape(-1, gain.sizes.get(out, 1))
         total = total * jnp.broadcast_to(rows.astype(total.dtype), total.shape)
     return [total]
+
+
+def is_ragged_dot(equation) -> bool:
+    """Whether an equation is a ragged product of the form that `jax.lax.ragged_dot` makes."""
+    if equation.primitive.name != "ragged_dot_general" or equation.params["group_offset"] is not None:
+        return False
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    given = (numbers.dot_dimension_numbers, tuple(numbers.lhs_ragged_dimensions), tuple(numbers.rhs_group_dimensions))
+    return given == ((((1,), (1,)), ((), ())), (0,), (0,))
+
+
+def on_arrays(equation, values: Sequence) -> list:
+    """The results of an equation whose inputs are arrays.
+
+    Ragged products are evaluated by :func:`~lora_jax.transform.ragged.ragged_product`: `vmap` over members or examples
+    has a rule for it, and none for JAX's own.
+    """
+    if not is_ragged_dot(equation):
+        return jaxprs.bind(equation, values)
+    (out,) = equation.outvars
+    return [ragged_product(*values, equation.params["precision"], out.aval.dtype)]
 
 
 RULES = {"dot_general": _dot_general, "ragged_dot_general": _ragged_dot}
