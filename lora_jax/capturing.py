@@ -37,13 +37,17 @@ def capture(
       By path, sums over the batches of the moments, means of the gradients.
 
     Raises:
-      ValueError: A weight is indexed, merged or contracted in part where its inputs are wanted; nothing was captured.
+      ValueError: A weight is indexed, merged or contracted in part where its inputs are wanted; the base has a
+        shape only; nothing was captured, or NaN or Inf.
     """
     leaves = paths.flatten(base).as_dict()
     axes = {path: roles for path, (what, roles) in wanted.items() if what == INPUTS}
     for path, roles in axes.items():
         if LOOKUP in roles:
             raise ValueError(f"{path!r}: its inputs cannot be read: it is indexed (a lookup), not contracted.")
+    for path, leaf in leaves.items():
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(f"{path!r}: to read data the function is run; the base has the shape only.")
     moments = {path: taps.zeros(leaves[path].shape, roles) for path, roles in axes.items()}
     chosen = [path for path, (what, _) in wanted.items() if what == GRADIENT]
     sums = {path: jnp.zeros(leaves[path].shape, jnp.float32) for path in chosen}

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax import axes as axis_roles
 from lora_jax import paths
-from lora_jax.adapters.protocol import Adapter, Recipe, check_axes
+from lora_jax.adapters.protocol import Adapter, Recipe, check_axes, is_inexact
 from lora_jax.capturing import capture
 from lora_jax.initializers import GRADIENT
 from lora_jax.transform.call import is_array, path_key
@@ -123,7 +124,9 @@ def prepare(
 
     Raises:
       ValueError: As :func:`init`; no batch is given; a loss is given that nothing reads, or not given; the inputs of
-        a weight cannot be read.
+        a weight cannot be read; inputs, a gradient or a moved weight hold NaN or Inf; nothing varies for EVA; what is
+        to be read has a shape only; EVA is traced (its ranks are numbers).
+      TypeError: `batches` is one array or dict.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -137,6 +140,10 @@ def prepare(
     References:
       Meng et al., `PiSSA <https://arxiv.org/abs/2404.02948>`_, 2024, §3; :mod:`lora_jax.initializers` has the others'
     """
+    if isinstance(batches, Mapping) or is_array(batches):
+        raise TypeError(
+            f"batches is an iterable of batches; got one {type(batches).__name__}. For one batch write [batch]."
+        )
     rest = (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
     first = next(rest, None)
     if first is None:
@@ -164,7 +171,15 @@ def prepare(
         if recipe is not None:
             with _naming(path):
                 moved[path], delta[path] = recipe.prepare(*given)
+                if moved[path] is not given[1] and _is_finite(given[1]) and not _is_finite(moved[path]):
+                    raise ValueError(f"{recipes[path]} makes a finite weight one with NaN or Inf.")
     return paths.flatten(base).map(lambda path, leaf: _placed(moved.get(path, leaf), leaf)), delta
+
+
+def _is_finite(leaf: Any) -> bool:
+    """Whether all floats of a leaf, or of the node in its place, are finite; while tracing, they count as finite."""
+    floats = [array for array in jax.tree.leaves(leaf) if is_inexact(array)]
+    return all(isinstance(array, jax.core.Tracer) or bool(jnp.isfinite(array).all()) for array in floats)
 
 
 def _placed(moved: Any, leaf: Any) -> Any:

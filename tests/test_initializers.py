@@ -497,6 +497,9 @@ def test_prepare_refuses():
         prepare("eva", loss=loss)
     with pytest.raises(ValueError, match="at least one batch"):
         prepare("eva", ())
+    for batches in (X, np.asarray(X), {"x": X}):
+        with pytest.raises(TypeError, match=r"iterable of batches.*write \[batch\]"):
+            prepare("pissa", batches)
     with pytest.raises(ValueError, match=r"scalar float; it returned \(200, 28\)"):
         prepare("lora_ga", loss=fn)
     with pytest.raises(ValueError, match="positive scale"):
@@ -512,6 +515,30 @@ def test_prepare_refuses():
             bad()
     with pytest.raises(TypeError, match="define start"):
         drawn(Initializer())
+
+
+def test_prepare_refuses_what_is_not_finite():
+    bad = X.at[0, 0].set(jnp.nan)
+    for init, found in (("corda", "inputs hold NaN"), ("eva", "inputs hold NaN"), ("lora_ga", "gradient holds NaN")):
+        options = {"loss": loss} if init == "lora_ga" else {}
+        with pytest.raises(ValueError, match=f"'up': the {found}"):
+            lora.prepare(jax.random.key(0), published(), {"up": lora.LoRA(2, init=init)}, fn, [X, bad], **options)
+
+    class Broken(PiSSA):
+        def start(self, given):
+            return dataclasses.replace(super().start(given), leaf=given.leaf / 0)
+
+    spec = {"up": lora.LoRA(2, init=Broken())}
+    with pytest.raises(ValueError, match=r"'up': LoRA\(.*makes a finite weight one with NaN or Inf"):
+        lora.prepare(jax.random.key(0), published(), spec, fn, [X])
+
+
+def test_eva_refuses_inputs_that_do_not_vary_and_tracing():
+    spec = {"up": lora.LoRA(2, init="eva")}
+    with pytest.raises(ValueError, match="'up': EVA leaves out all"):
+        lora.prepare(jax.random.key(0), published(), spec, fn, [jnp.ones_like(X)])
+    with pytest.raises(ValueError, match="'up': EVA decides ranks from values: call prepare outside of jit"):
+        jax.jit(lambda base: lora.prepare(jax.random.key(0), base, spec, fn, [X]))(published())
 
 
 def test_moved_weights_stay_where_they_are():

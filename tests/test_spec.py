@@ -206,6 +206,13 @@ def test_shapes_suffice():
     chex.assert_trees_all_equal(delta, init({"kernel": lora.LoRA(2)}))
 
 
+@pytest.mark.parametrize("init, reads", [("pissa", "reads the weight"), ("corda", "the function is run")])
+def test_shapes_do_not_suffice_where_values_are_read(init, reads):
+    shapes = jax.eval_shape(lambda: BASE)
+    with pytest.raises(ValueError, match=rf"'layers/0/\w+': .*{reads}; the base has .* shape only"):
+        lora.prepare(jax.random.key(0), shapes, {"0/kernel": lora.LoRA(2, init=init)}, fn, [X])
+
+
 def test_full_keeps_what_float32_cannot_hold():
     base = {"c": jnp.asarray([1 + 2j], jnp.complex64), "h": jnp.ones(2, jnp.bfloat16)}
     delta = lora.init(jax.random.key(0), base, {".": lora.Full()})

@@ -215,6 +215,8 @@ class LoRA(Recipe):
                 f"{self._name}(init={self.init!r}) {does}: use "
                 "base, delta = lora_jax.prepare(key, base, spec, fn, batches)."
             )
+        if initializer.moves_weight and isinstance(weight, jax.ShapeDtypeStruct):
+            raise ValueError(f"{self._name}(init={self.init!r}) reads the weight; the base has its shape only.")
         scale = self.scale()
         if initializer.moves_weight and scale <= 0:
             raise ValueError(f"{self._name}(alpha={self.alpha}, init={self.init!r}) divides by a positive scale.")

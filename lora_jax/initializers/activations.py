@@ -58,6 +58,8 @@ class EVA(Initializer):
         shares, owners, counts = [], [], {}
         for path, reading in readings.items():
             assert reading.inputs is not None
+            if isinstance(reading.inputs.squares, jax.core.Tracer):
+                raise ValueError(f"{path!r}: EVA decides ranks from values: call prepare outside of jit.")
             largest = min(round(rank * self.rho), limits[path])
             share = np.repeat(np.asarray(_shares(reading.inputs.covariance()))[:, :largest], blocks, axis=0)
             shares.append(share.ravel())
@@ -66,6 +68,8 @@ class EVA(Initializer):
         budget = rank * sum(map(len, counts.values()))
         pooled = np.concatenate(shares)
         best = [place for place in np.argsort(-pooled, kind="stable")[:budget] if pooled[place] > 0]
+        if not best:
+            raise ValueError(f"{', '.join(map(repr, counts))}: EVA leaves out all: no inputs vary in any direction.")
         for path, matrix in (owners[place] for place in best):
             counts[path][matrix] += 1
         return {path: tuple(found) for path, found in counts.items()}
