@@ -21,6 +21,9 @@ class EVA(Initializer):
     rows beyond a layer's own rank are zero in a and in b, and stay zero in training. A weight of which no matrix gets
     a component is left out.
 
+    The covariance is a difference of float32 sums about zero. With means 50 times the deviation of a direction it is
+    found to a cosine of 0.999999, 150 times to 0.9999, 500 times to 0.995; beyond, centre the inputs.
+
     Args:
       rho: The largest rank as a multiple of the recipe's; 1 gives every matrix the same.
 

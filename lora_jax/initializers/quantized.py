@@ -11,6 +11,11 @@ from lora_jax.initializers.decomposition import singular_triplets
 from lora_jax.initializers.initializer import Given, Initializer, Start
 
 
+def dequantized(leaf: Any) -> jax.Array:
+    """The array that a leaf stands for: itself, unless it has `dequantize()`."""
+    return leaf.dequantize() if hasattr(leaf, "dequantize") else leaf
+
+
 @dataclasses.dataclass(frozen=True)
 class LoftQ(Initializer):
     r"""A quantised base and factors that are nearest to the weight together: :math:`W \approx Q + s\,a^\top b`.
@@ -21,7 +26,8 @@ class LoftQ(Initializer):
 
     Args:
       quantizer: Of an array of the shape and dtype of the weight: the array that its quantised form stands for, or a
-        pytree node with `dequantize()`, which then becomes the leaf of the base.
+        pytree node with `dequantize()`, which then becomes the leaf of the base. (`adapt` does not take such a
+        leaf yet; quantised leaves that it takes come with `quantize`.)
       iterations: How often.
 
     Example:
@@ -54,11 +60,10 @@ class LoftQ(Initializer):
     def _step(self, given: Given, target: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
         """The quantised target, and the factors that bring it nearest to the weight."""
         leaf = self.quantizer(target)
-        is_node = hasattr(leaf, "dequantize")
-        values = leaf.dequantize() if is_node else leaf
+        values = dequantized(leaf)
         if jnp.shape(values) != target.shape:
             raise ValueError(f"LoftQ's quantizer made {jnp.shape(values)} of a weight of shape {target.shape}.")
         values = values.astype(target.dtype)
         u, s, v = singular_triplets(given.weight - given.matrices(values), given.rank)
         root = jnp.sqrt(s / given.scale)[:, :, None]
-        return leaf if is_node else values, root * u, root * v
+        return leaf if hasattr(leaf, "dequantize") else values, root * u, root * v
