@@ -81,6 +81,7 @@ def _check(path: str, reading: Reading) -> None:
     else:
         values = seen = reading.gradient
         nothing, bad = "gradient but zero was seen", "gradient holds NaN or Inf"
+    assert values is not None and seen is not None
     if isinstance(values, jax.core.Tracer):
         return
     if not jnp.isfinite(values).all():

@@ -533,6 +533,13 @@ def test_prepare_refuses_what_is_not_finite():
         lora.prepare(jax.random.key(0), published(), spec, fn, [X])
 
 
+@pytest.mark.parametrize("init", ["pissa", "corda", LoftQ(lambda weight: weight.at[0, 0].set(jnp.inf))])
+def test_infinite_weights_are_refused_before_a_decomposition_that_would_not_end(init):
+    base = published() if isinstance(init, LoftQ) else {**published(), "up": published()["up"].at[0, 0].set(jnp.inf)}
+    with pytest.raises(ValueError, match="'up': the matrix to decompose holds NaN or Inf"):
+        lora.prepare(jax.random.key(0), base, {"up": lora.LoRA(2, init=init)}, fn, [X])
+
+
 def test_eva_refuses_inputs_that_do_not_vary_and_tracing():
     spec = {"up": lora.LoRA(2, init="eva")}
     with pytest.raises(ValueError, match="'up': EVA leaves out all"):

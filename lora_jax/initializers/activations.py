@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lora_jax.initializers.decomposition import check_finite
 from lora_jax.initializers.initializer import INPUTS, Given, Initializer, Reading, Start
 
 
@@ -129,6 +130,7 @@ class CorDA(Initializer):
         # A matrix without inputs (an expert that no token chose) is not weighted.
         damped = squares / jnp.where(mean > 0, mean, 1.0) + jnp.where(mean > 0, DAMPING, 1.0) * jnp.eye(size)[None]
         weighted = jnp.matmul(damped, given.weight.astype(damped.dtype), precision=lax.Precision.HIGHEST)
+        check_finite(weighted)
         _, s, vt = jnp.linalg.svd(weighted, full_matrices=False)
         chosen = slice(-given.rank, None) if self.keep_knowledge else slice(given.rank)
         v, s = vt[:, chosen], s[:, chosen, None]

@@ -34,11 +34,18 @@ def singular_triplets(
     References:
       Halko et al., `Finding structure with randomness <https://arxiv.org/abs/0909.4061>`_, 2011, algorithms 4.4, 5.1
     """
+    check_finite(matrices)
     if niter is None:
         u, s, vt = jnp.linalg.svd(matrices, full_matrices=False)
     else:
         u, s, vt = _sketched(matrices, key, min(rank + OVERSAMPLING, *matrices.shape[1:]), niter)
     return u[:, :, :rank].mT, s[:, :rank], vt[:, :rank]
+
+
+def check_finite(matrices: jax.Array) -> None:
+    """Raises where a matrix to decompose holds NaN or Inf, on which LAPACK may not end; while tracing, all pass."""
+    if not isinstance(matrices, jax.core.Tracer) and not jnp.isfinite(matrices).all():
+        raise ValueError("the matrix to decompose holds NaN or Inf.")
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
