@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -199,22 +200,30 @@ def check_finite(metrics: Mapping[str, Any]) -> None:
     """Raises where a step's loss or gradients are not finite; waits for the step to finish.
 
     Args:
-      metrics: From a step made by :func:`train_step`.
+      metrics: From a step made by :func:`train_step` or :func:`lora_jax.train_many`.
 
     Raises:
-      FloatingPointError: Names every path whose gradient has NaN or infinite elements, with the number.
+      FloatingPointError: Names every path whose gradient has NaN or infinite elements, with the number, and the
+        members where there are many.
 
     Example:
       >>> import jax.numpy as jnp
       >>> check_finite({"loss": jnp.float32(1), "nonfinite": {"w": jnp.int32(0)}})
     """
-    bad = {path: int(count) for path, count in metrics["nonfinite"].items() if int(count)}
-    loss = float(metrics["loss"])
+    bad = {path: np.asarray(counts) for path, counts in metrics["nonfinite"].items() if np.any(counts)}
+    loss = np.asarray(metrics["loss"])
     if bad:
-        named = ", ".join(f"{path} ({count} elements)" for path, count in bad.items())
+        named = ", ".join(f"{path} ({_elements(counts)})" for path, counts in bad.items())
         raise FloatingPointError(f"Gradients are not finite (loss {loss}): {named}.")
-    if loss != loss or loss in (float("inf"), float("-inf")):
+    if not np.isfinite(loss).all():
         raise FloatingPointError(f"The loss is {loss}, though the gradients are finite.")
+
+
+def _elements(counts: np.ndarray) -> str:
+    """A number of elements, or one for each member that has any."""
+    if not counts.ndim:
+        return f"{counts} elements"
+    return ", ".join(f"member {member}: {counts[member]} elements" for member in np.flatnonzero(counts))
 
 
 def check_batch(batch: Any, accumulate: int, devices: int = 1) -> None:

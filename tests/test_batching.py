@@ -175,7 +175,7 @@ def test_gradients_reach_the_members_that_were_chosen(name, grouped):
 @pytest.mark.parametrize("grouped", [False, True], ids=["plain", "grouped"])
 def test_an_id_that_is_no_member(grouped):
     for deltas in (low_rank(), other_kinds()):
-        stacked = lora.stack(deltas, base=BASE)
+        stacked = lora.stack(iter(deltas), base=BASE)
         routed = lora.route(lora.adapt(fn), grouped=grouped)
         for ids, bad in (([0, 4, 1, 1, 1, 1, 1], r"adapter_ids\[1\] is 4"), ([0] * 6 + [-1], r"\[6\] is -1")):
             with pytest.raises(ValueError, match=rf"{bad}; the stack has 4 members, 0 to 3"):
@@ -210,7 +210,7 @@ def test_grouped_products_of_bfloat16():
 def test_a_batch_of_no_examples():
     for grouped in (False, True):
         routed = lora.route(lora.adapt(fn), grouped=grouped)
-        assert routed(BASE, lora.stack(low_rank()), jnp.zeros(0, int), X[:0]).shape == (0, LENGTH, 8)
+        assert routed(BASE, lora.stack(low_rank()), [], X[:0]).shape == (0, LENGTH, 8)
 
 
 def test_axes_are_those_of_vmap():
@@ -240,6 +240,18 @@ def test_dropout_keys_are_of_examples_not_of_their_order():
     )
     chex.assert_trees_all_close(plain, grouped, rtol=1e-5, atol=1e-5)
     assert not np.allclose(plain[0], plain[2]) and np.allclose(plain[1], plain[4])
+
+
+def test_losses_by_example_and_keys_by_example():
+    """What is routed needs no dropout_key, and PRNG keys among its arguments are examples' own, in their order."""
+    adapted, (one, *_) = lora.adapt(fn), low_rank()
+
+    def loss(base, delta, x, key):
+        return jnp.sum(adapted(base, delta, x)) + jax.random.uniform(key)
+
+    stacked, ids, keys = lora.stack([one, {}]), jnp.array([1, 0, 1, 0, 0, 1, 1]), jax.random.split(jax.random.key(0), 7)
+    plain, grouped = (lora.route(loss, grouped=grouped)(BASE, stacked, ids, X, keys) for grouped in (False, True))
+    chex.assert_trees_all_close(plain, grouped, rtol=1e-5, atol=1e-5)
 
 
 def test_products_with_the_base_are_those_of_the_whole_batch():
@@ -337,6 +349,12 @@ def test_what_does_not_stack():
         lora.unstack(stacked, [two])
     with pytest.raises(ValueError, match=r"member 0 has shape \(3, 4\); the stack has \(1, 4\)"):
         lora.unstack(stacked, [{"w": two["w"]}])
+    with pytest.raises(ValueError, match="'w': DoRA and LoRA adapters do not stack"):
+        lora.unstack(stacked, [dora])
+    with pytest.raises(ValueError, match="base lacks 'w'; nearest: 'W'"):
+        lora.stack([dora, {}], base={"W": BASE["w"]})
+    with pytest.raises(TypeError, match=r"in_axes is an int, None, or a tuple.*; got dict"):
+        lora.route(lora.adapt(fn), in_axes={"x": 0})
     with pytest.raises(ValueError, match="Not a stack"):
         lora.route(lora.adapt(fn))(BASE, one, IDS, X)
 
@@ -354,8 +372,9 @@ def loss(base, delta, batch, key):
 
 
 def transform(lr):
-    decay = optax.add_decayed_weights(0.01)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9), decay, optax.scale(-lr))
+    # The norm is of the decayed weights too, so that what stands at paths that a member lacks must not decay.
+    decay = optax.add_decayed_weights(0.5)
+    return optax.chain(decay, optax.clip_by_global_norm(1.0), optax.trace(0.9), optax.scale(-lr))
 
 
 @functools.cache
@@ -477,3 +496,14 @@ def test_as_many_keys_and_values_as_members():
             lora.TrainStates.create(BASE, starts(), transform, keys, {"lr": rates})
     with pytest.raises(ValueError, match=r"multiple of 4"):
         lora.train_many(loss, transform, accumulate=4, batch_axes=None)(first_states(), (X, Y[0]))
+    for keys, rates, message in ((KEYS[0], RATES, "no vector of keys"), (KEYS, 0.1, "no vector of lr")):
+        with pytest.raises(ValueError, match=message):
+            lora.TrainStates.create(BASE, starts(), transform, keys, {"lr": rates})
+    with pytest.raises(ValueError, match="Values of lr are given, but tx is a transform"):
+        lora.TrainStates.create(BASE, starts(), transform(0.1), KEYS, {"lr": RATES})
+    with pytest.raises(ValueError, match="Values of lr are given, but tx is a transform"):
+        lora.train_many(loss, transform(0.1), batch_axes=None)(first_states(), (X, Y[0]))
+    with pytest.raises(ValueError, match="states have 4 members; the batch has 3"):
+        lora.train_many(loss, transform, batch_axes=(None, 0))(first_states(), (X, Y[:3]))
+    with pytest.raises(ValueError, match="accumulate=0"):
+        lora.train_many(loss, transform, accumulate=0)

@@ -133,6 +133,11 @@ def test_gradients_that_are_not_finite_are_named(base, batch):
         check_finite(metrics)
     with pytest.raises(FloatingPointError, match="loss is nan"):
         check_finite({"loss": jnp.float32(jnp.nan), "nonfinite": {"w": 0}})
+    many = {"loss": jnp.ones(3), "nonfinite": {"head": jnp.array([0, 0, 0]), "w": jnp.array([0, 5, 768])}}
+    with pytest.raises(FloatingPointError, match=r": w \(member 1: 5 elements, member 2: 768 elements\)"):
+        check_finite(many)
+    with pytest.raises(FloatingPointError, match=r"loss is \[ 1. inf\]"):
+        check_finite({"loss": jnp.array([1, jnp.inf]), "nonfinite": {"w": jnp.zeros(2, int)}})
 
 
 def test_refusals(base, batch):

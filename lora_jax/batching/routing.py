@@ -11,6 +11,7 @@ import numpy as np
 
 from lora_jax.adapters.factored import Factor, Factored
 from lora_jax.adapters.protocol import Adapter
+from lora_jax.batching.mapped import check_sizes, each
 from lora_jax.batching.stacking import count
 from lora_jax.transform.members import MEMBER
 
@@ -23,7 +24,9 @@ def route(adapted: Callable, *, in_axes: Any = 0, out_axes: Any = 0, grouped: bo
     batch, not on the ids: one compiled function serves every mix, and what :func:`lora_jax.swap` puts into the stack.
 
     What an adapter takes from the weight itself (DoRA's norms) is computed for each member, not for each example.
-    Leaves trained outright (Full) are copied for each example: meant for biases, norms and small heads.
+    Weights that are merged are merged for each example, as arrays `[batch, in, out]`: leaves trained outright (Full,
+    meant for biases, norms and small heads) and weights that meet an operation without a factored form
+    (`x @ jnp.sin(w)`); :func:`lora_jax.explain` tells which they are.
 
     The function sees one example, without the batch axis. Functions that couple the examples of a batch (batch
     statistics, contrastive losses) are not supported: what an example would see of the others is not there.
@@ -35,15 +38,19 @@ def route(adapted: Callable, *, in_axes: Any = 0, out_axes: Any = 0, grouped: bo
       out_axes: The batch axes of the output, likewise.
       grouped: Sorts the examples by adapter, once, and runs the low-rank products of each adapter together
         (`jax.lax.ragged_dot`), with the stacked factors where they are; otherwise each example gets a copy of its
-        factors. Meant for long sequences on accelerators; a CPU's ragged product computes every group in full.
+        factors, as in both forms it does where its tokens are sorted by expert already (a weight that the function
+        itself gives to `ragged_dot`). Meant for long sequences on accelerators; a CPU's ragged product computes every
+        group in full. Not for a batch sharded over devices: sorting gathers it on each.
 
     Returns:
       `routed(base, stacked, adapter_ids, /, *args, dropout_key=None, **kwargs)`. `stacked` is from
       :func:`lora_jax.stack`; `adapter_ids` is `[batch]`, integers. An id that is no member is an error where it can
       be read, and the base without an adapter where it is traced. Each example draws from a dropout key of its own.
-      Every example sees the whole of `kwargs`.
+      Every example sees the whole of `kwargs`, a PRNG key there is the same for all: the keys of a module's own
+      dropout go into `*args`, as `jax.random.split(key, batch)` with the batch axis 0.
 
     Raises:
+      TypeError: `in_axes` is neither an int, None, nor a tuple.
       ValueError: (from `routed`) An id is out of range; the ids are no vector of integers, one an example.
 
     Example:
@@ -60,65 +67,55 @@ def route(adapted: Callable, *, in_axes: Any = 0, out_axes: Any = 0, grouped: bo
       `Punica <https://arxiv.org/abs/2310.18547>`_, 2023, §4, for the grouped one.
     """
 
+    if not isinstance(in_axes, int | tuple | list | None):
+        raise TypeError(
+            f"route: in_axes is an int, None, or a tuple with an entry an argument; got {type(in_axes).__name__}."
+        )
+    axes = tuple(in_axes) if isinstance(in_axes, list) else in_axes
+
     @functools.wraps(adapted)
     def routed(base, stacked, adapter_ids, /, *args, dropout_key=None, **kwargs):
         members = count(stacked)
         ids = _checked(adapter_ids, members)
-        axes = in_axes if isinstance(in_axes, int | None) else tuple(in_axes)
-        _each(functools.partial(_check_size, ids.shape[0]), axes, args)
+        check_sizes(ids.shape[0], axes, args, f"adapter_ids has {ids.shape[0]} entries; the batch has {{}} examples.")
         keys = None if dropout_key is None else jax.random.split(dropout_key, ids.shape[0])
         # Past the last member there is none: what is gathered there changes nothing.
         ids = jnp.where((ids >= 0) & (ids < members), ids, members)
         order = jnp.argsort(ids) if grouped else None
         if order is not None:
             ids, keys = jax.tree.map(lambda leaf: leaf[order], (ids, keys))
-            args = _taken(args, axes, order)
+            args = each(functools.partial(_taken, order), axes, args)
 
         def one(member, key, args):
             delta = {path: Chosen(node, member, grouped) for path, node in stacked.items()}
-            return adapted(base, delta, *args, dropout_key=key, **kwargs)
+            dropout = {} if key is None else {"dropout_key": key}
+            return adapted(base, delta, *args, **dropout, **kwargs)
 
         out = jax.vmap(one, in_axes=(0, 0, axes), out_axes=out_axes)(ids, keys, args)
-        return out if order is None else _taken(out, out_axes, jnp.argsort(order))
+        return out if order is None else each(functools.partial(_taken, jnp.argsort(order)), out_axes, out)
 
     return routed
 
 
+def _taken(order: jax.Array, leaf: jax.Array, axis: int) -> jax.Array:
+    return jnp.take(leaf, order, axis=axis)
+
+
 def _checked(ids: Any, members: int) -> jax.Array:
     """The ids as an int32 vector; raises where one that can be read is out of range."""
-    traced = isinstance(ids, jax.core.Tracer)
-    found = ids if traced else np.asarray(ids)
+    # Like a tracer, an array that spans hosts cannot be read on one of them.
+    hidden = isinstance(ids, jax.core.Tracer) or not getattr(ids, "is_fully_addressable", True)
+    found = ids if hidden else np.asarray(ids)
+    found = found if found.size else found.astype(np.int32)  # [] has no dtype of its own
     if found.ndim != 1 or not jnp.issubdtype(found.dtype, jnp.integer):
         raise ValueError(f"adapter_ids is a vector of integers, one an example; got {found.dtype}{list(found.shape)}.")
-    if not traced:
+    if not hidden:
         bad = np.flatnonzero((found < 0) | (found >= members))
         if bad.size:
             raise ValueError(
                 f"adapter_ids[{bad[0]}] is {found[bad[0]]}; the stack has {members} members, 0 to {members - 1}."
             )
     return jnp.asarray(found, jnp.int32)
-
-
-def _check_size(examples: int, leaf: Any, axis: int) -> None:
-    """Raises where a leaf of the batch has another number of examples than there are ids."""
-    for size in np.shape(leaf)[axis:][:1]:
-        if size != examples:
-            raise ValueError(f"adapter_ids has {examples} entries; the batch has {size} examples.")
-
-
-def _taken(tree: Any, axes: Any, order: jax.Array) -> Any:
-    """The examples of a batch in another order."""
-    return _each(lambda leaf, axis: jnp.take(leaf, order, axis=axis), axes, tree)
-
-
-def _each(function: Callable[[Any, int], Any], axes: Any, tree: Any) -> Any:
-    """The function of every leaf that has a batch axis and of that axis; `axes` as for `jax.vmap`."""
-
-    def each(axis, part):
-        return part if axis is None else jax.tree.map(lambda leaf: function(leaf, axis), part)
-
-    axes = tuple(axes) if isinstance(tree, tuple) and isinstance(axes, list) else axes
-    return jax.tree.map(each, axes, tree, is_leaf=lambda node: node is None)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("stacked", "member"), meta_fields=("grouped",))

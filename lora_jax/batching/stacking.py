@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ Delta = Mapping[str, Adapter]
 
 
 def stack(
-    deltas: Sequence[Delta], *, members: int | None = None, rank: int | None = None, base: Any = None
+    deltas: Iterable[Delta], *, members: int | None = None, rank: int | None = None, base: Any = None
 ) -> dict[str, Adapter]:
     r"""Several deltas as one, for :func:`lora_jax.route`, :func:`lora_jax.train_many` and `jax.vmap`.
 
@@ -45,6 +45,7 @@ def stack(
       >>> stack([one, two, {}], members=4)["w"].a.shape
       (4, 2, 4)
     """
+    deltas = list(deltas)
     members = len(deltas) if members is None else members
     if members < len(deltas):
         raise ValueError(f"stack(members={members}): there are {len(deltas)} deltas.")
@@ -110,7 +111,7 @@ def unstack(stacked: Delta, deltas: Sequence[Delta]) -> list[dict[str, Adapter]]
       deltas: What was stacked, for the paths and ranks of each member; arrays or `jax.ShapeDtypeStruct`.
 
     Raises:
-      ValueError: There are more deltas than members, or one has a path or a rank that the stack lacks.
+      ValueError: There are more deltas than members, or one has a path, a kind or a rank that the stack lacks.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -126,6 +127,8 @@ def unstack(stacked: Delta, deltas: Sequence[Delta]) -> list[dict[str, Adapter]]
         like = deltas[member][path]
         if path not in stacked:
             raise ValueError(f"unstack: the stack lacks {path!r}; {paths.nearest(path, list(stacked))}.")
+
+        _check_alike(path, like, stacked[path])
 
         def cut(leaves, leaf):
             if leaves.ndim != len(leaf.shape) + 1 or any(n > m for n, m in zip(leaf.shape, leaves.shape[1:])):
@@ -162,11 +165,8 @@ def _padded(path: str, node: Adapter, rank: int) -> Adapter:
 
 def _fitted(path: str, node: Adapter, like: Adapter, rank: int) -> Adapter:
     """The adapter with the shapes of another one; raises where they do not stack."""
-    if type(node) is not type(like):
-        raise ValueError(f"{path!r}: {node.kind} and {like.kind} adapters do not stack.")
+    _check_alike(path, node, like)
     node = _padded(path, node, rank)
-    if jax.tree.structure(node) != jax.tree.structure(like):
-        raise ValueError(f"{path!r}: unlike adapters do not stack: {_static(node)} and {_static(like)}.")
     for one, other in zip(jax.tree.leaves(node), jax.tree.leaves(like)):
         if (one.shape, one.dtype) != (other.shape, other.dtype):
             raise ValueError(
@@ -174,6 +174,13 @@ def _fitted(path: str, node: Adapter, like: Adapter, rank: int) -> Adapter:
                 f"{other.dtype.name}{list(other.shape)}."
             )
     return node
+
+
+def _check_alike(path: str, node: Adapter, like: Adapter) -> None:
+    if type(node) is not type(like):
+        raise ValueError(f"{path!r}: {node.kind} and {like.kind} adapters do not stack.")
+    if jax.tree.structure(node) != jax.tree.structure(like):
+        raise ValueError(f"{path!r}: unlike adapters do not stack: {_static(node)} and {_static(like)}.")
 
 
 def _static(node: Adapter) -> str:
@@ -185,4 +192,6 @@ def _neutral(path: str, like: Adapter, weights: Mapping[str, Any]) -> Adapter:
     try:
         return like.neutral(weights.get(path))
     except ValueError as error:
+        if weights and path not in weights:
+            raise ValueError(f"base lacks {path!r}; {paths.nearest(path, list(weights))}.") from None
         raise ValueError(f"{path!r}: {error}") from None

@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lora_jax.adapters.protocol import Adapter
+from lora_jax.batching.mapped import check_sizes
 from lora_jax.batching.stacking import stack
 from lora_jax.optim import partition
 from lora_jax.training import Metrics, Static, check_batch
@@ -68,26 +70,30 @@ class TrainStates:
           hyper: The arguments of `tx`, a value a member each.
 
         Raises:
-          ValueError: The deltas do not stack; there are not as many keys or values as deltas.
+          ValueError: The deltas do not stack; there are not as many keys or values as deltas; there are values, and
+            `tx` is a transform.
         """
+        deltas = list(deltas)
         hyper = {name: jnp.asarray(values) for name, values in (hyper or {}).items()}
         for name, values in {"keys": keys, **hyper}.items():
-            if len(values) != len(deltas):
-                raise ValueError(f"TrainStates: {len(deltas)} deltas and {len(values)} {name}; one for each.")
+            found = len(values) if isinstance(values, Sequence) or np.ndim(values) else "no vector of"
+            if found != len(deltas):
+                raise ValueError(f"TrainStates: {len(deltas)} deltas and {found} {name}; one for each.")
         delta = stack(deltas, base=base)
-        init = jax.jit(jax.vmap(lambda delta, hyper: _made(tx, hyper).init(partition(delta)[0])))
         present = {path: jnp.array([path in mine for mine in deltas]) for path in delta}
+        present = {path: has for path, has in present.items() if not has.all()}
+        init = jax.jit(jax.vmap(lambda delta, *fixed: _made(tx, *fixed).init(partition(delta)[0])))
         members = len(deltas)
         return cls(
             base=base,
             delta=delta,
             # Copies: some transforms keep the parameters themselves, and no buffer can be donated twice.
-            opt_state=jax.tree.map(jnp.copy, init(delta, hyper)),
+            opt_state=jax.tree.map(jnp.copy, init(delta, hyper, present)),
             step=jnp.zeros(members, jnp.int32),
             key=jnp.stack(list(keys)),
             hyper=hyper,
             active=jnp.ones(members, bool),
-            present={path: has for path, has in present.items() if not has.all()},
+            present=present,
         )
 
 
@@ -103,13 +109,14 @@ def train_many(
     :math:`\Delta_k \leftarrow \Delta_k + u_k(\nabla_{\Delta_k} L(W, \Delta_k, B_k))` for all members k by one
     `jax.vmap`: the products with the base are those of all members' batches together. Members may differ in seeds,
     ranks, paths, batches and hyperparameters. The result is that of as many separate runs, for transforms that act
-    entry by entry or through norms of the whole (one that averages over a factor's axes sees the padding of a
-    smaller rank).
+    entry by entry or through norms of the whole. One whose rule depends on a factor's shape or averages over its axes
+    (`optax.adafactor`, `optax.contrib.muon`) sees the padding of a smaller rank.
 
     Args:
       loss_fn: As for :func:`lora_jax.train_step`; it sees one member.
       tx: An Optax transform for all members, or a function that makes one of hyperparameters
-        (`lambda lr: optax.adam(lr)`), called with each member's own.
+        (`lambda lr: optax.adam(lr)`), called with each member's own. These are traced: a function that branches on
+        their values (as some schedules of Optax do) fails.
       accumulate: Microbatches a step.
       batch_axes: Which axis of the batch's leaves counts the members, as `in_axes` of `jax.vmap`; None gives every
         member the same batch.
@@ -118,6 +125,10 @@ def train_many(
       `step(states, batch) -> (states, metrics)`, metrics as those of :func:`lora_jax.train_step`, `[members]` each.
       Those of a member that is not active are of the update that it did not take. The buffers of deltas, optimizer
       states, steps and keys are donated.
+
+    Raises:
+      ValueError: `accumulate` is no positive integer. (From the step:) the batch is of another number of members, or
+        cannot be divided by `accumulate`; the states have hyperparameters, and `tx` is a transform.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
@@ -135,18 +146,20 @@ def train_many(
       [1, 1, 1]
     """
 
+    def loss(shared, delta, batch, key):
+        base, present = shared
+        # A path that the member lacks has no gradient, and so no part in a norm.
+        return loss_fn(base, _held(delta, present), batch, key)
+
+    update = update_of(loss, accumulate)
+
     def body(static, arrays, moving, fixed, batch):
         base = static.restore(arrays)
 
         def member(moving, fixed, batch):
             hyper, active, present = fixed
             check_batch(batch, accumulate)
-
-            def loss(base, delta, batch, key):
-                # A path that the member lacks has no gradient, and so no part in a norm.
-                return loss_fn(base, _held(delta, present), batch, key)
-
-            (delta, *rest), metrics = update_of(loss, accumulate)(_made(tx, hyper), base, moving, batch)
+            (delta, *rest), metrics = update(_made(tx, hyper, present), (base, present), moving, batch)
             old, *old_rest = moving
             delta = {path: _where(active & present.get(path, True), delta[path], old[path]) for path in delta}
             return (delta, *_where(active, rest, old_rest)), metrics
@@ -156,6 +169,8 @@ def train_many(
     compiled = jax.jit(body, donate_argnums=(2,), static_argnums=(0,))
 
     def step(states: TrainStates, batch: Any) -> tuple[TrainStates, Metrics]:
+        members = len(states.active)
+        check_sizes(members, batch_axes, batch, f"The states have {members} members; the batch has {{}}.")
         moving = (states.delta, states.opt_state, states.step, states.key)
         fixed = (states.hyper, states.active, states.present)
         static, arrays = Static.split(states.base)
@@ -165,9 +180,27 @@ def train_many(
     return step
 
 
-def _made(tx, hyper: Mapping[str, jax.Array]) -> optax.GradientTransformation:
-    """The transform of one member."""
-    return tx if isinstance(tx, optax.GradientTransformation) else tx(**hyper)
+def _made(tx, hyper: Mapping[str, jax.Array], present: Mapping[str, jax.Array]) -> optax.GradientTransformation:
+    """The transform of one member, which sees zeros at paths that the member lacks.
+
+    What stands there in the stack may be the base itself (of a Full that changes nothing), which weight decay would
+    turn into updates, and these would count in a norm.
+    """
+    is_transform = isinstance(tx, optax.GradientTransformation)
+    if is_transform and hyper:
+        raise ValueError(f"Values of {', '.join(hyper)} are given, but tx is a transform, not a function of them.")
+    inner = optax.with_extra_args_support(tx if is_transform else tx(**hyper))
+
+    def seen(train):
+        return {
+            path: _where(present[path], node, jax.tree.map(jnp.zeros_like, node)) if path in present else node
+            for path, node in train.items()
+        }
+
+    def update(updates, state, params, **extra):
+        return inner.update(updates, state, seen(params), **extra)
+
+    return optax.GradientTransformationExtraArgs(lambda params: inner.init(seen(params)), update)
 
 
 def _held(delta: Delta, present: Mapping[str, jax.Array]) -> dict[str, Adapter]:

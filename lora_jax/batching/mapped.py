@@ -1,0 +1,28 @@
+"""Trees of which some leaves have a mapped axis, as `jax.vmap` is told by `in_axes`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def each(function: Callable[[Any, int], Any], axes: Any, tree: Any) -> Any:
+    """The function of every leaf that has a mapped axis and of that axis; `axes` is a prefix of the tree."""
+
+    def part(axis, subtree):
+        return subtree if axis is None else jax.tree.map(lambda leaf: function(leaf, axis), subtree)
+
+    axes = tuple(axes) if isinstance(tree, tuple) and isinstance(axes, list) else axes
+    return jax.tree.map(part, axes, tree, is_leaf=lambda node: node is None)
+
+
+def check_sizes(size: int, axes: Any, tree: Any, message: str) -> None:
+    """Raises where a mapped axis has another size; `{}` in the message stands for it."""
+
+    def check(leaf, axis):
+        for found in np.shape(leaf)[axis:][:1]:
+            if found != size:
+                raise ValueError(message.format(found))
+
+    each(check, axes, tree)
