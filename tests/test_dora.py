@@ -138,3 +138,24 @@ def test_an_offset_along_layers_has_a_scale_a_layer(tmp_path):
     lora.peft.save(tmp_path / "out", delta, names)
     again = lora.peft.load(tmp_path / "out", base, names)
     jax.tree.map(np.testing.assert_array_equal, again, delta)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """A quantised leaf."""
+
+    codes: jax.Array
+
+    def dequantize(self):
+        return self.codes.astype(jnp.float32) / 3
+
+
+def test_magnitudes_over_a_quantised_leaf_are_those_of_what_it_stands_for():
+    base, x = {"w": jax.random.normal(jax.random.key(1), (6, 5))}, jnp.ones((2, 6))
+    fn = lambda base, x: x @ base["w"]  # noqa: E731
+    init = lora.initializers.LoftQ(lambda w: Rounded(jnp.round(w * 3).astype(jnp.int8)))
+    moved_base, delta = lora.prepare(jax.random.key(0), base, {"w": lora.DoRA(2, init=init)}, fn, [(x,)])
+    node = delta["w"]
+    whole = moved_base["w"].dequantize() + node.a.T @ node.b * node.scale
+    np.testing.assert_allclose(node.magnitude, jnp.linalg.norm(whole, axis=0), rtol=1e-5)

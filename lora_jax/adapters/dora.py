@@ -12,6 +12,7 @@ from lora_jax.adapters import checks, roles
 from lora_jax.adapters.factored import Factor, Factored, chain, compute_dtype, folded
 from lora_jax.adapters.lowrank import LoRA, LowRank
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter, adapter, needed, static, trained
+from lora_jax.initializers.quantized import dequantized
 
 NORM_OVER = (IN, OUT)
 
@@ -140,7 +141,7 @@ class DoRA(LoRA):
     def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, WeightDecomposed]:
         weight, low = super()._make(key, weight, axes, moves)
         fields = {field.name: getattr(low, field.name) for field in dataclasses.fields(low)}
-        magnitude = magnitude_of("DoRA", low, weight, self.norm_over)
+        magnitude = magnitude_of("DoRA", low, dequantized(weight), self.norm_over)
         return weight, WeightDecomposed(
             **fields, magnitude=magnitude, norm_over=self.norm_over, norm_gradient=self.norm_gradient
         )
