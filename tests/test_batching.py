@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from contract.jaxpr_checks import equations
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lora_jax as lora
 
@@ -50,7 +51,6 @@ EXPERTS = {
     "Full": lambda rank: lora.Full(),
     "LoHa": lora.LoHa,
     "LoKr": lora.LoKr,
-    "LoRA": lora.LoRA,
 }
 
 BASE = {
@@ -124,7 +124,7 @@ def adapted_experts():
 
 @functools.cache
 def families():
-    small, large = ({f"{path}$": recipe(rank) for path, recipe in FAMILIES.items()} for rank in (1, 2))
+    small, large = ({f"families/{path}$": recipe(rank) for path, recipe in FAMILIES.items()} for rank in (1, 2))
     return [made(1, small, products), {}, made(2, large, products), made(3, small, products)]
 
 
@@ -149,7 +149,29 @@ def test_each_example_has_its_own_adapter(name, grouped):
     function, deltas = MEMBERS[name][0], MEMBERS[name][1]()
     stacked = lora.stack(deltas, base=BASE)
     routed = lora.route(jax.jit(lora.adapt(function)), grouped=grouped)
-    chex.assert_trees_all_close(routed(BASE, stacked, IDS, X), each(function, deltas, IDS), rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(routed(BASE, stacked, IDS, X), outputs(name), rtol=1e-5, atol=1e-5)
+
+
+@functools.cache
+def outputs(name):
+    function, deltas = MEMBERS[name]
+    return each(function, deltas(), IDS)
+
+
+CHOSEN = [0, 2, 2, 0, 0, 2, 0]
+
+
+@functools.cache
+def gradients(name):
+    """Those of the members that CHOSEN names, one example at a time."""
+    function, deltas = MEMBERS[name]
+    train, frozen = lora.partition(lora.stack(deltas(), base=BASE))
+
+    def loss(train):
+        members = [jax.tree.map(lambda leaf, i=i: leaf[i], lora.join(train, frozen)) for i in range(4)]
+        return jnp.sum(jnp.square(each(function, members, CHOSEN)))
+
+    return jax.jit(jax.grad(loss))(train)
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["plain", "grouped"])
@@ -157,17 +179,13 @@ def test_each_example_has_its_own_adapter(name, grouped):
 def test_gradients_reach_the_members_that_were_chosen(name, grouped):
     function, deltas = MEMBERS[name][0], MEMBERS[name][1]()
     train, frozen = lora.partition(lora.stack(deltas, base=BASE))
-    ids, routed = [0, 2, 2, 0, 0, 2, 0], lora.route(lora.adapt(function), grouped=grouped)
+    routed = lora.route(lora.adapt(function), grouped=grouped)
 
     def loss(train):
-        return jnp.sum(jnp.square(routed(BASE, lora.join(train, frozen), ids, X)))
-
-    def expected(train):
-        members = [jax.tree.map(lambda leaf, i=i: leaf[i], lora.join(train, frozen)) for i in range(4)]
-        return jnp.sum(jnp.square(each(function, members, ids)))
+        return jnp.sum(jnp.square(routed(BASE, lora.join(train, frozen), CHOSEN, X)))
 
     found = jax.jit(jax.grad(loss))(train)
-    chex.assert_trees_all_close(found, jax.jit(jax.grad(expected))(train), rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(found, gradients(name), rtol=1e-4, atol=1e-4)
     assert any(np.asarray(leaf[0]).any() for leaf in jax.tree.leaves(found))
     assert not any(np.asarray(leaf[3]).any() for leaf in jax.tree.leaves(found))
 
@@ -240,6 +258,22 @@ def test_dropout_keys_are_of_examples_not_of_their_order():
     )
     chex.assert_trees_all_close(plain, grouped, rtol=1e-5, atol=1e-5)
     assert not np.allclose(plain[0], plain[2]) and np.allclose(plain[1], plain[4])
+
+
+def test_a_batch_sharded_over_explicit_axes():
+    mesh = jax.make_mesh((BATCH,), ("d",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:BATCH])
+    rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["d"], []))
+    function, (one, two) = (lambda base, x: jnp.matmul(x, base["w"])), ({"w": delta["w"]} for delta in low_rank()[::2])
+    base, stacked = {"w": BASE["w"]}, lora.stack([one, two, {}])
+    ids, adapted = jnp.array([0, 1, 1, 2, 0, 0, 1]), lora.adapt(function)
+    expected = lora.route(adapted)(base, stacked, ids, X)
+    arguments = *jax.device_put((base, stacked), whole), *jax.device_put((ids, X), rows)
+    with jax.set_mesh(mesh):
+        out = jax.jit(lora.route(adapted))(*arguments)
+        with pytest.raises(ValueError, match=r"takes no batch that is sharded over devices.*'d'"):
+            jax.jit(lora.route(adapted, grouped=True))(*arguments)
+    assert out.sharding.is_equivalent_to(rows, out.ndim)
+    chex.assert_trees_all_close(np.asarray(out), np.asarray(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_losses_by_example_and_keys_by_example():

@@ -40,7 +40,7 @@ def route(adapted: Callable, *, in_axes: Any = 0, out_axes: Any = 0, grouped: bo
         (`jax.lax.ragged_dot`), with the stacked factors where they are; otherwise each example gets a copy of its
         factors, as in both forms it does where its tokens are sorted by expert already (a weight that the function
         itself gives to `ragged_dot`). Meant for long sequences on accelerators; a CPU's ragged product computes every
-        group in full. Not for a batch sharded over devices: sorting gathers it on each.
+        group in full. Not for a batch sharded over devices: sorting gathers it on each, or is refused (explicit axes).
 
     Returns:
       `routed(base, stacked, adapter_ids, /, *args, dropout_key=None, **kwargs)`. `stacked` is from
@@ -81,6 +81,9 @@ def route(adapted: Callable, *, in_axes: Any = 0, out_axes: Any = 0, grouped: bo
         keys = None if dropout_key is None else jax.random.split(dropout_key, ids.shape[0])
         # Past the last member there is none: what is gathered there changes nothing.
         ids = jnp.where((ids >= 0) & (ids < members), ids, members)
+        if grouped:
+            each(_check_whole, axes, args)
+            _check_whole(ids, 0)
         order = jnp.argsort(ids) if grouped else None
         if order is not None:
             ids, keys = jax.tree.map(lambda leaf: leaf[order], (ids, keys))
@@ -95,6 +98,15 @@ def route(adapted: Callable, *, in_axes: Any = 0, out_axes: Any = 0, grouped: bo
         return out if order is None else each(functools.partial(_taken, jnp.argsort(order)), out_axes, out)
 
     return routed
+
+
+def _check_whole(leaf: Any, axis: int) -> None:
+    """Raises where a batch axis is sharded over explicit axes of a mesh, along which nothing can be sorted."""
+    spec = jax.typeof(leaf).sharding.spec
+    if any(spec[axis:][:1]):
+        raise ValueError(
+            f"route(grouped=True) takes no batch that is sharded over devices; its axis {axis} is: {spec}."
+        )
 
 
 def _taken(order: jax.Array, leaf: jax.Array, axis: int) -> jax.Array:
@@ -165,12 +177,22 @@ class Chosen(Adapter):
             forms[0],
             factors=tuple(factors),
             gains=tuple(self._picked(gain, 1) for gain in gains),
-            dropout=None if dropout is None else dropout.at[self.member].get(mode="fill", fill_value=0),
+            dropout=None if dropout is None else self._part(dropout, 0),
         )
 
     def _picked(self, factor: Factor, fill: float) -> Factor:
-        return Factor(factor.array.at[self.member].get(mode="fill", fill_value=fill), factor.labels)
+        return Factor(self._part(factor.array, fill), factor.labels)
+
+    def _part(self, leaves: jax.Array, fill: float | None = None) -> jax.Array:
+        """The member's part of stacked leaves; past the last member it is `fill`, or that of the last."""
+        mode = "clip" if fill is None else "fill"
+        # On a mesh with explicit axes a lookup is told how its result is sharded; vmap adds the axis of the ids.
+        mesh, sharding = jax.typeof(self.member).sharding.mesh, None
+        if not mesh.empty and not mesh.are_all_axes_auto:
+            spec = jax.sharding.PartitionSpec(*jax.typeof(leaves).sharding.spec[1:])
+            sharding = jax.sharding.NamedSharding(mesh, spec)
+        return leaves.at[self.member].get(mode=mode, fill_value=fill, out_sharding=sharding)
 
     def merge(self, weight: jax.Array) -> jax.Array:
-        node = jax.tree.map(lambda leaf: leaf.at[self.member].get(mode="clip"), self.stacked)
+        node = jax.tree.map(self._part, self.stacked)
         return jnp.where(self.member < count({"": self.stacked}), node.merge(weight), weight)

@@ -197,7 +197,7 @@ def _made(tx, hyper: Mapping[str, jax.Array], present: Mapping[str, jax.Array]) 
             for path, node in train.items()
         }
 
-    def update(updates, state, params, **extra):
+    def update(updates, state, params=None, **extra):
         return inner.update(updates, state, seen(params), **extra)
 
     return optax.GradientTransformationExtraArgs(lambda params: inner.init(seen(params)), update)

@@ -191,8 +191,8 @@ def on_arrays(equation, values: Sequence) -> list:
     """
     if not is_ragged_dot(equation):
         return jaxprs.bind(equation, values)
-    (out,) = equation.outvars
-    return [ragged_product(*values, equation.params["precision"], out.aval.dtype)]
+    (x, weight, sizes), (out,) = values, equation.outvars
+    return [ragged_product(x, weight, sizes, equation.params["precision"], out.aval.dtype)]
 
 
 RULES = {"dot_general": _dot_general, "ragged_dot_general": _ragged_dot}
