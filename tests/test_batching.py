@@ -511,6 +511,23 @@ def test_one_batch_and_one_transform_for_all():
         np.testing.assert_allclose(metrics["grad_norm"][member], expected["grad_norm"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("axes", [0, (None, 1)], ids=["axis 0", "another axis"])
+def test_members_in_parts_are_members_at_once(axes):
+    tx, deltas = transform(0.05), low_rank()[:3]
+    batch = (jnp.stack([X] * 3), Y[:3]) if axes == 0 else (X, jnp.moveaxis(Y[:3], 0, 1))
+    ends = []
+    for at_once in (None, 2):
+        states = lora.TrainStates.create(BASE, deltas, tx, list(KEYS[:3]))
+        ends.append(lora.train_many(loss, tx, batch_axes=axes, at_once=at_once)(states, batch))
+    chex.assert_trees_all_close(ends[0][0].delta, ends[1][0].delta, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(ends[0][1], ends[1][1], rtol=1e-5)
+
+
+def test_a_number_of_members_at_once():
+    with pytest.raises(ValueError, match=r"train_many\(at_once=0\): the number of members is a positive integer"):
+        lora.train_many(loss, transform(0.05), at_once=0)
+
+
 def test_the_base_is_neither_batched_nor_donated():
     states = first_states()
     step = lora.train_many(loss, transform, batch_axes=None)

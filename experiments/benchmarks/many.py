@@ -60,6 +60,8 @@ class Config:
     """How many are trained."""
     steps: int = 100
     """Of each training run."""
+    at_once: int | None = None
+    """How many are computed side by side within a step; None is 2 on a CPU, whose caches are small, else all."""
     runs: int = 2
     """Timed trainings of all adapters, at once and one after the other."""
 
@@ -159,7 +161,8 @@ def time_training(config: Config, problem: Problem) -> dict[str, Training]:
         return losses
 
     def together(done: Callable[[], None]) -> list[float]:
-        step = lora.train_many(loss, tx)
+        side_by_side = config.at_once or (2 if jax.default_backend() == "cpu" else None)
+        step = lora.train_many(loss, tx, at_once=side_by_side)
         states = lora.TrainStates.create(problem.base, deltas, tx, keys)
         for each in zip(*batches):
             states, metrics = step(states, jax.tree.map(lambda *leaves: np.stack(leaves), *each))
