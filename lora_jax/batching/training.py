@@ -130,8 +130,8 @@ def train_many(
       states, steps and keys are donated.
 
     Raises:
-      ValueError: `accumulate` or `at_once` is no positive integer. (From the step:) the batch is of another number of members, or
-        cannot be divided by `accumulate`; the states have hyperparameters, and `tx` is a transform.
+      ValueError: `accumulate` or `at_once` is no positive integer. (From the step:) the batch is of another number of
+        members, or cannot be divided by `accumulate`; the states have hyperparameters, and `tx` is a transform.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
@@ -175,8 +175,9 @@ def train_many(
             return jax.vmap(member, in_axes=(0, 0, batch_axes))(moving, fixed, batch)
 
         def numbered(number):
-            own = jax.tree.map(lambda leaf: leaf[number], (moving, fixed))
-            return member(*own, each(lambda leaf, axis: jnp.moveaxis(leaf, axis, 0)[number], batch_axes, batch))
+            own, its = jax.tree.map(lambda leaf: leaf[number], (moving, fixed))
+            part = each(lambda leaf, axis: jnp.moveaxis(leaf, axis, 0)[number], batch_axes, batch)
+            return member(own, its, part)
 
         return jax.lax.map(numbered, jnp.arange(members), batch_size=at_once)
 
