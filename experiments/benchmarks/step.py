@@ -81,7 +81,7 @@ TARGETS = (
     Target("median seconds", lambda cost: statistics.median(cost.step), "hand-written", 0.82),
     Target("trace + compile", lambda cost: cost.build, "hand-written", 1.25),
     Target("peak memory", lambda cost: cost.peak_bytes, "hand-written", 1.02),
-    Target("FLOPs of DoRA", lambda cost: cost.flops, "lora_jax", 1.25, "lora_jax, DoRA"),
+    Target("FLOPs of DoRA", lambda cost: cost.flops, "lora_jax", 1.25, "DoRA"),
 )
 
 

@@ -195,12 +195,12 @@ def available() -> dict[str, Callable[[Problem], Parts]]:
     """The variants that can run here, by the name in the table."""
     variants: dict[str, Callable[[Problem], Parts]] = {
         "lora_jax": library,
-        "lora_jax, DoRA": functools.partial(library, recipe=lora.DoRA),
         "bound": bound,
         "flattened by hand": flat_by_hand,
         "hand-written": hand_written,
         "W+AB formed": formed,
         "full fine-tuning": full,
+        "DoRA": functools.partial(library, recipe=lora.DoRA),
     }
     if importlib.util.find_spec("qwix") is not None:
         variants["qwix"] = qwix

@@ -95,11 +95,11 @@ def test_doras_step_holds_no_array_of_a_weights_shape():
     shape = model.Shape(layers=1, width=256, hidden=640, heads=2, vocabulary=40, batch=2, length=6)
     problem = step_variants.make_problem(shape, rank=3)
     assert weight_shaped(problem, step_variants.formed) != []
-    assert weight_shaped(problem, step_variants.available()["lora_jax, DoRA"]) == []
+    assert weight_shaped(problem, step_variants.available()["DoRA"]) == []
 
 
 def test_command_prints_variants_and_verdicts(capsys):
-    names = ("lora_jax", "lora_jax, DoRA", "bound", "hand-written", "full fine-tuning")
+    names = ("lora_jax", "DoRA", "bound", "hand-written", "full fine-tuning")
     shape = dataclasses.replace(SHAPE, layers=1)
     status = step.main(step.Config(shape=shape, rank=2, steps=1, compiles=1, variants=names))
     printed = capsys.readouterr().out
