@@ -1,5 +1,6 @@
 """How a decoder is called: for logits, for losses, or a step at a time with a cache."""
 
+import abc
 from typing import Any
 
 import jax
@@ -62,25 +63,25 @@ class Decoder(nnx.Module):
             out = self.head(x_BLD[:, -1] if last else x_BLD)
         return out if cache is None else (out, caches.kept(cache, sight, kept))
 
+    @abc.abstractmethod
     def embed(self, tokens_BL: jax.Array, sight: Sight) -> jax.Array:
         """What goes into the first layer."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def run(self, x_BLD: jax.Array, sight: Sight, kept: Any) -> tuple[jax.Array, Any]:
         """The last hidden states, normalised, and what the layers keep."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def head(self, x_BLD: jax.Array) -> jax.Array:
         """The logits of hidden states."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for `slots` tokens a row.
 
         Raises:
           ValueError: They are more than there are positions.
         """
-        raise NotImplementedError
 
     def check_length(self, tokens: int) -> None:
         """Raises a ValueError where the model cannot tell so many tokens apart."""
