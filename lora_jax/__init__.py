@@ -20,17 +20,22 @@ from lora_jax.checkpoint import load, save
 from lora_jax.merging import combine, merge, switch_task, truncate, unmerge
 from lora_jax.optim import join, optimizer, partition, trainable_mask
 from lora_jax.plain import to_plain_lora
+from lora_jax.quantize import FP4, NF4, Int4, Int8, dequantize, quantize
 from lora_jax.report import explain, summary
 from lora_jax.spec import init, prepare
 from lora_jax.training import TrainState, train_step
 from lora_jax.transform.adapt import adapt
 
 __all__ = [
+    "FP4",
     "IA3",
+    "NF4",
     "AdaLoRA",
     "DVoRA",
     "DoRA",
     "Full",
+    "Int4",
+    "Int8",
     "LoHa",
     "LoKr",
     "LoRA",
@@ -43,6 +48,7 @@ __all__ = [
     "adapt",
     "analysis",
     "combine",
+    "dequantize",
     "explain",
     "init",
     "initializers",
@@ -56,6 +62,7 @@ __all__ = [
     "partition",
     "peft",
     "prepare",
+    "quantize",
     "route",
     "save",
     "stack",

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from lora_jax.adapters.protocol import BATCH, IN, LOOKUP, OUT
+from lora_jax.leaves import is_quantized
 from lora_jax.transform.call import Arguments, Call
 from lora_jax.transform.interpreter import Interpreter, Use
 from lora_jax.transform.weight import probe
@@ -23,7 +24,7 @@ def uses_of(
     def run(*arrays):
         inputs = list(arrays)
         for position, path in enumerate(arguments.paths):
-            if path in wanted:
+            if path in wanted or is_quantized(inputs[position]):
                 inputs[position] = probe(path, inputs[position])
         return [out for out in jax.tree.leaves(call.evaluate(interpreter, inputs)) if isinstance(out, jax.Array)]
 
@@ -56,8 +57,7 @@ def roles(uses: Sequence[Use], shape: Sequence[int]) -> tuple[str, ...]:
     Raises:
       ValueError: No use tells roles, or two uses cannot be reconciled.
     """
-    told = [(use, _roles_of_use(use, len(shape))) for use in uses]
-    told = [(use, found) for use, found in told if found is not None]
+    told = _told(uses, len(shape))
     if not told:
         how = "; ".join(f"{use.operation} at {use.source}" for use in uses) or "not at all"
         raise ValueError(
@@ -74,6 +74,16 @@ def roles(uses: Sequence[Use], shape: Sequence[int]) -> tuple[str, ...]:
                 "Give the recipe axes= to decide"
             )
     return first
+
+
+def are_told(uses: Sequence[Use], ndim: int) -> bool:
+    """Whether any use tells the roles of a weight's axes."""
+    return bool(_told(uses, ndim))
+
+
+def _told(uses: Sequence[Use], ndim: int) -> list[tuple[Use, tuple[str, ...]]]:
+    found = [(use, _roles_of_use(use, ndim)) for use in uses]
+    return [(use, roles) for use, roles in found if roles is not None]
 
 
 def _roles_of_use(use: Use, ndim: int) -> tuple[str, ...] | None:

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from lora_jax import paths
 from lora_jax.adapters.protocol import LOOKUP
 from lora_jax.initializers import GRADIENT, INPUTS, Inputs, Reading
+from lora_jax.leaves import dequantized, is_abstract, is_quantized
 from lora_jax.transform import taps
 from lora_jax.transform.call import Arguments, Call
 from lora_jax.transform.interpreter import Interpreter
+from lora_jax.transform.weight import probe
 
 
 def capture(
@@ -46,7 +48,7 @@ def capture(
         if LOOKUP in roles:
             raise ValueError(f"{path!r}: its inputs cannot be read: it is indexed (a lookup), not contracted.")
     for path, leaf in leaves.items():
-        if isinstance(leaf, jax.ShapeDtypeStruct):
+        if is_abstract(leaf):
             raise ValueError(f"{path!r}: to read data the function is run; the base has the shape only.")
     moments = {path: taps.zeros(leaves[path].shape, roles) for path, roles in axes.items()}
     chosen = [path for path, (what, _) in wanted.items() if what == GRADIENT]
@@ -60,7 +62,7 @@ def capture(
                 moments, arguments, lambda path, zeros, value: taps.with_taps(path, value, axes[path], zeros)
             )
         if sums:
-            sums = of_loss(sums, arguments, lambda path, zeros, value: value + zeros.astype(value.dtype))
+            sums = of_loss(sums, arguments, _moved)
     readings = {}
     for path, (what, roles) in wanted.items():
         shape = tuple(leaves[path].shape)
@@ -110,6 +112,8 @@ class _Accumulated:
                 for position, path in enumerate(call.paths):
                     if path in zeros:
                         values[position] = enter(path, zeros[path], values[position])
+                    elif is_quantized(values[position]):
+                        values[position] = probe(path, values[position])
                 return self.result(call.evaluate(Interpreter(), values))
 
             def added(sums, arrays):
@@ -118,6 +122,12 @@ class _Accumulated:
 
             self._compiled[key] = jax.jit(added, donate_argnums=0)
         return self._compiled[key](sums, arguments.arrays)
+
+
+def _moved(path: str, zeros: jax.Array, value: Any) -> jax.Array:
+    """The weight plus zeros, whose gradient is the weight's."""
+    del path
+    return dequantized(value) + zeros.astype(value.dtype)
 
 
 def _sum_of_outputs(outputs: Any) -> jax.Array:

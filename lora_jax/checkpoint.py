@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from lora_jax import paths
 from lora_jax.adapters.protocol import KINDS, Adapter, is_adapter
 from lora_jax.files import replaced
+from lora_jax.leaves import is_abstract
 
 Delta = dict[str, Adapter]
 
@@ -149,10 +150,13 @@ def _described(delta: Delta, base: Any) -> tuple[dict[str, Any], dict[str, jax.A
 
 
 def _digest(weight: Any) -> str | None:
-    """A digest of a weight's bytes; None for a weight without values (a `jax.ShapeDtypeStruct`)."""
-    if isinstance(weight, jax.ShapeDtypeStruct):
+    """A digest of a weight's bytes, or of its codes and scales; None where it has a shape and no values."""
+    if is_abstract(weight):
         return None
-    return hashlib.sha256(np.ascontiguousarray(weight).tobytes()).hexdigest()
+    digest = hashlib.sha256()
+    for array in jax.tree.leaves(weight):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _readable(manifest: dict[str, Any]) -> str:

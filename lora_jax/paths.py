@@ -10,6 +10,8 @@ import jax
 from flax import nnx
 from flax.core import meta
 
+from lora_jax.leaves import is_quantized
+
 PyTree = Any
 
 
@@ -31,7 +33,7 @@ class FlatTree:
 
     Attributes:
       paths: One '/'-joined path a leaf; a box (`nnx.Variable`, Linen's `Partitioned`) adds no segment.
-      leaves: The leaves, in the tree's own order.
+      leaves: The leaves, in the tree's own order; a quantised weight is one.
       treedef: The structure, boxes included.
     """
 
@@ -59,7 +61,7 @@ def flatten(tree: PyTree) -> FlatTree:
       tree: Any pytree: dicts, lists, dataclasses, Equinox modules, `nnx.State`, Linen variables.
 
     Returns:
-      The flat form; leaves are what `jax.tree.leaves` gives, in that order.
+      The flat form; leaves are what `jax.tree.leaves` gives, in that order, and quantised weights.
 
     Raises:
       ValueError: Two leaves print the same path, so that neither could be named.
@@ -68,18 +70,18 @@ def flatten(tree: PyTree) -> FlatTree:
       >>> flatten({"layer": [{"kernel": 1.0}, {"kernel": 2.0}]}).paths
       ('layer/0/kernel', 'layer/1/kernel')
     """
-    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: _is_box(node) or is_quantized(node))
     paths: list[str] = []
     for keys, node in nodes:
         path = "/".join(segment(key) for key in keys)
         if _is_box(node):
-            inner = jax.tree_util.tree_flatten_with_path(node)[0]
+            inner = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_quantized)[0]
             # One value a box is the rule; the rest of a box that holds a tree keeps its own names.
             tails = ["" if len(inner) == 1 else "/" + "/".join(map(segment, tail)) for tail, _ in inner]
             paths.extend(path + tail for tail in tails)
         else:
             paths.append(path)
-    leaves, treedef = jax.tree_util.tree_flatten(tree)
+    leaves, treedef = jax.tree_util.tree_flatten(tree, is_leaf=is_quantized)
     if len(set(paths)) != len(paths):
         twice = sorted({path for path in paths if paths.count(path) > 1})
         raise ValueError(f"Two leaves of the tree have the same path: {', '.join(map(repr, twice))}.")
@@ -97,6 +99,33 @@ def compiles(pattern: str) -> None:
         re.compile(pattern)
     except (re.error, TypeError) as error:
         raise ValueError(f"Pattern {pattern!r} is not a regular expression: {error}.") from error
+
+
+def assigned(patterns: Iterable[str], leaves: Sequence[str]) -> dict[str, str]:
+    """Which pattern each path gets: of those that occur in it, the first.
+
+    Raises:
+      ValueError: A pattern is no regular expression, or matches nothing, or nothing that an earlier one leaves.
+
+    Example:
+      >>> assigned(["query", "kernel"], ["query/kernel", "key/kernel", "norm/scale"])
+      {'query/kernel': 'query', 'key/kernel': 'kernel'}
+    """
+    taken: dict[str, str] = {}
+    for pattern in patterns:
+        compiles(pattern)
+        matched = [path for path in leaves if search(pattern, path)]
+        if not matched:
+            raise ValueError(f"The pattern {pattern!r} matches no path of the base; {nearest(pattern, leaves)}.")
+        left = [path for path in matched if path not in taken]
+        if not left:
+            earlier = sorted({taken[path] for path in matched})
+            raise ValueError(
+                f"The pattern {pattern!r} is fully shadowed: the {len(matched)} paths it matches ({matched[0]!r}, …) "
+                f"are taken by {', '.join(map(repr, earlier))} before it. The first match wins: put it earlier."
+            )
+        taken.update(dict.fromkeys(left, pattern))
+    return {path: taken[path] for path in leaves if path in taken}
 
 
 def nearest(wanted: str, candidates: Sequence[str], limit: int = 3) -> str:

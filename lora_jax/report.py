@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -12,8 +12,9 @@ import jax
 from lora_jax import paths
 from lora_jax.adapters.protocol import Adapter, is_inexact
 from lora_jax.axes import unique
+from lora_jax.leaves import is_array
 from lora_jax.optim import partition
-from lora_jax.transform.call import Arguments, Call, check_delta, entered, is_array
+from lora_jax.transform.call import Arguments, Call, check_delta, entered
 from lora_jax.transform.interpreter import Interpreter, Use
 
 Delta = dict[str, Adapter]
@@ -197,15 +198,21 @@ def summary(base: Any, delta: Delta) -> Summary:
         base_bytes=_bytes(leaves),
         delta_bytes=_bytes(delta),
         train_bytes=_bytes(train),
-        full_bytes=_bytes({path: leaf for path, leaf in leaves.items() if is_inexact(leaf)}),
+        full_bytes=sum(
+            math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _held(leaves.values()) if is_inexact(leaf)
+        ),
     )
 
 
 def _bytes(tree: Any) -> int:
-    """Bytes of all leaves; an array that stands in several places is held once (a shape is an array of its own)."""
-    leaves = jax.tree.leaves(tree)
+    """Bytes of all arrays; one that stands in several places is held once (a shape is an array of its own)."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _held(jax.tree.leaves(tree)))
+
+
+def _held(leaves: Iterable[Any]) -> list[Any]:
+    """The leaves without repetitions."""
     own = {number if isinstance(leaf, jax.ShapeDtypeStruct) else id(leaf): leaf for number, leaf in enumerate(leaves)}
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in own.values())
+    return list(own.values())
 
 
 def _short(value: Any) -> str:

@@ -13,7 +13,8 @@ from lora_jax import paths
 from lora_jax.adapters.protocol import Adapter, Recipe, check_axes, is_inexact
 from lora_jax.capturing import capture
 from lora_jax.initializers import GRADIENT
-from lora_jax.transform.call import is_array, path_key
+from lora_jax.leaves import is_array
+from lora_jax.transform.call import path_key
 
 Spec = Mapping[str, Recipe | None]
 
@@ -28,24 +29,11 @@ def assign(base: Any, spec: Spec) -> dict[str, Recipe]:
         raise TypeError(f"A spec is a dict from path patterns to recipes; got {type(spec).__name__}.")
     flat = paths.flatten(base)
     leaves = [path for path, leaf in zip(flat.paths, flat.leaves) if is_array(leaf)]
-    taken: dict[str, str] = {}
     for pattern, recipe in spec.items():
-        paths.compiles(pattern)
         if recipe is not None and not isinstance(recipe, Recipe):
             hint = f"; write {recipe.__name__}(…)" if isinstance(recipe, type) else ""
             raise TypeError(f"The spec's {pattern!r} has no recipe but {recipe!r}{hint}.")
-        matched = [path for path in leaves if paths.search(pattern, path)]
-        if not matched:
-            raise ValueError(f"The pattern {pattern!r} matches no path of the base; {paths.nearest(pattern, leaves)}.")
-        left = [path for path in matched if path not in taken]
-        if not left:
-            earlier = sorted({taken[path] for path in matched})
-            raise ValueError(
-                f"The pattern {pattern!r} is fully shadowed: the {len(matched)} paths it matches ({matched[0]!r}, …) "
-                f"are taken by {', '.join(map(repr, earlier))} before it. The first match wins: put it earlier."
-            )
-        taken.update(dict.fromkeys(left, pattern))
-    recipes = {path: spec[taken[path]] for path in leaves if path in taken}
+    recipes = {path: spec[pattern] for path, pattern in paths.assigned(spec, leaves).items()}
     return {path: recipe for path, recipe in recipes.items() if recipe is not None}
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from lora_jax.adapters import checks, roles
 from lora_jax.adapters.factored import Factor, Factored, chain, compute_dtype, folded
 from lora_jax.adapters.lowrank import LoRA, LowRank
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter, adapter, needed, static, trained
-from lora_jax.initializers.quantized import dequantized
+from lora_jax.leaves import is_abstract, is_quantized
 
 NORM_OVER = (IN, OUT)
 
@@ -48,9 +48,12 @@ def decomposed(
 ) -> Factored:
     """The factored form of a weight, decomposed: its magnitudes over its norms are gains."""
     labels = _kept(form, axes, norm_over)
-    norm = norms(weight, form, labels)
+    still = form
     if not norm_gradient:
-        norm = lax.stop_gradient(norm)
+        # Of what goes in, so that nothing is kept for a gradient that is not taken.
+        factors = tuple(Factor(lax.stop_gradient(factor.array), factor.labels) for factor in form.factors)
+        still = dataclasses.replace(form, factors=factors)
+    norm = norms(weight, still, labels, axes.count(BATCH))
     sizes = dict(pair for axis in form.dims(weight.shape) for pair in axis)
     magnitude = magnitude.astype(norm.dtype).reshape([sizes[label] for label in labels])
     # A column of zeros has no direction; its magnitude is zero too.
@@ -61,13 +64,13 @@ def decomposed(
 def magnitude_of(recipe: str, term: Adapter, weight: jax.Array, norm_over: str) -> jax.Array:
     """The norms that magnitudes start from: of the weight with the term that `term` adds. At least float32, whatever
     the dtype of the factors: a magnitude of few bits would not give back its weight."""
-    if isinstance(weight, jax.ShapeDtypeStruct):
+    if is_abstract(weight):
         raise ValueError(f"{recipe}(…) starts from the weight's norms; the base has its shape only.")
     form = term.factored(weight)
     assert form is not None
     kept = OUT if norm_over == IN else IN
-    shape = [n for wanted in (BATCH, kept) for n in roles.sizes(weight.shape, term.axes, wanted)]
-    return norms(weight, form, _kept(form, term.axes, norm_over)).reshape(shape)
+    shape = [n for wanted in (BATCH, kept) for n in roles.sizes(term.shape(), term.axes, wanted)]
+    return norms(weight, form, _kept(form, term.axes, norm_over), term.axes.count(BATCH)).reshape(shape)
 
 
 def _kept(form: Factored, axes: Sequence[str], norm_over: str) -> tuple[str, ...]:
@@ -76,15 +79,23 @@ def _kept(form: Factored, axes: Sequence[str], norm_over: str) -> tuple[str, ...
     return tuple(label for wanted in order for axis, role in zip(form.labels, axes) if role == wanted for label in axis)
 
 
-def norms(weight: jax.Array, form: Factored, labels: Sequence[str]) -> jax.Array:
+def norms(weight: Any, form: Factored, labels: Sequence[str], batch: int) -> jax.Array:
     """The norm of W plus the product of the factors, over all axes but those of `labels`.
 
     The sum of squares is ‖W‖² + 2·⟨W, ΔW⟩ + ‖ΔW‖², each part contracted factor by factor, so that
-    nothing as large as the weight is formed.
+    nothing as large as the weight is formed. A quantised weight is dequantised for it, layer by layer.
+
+    Args:
+      weight: An array or a quantised leaf.
+      form: Its adapter's.
+      labels: Those of the batch axes first.
+      batch: How many these are.
 
     Returns:
       At least float32, an axis a label.
     """
+    if is_quantized(weight):
+        return _of_quantized(weight, form, labels, batch)
     dtype = compute_dtype(weight.dtype)
     pairs = [pair for axis in form.dims(weight.shape) for pair in axis]
     sizes = dict(pairs)
@@ -107,6 +118,33 @@ def norms(weight: jax.Array, form: Factored, labels: Sequence[str]) -> jax.Array
     total = squares + 2.0 * cross + delta
     # The root has no gradient at zero.
     return jnp.where(total > 0.0, jnp.sqrt(jnp.where(total > 0.0, total, 1.0)), 0.0)
+
+
+def _of_quantized(leaf: Any, form: Factored, labels: Sequence[str], batch: int) -> jax.Array:
+    """The norms of a quantised weight: no more than one layer is dequantised at a time, nor kept."""
+    layered = batch and getattr(leaf, "layers", 0) and form.labels[0] == (labels[0],)
+    split = [index for index, factor in enumerate(form.factors) if layered and labels[0] in factor.labels]
+
+    @jax.checkpoint
+    def of(leaf, arrays):
+        factors = [Factor(array, factor.labels) for array, factor in zip(arrays, form.factors)]
+        if not layered:
+            return norms(leaf.dequantize(), dataclasses.replace(form, factors=tuple(factors)), labels, batch)
+        for index in split:
+            factors[index] = Factor(arrays[index], tuple(x for x in form.factors[index].labels if x != labels[0]))
+        one = dataclasses.replace(form, labels=form.labels[1:], factors=tuple(factors))
+        return norms(leaf, one, labels[1:], batch - 1)
+
+    arrays = [factor.array for factor in form.factors]
+    if not layered:
+        return of(leaf, arrays)
+    moved = [jnp.moveaxis(arrays[index], form.factors[index].axis(labels[0]), 0) for index in split]
+
+    def each(inputs):
+        leaf, parts = inputs
+        return of(leaf, [parts[split.index(i)] if i in split else array for i, array in enumerate(arrays)])
+
+    return lax.map(each, (leaf, moved))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +179,7 @@ class DoRA(LoRA):
     def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, WeightDecomposed]:
         weight, low = super()._make(key, weight, axes, moves)
         fields = {field.name: getattr(low, field.name) for field in dataclasses.fields(low)}
-        magnitude = magnitude_of("DoRA", low, dequantized(weight), self.norm_over)
+        magnitude = magnitude_of("DoRA", low, weight, self.norm_over)
         return weight, WeightDecomposed(
             **fields, magnitude=magnitude, norm_over=self.norm_over, norm_gradient=self.norm_gradient
         )

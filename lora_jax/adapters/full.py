@@ -21,6 +21,7 @@ from lora_jax.adapters.protocol import (
     static,
     trained,
 )
+from lora_jax.leaves import dequantized, is_abstract
 
 
 @adapter("Full")
@@ -44,7 +45,7 @@ class Replacement(Adapter):
         return self.value.astype(weight.dtype)
 
     def neutral(self, weight: jax.Array | None) -> Self:
-        return dataclasses.replace(self, value=needed(weight, self.kind).astype(self.value.dtype))
+        return dataclasses.replace(self, value=dequantized(needed(weight, self.kind)).astype(self.value.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +68,11 @@ class Full(Recipe):
 
     def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> Replacement:
         del key, axes
-        if isinstance(weight, jax.ShapeDtypeStruct):
+        if is_abstract(weight):
             raise ValueError("Full() starts from the leaf's value; the base has its shape only.")
         if not jnp.issubdtype(weight.dtype, jnp.inexact):
             raise ValueError(f"Full() trains floats; the leaf has dtype {weight.dtype}.")
+        weight = dequantized(weight)
         return Replacement(value=jnp.array(weight, dtype=self.dtype or compute_dtype(weight.dtype), copy=True), axes=())
 
 
@@ -97,7 +99,7 @@ class RowReplacement(Adapter):
     def factored(self, weight: jax.Array) -> Factored:
         # W + onehotᵀ·(rows − W[ids]): a low-rank term whose first factor is fixed.
         axis = self.axes.index(IN)
-        old = jnp.moveaxis(jnp.take(weight, self.ids, axis=axis), axis, 0).astype(self.rows.dtype)
+        old = jnp.moveaxis(jnp.take(dequantized(weight), self.ids, axis=axis), axis, 0).astype(self.rows.dtype)
         onehot = jax.nn.one_hot(self.ids, self.count, dtype=self.rows.dtype)
         others = tuple(str(i) for i in range(weight.ndim) if i != axis)
         return Factored(
@@ -114,7 +116,7 @@ class RowReplacement(Adapter):
         return jnp.moveaxis(table.at[self.ids].set(self.rows.astype(weight.dtype)), 0, axis)
 
     def neutral(self, weight: jax.Array | None) -> Self:
-        rows = jnp.take(needed(weight, self.kind), self.ids, axis=self.axes.index(IN))
+        rows = jnp.take(dequantized(needed(weight, self.kind)), self.ids, axis=self.axes.index(IN))
         return dataclasses.replace(self, rows=jnp.moveaxis(rows, self.axes.index(IN), 0).astype(self.rows.dtype))
 
     def describe(self) -> dict[str, Any]:
@@ -158,7 +160,7 @@ class Rows(Recipe):
         if max(self.ids) >= count:
             raise ValueError(f"Rows(ids=…) names row {max(self.ids)}; the table has {count} rows.")
         ids = jnp.asarray(self.ids, jnp.int32)
-        old = jnp.moveaxis(jnp.take(weight, ids, axis=axis), axis, 0)
+        old = jnp.moveaxis(jnp.take(dequantized(weight), ids, axis=axis), axis, 0)
         return RowReplacement(
             rows=old.astype(self.dtype or compute_dtype(weight.dtype)),
             ids=ids,

@@ -26,6 +26,7 @@ from lora_jax.adapters.protocol import (
     trained,
 )
 from lora_jax.initializers import Reading
+from lora_jax.leaves import dequantized, is_abstract, is_quantized
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
     "alpha/r": lambda alpha, rank: alpha / rank,
@@ -215,7 +216,7 @@ class LoRA(Recipe):
                 f"{self._name}(init={self.init!r}) {does}: use "
                 "base, delta = lora_jax.prepare(key, base, spec, fn, batches)."
             )
-        if initializer.moves_weight and isinstance(weight, jax.ShapeDtypeStruct):
+        if initializer.moves_weight and is_abstract(weight):
             raise ValueError(f"{self._name}(init={self.init!r}) reads the weight; the base has its shape only.")
         scale = self.scale()
         if initializer.moves_weight and scale <= 0:
@@ -243,10 +244,14 @@ class LoRA(Recipe):
                 scale=scale,
                 leaf=weight,
                 matrices=matrices.of,
-                without=lambda a, b: term(a, b, -scale).merge(weight),
+                axes=axes,
+                without=lambda a, b: term(a, b, -scale).merge(dequantized(weight)),
             )
         )
-        return weight if start.leaf is None else start.leaf, term(start.a, start.b, scale)
+        moved = weight if start.leaf is None else start.leaf
+        if is_quantized(weight) and not is_quantized(moved):
+            moved = weight.requantized(moved)
+        return moved, term(start.a, start.b, scale)
 
     def _matrices(self, shape: Sequence[int], axes: Sequence[str]) -> Matrices:
         """The weight as matrices; raises where it has none of this rank."""

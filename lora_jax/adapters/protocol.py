@@ -58,8 +58,13 @@ class Adapter:
         """The shape of the weight that the adapter fits."""
         raise TypeError(f"{type(self).__name__} does not say the shape of its weight: define shape().")
 
-    def factored(self, weight: jax.Array) -> Factored | None:
-        """The adapted weight as labelled tensors, or None where only :meth:`merge` exists."""
+    def factored(self, weight: Any) -> Factored | None:
+        """The adapted weight as labelled tensors, or None where only :meth:`merge` exists.
+
+        Args:
+          weight: An array, or a quantised leaf: its `shape`, `ndim` and `dtype` are the weight's, and
+            :func:`lora_jax.leaves.dequantized` gives its values.
+        """
         del weight
         return None
 
@@ -162,7 +167,8 @@ class Recipe:
 
         Args:
           key: A PRNG key.
-          weight: The weight; recipes that only need its shape also take a `jax.ShapeDtypeStruct`.
+          weight: The weight, an array or a quantised leaf; recipes that only need its shape also take a
+            `jax.ShapeDtypeStruct`.
           axes: The role of each of its axes: 'batch', 'in', 'out', or 'lookup' for an in axis that
             is indexed.
         """

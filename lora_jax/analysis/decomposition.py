@@ -11,6 +11,7 @@ import numpy as np
 from lora_jax import paths
 from lora_jax.adapters.factored import Factor, compute_dtype
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter, check_axes
+from lora_jax.leaves import dequantized
 from lora_jax.transform.call import Arguments, check_delta
 
 Delta = Mapping[str, Adapter]
@@ -81,7 +82,7 @@ def weights_of(delta: Delta, base: Any) -> dict[str, Any]:
         return {}
     check_delta(delta, Arguments.of(base, (), {}))
     leaves = paths.flatten(base).as_dict()
-    return {path: leaves[path] for path in delta}
+    return {path: dequantized(leaves[path]) for path in delta}
 
 
 def reading_of(path: str, node: Adapter, axes: Axes | None) -> tuple[tuple[str, ...], int]:

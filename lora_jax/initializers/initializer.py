@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from lora_jax.leaves import dequantized
+
 INPUTS, GRADIENT = "inputs", "gradient"
 """What an initialiser may read of the data: the inputs of the weight, the gradient of a loss."""
 
@@ -66,7 +68,8 @@ class Given:
       fan_out: The size of the out axes.
       lookup: Whether the weight is indexed, not contracted.
       scale: What multiplies the product of the factors.
-      leaf: The weight as the base has it.
+      leaf: The weight as the base has it, an array or quantised.
+      axes: The role of each of its axes.
       matrices: Makes `[batch, in, out]`, at least float32, of an array of the shape of `leaf`.
       without: `leaf` without scale·aᵀb, for factors a and b.
       inputs: The moments of the inputs of each matrix; None unless the initialiser reads them.
@@ -82,6 +85,7 @@ class Given:
     lookup: bool
     scale: float
     leaf: Any
+    axes: tuple[str, ...]
     matrices: Callable[[jax.Array], jax.Array]
     without: Callable[[jax.Array, jax.Array], jax.Array]
     inputs: Inputs | None = None
@@ -91,7 +95,7 @@ class Given:
     @property
     def weight(self) -> jax.Array:
         """`[batch, in, out]`, at least float32."""
-        return self.matrices(self.leaf)
+        return self.matrices(dequantized(self.leaf))
 
 
 @dataclasses.dataclass(frozen=True)

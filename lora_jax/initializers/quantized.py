@@ -9,11 +9,7 @@ import jax.numpy as jnp
 
 from lora_jax.initializers.decomposition import singular_triplets
 from lora_jax.initializers.initializer import Given, Initializer, Start
-
-
-def dequantized(leaf: Any) -> jax.Array:
-    """The array that a leaf stands for: itself, unless it has `dequantize()`."""
-    return leaf.dequantize() if hasattr(leaf, "dequantize") else leaf
+from lora_jax.leaves import dequantized, is_quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,24 +21,26 @@ class LoftQ(Initializer):
     alpha (PEFT does not divide: its start is near the weight for alpha = rank only).
 
     Args:
-      quantizer: Of an array of the shape and dtype of the weight: the array that its quantised form stands for, or a
-        pytree node with `dequantize()`, which then becomes the leaf of the base. (`adapt` does not take such a
-        leaf yet; quantised leaves that it takes come with `quantize`.)
+      quantizer: A format (`lora_jax.NF4()`), whose leaf takes the weight's place in the base. Or a function of an array
+        of the shape and dtype of the weight: the array that its quantised form stands for, or a pytree node with
+        `dequantize()`, `shape` and `dtype`.
       iterations: How often.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
-      >>> w = jax.random.normal(jax.random.key(1), (4, 4))
-      >>> recipe = lora.LoRA(2, init=LoftQ(jnp.round), axes=("in", "out"))
-      >>> base, delta = lora.prepare(jax.random.key(0), {"w": w}, {"w": recipe}, lambda base: base["w"], [()])
-      >>> bool(jnp.linalg.norm(lora.merge(base, delta)["w"] - w) < jnp.linalg.norm(jnp.round(w) - w))
+      >>> w, x = jax.random.normal(jax.random.key(1), (64, 32)), jnp.ones((1, 64))
+      >>> spec = {"w": lora.LoRA(4, init=LoftQ(lora.NF4()))}
+      >>> base, delta = lora.prepare(jax.random.key(0), {"w": w}, spec, lambda base, x: x @ base["w"], [x])
+      >>> base["w"]
+      NF4[64, 32](dtype=float32, block=64, double, 4.144 bits)
+      >>> bool(jnp.linalg.norm(lora.merge(base, delta)["w"] - w) < jnp.linalg.norm(base["w"].dequantize() - w))
       True
 
     References:
       Li et al., `LoftQ <https://arxiv.org/abs/2310.08659>`_, 2023, algorithm 1
     """
 
-    quantizer: Callable[[jax.Array], Any]
+    quantizer: Callable[[jax.Array], Any] | Any
     iterations: int = 1
 
     moves_weight = True
@@ -52,6 +50,11 @@ class LoftQ(Initializer):
             raise ValueError(f"LoftQ(iterations={self.iterations}): at least one.")
 
     def start(self, given: Given) -> Start:
+        if is_quantized(given.leaf):
+            raise ValueError(
+                "LoftQ makes up for what quantising takes, and this weight is quantised already: give prepare the base "
+                "in floats; it returns the quantised one."
+            )
         leaf, a, b = self._step(given, given.leaf)
         for _ in range(1, self.iterations):
             leaf, a, b = self._step(given, given.without(a, b))
@@ -59,11 +62,13 @@ class LoftQ(Initializer):
 
     def _step(self, given: Given, target: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
         """The quantised target, and the factors that bring it nearest to the weight."""
-        leaf = self.quantizer(target)
+        # A format is told which axes are contracted; a function knows what it does.
+        form: Any = self.quantizer
+        leaf = form.quantize(target, given.axes) if hasattr(form, "quantize") else form(target)
         values = dequantized(leaf)
         if jnp.shape(values) != target.shape:
             raise ValueError(f"LoftQ's quantizer made {jnp.shape(values)} of a weight of shape {target.shape}.")
         values = values.astype(target.dtype)
         u, s, v = singular_triplets(given.weight - given.matrices(values), given.rank)
         root = jnp.sqrt(s / given.scale)[:, :, None]
-        return leaf if hasattr(leaf, "dequantize") else values, root * u, root * v
+        return leaf if is_quantized(leaf) else values, root * u, root * v

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from lora_jax import paths
 from lora_jax.adapters.factored import compute_dtype
 from lora_jax.adapters.protocol import Adapter
+from lora_jax.leaves import dequantized
 from lora_jax.transform.call import Arguments, check_delta
 
 Delta = dict[str, Adapter]
@@ -21,8 +22,9 @@ def merge(base: Any, delta: Delta) -> Any:
       delta: From :func:`lora_jax.init`.
 
     Returns:
-      A new tree with the structure, dtypes and shardings of `base`. Each sum is computed in float32 and
-      rounded once. Leaves that the delta does not name are the same arrays.
+      A new tree of floats with the shapes, dtypes and shardings of `base`: quantised leaves are dequantised
+      (:func:`merge_quantized` keeps them quantised). Each sum is computed in float32 and rounded once. Other leaves
+      that the delta does not name are the same arrays.
 
     Raises:
       ValueError: A delta names a path that `base` lacks (the message names the nearest ones) or fits
@@ -119,7 +121,8 @@ def _changed(params: Any, delta: Delta, change, also: Delta | None = None) -> An
     check_delta(delta, Arguments.of(params, (), {}))
     named = {*delta, *(also or {})}
 
-    def of(path: str, weight: Any) -> Any:
+    def of(path: str, leaf: Any) -> Any:
+        weight = dequantized(leaf)
         if path not in named:
             return weight
         result = change(path, weight)
@@ -148,7 +151,7 @@ def _is_finite(array: Any) -> bool:
 def _restored(params: Any, delta: Delta, base: Any) -> Any:
     original = paths.flatten(base).as_dict()
     check_delta(delta, Arguments.of(base, (), {}))
-    return _changed(params, delta, lambda path, weight: jnp.asarray(original[path], weight.dtype))
+    return _changed(params, delta, lambda path, weight: jnp.asarray(dequantized(original[path]), weight.dtype))
 
 
 def _need_additive(delta: Delta, function: str) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax.adapters.protocol import Adapter, is_adapter
-from lora_jax.transform.call import is_array
+from lora_jax.leaves import is_array
 
 Delta = dict[str, Adapter]
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,6 +14,7 @@ from lora_jax import paths
 from lora_jax.adapters.full import Replacement, RowReplacement
 from lora_jax.adapters.offset import Addition
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
+from lora_jax.leaves import is_abstract
 from lora_jax.peft import keys
 from lora_jax.peft.config import CONFIG, Config
 from lora_jax.peft.factors import Fit
@@ -288,7 +288,7 @@ class _Loader:
 
     def value(self, path: str) -> np.ndarray:
         """A leaf of the base."""
-        if isinstance(self.leaves[path], jax.ShapeDtypeStruct):
+        if is_abstract(self.leaves[path]):
             raise ValueError(f"{path!r}: its value is needed, and the base has its shape only")
         return np.asarray(self.leaves[path])
 

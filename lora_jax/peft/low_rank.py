@@ -5,13 +5,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapters.dora import WeightDecomposed
 from lora_jax.adapters.lowrank import LowRank
 from lora_jax.adapters.protocol import BATCH, IN, OUT
+from lora_jax.leaves import is_abstract
 from lora_jax.peft import keys
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.factors import Fit, pad_rank
@@ -76,7 +76,7 @@ def low_rank(stored: Stored, place: Place, found: Mapping[tuple[int, ...], Modul
     full = [math.prod(place.sizes[x] for x in group) for group, r in zip(place.left, fit.axes) if r == OUT]
     wanted = (*fit.size(fit.labels(BATCH)), *full)
     if not given.all():
-        if isinstance(leaf, jax.ShapeDtypeStruct):
+        if is_abstract(leaf):
             raise ValueError(f"{place.path!r}: the magnitudes of layers without adapter need the base's values")
         left_out = np.broadcast_to(~given.reshape(given.shape + (1,) * (magnitude.ndim - given.ndim)), magnitude.shape)
         magnitude = np.where(left_out.reshape(wanted), _norms(leaf, fit.axes), magnitude.reshape(wanted))

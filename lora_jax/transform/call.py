@@ -6,20 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from lora_jax import paths
 from lora_jax.adapters.protocol import Adapter, is_adapter
+from lora_jax.leaves import dequantized, is_array, is_quantized
 from lora_jax.transform import jaxprs
 from lora_jax.transform.interpreter import Interpreter, Use
-from lora_jax.transform.weight import Weight, carried
+from lora_jax.transform.weight import Weight, carried, probe
 
 _ABSENT = object()
-
-
-def is_array(leaf: Any) -> bool:
-    """Whether a leaf of an argument is traced; everything else is closed over."""
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,31 +23,40 @@ class Arguments:
 
     Attributes:
       paths: Of the leaves of the base.
-      arrays: The array leaves of base, args and kwargs, in order.
+      arrays: The array leaves of base, args and kwargs, in order. A quantised weight of the base is one.
       static: The other leaves, with a placeholder for each array.
-      treedef: Of `(base, args, kwargs)`.
+      treedefs: Of the base, and of `(args, kwargs)`.
     """
 
     paths: tuple[str, ...]
     arrays: tuple[Any, ...]
     static: tuple[Any, ...]
-    treedef: Any
+    treedefs: tuple[Any, Any]
 
     @classmethod
     def of(cls, base: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "Arguments":
         flat = paths.flatten(base)
-        leaves, treedef = jax.tree.flatten((base, tuple(args), dict(kwargs)))
+        others, treedef = jax.tree.flatten((tuple(args), dict(kwargs)))
+        leaves = [*flat.leaves, *others]
         return cls(
             paths=tuple(path for path, leaf in zip(flat.paths, flat.leaves) if is_array(leaf)),
             arrays=tuple(leaf for leaf in leaves if is_array(leaf)),
             static=tuple(_ABSENT if is_array(leaf) else leaf for leaf in leaves),
-            treedef=treedef,
+            treedefs=(flat.treedef, treedef),
         )
+
+    def restored(self, arrays: Sequence[Any]) -> tuple[Any, Sequence[Any], Mapping[str, Any]]:
+        """Base, args and kwargs again, with these arrays."""
+        queue = iter(arrays)
+        leaves = [next(queue) if leaf is _ABSENT else leaf for leaf in self.static]
+        base, others = self.treedefs
+        args, kwargs = jax.tree.unflatten(others, leaves[base.num_leaves :])
+        return jax.tree.unflatten(base, leaves[: base.num_leaves]), args, kwargs
 
     def key(self) -> Any:
         """What a trace depends on, or None where that cannot be hashed."""
         static = tuple((type(leaf), leaf) for leaf in self.static)
-        key = (tuple(map(jax.typeof, self.arrays)), static, self.treedef, jaxprs.trace_context())
+        key = (tuple(map(jaxprs.aval, self.arrays)), static, self.treedefs, jaxprs.trace_context())
         try:
             hash(key)
         except TypeError:
@@ -80,14 +84,12 @@ class Call:
         captured = []
 
         def flat(*arrays):
-            queue = iter(arrays)
-            leaves = [next(queue) if leaf is _ABSENT else leaf for leaf in arguments.static]
-            base, args, kwargs = jax.tree.unflatten(arguments.treedef, leaves)
+            base, args, kwargs = arguments.restored(arrays)
             out, treedef = jax.tree.flatten(fn(base, *args, **kwargs))
             captured.append((treedef, tuple(_ABSENT if is_array(leaf) else leaf for leaf in out)))
             return [leaf for leaf in out if is_array(leaf)]
 
-        program = jaxprs.trace(flat, arguments.arrays)
+        program = jaxprs.trace(flat, list(map(jaxprs.abstract, arguments.arrays)))
         return cls(program, arguments.paths, captured[-1])
 
     def uses_path(self, path: str) -> bool:
@@ -138,14 +140,17 @@ def entered(
         dropout_key = jax.random.wrap_key_data(dropout_key)
     inputs = list(arguments.arrays)
     for position, path in enumerate(arguments.paths):
+        value = inputs[position]
         if path not in delta:
+            if is_quantized(value):
+                inputs[position] = probe(path, value)
             continue
-        node, value = delta[path], inputs[position]
+        node = delta[path]
         form = node.factored(value)
         if form is None:
             if interpreter.uses is not None:
                 interpreter.uses.append(Use(path, "entry", False, node.merged_because, "the arguments", {}))
-            inputs[position] = node.merge(value)
+            inputs[position] = node.merge(dequantized(value))
         else:
             key = None if dropout_key is None else path_key(dropout_key, path)
             inputs[position] = carried(path, value, form, key)

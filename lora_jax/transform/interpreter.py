@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from lora_jax.transform import jaxprs
+from lora_jax.transform.deferred import used
 from lora_jax.transform.product import Product
 from lora_jax.transform.rules import RULES
 from lora_jax.transform.rules.contractions import on_arrays
@@ -105,7 +106,14 @@ class Interpreter:
                 reason = str(error)
                 if self.uses is not None:  # what the rule had recorded before it gave up
                     del self.uses[recorded:]
-        return on_arrays(equation, self.plain(equation, values, reason))
+        for value in values:
+            if isinstance(value, Weight):
+                self._note(value, equation, reason)
+
+        def merged(*values):
+            return on_arrays(equation, [value.merged() if isinstance(value, Weight) else value for value in values])
+
+        return used(merged, *values)
 
     def plain(self, equation: jaxprs.Equation, values: Sequence[Any], reason: str) -> list[Any]:
         """The values with weights merged (or, after a lookup, with the looked-up part computed)."""
@@ -113,6 +121,11 @@ class Interpreter:
 
     def materialise(self, weight: Weight, equation: jaxprs.Equation | None, reason: str) -> jax.Array:
         """The array that a weight stands for, and a record of it."""
+        self._note(weight, equation, reason)
+        return used(Weight.merged, weight)
+
+    def _note(self, weight: Weight, equation: jaxprs.Equation | None, reason: str) -> None:
+        """Records that a weight becomes an array; raises where its inputs are wanted."""
         if weight.taps:
             where = "" if equation is None else f" ({equation.primitive.name} at {jaxprs.source(equation)})"
             raise ValueError(f"{weight.path!r}: its inputs cannot be read here: {reason}{where}.")
@@ -122,7 +135,6 @@ class Interpreter:
             self.record(weight, equation, roles, "a lookup: only the rows in use are computed")
         else:
             self.record(weight, equation, {}, reason, factored=False)
-        return weight.merged()
 
     def next_key(self, weight: Weight) -> Weight:
         """The weight with dropout keys that no other use of it has."""

@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax._src import config as jax_config
 from jax._src import core as jax_core
 from jax._src import source_info_util
 from jax._src.interpreters import partial_eval
 from jax.experimental import compute_on as compute_on_module
 from jax.extend.core import Literal
+
+from lora_jax.leaves import is_quantized
 
 compute_on: Callable = getattr(compute_on_module, "compute_on2", compute_on_module.compute_on)
 """Runs a function on another compute type (the host). Newer releases have one name for it, older two."""
@@ -59,6 +62,22 @@ def trace(function: Callable[..., Sequence[jax.Array]], arguments: Sequence[Any]
         consts=tuple(const for const, keep in zip(consts, used_consts) if keep),
         used=tuple(used_inputs),
     )
+
+
+def aval(leaf: Any) -> Any:
+    """What is known of an array, or of the array that a quantised leaf stands for, when it is traced. Hashable."""
+    if not is_quantized(leaf):
+        return jax.typeof(leaf)
+    known = [jax.typeof(array) for array in jax.tree.leaves(leaf)]
+    return tuple(leaf.shape), jnp.dtype(leaf.dtype), tuple(known)
+
+
+def abstract(leaf: Any) -> Any:
+    """A quantised leaf as the shape and dtype that a function of floats is traced with; an array as it is."""
+    if not is_quantized(leaf):
+        return leaf
+    # Where meshes have explicit axes, and inside shard_map, it says more than shape and dtype.
+    return jax.eval_shape(type(leaf).dequantize, leaf)
 
 
 def inputs(jaxpr: Jaxpr) -> tuple[list[Any], list[Any]]:
@@ -151,14 +170,20 @@ def forwarded(jaxpr: Jaxpr) -> dict[int, int]:
 def varying_together(arrays: Sequence[Any], others: Any) -> list[Any]:
     """Inside `shard_map`: the arrays, varying over every mesh axis that a leaf of `others` varies over."""
 
-    def varying(array) -> frozenset[str]:
-        return jax.typeof(array).mat.varying
-
-    axes = frozenset().union(*map(varying, jax.tree.leaves(others)))
+    axes = _varying(others)
     if not axes:
         return list(arrays)
-    missing = [tuple(axes - varying(array)) for array in arrays]
-    return [jax.lax.pcast(array, names, to="varying") if names else array for array, names in zip(arrays, missing)]
+
+    def spread(array):
+        missing = tuple(axes - _varying(array))
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return jax.tree.map(spread, list(arrays))
+
+
+def _varying(tree: Any) -> frozenset[str]:
+    """The mesh axes that the arrays of a tree vary over, inside `shard_map`."""
+    return frozenset().union(*(jax.typeof(array).mat.varying for array in jax.tree.leaves(tree)))
 
 
 def is_unspecified(sharding: Any) -> bool:

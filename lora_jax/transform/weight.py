@@ -9,6 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.adapters.factored import Dims, Factor, Factored, Label, dense
+from lora_jax.leaves import is_quantized
+from lora_jax.transform.deferred import Deferred
+
+Value = jax.Array | Deferred
+"""The base weight under a view, or what it takes to compute it."""
 
 KEY_DATA = "#key"
 """Label of the words of a PRNG key, which is carried like a factor of the weight's batch axes."""
@@ -29,7 +34,7 @@ class Weight:
     """A view of a weight and of its adapter's factors. It is a pytree, so it crosses jit, scan, ….
 
     Attributes:
-      value: The base weight under the view.
+      value: The base weight under the view; of a quantised one what it takes to compute it.
       factors: See :class:`~lora_jax.adapters.factored.Factored`; labels tie them to the axes of `value`.
       gains: Likewise.
       rate: Dropout rate, or None.
@@ -44,7 +49,7 @@ class Weight:
         them to the axes of `value`, in axes also by their :func:`twin`.
     """
 
-    value: jax.Array
+    value: Value
     factors: tuple[Factor, ...]
     gains: tuple[Factor, ...]
     rate: jax.Array | None
@@ -68,10 +73,9 @@ class Weight:
         return bool(self.factors or self.gains)
 
     def merged(self) -> jax.Array:
-        """The adapted weight under the view, as an array."""
-        if not self.is_adapted:
-            return self.value
-        return dense(self.value, self.dims, self.factors, self.gains)
+        """The adapted weight under the view, as an array. (Within :func:`~lora_jax.transform.deferred.used`.)"""
+        value = self.value.compute() if isinstance(self.value, Deferred) else self.value
+        return dense(value, self.dims, self.factors, self.gains) if self.is_adapted else value
 
     def single(self, axis: int) -> Label:
         """The label of an axis that has just one."""
@@ -116,7 +120,7 @@ class Weight:
 
         return self.map_factors(drop)
 
-    def scaled(self, value: jax.Array, factor: Callable[[jax.Array], jax.Array]) -> "Weight":
+    def scaled(self, value: Value, factor: Callable[[jax.Array], jax.Array]) -> "Weight":
         """The weight times a scalar: `value` is the scaled base, `factor` scales one array."""
         if not self.factors:
             return self.replace(value=value)
@@ -148,16 +152,16 @@ def _axes(factor: Factor, label: Label) -> list[int]:
     return [factor.axis(name) for name in (label, twin(label)) if name in factor.labels]
 
 
-def carried(path: str, value: jax.Array, form: Factored, dropout_key: jax.Array | None) -> Weight:
+def carried(path: str, leaf: Any, form: Factored, dropout_key: jax.Array | None) -> Weight:
     """A weight as it enters the interpreter.
 
     Args:
       path: Its path in the base tree.
-      value: The base weight.
+      leaf: The base weight, an array or quantised.
       form: Its adapter's factored form.
       dropout_key: A typed PRNG key of its own, or None.
     """
-    dims = form.dims(value.shape)
+    dims = form.dims(leaf.shape)
     key, impl = None, None
     if dropout_key is not None and form.dropout is not None and form.factors:
         # Batch axes are the labels that all factors of axes share: each layer and expert has its own mask.
@@ -171,7 +175,7 @@ def carried(path: str, value: jax.Array, form: Factored, dropout_key: jax.Array 
             str(jax.random.key_impl(dropout_key)),
         )
     return Weight(
-        value=value,
+        value=Deferred.of(leaf) if is_quantized(leaf) else leaf,
         factors=form.factors,
         gains=form.gains,
         rate=form.dropout if key is not None else None,
@@ -182,9 +186,10 @@ def carried(path: str, value: jax.Array, form: Factored, dropout_key: jax.Array 
     )
 
 
-def probe(path: str, value: jax.Array) -> Weight:
-    """A weight without an adapter, for finding out how a function uses it."""
-    dims = tuple(((str(axis), size),) for axis, size in enumerate(value.shape))
+def probe(path: str, leaf: Any) -> Weight:
+    """A weight without an adapter: to find out how a function uses it, and for quantised leaves."""
+    dims = tuple(((str(axis), size),) for axis, size in enumerate(leaf.shape))
+    value = Deferred.of(leaf) if is_quantized(leaf) else leaf
     return Weight(value=value, factors=(), gains=(), rate=None, key=None, path=path, dims=dims)
 
 
@@ -201,12 +206,12 @@ def fresh(weight: Weight, count: int) -> list[Label]:
     return [name for name in names if name not in used][:count]
 
 
-def permuted(weight: Weight, value: jax.Array, order: Sequence[int]) -> Weight:
+def permuted(weight: Weight, value: Value, order: Sequence[int]) -> Weight:
     """A transposed view."""
     return weight.replace(value=value, dims=tuple(weight.dims[axis] for axis in order))
 
 
-def reshaped(weight: Weight, value: jax.Array) -> Weight:
+def reshaped(weight: Weight, value: Value) -> Weight:
     """A reshaped view: axes are merged and split along the borders of labels, which are cut where needed."""
     weight, plan = _split_labels(weight, value.shape)
     for label, size in weight.labels:
@@ -260,7 +265,7 @@ def split_label(weight: Weight, label: Label, major: int, minor: int):
     return weight.map_factors(cut).replace(dims=dims, **marks), parts
 
 
-def sliced(weight: Weight, value: jax.Array, axis: int, start: int, limit: int, stride: int = 1) -> Weight:
+def sliced(weight: Weight, value: Value, axis: int, start: int, limit: int, stride: int = 1) -> Weight:
     """A view of a static slice along one axis."""
     labels = weight.dims[axis]
     size = limit - start

@@ -7,6 +7,7 @@ from jax import lax
 
 from lora_jax.adapters.factored import Factor
 from lora_jax.transform import jaxprs
+from lora_jax.transform.deferred import Deferred, used
 from lora_jax.transform.weight import CannotFactor, Weight, spec_by_label
 
 
@@ -42,6 +43,8 @@ def _constrained(value, sharding):
     if jaxprs.is_unspecified(sharding):
         return value
     if isinstance(value, Weight):
+        if isinstance(value.value, Deferred):  # codes stay where they are
+            return value
         return value.replace(value=lax.with_sharding_constraint(value.value, sharding))
     return lax.with_sharding_constraint(value, sharding)
 
@@ -197,6 +200,10 @@ def _scanned(interpreter, equation, weight: Weight):
     if len(weight.dims[0]) != 1:
         return interpreter.materialise(weight, equation, "the scanned axis is made of several"), None
     label = weight.dims[0][0][0]
+    value = weight.value
+    if isinstance(value, Deferred) and not value.layers:
+        interpreter.record(weight, equation, {}, "dequantised as a whole: its blocks have no leading axis to scan over")
+        value = used(lambda value: value, value)
 
     def lead(factor: Factor) -> Factor:
         rest = [x for x in factor.labels if x != label]
@@ -206,17 +213,19 @@ def _scanned(interpreter, equation, weight: Weight):
     moved = [f.array for f in led.labelled if label in f.labels]
 
     def restore(arrays):
-        value, *slices = arrays
+        row, *slices = arrays
+        if isinstance(value, Deferred):
+            row = value.with_leaf(row)
         queue = iter(slices)
 
         def cut(factor: Factor) -> Factor:
             return Factor(next(queue), factor.labels[1:]) if label in factor.labels else factor
 
         return led.map_factors(cut).replace(
-            value=value, dims=led.dims[1:], scanned=led.scanned | {label}, cut=led.cut - {label}
+            value=row, dims=led.dims[1:], scanned=led.scanned | {label}, cut=led.cut - {label}
         )
 
-    return [weight.value, *moved], restore
+    return [value.leaf if isinstance(value, Deferred) else value, *moved], restore
 
 
 def _shard_map(interpreter, equation, values):

@@ -3,7 +3,7 @@
 from jax import lax
 
 from lora_jax.adapters.factored import Factor
-from lora_jax.transform import jaxprs
+from lora_jax.transform.deferred import seen
 from lora_jax.transform.weight import CannotFactor, Weight, fresh, twin
 
 
@@ -28,7 +28,7 @@ def _gather(interpreter, equation, values):
     label = weight.single(axis)
     if any(twin(label) in tap.labels for tap in weight.taps):
         raise CannotFactor("rows are looked up, of which the input is a count")
-    (value,) = jaxprs.bind(equation, [weight.value, indices])
+    (value,) = seen(equation, [weight.value, indices])
     indices = indices[..., column : column + 1]
 
     # The axes of the indices (their last one holds the index itself) become axes of the result.

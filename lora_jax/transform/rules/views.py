@@ -1,6 +1,7 @@
 """Operations that leave a weight a weight: casts, transposes, reshapes, slices, scalings, shardings."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,13 +10,14 @@ from jax import lax
 
 from lora_jax.adapters.factored import Factor
 from lora_jax.transform import jaxprs
+from lora_jax.transform.deferred import Deferred, seen
 from lora_jax.transform.weight import CannotFactor, Weight, fresh, permuted, reshaped, sliced, spec_by_label
 
 
 def _same(interpreter, equation, values):
     """Casts, copies, sharding constraints: the factors stay as they are."""
     (weight,) = values
-    (value,) = jaxprs.bind(equation, [weight.value])
+    (value,) = seen(equation, [weight.value])
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise CannotFactor(f"the weight becomes {value.dtype}")
     return [weight.replace(value=value)]
@@ -23,7 +25,8 @@ def _same(interpreter, equation, values):
 
 def _barrier(interpreter, equation, values):
     bare = [value.value if isinstance(value, Weight) else value for value in values]
-    results = jaxprs.bind(equation, bare)
+    arrays, treedef = jax.tree.flatten(bare)
+    results = jax.tree.unflatten(treedef, jaxprs.bind(equation, arrays))
     return [
         value.replace(value=result) if isinstance(value, Weight) else result for value, result in zip(values, results)
     ]
@@ -31,7 +34,7 @@ def _barrier(interpreter, equation, values):
 
 def _transpose(interpreter, equation, values):
     (weight,) = values
-    (value,) = jaxprs.bind(equation, [weight.value])
+    (value,) = seen(equation, [weight.value])
     return [permuted(weight, value, equation.params["permutation"])]
 
 
@@ -39,13 +42,13 @@ def _reshape(interpreter, equation, values):
     weight, *sizes = values
     if equation.params.get("dimensions") is not None or sizes:
         raise CannotFactor("a reshape with a permutation or traced sizes")
-    (value,) = jaxprs.bind(equation, [weight.value])
+    (value,) = seen(equation, [weight.value])
     return [reshaped(weight, value)]
 
 
 def _squeeze(interpreter, equation, values):
     (weight,) = values
-    (value,) = jaxprs.bind(equation, [weight.value])
+    (value,) = seen(equation, [weight.value])
     return [reshaped(weight, value)]
 
 
@@ -53,7 +56,7 @@ def _broadcast(interpreter, equation, values):
     weight, *sizes = values
     if sizes:
         raise CannotFactor("a broadcast to traced sizes")
-    (value,) = jaxprs.bind(equation, [weight.value])
+    (value,) = seen(equation, [weight.value])
     places = equation.params["broadcast_dimensions"]
     added = iter(fresh(weight, value.ndim + len(places)))
     dims: list[tuple[tuple[str, int], ...]] = [((next(added), size),) for size in value.shape]
@@ -66,11 +69,26 @@ def _broadcast(interpreter, equation, values):
     return [weight.replace(value=value, dims=tuple(dims))]
 
 
+def _part(equation, weight: Weight, others: Sequence, sizes: Sequence[int], cut: Callable):
+    """The base's value of a slice, which `cut(array, axis)` takes along one axis: a quantised layer is one of codes."""
+    value = weight.value
+    changed = [axis for axis, size in enumerate(value.shape) if sizes[axis] != size]
+    if isinstance(value, Deferred) and len(changed) == 1:
+        part = value.along(changed[0], lambda array: cut(array, changed[0]))
+        if part is not None:
+            return part
+    return seen(equation, [value, *others])[0]
+
+
 def _slice(interpreter, equation, values):
     (weight,) = values
     starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
     strides = equation.params["strides"] or (1,) * len(starts)
-    (value,) = jaxprs.bind(equation, [weight.value])
+
+    def cut(array, axis):
+        return lax.slice_in_dim(array, starts[axis], limits[axis], strides[axis], axis)
+
+    value = _part(equation, weight, [], limits, cut)
     for axis, (start, limit, stride) in enumerate(zip(starts, limits, strides)):
         if (start, limit, stride) != (0, weight.value.shape[axis], 1):
             weight = sliced(weight, value, axis, start, limit, stride)
@@ -81,7 +99,7 @@ def _split(interpreter, equation, values):
     (weight,) = values
     parts, start = [], 0
     axis = equation.params["axis"]
-    for size, value in zip(equation.params["sizes"], jaxprs.bind(equation, [weight.value])):
+    for size, value in zip(equation.params["sizes"], seen(equation, [weight.value])):
         parts.append(sliced(weight, value, axis, start, start + int(size)))
         start += int(size)
     return parts
@@ -91,7 +109,12 @@ def _dynamic_slice(interpreter, equation, values):
     weight, *starts = values
     if not isinstance(weight, Weight) or any(isinstance(start, Weight) for start in starts):
         raise CannotFactor("a weight is used as an index")
-    (value,) = jaxprs.bind(equation, [weight.value, *starts])
+    sizes = equation.params["slice_sizes"]
+
+    def taken(array, axis):
+        return lax.dynamic_slice_in_dim(array, starts[axis], sizes[axis], axis)
+
+    value = _part(equation, weight, starts, sizes, taken)
     starts = starts[: value.ndim]
     for axis, (start, size) in enumerate(zip(starts, value.shape)):
         if size == weight.value.shape[axis]:
@@ -118,7 +141,7 @@ def _scale(interpreter, equation, values):
         if math.prod(jnp.shape(scalar)) != 1:
             raise CannotFactor(f"{name} by an array of shape {jnp.shape(scalar)}")
     bare = [value.value if isinstance(value, Weight) else value for value in values]
-    (value,) = jaxprs.bind(equation, bare)
+    (value,) = seen(equation, bare)
 
     def act(array):
         factor = jnp.asarray(scalar).reshape(()).astype(array.dtype)
@@ -132,7 +155,7 @@ def _reshard(interpreter, equation, values):
     (weight,) = values
     target = equation.params["dst_sharding"]
     names = spec_by_label(weight, target.spec, target.mesh)
-    (value,) = jaxprs.bind(equation, [weight.value])
+    (value,) = seen(equation, [weight.value])
 
     def place(factor: Factor) -> Factor:
         spec = jax.sharding.PartitionSpec(*(names.get(label) for label in factor.labels))
@@ -148,7 +171,7 @@ def _all_gather(interpreter, equation, values):
     params = equation.params
     if not params["tiled"]:
         raise CannotFactor("an all_gather that adds an axis")
-    (value,) = jaxprs.bind(equation, [weight.value])
+    (value,) = seen(equation, [weight.value])
     axis = params["all_gather_dimension"]
     label = weight.single(axis)
 

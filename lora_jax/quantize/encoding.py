@@ -1,0 +1,51 @@
+"""Leaves quantised where they are: one compiled function a kind of weight, each device its own shard."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from lora_jax.quantize.formats import Format
+from lora_jax.quantize.leaf import Quantized
+from lora_jax.quantize.placement import shardings
+
+
+def encoded(weight: Any, form: Format, axes: tuple[str, ...]) -> tuple[Quantized, bool]:
+    """Quantises a leaf where it is.
+
+    Args:
+      weight: An array, or a `jax.ShapeDtypeStruct`. From a `NamedSharding` of it codes and scales get theirs.
+      form: The format.
+      axes: The role of each axis.
+
+    Returns:
+      The quantised leaf, and whether the weight is finite (a tracer and a shape count as finite).
+    """
+    if isinstance(weight, jax.core.Tracer):
+        return form.quantize(weight, axes), True
+    shape = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+    made = jax.eval_shape(functools.partial(form.quantize, axes=axes), shape)
+    sharding = getattr(weight, "sharding", None)
+    placed = None
+    if isinstance(sharding, NamedSharding):
+        placed = shardings(made, sharding)
+    elif sharding is not None:
+        placed = jax.tree.map(lambda _: sharding, made)
+    if not isinstance(weight, jax.ShapeDtypeStruct):
+        made, finite = _compiled(form, axes, placed if isinstance(sharding, NamedSharding) else None)(weight)
+        return made, bool(finite)
+    if placed is not None:
+        made = jax.tree.map(lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), made, placed)
+    return made, True
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(form: Format, axes: tuple[str, ...], placed: Any):
+    """One function for all weights of a kind."""
+
+    def both(weight):
+        return form.quantize(weight, axes), jnp.isfinite(weight).all()
+
+    return jax.jit(both, out_shardings=None if placed is None else (placed, None))

@@ -1,0 +1,168 @@
+"""quantize() and dequantize(): which leaves of a base, and the whole tree."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import axes as axis_roles
+from lora_jax import paths
+from lora_jax.adapters.protocol import LOOKUP, check_axes
+from lora_jax.leaves import dequantized, is_array, is_quantized
+from lora_jax.quantize.encoding import encoded
+from lora_jax.quantize.formats import Format, blocked_axes
+
+HEAD = r"^((params|model)/)?(output|head|classifier|score|logits)(/|$)|(^|/)(lm_head|unembed\w*)(/|$)"
+"""Paths of weights that make a model's output."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What becomes of each leaf of a base: made from shapes, before there are weights.
+
+    Attributes:
+      chosen: By path, the format and the role of each axis.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> fn = lambda base, x: x @ base["w"] + base["b"]
+      >>> shapes = {"w": jax.ShapeDtypeStruct((64, 8), jnp.bfloat16), "b": jax.ShapeDtypeStruct((8,), jnp.bfloat16)}
+      >>> plan = Plan.of(shapes, {"": lora.NF4()}, fn, jax.ShapeDtypeStruct((2, 64), jnp.bfloat16))
+      >>> stream = [("w", jnp.ones((64, 8), jnp.bfloat16)), ("b", jnp.ones(8, jnp.bfloat16))]  # as tensors come in
+      >>> {path: plan(path, array).dtype.name for path, array in stream}, list(plan.chosen)
+      ({'w': 'bfloat16', 'b': 'bfloat16'}, ['w'])
+    """
+
+    chosen: Mapping[str, tuple[Format, tuple[str, ...]]]
+
+    @classmethod
+    def of(cls, base: Any, rules: Mapping[str, Format | None], fn: Callable | None = None, /, *args: Any) -> "Plan":
+        """The plan for a base, whose leaves may be `jax.ShapeDtypeStruct`. Arguments are those of :func:`quantize`."""
+        if not isinstance(rules, Mapping):
+            raise TypeError(f"Rules are a dict from path patterns to formats; got {type(rules).__name__}.")
+        for pattern, form in rules.items():
+            if form is not None and not isinstance(form, Format):
+                hint = f"; write {form.__name__}()" if isinstance(form, type) else ""
+                raise TypeError(f"The rule {pattern!r} has no format but {form!r}{hint}.")
+        flat = paths.flatten(base)
+        leaves = {path: leaf for path, leaf in zip(flat.paths, flat.leaves) if is_array(leaf)}
+        matched: dict[str, list[str]] = {pattern: [] for pattern, form in rules.items() if form is not None}
+        for path, pattern in paths.assigned(rules, list(leaves)).items():
+            if pattern in matched:
+                matched[pattern].append(path)
+        named = [path for found in matched.values() for path in found]
+        uses = None if fn is None else axis_roles.uses_of(fn, base, named, args, {})
+        chosen: dict[str, tuple[Format, tuple[str, ...]]] = {}
+        for pattern, found in matched.items():
+            form = rules[pattern]
+            assert form is not None
+            roles = {path: _roles(form, path, leaves[path], uses) for path in found}
+            able = {path: axes for path, axes in roles.items() if axes is not None}
+            if not able:
+                raise ValueError(
+                    f"The rule {pattern!r} matches nothing that can be quantised: {found[0]!r} and what else it "
+                    "matches is quantised already, holds no floats, or is neither contracted nor looked up."
+                )
+            usual = {path: axes for path, axes in able.items() if LOOKUP not in axes and not paths.search(HEAD, path)}
+            # A rule that matches embeddings or heads alone means them.
+            chosen |= {path: (form, axes) for path, axes in (usual or able).items()}
+        return cls({path: chosen[path] for path in leaves if path in chosen})
+
+    def __call__(self, path: str, leaf: Any) -> Any:
+        """The leaf of a path as the plan wants it.
+
+        Args:
+          path: In the base.
+          leaf: An array (quantised where it is, each device its shard), or a `jax.ShapeDtypeStruct`.
+
+        Raises:
+          ValueError: The leaf holds NaN or Inf, or has other axes than those the plan was made for.
+        """
+        if path not in self.chosen:
+            return leaf
+        form, axes = self.chosen[path]
+        check_axes(axes, leaf.shape)
+        made, finite = encoded(leaf, form, axes)
+        if not finite:
+            raise ValueError(f"{path!r} holds NaN or Inf, which no block of codes can.")
+        return made
+
+
+def quantize(base: Any, rules: Mapping[str, Format | None], fn: Callable | None = None, /, *args: Any) -> Any:
+    """Replaces weights by codes of few bits and scales.
+
+    The function itself is not changed: `lora_jax.adapt(fn)(quantized, delta, …)` takes the tree, with any adapters and
+    with none (`{}`). Weights are dequantised where they are used, and again in the backward pass.
+
+    Args:
+      base: Parameters. Leaves are quantised one after another, where they are, and each device its own shard; a leaf
+        that is sharded along blocked axes in parts that are no multiple of the block gets codes that are not.
+        Leaves may be `jax.ShapeDtypeStruct`.
+      rules: `{pattern: format}`; patterns are searched in '/'-joined paths, the first match wins, None leaves a match
+        alone. Of what a pattern matches, weights that the function contracts are quantised. Norms and biases stay,
+        and so do embeddings and the head, unless a pattern matches nothing else.
+      fn: `fn(base, *args)` is traced (not run) to find which axes are contracted: blocks run along them. Without it
+        every format gives `axes=`.
+      *args: Arguments of fn; arrays or `jax.ShapeDtypeStruct`.
+
+    Returns:
+      The tree with quantised leaves, which print their format and count what they take.
+
+    Raises:
+      ValueError: A pattern matches nothing, or nothing that can be quantised; a weight holds NaN or Inf.
+      TypeError: A rule has no format.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> fn = lambda base, x: jnp.tanh(x @ base["hidden"]) @ base["head"]
+      >>> base = {"hidden": jax.random.normal(jax.random.key(0), (128, 64)), "head": jnp.ones((64, 2))}
+      >>> small = quantize(base, {"": lora.NF4()}, fn, jnp.ones((1, 128)))
+      >>> small["hidden"], small["head"].dtype.name
+      (NF4[128, 64](dtype=float32, block=64, double, 4.131 bits), 'float32')
+
+    References:
+      Dettmers et al., `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023, §3
+    """
+    plan = Plan.of(base, rules, fn, *args)
+    return paths.flatten(base).map(plan)
+
+
+def dequantize(base: Any) -> Any:
+    """The tree with floats in the place of quantised leaves.
+
+    Args:
+      base: From :func:`quantize`.
+
+    Returns:
+      Every quantised leaf dequantised, in the dtype of the weight it was made of; other leaves are the same arrays.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> base = {"w": jax.random.normal(jax.random.key(0), (128, 64))}
+      >>> again = dequantize(lora.quantize(base, {"w": lora.NF4(axes=("in", "out"))}))
+      >>> error = jnp.linalg.norm(again["w"] - base["w"]) / jnp.linalg.norm(base["w"])
+      >>> round(float(error), 2)
+      0.09
+    """
+    return jax.tree.map(dequantized, base, is_leaf=is_quantized)
+
+
+def _roles(form: Format, path: str, leaf: Any, uses: Mapping[str, Any] | None) -> tuple[str, ...] | None:
+    """The roles of a leaf's axes; None where it cannot be quantised."""
+    if is_quantized(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return None
+    try:
+        if form.axes is not None:
+            check_axes(form.axes, leaf.shape)
+            axes = form.axes
+        elif uses is None:
+            raise ValueError(f"{form} needs axis roles: give a function to trace, or the format axes=.")
+        elif not axis_roles.are_told(uses[path], len(leaf.shape)):
+            return None
+        else:
+            axes = axis_roles.roles(uses[path], leaf.shape)
+    except ValueError as error:
+        raise ValueError(f"{path!r}: {error}") from error
+    return tuple(axes) if blocked_axes(axes)[0] else None

@@ -1,0 +1,127 @@
+"""A quantised weight in the interpreter: its views wait until it is used, and each use dequantises it anew."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.transform import jaxprs
+
+ELEMENTWISE = ("convert_element_type", "copy", "copy_p", "name", "reduce_precision", "optimization_barrier")
+"""Views of each element by itself, which act on a part as on the whole."""
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """An equation that makes a view of the weight.
+
+    Attributes:
+      equation: It.
+      place: Which of its operands the weight is.
+      output: Which of its outputs the view is.
+    """
+
+    equation: jaxprs.Equation
+    place: int = 0
+    output: int = 0
+
+    def __call__(self, value: jax.Array, others: Sequence[Any]) -> jax.Array:
+        with jaxprs.context(self.equation):
+            operands = [*others[: self.place], value, *others[self.place :]]
+            return jaxprs.bind(self.equation, operands)[self.output]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+    """What stands in the place of an array: a quantised leaf under views. It is a pytree, so it crosses jit, scan, ….
+
+    Attributes:
+      leaf: The pytree node with `dequantize()`.
+      others: For each view, the arrays that it takes beside the weight.
+      views: In order.
+      shape: Under the views.
+      dtype: Under the views.
+    """
+
+    leaf: Any
+    others: tuple[tuple[Any, ...], ...]
+    views: tuple[View, ...] = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, leaf: Any) -> "Deferred":
+        """A leaf under no view."""
+        return cls(leaf, (), (), tuple(leaf.shape), np.dtype(leaf.dtype))
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def compute(self) -> jax.Array:
+        """The array, dequantised here and now."""
+        value = self.leaf.dequantize()
+        for view, others in zip(self.views, self.others):
+            value = view(value, others)
+        return value
+
+    def under(self, view: View, others: Sequence[Any]) -> "Deferred":
+        """The weight under one more view."""
+        made = view.equation.outvars[view.output].aval
+        return dataclasses.replace(
+            self,
+            views=(*self.views, view),
+            others=(*self.others, tuple(others)),
+            shape=tuple(made.shape),
+            dtype=np.dtype(made.dtype),
+        )
+
+    @property
+    def layers(self) -> int:
+        """How many leading axes are those of every array of the leaf, so that a part of the arrays is a part."""
+        whole = any(view.equation.primitive.name not in ELEMENTWISE for view in self.views)
+        return 0 if whole else getattr(self.leaf, "layers", 0)
+
+    def with_leaf(self, leaf: Any) -> "Deferred":
+        """The same views of a part of the leaf along its layers."""
+        return dataclasses.replace(self, leaf=leaf, shape=tuple(leaf.shape))
+
+    def along(self, axis: int, cut: Callable[[jax.Array], jax.Array]) -> "Deferred | None":
+        """The part that `cut` makes of each array, along an axis of layers; None for other axes."""
+        return self.with_leaf(jax.tree.map(cut, self.leaf)) if axis < self.layers else None
+
+
+def seen(equation: jaxprs.Equation, values: Sequence[Any]) -> list[Any]:
+    """An equation that makes views: of an array at once, of a quantised weight when it is used."""
+    places = [place for place, value in enumerate(values) if isinstance(value, Deferred)]
+    if not places:
+        return jaxprs.bind(equation, values)
+    (place,) = places
+    others = [value for position, value in enumerate(values) if position != place]
+    return [values[place].under(View(equation, place, output), others) for output in range(len(equation.outvars))]
+
+
+def used(function: Callable, *values: Any) -> Any:
+    """`function(*values)` with arrays in the place of quantised weights.
+
+    The backward pass keeps their codes and dequantises again: the whole is rematerialised, and XLA may not share the
+    arrays of the two passes.
+
+    Args:
+      function: Of arrays, and of pytrees that may hold :class:`Deferred` (which it then computes itself).
+      *values: Arrays, or pytrees with quantised weights among them.
+    """
+    if not any(isinstance(node, Deferred) for value in values for node in _nodes(value)):
+        return function(*values)
+
+    def computed(*values):
+        return function(*(value.compute() if isinstance(value, Deferred) else value for value in values))
+
+    return jax.checkpoint(computed, policy=jax.checkpoint_policies.nothing_saveable)(*values)
+
+
+def _nodes(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Deferred))
