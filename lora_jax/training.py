@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.optim import join, partition, trainable_mask
+from lora_jax.optim.offload import in_host_memory
 from lora_jax.transform.call import is_array
 from lora_jax.update import update_of
 
@@ -56,7 +57,7 @@ class TrainState:
         train, frozen = partition(delta)
         opt_state = tx.init(train)
         # Copies: some transforms keep the parameters themselves, and no buffer can be donated twice.
-        train, opt_state, key = jax.tree.map(jnp.copy, (train, opt_state, key))
+        train, opt_state, key = jax.tree.map(_copied, (train, opt_state, key))
         return cls(base, join(train, frozen), opt_state, jnp.zeros((), jnp.int32), key)
 
 
@@ -125,7 +126,8 @@ def train_step(
       path the number of gradient elements that are NaN or infinite, for :func:`check_finite`.
 
     Raises:
-      ValueError: (from the step) The batch cannot be divided by `accumulate` times the devices.
+      ValueError: (from the step) The batch cannot be divided by `accumulate` times the devices; under pmap, the state
+        has arrays in host memory.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
@@ -183,12 +185,23 @@ def train_step(
     return step
 
 
+def _copied(leaf: Any) -> jax.Array:
+    """A leaf in a buffer of its own, in the same memory."""
+    # XLA compiles no copy within the host's memory for TPUs (E1200); this one is the runtime's.
+    return jax.device_put(leaf, may_alias=False) if in_host_memory(leaf) else jnp.copy(leaf)
+
+
 def _replicated(tree: Any) -> Any:
     """The arrays of a tree on every local device; one that stands in several places stays one."""
     sharding = NamedSharding(Mesh(jax.local_devices(), (DEVICES,)), PartitionSpec())
     placed: dict[int, jax.Array] = {}
 
     def place(leaf: Any) -> jax.Array:
+        if in_host_memory(leaf):
+            raise ValueError(
+                "train_step(pmap=True): the state has arrays in host memory, where pmap keeps none. Use the form "
+                "without pmap, on sharded inputs."
+            )
         if id(leaf) not in placed:
             placed[id(leaf)] = jax.device_put(leaf, sharding)
         return placed[id(leaf)]
