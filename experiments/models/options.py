@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "full", "offload"]
 AttentionKernel = Literal["xla", "cudnn", "flash"]
 Platform = Literal["cpu", "gpu", "tpu"]
 Axes = str | tuple[str, ...] | None
@@ -20,7 +20,9 @@ class Options:
       scan: Layers are stacked along a leading axis and run by one scanned body: compile time and code size
         of one layer.
       remat: What the backward pass computes again within a layer: nothing, all but products with weights
-        ('dots'), everything ('full').
+        ('dots'), everything ('full'); 'offload' is 'full' with the layers' inputs kept in the host's memory
+        until then. That is for scanned layers: the inputs of unrolled ones go to the host and back so close
+        together, as XLA schedules them for TPUs, that they take the device's memory all the same.
       dtype: Of activations; weights are cast to it at each use.
       attention: 'xla' anywhere, 'cudnn' on NVIDIA GPUs, 'flash' on TPUs.
       platform: What the model is compiled for, where it is not what this process runs on (ahead of time).

@@ -6,13 +6,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from experiments.models.options import Options
 
 Layers = Any
 """An `nnx.List` of layers, or one layer whose variables have a leading axis that runs over layers."""
 
-_POLICIES = {"dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, "full": None}
+_INPUT = "layer_input"
+_POLICIES = {
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "full": None,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 
 def build(make: Callable[[nnx.Rngs], nnx.Module], count: int, options: Options, rngs: nnx.Rngs) -> Layers:
@@ -43,7 +54,7 @@ def run(layers: Layers, x: Any, *shared: Any, each: Any = None, options: Options
     """
 
     def call(layer: nnx.Module, x: Any, own: Any, *shared: Any) -> tuple[Any, Any]:
-        return layer(x, own, *shared)  # pyrefly: ignore[not-callable]
+        return layer(checkpoint_name(x, _INPUT), own, *shared)  # pyrefly: ignore[not-callable]
 
     if options.remat != "none":
         call = nnx.remat(call, policy=_POLICIES[options.remat])

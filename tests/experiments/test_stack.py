@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import lora_jax as lora
 from experiments.models import stack
 from experiments.models.options import Options
 from tests.contract.jaxpr_checks import equations
@@ -31,7 +32,7 @@ def layers_of(options):
     return scanned
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full", "offload"])
 @pytest.mark.parametrize("scan", [False, True])
 def test_all_forms_compute_the_same(scan, remat):
     options = Options(scan=scan, remat=remat)
@@ -66,4 +67,38 @@ def test_remat_computes_again():
         traced = jax.make_jaxpr(jax.grad(loss))(jnp.ones((2, 4)))
         return sum(equation.primitive.name == "dot_general" for equation in equations(traced))
 
-    assert products("full") > products("none") == products("dots") == 6  # a forward and a backward one a layer
+    assert (
+        products("offload") == products("full") > products("none") == products("dots") == 6
+    )  # a forward and a backward one a layer
+
+
+class Model(nnx.Module):
+    def __init__(self, options):
+        self.layers, self.options = layers_of(options), options
+
+    def __call__(self, x):
+        return stack.run(self.layers, x, jnp.float32(0), options=self.options)[0]
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_inputs_wait_in_host_memory(scan, getkey):
+    x = jax.random.normal(getkey(), (2, 4))
+
+    def gradient(remat):
+        apply, base = lora.nnx.functional(Model(Options(scan=scan, remat=remat)))
+        delta = lora.init(jax.random.key(0), base, {"kernel": lora.LoRA(2, init="gaussian")}, apply, x)
+        train, frozen = lora.partition(delta)
+        adapted = lora.adapt(apply)
+        return jax.grad(lambda train: jnp.sum(adapted(base, lora.join(train, frozen), x) ** 2)), train
+
+    function, train = gradient("offload")
+    moved = [
+        (equation.params["devices"][0].name, equation.outvars[0].aval.shape)
+        for equation in equations(jax.make_jaxpr(function)(train))
+        if equation.primitive.name == "device_put"
+    ]
+    count = 1 if scan else 3
+    assert sorted(moved) == [("Device", (2, 4))] * count + [("Host", (2, 4))] * count
+    got, want = jax.jit(function)(train), jax.jit(gradient("full")[0])(train)
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(want))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
