@@ -23,7 +23,7 @@ def merge(base: Any, delta: Delta) -> Any:
 
     Returns:
       A new tree of floats with the shapes, dtypes and shardings of `base`: quantised leaves are dequantised
-      (:func:`merge_quantized` keeps them quantised). Each sum is computed in float32 and rounded once. Other leaves
+      (:func:`lora_jax.merging.merge_quantized` keeps them quantised). Each sum is computed in float32 and rounded once. Other leaves
       that the delta does not name are the same arrays.
 
     Raises:

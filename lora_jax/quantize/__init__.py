@@ -1,8 +1,23 @@
 """Quantised bases: weights as codes of four or eight bits, which `adapt` takes as they are."""
 
+from lora_jax.quantize.bitsandbytes import from_bitsandbytes
 from lora_jax.quantize.formats import FP4, NF4, Format, Int4, Int8
-from lora_jax.quantize.leaf import Quantized, Scales
+from lora_jax.quantize.leaf import Quantized
 from lora_jax.quantize.placement import shardings
 from lora_jax.quantize.rules import Plan, dequantize, quantize
+from lora_jax.quantize.scales import Scales
 
-__all__ = ["FP4", "NF4", "Format", "Int4", "Int8", "Plan", "Quantized", "Scales", "dequantize", "quantize", "shardings"]
+__all__ = [
+    "FP4",
+    "NF4",
+    "Format",
+    "Int4",
+    "Int8",
+    "Plan",
+    "Quantized",
+    "Scales",
+    "dequantize",
+    "from_bitsandbytes",
+    "quantize",
+    "shardings",
+]

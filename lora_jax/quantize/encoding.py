@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax.quantize.formats import Format
 from lora_jax.quantize.leaf import Quantized
@@ -48,4 +48,10 @@ def _compiled(form: Format, axes: tuple[str, ...], placed: Any):
     def both(weight):
         return form.quantize(weight, axes), jnp.isfinite(weight).all()
 
-    return jax.jit(both, out_shardings=None if placed is None else (placed, None))
+    if placed is None:
+        return jax.jit(both)
+    mesh = placed.codes.mesh
+    whole = NamedSharding(mesh, PartitionSpec())
+    if AxisType.Explicit in mesh.axis_types:
+        both = jax.sharding.auto_axes(both, out_sharding=(placed, whole))
+    return jax.jit(both, out_shardings=(placed, whole))

@@ -3,70 +3,17 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lora_jax.quantize import codebooks
+from lora_jax.quantize.scales import SECOND_BLOCK, Scales, divided
 
 if TYPE_CHECKING:  # formats make leaves
     from lora_jax.quantize.formats import Format
-
-SECOND_BLOCK = 256
-"""How many scales share a scale of the second level."""
-
-_HUGE = 2.0**120
-"""Above it the reciprocal of a float32 is no normal number."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Scales:
-    """The scales of a weight's blocks in eight bits.
-
-    Those of a layer stand in the order of its outputs, of each output all, and so make blocks of 256.
-
-    Attributes:
-      codes: `[*layers, …]`, uint8, in the place of the scales.
-      second: `[*layers, n/256]`, float32; a scale for each block of scales.
-      offset: `[*layers]`, float32; the mean of the layer's scales.
-    """
-
-    codes: jax.Array
-    second: jax.Array
-    offset: jax.Array
-
-    @classmethod
-    def of(cls, scales: jax.Array, layers: int, place: int) -> "Scales":
-        """Quantises scales.
-
-        Args:
-          scales: float32, one for each block.
-          layers: How many leading axes run over layers.
-          place: The axis along which one output's scales lie, as a negative number.
-        """
-        offset = jnp.mean(scales, axis=tuple(range(layers, scales.ndim)))
-        centred = scales - offset.reshape(*offset.shape, *(1,) * (scales.ndim - layers))
-        ordered = jnp.moveaxis(centred, place, -1)
-        values = ordered.reshape(*offset.shape, -1)
-        number = -(-values.shape[-1] // SECOND_BLOCK)
-        padding = number * SECOND_BLOCK - values.shape[-1]
-        blocks = jnp.pad(values, [*((0, 0),) * layers, (0, padding)]).reshape(*offset.shape, number, SECOND_BLOCK)
-        second = jnp.max(jnp.abs(blocks), axis=-1)
-        codes = codebooks.nearest(_divided(blocks, second[..., None]), codebooks.dynamic_map())
-        codes = codes.reshape(*offset.shape, -1)[..., : values.shape[-1]].reshape(ordered.shape)
-        return cls(codes=jnp.moveaxis(codes, -1, place), second=second, offset=offset)
-
-    def decoded(self, place: int) -> jax.Array:
-        """The scales, float32; `place` as for :meth:`of`."""
-        ordered = list(self.codes.shape[self.offset.ndim :])
-        ordered.append(ordered.pop(place))
-        spread = jnp.repeat(self.second, SECOND_BLOCK, axis=-1)[..., : math.prod(ordered)]
-        spread = jnp.moveaxis(spread.reshape(*self.offset.shape, *ordered), -1, place)
-        values = jnp.take(codebooks.dynamic_map(), self.codes.astype(jnp.int32), mode="clip")
-        return values * spread + self.offset.reshape(*self.offset.shape, *(1,) * len(ordered))
 
 
 @jax.tree_util.register_dataclass
@@ -118,7 +65,7 @@ class Quantized:
             values = jnp.pad(values, [(0, padding if axis == at else 0) for axis in range(values.ndim)])
         values = values.reshape(*lead, number, block, *tail)
         largest = jnp.max(jnp.abs(values), axis=at + 1, keepdims=True)
-        codes = form.encode(_divided(values, largest))
+        codes = form.encode(divided(values, largest))
         if form.bits == 4:
             upper, lower = jnp.split(codes, 2, axis=at + 1)
             codes = jnp.left_shift(upper, jnp.uint8(4)) | lower
@@ -212,6 +159,24 @@ class Quantized:
           ValueError: The arrays do not fit each other: they are of different weights, or cut.
         """
         self._check()
+        sharding = self._explicit_sharding()
+        if sharding is None:
+            return self._dequantized()
+        # Blocks are cut by reshapes, whose shardings the compiler may find: what comes of it is known.
+        return jax.sharding.auto_axes(Quantized._dequantized, out_sharding=sharding)(self)
+
+    def _explicit_sharding(self) -> NamedSharding | None:
+        """That of the weight where the mesh has explicit axes, which types carry; None elsewhere."""
+        sharding = jax.typeof(self.codes).sharding
+        if AxisType.Explicit not in sharding.mesh.axis_types:
+            return None
+        kept = [*sharding.spec, *[None] * (self.codes.ndim - len(sharding.spec))]
+        along = kept.pop(len(kept) + self.place)
+        order = [axis for axis in range(-self.ndim, 0) if axis not in self.blocked]
+        by_axis = dict(zip(order, kept)) | {self.blocked[0]: along}
+        return NamedSharding(sharding.mesh, PartitionSpec(*(by_axis.get(axis) for axis in range(-self.ndim, 0))))
+
+    def _dequantized(self) -> jax.Array:
         block, half = self.format.block, self.format.block // 2
         scales = self._first_level()
         at = scales.ndim + self.place
@@ -233,13 +198,50 @@ class Quantized:
         together = range(at, at + len(sizes))
         return jnp.moveaxis(values, tuple(together), tuple(axis + values.ndim for axis in self.blocked))
 
-    def first_level(self) -> "Quantized":
-        """The same weight with scales in float32: what a part of it needs no more than its own part of."""
+    def specs(self, spec: Any, mesh: Any) -> Any:
+        """A partition spec for each array, in a tree like this one.
+
+        Codes and scales are divided as the weight is, but along blocked axes only where each shard is whole blocks.
+        Scales of the second level are divided only where each shard has whole blocks of them.
+
+        Args:
+          spec: Of the weight in floats.
+          mesh: Its mesh.
+        """
+        by_axis = dict(zip(range(-self.ndim, 0), (*spec, *[None] * (self.ndim - len(spec)))))
+        first, *more = (by_axis.pop(axis) for axis in self.blocked)
+        whole = math.prod(self.sizes) % (self.format.block * _ways(first, mesh)) == 0
+        along = first if whole and self.sizes[0] % _ways(first, mesh) == 0 and not any(more) else None
+        kept = list(by_axis.values())
+        codes: Any = PartitionSpec(*kept[: len(kept) + self.place + 1], along, *kept[len(kept) + self.place + 1 :])
         if not isinstance(self.scales, Scales):
-            return self
-        return dataclasses.replace(
-            self, scales=self._first_level(), format=dataclasses.replace(self.format, double=False)
-        )
+            return dataclasses.replace(self, codes=codes, scales=codes)
+        layers, inner = kept[: self.layers], kept[self.layers :]
+        # In the order of the scales the first of the weight's other axes is the slowest.
+        slowest = inner[0] if inner and not any(inner[1:]) and along is None else None
+        number = math.prod(self.scales.codes.shape[self.layers :])
+        if number % (SECOND_BLOCK * _ways(slowest, mesh)):
+            slowest = None
+        second: Any = PartitionSpec(*layers, slowest)
+        offset: Any = PartitionSpec(*layers)
+        return dataclasses.replace(self, codes=codes, scales=Scales(codes=codes, second=second, offset=offset))
+
+    def parts(self, spec: Any, mesh: Any) -> "tuple[Quantized, Any] | None":
+        """What `shard_map` needs for each device to have its part of the weight as a leaf of its own.
+
+        Returns:
+          The leaf with scales in float32, which a part needs no more than its own of, and a partition spec for each
+          array; None where a part of the weight would be no whole number of blocks.
+        """
+        leaf = self
+        if isinstance(self.scales, Scales):
+            form = dataclasses.replace(self.format, double=False)
+            leaf = dataclasses.replace(self, scales=self._first_level(), format=form)
+        specs = leaf.specs(spec, mesh)
+        by_axis = dict(zip(range(-self.ndim, 0), (*spec, *[None] * (self.ndim - len(spec)))))
+        wanted = [by_axis[axis] for axis in self.blocked if by_axis[axis] is not None]
+        given = specs.codes[len(specs.codes) + self.place]
+        return (leaf, specs) if wanted == ([] if given is None else [given]) else None
 
     def _first_level(self) -> jax.Array:
         """The scales in float32."""
@@ -271,12 +273,12 @@ class Quantized:
             )
 
 
-def _divided(values: jax.Array, largest: jax.Array) -> jax.Array:
-    """Values over the largest magnitude of their block; zeros where that is zero."""
-    safe = jnp.where(largest == 0.0, 1.0, largest)
-    # By the reciprocal, as bitsandbytes does: its rounding decides the code of a value in the middle of two.
-    return jnp.clip(jnp.where(safe < _HUGE, values * (1.0 / safe), values / safe), -1.0, 1.0)
-
-
 def _padded(size: int, block: int) -> int:
     return -(-size // block) * block
+
+
+def _ways(names: Any, mesh: Any) -> int:
+    """How many parts an axis of an array is in."""
+    if names is None:
+        return 1
+    return math.prod(mesh.shape[name] for name in (names if isinstance(names, tuple) else (names,)))

@@ -82,12 +82,25 @@ class Deferred:
     @property
     def layers(self) -> int:
         """How many leading axes are those of every array of the leaf, so that a part of the arrays is a part."""
-        whole = any(view.equation.primitive.name not in ELEMENTWISE for view in self.views)
-        return 0 if whole else getattr(self.leaf, "layers", 0)
+        return getattr(self.leaf, "layers", 0) if self._by_element else 0
+
+    @property
+    def _by_element(self) -> bool:
+        return all(view.equation.primitive.name in ELEMENTWISE for view in self.views)
 
     def with_leaf(self, leaf: Any) -> "Deferred":
         """The same views of a part of the leaf along its layers."""
         return dataclasses.replace(self, leaf=leaf, shape=tuple(leaf.shape))
+
+    def parts(self, spec: Any, mesh: Any) -> "tuple[Deferred, Deferred] | None":
+        """For `shard_map`: a weight that can be divided, and the partition spec of each array in its place."""
+        if not self._by_element or not hasattr(self.leaf, "parts"):
+            return None
+        divided = self.leaf.parts(spec, mesh)
+        if divided is None:
+            return None
+        leaf, specs = divided
+        return dataclasses.replace(self, leaf=leaf), dataclasses.replace(self, leaf=specs)
 
     def along(self, axis: int, cut: Callable[[jax.Array], jax.Array]) -> "Deferred | None":
         """The part that `cut` makes of each array, along an axis of layers; None for other axes."""

@@ -233,7 +233,7 @@ def _shard_map(interpreter, equation, values):
     specs, arguments, rebuild = [], [], []
     for value, spec in zip(values, params["in_specs"]):
         if isinstance(value, Weight):
-            value, weight_specs = _sharded(value, spec, params["mesh"])
+            value, weight_specs = _sharded(interpreter, equation, value, spec, params["mesh"])
             leaves, treedef = jax.tree.flatten(value)
             specs.extend(weight_specs)
             arguments.extend(leaves)
@@ -262,8 +262,8 @@ def _shard_map(interpreter, equation, values):
     return mapped(*arguments)
 
 
-def _sharded(weight: Weight, spec, mesh):
-    """The specs of a weight's leaves, from the spec of its base."""
+def _sharded(interpreter, equation, weight: Weight, spec, mesh):
+    """A weight that shard_map divides, and the specs of its leaves, from the spec of its base."""
     if weight.taps:
         raise CannotFactor("inside shard_map each device sees a part of the inputs")
     names = spec_by_label(weight, spec, mesh)
@@ -272,7 +272,19 @@ def _sharded(weight: Weight, spec, mesh):
     def spec_of(factor: Factor):
         return Factor(partition(*(names.get(label) for label in factor.labels)), factor.labels)
 
-    specs = weight.map_factors(spec_of).replace(value=spec)
+    value, base_spec = weight.value, spec
+    if isinstance(value, Deferred):
+        divided = value.parts(spec, mesh)
+        if divided is None:
+            reason = (
+                "dequantised as a whole before shard_map: a shard is no whole number of blocks"
+            )
+            interpreter.record(weight, equation, {}, reason)
+            value = used(lambda value: value, value)
+        else:
+            value, base_spec = divided
+    weight = weight.replace(value=value)
+    specs = weight.map_factors(spec_of).replace(value=base_spec)
     leaves = jax.tree.leaves(
         specs.replace(rate=None if weight.rate is None else partition()),
         is_leaf=lambda x: isinstance(x, partition),
@@ -282,6 +294,8 @@ def _sharded(weight: Weight, spec, mesh):
 
 def _local(weight: Weight) -> Weight:
     """The weight of one shard: the sizes of its labels are those of the local arrays."""
+    if isinstance(weight.value, Deferred):
+        weight = weight.replace(value=weight.value.with_leaf(weight.value.leaf))
     sizes = {label: size for f in (*weight.factors, *weight.gains) for label, size in f.sizes.items()}
     dims = []
     for axis, size in zip(weight.dims, weight.value.shape):

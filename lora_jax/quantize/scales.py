@@ -1,0 +1,84 @@
+"""The scales of blocks, quantised in their turn: eight bits each, about their mean."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.quantize import codebooks
+
+SECOND_BLOCK = 256
+"""How many scales share a scale of the second level."""
+
+_HUGE = 2.0**120
+"""Above it the reciprocal of a float32 is no normal number."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """The scales of a weight's blocks in eight bits.
+
+    Those of a layer stand in the order of its outputs, of each output all, and so make blocks of 256.
+
+    Attributes:
+      codes: `[*layers, …]`, uint8, in the place of the scales.
+      second: `[*layers, n/256]`, float32; a scale for each block of scales.
+      offset: `[*layers]`, float32; the mean of the layer's scales.
+    """
+
+    codes: jax.Array
+    second: jax.Array
+    offset: jax.Array
+
+    @classmethod
+    def of(cls, scales: jax.Array, layers: int, place: int) -> "Scales":
+        """Quantises scales.
+
+        Args:
+          scales: float32, one for each block.
+          layers: How many leading axes run over layers.
+          place: The axis along which one output's scales lie, as a negative number.
+        """
+        offset = _mean(scales, tuple(range(layers, scales.ndim)))
+        centred = scales - offset.reshape(*offset.shape, *(1,) * (scales.ndim - layers))
+        ordered = jnp.moveaxis(centred, place, -1)
+        values = ordered.reshape(*offset.shape, -1)
+        number = -(-values.shape[-1] // SECOND_BLOCK)
+        padding = number * SECOND_BLOCK - values.shape[-1]
+        blocks = jnp.pad(values, [*((0, 0),) * layers, (0, padding)]).reshape(*offset.shape, number, SECOND_BLOCK)
+        second = jnp.max(jnp.abs(blocks), axis=-1)
+        codes = codebooks.nearest(divided(blocks, second[..., None]), codebooks.dynamic_map())
+        codes = codes.reshape(*offset.shape, -1)[..., : values.shape[-1]].reshape(ordered.shape)
+        return cls(codes=jnp.moveaxis(codes, -1, place), second=second, offset=offset)
+
+    def decoded(self, place: int) -> jax.Array:
+        """The scales, float32; `place` as for :meth:`of`."""
+        ordered = list(self.codes.shape[self.offset.ndim :])
+        ordered.append(ordered.pop(place))
+        spread = jnp.repeat(self.second, SECOND_BLOCK, axis=-1)[..., : math.prod(ordered)]
+        spread = jnp.moveaxis(spread.reshape(*self.offset.shape, *ordered), -1, place)
+        values = jnp.take(codebooks.dynamic_map(), self.codes.astype(jnp.int32), mode="clip")
+        return values * spread + self.offset.reshape(*self.offset.shape, *(1,) * len(ordered))
+
+
+def _mean(scales: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The mean of at most 2²⁶ scales, the same bits in whatever order, hence on however many devices, they are added.
+
+    As multiples of 2⁻³⁰ of the largest, whose six-bit digits are summed as integers.
+    """
+    largest = jnp.max(scales, axis=axes, keepdims=True)
+    steps = (scales / jnp.where(largest > 0.0, largest, 1.0) * 2.0**30).astype(jnp.uint32)
+    total = jnp.zeros(largest.shape, jnp.float32)
+    for shift in range(0, 36, 6):
+        digits = jnp.right_shift(steps, jnp.uint32(shift)) & jnp.uint32(63)
+        total += jnp.sum(digits, axis=axes, keepdims=True, dtype=jnp.uint32).astype(jnp.float32) * 2.0 ** (shift - 30)
+    return jnp.squeeze(total / math.prod(scales.shape[axis] for axis in axes) * largest, axes)
+
+
+def divided(values: jax.Array, largest: jax.Array) -> jax.Array:
+    """Values over the largest magnitude of their block; zeros where that is zero."""
+    safe = jnp.where(largest == 0.0, 1.0, largest)
+    # By the reciprocal, as bitsandbytes does: its rounding decides the code of a value in the middle of two.
+    return jnp.clip(jnp.where(safe < _HUGE, values * (1.0 / safe), values / safe), -1.0, 1.0)
