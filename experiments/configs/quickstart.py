@@ -10,7 +10,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from experiments import settings
 
 STUDY = "experiments.studies.quickstart"
-METHODS = ("head", "lora", "all-linear", "full")
+METHODS = ("head", "lora", "qlora", "qdora", "all-linear", "full")
 LOW_RANK = ("lora", "all-linear")
 
 
@@ -54,7 +54,8 @@ class Config:
 
     methods: Methods = ("head", "lora")
     """What to compare, separated by commas: head (logistic regression on frozen features), lora (query and
-    value), all-linear (LoRA on every linear layer), full (fine-tuning of every weight)."""
+    value), qlora and qdora (LoRA and DoRA on query and value, over linear layers in NF4), all-linear (LoRA on every
+    linear layer), full (fine-tuning of every weight)."""
 
     seeds: int = 1
     """Runs of each method; with several, the table shows the mean and the standard deviation."""

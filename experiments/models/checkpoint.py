@@ -1,5 +1,6 @@
 """Weights in Hugging Face layout: read tensor by tensor onto their shardings, and written back."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import lora_jax as lora
 from experiments.errors import UserError
 from lora_jax import peft
+from lora_jax.quantize import Format, Plan, four_bit_tensors, from_bitsandbytes
 
 M = TypeVar("M", bound=nnx.Module)
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
@@ -48,11 +51,14 @@ def load(
     fresh: str = NOTHING,
     optional: str = NOTHING,
     seed: int = 0,
+    rules: Mapping[str, Format | None] | None = None,
+    example: Sequence[Any] = (),
 ) -> M:
     """A model with the weights of a checkpoint; random initial values are computed of new weights only.
 
-    Each device gets its part of a weight straight from the files: beside what is on the devices, the host's
-    memory holds one such part at a time, which is read once for all devices that share it.
+    Weights that bitsandbytes quantised to four bits stay so, as leaves with the same codes. Each device gets its part
+    of a weight straight from the files: beside what is on the devices, the host's memory holds one such part at a
+    time, which is read once for all devices that share it.
 
     Args:
       build: Makes the model.
@@ -66,19 +72,26 @@ def load(
       fresh: Pattern of paths of weights that are initialised, whatever the checkpoint holds (a new head).
       optional: Pattern of paths of weights that are initialised where the checkpoint lacks all of their tensors.
       seed: Of the initialised weights.
+      rules: Weights to quantise as they come, for :func:`lora_jax.quantize`. They do so layer by layer where layers are
+        stacked: beside the codes no more than one layer's weight is held in floats.
+      example: Arguments of a call of the model, which is traced for `rules`; shapes will do.
 
     Raises:
       UserError: Files are missing or damaged, or any tensors are missing, unexpected or of another shape:
         all of them are named at once.
     """
     abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    plan = None
+    if rules:
+        apply, shapes = lora.nnx.functional(abstract)
+        plan = Plan.of(shapes, rules, apply, *example)
     graph, params, _ = nnx.split(abstract, nnx.Param, ...)
     wanted = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(params)}
     shardings = {
         path: None if sharding is None else sharding(path, variable.get_value().shape)
         for path, variable in wanted.items()
     }
-    values: dict[str, jax.Array] = {}
+    values: dict[str, Any] = {}
     try:
         with peft.Tensors(peft.model_files(directory)) as tensors:
             stored = _Stored(tensors, names.prefix, spellings)
@@ -92,7 +105,7 @@ def load(
             stored.check(directory, read, {name for path in new for name in places[path].tensors}, unused)
             for place in read:
                 # waited for: copies under way would keep one part after another in the host's memory
-                values[place.path] = jax.block_until_ready(stored.placed(place, dtype, shardings[place.path]))
+                values[place.path] = jax.block_until_ready(stored.leaf(place, dtype, shardings[place.path], plan))
     except UserError:
         raise
     except ValueError as error:
@@ -163,6 +176,11 @@ def _tensors_of(base: Any, names: peft.Names, bare: bool) -> Iterator[tuple[str,
             yield name.removeprefix(names.prefix) if bare else name, tensor
 
 
+def _divides_first(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> bool:
+    """Whether a sharding divides the first axis."""
+    return sharding.shard_shape(shape)[0] != shape[0]
+
+
 class _Stored:
     """The tensors of a checkpoint under their usual names, less the prefix of a bare model's names."""
 
@@ -178,26 +196,61 @@ class _Stored:
             if usual in self._names:
                 raise UserError(f"{tensors.file_of(name)}: {name} and {self._names[usual]} are the same weight")
             self._names[usual] = name
+        self._four_bit = four_bit_tensors(self._names)
 
     def any_of(self, place: peft.Place) -> bool:
         """Whether one of the weight's tensors is there."""
         return any(name.removeprefix(self._prefix) in self._names for name in place.tensors)
 
-    def placed(self, place: peft.Place, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
-        """The weight on its devices."""
+    def leaf(self, place: peft.Place, dtype: Any, sharding: jax.sharding.Sharding | None, plan: Plan | None) -> Any:
+        """The weight on its devices, quantised where the checkpoint or the plan has it so."""
+        quantized = [name for name in place.tensors if name.removeprefix(self._prefix) in self._four_bit]
+        if quantized:
+            return self._four_bits(place, dtype)
+        if plan is None or place.path not in plan.chosen:
+            return self._placed(place, dtype, sharding, slice(None))
+        by_layer = bool(place.stacked) and (sharding is None or not _divides_first(sharding, place.shape))
+        layers = [slice(i, i + 1) for i in range(place.shape[0])] if by_layer else [slice(None)]
+        parts = [jax.block_until_ready(plan(place.path, self._placed(place, dtype, sharding, at))) for at in layers]
+        return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if by_layer else parts[0]
+
+    def _four_bits(self, place: peft.Place, dtype: Any) -> Any:
+        """A weight that is quantised in the checkpoint, with its codes."""
+        if place.weight.layout != peft.LINEAR or len(place.stacked) > 1:
+            raise UserError(
+                f"{place.path}: quantised to four bits in the checkpoint, which is read of linear layers only"
+            )
+        leaves = []
+        for name in place.tensors:
+            usual = name.removeprefix(self._prefix)
+            if usual not in self._four_bit:
+                raise UserError(f"{name}: not quantised, and other layers of {place.path} are: unroll the layers")
+            tensors = {part: self._tensors.read(self._names[part]) for part in self._four_bit[usual]}
+            leaf = from_bitsandbytes(tensors)[usual]
+            leaves.append(dataclasses.replace(leaf, dtype=np.dtype(dtype or leaf.dtype)))
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *leaves) if place.stacked else leaves[0]
+
+    def _placed(
+        self, place: peft.Place, dtype: Any, sharding: jax.sharding.Sharding | None, layers: slice
+    ) -> jax.Array:
+        """The weight, or these of its leading entries, on its devices."""
         dtype = jnp.dtype(dtype or self._dtype(place))
+        first, last, _ = layers.indices(place.shape[0] if place.shape else 0)
+        shape = (last - first, *place.shape[1:]) if place.shape else ()
+        window = (layers, *(slice(None) for _ in place.shape[1:])) if place.shape else None
         if sharding is None:
-            return jax.device_put(place.join(self._read, dtype))
+            return jax.device_put(place.join(self._read, dtype, window))
         sharing: dict[tuple, list[jax.Device]] = {}
-        for device, part in sharding.addressable_devices_indices_map(place.shape).items():
-            sharing.setdefault(tuple((axis.start, axis.stop) for axis in part or ()), []).append(device)
+        for device, part in sharding.addressable_devices_indices_map(shape).items():
+            sharing.setdefault(tuple(axis.indices(n)[:2] for axis, n in zip(part or (), shape)), []).append(device)
         arrays = []
         for part, devices in sharing.items():
-            values = place.join(self._read, dtype, tuple(slice(*limits) for limits in part))
+            limits = [(start + first, stop + first) for start, stop in part[:1]] + list(part[1:])
+            values = place.join(self._read, dtype, tuple(slice(*limit) for limit in limits))
             for device in devices:
                 where = jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
                 arrays.append(jax.device_put(values, where))
-        return jax.make_array_from_single_device_arrays(place.shape, sharding, arrays)
+        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
     def _dtype(self, place: peft.Place) -> np.dtype:
         """The dtype of the weight's first tensor."""
@@ -211,7 +264,10 @@ class _Stored:
         wanted = {name.removeprefix(self._prefix): shape for place in places for name, shape in place.shapes.items()}
         known = wanted.keys() | {name.removeprefix(self._prefix) for place in places for name in place.tied}
         known |= {name.removeprefix(self._prefix) for name in replaced}
-        given = {name: self._tensors[stored] for name, stored in self._names.items()}
+        parts = {part for weight, parts in self._four_bit.items() for part in parts if part != weight}
+        given = {name: self._tensors[stored] for name, stored in self._names.items() if name not in parts}
+        # What is packed has a shape of its own; that of the weight is compared when it is read.
+        given |= {name: wanted.get(name, given[name]) for name in self._four_bit if name in given}
         problems = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in given]
         problems += [
             f"unexpected: {name} {given[name]}" for name in sorted(given.keys() - known) if not re.search(unused, name)

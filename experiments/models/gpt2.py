@@ -26,6 +26,7 @@ from experiments.models.decoder import Decoder
 from experiments.models.norm import LayerNorm
 from experiments.models.options import DEFAULT, Options
 from lora_jax.peft import Names, Weight
+from lora_jax.quantize import Format
 
 _SUPPORTED = {
     "model_type": ("gpt2",),
@@ -182,6 +183,7 @@ def load(
     dropout: float = 0.0,
     dtype: Any = jnp.float32,
     sharding: checkpoint.Sharding | None = None,
+    rules: Mapping[str, Format | None] | None = None,
 ) -> Gpt2:
     """A GPT-2 with the weights of a checkpoint in Hugging Face layout.
 
@@ -191,6 +193,7 @@ def load(
       dropout: See :class:`Gpt2`.
       dtype: Of the weights; None keeps what is stored.
       sharding: See :func:`experiments.models.checkpoint.load`.
+      rules: Weights to quantise as they are read; likewise.
 
     Raises:
       UserError: The directory's config or weights are missing, damaged or of another architecture.
@@ -203,4 +206,6 @@ def load(
         dtype=dtype,
         sharding=sharding,
         unused=UNUSED,
+        rules=rules,
+        example=(jax.ShapeDtypeStruct((1, 8), jnp.int32),),
     )

@@ -29,6 +29,7 @@ from experiments.models.decoder import Decoder
 from experiments.models.options import DEFAULT, Options
 from experiments.models.rope import Rope, turn
 from lora_jax.peft import LINEAR, Names, Weight
+from lora_jax.quantize import Format
 
 # What transformers takes for a field that a config.json leaves out; null is another matter.
 _ABSENT: dict[str, dict[str, Any]] = {
@@ -288,6 +289,7 @@ def load(
     *,
     dtype: Any = jnp.float32,
     sharding: checkpoint.Sharding | None = None,
+    rules: Mapping[str, Format | None] | None = None,
 ) -> Llama:
     """A model of the family with the weights of a checkpoint in Hugging Face layout.
 
@@ -296,6 +298,7 @@ def load(
       options: How to compute.
       dtype: Of the weights; None keeps what is stored.
       sharding: See :func:`experiments.models.checkpoint.load`.
+      rules: Weights to quantise as they are read; likewise.
 
     Raises:
       UserError: The directory's config or weights are missing, damaged or of another architecture.
@@ -308,4 +311,6 @@ def load(
         dtype=dtype,
         sharding=sharding,
         unused=UNUSED,
+        rules=rules,
+        example=(jax.ShapeDtypeStruct((1, 8), jnp.int32),),
     )

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Method:
       warmup: Share of the steps in which the learning rate rises.
       clip: Largest global norm of the gradients.
       label_smoothing: Share of the target that is spread over all classes.
+      rules: Patterns of paths and the format of each, where the base is quantised.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Method:
     warmup: float
     clip: float
     label_smoothing: float
+    rules: Mapping[str, Any] = field(default_factory=dict)
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """See :func:`experiments.training.optimizer.adam`."""
@@ -66,7 +68,8 @@ def run(start: Start, method: Method, seed: int, *, directory: Path, checkpoint_
     stored = directory / "result.json"
     if stored.exists():
         return Result.load(stored)
-    problem, base, splits = start.problem, start.base, start.problem.splits
+    problem, splits = start.problem, start.problem.splits
+    base = problem.quantized(start.base, method.rules) if method.rules else start.base
     init_key, train_key = jax.random.split(jax.random.key(seed))
     delta = problem.delta(init_key, base, method.spec)
     stream = Stream(splits["train"].sequences, splits["train"].labels, problem.lengths, method.batch_size, seed)

@@ -56,9 +56,15 @@ class Problem:
 
     def delta(self, key: jax.Array, base: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
         """A new delta on `base`."""
+        return lora.init(key, base, spec, self.apply, *self._shapes())
+
+    def quantized(self, base: Mapping[str, Any], rules: Mapping[str, Any]) -> Any:
+        """The base with quantised weights."""
+        return lora.quantize(base, rules, self.apply, *self._shapes())
+
+    def _shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         shape = (1, self.lengths[0])
-        batch = (jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool))
-        return lora.init(key, base, spec, self.apply, *batch)
+        return jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool)
 
 
 def load(

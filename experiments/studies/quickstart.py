@@ -53,10 +53,14 @@ def run(config: Config) -> list[Result]:
 def method(name: str, config: Config) -> Method:
     """A method of the config's `methods`."""
     low_rank = lora.LoRA(rank=config.rank, alpha=config.alpha)
-    spec, lr = {
-        "lora": ({_QUERY_VALUE: low_rank, HEAD: lora.Full()}, config.lora_lr),
-        "all-linear": ({_LINEAR: low_rank, HEAD: lora.Full()}, config.all_linear_lr),
-        "full": ({r"": lora.Full()}, config.full_lr),
+    decomposed = lora.DoRA(rank=config.rank, alpha=config.alpha)
+    quantized = {_LINEAR: lora.NF4()}
+    spec, rules, lr = {
+        "lora": ({_QUERY_VALUE: low_rank, HEAD: lora.Full()}, {}, config.lora_lr),
+        "qlora": ({_QUERY_VALUE: low_rank, HEAD: lora.Full()}, quantized, config.lora_lr),
+        "qdora": ({_QUERY_VALUE: decomposed, HEAD: lora.Full()}, quantized, config.lora_lr),
+        "all-linear": ({_LINEAR: low_rank, HEAD: lora.Full()}, {}, config.all_linear_lr),
+        "full": ({r"": lora.Full()}, {}, config.full_lr),
     }[name]
     return Method(
         name,
@@ -67,13 +71,14 @@ def method(name: str, config: Config) -> Method:
         warmup=config.warmup,
         clip=config.clip,
         label_smoothing=config.label_smoothing,
+        rules=rules,
     )
 
 
 def _trained(start: Start, name: str, seed: int, config: Config, console: Console) -> Result:
     chosen = method(name, config)
-    settings = {key: value for key, value in asdict(chosen).items() if key != "spec"}
-    settings |= {"spec": repr(chosen.spec)}
+    settings = {key: value for key, value in asdict(chosen).items() if key not in ("spec", "rules")}
+    settings |= {"spec": repr(chosen.spec), "rules": repr(chosen.rules)}
     directory = _directory(config, name, seed, start.problem.digest, settings)
     result = methods.run(
         start, chosen, seed, directory=directory, checkpoint_every=config.checkpoint_every, console=console

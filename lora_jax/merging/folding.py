@@ -22,8 +22,8 @@ def merge(base: Any, delta: Delta) -> Any:
       delta: From :func:`lora_jax.init`.
 
     Returns:
-      A new tree of floats with the shapes, dtypes and shardings of `base`: quantised leaves are dequantised
-      (:func:`lora_jax.merging.merge_quantized` keeps them quantised). Each sum is computed in float32 and rounded once. Other leaves
+      A new tree of floats with the shapes, dtypes and shardings of `base`. Each sum is computed in float32 and
+      rounded once. Quantised leaves are dequantised (:func:`lora_jax.merging.merge_quantized` keeps them so); others
       that the delta does not name are the same arrays.
 
     Raises:

@@ -1,6 +1,6 @@
 """Quantised bases: weights as codes of four or eight bits, which `adapt` takes as they are."""
 
-from lora_jax.quantize.bitsandbytes import from_bitsandbytes
+from lora_jax.quantize.bitsandbytes import four_bit_tensors, from_bitsandbytes
 from lora_jax.quantize.formats import FP4, NF4, Format, Int4, Int8
 from lora_jax.quantize.leaf import Quantized
 from lora_jax.quantize.placement import shardings
@@ -17,6 +17,7 @@ __all__ = [
     "Quantized",
     "Scales",
     "dequantize",
+    "four_bit_tensors",
     "from_bitsandbytes",
     "quantize",
     "shardings",

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -40,10 +40,25 @@ def from_bitsandbytes(tensors: Mapping[str, Any]) -> dict[str, Any]:
       >>> from_bitsandbytes(tensors)["layers.0.up.weight"]
       NF4[128, 16](dtype=bfloat16, block=64, double, 4.133 bits)
     """
-    found = {name.rpartition(_STATE)[0]: name for name in tensors if _STATE in name}
-    parts = {f"{weight}.{part}" for weight in found for part in _PARTS}
-    rest = {name: tensor for name, tensor in tensors.items() if name not in parts and _STATE not in name}
-    return rest | {name: _leaf(tensors, name, state) for name, state in found.items()}
+    found = four_bit_tensors(tensors)
+    parts = {name for names in found.values() for name in names}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in parts}
+    return rest | {name: _leaf(tensors, name, names[-1]) for name, names in found.items()}
+
+
+def four_bit_tensors(names: Iterable[str]) -> dict[str, list[str]]:
+    """The quantised weights of a checkpoint by name, and the names of the tensors of each, its state last.
+
+    Example:
+      >>> four_bit_tensors(["a.weight", "a.weight.absmax", "a.weight.quant_state.bitsandbytes__nf4", "b.weight"])
+      {'a.weight': ['a.weight', 'a.weight.absmax', 'a.weight.quant_state.bitsandbytes__nf4']}
+    """
+    known = set(names)
+    states = {name.rpartition(_STATE)[0]: name for name in known if _STATE in name}
+    return {
+        weight: [name for name in (weight, *(f"{weight}.{part}" for part in _PARTS), state) if name in known]
+        for weight, state in states.items()
+    }
 
 
 def _leaf(tensors: Mapping[str, Any], name: str, state_name: str) -> Quantized:

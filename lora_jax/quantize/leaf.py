@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -163,7 +163,8 @@ class Quantized:
         if sharding is None:
             return self._dequantized()
         # Blocks are cut by reshapes, whose shardings the compiler may find: what comes of it is known.
-        return jax.sharding.auto_axes(Quantized._dequantized, out_sharding=sharding)(self)
+        in_auto: Any = jax.sharding.auto_axes(Quantized._dequantized, out_sharding=sharding)
+        return in_auto(self)
 
     def _explicit_sharding(self) -> NamedSharding | None:
         """That of the weight where the mesh has explicit axes, which types carry; None elsewhere."""
@@ -233,15 +234,25 @@ class Quantized:
           The leaf with scales in float32, which a part needs no more than its own of, and a partition spec for each
           array; None where a part of the weight would be no whole number of blocks.
         """
-        leaf = self
-        if isinstance(self.scales, Scales):
-            form = dataclasses.replace(self.format, double=False)
-            leaf = dataclasses.replace(self, scales=self._first_level(), format=form)
+        leaf = self._with_first_level()
         specs = leaf.specs(spec, mesh)
         by_axis = dict(zip(range(-self.ndim, 0), (*spec, *[None] * (self.ndim - len(spec)))))
         wanted = [by_axis[axis] for axis in self.blocked if by_axis[axis] is not None]
         given = specs.codes[len(specs.codes) + self.place]
         return (leaf, specs) if wanted == ([] if given is None else [given]) else None
+
+    def rows(self, take: Callable[[jax.Array], jax.Array]) -> "Quantized | None":
+        """The rows that `take` takes of an array's first axis; None where blocks run along the weight's."""
+        if -self.ndim in self.blocked:
+            return None
+        return jax.tree.map(take, self._with_first_level())
+
+    def _with_first_level(self) -> "Quantized":
+        if not isinstance(self.scales, Scales):
+            return self
+        return dataclasses.replace(
+            self, scales=self._first_level(), format=dataclasses.replace(self.format, double=False)
+        )
 
     def _first_level(self) -> jax.Array:
         """The scales in float32."""

@@ -102,6 +102,11 @@ class Deferred:
         leaf, specs = divided
         return dataclasses.replace(self, leaf=leaf), dataclasses.replace(self, leaf=specs)
 
+    def rows(self, take: Callable[[jax.Array], jax.Array]) -> "Deferred | None":
+        """The rows that `take` takes of an array's first axis, index axes in front; None where that cuts blocks."""
+        taken = self.leaf.rows(take) if self._by_element and hasattr(self.leaf, "rows") else None
+        return None if taken is None else self.with_leaf(taken)
+
     def along(self, axis: int, cut: Callable[[jax.Array], jax.Array]) -> "Deferred | None":
         """The part that `cut` makes of each array, along an axis of layers; None for other axes."""
         return self.with_leaf(jax.tree.map(cut, self.leaf)) if axis < self.layers else None

@@ -276,9 +276,7 @@ def _sharded(interpreter, equation, weight: Weight, spec, mesh):
     if isinstance(value, Deferred):
         divided = value.parts(spec, mesh)
         if divided is None:
-            reason = (
-                "dequantised as a whole before shard_map: a shard is no whole number of blocks"
-            )
+            reason = "dequantised as a whole before shard_map: a shard is no whole number of blocks"
             interpreter.record(weight, equation, {}, reason)
             value = used(lambda value: value, value)
         else:

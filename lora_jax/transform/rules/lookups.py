@@ -1,9 +1,11 @@
 """Indexing: `W[ids]` and `jnp.take`. The factors are indexed like the weight, so that no merged row is stored."""
 
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lora_jax.adapters.factored import Factor
-from lora_jax.transform.deferred import seen
+from lora_jax.transform.deferred import Deferred, seen
 from lora_jax.transform.weight import CannotFactor, Weight, fresh, twin
 
 
@@ -28,7 +30,7 @@ def _gather(interpreter, equation, values):
     label = weight.single(axis)
     if any(twin(label) in tap.labels for tap in weight.taps):
         raise CannotFactor("rows are looked up, of which the input is a count")
-    (value,) = seen(equation, [weight.value, indices])
+    value = weight.value if isinstance(weight.value, Deferred) else seen(equation, [weight.value, indices])[0]
     indices = indices[..., column : column + 1]
 
     # The axes of the indices (their last one holds the index itself) become axes of the result.
@@ -64,6 +66,19 @@ def _gather(interpreter, equation, values):
         return Factor(array, (*(x for x, _ in index_dims), *(factor.labels[a] for a in rest)))
 
     offsets = [int(a) for a in numbers.offset_dims]
+    if isinstance(value, Deferred):
+        # Rows of codes where they are rows of the table, with the index axes in front.
+        in_front = axis == 0 and not batching and offsets == list(range(len(index_dims), equation.outvars[0].aval.ndim))
+        filling = params["fill_value"]
+
+        def taken(array):
+            # A row out of range gets its filling, zero or NaN, through its scales.
+            fill = filling if jnp.issubdtype(array.dtype, jnp.inexact) else 0
+            return look_up(Factor(array, (label, *fresh(weight, array.ndim - 1))), fill).array
+
+        through_scales = filling is None or filling == 0 or np.isnan(filling)
+        rows = value.rows(taken) if in_front and through_scales else None
+        value = seen(equation, [value, values[1]])[0] if rows is None else rows
     window = iter(a for a in range(weight.value.ndim) if a not in batching and a not in collapsed)
     lead, added = iter(index_dims), fresh(weight, indices.ndim)[-1]
     dims: list[tuple[tuple[str, int], ...]] = []
