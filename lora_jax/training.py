@@ -11,9 +11,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.adapters.protocol import Adapter
+from lora_jax.leaves import is_array
 from lora_jax.optim import join, partition, trainable_mask
 from lora_jax.optim.offload import in_host_memory
-from lora_jax.transform.call import is_array
 from lora_jax.update import update_of
 
 Delta = dict[str, Adapter]
@@ -105,7 +105,7 @@ def train_step(
     *,
     accumulate: int = 1,
     pmap: bool = False,
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+) -> "Step":
     """Makes a compiled training step of the trainable leaves.
 
     Args:
@@ -124,6 +124,8 @@ def train_step(
       step and the key are donated; those of the base and of frozen leaves (VeRA's shared pair) are not. Metrics are
       scalars: `loss`; `grad_norm`, the global norm of the gradients; `weight`, the total weight; and `nonfinite`, per
       path the number of gradient elements that are NaN or infinite, for :func:`check_finite`.
+      `step.lower(state, batch)` is the same without running it, for a compiler's analyses; without pmap, leaves may be
+      `jax.ShapeDtypeStruct`, on devices that are not here.
 
     Raises:
       ValueError: (from the step) The batch cannot be divided by `accumulate` times the devices; under pmap, the state
@@ -164,7 +166,7 @@ def train_step(
     else:
         compiled = jax.jit(body, donate_argnums=(4,), static_argnums=(0, 1))
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def arguments(state: TrainState, batch: Any) -> tuple[Any, ...]:
         devices = jax.local_device_count() if pmap else 1
         check_batch(batch, accumulate, devices)
         if pmap:
@@ -175,14 +177,33 @@ def train_step(
         halves = known[structure]
         train, frozen = halves.split(state.delta)
         static, arrays = Static.split(state.base)
-        moving = (train, state.opt_state, state.step, state.key)
+        return static, halves, arrays, frozen, (train, state.opt_state, state.step, state.key), batch
+
+    def run(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        static, halves, arrays, frozen, moving, batch = arguments(state, batch)
         if pmap:  # once: what comes back is replicated already, and compiles nothing else
             arrays, frozen, moving = _replicated((arrays, frozen, moving))
         (train, opt_state, number, key), metrics = compiled(static, halves, arrays, frozen, moving, batch)
         base = static.restore(arrays) if pmap else state.base
         return TrainState(base, halves.join(train, frozen), opt_state, number, key), metrics
 
-    return step
+    return Step(run, lambda state, batch: compiled.lower(*arguments(state, batch)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A training step, from :func:`train_step`.
+
+    Attributes:
+      run: `run(state, batch) -> (state, metrics)`, which calling it does.
+      lower: `lower(state, batch)`, the same traced for these shapes and lowered, not run.
+    """
+
+    run: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+    lower: Callable[[TrainState, Any], jax.stages.Lowered]
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        return self.run(state, batch)
 
 
 def _copied(leaf: Any) -> jax.Array:

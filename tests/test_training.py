@@ -111,6 +111,19 @@ def test_one_compilation(base, batch):
         assert len(traces) == 1
 
 
+def test_lowered_for_shapes_it_is_the_step_that_runs(base, batch):
+    delta = lora.init(jax.random.key(0), base, {"^w$": lora.LoRA(2)}, fn, batch[0])
+    state = lora.TrainState.create(base, delta, optax.sgd(0.1, momentum=0.9), jax.random.key(1))
+    step = lora.train_step(plain, optax.sgd(0.1, momentum=0.9))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, batch))
+    lowered = step.lower(*shapes)
+    assert lowered.as_text() == step.lower(state, batch).as_text()
+    memory = lowered.compile().memory_analysis()
+    donated = (state.delta["w"].a, state.delta["w"].b, state.opt_state)
+    assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(donated))
+    assert not state.delta["w"].a.is_deleted()
+
+
 def test_each_step_and_microbatch_has_its_own_key(base, batch):
     def noise(base, delta, batch, key):
         return plain(base, delta, batch, key) * 0 + jax.random.uniform(key)
