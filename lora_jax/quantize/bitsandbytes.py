@@ -82,7 +82,9 @@ def _leaf(tensors: Mapping[str, Any], name: str, state_name: str) -> Quantized:
             raise ValueError(f"{full}: missing beside {state_name}.")
         array = np.asarray(tensors[full]).reshape(-1)
         if array.size != size or array.dtype != dtype:
-            raise ValueError(f"{full}: {array.size} × {array.dtype}; a weight of shape {shape} needs {size} × {dtype}.")
+            raise ValueError(
+                f"{full}: {array.size} × {array.dtype}; a weight of shape {shape} needs {size} × {np.dtype(dtype)}."
+            )
         return array
 
     if not np.array_equal(part("quant_map", 16, np.float32), np.asarray(levels, np.float32)):

@@ -79,6 +79,8 @@ def _mean(scales: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 def divided(values: jax.Array, largest: jax.Array) -> jax.Array:
     """Values over the largest magnitude of their block; zeros where that is zero."""
-    safe = jnp.where(largest == 0.0, 1.0, largest)
-    # By the reciprocal, as bitsandbytes does: its rounding decides the code of a value in the middle of two.
-    return jnp.clip(jnp.where(safe < _HUGE, values * (1.0 / safe), values / safe), -1.0, 1.0)
+    # By the reciprocal, as bitsandbytes does: its rounding decides the code of a value in the middle of two. That of
+    # very large floats is no normal number.
+    shrunk = jnp.where(largest < _HUGE, 1.0, 2.0**-64)
+    safe = jnp.where(largest == 0.0, 1.0, largest * shrunk)
+    return jnp.clip(values * shrunk * (1.0 / safe), -1.0, 1.0)

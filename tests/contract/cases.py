@@ -59,7 +59,8 @@ SOME = (
 )
 """A layer of each form that a use of a weight may have."""
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "NF4": jnp.float32}
+"""Of everything in a case; in NF4 the adapted weights are quantised, and everything else is float32."""
 
 TRANSFORMATIONS = ("plain", "jit", "grad", "jvp", "vmap", "scan", "remat", "pmap", "shard_map")
 
@@ -115,7 +116,7 @@ class Case:
     Attributes:
       layer: Its name.
       fn: The function of parameters.
-      base: Its parameters; may hold leaves that are no arrays.
+      base: Its parameters; may hold leaves that are no arrays, and quantised ones.
       args: Its other arguments.
       fresh: The delta as it is made.
       delta: The delta with every trained leaf moved.
@@ -140,6 +141,11 @@ class Case:
     tolerance: float
     wide: "Case | None" = None
 
+    @property
+    def plain(self) -> Any:
+        """The parameters as the function takes them."""
+        return lora.dequantize(self.base)
+
 
 @functools.lru_cache(maxsize=4)
 def _made(layer: str, dtype: str) -> tuple[Callable, Any, tuple]:
@@ -150,6 +156,9 @@ def _made(layer: str, dtype: str) -> tuple[Callable, Any, tuple]:
 def build(layer: str, recipe: str, dtype: str) -> Case:
     made = LAYERS[layer]
     fn, base, args = _made(layer, dtype)
+    if dtype == "NF4":
+        rules = {f"^{path}$": lora.NF4(block=4, axes=axes if made.merged else None) for path, axes in made.axes.items()}
+        base = lora.quantize(base, rules, fn, *args)
     # Where a custom derivative rule hides the product, the trace tells no roles and the user gives them.
     spec = {f"^{path}$": RECIPES[recipe](axes=axes if made.merged else None) for path, axes in made.axes.items()}
     fresh = lora.init(jax.random.key(1), base, spec, fn, *args)
@@ -167,7 +176,7 @@ def build(layer: str, recipe: str, dtype: str) -> Case:
         # bfloat16 has 8 bits, and a layer is several products and sums.
         tolerance=5e-2 if "bfloat16" in (dtype, *recipe.split("_")) else 2e-5,
     )
-    if dtype == "float32":
+    if dtype != "bfloat16":
         return case
     fn, _, _ = _made(layer, "float32")
     values = widened({name: getattr(case, name) for name in ("base", "args", "fresh", "delta", "other")})

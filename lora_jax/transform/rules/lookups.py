@@ -68,7 +68,9 @@ def _gather(interpreter, equation, values):
     offsets = [int(a) for a in numbers.offset_dims]
     if isinstance(value, Deferred):
         # Rows of codes where they are rows of the table, with the index axes in front.
-        in_front = axis == 0 and not batching and offsets == list(range(len(index_dims), equation.outvars[0].aval.ndim))
+        in_front = (
+            collapsed == [0] and not batching and offsets == list(range(len(index_dims), equation.outvars[0].aval.ndim))
+        )
         filling = params["fill_value"]
 
         def taken(array):

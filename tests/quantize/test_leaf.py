@@ -1,0 +1,139 @@
+"""A quantised leaf as a pytree: shapes, slices, prints, damage."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import lora_jax as lora
+from lora_jax.quantize.scales import Scales
+
+AXES = {
+    "kernel": ("in", "out"),
+    "transposed": ("out", "in"),
+    "heads": ("in", "out", "out"),
+    "heads_out": ("in", "in", "out"),
+    "apart": ("in", "out", "in"),
+    "layers": ("batch", "in", "out"),
+    "experts": ("batch", "batch", "in", "out"),
+    "experts_inside": ("in", "batch", "out"),
+    "lookup": ("lookup", "out"),
+    "convolution": ("in", "in", "in", "out"),
+}
+SIZES = {"in": (24, 5, 3), "out": (6, 7), "batch": (3, 2), "lookup": (11,)}
+
+
+def make(name, form=None):
+    queues = {role: iter(sizes) for role, sizes in SIZES.items()}
+    shape = tuple(next(queues[role]) for role in AXES[name])
+    weight = jax.random.normal(jax.random.key(len(name)), shape)
+    form = form or lora.NF4(block=8, axes=AXES[name])
+    return weight, lora.quantize({"w": weight}, {"w": form})["w"]
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("name", AXES)
+def test_a_leaf_has_the_shape_and_nearly_the_values_of_its_weight(name, double):
+    weight, leaf = make(name, lora.Int8(block=8, double=double, axes=AXES[name]))
+    assert (leaf.shape, leaf.ndim, leaf.size, leaf.dtype) == (weight.shape, weight.ndim, weight.size, weight.dtype)
+    values = leaf.dequantize()
+    assert (values.shape, values.dtype) == (weight.shape, weight.dtype)
+    np.testing.assert_allclose(values, weight, atol=0.03)
+    np.testing.assert_array_equal(np.asarray(leaf), values)
+
+
+@pytest.mark.parametrize("name", ["layers", "experts"])
+def test_layers_and_experts_have_blocks_and_scales_of_their_own(name):
+    weight, leaf = make(name)
+    form = lora.NF4(block=8, axes=AXES[name])
+    changed = lora.quantize({"w": weight.at[0].multiply(100.0)}, {"w": form})["w"]
+    for one, other in zip(jax.tree.leaves(leaf), jax.tree.leaves(changed)):
+        np.testing.assert_array_equal(one[1:], other[1:])
+    alone = lora.quantize({"w": weight[1]}, {"w": dataclasses.replace(form, axes=AXES[name][1:])})["w"]
+    sliced = jax.tree.map(lambda array: array[1], leaf)
+    assert jax.tree.structure(sliced) == jax.tree.structure(alone) and sliced.shape == alone.shape
+    for one, other in zip(jax.tree.leaves(sliced), jax.tree.leaves(alone)):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(jax.vmap(lambda leaf: leaf.dequantize())(leaf), leaf.dequantize())
+    np.testing.assert_array_equal(
+        jax.lax.scan(lambda _, leaf: (None, leaf.dequantize()), None, leaf)[1], leaf.dequantize()
+    )
+
+
+def test_leaves_stack():
+    weight, leaf = make("kernel")
+    both = jax.tree.map(lambda *arrays: jnp.stack(arrays), leaf, leaf)
+    assert both.shape == (2, *weight.shape)
+    np.testing.assert_array_equal(both.dequantize()[1], leaf.dequantize())
+
+
+def test_what_padding_costs_is_in_the_bits():
+    _, exact = make("kernel", lora.NF4(block=8, double=False, axes=AXES["kernel"]))
+    _, padded = make("kernel", lora.NF4(block=20, double=False, axes=AXES["kernel"]))
+    assert exact.bits == 4 + 32 / 8
+    assert padded.bits == (4 + 32 / 20) * 40 / 24  # 24 weights in blocks of 20 take 40 places
+    assert f"{padded.bits:.3f} bits" in repr(padded)
+
+
+def test_a_leaf_prints_its_format_shape_dtype_and_bits():
+    _, leaf = make("layers")
+    assert repr(leaf) == f"NF4[3, 24, 6](dtype=float32, block=8, double, {leaf.bits:.3f} bits)"
+    mask = jax.tree.map(lambda _: False, leaf)
+    assert "False" in repr(mask)
+
+
+def test_a_leaf_of_shapes_has_a_shape():
+    shape = jax.ShapeDtypeStruct((3, 24, 6), jnp.bfloat16)
+    leaf = lora.quantize({"w": shape}, {"w": lora.NF4(block=8, axes=AXES["layers"])})["w"]
+    assert all(isinstance(array, jax.ShapeDtypeStruct) for array in jax.tree.leaves(leaf))
+    assert (leaf.shape, leaf.dtype, leaf.nbytes) == ((3, 24, 6), jnp.bfloat16, make("layers")[1].nbytes)
+
+
+@pytest.mark.parametrize("part", ["codes", "scales", "second"])
+def test_cut_arrays_are_told(part):
+    _, leaf = make("kernel")
+    cut = {
+        "codes": dataclasses.replace(leaf, codes=leaf.codes[:-1]),
+        "scales": dataclasses.replace(leaf, scales=dataclasses.replace(leaf.scales, codes=leaf.scales.codes[:, 1:])),
+        "second": dataclasses.replace(leaf, scales=dataclasses.replace(leaf.scales, second=leaf.scales.second[1:])),
+    }[part]
+    with pytest.raises(ValueError, match="arrays do not fit each other"):
+        cut.dequantize()
+
+
+def test_any_codes_are_some_weight():
+    """Every byte is two codes, so that a flipped bit is another weight of the block's size, never NaN."""
+    _, leaf = make("kernel")
+    damaged = dataclasses.replace(leaf, codes=leaf.codes ^ jnp.uint8(0xA5))
+    values = damaged.dequantize()
+    assert jnp.isfinite(values).all() and jnp.abs(values).max() <= 1.01 * jnp.abs(leaf.dequantize()).max()
+
+
+def test_a_damaged_scale_shows():
+    _, leaf = make("kernel", lora.NF4(block=8, double=False, axes=AXES["kernel"]))
+    damaged = dataclasses.replace(leaf, scales=leaf.scales.at[0, 0].set(jnp.nan))
+    values = damaged.dequantize()
+    assert jnp.isnan(values[:8, 0]).all() and jnp.isfinite(values[8:]).all()
+
+
+def test_the_mean_of_scales_does_not_depend_on_their_order():
+    scales = jnp.abs(jax.random.normal(jax.random.key(0), (1000, 7)))
+    shuffled = jax.random.permutation(jax.random.key(1), scales)
+    one, other = (Scales.of(x, 0, -2).offset for x in (scales, shuffled))
+    assert one == other
+    np.testing.assert_allclose(one, np.asarray(scales, np.float64).mean(), rtol=3e-7)
+
+
+def test_orbax_keeps_a_leaf(tmp_path):
+    _, leaf = make("layers")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "base", {"w": leaf})
+        checkpointer.wait_until_finished()
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"w": leaf})
+        again = checkpointer.restore(tmp_path / "base", shapes)["w"]
+    assert jax.tree.structure(again) == jax.tree.structure(leaf)
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(leaf)):
+        np.testing.assert_array_equal(one, other)

@@ -1,0 +1,156 @@
+"""Which leaves quantize() takes, and what it says of the others."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lora_jax as lora
+from lora_jax import paths
+from lora_jax.leaves import is_quantized
+from lora_jax.quantize import Plan, Quantized
+
+
+def model(base, tokens):
+    x = base["embedding"][tokens] * base["norm"]["scale"][None, None]
+    h = x @ base["mlp"]["up"]["kernel"] + base["mlp"]["up"]["bias"][None, None]
+    x = x + jnp.tanh(h) @ base["mlp"]["down"]["kernel"]
+    return x @ base["lm_head"]["kernel"]
+
+
+TOKENS = jnp.asarray([[0, 3, 5]])
+
+
+@pytest.fixture
+def base(getkey):
+    normal = lambda *shape: jax.random.normal(getkey(), shape)  # noqa: E731
+    return {
+        "embedding": normal(7, 16),
+        "norm": {"scale": jnp.ones(16)},
+        "mlp": {"up": {"kernel": normal(16, 32), "bias": normal(32)}, "down": {"kernel": normal(32, 16)}},
+        "lm_head": {"kernel": normal(16, 7)},
+        "unused": normal(4, 4),
+    }
+
+
+def kinds(tree):
+    flat = paths.flatten(tree)
+    return {path: leaf.format for path, leaf in zip(flat.paths, flat.leaves) if is_quantized(leaf)}
+
+
+FORM = lora.NF4(block=8)
+
+
+def test_linear_layers_are_quantised_and_norms_biases_embeddings_and_the_head_stay(base):
+    made = lora.quantize(base, {"": FORM}, model, TOKENS)
+    assert kinds(made) == {"mlp/up/kernel": FORM, "mlp/down/kernel": FORM}
+    for path in ("embedding", "unused"):
+        assert made[path] is base[path]
+    out = lora.adapt(model)(made, {}, TOKENS)
+    np.testing.assert_allclose(out, model(lora.dequantize(made), TOKENS), rtol=1e-6, atol=1e-5)
+
+
+def test_the_first_match_wins_and_none_leaves_a_match_alone(base):
+    made = lora.quantize(base, {"down": None, "mlp": lora.Int8(block=8)}, model, TOKENS)
+    assert kinds(made) == {"mlp/up/kernel": lora.Int8(block=8)}
+
+
+def test_embeddings_and_heads_are_quantised_where_a_rule_is_for_them(base):
+    made = lora.quantize(base, {"embedding": FORM, "head": lora.Int8(8), "": lora.FP4(8)}, model, TOKENS)
+    assert kinds(made) == {
+        "embedding": FORM,
+        "lm_head/kernel": lora.Int8(8),
+        "mlp/up/kernel": lora.FP4(8),
+        "mlp/down/kernel": lora.FP4(8),
+    }
+    # A table's blocks run along its rows, which are looked up by their codes.
+    assert made["embedding"].codes.shape == (7, 8)
+
+
+def test_without_a_function_formats_say_what_axes_are(base):
+    made = lora.quantize(base, {"up/kernel": lora.NF4(8, axes=("in", "out"))})
+    assert kinds(made) == {"mlp/up/kernel": FORM}
+    with pytest.raises(ValueError, match=r"'mlp/up/kernel': .*give a function to trace, or the format axes="):
+        lora.quantize(base, {"up/kernel": FORM})
+    with pytest.raises(ValueError, match=r"'mlp/up/bias': axes=\('in', 'out'\) gives 2 roles"):
+        lora.quantize(base, {"up": lora.NF4(8, axes=("in", "out"))})
+
+
+@pytest.mark.parametrize(
+    "rules, message",
+    [
+        ({"mpl": FORM}, r"'mpl' matches no path of the base; nearest: 'mlp"),
+        ({"mlp": FORM, "up": FORM}, "'up' is fully shadowed"),
+        ({"norm": FORM}, "'norm' matches nothing that can be quantised: 'norm/scale'"),
+        ({"unused": FORM}, "'unused' matches nothing that can be quantised"),
+        ({"(": FORM}, "not a regular expression"),
+    ],
+)
+def test_rules_that_do_nothing_are_errors(base, rules, message):
+    with pytest.raises(ValueError, match=message):
+        lora.quantize(base, rules, model, TOKENS)
+
+
+def test_rules_of_the_wrong_kind_are_errors(base):
+    with pytest.raises(TypeError, match=r"has no format but <class .*NF4.*>; write NF4\(\)"):
+        lora.quantize(base, {"mlp": lora.NF4}, model, TOKENS)
+    with pytest.raises(TypeError, match="Rules are a dict"):
+        lora.quantize(base, [("mlp", FORM)], model, TOKENS)
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_nan_and_inf_are_refused_by_name(base, value):
+    base["mlp"]["up"]["kernel"] = base["mlp"]["up"]["kernel"].at[3, 4].set(value)
+    with pytest.raises(ValueError, match="'mlp/up/kernel' holds NaN or Inf"):
+        lora.quantize(base, {"": FORM}, model, TOKENS)
+
+
+def test_quantised_leaves_are_not_quantised_again(base):
+    made = lora.quantize(base, {"": FORM}, model, TOKENS)
+    with pytest.raises(ValueError, match="is quantised already"):
+        lora.quantize(made, {"mlp": FORM}, model, TOKENS)
+
+
+def test_other_leaves_and_dtypes_come_back_from_dequantize(base):
+    base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), base)
+    again = lora.dequantize(lora.quantize(base, {"": FORM}, model, TOKENS))
+    assert jax.tree.structure(again) == jax.tree.structure(base)
+    assert {leaf.dtype for leaf in jax.tree.leaves(again)} == {jnp.dtype(jnp.bfloat16)}
+    assert again["embedding"] is base["embedding"]
+
+
+def test_a_plan_is_made_of_shapes_and_used_as_weights_come(base):
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), base)
+    plan = Plan.of(shapes, {"": FORM}, model, TOKENS)
+    made = plan("mlp/up/kernel", base["mlp"]["up"]["kernel"])
+    whole = lora.quantize(base, {"": FORM}, model, TOKENS)["mlp"]["up"]["kernel"]
+    np.testing.assert_array_equal(made.codes, whole.codes)
+    assert plan("embedding", base["embedding"]) is base["embedding"]
+    with pytest.raises(ValueError, match="gives 2 roles"):
+        plan("mlp/up/kernel", jnp.ones((2, 16, 32)))
+
+
+def test_inside_jit_leaves_are_made_too(base):
+    made = jax.jit(lambda base: lora.quantize(base, {"": FORM}, model, TOKENS))(base)
+    whole = lora.quantize(base, {"": FORM}, model, TOKENS)
+    assert jax.tree.structure(made) == jax.tree.structure(whole)
+    np.testing.assert_array_equal(made["mlp"]["down"]["kernel"].codes, whole["mlp"]["down"]["kernel"].codes)
+
+
+def test_boxes_keep_their_place(getkey):
+    state = nnx.state(nnx.Linear(16, 8, rngs=nnx.Rngs(0)))
+    made = lora.quantize(state, {"kernel": lora.NF4(8, axes=("in", "out"))})
+    leaf = made["kernel"].get_value()
+    assert isinstance(leaf, Quantized) and leaf.shape == (16, 8)
+    assert paths.flatten(made).paths == paths.flatten(state).paths
+
+
+def test_the_summary_counts_what_is_held(base):
+    made = lora.quantize(base, {"": FORM}, model, TOKENS)
+    delta = lora.init(jax.random.key(0), made, {"mlp/.*kernel": lora.LoRA(2)}, model, TOKENS)
+    figures = lora.summary(made, delta)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
+    assert figures.base_bytes == held < lora.summary(base, delta).base_bytes
+    assert figures.base_parameters == lora.summary(base, delta).base_parameters
+    assert figures.full_bytes == lora.summary(base, delta).full_bytes
