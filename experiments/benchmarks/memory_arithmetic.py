@@ -1,0 +1,89 @@
+"""What the parts of a training step take, by arithmetic; XLA's own figures are compared with it."""
+
+import dataclasses
+import math
+
+from experiments.benchmarks.memory_shapes import Shape
+
+NF4_BLOCK, SECOND_BLOCK = 64, 256
+MOMENTS = 2 * 4
+"""Bytes of Adam's two moments in float32, of each trained parameter."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is trained, on what.
+
+    Attributes:
+      method: 'full', 'lora' or 'qlora'.
+      bytes: Of a weight, and of an activation (2: bfloat16; 4: float32).
+      adapter_bytes: Of a number of an adapter.
+      rank: Of every adapter.
+      tokens: Of the only sequence of the batch.
+      plain: The quantised base is dequantised as a whole, outside of the model.
+      on_host: Adam's moments are in the host's memory.
+    """
+
+    shape: Shape
+    method: str
+    bytes: int = 2
+    adapter_bytes: int = 4
+    rank: int = 64
+    tokens: int = 512
+    plain: bool = False
+    on_host: bool = False
+
+    @property
+    def trained(self) -> int:
+        """Trained parameters."""
+        return self.shape.parameters if self.method == "full" else self.shape.factors(self.rank)
+
+    @property
+    def quantized(self) -> int:
+        """Bytes of the quantised weights: codes, scales in eight bits, scales of these, and their mean."""
+        shape = self.shape
+        number = sum(math.ceil(n_in / NF4_BLOCK) * n_out for n_in, n_out in shape.linears)
+        second = sum(math.ceil(math.ceil(i / NF4_BLOCK) * o / SECOND_BLOCK) for i, o in shape.linears)
+        return shape.layers * (number * NF4_BLOCK // 2 + number + 4 * second + 4 * len(shape.linears))
+
+    @property
+    def base(self) -> int:
+        """Bytes of the parameters; in full fine-tuning they are what is trained."""
+        others = self.bytes * self.shape.others
+        if self.method == "qlora":
+            return others + self.quantized
+        return others + self.bytes * self.shape.layers * self.shape.block
+
+    @property
+    def delta(self) -> int:
+        """Bytes of the adapters; their scales are a number a layer at most, and not counted."""
+        return 0 if self.method == "full" else self.adapter_bytes * self.trained
+
+    @property
+    def moments(self) -> int:
+        """Bytes of the optimizer's state, wherever it is."""
+        return MOMENTS * self.trained
+
+    @property
+    def items(self) -> dict[str, int]:
+        """The temporaries that a step cannot do without."""
+        shape = self.shape
+        found = {
+            "activations": self.bytes * shape.layers * self.tokens * shape.width,
+            "logits": 4 * self.tokens * shape.vocabulary,
+            "weights": 0,
+            "gradients": (self.bytes if self.method == "full" else self.adapter_bytes) * self.trained,
+        }
+        if self.method == "qlora":
+            found["weights"] = self.bytes * shape.block * (shape.layers if self.plain else 1)
+        return found
+
+    @property
+    def temporaries(self) -> int:
+        """All of them at once."""
+        return sum(self.items.values())
+
+    @property
+    def device(self) -> int:
+        """All bytes on the device."""
+        return self.base + self.delta + self.temporaries + (0 if self.on_host else self.moments)
