@@ -161,9 +161,9 @@ class Quantized:
         self._check()
         sharding = self._explicit_sharding()
         if sharding is None:
-            return self._dequantized()
+            return _dequantized(self)
         # Blocks are cut by reshapes, whose shardings the compiler may find: what comes of it is known.
-        in_auto: Any = jax.sharding.auto_axes(Quantized._dequantized, out_sharding=sharding)
+        in_auto: Any = jax.sharding.auto_axes(_dequantized, out_sharding=sharding)
         return in_auto(self)
 
     def _explicit_sharding(self) -> NamedSharding | None:
@@ -176,28 +176,6 @@ class Quantized:
         order = [axis for axis in range(-self.ndim, 0) if axis not in self.blocked]
         by_axis = dict(zip(order, kept)) | {self.blocked[0]: along}
         return NamedSharding(sharding.mesh, PartitionSpec(*(by_axis.get(axis) for axis in range(-self.ndim, 0))))
-
-    def _dequantized(self) -> jax.Array:
-        block, half = self.format.block, self.format.block // 2
-        scales = self._first_level()
-        at = scales.ndim + self.place
-        lead, tail = self.codes.shape[:at], self.codes.shape[at + 1 :]
-        number = scales.shape[at]
-        if self.format.bits == 4:
-            codes = self.codes.reshape(*lead, number, 1, half, *tail)
-            shifts = jnp.asarray([4, 0], jnp.uint8).reshape(*(1,) * (at + 1), 2, *(1,) * (1 + len(tail)))
-            codes = (jnp.right_shift(codes, shifts) & jnp.uint8(15)).reshape(*lead, number, block, *tail)
-        else:
-            codes = self.codes.reshape(*lead, number, block, *tail)
-        values = self.format.decode(codes) * jnp.expand_dims(scales, at + 1)
-        values = values.reshape(*lead, number * block, *tail).astype(self.dtype)
-        sizes = self._block_sizes()
-        total = math.prod(sizes)
-        if total != number * block:
-            values = jax.lax.slice_in_dim(values, 0, total, axis=at)
-        values = values.reshape(*lead, *sizes, *tail)
-        together = range(at, at + len(sizes))
-        return jnp.moveaxis(values, tuple(together), tuple(axis + values.ndim for axis in self.blocked))
 
     def specs(self, spec: Any, mesh: Any) -> Any:
         """A partition spec for each array, in a tree like this one.
@@ -282,6 +260,31 @@ class Quantized:
                 f"{', '.join(f'{name} {tuple(shape)}' for name, shape in parts.items())}; for these codes scales are "
                 f"{tuple(expected)}{'' if second is None else f' and second {second}'}."
             )
+
+
+@jax.jit
+def _dequantized(leaf: Quantized) -> jax.Array:
+    """One compiled function: op by op it would hold the weight in floats many times."""
+    block, half = leaf.format.block, leaf.format.block // 2
+    scales = leaf._first_level()
+    at = scales.ndim + leaf.place
+    lead, tail = leaf.codes.shape[:at], leaf.codes.shape[at + 1 :]
+    number = scales.shape[at]
+    if leaf.format.bits == 4:
+        codes = leaf.codes.reshape(*lead, number, 1, half, *tail)
+        shifts = jnp.asarray([4, 0], jnp.uint8).reshape(*(1,) * (at + 1), 2, *(1,) * (1 + len(tail)))
+        codes = (jnp.right_shift(codes, shifts) & jnp.uint8(15)).reshape(*lead, number, block, *tail)
+    else:
+        codes = leaf.codes.reshape(*lead, number, block, *tail)
+    values = leaf.format.decode(codes) * jnp.expand_dims(scales, at + 1)
+    values = values.reshape(*lead, number * block, *tail).astype(leaf.dtype)
+    sizes = leaf._block_sizes()
+    total = math.prod(sizes)
+    if total != number * block:
+        values = jax.lax.slice_in_dim(values, 0, total, axis=at)
+    values = values.reshape(*lead, *sizes, *tail)
+    together = range(at, at + len(sizes))
+    return jnp.moveaxis(values, tuple(together), tuple(axis + values.ndim for axis in leaf.blocked))
 
 
 def _padded(size: int, block: int) -> int:

@@ -108,19 +108,16 @@ def test_base_and_delta_generate_what_merged_weights_generate(getkey):
     np.testing.assert_array_equal(found[0].tokens_BKN, found[1].tokens_BKN)
 
 
-def test_parameters_may_be_of_any_form():
+def test_a_quantised_base_with_an_adapter_generates_as_its_merged_weights():
     model = load("llama")
     args, how = arguments("llama", model)
-    codes = jax.tree.map(lambda x: (jnp.round(x * 32).astype(jnp.int8), jnp.float32(1 / 32)), model.base)
-
-    def decoded(params):
-        return jax.tree.map(lambda x: x[0].astype(jnp.float32) * x[1], params, is_leaf=lambda x: isinstance(x, tuple))
-
-    def step(params, *inputs):
-        return model.step(decoded(params), *inputs)
-
-    found = generation.greedy(step, codes, *args[2:], **how)
-    np.testing.assert_array_equal(found, generation.greedy(model.step, decoded(codes), *args[2:], **how))
+    rules = {"layers/.*kernel": lora.NF4(block=8)}
+    base = lora.quantize(model.base, rules, model.apply, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    spec = {"layers/.*kernel": lora.LoRA(2, init="orthogonal")}
+    delta = lora.init(jax.random.key(0), base, spec, model.apply, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    step = generation.stepper(lora.adapt(model.apply))
+    found = generation.greedy(step, (base, delta), *args[2:], **how)
+    np.testing.assert_array_equal(found, generation.greedy(model.step, lora.merge(base, delta), *args[2:], **how))
 
 
 def test_samples_follow_key_temperature_and_filters(getkey):

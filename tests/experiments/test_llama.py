@@ -224,3 +224,59 @@ def test_more_tokens_than_slots():
     model = load("llama")
     with pytest.raises(ValueError, match="5 tokens, 4 slots"):
         model.apply(model.base, np.zeros((1, 5), np.int32), cache=model.model.cache(1, 4))
+
+
+RULES = {"layers/.*kernel": lora.NF4(block=8)}
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_weights_are_quantised_as_they_are_read_a_layer_at_a_time(scan, monkeypatch):
+    """As quantize() makes them of the whole model, with one layer's weight in floats at a time."""
+    options, tokens = Options(scan=scan), jnp.zeros((1, 8), jnp.int32)
+    apply, base = lora.nnx.functional(llama.load(FIXTURES / "llama", options))
+    whole = lora.quantize(base, RULES, apply, tokens)
+    sizes = []
+    place = checkpoint._Stored._placed
+
+    def counted(*args):
+        made = place(*args)
+        sizes.append(made.shape)
+        return made
+
+    monkeypatch.setattr(checkpoint._Stored, "_placed", counted)
+    apply, read = lora.nnx.functional(llama.load(FIXTURES / "llama", options, rules=RULES))
+    assert jax.tree.structure(read) == jax.tree.structure(whole)
+    for one, other in zip(jax.tree.leaves(read), jax.tree.leaves(whole)):
+        np.testing.assert_array_equal(one, other)
+    assert sizes.count((1, 16, 24) if scan else (16, 24)) == 4  # gate and up of two layers
+    logits = lora.adapt(apply)(read, {}, tokens)
+    np.testing.assert_allclose(logits, apply(lora.dequantize(whole), tokens), atol=1e-5)
+
+
+def test_weights_are_quantised_on_their_shardings():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+
+    def sharding(path, shape):
+        spec = [None] * (len(shape) - 1) + ["x"] if path.endswith("up/kernel") else []
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+    for scan in (False, True):
+        options = Options(scan=scan)
+        _, read = lora.nnx.functional(llama.load(FIXTURES / "llama", options, rules=RULES, sharding=sharding))
+        _, usual = lora.nnx.functional(llama.load(FIXTURES / "llama", options, rules=RULES))
+        for one, other in zip(jax.tree.leaves(read), jax.tree.leaves(usual)):
+            np.testing.assert_array_equal(one, other)
+        layers = read["layers"] if scan else read["layers"]["0"]
+        assert layers["feed_forward"]["up"]["kernel"].codes.sharding.spec[-1] == "x"
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_four_bit_checkpoints_of_transformers_keep_their_codes(scan):
+    want = np.load(FIXTURES / "llama_nf4" / "expected.npz")
+    apply, base = lora.nnx.functional(llama.load(FIXTURES / "llama_nf4", Options(scan=scan)))
+    layers = base["layers"]
+    down = (layers if scan else layers["1"])["feed_forward"]["down"]["kernel"]
+    assert down.format == lora.NF4() and down.dtype == jnp.float32
+    values = np.asarray(down.dequantize())[1] if scan else np.asarray(down.dequantize())
+    np.testing.assert_allclose(values.T, want["down"], rtol=3e-7)  # a compiler may fuse a product and a sum
+    assert np.abs(lora.adapt(apply)(base, {}, want["tokens"]) - want["logits"]).max() <= TOLERANCE

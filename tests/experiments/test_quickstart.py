@@ -75,14 +75,14 @@ def same(one, other):
 
 
 def test_all_methods(config, capsys):
-    config = dataclasses.replace(config, methods=("head", "lora", "all-linear", "full"))
+    config = dataclasses.replace(config, methods=("head", "lora", "qlora", "qdora", "all-linear", "full"))
     results = quickstart.run(config)
     out = capsys.readouterr().out
     found = {result.method: result for result in results}
     assert list(found) == list(config.methods)
     assert all(name in out for name in found)
     assert "merged and unmerged predictions agree: 100.00%" in out
-    for name in ("lora", "all-linear", "full"):
+    for name in config.methods[1:]:
         assert found[name].merged_difference < 1e-5
         first, second = np.mean(np.split(np.array(found[name].losses), 2), axis=1)  # over the same examples
         assert second < first
@@ -91,6 +91,9 @@ def test_all_methods(config, capsys):
     head = 17 * 3
     assert found["head"].trained_parameters == head and found["head"].adam_bytes is None
     assert found["lora"].trained_parameters == head + 2 * 2 * (16 + 16)
+    assert found["qlora"].trained_parameters == found["lora"].trained_parameters
+    assert found["qdora"].trained_parameters == found["lora"].trained_parameters + 2 * 16
+    assert found["qlora"].losses != found["lora"].losses
     assert found["all-linear"].trained_parameters == head + 2 * (4 * (16 + 16) + 2 * (16 + 32))
 
     record = json.loads((config.out / "run.json").read_text())

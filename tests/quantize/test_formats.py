@@ -69,14 +69,14 @@ def test_double_quantisation_is_bitsandbytes_where_the_mean_is(name):
     difference = np.abs(codes - BITSANDBYTES[f"{name}/double/absmax"])
     assert difference.max() <= (offset != theirs) and difference.sum() <= 1
     np.testing.assert_allclose(leaf.scales.second, BITSANDBYTES[f"{name}/double/second"], rtol=1e-5)
-    if offset == theirs and not difference.any():
-        np.testing.assert_array_equal(
-            leaf.dequantize().T.astype(jnp.float32), BITSANDBYTES[f"{name}/double/dequantized"]
-        )
+    if offset == theirs:
+        assert not difference.any()
+        values = leaf.dequantize().T.astype(jnp.float32)  # a compiler may fuse a product and a sum
+        np.testing.assert_allclose(values, BITSANDBYTES[f"{name}/double/dequantized"], rtol=3e-7)
 
 
 def test_equal_offsets_occur():
-    """The comparison bit for bit above is of something."""
+    """The comparison of codes above, where the means are equal bits, is of something."""
     leaves = {name: quantized(stored(name)[0], lora.NF4(stored(name)[1], axes=("in", "out"))) for name in CASES}
     same = [name for name in CASES if leaves[name].scales.offset == BITSANDBYTES[f"{name}/double/offset"]]
     assert len(same) >= 3

@@ -104,7 +104,7 @@ def test_each_pass_dequantises_for_itself(some):
 
     def counts(function):
         text = jax.jit(function).lower(train, base).as_text()
-        return text.count("shift_right_logical"), text.count("optimization_barrier")
+        return text.count("call @_dequantized"), text.count("optimization_barrier")
 
     assert counts(loss) == (4, 0)
     # Of the first layer's first weight no input needs a gradient: nothing before it trains.
