@@ -95,7 +95,7 @@ def relative(found: Any, exact: Any) -> float:
 
 def main(config: Config) -> int:
     """Measures, prints, and returns the exit status."""
-    limits = {"train": 1, "validation": config.sentences, "test": 1}
+    limits: dict[str, int | None] = {"train": 1, "validation": config.sentences, "test": 1}
     try:
         problem = load(config.model, config.data, limits, config.lengths, report=print)
     except UserError as error:
