@@ -17,13 +17,17 @@ def blocks(language):
 
 
 def test_the_examples_run(lenient, tmp_path, monkeypatch):
-    first, together, interchange = blocks("python")
+    first, quantized, more_quantized, together, interchange = blocks("python")
     assert len([line for line in first.splitlines() if line.strip()]) <= 15
     names: dict = {}
     exec(compile(first, str(README), "exec"), names)
     assert float(names["metrics"]["loss"]) > 0
     merged, base = names["merged"], names["base"]
     assert (np.asarray(merged["hidden"]["kernel"]) != np.asarray(base["hidden"]["kernel"])).any()
+    exec(compile(quantized, str(README), "exec"), names)
+    exec(compile(more_quantized, str(README), "exec"), names)
+    assert repr(names["small"]["hidden"]["kernel"]).startswith("NF4[64, 128]")
+    assert set(names["errors"]) == {"hidden/kernel"}
     exec(compile(together, str(README), "exec"), names)
     assert names["outputs"].shape == (8, 3) and len(names["deltas"]) == 3
     monkeypatch.chdir(tmp_path)

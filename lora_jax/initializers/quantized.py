@@ -32,7 +32,7 @@ class LoftQ(Initializer):
       >>> spec = {"w": lora.LoRA(4, init=LoftQ(lora.NF4()))}
       >>> base, delta = lora.prepare(jax.random.key(0), {"w": w}, spec, lambda base, x: x @ base["w"], [x])
       >>> base["w"]
-      NF4[64, 32](dtype=float32, block=64, double, 4.144 bits)
+      NF4[64, 32](dtype=float32, block=64, double, 4.156 bits)
       >>> bool(jnp.linalg.norm(lora.merge(base, delta)["w"] - w) < jnp.linalg.norm(base["w"].dequantize() - w))
       True
 

@@ -38,7 +38,7 @@ def from_bitsandbytes(tensors: Mapping[str, Any]) -> dict[str, Any]:
       >>> import safetensors.numpy
       >>> tensors = safetensors.numpy.load_file("tests/fixtures/quantize/four_bits.safetensors")
       >>> from_bitsandbytes(tensors)["layers.0.up.weight"]
-      NF4[128, 16](dtype=bfloat16, block=64, double, 4.133 bits)
+      NF4[128, 16](dtype=bfloat16, block=64, double, 4.156 bits)
     """
     found = four_bit_tensors(tensors)
     parts = {name for names in found.values() for name in names}

@@ -15,7 +15,7 @@ def shardings(leaf: Quantized, sharding: NamedSharding) -> Quantized:
       >>> mesh = jax.make_mesh((1,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
       >>> leaf = lora.quantize({"w": jnp.ones((64, 8))}, {"w": lora.NF4(axes=("in", "out"))})["w"]
       >>> shardings(leaf, NamedSharding(mesh, PartitionSpec(None, "tensor"))).codes.spec
-      PartitionSpec(None, 'tensor')
+      P(None, 'tensor')
     """
     return jax.tree.map(
         lambda spec: NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind),

@@ -120,7 +120,7 @@ def quantize(base: Any, rules: Mapping[str, Format | None], fn: Callable | None 
       >>> base = {"hidden": jax.random.normal(jax.random.key(0), (128, 64)), "head": jnp.ones((64, 2))}
       >>> small = quantize(base, {"": lora.NF4()}, fn, jnp.ones((1, 128)))
       >>> small["hidden"], small["head"].dtype.name
-      (NF4[128, 64](dtype=float32, block=64, double, 4.131 bits), 'float32')
+      (NF4[128, 64](dtype=float32, block=64, double, 4.133 bits), 'float32')
 
     References:
       Dettmers et al., `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023, §3
