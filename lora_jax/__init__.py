@@ -22,6 +22,7 @@ from lora_jax.optim import join, optimizer, partition, trainable_mask
 from lora_jax.plain import to_plain_lora
 from lora_jax.quantize import FP4, NF4, Int4, Int8, dequantize, quantize
 from lora_jax.report import explain, summary
+from lora_jax.sharding import delta_shardings
 from lora_jax.spec import init, prepare
 from lora_jax.training import TrainState, train_step
 from lora_jax.transform.adapt import adapt
@@ -48,6 +49,7 @@ __all__ = [
     "adapt",
     "analysis",
     "combine",
+    "delta_shardings",
     "dequantize",
     "explain",
     "init",

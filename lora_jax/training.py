@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.leaves import is_array
@@ -58,7 +58,16 @@ class TrainState:
         opt_state = tx.init(train)
         # Copies: some transforms keep the parameters themselves, and no buffer can be donated twice.
         train, opt_state, key = jax.tree.map(_copied, (train, opt_state, key))
-        return cls(base, join(train, frozen), opt_state, jnp.zeros((), jnp.int32), key)
+        number = jnp.zeros((), jnp.int32)
+        meshes = [sharding.mesh for sharding in map(_kept, jax.tree.leaves(train)) if sharding is not None]
+        if meshes:  # where a step would put the rest too: it compiles once
+            whole = NamedSharding(meshes[0], PartitionSpec())
+
+            def spread(leaf: Any) -> Any:
+                return leaf if isinstance(leaf.sharding, NamedSharding) else jax.device_put(leaf, whole)
+
+            opt_state, number, key = jax.tree.map(spread, (opt_state, number, key))
+        return cls(base, join(train, frozen), opt_state, number, key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,22 +158,25 @@ def train_step(
 
     known: dict[Any, Halves] = {}  # telling the halves apart costs milliseconds
 
-    def body(static, halves, arrays, frozen, moving, batch):
+    def body(static, halves, places, arrays, frozen, moving, batch):
         train, *rest = moving
         (delta, *rest), metrics = update(tx, static.restore(arrays), (halves.join(train, frozen), *rest), batch)
-        return (halves.split(delta)[0], *rest), metrics
+        leaves, treedef = jax.tree.flatten((halves.split(delta)[0], *rest))
+        # What moves stays where it lies: the next step finds the shardings that it was compiled for.
+        kept = [leaf if to is None else jax.lax.with_sharding_constraint(leaf, to) for leaf, to in zip(leaves, places)]
+        return jax.tree.unflatten(treedef, kept), metrics
 
     if pmap:
         compiled = jax.pmap(
             body,
             axis_name=DEVICES,
-            in_axes=(None, None, None, None, None, 0),
+            in_axes=(None, None, None, None, None, None, 0),
             out_axes=None,
-            donate_argnums=(4,),
-            static_broadcasted_argnums=(0, 1),
+            donate_argnums=(5,),
+            static_broadcasted_argnums=(0, 1, 2),
         )
     else:
-        compiled = jax.jit(body, donate_argnums=(4,), static_argnums=(0, 1))
+        compiled = jax.jit(body, donate_argnums=(5,), static_argnums=(0, 1, 2))
 
     def arguments(state: TrainState, batch: Any) -> tuple[Any, ...]:
         devices = jax.local_device_count() if pmap else 1
@@ -177,13 +189,15 @@ def train_step(
         halves = known[structure]
         train, frozen = halves.split(state.delta)
         static, arrays = Static.split(state.base)
-        return static, halves, arrays, frozen, (train, state.opt_state, state.step, state.key), batch
+        moving = (train, state.opt_state, state.step, state.key)
+        places = tuple(None if pmap else _kept(leaf) for leaf in jax.tree.leaves(moving))
+        return static, halves, places, arrays, frozen, moving, batch
 
     def run(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        static, halves, arrays, frozen, moving, batch = arguments(state, batch)
+        static, halves, places, arrays, frozen, moving, batch = arguments(state, batch)
         if pmap:  # once: what comes back is replicated already, and compiles nothing else
             arrays, frozen, moving = _replicated((arrays, frozen, moving))
-        (train, opt_state, number, key), metrics = compiled(static, halves, arrays, frozen, moving, batch)
+        (train, opt_state, number, key), metrics = compiled(static, halves, places, arrays, frozen, moving, batch)
         base = static.restore(arrays) if pmap else state.base
         return TrainState(base, halves.join(train, frozen), opt_state, number, key), metrics
 
@@ -204,6 +218,14 @@ class Step:
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         return self.run(state, batch)
+
+
+def _kept(leaf: Any) -> NamedSharding | None:
+    """The sharding of a leaf of the state that a step has to keep: on a mesh, where types do not say it."""
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or len(sharding.device_set) == 1 or in_host_memory(leaf):
+        return None
+    return None if AxisType.Explicit in sharding.mesh.axis_types else sharding
 
 
 def _copied(leaf: Any) -> jax.Array:

@@ -28,10 +28,10 @@ class SingularTriplets(Adapter):
       blocks: Which of the equal parts of the out axis are adapted.
     """
 
-    a: jax.Array = trained()
-    values: jax.Array = trained(vector=True)
-    b: jax.Array = trained()
-    scale: jax.Array = frozen()
+    a: jax.Array = trained("batch block rank in")
+    values: jax.Array = trained("batch block rank", vector=True)
+    b: jax.Array = trained("batch block rank out")
+    scale: jax.Array = frozen("batch")
     dropout: jax.Array = frozen()
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
     blocks: tuple[bool, ...] = static()
@@ -46,6 +46,10 @@ class SingularTriplets(Adapter):
 
     def _pair(self, b: jax.Array) -> LowRank:
         return LowRank(a=self.a, b=b, scale=self.scale, dropout=self.dropout, axes=self.axes, blocks=self.blocks)
+
+    def layout(self, name: str) -> str:
+        found = super().layout(name)
+        return found if len(self.blocks) > 1 else found.replace(" block", "")
 
     @property
     def rank(self) -> int:

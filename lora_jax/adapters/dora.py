@@ -27,11 +27,14 @@ class WeightDecomposed(LowRank):
       norm_gradient: Whether gradients flow through ‖V‖.
     """
 
-    magnitude: jax.Array = trained(vector=True)
+    magnitude: jax.Array = trained("batch kept", vector=True)
     norm_over: str = static()
     norm_gradient: bool = static()
 
     additive = False
+
+    def layout(self, name: str) -> str:
+        return super().layout(name).replace("kept", OUT if self.norm_over == IN else IN)
 
     def factored(self, weight: jax.Array) -> Factored:
         form = super().factored(weight)

@@ -33,7 +33,7 @@ class Replacement(Adapter):
       axes: Empty: no role is needed.
     """
 
-    value: jax.Array = trained()
+    value: jax.Array = trained("weight")
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
 
     merged_because = "Full trains the leaf itself"
@@ -87,7 +87,7 @@ class RowReplacement(Adapter):
       axes: The role of each axis of the table: one in axis, the others out.
     """
 
-    rows: jax.Array = trained()
+    rows: jax.Array = trained("row out")
     ids: jax.Array = frozen()
     count: int = static()
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]

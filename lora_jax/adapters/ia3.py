@@ -22,10 +22,13 @@ class Rescaled(Adapter):
       axes: The role of each axis of the weight.
     """
 
-    gain: jax.Array = trained(vector=True)
+    gain: jax.Array = trained("batch on", vector=True)
     on: str = static()
     rest: tuple[int, ...] = static()
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
+
+    def layout(self, name: str) -> str:
+        return super().layout(name).replace("on", self.on)
 
     def shape(self) -> tuple[int, ...]:
         lead = self.axes.count(BATCH)

@@ -40,10 +40,10 @@ class HadamardProduct(Adapter):
       axes: The role of each axis of the weight.
     """
 
-    a1: jax.Array = trained()
-    b1: jax.Array = trained()
-    a2: jax.Array = trained()
-    b2: jax.Array = trained()
+    a1: jax.Array = trained("batch rank in")
+    b1: jax.Array = trained("batch rank out")
+    a2: jax.Array = trained("batch rank in")
+    b2: jax.Array = trained("batch rank out")
     scale: jax.Array = frozen()
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
 

@@ -37,9 +37,9 @@ class LowRankKronecker(Adapter):
       axes: The role of each axis of the weight.
     """
 
-    c: jax.Array = trained()
-    a: jax.Array = trained()
-    b: jax.Array = trained()
+    c: jax.Array = trained("batch")  # of divided axes neither part is one
+    a: jax.Array = trained("batch")
+    b: jax.Array = trained("batch")
     scale: jax.Array = frozen()
     split: tuple[int, ...] = static()
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
@@ -83,8 +83,8 @@ class FullKronecker(Adapter):
       axes: The role of each axis of the weight.
     """
 
-    c: jax.Array = trained()
-    d: jax.Array = trained()
+    c: jax.Array = trained("batch")
+    d: jax.Array = trained("batch")
     scale: jax.Array = frozen()
     split: tuple[int, ...] = static()
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]

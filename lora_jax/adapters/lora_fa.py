@@ -12,7 +12,7 @@ from lora_jax.adapters.protocol import LOOKUP, adapter, frozen
 class FrozenA(LowRank):
     """A low-rank term of which `b` alone trains."""
 
-    a: jax.Array = frozen()
+    a: jax.Array = frozen("batch block rank in")
 
 
 @dataclasses.dataclass(frozen=True)

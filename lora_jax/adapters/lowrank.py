@@ -50,9 +50,9 @@ class LowRank(Adapter):
         `b` hold the adapted ones only.
     """
 
-    a: jax.Array = trained()
-    b: jax.Array = trained()
-    scale: jax.Array = frozen()
+    a: jax.Array = trained("batch block rank in")
+    b: jax.Array = trained("batch block rank out")
+    scale: jax.Array = frozen("batch")
     dropout: jax.Array = frozen()
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
     blocks: tuple[bool, ...] = static()
@@ -74,6 +74,10 @@ class LowRank(Adapter):
     def neutral(self, weight: jax.Array | None) -> Self:
         del weight
         return dataclasses.replace(self, a=jnp.zeros_like(self.a), b=jnp.zeros_like(self.b))
+
+    def layout(self, name: str) -> str:
+        found = super().layout(name)
+        return found if len(self.blocks) > 1 else found.replace(" block", "")
 
     def shape(self) -> tuple[int, ...]:
         lead, skip = self.axes.count(BATCH), self._rank_axis + 1

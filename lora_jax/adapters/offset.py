@@ -20,7 +20,7 @@ class Addition(Adapter):
       axes: Empty: no role is needed.
     """
 
-    value: jax.Array = trained()
+    value: jax.Array = trained("weight")
     scale: jax.Array = frozen()
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
 

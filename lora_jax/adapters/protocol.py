@@ -18,19 +18,26 @@ KINDS: dict[str, type["Adapter"]] = {}
 """Adapter classes by the name that checkpoints give them."""
 
 
-def trained(*, vector: bool = False) -> Any:
+def trained(layout: str = "", *, vector: bool = False) -> Any:
     """Declares a field of an adapter whose inexact leaves are trained.
 
     Args:
+      layout: What the axes of its array are, in words: 'batch', 'in' and 'out' are the weight's axes of that role,
+        'weight' all of its axes, and another word is an axis that the weight has not ('batch rank in'). Axes that are
+        not named at the end are none of the weight's. Shardings are made from it.
       vector: Whether it holds a number for each output, input or rank, as a bias does, instead of a factor.
         Optimizers treat the two differently (:func:`lora_jax.optim.decay_mask`).
     """
-    return dataclasses.field(metadata={"trained": True, "vector": vector})
+    return dataclasses.field(metadata={"trained": True, "vector": vector, "layout": layout})
 
 
-def frozen() -> Any:
-    """Declares a field of an adapter whose leaves never train; may differ between adapters of one kind."""
-    return dataclasses.field(metadata={"trained": False})
+def frozen(layout: str = "") -> Any:
+    """Declares a field of an adapter whose leaves never train; may differ between adapters of one kind.
+
+    Args:
+      layout: As for :func:`trained`.
+    """
+    return dataclasses.field(metadata={"trained": False, "layout": layout})
 
 
 def static() -> Any:
@@ -116,6 +123,11 @@ class Adapter:
             if "trained" in field.metadata
         }
         return dataclasses.replace(self, **masks)  # pyrefly: ignore[bad-specialization]
+
+    def layout(self, name: str) -> str:
+        """What the axes of a field's array are; see :func:`trained`."""
+        fields = {field.name: field for field in dataclasses.fields(self)}  # pyrefly: ignore[bad-argument-type]
+        return fields[name].metadata["layout"]
 
     def describe(self) -> dict[str, Any]:
         """What a reader wants to know of the adapter (rank, alpha, …), as JSON values."""

@@ -54,10 +54,10 @@ class ScaledPair(Adapter):
       axes: The role of each axis of the weight.
     """
 
-    d: jax.Array = trained(vector=True)
-    g: jax.Array = trained(vector=True)
-    a: jax.Array = frozen()
-    b: jax.Array = frozen()
+    d: jax.Array = trained("batch rank", vector=True)
+    g: jax.Array = trained("batch out", vector=True)
+    a: jax.Array = frozen("rank in")
+    b: jax.Array = frozen("rank out")
     scale: jax.Array = frozen()
     dropout: jax.Array = frozen()
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
@@ -109,11 +109,14 @@ class DecomposedPair(ScaledPair):
       norm_gradient: Whether gradients flow through the norm.
     """
 
-    magnitude: jax.Array = trained(vector=True)
+    magnitude: jax.Array = trained("batch kept", vector=True)
     norm_over: str = static()
     norm_gradient: bool = static()
 
     additive = False
+
+    def layout(self, name: str) -> str:
+        return super().layout(name).replace("kept", OUT if self.norm_over == IN else IN)
 
     def factored(self, weight: jax.Array) -> Factored:
         form = super().factored(weight)

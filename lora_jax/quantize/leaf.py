@@ -169,13 +169,16 @@ class Quantized:
     def _explicit_sharding(self) -> NamedSharding | None:
         """That of the weight where the mesh has explicit axes, which types carry; None elsewhere."""
         sharding = jax.typeof(self.codes).sharding
-        if AxisType.Explicit not in sharding.mesh.axis_types:
-            return None
-        kept = [*sharding.spec, *[None] * (self.codes.ndim - len(sharding.spec))]
-        along = kept.pop(len(kept) + self.place)
-        order = [axis for axis in range(-self.ndim, 0) if axis not in self.blocked]
+        return self.unpacked(sharding, self.ndim) if AxisType.Explicit in sharding.mesh.axis_types else None
+
+    def unpacked(self, sharding: NamedSharding, ndim: int) -> NamedSharding:
+        """The sharding of the weight, of so many axes, from that of the codes."""
+        codes = ndim - len(self.blocked) + 1
+        kept = [*sharding.spec, *[None] * (codes - len(sharding.spec))]
+        along = kept.pop(codes + self.place)
+        order = [axis for axis in range(-ndim, 0) if axis not in self.blocked]
         by_axis = dict(zip(order, kept)) | {self.blocked[0]: along}
-        return NamedSharding(sharding.mesh, PartitionSpec(*(by_axis.get(axis) for axis in range(-self.ndim, 0))))
+        return NamedSharding(sharding.mesh, PartitionSpec(*(by_axis.get(axis) for axis in range(-ndim, 0))))
 
     def specs(self, spec: Any, mesh: Any) -> Any:
         """A partition spec for each array, in a tree like this one.
