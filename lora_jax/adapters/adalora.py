@@ -59,8 +59,10 @@ class SingularTriplets(Adapter):
         return self._pair(self.b).shape()
 
     def factored(self, weight: jax.Array) -> Factored:
-        # Values times b is rank × out numbers; a factor of their own would be one more product for every token.
-        return self.folded().factored(weight)
+        del weight
+        dtype = compute_dtype(self.values.dtype)
+        scale = self.scale.astype(dtype).reshape(self.scale.shape + (1,) * (self.values.ndim - self.scale.ndim))
+        return self._pair(self.b).with_diagonal(self.values.astype(dtype) * scale)
 
     def padded(self, rank: int) -> Self:
         axis = self.values.ndim - 1

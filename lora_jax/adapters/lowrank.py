@@ -86,17 +86,29 @@ class LowRank(Adapter):
 
     def factored(self, weight: jax.Array) -> Factored:
         del weight
+        return self.with_diagonal(self.scale)
+
+    def with_diagonal(self, diagonal: jax.Array) -> Factored:
+        """The factored form of Σᵣ a[r] · diagonal[r] · b[r].
+
+        What scales the rank is a factor of its own: multiplied into b it would make another b, as large and one more
+        for its gradient.
+
+        Args:
+          diagonal: `[*batch, (blocks,) rank]`, or its leading axes.
+        """
         batch, into, out = (roles.labels(self.axes, role) for role in (BATCH, IN, OUT))
         fused = len(self.blocks) > 1
         lead = (*batch, *((BLOCK,) if fused else ()), RANK)
-        scale = self.scale.reshape(self.scale.shape + (1,) * (self.b.ndim - self.scale.ndim))
+        shape = self.a.shape[: len(lead)]
         dtype = compute_dtype(self.b.dtype)  # a scale of few bits would be another scale
-        b = self.b.astype(dtype) * scale.astype(dtype)
+        diagonal = diagonal.astype(dtype).reshape(diagonal.shape + (1,) * (len(shape) - diagonal.ndim))
         return Factored(
             labels=tuple((BLOCK, str(i)) if fused and role == OUT else (str(i),) for i, role in enumerate(self.axes)),
             factors=(
                 Factor(self._spread_blocks(self.a), (*lead, *into)),
-                Factor(self._spread_blocks(b), (*lead, *out)),
+                Factor(self._spread_blocks(jnp.broadcast_to(diagonal, shape)), lead),
+                Factor(self._spread_blocks(self.b), (*lead, *out)),
             ),
             dropout=self.dropout,
         )
