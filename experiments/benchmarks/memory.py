@@ -8,7 +8,9 @@ memory and with the base dequantised as a whole before the model. A line a step,
   base, delta, optimizer  by XLA's analysis of the arguments, padding of their layouts included
   temporaries             XLA's `temp_size_in_bytes`
   total                   arguments + outputs + temporaries − donated
-  peak                    XLA's `peak_memory_in_bytes`, what is held at the worst moment
+  peak                    XLA's `peak_memory_in_bytes`, what is held at the worst moment. It is the smaller of the two
+                          although it counts the same arguments: temporaries include what XLA's layout of the memory
+                          wastes, and more (a step compiles where less is there than its own `temp_size_in_bytes`)
 
 and under it the same by arithmetic, whose temporaries are the inputs of the layers, float32 logits of all tokens,
 gradients of what is trained, and for QLoRA the weights of one block (or of all) in the compute dtype. What is larger
@@ -165,7 +167,7 @@ def table(config: Config, found: Mapping[Row, Figures | None]) -> str:
             shown = (figures.base, figures.delta, figures.optimizer, figures.temporaries, figures.device, figures.peak)
             lines.append(f"{size:4} {variant:29}" + _gigabytes(*shown, figures.host))
         else:
-            lines.append(f"{size:4} {variant:29}   beyond one chip, not compiled:")
+            lines.append(f"{size:4} {variant:29}   beyond one chip, does not compile:")
         shown = (problem.base, problem.delta, moments, problem.temporaries, problem.device)
         lines.append(f"{'':5}{'by arithmetic':29}" + _gigabytes(*shown) + f"{'':12}" + _gigabytes(host))
     return "\n".join(lines)

@@ -35,7 +35,8 @@ class Figures:
       optimizer: The optimizer's state.
       temporaries: All that the step allocates beside its arguments and outputs (`temp_size_in_bytes`).
       device: All bytes on the device: arguments, outputs and temporaries, what is donated once.
-      peak: What is held on the device at the worst moment (`peak_memory_in_bytes`); 0 where XLA does not say.
+      peak: What is held on the device at the worst moment (`peak_memory_in_bytes`, less `host`); 0 where XLA does not
+        say.
       host: Of arguments in the host's memory.
       quantized: Of the quantised leaves of the base.
       measured: Of the running step; 0 where it did not run.
@@ -70,8 +71,8 @@ def analysed(made: Made, platform: str) -> Figures:
         + memory.output_size_in_bytes
         + memory.temp_size_in_bytes
         - memory.alias_size_in_bytes,
-        # On a CPU the peak leaves the temporaries out.
-        peak=0 if platform == "cpu" else memory.peak_memory_in_bytes,
+        # XLA's peak counts arguments in the host's memory too, and on a CPU it leaves the temporaries out.
+        peak=0 if platform == "cpu" else memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes,
         host=memory.host_argument_size_in_bytes,
         quantized=argument_bytes(quantized(made.state.base))[0],
     )
