@@ -12,7 +12,7 @@ import jax
 from lora_jax import paths
 from lora_jax.adapters.protocol import Adapter, is_inexact
 from lora_jax.axes import unique
-from lora_jax.leaves import is_array
+from lora_jax.leaves import is_array, is_quantized
 from lora_jax.optim import partition
 from lora_jax.transform.call import Arguments, Call, check_delta, entered
 from lora_jax.transform.interpreter import Interpreter, Use
@@ -37,6 +37,8 @@ class Explanation(dict[str, tuple[Use, ...]]):
 
 def explain(fn: Callable, base: Any, delta: Delta, /, *args: Any, **kwargs: Any) -> Explanation:
     """Tells, per weight and use, whether the adapter is applied factored or the weight is merged, and why.
+
+    Quantised weights are shown with or without an adapter: merged ones are dequantised there for good.
 
     Args:
       fn: The function that :func:`lora_jax.adapt` is given (not its result).
@@ -73,7 +75,9 @@ def explain(fn: Callable, base: Any, delta: Delta, /, *args: Any, **kwargs: Any)
     unused = [path for path in delta if not call.uses_path(path)]
     if unused:
         raise ValueError(f"The delta adapts {unused[0]!r}, which the function never uses.")
-    return Explanation({path: tuple(use for use in unique(found) if use.path == path) for path in delta})
+    quantized = [path for path, leaf in zip(arguments.paths, arguments.arrays) if is_quantized(leaf)]
+    shown = [path for path in arguments.paths if path in delta or path in quantized]
+    return Explanation({path: tuple(use for use in unique(found) if use.path == path) for path in shown})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +102,8 @@ class Summary:
       total: Parameters of the base and the adapters together (a `Full` copy counts once).
       base_parameters: Parameters of the base.
       base_bytes: Of the base.
+      float_bytes: Of the base with floats in the place of quantised leaves: what full fine-tuning has.
+      formats: By format of quantised leaves, how many there are and their bits a parameter.
       delta_bytes: Of the delta, frozen leaves included.
       train_bytes: Of the trained leaves: what their gradients take, and each copy in optimizer state.
       full_bytes: The same for full fine-tuning of the base.
@@ -108,6 +114,8 @@ class Summary:
     total: int
     base_parameters: int
     base_bytes: int
+    float_bytes: int
+    formats: dict[str, tuple[int, float]]
     delta_bytes: int
     train_bytes: int
     full_bytes: int
@@ -137,9 +145,11 @@ class Summary:
         lines = _table(rows, right={2, 4, 5})
         lines.append("")
         lines.append(f"trainable parameters  {self.trainable:,} of {self.total:,} ({self.percent:.3f} %)")
+        for name, (count, bits) in self.formats.items():
+            lines.append(f"quantised weights     {count} in {name}, {bits:.3f} bits a parameter")
         lines.append("")
         costs: list[tuple[str, ...]] = [("bytes", "this delta", "full fine-tuning", "ratio")]
-        costs += [("base", f"{self.base_bytes:,}", f"{self.base_bytes:,}", "")]
+        costs += [("base", f"{self.base_bytes:,}", f"{self.float_bytes:,}", "")]
         costs += [("delta", f"{self.delta_bytes:,}", "", "")]
         for name, factor in (("gradients", 1), *((f"{k} state", v) for k, v in OPTIMIZER_SLOTS.items())):
             ours, full = factor * self.train_bytes, factor * self.full_bytes
@@ -196,6 +206,8 @@ def summary(base: Any, delta: Delta) -> Summary:
         total=base_parameters + added,
         base_parameters=base_parameters,
         base_bytes=_bytes(leaves),
+        float_bytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _held(leaves.values())),
+        formats=_formats(leaves.values()),
         delta_bytes=_bytes(delta),
         train_bytes=_bytes(train),
         full_bytes=sum(
@@ -207,6 +219,17 @@ def summary(base: Any, delta: Delta) -> Summary:
 def _bytes(tree: Any) -> int:
     """Bytes of all arrays; one that stands in several places is held once (a shape is an array of its own)."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _held(jax.tree.leaves(tree)))
+
+
+def _formats(leaves: Iterable[Any]) -> dict[str, tuple[int, float]]:
+    """How many quantised leaves have each format, and their bits a parameter."""
+    by_name: dict[str, list[Any]] = collections.defaultdict(list)
+    for leaf in filter(is_quantized, leaves):
+        by_name[leaf.format.name if hasattr(leaf, "format") else type(leaf).__name__].append(leaf)
+    return {
+        name: (len(found), 8 * _bytes(found) / sum(math.prod(leaf.shape) for leaf in found))
+        for name, found in by_name.items()
+    }
 
 
 def _held(leaves: Iterable[Any]) -> list[Any]:

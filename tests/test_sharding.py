@@ -147,7 +147,7 @@ def started(base, form):
     return base, lora.init(jax.random.key(0), base, SPEC, fn, X)
 
 
-FORMS = {"float32": None, "NF4": lora.NF4()}
+FORMS = {"float32": None, "NF4": lora.NF4(16)}
 
 
 @pytest.fixture(scope="module")

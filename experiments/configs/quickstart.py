@@ -67,8 +67,8 @@ class Config:
     """Where everything is written; a run that is there already is resumed or shown, not repeated."""
 
     export: Literal["none", "peft"] = "none"
-    """peft: write each LoRA run's adapter in PEFT's format as well, with its head and a README that says how
-    transformers and peft open it."""
+    """peft: write the adapters of lora and all-linear in PEFT's format as well, with the head and a README that says
+    how transformers and peft open them."""
 
     fresh: bool = False
     """Start over, even where a finished or interrupted run of the same settings is there."""

@@ -17,7 +17,7 @@ from flax import nnx
 import lora_jax as lora
 from experiments.errors import UserError
 from lora_jax import peft
-from lora_jax.quantize import Format, Plan, four_bit_tensors, from_bitsandbytes
+from lora_jax.quantize import Format, Plan, four_bit_tensors, from_bitsandbytes, shardings
 
 M = TypeVar("M", bound=nnx.Module)
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
@@ -204,9 +204,13 @@ class _Stored:
 
     def leaf(self, place: peft.Place, dtype: Any, sharding: jax.sharding.Sharding | None, plan: Plan | None) -> Any:
         """The weight on its devices, quantised where the checkpoint or the plan has it so."""
-        quantized = [name for name in place.tensors if name.removeprefix(self._prefix) in self._four_bit]
-        if quantized:
-            return self._four_bits(place, dtype)
+        if any(name.removeprefix(self._prefix) in self._four_bit for name in place.tensors):
+            if plan is not None and place.path in plan.chosen:
+                raise UserError(f"{place.path}: to be quantised, and quantised in the checkpoint already")
+            leaf = self._four_bits(place, dtype)
+            if leaf.shape != place.shape:
+                raise UserError(f"{place.path}: is {leaf.shape} in the checkpoint, the model wants {place.shape}")
+            return leaf if sharding is None else jax.device_put(leaf, shardings(leaf, sharding))
         if plan is None or place.path not in plan.chosen:
             return self._placed(place, dtype, sharding, slice(None))
         by_layer = bool(place.stacked) and (sharding is None or not _divides_first(sharding, place.shape))

@@ -1,6 +1,7 @@
 """DoRA: a low-rank term for the direction of each output's weights, a trained magnitude beside it."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -15,6 +16,8 @@ from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter, adapter, needed,
 from lora_jax.leaves import is_abstract, is_quantized
 
 NORM_OVER = (IN, OUT)
+
+Kept = tuple[tuple[str, ...], int]
 
 
 @adapter("DoRA")
@@ -98,7 +101,7 @@ def norms(weight: Any, form: Factored, labels: Sequence[str], batch: int) -> jax
       At least float32, an axis a label.
     """
     if is_quantized(weight):
-        return _of_quantized(weight, form, labels, batch)
+        return _of_quantized(weight, form.factors, form.labels, (tuple(labels), batch))
     dtype = compute_dtype(weight.dtype)
     pairs = [pair for axis in form.dims(weight.shape) for pair in axis]
     sizes = dict(pairs)
@@ -123,31 +126,39 @@ def norms(weight: Any, form: Factored, labels: Sequence[str], batch: int) -> jax
     return jnp.where(total > 0.0, jnp.sqrt(jnp.where(total > 0.0, total, 1.0)), 0.0)
 
 
-def _of_quantized(leaf: Any, form: Factored, labels: Sequence[str], batch: int) -> jax.Array:
-    """The norms of a quantised weight: no more than one layer is dequantised at a time, nor kept."""
-    layered = batch and getattr(leaf, "layers", 0) and form.labels[0] == (labels[0],)
-    split = [index for index, factor in enumerate(form.factors) if layered and labels[0] in factor.labels]
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _of_quantized(leaf: Any, factors: tuple[Factor, ...], axes: tuple[tuple[str, ...], ...], kept: Kept) -> jax.Array:
+    """The norms of a quantised weight: no more than one layer is dequantised at a time, nor kept.
 
-    @jax.checkpoint
-    def of(leaf, arrays):
-        factors = [Factor(array, factor.labels) for array, factor in zip(arrays, form.factors)]
-        if not layered:
-            return norms(leaf.dequantize(), dataclasses.replace(form, factors=tuple(factors)), labels, batch)
-        for index in split:
-            factors[index] = Factor(arrays[index], tuple(x for x in form.factors[index].labels if x != labels[0]))
-        one = dataclasses.replace(form, labels=form.labels[1:], factors=tuple(factors))
-        return norms(leaf, one, labels[1:], batch - 1)
+    Compiled once for each kind of weight, outside of `jit` too.
 
-    arrays = [factor.array for factor in form.factors]
-    if not layered:
-        return of(leaf, arrays)
-    moved = [jnp.moveaxis(arrays[index], form.factors[index].axis(labels[0]), 0) for index in split]
+    Args:
+      leaf: The weight.
+      factors: Of its adapter.
+      axes: The labels of each of its axes.
+      kept: The labels that the norms have, those of batch axes first, and how many these are.
+    """
+    labels, batch = kept
+    if not batch or not getattr(leaf, "layers", 0) or axes[0] != labels[:1]:
 
-    def each(inputs):
-        leaf, parts = inputs
-        return of(leaf, [parts[split.index(i)] if i in split else array for i, array in enumerate(arrays)])
+        @jax.checkpoint
+        def whole(leaf, factors):
+            return norms(leaf.dequantize(), Factored(labels=axes, factors=factors), labels, batch)
 
-    return lax.map(each, (leaf, moved))
+        return whole(leaf, factors)
+    layer = labels[0]
+    own = tuple(factor for factor in factors if layer in factor.labels)
+    shared = tuple(factor for factor in factors if layer not in factor.labels)
+
+    def first(factor: Factor) -> Factor:
+        return factor.transposed([layer, *(label for label in factor.labels if label != layer)])
+
+    def of_layer(parts):
+        leaf, arrays = parts
+        cut = tuple(Factor(array, first(factor).labels[1:]) for array, factor in zip(arrays, own))
+        return _of_quantized(leaf, (*cut, *shared), axes[1:], (labels[1:], batch - 1))
+
+    return lax.map(of_layer, (leaf, [first(factor).array for factor in own]))
 
 
 @dataclasses.dataclass(frozen=True)

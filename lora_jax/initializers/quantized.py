@@ -46,6 +46,8 @@ class LoftQ(Initializer):
     moves_weight = True
 
     def __post_init__(self):
+        if isinstance(self.quantizer, type):
+            raise ValueError(f"LoftQ(quantizer={self.quantizer.__name__}): write {self.quantizer.__name__}().")
         if self.iterations < 1:
             raise ValueError(f"LoftQ(iterations={self.iterations}): at least one.")
 

@@ -21,18 +21,17 @@ def encoded(weight: Any, form: Format, axes: tuple[str, ...]) -> tuple[Quantized
       axes: The role of each axis.
 
     Returns:
-      The quantised leaf, and whether the weight is finite (a tracer and a shape count as finite).
+      The quantised leaf, and whether the weight is finite in float32 (a tracer and a shape count as finite).
+
+    Raises:
+      ValueError: A shard of the weight would be no whole number of blocks.
     """
     if isinstance(weight, jax.core.Tracer):
         return form.quantize(weight, axes), True
     shape = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
     made = jax.eval_shape(functools.partial(form.quantize, axes=axes), shape)
     sharding = getattr(weight, "sharding", None)
-    placed = None
-    if isinstance(sharding, NamedSharding):
-        placed = shardings(made, sharding)
-    elif sharding is not None:
-        placed = jax.tree.map(lambda _: sharding, made)
+    placed = None if sharding is None else shardings(made, sharding)
     if not isinstance(weight, jax.ShapeDtypeStruct):
         made, finite = _compiled(form, axes, placed if isinstance(sharding, NamedSharding) else None)(weight)
         return made, bool(finite)
@@ -46,7 +45,7 @@ def _compiled(form: Format, axes: tuple[str, ...], placed: Any):
     """One function for all weights of a kind."""
 
     def both(weight):
-        return form.quantize(weight, axes), jnp.isfinite(weight).all()
+        return form.quantize(weight, axes), jnp.isfinite(weight.astype(jnp.float32)).all()
 
     if placed is None:
         return jax.jit(both)

@@ -1,5 +1,6 @@
 """The formats of quantised weights: what a code of a block stands for, and how many bits it has."""
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
@@ -12,7 +13,7 @@ from lora_jax.quantize.leaf import Quantized
 
 
 @dataclasses.dataclass(frozen=True)
-class Format:
+class Format(abc.ABC):
     """Blocks along a weight's contracted axes, each with a scale: the largest magnitude in it.
 
     Args:
@@ -35,6 +36,8 @@ class Format:
     def __post_init__(self):
         if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 2 or self.block % 2:
             raise ValueError(f"{self.name}(block={self.block!r}): a block is a positive even number of weights.")
+        if not isinstance(self.double, bool):
+            raise ValueError(f"{self.name}(double={self.double!r}): True or False.")
 
     @property
     def name(self) -> str:
@@ -50,13 +53,13 @@ class Format:
         """
         return Quantized.of(weight, dataclasses.replace(self, axes=None), *blocked_axes(axes))
 
+    @abc.abstractmethod
     def encode(self, values: jax.Array) -> jax.Array:
         """Codes (uint8, below 2 to the power of `bits`) of numbers in [-1, 1]."""
-        raise TypeError(f"{self.name} has no codes: define encode().")
 
+    @abc.abstractmethod
     def decode(self, codes: jax.Array) -> jax.Array:
         """The numbers in [-1, 1] that codes stand for, float32."""
-        raise TypeError(f"{self.name} has no codes: define decode().")
 
 
 def blocked_axes(axes: Sequence[str]) -> tuple[tuple[int, ...], int]:
@@ -70,8 +73,21 @@ def blocked_axes(axes: Sequence[str]) -> tuple[tuple[int, ...], int]:
     return blocked, layers
 
 
+class _Levels(Format):
+    """Sixteen numbers."""
+
+    bits = 4
+    levels: ClassVar[tuple[float, ...]]
+
+    def encode(self, values: jax.Array) -> jax.Array:
+        return codebooks.nearest(values, self.levels)
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        return codebooks.chosen(codes, self.levels)
+
+
 @dataclasses.dataclass(frozen=True)
-class NF4(Format):
+class NF4(_Levels):
     """Four bits: sixteen quantiles of a normal distribution. With double quantisation 4.127 bits a weight.
 
     Takes what :class:`Format` takes.
@@ -87,17 +103,11 @@ class NF4(Format):
       Dettmers et al., `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023, §3
     """
 
-    bits = 4
-
-    def encode(self, values: jax.Array) -> jax.Array:
-        return codebooks.nearest(values, codebooks.NORMAL_FLOAT)
-
-    def decode(self, codes: jax.Array) -> jax.Array:
-        return codebooks.chosen(codes, codebooks.NORMAL_FLOAT)
+    levels = codebooks.NORMAL_FLOAT
 
 
 @dataclasses.dataclass(frozen=True)
-class FP4(Format):
+class FP4(_Levels):
     """Four bits: a sign, two of exponent, one of fraction; bitsandbytes' values.
 
     Takes what :class:`Format` takes.
@@ -111,13 +121,7 @@ class FP4(Format):
       Dettmers et al., `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023, table 2
     """
 
-    bits = 4
-
-    def encode(self, values: jax.Array) -> jax.Array:
-        return codebooks.nearest(values, codebooks.FLOAT)
-
-    def decode(self, codes: jax.Array) -> jax.Array:
-        return codebooks.chosen(codes, codebooks.FLOAT)
+    levels = codebooks.FLOAT
 
 
 class _Integers(Format):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # formats make leaves
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Quantized:
     """A weight as codes, and a scale for each block of them.
 
@@ -65,6 +65,8 @@ class Quantized:
             values = jnp.pad(values, [(0, padding if axis == at else 0) for axis in range(values.ndim)])
         values = values.reshape(*lead, number, block, *tail)
         largest = jnp.max(jnp.abs(values), axis=at + 1, keepdims=True)
+        # XLA's maximum over some axes drops NaN: a block that has one is NaN, through its scale.
+        largest = jnp.where(jnp.isnan(values).any(axis=at + 1, keepdims=True), jnp.nan, largest)
         codes = form.encode(divided(values, largest))
         if form.bits == 4:
             upper, lower = jnp.split(codes, 2, axis=at + 1)
@@ -161,7 +163,9 @@ class Quantized:
         self._check()
         sharding = self._explicit_sharding()
         if sharding is None:
-            return _dequantized(self)
+            # Op by op it would hold the weight in floats many times; under a trace, a call of its own costs memory.
+            is_traced = any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(self))
+            return _dequantized(self) if is_traced else _compiled(self)
         # Blocks are cut by reshapes, whose shardings the compiler may find: what comes of it is known.
         in_auto: Any = jax.sharding.auto_axes(_dequantized, out_sharding=sharding)
         return in_auto(self)
@@ -241,6 +245,15 @@ class Quantized:
 
     def _check(self) -> None:
         scales = self.scales.codes if isinstance(self.scales, Scales) else self.scales
+        dtypes = [array.dtype for array in jax.tree.leaves(self)]
+        wanted = [jnp.uint8, jnp.float32]
+        if isinstance(self.scales, Scales):
+            wanted = [jnp.uint8, jnp.uint8, jnp.float32, jnp.float32]
+        if dtypes != list(map(jnp.dtype, wanted)):
+            raise ValueError(
+                f"A quantised weight in {self.format} whose arrays are {', '.join(map(str, dtypes))}; they are "
+                f"{', '.join(str(jnp.dtype(dtype)) for dtype in wanted)}. Cast the weight before it is quantised."
+            )
         stored = self.codes.shape[self.place] * (2 if self.format.bits == 4 else 1)
         expected = list(self.codes.shape)
         expected[self.place] = -(-stored // self.format.block)
@@ -265,9 +278,8 @@ class Quantized:
             )
 
 
-@jax.jit
 def _dequantized(leaf: Quantized) -> jax.Array:
-    """One compiled function: op by op it would hold the weight in floats many times."""
+    """The weight, of arrays that fit each other."""
     block, half = leaf.format.block, leaf.format.block // 2
     scales = leaf._first_level()
     at = scales.ndim + leaf.place
@@ -288,6 +300,9 @@ def _dequantized(leaf: Quantized) -> jax.Array:
     values = values.reshape(*lead, *sizes, *tail)
     together = range(at, at + len(sizes))
     return jnp.moveaxis(values, tuple(together), tuple(axis + values.ndim for axis in leaf.blocked))
+
+
+_compiled = jax.jit(_dequantized)
 
 
 def _padded(size: int, block: int) -> int:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lora_jax import axes as axis_roles
 from lora_jax import paths
-from lora_jax.adapters.protocol import LOOKUP, check_axes
+from lora_jax.adapters.protocol import BATCH, LOOKUP, check_axes
 from lora_jax.leaves import dequantized, is_array, is_quantized
 from lora_jax.quantize.encoding import encoded
 from lora_jax.quantize.formats import Format, blocked_axes
@@ -23,7 +23,8 @@ class Plan:
     """What becomes of each leaf of a base: made from shapes, before there are weights.
 
     Attributes:
-      chosen: By path, the format and the role of each axis.
+      chosen: By path of what is quantised, the format and the role of each axis.
+      shapes: By path of every array.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -36,6 +37,7 @@ class Plan:
     """
 
     chosen: Mapping[str, tuple[Format, tuple[str, ...]]]
+    shapes: Mapping[str, tuple[int, ...]]
 
     @classmethod
     def of(cls, base: Any, rules: Mapping[str, Format | None], fn: Callable | None = None, /, *args: Any) -> "Plan":
@@ -59,34 +61,44 @@ class Plan:
             form = rules[pattern]
             assert form is not None
             roles = {path: _roles(form, path, leaves[path], uses) for path in found}
-            able = {path: axes for path, axes in roles.items() if axes is not None}
+            able = {path: axes for path, axes in roles.items() if not isinstance(axes, str)}
             if not able:
+                first = next(iter(roles))
                 raise ValueError(
-                    f"The rule {pattern!r} matches nothing that can be quantised: {found[0]!r} and what else it "
-                    "matches is quantised already, holds no floats, or is neither contracted nor looked up."
+                    f"The rule {pattern!r} matches nothing that can be quantised: {first!r} {roles[first]}."
                 )
             usual = {path: axes for path, axes in able.items() if LOOKUP not in axes and not paths.search(HEAD, path)}
             # A rule that matches embeddings or heads alone means them.
             chosen |= {path: (form, axes) for path, axes in (usual or able).items()}
-        return cls({path: chosen[path] for path in leaves if path in chosen})
+        ordered = {path: chosen[path] for path in leaves if path in chosen}
+        return cls(ordered, {path: tuple(leaf.shape) for path, leaf in leaves.items()})
 
     def __call__(self, path: str, leaf: Any) -> Any:
         """The leaf of a path as the plan wants it.
 
         Args:
           path: In the base.
-          leaf: An array (quantised where it is, each device its shard), or a `jax.ShapeDtypeStruct`.
+          leaf: An array (quantised where it is, each device its shard), or a `jax.ShapeDtypeStruct`. It may be some of
+            the layers of a stack.
 
         Raises:
-          ValueError: The leaf holds NaN or Inf, or has other axes than those the plan was made for.
+          ValueError: The base that the plan was made for has no such path or another shape there; the leaf holds NaN
+            or Inf, or its shards are no whole blocks.
         """
+        if path not in self.shapes:
+            raise ValueError(f"The plan knows no {path!r}; {paths.nearest(path, list(self.shapes))}.")
         if path not in self.chosen:
             return leaf
         form, axes = self.chosen[path]
-        check_axes(axes, leaf.shape)
-        made, finite = encoded(leaf, form, axes)
+        shape, wanted = tuple(leaf.shape), self.shapes[path]
+        if len(shape) != len(wanted) or any(n != m and role != BATCH for n, m, role in zip(shape, wanted, axes)):
+            raise ValueError(f"{path!r} has the shape {shape}; the plan was made for {wanted}.")
+        try:
+            made, finite = encoded(leaf, form, axes)
+        except ValueError as error:
+            raise ValueError(f"{path!r}: {error}") from error
         if not finite:
-            raise ValueError(f"{path!r} holds NaN or Inf, which no block of codes can.")
+            raise ValueError(f"{path!r} holds NaN or Inf, or numbers beyond float32, which no block of codes can.")
         return made
 
 
@@ -94,12 +106,13 @@ def quantize(base: Any, rules: Mapping[str, Format | None], fn: Callable | None 
     """Replaces weights by codes of few bits and scales.
 
     The function itself is not changed: `lora_jax.adapt(fn)(quantized, delta, …)` takes the tree, with any adapters and
-    with none (`{}`). Weights are dequantised where they are used, and again in the backward pass.
+    with none (`{}`). Weights are dequantised where they are used, and again in the backward pass, which keeps their
+    codes. A weight that meets an operation without a rule before its product (two joined to one, a mask) is dequantised
+    there, and what comes of it is an array like any other; :func:`lora_jax.explain` says so.
 
     Args:
-      base: Parameters. Leaves are quantised one after another, where they are, and each device its own shard; a leaf
-        that is sharded along blocked axes in parts that are no multiple of the block gets codes that are not.
-        Leaves may be `jax.ShapeDtypeStruct`.
+      base: Parameters. Leaves are quantised one after another, where they are, and each device its own shard. Leaves
+        may be `jax.ShapeDtypeStruct`.
       rules: `{pattern: format}`; patterns are searched in '/'-joined paths, the first match wins, None leaves a match
         alone. Of what a pattern matches, weights that the function contracts are quantised. Norms and biases stay,
         and so do embeddings and the head, unless a pattern matches nothing else.
@@ -111,7 +124,8 @@ def quantize(base: Any, rules: Mapping[str, Format | None], fn: Callable | None 
       The tree with quantised leaves, which print their format and count what they take.
 
     Raises:
-      ValueError: A pattern matches nothing, or nothing that can be quantised; a weight holds NaN or Inf.
+      ValueError: A pattern matches nothing, or nothing that can be quantised; a weight holds NaN or Inf; its shards are
+        no whole blocks.
       TypeError: A rule has no format.
 
     Example:
@@ -126,7 +140,7 @@ def quantize(base: Any, rules: Mapping[str, Format | None], fn: Callable | None 
       Dettmers et al., `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023, §3
     """
     plan = Plan.of(base, rules, fn, *args)
-    return paths.flatten(base).map(plan)
+    return paths.flatten(base).map(lambda path, leaf: plan(path, leaf) if path in plan.shapes else leaf)
 
 
 def dequantize(base: Any) -> Any:
@@ -149,20 +163,26 @@ def dequantize(base: Any) -> Any:
     return jax.tree.map(dequantized, base, is_leaf=is_quantized)
 
 
-def _roles(form: Format, path: str, leaf: Any, uses: Mapping[str, Any] | None) -> tuple[str, ...] | None:
-    """The roles of a leaf's axes; None where it cannot be quantised."""
-    if is_quantized(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return None
+def _roles(form: Format, path: str, leaf: Any, uses: Mapping[str, Any] | None) -> tuple[str, ...] | str:
+    """The roles of a leaf's axes; or why it cannot be quantised."""
+    if is_quantized(leaf):
+        return "is quantised already"
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return f"has dtype {leaf.dtype}"
+    if 0 in leaf.shape:
+        return f"is empty, of shape {tuple(leaf.shape)}"
     try:
         if form.axes is not None:
             check_axes(form.axes, leaf.shape)
             axes = form.axes
         elif uses is None:
             raise ValueError(f"{form} needs axis roles: give a function to trace, or the format axes=.")
+        elif not uses[path]:
+            return "is not used by the function"
         elif not axis_roles.are_told(uses[path], len(leaf.shape)):
-            return None
+            return "is neither contracted nor looked up by the function, as far as tracing follows it"
         else:
             axes = axis_roles.roles(uses[path], leaf.shape)
     except ValueError as error:
         raise ValueError(f"{path!r}: {error}") from error
-    return tuple(axes) if blocked_axes(axes)[0] else None
+    return tuple(axes) if blocked_axes(axes)[0] else f"has no axis that blocks could run along, with the roles {axes}"

@@ -16,7 +16,7 @@ _HUGE = 2.0**120
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Scales:
     """The scales of a weight's blocks in eight bits.
 

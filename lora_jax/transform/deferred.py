@@ -112,7 +112,7 @@ class Deferred:
         return self.with_leaf(jax.tree.map(cut, self.leaf)) if axis < self.layers else None
 
 
-def seen(equation: jaxprs.Equation, values: Sequence[Any]) -> list[Any]:
+def viewed(equation: jaxprs.Equation, values: Sequence[Any]) -> list[Any]:
     """An equation that makes views: of an array at once, of a quantised weight when it is used."""
     places = [place for place, value in enumerate(values) if isinstance(value, Deferred)]
     if not places:
@@ -122,7 +122,7 @@ def seen(equation: jaxprs.Equation, values: Sequence[Any]) -> list[Any]:
     return [values[place].under(View(equation, place, output), others) for output in range(len(equation.outvars))]
 
 
-def used(function: Callable, *values: Any) -> Any:
+def recomputed(function: Callable, *values: Any) -> Any:
     """`function(*values)` with arrays in the place of quantised weights.
 
     The backward pass keeps their codes and dequantises again: the whole is rematerialised, and XLA may not share the
@@ -138,6 +138,8 @@ def used(function: Callable, *values: Any) -> Any:
     def computed(*values):
         return function(*(value.compute() if isinstance(value, Deferred) else value for value in values))
 
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values)):
+        return computed(*values)  # there is no backward pass
     return jax.checkpoint(computed, policy=jax.checkpoint_policies.nothing_saveable)(*values)
 
 

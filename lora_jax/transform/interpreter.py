@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from lora_jax.transform import jaxprs
-from lora_jax.transform.deferred import used
+from lora_jax.transform.deferred import recomputed
 from lora_jax.transform.product import Product
 from lora_jax.transform.rules import RULES
 from lora_jax.transform.rules.contractions import on_arrays
@@ -113,7 +113,7 @@ class Interpreter:
         def merged(*values):
             return on_arrays(equation, [value.merged() if isinstance(value, Weight) else value for value in values])
 
-        return used(merged, *values)
+        return recomputed(merged, *values)
 
     def plain(self, equation: jaxprs.Equation, values: Sequence[Any], reason: str) -> list[Any]:
         """The values with weights merged (or, after a lookup, with the looked-up part computed)."""
@@ -122,7 +122,7 @@ class Interpreter:
     def materialise(self, weight: Weight, equation: jaxprs.Equation | None, reason: str) -> jax.Array:
         """The array that a weight stands for, and a record of it."""
         self._note(weight, equation, reason)
-        return used(Weight.merged, weight)
+        return recomputed(Weight.merged, weight)
 
     def _note(self, weight: Weight, equation: jaxprs.Equation | None, reason: str) -> None:
         """Records that a weight becomes an array; raises where its inputs are wanted."""

@@ -73,7 +73,7 @@ class Weight:
         return bool(self.factors or self.gains)
 
     def merged(self) -> jax.Array:
-        """The adapted weight under the view, as an array. (Within :func:`~lora_jax.transform.deferred.used`.)"""
+        """The adapted weight under the view, as an array. (Within :func:`~lora_jax.transform.deferred.recomputed`.)"""
         value = self.value.compute() if isinstance(self.value, Deferred) else self.value
         return dense(value, self.dims, self.factors, self.gains) if self.is_adapted else value
 

@@ -280,3 +280,22 @@ def test_four_bit_checkpoints_of_transformers_keep_their_codes(scan):
     values = np.asarray(down.dequantize())[1] if scan else np.asarray(down.dequantize())
     np.testing.assert_allclose(values.T, want["down"], rtol=3e-7)  # a compiler may fuse a product and a sum
     assert np.abs(lora.adapt(apply)(base, {}, want["tokens"]) - want["logits"]).max() <= TOLERANCE
+
+
+def test_four_bit_checkpoints_lie_on_their_shardings_and_are_compared_with_the_model(tmp_path):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+
+    def sharding(path, shape):
+        spec = [None] * (len(shape) - 1) + ["x"] if path.endswith("up/kernel") else []
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+    _, base = lora.nnx.functional(llama.load(FIXTURES / "llama_nf4", sharding=sharding))
+    up = base["layers"]["0"]["feed_forward"]["up"]["kernel"]
+    assert up.codes.sharding.spec[-1] == "x" and len(up.codes.sharding.device_set) == 2
+    with pytest.raises(UserError, match="to be quantised, and quantised in the checkpoint already"):
+        llama.load(FIXTURES / "llama_nf4", rules={"layers/.*kernel": lora.Int8()})
+    config = json.loads((FIXTURES / "llama_nf4" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
+    (tmp_path / "model.safetensors").symlink_to(FIXTURES / "llama_nf4" / "model.safetensors")
+    with pytest.raises(UserError, match=r"feed_forward/.*kernel: is \(.*128.*\) in the checkpoint, the model wants"):
+        llama.load(tmp_path)

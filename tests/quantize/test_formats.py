@@ -115,6 +115,8 @@ def test_every_code_is_decoded_to_the_value_that_is_encoded_to_it(form):
 def test_blocks_of_zeros_and_very_small_and_very_large_weights(form, double):
     weight = jax.random.normal(jax.random.key(0), (128, 4))
     weight = weight.at[:64, 0].set(0.0).at[:64, 1].multiply(1e-30).at[:64, 2].multiply(1e30)
+    small = quantized(weight * 1e-3, form(double=double, axes=("in", "out"))).dequantize()
+    assert jnp.isfinite(small).all()
     leaf = quantized(weight, form(double=False, axes=("in", "out")))
     values = leaf.dequantize()
     assert jnp.isfinite(values).all() and (values[:64, 0] == 0).all()
@@ -126,6 +128,22 @@ def test_blocks_of_zeros_and_very_small_and_very_large_weights(form, double):
     np.testing.assert_allclose(huge.dequantize(), jnp.full((64, 2), 3e38), rtol=1e-6)
     zeros = quantized(jnp.zeros((64, 2)), form(double=double, axes=("in", "out")))
     np.testing.assert_array_equal(zeros.dequantize(), jnp.zeros((64, 2)))
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("form", ALL)
+def test_what_is_not_finite_stays_so_where_nothing_can_be_raised(form, double, value):
+    weight = jax.random.normal(jax.random.key(0), (128, 4)).at[3, 1].set(value)
+    made = jax.jit(lambda w: lora.quantize({"w": w}, {"w": form(double=double, axes=("in", "out"))}))(weight)
+    values = made["w"].dequantize()
+    assert not jnp.isfinite(values[3, 1])
+    assert double or jnp.isfinite(values[64:]).all()
+
+
+def test_a_double_that_is_no_boolean_is_refused():
+    with pytest.raises(ValueError, match=r"NF4\(double='yes'\): True or False"):
+        lora.NF4(64, "yes")
 
 
 @pytest.mark.parametrize("block", [0, -64, 63, 64.0, True])

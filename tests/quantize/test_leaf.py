@@ -104,6 +104,15 @@ def test_cut_arrays_are_told(part):
         cut.dequantize()
 
 
+def test_arrays_that_were_cast_are_told():
+    _, leaf = make("kernel")
+    cast = jax.tree.map(lambda array: array.astype(jnp.bfloat16) if array.dtype == jnp.float32 else array, leaf)
+    with pytest.raises(ValueError, match="Cast the weight before it is quantised"):
+        cast.dequantize()
+    with pytest.raises(ValueError, match="arrays are int32, uint8"):
+        dataclasses.replace(leaf, codes=leaf.codes.astype(jnp.int32)).dequantize()
+
+
 def test_any_codes_are_some_weight():
     """Every byte is two codes, so that a flipped bit is another weight of the block's size, never NaN."""
     _, leaf = make("kernel")

@@ -58,11 +58,21 @@ def test_a_sharded_weight_has_the_codes_of_the_whole_one_on_its_devices(mesh, wh
     np.testing.assert_array_equal(values(leaf), values(whole))
 
 
-def test_blocks_are_never_cut(mesh):
-    """96 rows in 4 parts are 24 each: less than a block, so the codes are whole on every device."""
-    leaf = placed(mesh, P("m", "n"), WEIGHT[:96])
-    assert leaf.codes.sharding.spec == P(None, "n")
-    assert_same(leaf, lora.quantize({"w": WEIGHT[:96]}, {"w": FORM})["w"])
+def test_shards_that_are_no_whole_blocks_are_told_with_the_block_that_fits(mesh):
+    with pytest.raises(
+        ValueError, match=r"'w': each shard .* 24 weights an output, no whole blocks of 64; block=8 fits"
+    ):
+        placed(mesh, P("m", "n"), WEIGHT[:96])
+    leaf = placed(mesh, P("m", "n"), WEIGHT[:96], lora.NF4(8, axes=("in", "out")))
+    assert leaf.codes.sharding.spec == P("m", "n")
+
+
+def test_several_blocked_axes_are_divided_along_the_first(mesh):
+    form = lora.NF4(axes=("in", "in", "out"))
+    weight = WEIGHT.reshape(8, 64, 256)
+    assert placed(mesh, P("m", None, "n"), weight, form).codes.sharding.spec == P("m", "n")
+    with pytest.raises(ValueError, match="of which the first may be divided"):
+        placed(mesh, P(None, "m", None), weight, form)
 
 
 def test_stacked_layers_are_sharded_like_one(mesh):

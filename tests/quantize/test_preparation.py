@@ -47,6 +47,11 @@ def test_loftq_over_a_quantised_base_says_that_it_comes_too_late(base):
         lora.prepare(jax.random.key(0), base, {"up": lora.LoRA(8, init=LoftQ(FORM))}, fn, [X])
 
 
+def test_loftq_wants_a_format_and_not_its_class():
+    with pytest.raises(ValueError, match=r"LoftQ\(quantizer=NF4\): write NF4\(\)"):
+        LoftQ(lora.NF4)
+
+
 def test_pissa_before_quantising_leaves_a_smaller_error_than_quantising_alone(floats, base):
     """QPiSSA: what stays in the base is smaller, and so is what rounding takes from it."""
     spec = {"up": lora.LoRA(8, init="pissa")}

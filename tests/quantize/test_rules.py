@@ -82,8 +82,9 @@ def test_without_a_function_formats_say_what_axes_are(base):
     [
         ({"mpl": FORM}, r"'mpl' matches no path of the base; nearest: 'mlp"),
         ({"mlp": FORM, "up": FORM}, "'up' is fully shadowed"),
-        ({"norm": FORM}, "'norm' matches nothing that can be quantised: 'norm/scale'"),
-        ({"unused": FORM}, "'unused' matches nothing that can be quantised"),
+        ({"norm": FORM}, "'norm' matches nothing that can be quantised: 'norm/scale' is neither contracted nor"),
+        ({"unused": FORM}, "'unused' matches nothing that can be quantised: 'unused' is not used by the function"),
+        ({"up/b": lora.NF4(8, axes=("out",))}, r"no axis that blocks could run along, with the roles \('out',\)"),
         ({"(": FORM}, "not a regular expression"),
     ],
 )
@@ -127,8 +128,11 @@ def test_a_plan_is_made_of_shapes_and_used_as_weights_come(base):
     whole = lora.quantize(base, {"": FORM}, model, TOKENS)["mlp"]["up"]["kernel"]
     np.testing.assert_array_equal(made.codes, whole.codes)
     assert plan("embedding", base["embedding"]) is base["embedding"]
-    with pytest.raises(ValueError, match="gives 2 roles"):
-        plan("mlp/up/kernel", jnp.ones((2, 16, 32)))
+    for shape in ((2, 16, 32), (16, 33)):
+        with pytest.raises(ValueError, match=r"'mlp/up/kernel' has the shape .*; the plan was made for \(16, 32\)"):
+            plan("mlp/up/kernel", jnp.ones(shape))
+    with pytest.raises(ValueError, match="The plan knows no 'mlp/upp/kernel'; nearest: 'mlp/up/kernel'"):
+        plan("mlp/upp/kernel", jnp.ones((16, 32)))
 
 
 def test_inside_jit_leaves_are_made_too(base):
@@ -154,3 +158,8 @@ def test_the_summary_counts_what_is_held(base):
     assert figures.base_bytes == held < lora.summary(base, delta).base_bytes
     assert figures.base_parameters == lora.summary(base, delta).base_parameters
     assert figures.full_bytes == lora.summary(base, delta).full_bytes
+    assert figures.float_bytes == lora.summary(base, delta).base_bytes
+    leaves = [made["mlp"][name]["kernel"] for name in ("up", "down")]
+    bits = 8 * sum(leaf.nbytes for leaf in leaves) / sum(leaf.size for leaf in leaves)
+    assert f"quantised weights     2 in NF4, {bits:.3f} bits a parameter" in str(figures)
+    assert "quantised" not in str(lora.summary(base, delta))

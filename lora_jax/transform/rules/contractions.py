@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapters.factored import Factor, Label, times
 from lora_jax.transform import jaxprs
-from lora_jax.transform.deferred import used
+from lora_jax.transform.deferred import recomputed
 from lora_jax.transform.members import chain, picked
 from lora_jax.transform.product import Product
 from lora_jax.transform.ragged import ragged_product
@@ -68,7 +68,7 @@ def _dot_general(interpreter, equation, values):
         x = tapped(x, weight.taps, lambda x: moments(x.reshape([n for _, n in pairs]), pairs, weight.taps))
 
     operands = [x, weight.value] if place == 1 else [weight.value, x]
-    (base,) = used(lambda *operands: jaxprs.bind(equation, operands), *operands)
+    (base,) = recomputed(lambda *operands: jaxprs.bind(equation, operands), *operands)
     total = base
     if weight.factors:
         low_rank_input = interpreter.next_key(weight).drop_out(x)
@@ -138,7 +138,7 @@ def _ragged_dot(interpreter, equation, values):
     if weight.taps:
         check_whole(weight, [(into, x.shape[1])])
         x = tapped(x, weight.taps, lambda x: ragged_moments(x, sizes))
-    total = used(lambda x, value: product(x, value, params["preferred_element_type"]), x, weight.value)
+    total = recomputed(lambda x, value: product(x, value, params["preferred_element_type"]), x, weight.value)
     if weight.factors:
         result = Factor(interpreter.next_key(weight).drop_out(x), (TOKENS, into))
         pending = picked(weight.factors)  # rows sorted by group cannot be sorted by member too

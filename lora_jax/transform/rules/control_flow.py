@@ -7,7 +7,7 @@ from jax import lax
 
 from lora_jax.adapters.factored import Factor
 from lora_jax.transform import jaxprs
-from lora_jax.transform.deferred import Deferred, used
+from lora_jax.transform.deferred import Deferred, recomputed
 from lora_jax.transform.weight import CannotFactor, Weight, spec_by_label
 
 
@@ -203,7 +203,7 @@ def _scanned(interpreter, equation, weight: Weight):
     value = weight.value
     if isinstance(value, Deferred) and not value.layers:
         interpreter.record(weight, equation, {}, "dequantised as a whole: its blocks have no leading axis to scan over")
-        value = used(lambda value: value, value)
+        value = recomputed(lambda value: value, value)
 
     def lead(factor: Factor) -> Factor:
         rest = [x for x in factor.labels if x != label]
@@ -278,7 +278,7 @@ def _sharded(interpreter, equation, weight: Weight, spec, mesh):
         if divided is None:
             reason = "dequantised as a whole before shard_map: a shard is no whole number of blocks"
             interpreter.record(weight, equation, {}, reason)
-            value = used(lambda value: value, value)
+            value = recomputed(lambda value: value, value)
         else:
             value, base_spec = divided
     weight = weight.replace(value=value)

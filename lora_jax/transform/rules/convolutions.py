@@ -7,7 +7,7 @@ from jax import lax
 
 from lora_jax.adapters.factored import Factor, chain, times
 from lora_jax.transform import jaxprs
-from lora_jax.transform.deferred import used
+from lora_jax.transform.deferred import recomputed
 from lora_jax.transform.product import Product
 from lora_jax.transform.taps import check_whole, moments, tapped
 from lora_jax.transform.weight import CannotFactor, Weight, split_label
@@ -33,7 +33,7 @@ def _conv(interpreter, equation, values):
             raise CannotFactor("a grouped convolution has inputs of its own for each group")
         check_whole(weight, summed)
         x = tapped(x, weight.taps, lambda x: _patch_moments(x, equation, weight))
-    (base,) = used(lambda *operands: jaxprs.bind(equation, operands), x, weight.value)
+    (base,) = recomputed(lambda *operands: jaxprs.bind(equation, operands), x, weight.value)
     if not weight.is_adapted:
         return [base]
     if groups > 1 and weight.dims[out_axis][0][1] != groups:

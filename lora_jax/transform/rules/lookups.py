@@ -5,7 +5,7 @@ import numpy as np
 from jax import lax
 
 from lora_jax.adapters.factored import Factor
-from lora_jax.transform.deferred import Deferred, seen
+from lora_jax.transform.deferred import Deferred, viewed
 from lora_jax.transform.weight import CannotFactor, Weight, fresh, twin
 
 
@@ -30,7 +30,7 @@ def _gather(interpreter, equation, values):
     label = weight.single(axis)
     if any(twin(label) in tap.labels for tap in weight.taps):
         raise CannotFactor("rows are looked up, of which the input is a count")
-    value = weight.value if isinstance(weight.value, Deferred) else seen(equation, [weight.value, indices])[0]
+    value = weight.value if isinstance(weight.value, Deferred) else viewed(equation, [weight.value, indices])[0]
     indices = indices[..., column : column + 1]
 
     # The axes of the indices (their last one holds the index itself) become axes of the result.
@@ -80,7 +80,7 @@ def _gather(interpreter, equation, values):
 
         through_scales = filling is None or filling == 0 or np.isnan(filling)
         rows = value.rows(taken) if in_front and through_scales else None
-        value = seen(equation, [value, values[1]])[0] if rows is None else rows
+        value = viewed(equation, [value, values[1]])[0] if rows is None else rows
     window = iter(a for a in range(weight.value.ndim) if a not in batching and a not in collapsed)
     lead, added = iter(index_dims), fresh(weight, indices.ndim)[-1]
     dims: list[tuple[tuple[str, int], ...]] = []

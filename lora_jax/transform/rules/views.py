@@ -10,14 +10,14 @@ from jax import lax
 
 from lora_jax.adapters.factored import Factor
 from lora_jax.transform import jaxprs
-from lora_jax.transform.deferred import Deferred, seen
+from lora_jax.transform.deferred import Deferred, viewed
 from lora_jax.transform.weight import CannotFactor, Weight, fresh, permuted, reshaped, sliced, spec_by_label
 
 
 def _same(interpreter, equation, values):
     """Casts, copies, sharding constraints: the factors stay as they are."""
     (weight,) = values
-    (value,) = seen(equation, [weight.value])
+    (value,) = viewed(equation, [weight.value])
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise CannotFactor(f"the weight becomes {value.dtype}")
     return [weight.replace(value=value)]
@@ -34,7 +34,7 @@ def _barrier(interpreter, equation, values):
 
 def _transpose(interpreter, equation, values):
     (weight,) = values
-    (value,) = seen(equation, [weight.value])
+    (value,) = viewed(equation, [weight.value])
     return [permuted(weight, value, equation.params["permutation"])]
 
 
@@ -42,13 +42,13 @@ def _reshape(interpreter, equation, values):
     weight, *sizes = values
     if equation.params.get("dimensions") is not None or sizes:
         raise CannotFactor("a reshape with a permutation or traced sizes")
-    (value,) = seen(equation, [weight.value])
+    (value,) = viewed(equation, [weight.value])
     return [reshaped(weight, value)]
 
 
 def _squeeze(interpreter, equation, values):
     (weight,) = values
-    (value,) = seen(equation, [weight.value])
+    (value,) = viewed(equation, [weight.value])
     return [reshaped(weight, value)]
 
 
@@ -56,7 +56,7 @@ def _broadcast(interpreter, equation, values):
     weight, *sizes = values
     if sizes:
         raise CannotFactor("a broadcast to traced sizes")
-    (value,) = seen(equation, [weight.value])
+    (value,) = viewed(equation, [weight.value])
     places = equation.params["broadcast_dimensions"]
     added = iter(fresh(weight, value.ndim + len(places)))
     dims: list[tuple[tuple[str, int], ...]] = [((next(added), size),) for size in value.shape]
@@ -77,7 +77,7 @@ def _part(equation, weight: Weight, others: Sequence, sizes: Sequence[int], cut:
         part = value.along(changed[0], lambda array: cut(array, changed[0]))
         if part is not None:
             return part
-    return seen(equation, [value, *others])[0]
+    return viewed(equation, [value, *others])[0]
 
 
 def _slice(interpreter, equation, values):
@@ -99,7 +99,7 @@ def _split(interpreter, equation, values):
     (weight,) = values
     parts, start = [], 0
     axis = equation.params["axis"]
-    for size, value in zip(equation.params["sizes"], seen(equation, [weight.value])):
+    for size, value in zip(equation.params["sizes"], viewed(equation, [weight.value])):
         parts.append(sliced(weight, value, axis, start, start + int(size)))
         start += int(size)
     return parts
@@ -141,7 +141,7 @@ def _scale(interpreter, equation, values):
         if math.prod(jnp.shape(scalar)) != 1:
             raise CannotFactor(f"{name} by an array of shape {jnp.shape(scalar)}")
     bare = [value.value if isinstance(value, Weight) else value for value in values]
-    (value,) = seen(equation, bare)
+    (value,) = viewed(equation, bare)
 
     def act(array):
         factor = jnp.asarray(scalar).reshape(()).astype(array.dtype)
@@ -155,7 +155,7 @@ def _reshard(interpreter, equation, values):
     (weight,) = values
     target = equation.params["dst_sharding"]
     names = spec_by_label(weight, target.spec, target.mesh)
-    (value,) = seen(equation, [weight.value])
+    (value,) = viewed(equation, [weight.value])
 
     def place(factor: Factor) -> Factor:
         spec = jax.sharding.PartitionSpec(*(names.get(label) for label in factor.labels))
@@ -171,7 +171,7 @@ def _all_gather(interpreter, equation, values):
     params = equation.params
     if not params["tiled"]:
         raise CannotFactor("an all_gather that adds an axis")
-    (value,) = seen(equation, [weight.value])
+    (value,) = viewed(equation, [weight.value])
     axis = params["all_gather_dimension"]
     label = weight.single(axis)
 
