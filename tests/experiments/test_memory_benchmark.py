@@ -68,7 +68,7 @@ def test_the_arithmetic_is_that_of_the_trees(variant, bytes):
 def test_a_step_runs_and_its_memory_is_measured():
     figures = ran(Problem(TINY, "qlora", bytes=4, rank=4, tokens=16), steps=1)
     assert figures.seconds > 0
-    assert figures.measured >= 0
+    assert 0 <= figures.measured < 200e6  # what the process had before the step is not the step's
     held = figures.base + figures.delta + figures.optimizer + figures.temporaries
     assert figures.device == pytest.approx(held, abs=10_000)
 
