@@ -47,10 +47,6 @@ class SingularTriplets(Adapter):
     def _pair(self, b: jax.Array) -> LowRank:
         return LowRank(a=self.a, b=b, scale=self.scale, dropout=self.dropout, axes=self.axes, blocks=self.blocks)
 
-    def layout(self, name: str) -> str:
-        found = super().layout(name)
-        return found if len(self.blocks) > 1 else found.replace(" block", "")
-
     @property
     def rank(self) -> int:
         return self.values.shape[-1]

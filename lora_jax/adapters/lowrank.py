@@ -75,10 +75,6 @@ class LowRank(Adapter):
         del weight
         return dataclasses.replace(self, a=jnp.zeros_like(self.a), b=jnp.zeros_like(self.b))
 
-    def layout(self, name: str) -> str:
-        found = super().layout(name)
-        return found if len(self.blocks) > 1 else found.replace(" block", "")
-
     def shape(self) -> tuple[int, ...]:
         lead, skip = self.axes.count(BATCH), self._rank_axis + 1
         out = tuple(size * len(self.blocks) for size in self.b.shape[skip:])

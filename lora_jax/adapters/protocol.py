@@ -125,9 +125,10 @@ class Adapter:
         return dataclasses.replace(self, **masks)  # pyrefly: ignore[bad-specialization]
 
     def layout(self, name: str) -> str:
-        """What the axes of a field's array are; see :func:`trained`."""
+        """What the axes of a field's array are; see :func:`trained`. A single block has no axis of its own."""
         fields = {field.name: field for field in dataclasses.fields(self)}  # pyrefly: ignore[bad-argument-type]
-        return fields[name].metadata["layout"]
+        words = fields[name].metadata["layout"]
+        return words if len(getattr(self, "blocks", ())) > 1 else words.replace(" block", "")
 
     def describe(self) -> dict[str, Any]:
         """What a reader wants to know of the adapter (rank, alpha, …), as JSON values."""

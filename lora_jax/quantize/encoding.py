@@ -33,7 +33,9 @@ def encoded(weight: Any, form: Format, axes: tuple[str, ...]) -> tuple[Quantized
     sharding = getattr(weight, "sharding", None)
     placed = None if sharding is None else shardings(made, sharding)
     if not isinstance(weight, jax.ShapeDtypeStruct):
-        made, finite = _compiled(form, axes, placed if isinstance(sharding, NamedSharding) else None)(weight)
+        on_mesh = placed if isinstance(sharding, NamedSharding) else None
+        leaves, treedef = jax.tree.flatten(on_mesh)  # which compare by what they hold, so that equal ones are found
+        made, finite = _compiled(form, axes, tuple(leaves), treedef)(weight)
         return made, bool(finite)
     if placed is not None:
         made = jax.tree.map(lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), made, placed)
@@ -41,15 +43,15 @@ def encoded(weight: Any, form: Format, axes: tuple[str, ...]) -> tuple[Quantized
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(form: Format, axes: tuple[str, ...], placed: Any):
-    """One function for all weights of a kind."""
+def _compiled(form: Format, axes: tuple[str, ...], leaves: tuple[NamedSharding, ...], treedef: Any):
+    """One function for all weights of a kind, with the shardings of codes and scales where they lie on a mesh."""
 
     def both(weight):
         return form.quantize(weight, axes), jnp.isfinite(weight.astype(jnp.float32)).all()
 
-    if placed is None:
+    if not leaves:
         return jax.jit(both)
-    mesh = placed.codes.mesh
+    placed, mesh = jax.tree.unflatten(treedef, leaves), leaves[0].mesh
     whole = NamedSharding(mesh, PartitionSpec())
     if AxisType.Explicit in mesh.axis_types:
         both = jax.sharding.auto_axes(both, out_sharding=(placed, whole))

@@ -132,7 +132,8 @@ def recomputed(function: Callable, *values: Any) -> Any:
       function: Of arrays, and of pytrees that may hold :class:`Deferred` (which it then computes itself).
       *values: Arrays, or pytrees with quantised weights among them.
     """
-    if not any(isinstance(node, Deferred) for value in values for node in _nodes(value)):
+    nodes = jax.tree.leaves(values, is_leaf=lambda node: isinstance(node, Deferred))
+    if not any(isinstance(node, Deferred) for node in nodes):
         return function(*values)
 
     def computed(*values):
@@ -141,7 +142,3 @@ def recomputed(function: Callable, *values: Any) -> Any:
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values)):
         return computed(*values)  # there is no backward pass
     return jax.checkpoint(computed, policy=jax.checkpoint_policies.nothing_saveable)(*values)
-
-
-def _nodes(tree: Any) -> list[Any]:
-    return jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Deferred))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import re
 
 import jax
@@ -50,8 +49,6 @@ def rank_major(gradients):
 
 @pytest.mark.parametrize("name", ["lora_jax", "flattened by hand", "hand-written", "W+AB formed", "qwix"])
 def test_variants_agree(name, problem):
-    if name == "qwix" and importlib.util.find_spec("qwix") is None:
-        pytest.skip("qwix is not installed (uv sync --group benchmarks)")
     expected_loss, full_gradients = run(problem, step_variants.full)
     loss, gradients = run(problem, step_variants.available()[name])
     assert loss == pytest.approx(expected_loss, rel=1e-5)

@@ -8,6 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
+from lora_jax.quantize import encoding
 
 FORM = lora.NF4(axes=("in", "out"))
 WEIGHT = jax.random.normal(jax.random.key(0), (512, 256)) / 20
@@ -56,6 +57,14 @@ def test_a_sharded_weight_has_the_codes_of_the_whole_one_on_its_devices(mesh, wh
     assert [array.sharding.spec for array in jax.tree.leaves(leaf)] == [codes, codes, second, P()]
     values = jax.jit(lambda leaf: leaf.dequantize())
     np.testing.assert_array_equal(values(leaf), values(whole))
+
+
+def test_weights_of_a_kind_on_a_mesh_are_quantised_by_one_function(mesh):
+    placed(mesh, P(None, "n"))
+    before = encoding._compiled.cache_info()
+    placed(mesh, P(None, "n"), 2 * WEIGHT)
+    after = encoding._compiled.cache_info()
+    assert (after.hits - before.hits, after.misses - before.misses) == (1, 0)
 
 
 def test_shards_that_are_no_whole_blocks_are_told_with_the_block_that_fits(mesh):
