@@ -57,9 +57,8 @@ def attend(
     if kernel == "flash":
         local = functools.partial(_flash, causal=causal, window=window, scale=scale)
         if shards is not None:  # XLA cannot divide a kernel: each device runs it on its examples and heads
-            batch, heads = shards
-            each = jax.P(batch, None, heads, None)
-            in_specs = (each, each, each, None if segments_BL is None else jax.P(batch, None))
+            each = jax.P(shards.batch, None, shards.heads, None)
+            in_specs = (each, each, each, None if segments_BL is None else jax.P(shards.batch, None))
             # The kernel does not tell along which axes of the mesh its results vary.
             local = jax.shard_map(local, in_specs=in_specs, out_specs=each, check_vma=False)
         return local(q_BLHK, k_BTGK, v_BTGK, segments_BL)

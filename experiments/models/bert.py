@@ -118,8 +118,9 @@ class Attention(nnx.Module):
             mixed_BLHK = self.mix(q_BLHK, k_BLHK, v_BLHK, mask_B11L)
         else:
             mask, segments = (None, mask_BL) if kernel == "flash" else (mask_B11L, None)
+            platform, shards = self.options.platform, self.options.shards
             mixed_BLHK = attend(
-                q_BLHK, k_BLHK, v_BLHK, mask, segments_BL=segments, kernel=kernel, platform=self.options.platform
+                q_BLHK, k_BLHK, v_BLHK, mask, segments_BL=segments, kernel=kernel, platform=platform, shards=shards
             )
         return self.output(mixed_BLHK.reshape(x_BLD.shape))
 
@@ -236,6 +237,17 @@ def load(
         unused=UNUSED,
     )
 
+
+AXES = (
+    (r"embeddings/word/embedding$", ("vocab", "embed")),
+    (r"attention/(query|key|value)/kernel$", ("embed", "heads")),
+    (r"attention/(query|key|value)/bias$", ("heads",)),
+    (r"attention/output/kernel$", ("heads", "embed")),
+    (r"feed_forward/up/kernel$", ("embed", "hidden")),
+    (r"feed_forward/up/bias$", ("hidden",)),
+    (r"feed_forward/down/kernel$", ("hidden", "embed")),
+)
+"""What the axes of a weight are, for :func:`experiments.training.mesh.of_weights`."""
 
 _TABLE = "{table=word|position|token_type}"
 _PART = "{part=query|key|value}"

@@ -151,6 +151,16 @@ def _layer(config: Gpt2Config, options: Options, dropout: float, rngs: nnx.Rngs)
     return Layer(config, options, dropout=dropout, rngs=rngs)
 
 
+AXES = (
+    (r"^token/embedding$", ("vocab", "embed")),
+    (r"attention/qkv/kernel$", ("embed", None)),  # three parts: what divides the whole cuts through them
+    (r"attention/output/kernel$", (None, "embed")),
+    (r"feed_forward/up/kernel$", ("embed", "hidden")),
+    (r"feed_forward/up/bias$", ("hidden",)),
+    (r"feed_forward/down/kernel$", ("hidden", "embed")),
+)
+"""What the axes of a weight are, for :func:`experiments.training.mesh.of_weights`."""
+
 _LAYER, _HF_LAYER = "layers/{layer}", "transformer.h.{layer}"
 NAMES = Names(
     (

@@ -247,6 +247,20 @@ class Llama(Decoder):
         )
 
 
+AXES = (
+    (r"^token/embedding$", ("vocab", "embed")),
+    (r"attention/query/kernel$", ("embed", "heads")),
+    (r"attention/query/bias$", ("heads",)),
+    (r"attention/(key|value)/kernel$", ("embed", "groups")),
+    (r"attention/(key|value)/bias$", ("groups",)),
+    (r"attention/output/kernel$", ("heads", "embed")),
+    (r"feed_forward/(gate|up)/kernel$", ("embed", "hidden")),
+    (r"feed_forward/(gate|up)/bias$", ("hidden",)),
+    (r"feed_forward/down/kernel$", ("hidden", "embed")),
+    (r"^output/kernel$", ("embed", "vocab")),
+)
+"""What the axes of a weight are, for :func:`experiments.training.mesh.of_weights`."""
+
 _LAYER, _HF_LAYER = "layers/{layer}", "model.layers.{layer}"
 _ATTENTION, _HF_ATTENTION = f"{_LAYER}/attention", f"{_HF_LAYER}.self_attn"
 _GLU = "{part=gate|up|down}"

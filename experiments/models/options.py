@@ -1,7 +1,7 @@
 """How a model computes, beside what it computes."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
@@ -9,7 +9,20 @@ Remat = Literal["none", "dots", "full", "offload"]
 AttentionKernel = Literal["xla", "cudnn", "flash"]
 Platform = Literal["cpu", "gpu", "tpu"]
 Axes = str | tuple[str, ...] | None
-Shards = tuple[Axes, Axes]
+
+
+class Shards(NamedTuple):
+    """The axes of the mesh (of `jax.set_mesh`) that divide activations; None leaves an axis whole.
+
+    Attributes:
+      batch: Examples.
+      heads: Heads within attention, hidden width within a feed-forward layer.
+      length: Tokens of a sequence, from layer to layer; within attention a sequence is whole.
+    """
+
+    batch: Axes = None
+    heads: Axes = None
+    length: Axes = None
 
 
 @dataclass(frozen=True)
@@ -26,7 +39,7 @@ class Options:
       dtype: Of activations; weights are cast to it at each use.
       attention: 'xla' anywhere, 'cudnn' on NVIDIA GPUs, 'flash' on TPUs.
       platform: What the model is compiled for, where it is not what this process runs on (ahead of time).
-      shards: The axes of the mesh (of `jax.set_mesh`) that divide examples and heads, for 'flash' on several devices.
+      shards: What divides activations on a mesh; None leaves it to XLA ('flash' runs on one device then).
       loss_chunk: How many tokens of a sequence have logits at the same time, where a model gives losses.
     """
 

@@ -54,10 +54,12 @@ def run(layers: Layers, x: Any, *shared: Any, each: Any = None, options: Options
     """
 
     def call(layer: nnx.Module, x: Any, own: Any, *shared: Any) -> tuple[Any, Any]:
-        return layer(checkpoint_name(x, _INPUT), own, *shared)  # pyrefly: ignore[not-callable]
+        x, kept = layer(checkpoint_name(x, _INPUT), own, *shared)  # pyrefly: ignore[not-callable]
+        return _placed(x, options), kept
 
     if options.remat != "none":
         call = nnx.remat(call, policy=_POLICIES[options.remat])
+    x = _placed(x, options)
     if options.scan:
         axes = (0, nnx.Carry, 0, *(None for _ in shared))
         return nnx.scan(call, in_axes=axes, out_axes=(nnx.Carry, 0))(layers, x, each, *shared)
@@ -66,3 +68,10 @@ def run(layers: Layers, x: Any, *shared: Any, each: Any = None, options: Options
         x, mine = call(layer, x, own, *shared)
         kept.append(mine)
     return x, tuple(kept)
+
+
+def _placed(x: Any, options: Options) -> Any:
+    """What goes from layer to layer, `[batch, length, …]`, where the options say that it lies on the mesh."""
+    if options.shards is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.P(options.shards.batch, options.shards.length))

@@ -9,6 +9,7 @@ import pytest
 
 from experiments.models import attention
 from experiments.models.attention import attend
+from experiments.models.options import Shards
 
 LENGTH, WIDTH = 256, 8
 CASES = {
@@ -55,7 +56,7 @@ def test_the_flash_kernel_on_several_devices(getkey, monkeypatch, segments):
     q, k, v = (jax.random.normal(getkey(), (4, 128, heads, WIDTH)) for heads in (4, 2, 2))
     want = attend(q, k, v, segments_BL=segments, causal=True)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    flash = functools.partial(attend, causal=True, kernel="flash", platform="tpu", shards=("data", "model"))
+    flash = functools.partial(attend, causal=True, kernel="flash", platform="tpu", shards=Shards("data", "model"))
     with jax.set_mesh(mesh):
         got = jax.jit(lambda *qkv: flash(*qkv, segments_BL=segments))(q, k, v)
     np.testing.assert_allclose(got, want, atol=1e-5)

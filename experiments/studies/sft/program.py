@@ -1,0 +1,219 @@
+"""The training step of a config: the very same for arrays on a mesh, and for shapes on devices that are not here."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+import lora_jax as lora
+from experiments.errors import UserError
+from experiments.models import checkpoint, families, location, shapes
+from experiments.models.options import Options, Platform
+from experiments.studies.sft.config import Config
+from experiments.training import mesh as meshes
+from experiments.training.optimizer import adam
+from lora_jax import paths
+from lora_jax.quantize import Format, Plan, shardings
+
+LINEAR = {
+    "attention": r"attention/(query|key|value|qkv|output)/kernel$",
+    "feed-forward": r"feed_forward/(gate|up|down)/kernel$",
+    "experts": r"experts/(gate|up|down)$",
+}
+"""Linear layers of all blocks, by the names of targets; a quantised base has all of them quantised."""
+
+OTHERS = {"embedding": r"^token/embedding$", "head": r"^output/kernel$"}
+LARGE = 100_000
+"""Elements from which on a leaf of the optimizer's state goes to the host."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model, its adapter and the step that trains it, on a mesh.
+
+    Attributes:
+      config: Of the study.
+      mesh: The devices.
+      family: The architecture.
+      shape: The model's.
+      model: An abstract one; its `cache` and `head` are of use.
+      apply: `apply(base, tokens, segments, positions, labels_BL=…)`.
+      base: The parameters' shapes, with their shardings.
+      delta: The adapter's, likewise.
+      tx: The optimizer.
+      step: From `lora.train_step`.
+    """
+
+    config: Config
+    mesh: Mesh
+    family: families.Family
+    shape: Any
+    model: Any
+    apply: Callable
+    base: Any
+    delta: Any
+    tx: optax.GradientTransformation
+    step: Any
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.config.batch.global_ * self.config.length
+
+    def create(self, key: jax.Array, base: Any) -> lora.TrainState:
+        """The state before the first step, on a base that lies on the mesh."""
+        init_key, train_key = jax.random.split(key)
+        placed = jax.tree.map(lambda leaf: leaf.sharding, self.delta)
+        spec, example = spec_of(self.config), _example(self.config)
+        make = jax.jit(lambda key, base: lora.init(key, base, spec, self.apply, example), out_shardings=placed)
+        return lora.TrainState.create(base, make(init_key, base), self.tx, train_key)
+
+    def state(self) -> lora.TrainState:
+        """The shapes of a state, with their shardings."""
+        make = lambda key, base, delta: lora.TrainState.create(base, delta, self.tx, key)  # noqa: E731
+        state = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)), self.base, self.delta)
+        return placed(state, lora.sharding.state_shardings(self.base, state, self.tx))
+
+    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of a batch, with their shardings."""
+        size = (self.config.batch.global_, self.config.length)
+        one = jax.ShapeDtypeStruct(size, jnp.int32, sharding=meshes.of_batches(self.mesh))
+        return dict.fromkeys(("tokens", "segments", "positions", "labels"), one)
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step, lowered for the mesh's devices."""
+        with jax.set_mesh(self.mesh):
+            return self.step.lower(self.state(), self.batch())
+
+    def parts(self) -> dict[str, Any]:
+        """What the step is given, by name."""
+        state = self.state()
+        return {"base": state.base, "delta": state.delta, "optimizer": state.opt_state, "batch": self.batch()}
+
+
+def abstract(
+    config: Config, devices: Sequence[jax.Device] | None = None, platform: Platform | None = None, *, steps: int = 1000
+) -> Program:
+    """The program of a config; nothing is computed and no weight is read.
+
+    Args:
+      config: Of the study. Its model may be one of which only the shape is shipped.
+      devices: What the mesh is made of; None takes all that are here.
+      platform: Of the devices, where it is not this process's.
+      steps: In the whole run, for the learning rate.
+
+    Raises:
+      UserError: The model is unknown, or it, the batch and the mesh do not go together.
+    """
+    mesh = meshes.make(config.mesh, devices)
+    meshes.check_batch(config.batch.global_, config.mesh, "batch.global", accumulate=config.batch.accumulate)
+    description = described(config.model)
+    family = families.of(description)
+    shape = family.shape(description)
+    options = options_of(config, platform)
+    model = nnx.eval_shape(lambda: family.build(shape, options, nnx.Rngs(0)))
+    apply, base = lora.nnx.functional(model)
+    base = _base(config, base, apply, meshes.of_weights(mesh, family.axes))
+    make = lambda key, base: lora.init(key, base, spec_of(config), apply, _example(config))  # noqa: E731
+    try:
+        delta = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)), base)
+    except ValueError as error:
+        raise UserError(f"targets {' '.join(config.targets)}: {error}") from None
+    delta = placed(delta, lora.delta_shardings(base, delta))
+    tx = adam(config.lr, steps, warmup=config.warmup, clip=config.clip, weight_decay=config.weight_decay)
+    if config.optimizer_on_host:
+        tx = lora.optim.host_offloaded(tx, min_size=LARGE)
+    step = lora.train_step(_loss(apply, config), tx, accumulate=config.batch.accumulate)
+    return Program(config, mesh, family, shape, model, apply, base, delta, tx, step)
+
+
+def described(model: str) -> Mapping[str, Any]:
+    """The `config.json` of a model that is here, or whose shape is shipped."""
+    return shapes.read(model) if shapes.has(model) else checkpoint.read_config(location.find(model))
+
+
+def options_of(config: Config, platform: Platform | None) -> Options:
+    """How the model computes."""
+    kernel = config.attention
+    if kernel == "auto":
+        kernel = "flash" if (platform or jax.default_backend()) == "tpu" and config.length % 128 == 0 else "xla"
+    return Options(
+        scan=True,
+        remat=config.remat,
+        dtype=jnp.dtype(config.dtype),
+        attention=kernel,
+        platform=platform,
+        shards=config.mesh.shards,
+        loss_chunk=config.loss_chunk,
+    )
+
+
+def rules_of(config: Config) -> dict[str, Format | None]:
+    """The format of each weight that is quantised."""
+    formats = {"none": None, "nf4": lora.NF4(), "int8": lora.Int8()}
+    found = formats[config.quantize]
+    return {} if found is None else dict.fromkeys(LINEAR.values(), found)
+
+
+def spec_of(config: Config) -> dict[str, Any]:
+    """The recipe of each weight that is adapted."""
+    recipe = {"lora": lora.LoRA, "dora": lora.DoRA}[config.method]
+    dtype = jnp.dtype(config.adapter_dtype)
+    made = recipe(config.rank, config.alpha, dropout=config.dropout, dtype=dtype)
+    return {(LINEAR | OTHERS)[target]: made for target in config.targets}
+
+
+def _base(config: Config, base: Any, apply: Callable, sharding: Callable) -> Any:
+    """The shapes of the weights as they are read: in the config's dtype, some of them quantised, on the mesh."""
+    rules = rules_of(config)
+    plan = Plan.of(base, rules, apply, _example(config)) if rules else None
+
+    def leaf(path: str, weight: Any) -> Any:
+        where = sharding(path, weight.shape)
+        weight = jax.ShapeDtypeStruct(weight.shape, jnp.dtype(config.dtype), sharding=where)
+        if plan is None or path not in plan.chosen:
+            return weight
+        made = jax.eval_shape(lambda weight: plan(path, weight), weight)
+        try:
+            return placed(made, shardings(made, where))
+        except ValueError as error:
+            raise UserError(f"quantize {config.quantize}: {error}") from None
+
+    return paths.flatten(base).map(leaf)
+
+
+def _loss(apply: Callable, config: Config) -> Callable:
+    """For the library's train step: the loss summed over a batch's labels, and how many they are."""
+    adapted = lora.adapt(apply, flatten=not config.mesh.sequence)
+    drops = config.dropout > 0
+
+    def loss(base: Any, delta: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        losses = adapted(
+            base,
+            delta,
+            batch["tokens"],
+            batch["segments"],
+            batch["positions"],
+            labels_BL=batch["labels"],
+            dropout_key=key if drops else None,
+        )
+        return jnp.sum(losses), jnp.sum(batch["labels"] >= 0)
+
+    return loss
+
+
+def _example(config: Config) -> jax.ShapeDtypeStruct:
+    """Tokens that a model is traced with."""
+    return jax.ShapeDtypeStruct((1, config.length), jnp.int32)
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    """Shapes with their shardings."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings
+    )

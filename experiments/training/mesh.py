@@ -1,0 +1,178 @@
+"""The mesh of devices of a run, and where weights and batches lie on it."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from experiments.errors import UserError
+from experiments.models.options import Shards
+
+Axes = Sequence[tuple[str, tuple[str | None, ...]]]
+"""Patterns of paths, and what the last axes of the weights there are called; a model states them once."""
+
+DATA, FSDP, TENSOR = NAMES = ("data", "fsdp", "tensor")
+BATCH = (DATA, FSDP)
+RULES: Mapping[str | None, str | None] = {
+    "embed": FSDP,
+    "heads": TENSOR,
+    "groups": TENSOR,
+    "hidden": TENSOR,
+    "vocab": TENSOR,
+    "experts": None,
+    None: None,
+}
+"""The axis of the mesh that divides an axis of a weight."""
+
+
+@dataclass(frozen=True)
+class MeshSizes:
+    """How many devices there are along each axis of the mesh; their product is the devices that a run uses."""
+
+    data: int = 1
+    """Copies of the base: each takes an equal part of the batch."""
+
+    fsdp: int = 1
+    """Parts of each weight, and of the batch; a weight is gathered where it is used."""
+
+    tensor: int = 1
+    """Parts of each layer's heads and hidden width."""
+
+    sequence: bool = False
+    """Whether the tensor axis divides the tokens of a sequence too, from layer to layer."""
+
+    def __post_init__(self) -> None:
+        for name in NAMES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"mesh.{name} must be positive, not {getattr(self, name)}")
+        if self.sequence and self.tensor == 1:
+            raise ValueError("mesh.sequence divides tokens over the tensor axis; mesh.tensor is 1")
+
+    @property
+    def count(self) -> int:
+        """Devices in all."""
+        return self.data * self.fsdp * self.tensor
+
+    @property
+    def replicas(self) -> int:
+        """Parts of a batch."""
+        return self.data * self.fsdp
+
+    @property
+    def shards(self) -> Shards:
+        """What divides a model's activations."""
+        return Shards(BATCH, TENSOR, TENSOR if self.sequence else None)
+
+    def __str__(self) -> str:
+        named = " × ".join(f"{name} {getattr(self, name)}" for name in NAMES)
+        return named + (", sequences over tensor" if self.sequence else "")
+
+
+def make(sizes: MeshSizes, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh, on these devices or on those of all processes.
+
+    Raises:
+      UserError: There are fewer devices than the mesh has, or more where several processes have to have a part in it.
+    """
+    found = list(jax.devices() if devices is None else devices)
+    alone = len({device.process_index for device in found}) == 1
+    if sizes.count > len(found) or (sizes.count < len(found) and not alone):
+        fits = [data for data in range(1, len(found) + 1) if data * sizes.fsdp * sizes.tensor == len(found)]
+        hint = f"mesh.data {fits[0]} fits" if fits else f"choose sizes whose product is {len(found)}"
+        raise UserError(f"the mesh ({sizes}) has {sizes.count} devices, here are {len(found)}; {hint}")
+    shape = (sizes.data, sizes.fsdp, sizes.tensor)
+    return jax.make_mesh(shape, NAMES, axis_types=(AxisType.Auto,) * 3, devices=found[: sizes.count])
+
+
+def of_weights(mesh: Mesh, axes: Axes) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """The sharding of a weight, from its path and shape, for :func:`experiments.models.checkpoint.load`.
+
+    A weight that no pattern names is whole. A vocabulary that cannot be divided is whole too (many cannot); any other
+    axis that cannot be divided is an error (from the function that is returned), a UserError that names what could.
+    """
+
+    def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        names = next((names for pattern, names in axes if re.search(pattern, path)), ())
+        spec = [RULES[name] for name in names]
+        for i, (name, along, size) in enumerate(zip(names, spec, shape[len(shape) - len(names) :])):
+            if along is not None and size % mesh.shape[along]:
+                if name != "vocab":
+                    fits = ", ".join(map(str, around(mesh.shape[along], lambda n, size=size: size % n == 0)))
+                    raise UserError(
+                        f"mesh.{along} {mesh.shape[along]} does not divide {name}, which is {size} in {path} "
+                        f"{shape}; nearest that do: {fits}"
+                    )
+                spec[i] = None
+        return NamedSharding(mesh, jax.P(*[None] * (len(shape) - len(names)), *spec))
+
+    return sharding
+
+
+def of_batches(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch: its examples are divided."""
+    return NamedSharding(mesh, jax.P(BATCH))
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device has a copy of."""
+    return NamedSharding(mesh, jax.P())
+
+
+def check_batch(size: int, sizes: MeshSizes, name: str, *, accumulate: int = 1) -> None:
+    """Raises a UserError unless so many examples can be divided over microbatches and devices."""
+    parts = sizes.replicas * accumulate
+    if size % parts:
+        fits = " and ".join(map(str, around(size, lambda n: n % parts == 0)))
+        steps = f" in {accumulate} microbatches" if accumulate > 1 else ""
+        raise UserError(f"{name} {size} cannot be divided over a mesh of {sizes}{steps}; nearest that can: {fits}")
+
+
+def around(value: int, fits: Callable[[int], bool]) -> list[int]:
+    """The nearest positive numbers that fit, below and above, where there are any up to twice the value."""
+    below = next((n for n in range(value - 1, 0, -1) if fits(n)), None)
+    above = next((n for n in range(value + 1, 2 * value + 2) if fits(n)), None)
+    above = above if above is not None or below is not None else next(n for n in range(value + 1, 10**9) if fits(n))
+    return [n for n in (below, above) if n is not None]
+
+
+def rows(mesh: Mesh, size: int) -> slice:
+    """The examples, out of a batch of so many, that this process's devices need."""
+    parts = of_batches(mesh).addressable_devices_indices_map((size,)).values()
+    limits = [part[0].indices(size)[:2] for part in parts if part is not None]
+    first, last = min(start for start, _ in limits), max(stop for _, stop in limits)
+    if last - first != len({row for start, stop in limits for row in range(start, stop)}):
+        raise UserError(
+            f"the examples of process {jax.process_index()} do not stand together on the mesh; a smaller mesh.tensor "
+            "would give whole rows of the mesh to each process"
+        )
+    return slice(first, last)
+
+
+def place(mesh: Mesh, batch: Mapping[str, np.ndarray], size: int) -> dict[str, jax.Array]:
+    """A batch of `size` examples on the mesh, of which each process has its :func:`rows`."""
+    sharding, first = of_batches(mesh), rows(mesh, size).start
+
+    def put(mine: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(size)
+            return mine[start - first : stop - first]
+
+        return jax.make_array_from_callback((size, *mine.shape[1:]), sharding, part)
+
+    return {name: put(mine) for name, mine in batch.items()}
+
+
+def gathered(tree: Any) -> Any:
+    """The arrays of a tree as NumPy arrays, whole on every process; each process has to call it."""
+
+    def one(leaf: jax.Array) -> np.ndarray:
+        if not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+            leaf = jax.jit(lambda x: x, out_shardings=whole(leaf.sharding.mesh))(leaf)
+        return np.asarray(leaf)
+
+    return jax.tree.map(one, tree)
