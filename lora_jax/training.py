@@ -14,6 +14,7 @@ from lora_jax.adapters.protocol import Adapter
 from lora_jax.leaves import is_array
 from lora_jax.optim import join, partition, trainable_mask
 from lora_jax.optim.offload import in_host_memory
+from lora_jax.sharding import optimizer_shardings, whole_on
 from lora_jax.update import update_of
 
 Delta = dict[str, Adapter]
@@ -59,14 +60,12 @@ class TrainState:
         # Copies: some transforms keep the parameters themselves, and no buffer can be donated twice.
         train, opt_state, key = jax.tree.map(_copied, (train, opt_state, key))
         number = jnp.zeros((), jnp.int32)
-        meshes = [sharding.mesh for sharding in map(_kept, jax.tree.leaves(train)) if sharding is not None]
+        meshes = [place.mesh for place in map(_on_mesh, jax.tree.leaves(train)) if place is not None]
         if meshes:  # where a step would put the rest too: it compiles once
-            whole = NamedSharding(meshes[0], PartitionSpec())
-
-            def spread(leaf: Any) -> Any:
-                return leaf if isinstance(leaf.sharding, NamedSharding) else jax.device_put(leaf, whole)
-
-            opt_state, number, key = jax.tree.map(spread, (opt_state, number, key))
+            whole = whole_on(meshes[0])
+            places = jax.tree.map(lambda leaf: _on_mesh(leaf) or whole, train)
+            places = optimizer_shardings(jax.tree.map(jax.typeof, opt_state), train, places, whole)
+            opt_state, number, key = jax.device_put((opt_state, number, key), (places, whole, whole))
         return cls(base, join(train, frozen), opt_state, number, key)
 
 
@@ -220,10 +219,16 @@ class Step:
         return self.run(state, batch)
 
 
+def _on_mesh(leaf: Any) -> NamedSharding | None:
+    """The sharding of an array that lies on a mesh; of a tracer none is known."""
+    sharding = getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
+
+
 def _kept(leaf: Any) -> NamedSharding | None:
     """The sharding of a leaf of the state that a step has to keep: on a mesh, where types do not say it."""
-    sharding = getattr(leaf, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or len(sharding.device_set) == 1 or in_host_memory(leaf):
+    sharding = _on_mesh(leaf)
+    if sharding is None or len(sharding.device_set) == 1 or in_host_memory(leaf):
         return None
     return None if AxisType.Explicit in sharding.mesh.axis_types else sharding
 

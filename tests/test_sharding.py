@@ -1,5 +1,7 @@
 """Deltas on meshes: where each array lies, and that a sharded step is the step."""
 
+import dataclasses
+import functools
 import math
 import re
 
@@ -13,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 from lora_jax import paths
+from lora_jax.sharding import state_shardings
 
 WIDTH, HIDDEN, LAYERS = 128, 256, 2
 
@@ -37,6 +40,7 @@ BASE = {
 }
 X = jax.random.normal(jax.random.key(3), (16, 4, WIDTH))
 SPEC = {"layers": lora.LoRA(4, alpha=8), "head": lora.Full()}
+DELTA = lora.init(jax.random.key(0), BASE, SPEC, fn, X)
 MESHES = {  # of the axes data, fsdp and tensor
     "data": (8, 1, 1),
     "fsdp": (1, 8, 1),
@@ -184,3 +188,50 @@ def test_a_sharded_step_is_the_step_of_one_device(lenient, alone, name, form, ca
     largest = max(leaf.size for leaf in jax.tree.leaves(state.delta))
     allowed = largest if fsdp == 1 else max(largest, LAYERS * WIDTH * HIDDEN // tensor)
     assert all(size <= allowed for size in gathered), sorted(gathered)
+
+
+OPTIMIZERS = {
+    "adam": optax.adam(1e-3),
+    "clipped_adamw": optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mask=lora.optim.decay_mask)),
+    "lora_plus": optax.chain(optax.adam(1e-3), lora.optim.lora_plus()),
+    "groups": lora.optim.by_path({"^head": optax.sgd(0.1, momentum=0.9), "": optax.adam(1e-3)}),
+    "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=4),  # of `a` rows and columns, of `scale` nothing
+    "accumulated": optax.MultiSteps(optax.chain(optax.ema(0.9), optax.sgd(0.1)), 2).gradient_transformation(),
+    "rates": optax.inject_hyperparams(optax.sgd)(0.1, momentum=0.9),
+    "schedule_free": optax.contrib.schedule_free(optax.sgd(0.1), 0.1),
+    "offloaded": lora.optim.host_offloaded(optax.adam(1e-3), min_size=LAYERS * 4 * WIDTH),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_shardings_are_those_of_a_state_of_placed_arrays(mesh, lenient, name):
+    tx, key = OPTIMIZERS[name], jax.random.key(1)
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (BASE, DELTA, key))
+    state = jax.eval_shape(functools.partial(lora.TrainState.create, tx=tx), *abstract[:2], key=abstract[2])
+    told = state_shardings(shardings(mesh), state, tx)
+    base = jax.device_put(BASE, shardings(mesh))
+    made = lora.TrainState.create(base, jax.device_put(DELTA, lora.delta_shardings(base, DELTA)), tx, key)
+    assert jax.tree.structure(told) == jax.tree.structure(made)
+    for (keys, to), leaf in zip(jax.tree_util.tree_leaves_with_path(told), jax.tree.leaves(made), strict=True):
+        assert leaf.sharding.is_equivalent_to(to, leaf.ndim), keys
+        assert leaf.sharding.memory_kind == to.memory_kind, keys
+
+
+def test_state_shardings_of_quantised_bases(mesh):
+    base, delta = started(BASE, lora.NF4(16))
+    tx = optax.sgd(0.1)
+    state = lora.TrainState.create(base, delta, tx, jax.random.key(1))
+    from_weights = state_shardings(shardings(mesh), state, tx)
+    placed = jax.device_put(base, from_weights.base)
+    for given in (placed, from_weights.base):
+        assert jax.tree.leaves(state_shardings(given, state, tx)) == jax.tree.leaves(from_weights)
+    assert placed["layers"]["up"].codes.sharding.spec == P(None, "fsdp", "tensor")
+
+
+def test_state_shardings_say_what_is_missing(mesh):
+    tx = optax.adam(1e-3)
+    state = lora.TrainState.create(BASE, DELTA, tx, jax.random.key(1))
+    with pytest.raises(ValueError, match=r"no sharding for 'other'; nearest: 'head'"):
+        state_shardings(shardings(mesh), dataclasses.replace(state, base=BASE | {"other": jnp.ones(2)}), tx)
+    with pytest.raises(ValueError, match="of another transform"):
+        state_shardings(shardings(mesh), state, optax.sgd(0.1))
