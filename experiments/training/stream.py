@@ -1,6 +1,7 @@
 """The batches of a training run as a function of the step alone, so that a resumed run sees the same ones."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -16,6 +17,10 @@ class Stream:
       lengths: The static lengths that batches are padded to.
       batch_size: Examples a batch.
       seed: Of the order of the examples; every pass has another.
+
+    Attributes:
+      steps_per_epoch: How many batches a pass takes.
+      batch_size: Examples a batch.
     """
 
     def __init__(
@@ -27,12 +32,18 @@ class Stream:
         seed: int,
     ):
         self._sequences, self._labels = sequences, labels
-        self._lengths, self._batch_size, self._seed = lengths, batch_size, seed
+        self._lengths, self.batch_size, self._seed = lengths, batch_size, seed
         self.steps_per_epoch = len(plan(sequences, lengths, batch_size))
-        self._epoch, self._plan = -1, list[Planned]()
+        self._plan = lru_cache(maxsize=2)(self._pass)  # threads that read ahead may be in two passes at once
 
     def __getitem__(self, step: int) -> Batch:
-        return assemble(self._planned(step), self._sequences, self._labels, self._batch_size)
+        return self.rows(step, slice(None))
+
+    def rows(self, step: int, rows: slice) -> Batch:
+        """Some rows of the batch of a step, as `stream[step]` has them."""
+        planned = self._planned(step)
+        count = len(range(self.batch_size)[rows])
+        return assemble(planned._replace(indices=planned.indices[rows]), self._sequences, self._labels, count)
 
     def examples(self, step: int) -> int:
         """How many examples the batch of a step holds."""
@@ -40,7 +51,8 @@ class Stream:
 
     def _planned(self, step: int) -> Planned:
         epoch, index = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            rng = np.random.default_rng([self._seed, epoch])
-            self._epoch, self._plan = epoch, plan(self._sequences, self._lengths, self._batch_size, rng)
-        return self._plan[index]
+        return self._plan(epoch)[index]
+
+    def _pass(self, epoch: int) -> list[Planned]:
+        rng = np.random.default_rng([self._seed, epoch])
+        return plan(self._sequences, self._lengths, self.batch_size, rng)

@@ -1,5 +1,6 @@
 """The training step of a config: the very same for arrays on a mesh, and for shapes on devices that are not here."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,8 +76,8 @@ class Program:
 
     def state(self) -> lora.TrainState:
         """The shapes of a state, with their shardings."""
-        make = lambda key, base, delta: lora.TrainState.create(base, delta, self.tx, key)  # noqa: E731
-        state = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)), self.base, self.delta)
+        create = functools.partial(lora.TrainState.create, tx=self.tx)
+        state = jax.eval_shape(create, self.base, self.delta, key=jax.eval_shape(lambda: jax.random.key(0)))
         return placed(state, lora.sharding.state_shardings(self.base, state, self.tx))
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -118,12 +119,13 @@ def abstract(
     options = options_of(config, platform)
     model = nnx.eval_shape(lambda: family.build(shape, options, nnx.Rngs(0)))
     apply, base = lora.nnx.functional(model)
-    base = _base(config, base, apply, meshes.of_weights(mesh, family.axes))
-    make = lambda key, base: lora.init(key, base, spec_of(config), apply, _example(config))  # noqa: E731
-    try:
-        delta = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)), base)
-    except ValueError as error:
-        raise UserError(f"targets {' '.join(config.targets)}: {error}") from None
+    with jax.set_mesh(mesh):
+        base = _base(config, base, apply, meshes.of_weights(mesh, family.axes))
+        make = lambda key, base: lora.init(key, base, spec_of(config), apply, _example(config))  # noqa: E731
+        try:
+            delta = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)), base)
+        except ValueError as error:
+            raise UserError(f"targets {' '.join(config.targets)}: {error}") from None
     delta = placed(delta, lora.delta_shardings(base, delta))
     tx = adam(config.lr, steps, warmup=config.warmup, clip=config.clip, weight_decay=config.weight_decay)
     if config.optimizer_on_host:
@@ -157,7 +159,7 @@ def rules_of(config: Config) -> dict[str, Format | None]:
     """The format of each weight that is quantised."""
     formats = {"none": None, "nf4": lora.NF4(), "int8": lora.Int8()}
     found = formats[config.quantize]
-    return {} if found is None else dict.fromkeys(LINEAR.values(), found)
+    return {} if found is None else {"|".join(LINEAR.values()): found}
 
 
 def spec_of(config: Config) -> dict[str, Any]:
@@ -209,7 +211,7 @@ def _loss(apply: Callable, config: Config) -> Callable:
 
 def _example(config: Config) -> jax.ShapeDtypeStruct:
     """Tokens that a model is traced with."""
-    return jax.ShapeDtypeStruct((1, config.length), jnp.int32)
+    return jax.ShapeDtypeStruct((config.batch.global_ // config.batch.accumulate, config.length), jnp.int32)
 
 
 def placed(tree: Any, shardings: Any) -> Any:
