@@ -1,0 +1,234 @@
+"""Packed batches: every example once, whole and by itself; the same for any number of processes and after a restart."""
+
+import doctest
+import json
+
+import numpy as np
+import pytest
+
+from experiments.errors import UserError
+from experiments.input import packing, pipeline, sources, tokenised
+from experiments.input.encoding import load_encoder
+from experiments.input.packing import Packed, best_fit
+from experiments.input.pipeline import iterate, rows_of_process
+from experiments.input.tokenised import Tokenised, tokenise
+from experiments.models import location
+from experiments.tasks.batching import NO_LABEL
+from experiments.training.stream import Stream
+
+LENGTH, BATCH = 16, 8
+
+
+def tokenised_from(examples):
+    """Examples as (tokens, targets) lists."""
+    firsts = [next((i for i in range(1, len(t)) if t[i]), len(t)) for _, t in examples]
+    return Tokenised(
+        np.concatenate([np.array(tokens, np.uint16) for tokens, _ in examples]),
+        np.concatenate([np.array(targets, bool) for _, targets in examples]),
+        np.array([len(tokens) for tokens, _ in examples], np.int32),
+        np.array(firsts, np.int32),
+        "digest",
+    )
+
+
+@pytest.fixture(scope="module")
+def data():
+    """100 examples of 2 to 15 tokens; the numbers of tokens say which example they are of."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(2, 16, 100)
+    return tokenised_from(
+        [
+            ([100 * (i + 1) + j for j in range(n)], [j >= rng.integers(1, n) for j in range(n)])
+            for i, n in enumerate(sizes)
+        ]
+    )
+
+
+def examples_of(batch):
+    """(tokens, labels) of each segment of a batch, as it stands in its row."""
+    for row in range(len(batch["tokens"])):
+        segments = batch["segments"][row]
+        for segment in range(1, segments.max() + 1):
+            (places,) = np.nonzero(segments == segment)
+            assert places.tolist() == list(range(places[0], places[-1] + 1))
+            assert batch["positions"][row, places].tolist() == list(range(len(places)))
+            yield batch["tokens"][row, places].tolist(), batch["labels"][row, places].tolist()
+        padding = segments == 0
+        assert not np.any(np.diff(padding.astype(int)) < 0)
+        assert (batch["labels"][row, padding] == NO_LABEL).all() and not batch["tokens"][row, padding].any()
+
+
+def expected_of(data, i, length=LENGTH):
+    begin = int(data.lengths[:i].sum())
+    tokens = data.tokens[begin : begin + data.lengths[i]].astype(int)
+    labels = np.where(data.targets[begin : begin + data.lengths[i]], tokens, NO_LABEL)
+    return tokens[:-1][:length].tolist(), labels[1:][:length].tolist()
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_every_example_stands_once_in_a_pass(data, seed, pack):
+    packed = Packed(data, length=LENGTH, batch_size=BATCH, seed=seed, pack=pack)
+    orders = []
+    for epoch in range(2):
+        steps = [epoch * packed.steps_per_epoch + step for step in range(packed.steps_per_epoch)]
+        found = [list(examples_of(packed[step])) for step in steps]
+        assert [packed.examples(step) for step in steps] == [len(one) for one in found]
+        orders.append([tokens[0] // 100 - 1 for one in found for tokens, _ in one])
+        assert sorted(orders[-1]) == list(range(100))
+        for one in found:
+            for tokens, labels in one:
+                assert (tokens, labels) == expected_of(data, tokens[0] // 100 - 1)
+    assert (orders[0] == orders[1]) == (seed is None)
+    if not pack:
+        assert packed.steps_per_epoch == 13 and (orders[0] == list(range(100))) == (seed is None)
+        assert not packed[12]["segments"][4:].any()  # 100 rows: the last batch is filled up
+    assert packed.fill == pytest.approx(
+        (data.lengths - 1).sum() / (LENGTH * (100 if not pack else packed._rows.starts.size - 1))
+    )
+    assert {name: (x.dtype, x.shape) for name, x in packed[0].items()} == dict.fromkeys(
+        ("tokens", "segments", "positions", "labels"), (np.int32, (BATCH, LENGTH))
+    )
+
+
+def test_packing_is_close_to_full():
+    sizes = np.random.default_rng(0).integers(1, 200, 4000)
+    rows = best_fit(sizes, 512)
+    assert np.bincount(rows, sizes).max() <= 512
+    assert sizes.sum() / (512 * (rows.max() + 1)) > 0.99
+
+
+def test_long_examples_are_cut_and_those_with_nothing_to_learn_left_out():
+    long = [*range(200, 230)]
+    data = tokenised_from(
+        [
+            (long, [i >= 10 for i in range(30)]),
+            (long, [i == LENGTH for i in range(30)]),  # the last place predicts it
+            (long, [i > LENGTH for i in range(30)]),
+            ([7, 8], [True, False]),  # nothing predicts the first token
+            ([7, 8], [False, True]),
+        ]
+    )
+    packed = Packed(data, length=LENGTH, batch_size=2, seed=None)
+    assert (packed.cut, packed.left_out) == (2, 2)
+    found = [example for step in range(packed.steps_per_epoch) for example in examples_of(packed[step])]
+    assert found == [expected_of(data, i) for i in (0, 1, 4)]
+    with pytest.raises(UserError, match="none of 5 examples has anything to learn within 0 tokens"):
+        Packed(data, length=0, batch_size=2, seed=None)
+
+
+@pytest.mark.parametrize("kind", ["packed", "stream"])
+def test_a_batch_does_not_depend_on_processes_or_restarts(data, kind):
+    if kind == "packed":
+        source = Packed(data, length=LENGTH, batch_size=BATCH, seed=1)
+    else:
+        sequences = [np.arange(n, dtype=np.int32) for n in data.lengths]
+        source = Stream(sequences, sequences, (8, 16), BATCH, 1)
+    steps = 4 * source.steps_per_epoch
+    whole = list(iterate(source, steps))
+    assert len(whole) == steps
+
+    def step(iterators):
+        parts = [next(iterator) for iterator in iterators]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def processes(count, **kwargs):
+        return [iterate(source, steps, rows=rows_of_process(BATCH, i, count), **kwargs) for i in range(count)]
+
+    done, iterators = 0, processes(2)
+    for count in (4, 1, 8, 2):  # some steps with so many processes, then the run is cut off
+        for _ in range(4):
+            np.testing.assert_equal(step(iterators), whole[done])
+            done += 1
+        states = {json.dumps(iterator.get_state()) for iterator in iterators}
+        assert states == {json.dumps({"next_index": done})}
+        for iterator in iterators:
+            iterator.close()
+        iterators = processes(count, start=0)
+        for iterator in iterators:
+            next(iterator)
+            iterator.set_state(json.loads(next(iter(states))))
+    assert done > source.steps_per_epoch
+    for iterator in processes(2, start=steps):
+        assert next(iterator, None) is None
+
+
+def test_rows_of_a_process():
+    assert rows_of_process(8, 1, 4) == slice(2, 4)
+    for rows, can in ((10, "8 or 12"), (3, "4")):
+        with pytest.raises(UserError, match=f"a batch of {rows} rows has no equal parts for 4 processes: {can} has"):
+            rows_of_process(rows, 0, 4)
+
+
+@pytest.fixture(scope="module")
+def few():
+    return sources.first(sources.read("debian_sections", "validation"), 50)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return load_encoder(location.find("tiny-llama"), 1)
+
+
+def test_tokens_are_written_once(tmp_path, few, encoder, monkeypatch):
+    monkeypatch.setattr(tokenised, "_CHUNK", 7)
+    lines = []
+    data = tokenise(few, encoder, tmp_path, report=lines.append)
+    (place,) = tmp_path.iterdir()
+    assert lines == [f"tokenising 50 records into {place}"]
+    expected = encoder.encode([few[i] for i in range(50)], [""] * 50)
+    np.testing.assert_array_equal(data.tokens, np.concatenate([one.tokens for one in expected]))
+    np.testing.assert_array_equal(data.targets, np.concatenate([one.targets for one in expected]))
+    assert data.lengths.tolist() == [len(one.tokens) for one in expected]
+    assert data.firsts.tolist() == [int(np.argmax(one.targets)) for one in expected]
+    assert data.tokens.dtype == np.uint16
+    again = tokenise(few, encoder, tmp_path, process_index=1, report=lines.append)
+    np.testing.assert_array_equal(again.tokens, data.tokens)
+    assert len(lines) == 1
+    (place / "tokens.bin").write_bytes(b"xy")  # damaged: made again
+    assert len(tokenise(few, encoder, tmp_path).tokens) == len(data.tokens)
+    assert tokenise(sources.first(few, 9), encoder, tmp_path).digest != data.digest
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_processes_that_tokenise_at_once_agree(tmp_path, few, encoder, monkeypatch):
+    write = tokenised._write
+
+    def overtaken(place, *args):
+        write(place, *args)
+        if place.name.endswith("-1"):
+            tokenise(few, encoder, tmp_path, process_index=0)
+
+    monkeypatch.setattr(tokenised, "_write", overtaken)
+    data = tokenise(few, encoder, tmp_path, process_index=1)
+    assert len(data) == 50 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path, encoder):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    with pytest.raises(UserError, match=r"x.jsonl, line 2: found prompt, expected"):
+        tokenise(sources.read(str(path), "train"), encoder, tmp_path / "tokens")
+    assert not list((tmp_path / "tokens").iterdir())
+    with pytest.raises(UserError, match=r"x.jsonl: tokens cannot be written there"):
+        tokenise(sources.first(sources.read(str(path), "train"), 1), encoder, path)
+
+
+def test_from_records_to_batches(tmp_path, few, encoder):
+    lines = []
+    packed = pipeline.batches(few, encoder, tmp_path, length=24, global_batch=4, seed=0, report=lines.append)
+    assert lines[-1] == (
+        f"50 examples, {packed.cut} cut to 24 tokens; {packed.steps_per_epoch} batches of 4 rows a pass, "
+        f"{packed.fill:.1%} full"
+    )
+    first = next(iterate(packed, packed.steps_per_epoch))
+    tokens, labels = next(examples_of(first))
+    begin = sum(label == NO_LABEL for label in labels)
+    assert encoder.tokenizer.decode(tokens[: begin + 1]).endswith(":")
+    assert encoder.tokenizer.decode(labels[begin:]).startswith(" ")
+
+
+@pytest.mark.parametrize("module", [packing, pipeline])
+def test_examples_in_docstrings(module):
+    results = doctest.testmod(module, extraglobs={"np": np})
+    assert results.attempted and not results.failed
