@@ -89,7 +89,7 @@ class Weight:
         words = _placeholders(self.path) | {k: v for k, v in _placeholders(self.name).items() if v}
         for name in (self.in_model or self.name, *self.tied):
             labels = list(_placeholders(name))
-            for texts in itertools.product(*(words[label] or ("0",) for label in labels)):
+            for texts in itertools.product(*(words.get(label) or ("0",) for label in labels)):
                 given = dict(zip(labels, texts))
                 yield _PLACEHOLDER.sub(lambda found: given[found[1]], name)  # noqa: B023
 

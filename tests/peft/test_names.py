@@ -18,6 +18,7 @@ PLACES = {
     "stacked and fused": Weight("h/{layer}/w", "h.{layer}.{part=k|v}.w", "in (part out) -> out in").bind(
         "h/w", (2, 4, 6)
     ),
+    "experts": Weight("h/{layer}/w", "h.{layer}.{expert}.w", "expert in out -> out in").bind("h/w", (2, 3, 4, 6)),
 }
 
 
@@ -85,3 +86,9 @@ def test_the_first_row_that_matches_counts():
     assert list(names.find("h/0/w", (2,)).tensors) == ["by.0"]
     assert list(names.find("h/w", (2, 3)).tensors) == ["by.0", "by.1"]
     assert names.place("h/0/v", (2,)) is None
+
+
+def test_names_of_the_parts_of_one_leaf():
+    row = Weight("h/{layer}/w", "h.{layer}.{expert}.{part=k|v}.w", "expert in (part out) -> out in")
+    assert list(row.examples()) == ["h.0.0.k.w", "h.0.0.v.w"]
+    assert row.declares("h.1.7.v.w") and not row.declares("h.1.v.w")
