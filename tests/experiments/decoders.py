@@ -9,21 +9,23 @@ import numpy as np
 
 import lora_jax as lora
 from experiments import generation
-from experiments.models import gpt2, llama
+from experiments.models import gpt2, llama, mixtral
 from experiments.models.options import DEFAULT
 
 FIXTURES = Path(__file__).parent / "fixtures" / "models"
 LLAMAS = ("llama", "llama_biases", "mistral", "qwen2", "qwen3")
-ALL = ("gpt2", *LLAMAS)
+ALL = ("gpt2", "mixtral", *LLAMAS)
 
 
 def architecture(name):
-    return gpt2 if name == "gpt2" else llama
+    return {"gpt2": gpt2, "mixtral": mixtral}.get(name, llama)
 
 
 def names(name):
     """The names of the weights, and the content of config.json."""
     config = json.loads((FIXTURES / name / "config.json").read_text())
+    if name == "mixtral":
+        return mixtral.names(mixtral.MixtralConfig.from_json(config)), config
     return gpt2.NAMES if name == "gpt2" else llama.names(llama.LlamaConfig.from_json(config)), config
 
 

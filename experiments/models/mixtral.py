@@ -1,0 +1,153 @@
+"""Mixtral in Flax NNX: a model of the Llama family whose feed-forward layers are sparse mixtures of experts.
+
+Attention, positions, the cache and how the model is called are those of :mod:`experiments.models.llama`.
+
+References:
+  Jiang et al., `Mixtral of Experts <https://arxiv.org/abs/2401.04088>`_, 2024
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from experiments.errors import UserError
+from experiments.models import checkpoint, llama, stack
+from experiments.models.experts import SparseFeedForward
+from experiments.models.options import DEFAULT, Options
+from lora_jax.peft import LINEAR, Names, Weight
+from lora_jax.quantize import Format
+
+# What transformers takes for a field that a config.json leaves out, where that is not what it takes for Mistral's.
+_ABSENT = {"sliding_window": None, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
+
+
+@dataclass(frozen=True)
+class MixtralConfig(llama.LlamaConfig):
+    """The shape of a Mixtral; names are those of Hugging Face's `config.json`."""
+
+    num_local_experts: int = 8
+    num_experts_per_tok: int = 2
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> "MixtralConfig":
+        """The shape that a `config.json` describes.
+
+        Raises:
+          UserError: It lacks a field or describes something that this model does not compute.
+        """
+        for name, value in {"model_type": "mixtral", "router_jitter_noise": 0}.items():
+            if (given := config.get(name)) is not None and given != value:
+                raise UserError(f"config.json: {name} is {given!r}, supported is {value!r}")
+        shape = super().from_json(_ABSENT | dict(config) | {"model_type": "mistral"})
+        assert isinstance(shape, MixtralConfig)
+        if not 1 <= shape.num_experts_per_tok <= shape.num_local_experts:
+            raise UserError(
+                f"config.json: num_experts_per_tok is {shape.num_experts_per_tok}, expected 1 to "
+                f"num_local_experts {shape.num_local_experts}"
+            )
+        return shape
+
+
+class Layer(llama.Layer):
+    """Attention, then a mixture of experts; each is given its normalised input and adds to it."""
+
+    def __init__(self, config: MixtralConfig, options: Options, *, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.attention_norm = llama.RMSNorm(width, config, rngs=rngs)
+        self.attention = llama.Attention(config, options, rngs=rngs)
+        self.feed_forward_norm = llama.RMSNorm(width, config, rngs=rngs)
+        hidden, experts, chosen = config.intermediate_size, config.num_local_experts, config.num_experts_per_tok
+        sparse = SparseFeedForward(width, hidden, experts, chosen, options, rngs=rngs)
+        self.feed_forward = sparse  # pyrefly: ignore[bad-assignment]
+
+
+class Mixtral(llama.Llama):
+    """Embedding, layers and a head, which may be the embedding once more.
+
+    Args:
+      config: The shape.
+      options: How to compute.
+      rngs: Keys of the random initial weights.
+    """
+
+    def __init__(self, config: MixtralConfig, options: Options = DEFAULT, *, rngs: nnx.Rngs):
+        self.config: llama.LlamaConfig = config
+        self.options, self.longest = options, config.rope.longest
+        self.token = nnx.Embed(config.vocab_size, config.hidden_size, dtype=options.dtype, rngs=rngs)
+        self.layers = stack.build(
+            lambda rngs: Layer(config, options, rngs=rngs), config.num_hidden_layers, options, rngs
+        )
+        self.norm = llama.RMSNorm(config.hidden_size, config, rngs=rngs)
+        if not config.tie_word_embeddings:
+            self.output = nnx.Linear(
+                config.hidden_size, config.vocab_size, use_bias=False, dtype=options.dtype, rngs=rngs
+            )
+
+
+AXES = (
+    (r"feed_forward/router/kernel$", ("embed", None)),
+    (r"feed_forward/(gate|up)/kernel$", ("experts", "embed", "hidden")),
+    (r"feed_forward/down/kernel$", ("experts", "hidden", "embed")),
+    *((pattern, names) for pattern, names in llama.AXES if "feed_forward" not in pattern),
+)
+"""What the axes of a weight are, for :func:`experiments.training.mesh.of_weights`."""
+
+_FEED_FORWARD, _HF_MIXTURE = "layers/{layer}/feed_forward", "model.layers.{layer}.block_sparse_moe"
+_EXPERTS = "expert in out -> out in"
+_SPARSE = (
+    Weight(
+        f"{_FEED_FORWARD}/router/kernel",
+        f"{_HF_MIXTURE}.gate.weight",
+        LINEAR,
+        in_model="model.layers.{layer}.mlp.gate.weight",
+    ),
+    Weight(f"{_FEED_FORWARD}/gate/kernel", _HF_MIXTURE + ".experts.{expert}.w1.weight", _EXPERTS),
+    Weight(f"{_FEED_FORWARD}/down/kernel", _HF_MIXTURE + ".experts.{expert}.w2.weight", _EXPERTS),
+    Weight(f"{_FEED_FORWARD}/up/kernel", _HF_MIXTURE + ".experts.{expert}.w3.weight", _EXPERTS),
+)
+
+
+def names(config: MixtralConfig) -> Names:
+    """The names of a model's weights in checkpoint files, which hold a matrix for each expert."""
+    dense = llama.names(config)
+    kept = (row for row in dense.weights if "/feed_forward/" not in row.path)
+    return dataclasses.replace(dense, weights=(*kept, *_SPARSE))
+
+
+def load(
+    directory: Path,
+    options: Options = DEFAULT,
+    *,
+    dtype: Any = jnp.float32,
+    sharding: checkpoint.Sharding | None = None,
+    rules: Mapping[str, Format | None] | None = None,
+) -> Mixtral:
+    """A Mixtral with the weights of a checkpoint in Hugging Face layout.
+
+    Args:
+      directory: Holds `config.json` and safetensors.
+      options: How to compute.
+      dtype: Of the weights; None keeps what is stored.
+      sharding: See :func:`experiments.models.checkpoint.load`.
+      rules: Weights to quantise as they are read; likewise.
+
+    Raises:
+      UserError: The directory's config or weights are missing, damaged or of another architecture.
+    """
+    config = MixtralConfig.from_json(checkpoint.read_config(directory))
+    return checkpoint.load(
+        lambda rngs: Mixtral(config, options, rngs=rngs),
+        names(config),
+        directory,
+        dtype=dtype,
+        sharding=sharding,
+        unused=llama.UNUSED,
+        rules=rules,
+        example=(jax.ShapeDtypeStruct((1, 8), jnp.int32),),
+    )
