@@ -10,7 +10,6 @@ from typing import Protocol
 
 import grain
 
-from experiments.errors import UserError
 from experiments.input.encoding import Encoder
 from experiments.input.packing import Packed
 from experiments.input.sources import Records
@@ -73,27 +72,13 @@ def batches(
     return packed
 
 
-def rows_of_process(global_batch: int, process_index: int, process_count: int) -> slice:
-    """The rows of a process where all have equal parts of a batch, in turn.
-
-    Raises:
-      UserError: The batch has no equal parts.
-    """
-    share, rest = divmod(global_batch, process_count)
-    if rest or not share:
-        nearest = {share * process_count, (share + 1) * process_count} - {0}
-        can = " or ".join(map(str, sorted(nearest)))
-        raise UserError(f"a batch of {global_batch} rows has no equal parts for {process_count} processes: {can} has")
-    return slice(process_index * share, (process_index + 1) * share)
-
-
 def iterate(source: Batches, steps: int, *, rows: slice = slice(None), start: int = 0) -> grain.DatasetIterator[Batch]:
     """Batches in turn, made ahead of time by threads.
 
     Args:
       source: Where they are from.
       steps: Where the iterator ends: `epochs * source.steps_per_epoch`.
-      rows: Those of this process.
+      rows: Those of this process, :func:`experiments.training.mesh.rows`.
       start: The first step, of a run that resumes.
 
     Returns:
@@ -105,7 +90,7 @@ def iterate(source: Batches, steps: int, *, rows: slice = slice(None), start: in
       ...     batch_size, steps_per_epoch = 4, 2
       ...     def rows(self, step, rows):
       ...         return {"tokens": 10 * step + np.arange(4)[rows]}
-      >>> batches = iterate(Numbers(), 4, rows=rows_of_process(4, 1, 2), start=3)
+      >>> batches = iterate(Numbers(), 4, rows=slice(2, 4), start=3)
       >>> [batch["tokens"].tolist() for batch in batches]
       [[32, 33]]
     """
