@@ -34,6 +34,10 @@ class Batches(Protocol):
         """Some rows of the batch of a step."""
         ...
 
+    def examples(self, step: int, /) -> int:
+        """How many examples the whole batch of a step holds."""
+        ...
+
 
 def batches(
     records: Records,

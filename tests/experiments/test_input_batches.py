@@ -12,7 +12,8 @@ from experiments.input.encoding import load_encoder
 from experiments.input.packing import Packed, best_fit
 from experiments.input.pipeline import iterate
 from experiments.input.tokenised import Tokenised, tokenise
-from experiments.models import location
+from experiments.models import llama, location
+from experiments.models.options import Options
 from experiments.tasks.batching import NO_LABEL
 from experiments.training.stream import Stream
 
@@ -220,6 +221,24 @@ def test_from_records_to_batches(tmp_path, few, encoder):
     begin = sum(label == NO_LABEL for label in labels)
     assert encoder.tokenizer.decode(tokens[: begin + 1]).endswith(":")
     assert encoder.tokenizer.decode(labels[begin:]).startswith(" ")
+
+
+def test_examples_that_share_a_row_have_the_losses_they_have_alone(tmp_path, few, encoder):
+    model = llama.load(location.find("tiny-llama"), Options(scan=True, loss_chunk=64))
+    records = sources.first(few, 12)
+    found = []
+    for pack in (True, False):
+        packed = pipeline.batches(records, encoder, tmp_path, length=96, global_batch=12, seed=None, pack=pack)
+        batch = packed[0]
+        losses = model(batch["tokens"], batch["segments"], batch["positions"], labels_BL=batch["labels"])
+        losses = np.asarray(losses) * (batch["labels"] != NO_LABEL)
+        parts = [(row, number) for row in range(12) for number in range(1, batch["segments"][row].max() + 1)]
+        places = [(row, batch["segments"][row] == number) for row, number in parts]
+        found.append({tuple(batch["tokens"][place].tolist()): losses[place].tolist() for place in places})
+        assert packed.steps_per_epoch == 1 and (packed.fill > 0.8) == pack
+    assert len(found[0]) == 12 and found[0].keys() == found[1].keys()
+    for tokens, losses in found[0].items():
+        np.testing.assert_allclose(losses, found[1][tokens], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("module", [packing, pipeline])
