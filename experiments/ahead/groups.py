@@ -1,0 +1,87 @@
+"""Which devices exchange data with each other, in the forms in which XLA writes it."""
+
+import math
+import re
+
+import numpy as np
+
+_LIST = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(
+    r"replica_groups=mesh\[(?P<axes>[^\]]*)\](?:, device_ids=\((?P<ids>[^)]*(?:\([\d,]*\))?)\))? \{(?P<over>[^}]*)\}"
+)
+_DEVICES = re.compile(r"^\[([\d,]+)\](?:T\(([\d,]+)\))?$")
+_OVER = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
+_PAIR = re.compile(r"\{(\d+),(\d+)\}")
+
+
+def replica_groups(attributes: str, devices: int) -> np.ndarray:
+    """The groups of a collective.
+
+    Args:
+      attributes: Of the instruction, with `replica_groups=` as a list (`{{0,1},{2,3}}`), as a numbering
+        (`[2,4]<=[4,2]T(1,0)`), or as axes of a mesh (`mesh['x'=2,'y'=4] {'y'}`).
+      devices: How many there are; all are one group where the list is empty.
+
+    Returns:
+      `int[groups, members]` of the numbers of devices.
+
+    Raises:
+      ValueError: There are no groups in a known form.
+
+    Example:
+      >>> replica_groups("replica_groups=[2,2]<=[2,2]T(1,0)", 4).tolist()
+      [[0, 2], [1, 3]]
+    """
+    if found := _IOTA.search(attributes):
+        return _iota(found[2], found[3]).reshape(_numbers(found[1]))
+    if found := _MESH.search(attributes):
+        return _over_axes(found)
+    if found := _LIST.search(attributes):
+        groups = [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", found[1])]
+        return np.array(groups) if groups else np.arange(devices)[None]
+    raise ValueError(f"replica_groups are in no known form: {attributes[:200]!r}.")
+
+
+def pairs(attributes: str) -> np.ndarray:
+    """Senders and receivers of a collective-permute: `int[pairs, 2]`.
+
+    Raises:
+      ValueError: There are none.
+    """
+    found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
+    if found is None:
+        raise ValueError(f"No source_target_pairs: {attributes[:200]!r}.")
+    return np.array(_PAIR.findall(found[1]), int).reshape(-1, 2)
+
+
+def _over_axes(found: re.Match) -> np.ndarray:
+    axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found["axes"])}
+    if found["ids"] is None:
+        devices = np.arange(math.prod(axes.values()))
+    else:
+        numbering = _DEVICES.match(found["ids"])
+        if numbering is None:
+            raise ValueError(f"device_ids are in no known form: {found['ids']!r}.")
+        devices = _iota(numbering[1], numbering[2])
+    over = {name: (int(before or 1), int(size or axes[name])) for name, before, size in _OVER.findall(found["over"])}
+    # An axis of which a part is meant, `'x':(2)4`, is split in what is before that part, the part, and what is after.
+    sizes, group, rest = [], [], []
+    for name, size in axes.items():
+        before, part = over.get(name, (size, 1))
+        rest += [len(sizes), len(sizes) + 2]
+        group.append(len(sizes) + 1)
+        sizes += [before, part, size // (before * part)]
+    shaped = devices.reshape(sizes).transpose(rest + group)
+    return shaped.reshape(-1, math.prod(sizes[axis] for axis in group))
+
+
+def _iota(sizes: str, order: str | None) -> np.ndarray:
+    """Numbers from 0 in the order of a transposed array."""
+    shape = _numbers(sizes)
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    return (numbers.transpose(_numbers(order)) if order else numbers).reshape(-1)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
