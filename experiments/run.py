@@ -5,15 +5,20 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from types import ModuleType
 
+import jax
 import tyro
 
 from experiments import configs
-from experiments.errors import UserError
+from experiments.errors import Preempted, UserError
+from experiments.training import processes
 
 _PROGRAM = "python -m experiments.run"
-_INTERRUPTED = 130  # as the shell says it
+_LOST, _PREEMPTED, _INTERRUPTED = 1, 75, 130  # 75 is what sysexits.h calls EX_TEMPFAIL; 130 is as the shell says it
+_CACHE = Path("~/.cache/lora_jax/compiled")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -23,28 +28,47 @@ def main(args: Sequence[str] | None = None) -> int:
       args: In place of `sys.argv[1:]`.
 
     Returns:
-      The exit status: 0, 2 for what the user can put right, 130 when interrupted.
+      The exit status: 0, 2 for what the user can put right, 75 when told to end (SIGTERM), 130 when interrupted, 1
+      where another process of the run has ended.
     """
     name, *flags = list(sys.argv[1:] if args is None else args) or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
         return 0
+    status, joined = 0, False
     try:
         module = find_config(name)
         config = tyro.cli(type(module.DEFAULTS), default=module.DEFAULTS, prog=f"{_PROGRAM} {name}", args=flags)
-        importlib.import_module(module.STUDY).run(config)
+        keep_compiled()
+        joined = getattr(config, "distributed", False)
+        with processes.joined() if joined else nullcontext():
+            importlib.import_module(module.STUDY).run(config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        status = _told(2, f"error: {error}")
     except OSError as error:  # a full disk, a directory that may not be written
-        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
-        return 2
+        status = _told(2, f"error: {error.filename or 'input or output'}: {error.strerror or error}")
     except SystemExit as stop:  # tyro's: --help, or flags that do not parse
         return stop.code if isinstance(stop.code, int) else 2
+    except Preempted as error:
+        status = _told(_PREEMPTED, f"preempted {error}: saved, the same command resumes")
+    except processes.LostProcess as error:
+        status = _told(_LOST, f"error: {error}; start all of them again, the run resumes")
     except KeyboardInterrupt:
-        print("interrupted: the same command resumes", file=sys.stderr)
-        return _INTERRUPTED
-    return 0
+        status = _told(_INTERRUPTED, "interrupted: the same command resumes")
+    if joined and status:
+        processes.end(status)
+    return status
+
+
+def keep_compiled() -> None:
+    """Compiled programs outlive the process: in the directory that JAX is told, or in the user's cache."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(_CACHE.expanduser()))
+
+
+def _told(status: int, line: str) -> int:
+    print(line, file=sys.stderr)
+    return status
 
 
 def usage() -> str:

@@ -35,6 +35,9 @@ SAME = "same_as"
 def save(directory: str | os.PathLike, delta: Delta, *, base: Any = None) -> None:
     """Writes an adapter directory. It appears complete or not at all.
 
+    Where several processes run together, the one that calls this writes alone; arrays that span processes are to be
+    gathered before.
+
     Args:
       directory: Where to; parents are made. An adapter directory that is there already is replaced, any
         other non-empty directory is refused.
@@ -43,7 +46,7 @@ def save(directory: str | os.PathLike, delta: Delta, *, base: Any = None) -> Non
         stored, so that :func:`load` can tell another base of the same shapes.
 
     Raises:
-      ValueError: The delta is empty, or holds something that is no adapter or no array.
+      ValueError: The delta is empty, or holds something that is no adapter, no array or out of this process's reach.
       FileExistsError: `directory` holds something else.
 
     Example:
@@ -57,7 +60,7 @@ def save(directory: str | os.PathLike, delta: Delta, *, base: Any = None) -> Non
     """
     manifest, arrays = _described(delta, base)
     with replaced(directory, MANIFEST, what="adapter directory") as fresh:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             checkpointer.save(fresh / ARRAYS, arrays)
             checkpointer.wait_until_finished()
         with open(fresh / MANIFEST, "w", encoding="utf-8") as file:
@@ -105,13 +108,20 @@ def load(directory: str | os.PathLike, base: Any = None) -> Delta:
     return delta
 
 
-def _described(delta: Delta, base: Any) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """Reads and writes from this process, whatever others do."""
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(process, {process}, f"adapter{process}")
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
+
+
+def _described(delta: Delta, base: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The manifest and the flat dict of arrays."""
     if not isinstance(delta, Mapping) or not delta:
         raise ValueError("There is nothing to save: a delta is a dict with at least one adapter.")
     weights = None if base is None else paths.flatten(base).as_dict()
     adapters: dict[str, Any] = {}
-    arrays: dict[str, jax.Array] = {}
+    arrays: dict[str, np.ndarray] = {}
     known: dict[tuple, str] = {}  # a frozen matrix that several adapters hold (VeRA's pair) is written once
     for path, node in delta.items():
         if not is_adapter(node):
@@ -122,13 +132,15 @@ def _described(delta: Delta, base: Any) -> tuple[dict[str, Any], dict[str, jax.A
             if "static" in field.metadata:
                 structure[field.name] = value
             elif isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.core.Tracer):
+                if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
+                    raise ValueError(f"delta[{path!r}].{field.name} lies on several processes: gather it first.")
                 name = f"{path}:{field.name}"
                 leaves[field.name] = {"shape": list(value.shape), "dtype": value.dtype.name}
                 own = name
                 if not field.metadata["trained"] and value.ndim > 1:
                     own = known.setdefault((value.shape, value.dtype, _digest(value)), name)
                 if own == name:
-                    arrays[name] = jnp.asarray(value)
+                    arrays[name] = np.asarray(value)
                 else:
                     leaves[field.name][SAME] = own
             else:
@@ -229,11 +241,11 @@ def _check_fit(directory: pathlib.Path, manifest: dict[str, Any], base: Any) -> 
 def _restored(directory: pathlib.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """The arrays, after a comparison of what is stored with what the manifest says."""
     folder = directory / ARRAYS
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = {
         name: jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=device) for name, struct in wanted.items()
     }
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         try:
             stored = dict(checkpointer.metadata(folder).item_metadata.items())
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:

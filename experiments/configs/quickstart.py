@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from tyro.constructors import PrimitiveConstructorSpec
 
 from experiments import settings
+from experiments.training.runtime import Runtime
 
 STUDY = "experiments.studies.quickstart"
 METHODS = ("head", "lora", "qlora", "qdora", "all-linear", "full")
@@ -41,7 +42,7 @@ Methods = Annotated[
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Runtime):
     """Debian packages to archive sections with all-MiniLM-L6-v2, adapted by LoRA.
 
     Test accuracy, mean of three seeds: 69.5 % for the head alone, 73.5 % with LoRA on query and value (72.4 % after
@@ -125,6 +126,7 @@ class Config:
     """Training steps between checkpoints."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         settings.positive(self, "seeds", "epochs", "batch_size", "rank", "checkpoint_every", "clip", "alpha")
         settings.positive(self, "train_examples", "validation_examples", "test_examples")
         settings.not_negative(self, "lora_lr", "all_linear_lr", "full_lr")

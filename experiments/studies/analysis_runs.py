@@ -14,9 +14,11 @@ from experiments.reports.results import read_json, write_json
 from experiments.studies.head import Start
 from experiments.studies.methods import Method, loss_function
 from experiments.studies.problem import accuracy, answers
-from experiments.training.loop import train
+from experiments.training import loop
+from experiments.training import mesh as meshes
+from experiments.training.loop import passes
+from experiments.training.mesh import MeshSizes
 from experiments.training.progress import bar
-from experiments.training.resume import Checkpoints
 from experiments.training.stream import Stream
 
 
@@ -85,7 +87,8 @@ def _train(
     init_key, train_key = jax.random.split(jax.random.key(seed))
     delta = problem.delta(init_key, base, method.spec)
     stream = Stream(splits["train"].sequences, splits["train"].labels, problem.lengths, method.batch_size, seed)
-    tx = method.optimizer(method.epochs * stream.steps_per_epoch)
+    total, due = passes(method.epochs, stream.steps_per_epoch)
+    tx = method.optimizer(total)
     adapted = jax.jit(lora.adapt(problem.apply))
 
     def evaluate(state: lora.TrainState) -> float:
@@ -97,19 +100,18 @@ def _train(
 
         return accuracy(answers(logits, splits["validation"], problem.lengths), splits["validation"])
 
-    with (
-        Checkpoints(directory / "checkpoints", checkpoint_every) as checkpoints,
-        bar(console, f"{method.name} (seed {seed})", method.epochs * len(splits["train"])) as shown,
-    ):
-        _, history = train(
+    run = loop.Run(directory, meshes.make(MeshSizes()), {"method": repr(method), "seed": seed}, checkpoint_every)
+    with bar(console, f"{method.name} (seed {seed})", method.epochs * len(splits["train"])) as shown:
+        _, history = loop.train(
+            run,
             lora.train_step(loss_function(problem.apply, method.label_smoothing), tx),
             lora.TrainState.create(base, delta, tx, train_key),
             stream,
-            method.epochs,
+            total,
+            due=due,
             score=start.result.validation_accuracy,
             evaluate=evaluate,
             shown="{:.1%}".format,
-            checkpoints=checkpoints,
             bar=shown,
         )
     write_json(directory / "history.json", asdict(history))

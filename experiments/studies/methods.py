@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,13 +12,15 @@ import optax
 from rich.console import Console
 
 import lora_jax as lora
+from experiments.models import bert
 from experiments.reports.results import Result, stored_bytes
 from experiments.studies.head import Start
 from experiments.studies.problem import accuracy, answers
-from experiments.training.loop import train
+from experiments.training import mesh as meshes
+from experiments.training import processes
+from experiments.training.loop import Run, passes, train
 from experiments.training.optimizer import adam
 from experiments.training.progress import bar
-from experiments.training.resume import Checkpoints
 from experiments.training.stream import Stream
 
 
@@ -54,71 +55,77 @@ class Method:
         return adam(self.lr, steps, warmup=self.warmup, clip=self.clip)
 
 
-def run(start: Start, method: Method, seed: int, *, directory: Path, checkpoint_every: int, console: Console) -> Result:
+def run(start: Start, method: Method, seed: int, run: Run, console: Console) -> Result:
     """Trains a method, or goes on with it, or reads its result where it is finished.
 
     Args:
       start: The base with the head that training starts from.
       method: What to train.
       seed: Of the initial factors and the order of the examples.
-      directory: Of this run alone; it will hold `adapter/` and `result.json`.
-      checkpoint_every: Steps between checkpoints.
+      run: Where; its directory will hold `adapter/` and `result.json`.
       console: Where the bar is drawn.
     """
+    directory, mesh = run.directory, run.mesh
     stored = directory / "result.json"
     if stored.exists():
         return Result.load(stored)
     problem, splits = start.problem, start.problem.splits
-    base = problem.quantized(start.base, method.rules) if method.rules else start.base
+    base = meshes.place_weights(mesh, bert.AXES, start.base)
+    base = problem.quantized(base, method.rules) if method.rules else base
     init_key, train_key = jax.random.split(jax.random.key(seed))
-    delta = problem.delta(init_key, base, method.spec)
+    delta = problem.delta(init_key, base, method.spec, mesh)
     stream = Stream(splits["train"].sequences, splits["train"].labels, problem.lengths, method.batch_size, seed)
-    tx = method.optimizer(method.epochs * stream.steps_per_epoch)
+    total, due = passes(method.epochs, stream.steps_per_epoch)
+    tx = method.optimizer(total)
     state = lora.TrainState.create(base, delta, tx, train_key)
     costs = {
         "trained_parameters": sum(leaf.size for leaf in jax.tree.leaves(lora.partition(delta)[0])),
         "adam_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
     }
-    adapted = jax.jit(lora.adapt(problem.apply))
+    adapted = jax.jit(lora.adapt(problem.apply), out_shardings=meshes.whole(mesh))
+    plain = jax.jit(problem.apply, out_shardings=meshes.whole(mesh))
 
-    def logits(delta: Any, split: str) -> np.ndarray:
-        return answers(lambda *inputs: adapted(base, delta, *inputs)[0], splits[split], problem.lengths)
+    def logits(split: str, function: Callable, *params: Any) -> np.ndarray:
+        def answer(*inputs: np.ndarray) -> jax.Array:
+            return function(*params, *(meshes.divided(mesh, one) for one in inputs))[0]
 
-    with (
-        Checkpoints(directory / "checkpoints", checkpoint_every) as checkpoints,
-        bar(console, _title(method, seed), method.epochs * len(splits["train"])) as shown,
-    ):
+        return answers(answer, splits[split], problem.lengths)
+
+    with bar(console, _title(method, seed), method.epochs * len(splits["train"])) as shown:
         state, history = train(
+            run,
             lora.train_step(loss_function(problem.apply, method.label_smoothing), tx),
             state,
             stream,
-            method.epochs,
+            total,
+            due=due,
             score=start.result.validation_accuracy,
-            evaluate=lambda state: accuracy(logits(state.delta, "validation"), splits["validation"]),
+            evaluate=lambda state: accuracy(logits("validation", adapted, base, state.delta), splits["validation"]),
             shown="{:.1%}".format,
-            checkpoints=checkpoints,
             bar=shown,
         )
-    lora.save(directory / "adapter", state.delta, base=problem.base)  # the head is in the delta: any will do
-    unmerged = logits(state.delta, "test")
-    params, apply = lora.merge(base, state.delta), jax.jit(problem.apply)
-    merged = answers(lambda *inputs: apply(params, *inputs)[0], splits["test"], problem.lengths)
-    result = Result(
-        method=method.name,
-        seed=seed,
-        **costs,
-        adapter_bytes=stored_bytes(directory / "adapter"),
-        seconds=history.seconds,
-        validation_accuracy=history.evaluations[-1][1],
-        test_accuracy=accuracy(unmerged, splits["test"]),
-        merged_difference=float(np.abs(merged - unmerged).max()),
-        merged_agreement=float(np.mean(merged.argmax(-1) == unmerged.argmax(-1))),
-        losses=history.losses,
-        evaluations=history.evaluations,
-    )
-    result.save(stored)
-    shutil.rmtree(directory / "checkpoints")
-    return result
+    unmerged = logits("test", adapted, base, state.delta)
+    merged = logits("test", plain, lora.merge(base, state.delta))
+    trained = meshes.gathered(state.delta)
+    with processes.first_before_others(f"{directory}"):
+        if processes.is_first():
+            lora.save(directory / "adapter", trained, base=problem.base)  # the head is in the delta: any will do
+            result = Result(
+                method=method.name,
+                seed=seed,
+                **costs,
+                adapter_bytes=stored_bytes(directory / "adapter"),
+                seconds=history.seconds,
+                validation_accuracy=history.evaluations[-1][1],
+                test_accuracy=accuracy(unmerged, splits["test"]),
+                merged_difference=float(np.abs(merged - unmerged).max()),
+                merged_agreement=float(np.mean(merged.argmax(-1) == unmerged.argmax(-1))),
+                losses=history.losses,
+                evaluations=history.evaluations,
+            )
+            result.save(stored)
+            shutil.rmtree(run.checkpoints)
+    return Result.load(stored)
 
 
 def loss_function(apply: Callable, label_smoothing: float) -> Callable:

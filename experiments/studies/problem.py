@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import lora_jax as lora
 from experiments.errors import UserError
@@ -14,6 +15,7 @@ from experiments.models import checkpoint, classifier, location
 from experiments.studies import provenance
 from experiments.tasks import examples, text
 from experiments.tasks.batching import assemble, plan
+from experiments.training import mesh as meshes
 
 EVALUATION_BATCH = 128
 HEAD = r"^classifier/"
@@ -54,9 +56,15 @@ class Problem:
         """The base with this classifier in place of the one that starts at zero."""
         return {**self.base, "classifier": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}}
 
-    def delta(self, key: jax.Array, base: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
-        """A new delta on `base`."""
-        return lora.init(key, base, spec, self.apply, *self._shapes())
+    def delta(
+        self, key: jax.Array, base: Mapping[str, Any], spec: Mapping[str, Any], mesh: Mesh | None = None
+    ) -> dict[str, Any]:
+        """A new delta on `base`, which lies on a mesh or not."""
+
+        def make(key: jax.Array, base: Any) -> dict[str, Any]:
+            return lora.init(key, base, spec, self.apply, *self._shapes())
+
+        return make(key, base) if mesh is None else meshes.made(mesh, make, key, base)
 
     def quantized(self, base: Mapping[str, Any], rules: Mapping[str, Any]) -> Any:
         """The base with quantised weights."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.tasks.examples import Examples
+from experiments.training import processes
 from lora_jax import peft
 
 
@@ -23,8 +24,9 @@ def directory(out: Path, name: str, everything: Any, *, fresh: bool) -> Path:
     """
     mark = hashlib.sha256(json.dumps([everything, versions()], sort_keys=True).encode()).hexdigest()[:8]
     place = out / f"{name}-{mark}"
-    if fresh and place.exists():
-        shutil.rmtree(place)
+    with processes.first_before_others(f"fresh {place}"):
+        if fresh and processes.is_first() and place.exists():
+            shutil.rmtree(place)
     return place
 
 

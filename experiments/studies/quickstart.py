@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 
 import lora_jax as lora
@@ -16,6 +17,9 @@ from experiments.studies import encoder_export, head, methods, provenance
 from experiments.studies.head import Start
 from experiments.studies.methods import Method
 from experiments.studies.problem import HEAD, Problem, answers, load
+from experiments.training import mesh as meshes
+from experiments.training import processes
+from experiments.training.loop import Run
 
 _LINEAR = r"(attention|feed_forward)/.*kernel"
 _QUERY_VALUE = r"attention/(query|value)/kernel"
@@ -27,19 +31,29 @@ def run(config: Config) -> list[Result]:
     Raises:
       UserError: The model or the data are missing or malformed.
     """
-    console = Console()
+    console = processes.console()
+    meshes.check_batch(config.batch_size, config.mesh, "batch_size")
     limits = {
         "train": config.train_examples,
         "validation": config.validation_examples,
         "test": config.test_examples,
     }
     problem = load(config.model, config.data, limits, config.lengths, report=console.print)
-    start = head.run(problem, _directory(config, "head", 0, problem.digest, {}), console)
+    directory = _directory(config, "head", 0, problem.digest, {})
+    with processes.first_before_others("head"):
+        start = head.run(problem, directory, console)
     results = [start.result] if "head" in config.methods else []
-    for name in config.methods:
-        if name != "head":
-            for seed in range(config.seeds):
-                results.append(_trained(start, name, seed, config, console))
+    with meshes.entered(config.mesh) as mesh:
+        for name in config.methods:
+            if name != "head":
+                for seed in range(config.seeds):
+                    results.append(_trained(start, name, seed, config, mesh, console))
+    if processes.is_first():
+        _report(config, results, console)
+    return results
+
+
+def _report(config: Config, results: list[Result], console: Console) -> None:
     console.print()
     console.print(table(results))
     if trained := [result for result in results if result.losses]:
@@ -47,7 +61,6 @@ def run(config: Config) -> list[Result]:
     curves.draw(config.out / "curves.png", results, f"{config.model} on {config.data}")
     write_json(config.out / "run.json", _record(config, results))
     console.print(f"written to {config.out}: run.json, curves.png and an adapter a run")
-    return results
 
 
 def method(name: str, config: Config) -> Method:
@@ -75,15 +88,14 @@ def method(name: str, config: Config) -> Method:
     )
 
 
-def _trained(start: Start, name: str, seed: int, config: Config, console: Console) -> Result:
+def _trained(start: Start, name: str, seed: int, config: Config, mesh: Mesh, console: Console) -> Result:
     chosen = method(name, config)
     settings = {key: value for key, value in asdict(chosen).items() if key not in ("spec", "rules")}
     settings |= {"spec": repr(chosen.spec), "rules": repr(chosen.rules)}
     directory = _directory(config, name, seed, start.problem.digest, settings)
-    result = methods.run(
-        start, chosen, seed, directory=directory, checkpoint_every=config.checkpoint_every, console=console
-    )
-    if config.export == "peft" and name in LOW_RANK:
+    run = Run(directory, mesh, asdict(config), config.checkpoint_every, profile=config.profiled())
+    result = methods.run(start, chosen, seed, run, console)
+    if config.export == "peft" and name in LOW_RANK and processes.is_first():
         _export(start.problem, config.model, directory, console)
     return result
 

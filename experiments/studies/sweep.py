@@ -20,10 +20,11 @@ from experiments.studies import head, provenance
 from experiments.studies.head import Start
 from experiments.studies.methods import loss_function
 from experiments.studies.problem import HEAD, Problem, accuracy, answers, load
-from experiments.training.loop import train
+from experiments.training import mesh as meshes
+from experiments.training.loop import Run, passes, train
+from experiments.training.mesh import MeshSizes
 from experiments.training.optimizer import adam
 from experiments.training.progress import bar
-from experiments.training.resume import Checkpoints
 from experiments.training.stream import Stream
 
 _QUERY_VALUE = r"attention/(query|value)/kernel"
@@ -85,7 +86,7 @@ def _trained(config: Config, start: Start, directory: Path, console: Console) ->
     problem, splits = start.problem, start.problem.splits
     deltas = _deltas(config, start)
     stream = Stream(splits["train"].sequences, splits["train"].labels, problem.lengths, config.batch_size, config.seed)
-    steps = config.epochs * stream.steps_per_epoch
+    steps, due = passes(config.epochs, stream.steps_per_epoch)
 
     def tx(lr):
         return adam(lr, steps, warmup=config.warmup, clip=config.clip)
@@ -100,19 +101,18 @@ def _trained(config: Config, start: Start, directory: Path, console: Console) ->
         scores = measured[_done(states)] = accuracies(states)
         return float(np.nanmax(scores))
 
-    with (
-        Checkpoints(directory / "checkpoints", config.checkpoint_every) as checkpoints,
-        bar(console, f"{len(deltas)} adapters", config.epochs * len(splits["train"])) as shown,
-    ):
+    run = Run(directory, meshes.make(MeshSizes()), asdict(config), config.checkpoint_every)
+    with bar(console, f"{len(deltas)} adapters", config.epochs * len(splits["train"])) as shown:
         states, history = train(
+            run,
             _stopping(step),
             states,
             stream,
-            config.epochs,
+            steps,
+            due=due,
             score=start.result.validation_accuracy,
             evaluate=evaluate,
             shown="{:.1%} at best".format,
-            checkpoints=checkpoints,
             bar=shown,
         )
     if _done(states) not in measured:  # resumed behind the last step

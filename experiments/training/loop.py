@@ -1,20 +1,27 @@
 """The loop around a compiled train step: progress, evaluation, checkpoints, resuming."""
 
 import math
+import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 import lora_jax as lora
 from experiments.errors import UserError
+from experiments.input.pipeline import Batches, iterate
 from experiments.tasks.batching import Batch
+from experiments.training import mesh as meshes
+from experiments.training.checkpoints import Checkpoints
 from experiments.training.interrupt import deferred
+from experiments.training.processes import is_first
 from experiments.training.progress import Bar
-from experiments.training.resume import Checkpoints
-from experiments.training.stream import Stream
+from experiments.training.record import Record
 
 S = TypeVar("S")
 Step = Callable[[S, Batch], tuple[S, dict[str, Any]]]
@@ -38,63 +45,195 @@ class History:
         self.evaluations = [(step, score) for step, score in self.evaluations]  # JSON makes lists of pairs
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What a token costs, for the share of the devices' arithmetic that a run makes use of.
+
+    Attributes:
+      flops: Of the model, forward and backward, for a token.
+      peak: FLOP/s of all devices of the run; None where it is not known.
+    """
+
+    flops: float
+    peak: float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run takes place and what it leaves behind.
+
+    Attributes:
+      directory: Of this run alone: checkpoints, metrics.
+      mesh: Batches are divided over it.
+      config: The resolved settings, as they are written down.
+      checkpoint_every: Steps between checkpoints.
+      best: Which scores are better: "max" or "min".
+      settings: See :class:`Checkpoints`.
+      profile: Steps whose trace is written.
+      costs: None leaves the share of the arithmetic out.
+    """
+
+    directory: Path
+    mesh: Mesh
+    config: Mapping[str, Any]
+    checkpoint_every: int
+    best: Any = "max"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    profile: range = range(0)
+    costs: Costs | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+
 def train(
+    run: Run,
     step: Step[S],
     state: S,
-    stream: Stream,
-    epochs: int,
+    batches: Batches,
+    total: int,
     *,
+    due: set[int],
     score: float,
     evaluate: Callable[[S], float],
     shown: Callable[[float], str],
-    checkpoints: Checkpoints,
     bar: Bar,
 ) -> tuple[S, History]:
     """Runs or resumes a training run to its end.
 
     Args:
+      run: Where.
       step: The library's compiled train step.
-      state: What a run begins with.
-      stream: The batches by step.
-      epochs: Passes over the data.
+      state: What a run begins with, on the run's mesh.
+      batches: The batches by step.
+      total: Steps in all.
+      due: Steps after which the state is evaluated, and saved.
       score: Of the state that a run begins with, on validation.
-      evaluate: The score of a state; called after every epoch, and in the middle of a single one.
+      evaluate: The score of a state.
       shown: A score as it is printed.
-      checkpoints: Where the run resumes from and leaves its state, on an interrupt as well.
       bar: Shows how far it is.
 
     Returns:
       The last state and what was measured, as if the run had never been interrupted.
 
     Raises:
-      UserError: The loss or a gradient is not finite.
+      UserError: The loss or a gradient is not finite; a checkpoint cannot be read or written.
       KeyboardInterrupt: After a checkpoint was written.
+      Preempted: Likewise, by SIGTERM.
     """
-    total = epochs * stream.steps_per_epoch
-    due = set(np.linspace(0, total, max(epochs, 2) + 1).round().astype(int).tolist())
-    state, found = checkpoints.restore(state)
-    history = History(**found) if found else History(evaluations=[(0, score)])
-    if found:
-        bar.say(f"  resumed at step {len(history.losses)} of {total}")
-        bar.start_at(sum(map(stream.examples, range(len(history.losses)))))
-    began = time.perf_counter() - history.seconds
-    with deferred() as interrupt:
-        for done in range(len(history.losses) + 1, total + 1):
-            state, metrics = step(state, stream[done - 1])
-            _check_finite(done, metrics)
-            history.losses.append(float(metrics["loss"]))
-            if done in due:
-                history.evaluations.append((done, evaluate(state)))
-            history.seconds = time.perf_counter() - began
-            checkpoints.save(done, state, asdict(history), force=interrupt.asked)
-            if interrupt.asked:
-                raise KeyboardInterrupt
-            note = f"step {done}/{total}  loss {np.mean(history.losses[-20:]):.3f}"
-            bar.advance(stream.examples(done - 1), note)
-            if done % stream.steps_per_epoch == 0:
-                note += f", validation {shown(history.evaluations[-1][1])}"
-                bar.say(f"  epoch {done // stream.steps_per_epoch}: {note}")
+    with Checkpoints(
+        run.checkpoints, run.checkpoint_every, best=run.best, settings=run.settings, say=bar.say
+    ) as checkpoints:
+        state, found = checkpoints.restore(state)
+        history = History(**found["history"]) if found else History(evaluations=[(0, score)])
+        start = len(history.losses)
+        if found:
+            bar.say(f"  resumed at step {start} of {total}")
+            bar.start_at(sum(map(batches.examples, range(start))))
+        rows = meshes.rows(run.mesh, batches.batch_size)
+        iterator = iterate(batches, total, rows=rows, start=start)
+        if found:
+            iterator.set_state(found["input"])
+        with Record(run.directory, run.config, start) as record, deferred() as interrupt:
+            meter = _Meter(run, history, record)
+            profile = _Profile(run, total)
+            for done in range(start + 1, total + 1):
+                profile.before(done, meter)
+                batch = next(iterator)
+                state, metrics = step(state, meshes.place(run.mesh, batch, batches.batch_size))
+                meter.add(done, metrics, batch["tokens"].size * batches.batch_size // (rows.stop - rows.start))
+                stopping = interrupt.reached(done)
+                if done in due:
+                    meter.settle()
+                    history.evaluations.append((done, evaluate(state)))
+                    record.write(done, validation=history.evaluations[-1][1])
+                if done in due or stopping or done % run.checkpoint_every == 0:
+                    meter.settle()
+                    content = {"history": asdict(history), "input": iterator.get_state()}
+                    last = history.evaluations[-1][1] if done in due else None
+                    checkpoints.save(done, state, content, score=last, force=stopping)
+                    meter.go_on()
+                if stopping:
+                    raise interrupt.error(done)
+                note = f"step {done}/{total}  loss {np.mean(history.losses[-20:] or [math.nan]):.3f}"
+                bar.advance(batches.examples(done - 1), note)
+                if done % batches.steps_per_epoch == 0 and done in due:
+                    note += f", validation {shown(history.evaluations[-1][1])}"
+                    bar.say(f"  epoch {done // batches.steps_per_epoch}: {note}")
+            profile.before(total + 1, meter)
+            meter.settle()
+        iterator.close()
     return state, history
+
+
+def passes(epochs: int, steps_per_epoch: int) -> tuple[int, set[int]]:
+    """Steps in all, and those to evaluate after: every pass, and the middle of a single one."""
+    total = epochs * steps_per_epoch
+    return total, set(np.linspace(0, total, max(epochs, 2) + 1).round().astype(int).tolist()) - {0}
+
+
+class _Meter:
+    """Reads a step's metrics when the next step is under way, so that devices do not wait for the host."""
+
+    def __init__(self, run: Run, history: History, record: Record):
+        self._run, self._history, self._record = run, history, record
+        self._mark = self._began = time.perf_counter()
+        self._before = history.seconds
+        self._waiting: list[tuple[int, dict[str, Any], int]] = []
+
+    def add(self, step: int, metrics: dict[str, Any], tokens: int) -> None:
+        """Takes note of a step that has been asked for, on so many tokens, and reads the one before."""
+        self._waiting.append((step, metrics, tokens))
+        self.settle(behind=1)
+
+    def settle(self, behind: int = 0) -> None:
+        """Reads what is waiting, but for the last `behind` steps."""
+        while len(self._waiting) > behind:
+            step, metrics, tokens = self._waiting.pop(0)
+            _check_finite(step, metrics)
+            self._history.losses.append(float(metrics["loss"]))
+            now = time.perf_counter()
+            seconds, self._mark = now - self._mark, now
+            costs = self._run.costs
+            self._record.write(
+                step,
+                loss=self._history.losses[-1],
+                grad_norm=float(metrics["grad_norm"]),
+                seconds=seconds,
+                tokens_per_second=tokens / seconds,
+                mfu=costs.flops * tokens / seconds / costs.peak if costs and costs.peak else None,
+                **_memory(),
+            )
+        self._history.seconds = self._before + time.perf_counter() - self._began
+
+    def go_on(self) -> None:
+        """The time from here on is that of steps, not of what was done between them."""
+        self._mark = time.perf_counter()
+
+
+class _Profile:
+    """Writes a trace of some steps."""
+
+    def __init__(self, run: Run, total: int):
+        self._steps = run.profile[: max(total + 1 - run.profile.start, 0)] if is_first() else range(0)
+        self._directory = str(run.directory / "profile")
+
+    def before(self, step: int, meter: _Meter) -> None:
+        """Begins before the first of the steps and ends before the one behind the last."""
+        if self._steps and step in (self._steps.start, self._steps.stop):
+            meter.settle()
+            if step == self._steps.start:
+                jax.profiler.start_trace(self._directory)
+            else:
+                jax.profiler.stop_trace()
+
+
+def _memory() -> dict[str, float | None]:
+    """The most bytes that were in use: on the device where it counts them, and of the process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"device_bytes": stats.get("peak_bytes_in_use"), "host_bytes": process}
 
 
 def _check_finite(step: int, metrics: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """The mesh of devices of a run, and where weights and batches lie on it."""
 
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+import lora_jax as lora
 from experiments.errors import UserError
 from experiments.models.options import Shards
+from lora_jax import paths
 
 Axes = Sequence[tuple[str, tuple[str | None, ...]]]
 """Patterns of paths, and what the last axes of the weights there are called; a model states them once."""
@@ -89,6 +91,39 @@ def make(sizes: MeshSizes, devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh(shape, NAMES, axis_types=(AxisType.Auto,) * 3, devices=found[: sizes.count])
 
 
+@contextmanager
+def entered(sizes: MeshSizes) -> Iterator[Mesh]:
+    """The mesh of all processes' devices, set for what is traced in the `with` block.
+
+    Raises:
+      UserError: See :func:`make`.
+    """
+    mesh = make(sizes)
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def place_weights(mesh: Mesh, axes: Axes, base: Any) -> Any:
+    """Weights on the mesh; on one device as they are.
+
+    Raises:
+      UserError: See :func:`of_weights`.
+    """
+    if mesh.size == 1:
+        return base
+    sharding = of_weights(mesh, axes)
+    return paths.flatten(base).map(
+        lambda path, weight: jax.device_put(np.asarray(weight), sharding(path, weight.shape))
+    )
+
+
+def made(mesh: Mesh, make: Callable[[jax.Array, Any], Any], key: jax.Array, base: Any) -> Any:
+    """The delta that `make(key, base)` makes of a placed base, on the mesh; on one device without a compilation."""
+    if mesh.size == 1:
+        return make(key, base)
+    return jax.jit(make, out_shardings=lora.delta_shardings(base, jax.eval_shape(make, key, base)))(key, base)
+
+
 def of_weights(mesh: Mesh, axes: Axes) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     """The sharding of a weight, from its path and shape, for :func:`experiments.models.checkpoint.load`.
 
@@ -153,18 +188,31 @@ def rows(mesh: Mesh, size: int) -> slice:
     return slice(first, last)
 
 
-def place(mesh: Mesh, batch: Mapping[str, np.ndarray], size: int) -> dict[str, jax.Array]:
-    """A batch of `size` examples on the mesh, of which each process has its :func:`rows`."""
-    sharding, first = of_batches(mesh), rows(mesh, size).start
+def place(mesh: Mesh, batch: Mapping[str, np.ndarray], size: int) -> dict[str, Any]:
+    """A batch of `size` examples on the mesh, of which each process has its :func:`rows`; on one device as it is."""
+    first = rows(mesh, size).start
+    return {name: _divided(mesh, mine, size, first) for name, mine in batch.items()}
 
-    def put(mine: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(size)
-            return mine[start - first : stop - first]
 
-        return jax.make_array_from_callback((size, *mine.shape[1:]), sharding, part)
+def divided(mesh: Mesh, examples: np.ndarray) -> Any:
+    """Examples, all of which every process has, over the mesh; on one device as they are, where not divisible whole."""
+    return _divided(mesh, examples, len(examples), 0) if len(examples) % _replicas(mesh) == 0 else examples
 
-    return {name: put(mine) for name, mine in batch.items()}
+
+def _divided(mesh: Mesh, mine: np.ndarray, size: int, first: int) -> Any:
+    """An array of `size` rows on the mesh, of which this process has those from `first` on."""
+    if mesh.size == 1:
+        return mine
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        start, stop, _ = (index or (slice(None),))[0].indices(size)
+        return mine[start - first : stop - first]
+
+    return jax.make_array_from_callback((size, *mine.shape[1:]), of_batches(mesh), part)
+
+
+def _replicas(mesh: Mesh) -> int:
+    return mesh.shape[DATA] * mesh.shape[FSDP]
 
 
 def gathered(tree: Any) -> Any:
@@ -172,7 +220,8 @@ def gathered(tree: Any) -> Any:
 
     def one(leaf: jax.Array) -> np.ndarray:
         if not leaf.is_fully_addressable and not leaf.is_fully_replicated:
-            leaf = jax.jit(lambda x: x, out_shardings=whole(leaf.sharding.mesh))(leaf)
+            mesh = leaf.sharding.mesh  # pyrefly: ignore[missing-attribute]: only meshes span processes
+            leaf = jax.jit(lambda x: x, out_shardings=whole(mesh))(leaf)
         return np.asarray(leaf)
 
     return jax.tree.map(one, tree)

@@ -21,7 +21,6 @@ from experiments.models import bert, classifier
 from experiments.reports.results import Result
 from experiments.reports.table import merged_line, size, spread, table
 from experiments.studies import methods, quickstart
-from experiments.training import loop
 from tests.experiments.conftest import CONFIG
 
 pytestmark = pytest.mark.usefixtures("lenient")  # optax's Adam promotes: a float to the power of an integer
@@ -181,7 +180,7 @@ def test_finished_runs_are_not_repeated_unless_asked(settings, finished, monkeyp
         quickstart.run(dataclasses.replace(config, lora_lr=1e-4))
     with pytest.raises(pytest.fail.Exception):
         quickstart.run(dataclasses.replace(config, fresh=True))
-    assert not (runs(config, "lora-seed0")[0] / "result.json").exists()
+    assert not any((run / "result.json").exists() for run in runs(config, "lora-seed0"))
 
 
 def test_seeds_differ_and_are_summarised(finished):
@@ -197,8 +196,8 @@ def test_seeds_differ_and_are_summarised(finished):
 def test_interrupt_on_the_command_line(config, interrupt_at, capsys, monkeypatch):
     interrupt_at(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     monkeypatch.setattr("tyro.cli", lambda *args, **kwargs: config)
-    assert run.main(["quickstart"]) == 130
-    assert capsys.readouterr().err == "interrupted: the same command resumes\n"
+    assert run.main(["quickstart"]) == 75
+    assert capsys.readouterr().err == "preempted at step 2: saved, the same command resumes\n"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -207,13 +206,6 @@ def test_diverging_training_says_so(config, capsys, monkeypatch):
     monkeypatch.setattr("tyro.cli", lambda *args, **kwargs: config)
     assert run.main(["quickstart"]) == 2
     assert "try a smaller learning rate" in capsys.readouterr().err
-
-
-def test_checkpoint_that_does_not_fit(tmp_path):
-    with loop.Checkpoints(tmp_path, every=1) as checkpoints:
-        checkpoints.save(1, {"x": np.ones(3, np.float32)}, {"losses": []}, force=True)
-        with pytest.raises(ValueError, match="cannot be resumed"):
-            checkpoints.restore({"x": np.ones(4, np.float32)})
 
 
 def test_text_of_the_table():

@@ -49,10 +49,11 @@ def test_help_of_a_language_model(capsys, monkeypatch, name):
         assert field.name == "family" or "--" + field.name.replace("_", "-") in out
 
 
-@pytest.mark.parametrize("config", [quickstart.Config, language_model.Config], ids=["quickstart", "language_model"])
+@pytest.mark.parametrize("config", [quickstart.Config, language_model.Config, sft.Config])
 def test_every_field_has_a_docstring(config):
-    source = inspect.getsource(config)
-    for field in dataclasses.fields(config):
+    source = "".join(map(inspect.getsource, (config, Runtime, MeshSizes, BatchSizes)))
+    nested = [field for kind in (MeshSizes, BatchSizes) for field in dataclasses.fields(kind)]
+    for field in (*dataclasses.fields(config), *nested):
         assert f"    {field.name}: " in source
         assert source.split(f"    {field.name}: ")[1].splitlines()[1].lstrip().startswith('"""'), field.name
 

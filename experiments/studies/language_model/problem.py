@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 import lora_jax as lora
 from experiments.errors import UserError
-from experiments.models import checkpoint, gpt2, llama, location
+from experiments.models import checkpoint, families, gpt2, llama, location
 from experiments.models.options import Options
 from experiments.studies import provenance
 from experiments.studies.language_model.config import Config
@@ -21,25 +21,6 @@ from lora_jax.peft import Names
 
 Model = gpt2.Gpt2 | llama.Llama
 EVALUATION_BATCH = 64
-
-
-@dataclass(frozen=True)
-class Family:
-    """What the study needs of an architecture.
-
-    Attributes:
-      load: Reads a model from a directory.
-      names: The names of a model's weights in a checkpoint.
-    """
-
-    load: Callable[[Path, Options], Model]
-    names: Callable[[Any], Names]
-
-
-FAMILIES = {
-    "gpt2": Family(gpt2.load, lambda model: gpt2.NAMES),
-    "llama": Family(llama.load, lambda model: llama.names(model.config)),
-}
 
 
 @dataclass(frozen=True)
@@ -62,7 +43,7 @@ class Problem:
       digest: Of the model and the data: other ones, another digest.
     """
 
-    family: Family
+    family: families.Family
     options: Options
     directory: Path
     model: Model
@@ -104,7 +85,7 @@ def load(config: Config, report: Callable[[str], None]) -> Problem:
     """
     limits = {"train": config.train_examples, "validation": config.validation_examples, "test": config.test_examples}
     read = {split: examples.load(config.data, split, limit) for split, limit in limits.items()}
-    directory, family = location.find(config.model), FAMILIES[config.family]
+    directory, family = location.find(config.model), families.FAMILIES[config.family]
     options = Options(scan=True, loss_chunk=config.loss_chunk)  # one layer to compile, however many there are
     model = family.load(directory, options)
     tokenizer = text.load_tokenizer(directory)
@@ -139,7 +120,7 @@ def load(config: Config, report: Callable[[str], None]) -> Problem:
         model,
         apply,
         base,
-        family.names(model),
+        family.names(model.config),
         tokenizer,
         ends,
         tuple(f"{name}:" for name in read["train"].names),

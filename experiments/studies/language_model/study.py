@@ -100,7 +100,7 @@ def _run(problem: Problem, config: Config, directory: Path, console: Console) ->
     base_loss = {split: prepared.loss(prepared.delta, split) for split in ("validation", "test")}
     step = generation.stepper(problem.apply)
     before = samples.generate(problem, step, problem.base, config.new_tokens)
-    delta, history = training.run(prepared, config, directory / "checkpoints", base_loss["validation"], console)
+    delta, history = training.run(prepared, config, directory, base_loss["validation"], console)
     test = problem.splits["test"].labels
     frequencies = training.frequency_loss(problem.splits["train"].labels, test, problem.model.config.vocab_size)
     losses = {"base": base_loss["test"], "frequencies": frequencies, "adapted": prepared.loss(delta, "test")}

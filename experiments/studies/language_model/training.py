@@ -1,7 +1,7 @@
 """The adapter and its training run."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from experiments.errors import UserError
 from experiments.studies.language_model.config import Config
 from experiments.studies.language_model.problem import Problem
 from experiments.tasks.batching import NO_LABEL
-from experiments.training.loop import History, train
+from experiments.training import loop
+from experiments.training import mesh as meshes
+from experiments.training.loop import History
+from experiments.training.mesh import MeshSizes
 from experiments.training.optimizer import adam
 from experiments.training.progress import bar
-from experiments.training.resume import Checkpoints
 from experiments.training.stream import Stream
 
 _PATTERNS = {
@@ -102,26 +104,26 @@ def run(
     Args:
       prepared: What to train.
       config: Of the study.
-      directory: Where checkpoints are kept.
+      directory: Of the run alone.
       base_loss: Mean loss a token of the base on validation.
       console: Where the bar is drawn.
 
     Returns:
       The trained adapter and what was measured.
     """
-    with (
-        Checkpoints(directory, config.checkpoint_every) as checkpoints,
-        bar(console, config.family, config.epochs * prepared.examples) as shown,
-    ):
-        state, history = train(
+    total, due = loop.passes(config.epochs, prepared.stream.steps_per_epoch)
+    run = loop.Run(directory, meshes.make(MeshSizes()), asdict(config), config.checkpoint_every, best="min")
+    with bar(console, config.family, config.epochs * prepared.examples) as shown:
+        state, history = loop.train(
+            run,
             prepared.step,
             prepared.state,
             prepared.stream,
-            config.epochs,
+            total,
+            due=due,
             score=base_loss,
             evaluate=lambda state: prepared.loss(state.delta, "validation"),
             shown=lambda loss: f"perplexity {np.exp(loss):.1f}",
-            checkpoints=checkpoints,
             bar=shown,
         )
     return state.delta, history

@@ -1,0 +1,264 @@
+"""Checkpoints of a training run: what moves, a JSON beside it, and of the base a fingerprint only."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as managers
+
+from experiments.errors import UserError
+from experiments.training import checksum
+
+S = TypeVar("S")
+SCORE = "score"
+_NONE, _UNFIT = -1, -2  # in place of a step
+_ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="alone")
+
+
+class Checkpoints:
+    """Saves training states by step and restores the last one that is whole, on any mesh and number of processes.
+
+    The last two are kept, and the one with the best score. A state's arrays are stored in the order of its leaves, the
+    base left out; structure and everything static come from the state that the same settings build anew. A checkpoint
+    appears whole, whenever the process ends; one whose files are damaged later is told by checksums, and passed over.
+    A context manager: leaving it waits for what is being written. Every process makes the same calls.
+
+    Args:
+      directory: Made where it does not exist; one that all processes see.
+      every: Steps between checkpoints.
+      best: Which scores are better.
+      settings: What decides the numbers of a run, as JSON can hold it: a checkpoint of others is refused.
+      say: Called with a line on what is passed over.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        every: int,
+        *,
+        best: Literal["max", "min"] = "max",
+        settings: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = print,
+    ):
+        self._directory, self._say = directory.absolute(), say
+        self._settings: dict[str, Any] = json.loads(json.dumps(dict(settings or {})))  # tuples as lists
+        self._better = max if best == "max" else min
+        self._fingerprint = ""
+        kept = [
+            managers.LatestN(2),
+            managers.BestN(
+                get_metric_fn=lambda metrics: metrics[SCORE],
+                reverse=best == "min",
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            ),
+        ]
+        options = ocp.CheckpointManagerOptions(
+            save_interval_steps=every,
+            preservation_policy=managers.AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=True,
+        )
+        with self._telling("be opened"):
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is None:
+            with self._telling("be written"):
+                self._manager.close()
+            return
+        try:
+            self._manager.close()
+        except Exception as other:  # what is raised already says what went wrong first
+            self._say(f"{self._directory}: the last checkpoint may be missing ({_reason(other)})")
+
+    def save(
+        self, step: int, state: Any, content: Mapping[str, Any], *, score: float | None = None, force: bool = False
+    ) -> None:
+        """Saves in the background where `step` is due, or has a score; with `force`, always and before returning.
+
+        Args:
+          step: Steps done.
+          state: A dataclass with a `base`, which is not stored, or any tree.
+          content: Stored beside it as JSON.
+          score: By which the best checkpoint is told, at steps that are evaluated.
+          force: Whether to save and to wait for it.
+
+        Raises:
+          UserError: This checkpoint or an earlier one cannot be written.
+        """
+        with self._telling(f"be written at step {step}"):
+            if step not in self._manager.all_steps() and (
+                force or score is not None or self._manager.should_save(step)
+            ):
+                arrays = _arrays(state)
+                everything = {
+                    "content": dict(content),
+                    "settings": self._settings,
+                    "base": self._base(state),
+                    "arrays": _described(arrays),
+                    "checksums": checksum.on_devices(list(arrays.values())),
+                }
+                self._manager.save(
+                    step,
+                    args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), content=ocp.args.JsonSave(everything)),
+                    metrics=None if score is None else {SCORE: score},
+                    force=True,
+                )
+            if force:
+                self._manager.wait_until_finished()
+
+    def restore(self, state: S) -> tuple[S, dict[str, Any] | None]:
+        """The last whole checkpoint in the structure of `state`, where its arrays lie, and the content beside it.
+
+        Args:
+          state: As it is before the first step; on any mesh.
+
+        Returns:
+          The state and content, or `(state, None)` where there is no checkpoint.
+
+        Raises:
+          UserError: The checkpoint is of another model, method, base or setting, or none that is there is whole.
+        """
+        described, base = _described(_arrays(state)), self._base(state)
+        step, refused = _NONE, None
+        if jax.process_index() == 0:
+            try:
+                step = self._newest(described, base)
+            except UserError as error:
+                step, refused = _UNFIT, error
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        if step == _UNFIT:
+            raise refused or UserError(f"{self._directory}: cannot be resumed; process 0 says why")
+        if step == _NONE:
+            return state, None
+        for damaged in [one for one in self._manager.all_steps() if one > step]:
+            self._manager.delete(damaged)
+        return self._at(step, state)
+
+    def best(self, state: S) -> tuple[S, int]:
+        """The state that has the best score, in the structure of the last one, and its step.
+
+        Raises:
+          UserError: No checkpoint has a score.
+        """
+        self._manager.wait_until_finished()
+        metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+        scores = {step: found[SCORE] for step, found in metrics.items() if found}
+        if not scores:
+            raise UserError(f"{self._directory}: no checkpoint has a score")
+        step = self._better(scores, key=lambda step: (scores[step], step))
+        return self._at(step, state)[0], step
+
+    def _at(self, step: int, state: S) -> tuple[S, dict[str, Any]]:
+        """What the checkpoint of a step holds."""
+        arrays = _arrays(state)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(arrays), content=ocp.args.JsonRestore())
+        with self._telling(f"be read at step {step}"):
+            found = self._manager.restore(step, args=args)
+        leaves, structure = jax.tree.flatten(_without_base(state))
+        restored = [_like(leaf, found["state"][name]) for leaf, name in zip(leaves, arrays)]
+        return _with_base(jax.tree.unflatten(structure, restored), state), found["content"]["content"]
+
+    def _newest(self, described: list[Any], base: str) -> int:
+        """The step of the last whole checkpoint; `_NONE` where there is none at all."""
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step, before in zip(steps, [*steps[1:], None]):
+            try:
+                everything = self._read(step, "content", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
+                found = everything["settings"], everything["base"], everything["arrays"]
+                problem = self._unfit(described, base, *found)
+                if problem is None:
+                    self._check(step, described, everything["checksums"])
+                    return step
+            except Exception as error:  # whatever reading a damaged file raises
+                instead = "" if before is None else f"; going on from that of step {before}"
+                self._say(f"  the checkpoint of step {step} is damaged ({_reason(error)}){instead}")
+                continue
+            raise UserError(f"{self._directory}: the checkpoint of step {step} {problem}; --fresh starts over")
+        if steps:
+            raise UserError(f"{self._directory}: no checkpoint is whole; --fresh starts over")
+        return _NONE
+
+    def _unfit(self, described: list[Any], base: str, settings: Any, stored_base: str, stored: Any) -> str | None:
+        """Why a checkpoint is not of this run."""
+        if settings != self._settings:
+            names = sorted({*settings, *self._settings})
+            other = [name for name in names if settings.get(name) != self._settings.get(name)]
+            told = ", ".join(f"{name} {settings.get(name)}, not {self._settings.get(name)}" for name in other)
+            return f"was made with {told}"
+        if stored != described:
+            return "is of another model or method"
+        return None if stored_base == base else "was made on a base with other weights"
+
+    def _check(self, step: int, described: list[Any], checksums: list[list[int]]) -> None:
+        target = {f"{i:05}": np.empty(shape, dtype) for i, (shape, dtype) in enumerate(described)}
+        arrays = self._read(step, "state", ocp.StandardCheckpointHandler, ocp.args.StandardRestore(target))
+        for name, expected in zip(target, checksums, strict=True):
+            if checksum.on_host(np.asarray(arrays[name])) != expected:
+                raise ValueError(f"array {name} is not what was written")
+
+    def _read(self, step: int, item: str, handler: Any, args: Any) -> Any:
+        """Reads on this process alone: what it finds may be an error that the others do not have."""
+        with ocp.Checkpointer(handler(multiprocessing_options=_ALONE), multiprocessing_options=_ALONE) as checkpointer:
+            return checkpointer.restore(self._directory / str(step) / item, args=args)
+
+    def _base(self, state: Any) -> str:
+        if not self._fingerprint:
+            self._fingerprint = checksum.fingerprint(getattr(state, "base", None))
+        return self._fingerprint
+
+    @contextmanager
+    def _telling(self, what: str) -> Iterator[None]:
+        """Turns what a disk refuses into one sentence."""
+        try:
+            yield
+        except UserError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{self._directory}: a checkpoint cannot {what} ({_reason(error)})") from error
+
+
+def _without_base(state: Any) -> Any:
+    """What moves: a training state without its base, or any other tree."""
+    return dataclasses.replace(state, base=None) if hasattr(state, "base") else state
+
+
+def _with_base(state: Any, other: Any) -> Any:
+    return dataclasses.replace(state, base=other.base) if hasattr(other, "base") else state
+
+
+def _arrays(state: Any) -> dict[str, Any]:
+    """What is stored: arrays by their place among the leaves, typed keys as their integers."""
+    return {f"{i:05}": _plain(leaf) for i, leaf in enumerate(jax.tree.leaves(_without_base(state)))}
+
+
+def _described(arrays: Mapping[str, Any]) -> list[list[Any]]:
+    return [[list(array.shape), str(array.dtype)] for array in arrays.values()]
+
+
+def _plain(leaf: Any) -> Any:
+    """An array that can be stored: a typed key as its integers."""
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(leaf)
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+
+
+def _like(leaf: Any, stored: Any) -> Any:
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(stored, impl=jax.random.key_impl(leaf))
+    return stored
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
