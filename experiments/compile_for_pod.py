@@ -70,6 +70,11 @@ def compiled(config: Config, slice_: Topology) -> Analysis:
       UserError: The config does not go with the slice.
       DoesNotFit: Its step does not fit the chips; the exception's `advice` says what would.
     """
+    chips, mesh = len(slice_.devices), config.mesh
+    if mesh.count != chips:
+        data, rest = divmod(chips, mesh.fsdp * mesh.tensor)
+        hint = f"--mesh.data {data} fits" if data and not rest else f"choose sizes whose product is {chips}"
+        raise UserError(f"the mesh ({mesh}) has {mesh.count} devices, {slice_.name} has {chips} chips; {hint}")
     made = program.abstract(config, slice_.devices, "tpu")
     needs = step_flops(made.base, made.delta, made.shape, made.tokens, config.length)
     try:

@@ -1,0 +1,145 @@
+"""The command that compiles for TPU slices: for a real one, with libtpu and without a TPU, and what it refuses."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import compile_for_pod
+from experiments.ahead import fitting, topology
+from experiments.ahead.chips import GIB, TPUS, named
+from experiments.ahead.cost import Cost, Exchange
+from experiments.ahead.model import multiplied, step_flops
+from experiments.ahead.roofline import links, roofline
+from experiments.ahead.topology import Topology
+from experiments.ahead.traffic import Traffic
+from experiments.errors import UserError
+from experiments.studies.sft import program
+from experiments.studies.sft.config import BatchSizes, Config
+from experiments.training.mesh import MeshSizes
+
+SLICE = "v5e:2x2"
+MESH = ("--mesh.fsdp", "2", "--mesh.tensor", "2", "--dtype", "bfloat16")
+
+
+def run(capfd, *flags, config="sft", slice_=SLICE):
+    status = compile_for_pod.main([config, "--topology", slice_, *flags])
+    return status, capfd.readouterr()
+
+
+@pytest.mark.usefixtures("lenient")
+def test_a_step_that_fits(capfd, tmp_path):
+    file = tmp_path / "figures.json"
+    status, said = run(capfd, *MESH, "--json", str(file))
+    assert status == 0, said.err
+    figures = json.loads(file.read_text())
+    memory, flops, bound = figures["memory"], figures["flops"], figures["roofline"]
+    parts = sum(memory[name] for name in ("base", "delta", "optimizer", "batch", "temporaries", "program"))
+    assert memory["total"] == pytest.approx(parts, rel=0.01)
+    assert memory["total"] < memory["capacity"] == int(15.75 * GIB)
+    # With what is computed again, products take from once to twice what the model needs, which has attention in it.
+    assert flops["model"] / 4 < flops["total"] < 2 * flops["model"] / 4
+    assert figures["uncounted"] == {}
+    assert all(figures["exchanges"][kind]["bytes"] > 0 for kind in ("all-gather", "all-reduce"))
+    assert bound["seconds"] == bound[bound["limit"]] == max(bound[name] for name in ("compute", "memory", "links"))
+    assert 0 < bound["mfu"] < 1
+    for words in ("HBM of a chip", "optimizer", "all-gather", "The least time of a step", "limited by"):
+        assert words in said.out
+
+
+@pytest.mark.usefixtures("lenient")
+def test_a_step_that_does_not_fit(capfd):
+    status, said = run(capfd, *MESH, "--batch.global", "4194304")
+    assert status == 1
+    assert "does not fit v5e:2x2: the step needs" in said.err
+    assert "by arithmetic it fits with --batch.accumulate" in said.err
+
+
+@pytest.mark.parametrize(
+    ("slice_", "message"),
+    [
+        ("v5e:3x3", r"there is no slice v5e:3x3 \(9 chips along 2 axes\); nearest is v5e:2x4"),
+        ("v5p:4x4", r"there is no slice v5p:4x4 \(16 chips along 2 axes\); nearest is v5p:2x2x4"),
+        ("v5:4x4", r"--topology is GENERATION:AxB .* not 'v5:4x4'; the nearest is v5e:4x4"),
+        ("pod", r"--topology is GENERATION:AxB"),
+    ],
+)
+def test_slices_that_there_are_not(capfd, slice_, message):
+    with pytest.raises(UserError, match=message):
+        topology.describe(slice_)
+    status, said = run(capfd, slice_=slice_)
+    assert status == 2 and said.err.startswith("error: ") and said.err.count("\n") == 1
+
+
+def test_what_the_command_line_refuses(capfd, monkeypatch):
+    status, said = run(capfd, config="sfd")
+    assert status == 2 and "did you mean sft?" in said.err
+    status, said = run(capfd, config="quickstart")
+    assert status == 2 and "quickstart has no step for a pod" in said.err
+    status, said = run(capfd, "--mesh.fsdp", "3")
+    assert status == 2 and "has 3 devices, v5e:2x2 has 4 chips; choose sizes whose product is 4" in said.err
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    status, said = run(capfd)
+    assert status == 2 and "uv sync --extra tpu" in said.err
+
+
+def test_the_documented_slices():
+    assert topology.names(named("v5e"))[-1] == "v5e:16x16"
+    assert {"v5p:2x2x1", "v5p:2x4x4", "v5p:8x8x16"} <= set(topology.names(named("v5p")))
+    assert all(":" in name for chip in TPUS for name in topology.names(chip))
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    coords: tuple[int, ...]
+
+
+def slice_of(name):
+    sizes = tuple(map(int, name.partition(":")[2].split("x")))
+    padded = (*sizes, 1)[:3]
+    devices = [Device(tuple(map(int, np.unravel_index(n, padded)))) for n in range(math.prod(padded))]
+    return Topology(name, named(name.partition(":")[0]), sizes, devices)
+
+
+def test_links_that_a_group_can_use():
+    flat, ring, cube = slice_of("v5e:4x4"), slice_of("v5e:16x16"), slice_of("v5p:4x4x4")
+    rows = lambda groups: Exchange("all-gather", 1, np.array(groups), 1, "")  # noqa: E731
+    assert links(rows([[0, 1, 2, 3]]), flat, np.array(flat.devices)) == 1  # a row, whose ends are not joined
+    assert links(rows([list(range(16))]), flat, np.array(flat.devices)) == 2
+    assert links(rows([list(range(16))]), ring, np.array(ring.devices)) == 2  # a row of 16 is a ring
+    assert links(rows([list(range(256))]), ring, np.array(ring.devices)) == 4
+    assert links(rows([list(range(64))]), cube, np.array(cube.devices)) == 6
+    around = Exchange("collective-permute", 1, np.array([[n, (n + 1) % 4] for n in range(4)]), 1, "")
+    assert links(around, cube, np.array(cube.devices)) == 2
+
+
+def test_the_roofline_is_its_slowest_term():
+    flat = slice_of("v5e:4x4")
+    gathered = Exchange("all-gather", 16 * 10**9, np.arange(16)[None], 2, "")
+    cost = Cost(dots=197e12, kernels=197e11, exchanges=(gathered,), traffic=Traffic(819e9 / 2))
+    bound = roofline(cost, flat, np.array(flat.devices), 16 * 197e12)
+    assert (bound.compute, bound.memory, bound.links) == (1.1, 0.5, 2 * 15e9 / (2 * 50e9))
+    assert (bound.limit, bound.seconds, bound.mfu) == ("compute", 1.1, 1 / 1.1)
+
+
+def test_what_a_model_needs():
+    config = Config(model="Meta-Llama-3-8B", targets=("attention",), dtype="bfloat16")
+    llama = program.abstract(config, jax.devices()[:1], "cpu")
+    kernels = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 4096 * 128256
+    assert multiplied(llama.base, llama.shape) == kernels
+    factors = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024))
+    expected = 8 * 128 * (4 * kernels + 6 * factors + 6 * 32 * 4096 * 128)
+    assert step_flops(llama.base, llama.delta, llama.shape, llama.tokens, config.length) == expected
+
+
+def test_advice_by_arithmetic():
+    config = Config(model="Meta-Llama-3-8B", dtype="bfloat16", length=2048, batch=BatchSizes(8), mesh=MeshSizes(data=8))
+    devices = jax.devices()
+    given = fitting.argument_bytes(config, devices)
+    assert 16.0e9 < given < 17.0e9
+    said = fitting.advice(config, devices, given + 2e9, 14e9)
+    assert "--mesh.data 4 --mesh.fsdp 2" in said and "--quantize nf4" in said
+    assert "take a larger slice" in fitting.advice(config, devices, given + 2e9, 1e9)
