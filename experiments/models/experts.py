@@ -46,8 +46,8 @@ class SparseFeedForward(nnx.Module):
 
     The scores are the softmax of the router's logits, of which the highest are scaled to sum to one. There is no
     capacity: no token is dropped, and an expert may have any share of them. Tokens are sorted by expert and multiplied
-    by :func:`jax.lax.ragged_dot`, which costs a TPU the products of the chosen experts alone; where JAX has no kernel
-    for it (CPUs, and GPUs by default), every expert's products with every token are computed and masked.
+    by :func:`jax.lax.ragged_dot`. Compiled for a TPU, that computes the products with the chosen experts; a CPU has no
+    kernel for it and computes every expert's product with every token.
 
     The loss that keeps the experts' loads even, which transformers adds where `output_router_logits` asks for it, is
     left out.
@@ -76,20 +76,28 @@ class SparseFeedForward(nnx.Module):
         mix = functools.partial(_mixed, chosen=self.chosen)
         if self.options.shards is None:
             return mix(x_BLD, logits_BLE, *kernels)
-        batch, heads, length = self.options.shards
-        # Where one axis of the mesh divides hidden width and, between layers, tokens, tokens are whole in here.
-        length = tuple(axis for axis in _names(length) if axis not in _names(heads))
-        rows, columns, _ = x_BLD.shape
-        tokens = jax.P(_dividing(batch, rows), _dividing(length, columns), None)
+        batch, heads, length = map(_names, self.options.shards)
+        length = _dividing(length, x_BLD.shape[1])
+        # Where one axis of the mesh divides both hidden width and tokens from layer to layer, tokens are whole in here.
+        gathered = bool(length) and length == heads
+
+        def local(x_BLD: jax.Array, logits_BLE: jax.Array, *kernels: jax.Array) -> jax.Array:
+            if not gathered:
+                return mix(x_BLD, logits_BLE, *kernels)[None]
+            whole = (jax.lax.all_gather(each, length, axis=1, tiled=True) for each in (x_BLD, logits_BLE))
+            return jax.lax.psum_scatter(mix(*whole, *kernels), length, scatter_dimension=1, tiled=True)
+
+        tokens = jax.P(_dividing(batch, x_BLD.shape[0]), length, None)
         mapped = jax.shard_map(
-            lambda *arrays: mix(*arrays)[None],
+            local,
             in_specs=(tokens, tokens, jax.P(None, None, heads), jax.P(None, None, heads), jax.P(None, heads, None)),
-            out_specs=jax.P(heads, *tokens),
+            out_specs=tokens if gathered else jax.P(heads, *tokens),
             # Adapters' ragged products do not tell along which axes of the mesh they vary. So the devices' parts of the
             # hidden width are summed out here: a sum inside would have its gradient summed over devices once more.
             check_vma=False,
         )
-        return jnp.sum(mapped(x_BLD, logits_BLE, *kernels), axis=0)
+        y = mapped(x_BLD, logits_BLE, *kernels)
+        return y if gathered else jnp.sum(y, axis=0)
 
 
 def _mixed(
@@ -161,7 +169,7 @@ def _names(axes: Axes) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else axes or ()
 
 
-def _dividing(axes: Axes, size: int) -> tuple[str, ...] | None:
-    """The axes of the mesh where they divide so many tokens; None where they cannot (a prompt alone, a last token)."""
-    mesh, names = jax.sharding.get_abstract_mesh(), _names(axes)
-    return names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
+def _dividing(axes: tuple[str, ...], size: int) -> tuple[str, ...]:
+    """The axes of the mesh where they divide so many tokens; none where they cannot (a prompt alone, a last token)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return () if size % math.prod(mesh.shape[name] for name in axes) else axes
