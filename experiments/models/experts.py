@@ -58,8 +58,8 @@ class SparseFeedForward(nnx.Module):
       experts: How many there are.
       chosen: How many of them a token is sent to.
       options: How to compute. With `options.shards` each device sorts and multiplies the tokens that it holds, for
-        its part of every expert's hidden width: no token and no sort goes across devices. Without, under a mesh, XLA
-        sorts all tokens together.
+        its part of every expert's hidden width, so that no sort goes across devices. Without, under a mesh, XLA sorts
+        all tokens together.
       rngs: Keys of the random initial weights.
     """
 
