@@ -62,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def keep_compiled() -> None:
     """Compiled programs outlive the process: in the directory that JAX is told, or in the user's cache."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyrefly: ignore[missing-attribute]
         jax.config.update("jax_compilation_cache_dir", str(_CACHE.expanduser()))
 
 

@@ -27,14 +27,14 @@ NOTHING = r"(?!)"
 """A pattern that matches nothing."""
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """The model's `config.json`.
+def read_config(directory: Path, name: str = "config.json") -> dict[str, Any]:
+    """The model's `config.json`, or another file of its directory.
 
     Raises:
       UserError: There is none, or it is not a JSON object.
     """
     try:
-        return peft.read_json(directory / "config.json")
+        return peft.read_json(directory / name)
     except ValueError as error:
         raise UserError(str(error)) from None
 

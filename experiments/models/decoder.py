@@ -15,10 +15,12 @@ from experiments.training.chunked_loss import cross_entropy
 class Decoder(nnx.Module):
     """A model of the next token.
 
-    A subclass sets `options` and `longest` (the most tokens it can tell apart; None has no bound) and gives
+    A subclass sets `config` (its shape), `options` and `longest` (the most tokens it can tell apart; None has no
+    bound) and gives
     :meth:`embed`, :meth:`run`, :meth:`head` and :meth:`cache`.
     """
 
+    config: Any
     options: Options
     longest: int | None = None
 

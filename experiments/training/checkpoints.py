@@ -191,10 +191,7 @@ class Checkpoints:
 
     def _unfit(self, described: list[Any], base: str, settings: Any, stored_base: str, stored: Any) -> str | None:
         """Why a checkpoint is not of this run."""
-        if settings != self._settings:
-            names = sorted({*settings, *self._settings})
-            other = [name for name in names if settings.get(name) != self._settings.get(name)]
-            told = ", ".join(f"{name} {settings.get(name)}, not {self._settings.get(name)}" for name in other)
+        if told := differences(settings, self._settings):
             return f"was made with {told}"
         if stored != described:
             return "is of another model or method"
@@ -226,6 +223,12 @@ class Checkpoints:
             raise
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{self._directory}: a checkpoint cannot {what} ({_reason(error)})") from error
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The settings that are not the same, each with both values; empty where all are."""
+    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} {before.get(name)}, not {now.get(name)}" for name in names)
 
 
 def _without_base(state: Any) -> Any:

@@ -51,6 +51,9 @@ class Config(Runtime):
     validation files; or a data set's name on the hub. Records have messages (role and content), or prompt and
     completion."""
 
+    validation: str | None = None
+    """Other examples to evaluate on, likewise; None takes what the data have for it."""
+
     out: Path = Path("runs/sft")
     """Where everything is written; a run that is there already is resumed or shown, not repeated."""
 

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -42,10 +43,11 @@ class Program:
       mesh: The devices.
       family: The architecture.
       shape: The model's.
-      model: An abstract one; its `cache` and `head` are of use.
+      model: An abstract one.
       apply: `apply(base, tokens, segments, positions, labels_BL=…)`.
       base: The parameters' shapes, with their shardings.
       delta: The adapter's, likewise.
+      loss: `loss(base, delta, batch, key) -> (sum, count)`, over a batch's labels.
       tx: The optimizer.
       step: From `lora.train_step`.
     """
@@ -58,6 +60,7 @@ class Program:
     apply: Callable
     base: Any
     delta: Any
+    loss: Callable
     tx: optax.GradientTransformation
     step: Any
 
@@ -66,13 +69,21 @@ class Program:
         """Of a step."""
         return self.config.batch.global_ * self.config.length
 
+    def load(self, directory: Path) -> Any:
+        """The base from a checkpoint, each device's part straight onto it."""
+        sharding = meshes.of_weights(self.mesh, self.family.axes)
+        dtype, options = jnp.dtype(self.config.dtype), self.model.options
+        model = self.family.load(directory, options, dtype=dtype, sharding=sharding, rules=rules_of(self.config))
+        return lora.nnx.functional(model)[1]
+
     def create(self, key: jax.Array, base: Any) -> lora.TrainState:
         """The state before the first step, on a base that lies on the mesh."""
         init_key, train_key = jax.random.split(key)
-        placed = jax.tree.map(lambda leaf: leaf.sharding, self.delta)
         spec, example = spec_of(self.config), _example(self.config)
-        make = jax.jit(lambda key, base: lora.init(key, base, spec, self.apply, example), out_shardings=placed)
-        return lora.TrainState.create(base, make(init_key, base), self.tx, train_key)
+        delta = meshes.made(
+            self.mesh, lambda key, base: lora.init(key, base, spec, self.apply, example), init_key, base
+        )
+        return lora.TrainState.create(base, delta, self.tx, train_key)
 
     def state(self) -> lora.TrainState:
         """The shapes of a state, with their shardings."""
@@ -130,8 +141,9 @@ def abstract(
     tx = adam(config.lr, steps, warmup=config.warmup, clip=config.clip, weight_decay=config.weight_decay)
     if config.optimizer_on_host:
         tx = lora.optim.host_offloaded(tx, min_size=LARGE)
-    step = lora.train_step(_loss(apply, config), tx, accumulate=config.batch.accumulate)
-    return Program(config, mesh, family, shape, model, apply, base, delta, tx, step)
+    loss = _loss(apply, config)
+    step = lora.train_step(loss, tx, accumulate=config.batch.accumulate)
+    return Program(config, mesh, family, shape, model, apply, base, delta, loss, tx, step)
 
 
 def described(model: str) -> Mapping[str, Any]:
@@ -194,7 +206,7 @@ def _loss(apply: Callable, config: Config) -> Callable:
     adapted = lora.adapt(apply, flatten=not config.mesh.sequence)
     drops = config.dropout > 0
 
-    def loss(base: Any, delta: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def loss(base: Any, delta: Any, batch: Any, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         losses = adapted(
             base,
             delta,
@@ -202,7 +214,7 @@ def _loss(apply: Callable, config: Config) -> Callable:
             batch["segments"],
             batch["positions"],
             labels_BL=batch["labels"],
-            dropout_key=key if drops else None,
+            dropout_key=key if drops and key is not None else None,
         )
         return jnp.sum(losses), jnp.sum(batch["labels"] >= 0)
 

@@ -1,0 +1,302 @@
+"""A decoder fine-tuned on conversations: data, training, texts before and after, the adapter in two formats."""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+import lora_jax as lora
+from experiments.ahead import chips
+from experiments.ahead.model import step_flops
+from experiments.errors import UserError
+from experiments.input import pipeline, sources
+from experiments.input.encoding import Encoder, load_encoder
+from experiments.input.packing import Packed
+from experiments.models import checkpoint, location
+from experiments.reports import curves
+from experiments.reports.results import read_json, write_json
+from experiments.studies import provenance
+from experiments.studies.sft import program as programs
+from experiments.studies.sft.config import Config
+from experiments.studies.sft.program import Program
+from experiments.studies.sft.samples import Writer, ends
+from experiments.training import loop, processes
+from experiments.training import mesh as meshes
+from experiments.training.checkpoints import Checkpoints, differences
+from experiments.training.progress import bar
+
+ADAPTER, BEST, PEFT, RESULT, TOKENS = "adapter", "adapter-best", "peft", "result.json", "tokens"
+_WRITTEN = (ADAPTER, BEST, PEFT, RESULT, "checkpoints", "config.json", "metrics.jsonl", "tensorboard", "profile")
+_NOT_NUMBERS = (
+    *(
+        "out",
+        "fresh",
+        "model",
+        "data",
+        "validation",
+        "mesh",
+        "distributed",
+        "profile",
+        "remat",
+        "attention",
+        "loss_chunk",
+    ),
+    *("optimizer_on_host", "samples", "new_tokens", "checkpoint_every"),
+)
+"""What of a config does not decide the numbers, but for rounding, or is in a digest."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known of a run.
+
+    Attributes:
+      settings: What decided the numbers.
+      trained_parameters: Scalars that training moves.
+      seconds: Training and its evaluations, compilation included.
+      losses: Of every training step.
+      evaluations: (step, mean loss a token on validation) pairs.
+      best_step: Of the smallest of them.
+      texts: (prompt, answer before, answer after, the example's own) of some validation examples.
+    """
+
+    settings: dict[str, Any]
+    trained_parameters: int
+    seconds: float
+    losses: list[float]
+    evaluations: list[tuple[int, float]]
+    best_step: int
+    texts: list[tuple[str, str, str, str]]
+
+    @classmethod
+    def load(cls, path: Path) -> "Report":
+        """Reads what the study wrote as JSON."""
+
+        def make(content: Any) -> "Report":
+            for name in ("evaluations", "texts"):
+                content[name] = [tuple(one) for one in content[name]]
+            return cls(**content)
+
+        return read_json(path, make)
+
+
+def run(config: Config) -> Report:
+    """Runs what the config asks for, shows it, writes adapter, JSON and picture.
+
+    Raises:
+      UserError: The model or the data are missing or malformed, or do not go with the mesh; the directory holds a run
+        of other settings.
+    """
+    console = processes.console()
+    with processes.first_before_others("begin"):
+        directory = location.find(config.model)
+        if config.fresh and processes.is_first():
+            _remove(config.out)
+    data = _read(config, directory, console)
+    steps = config.epochs * data.train.steps_per_epoch
+    total = min(steps, config.steps or steps)
+    program = programs.abstract(config, steps=total)
+    settings = _settings(config, data, directory)
+    if (config.out / RESULT).exists():
+        report = _finished(config.out / RESULT, settings)
+    else:
+        with jax.set_mesh(program.mesh):
+            report = _trained(config, program, data, directory, total, settings, console)
+    if processes.is_first():
+        _show(config, report, console)
+    return report
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What is learnt.
+
+    Attributes:
+      encoder: Of the checkpoint.
+      records: Whose prompts the model answers: of validation where there are some.
+      train: Batches.
+      validation: Likewise; None where there are no such examples.
+      digests: Of the records and of the encoder.
+    """
+
+    encoder: Encoder
+    records: sources.Records
+    train: Packed
+    validation: Packed | None
+    digests: list[str]
+
+
+def _read(config: Config, directory: Path, console: Console) -> _Data:
+    train, validation = sources.splits(config.data, config.validation)
+    train = sources.first(train, config.train_examples)
+    if validation is not None and config.validation_examples is not None:
+        validation = sources.first(validation, min(config.validation_examples, len(validation)))
+    end = ends(directory)
+    encoder = load_encoder(directory, end[0] if end else None)
+    size, known = encoder.tokenizer.get_vocab_size(), checkpoint.read_config(directory).get("vocab_size", 0)
+    if size > known:
+        raise UserError(f"{directory / 'tokenizer.json'}: {size} tokens, the model knows {known} only")
+
+    def packed(records: sources.Records, seed: int | None, name: str) -> Packed:
+        return pipeline.batches(
+            records,
+            encoder,
+            config.out / TOKENS,
+            length=config.length,
+            global_batch=config.batch.global_,
+            seed=seed,
+            pack=config.pack,
+            report=lambda line: console.print(f"{name}: {line}", highlight=False, soft_wrap=True),
+        )
+
+    with processes.first_before_others("tokens"):
+        batches = packed(train, config.seed, "training")
+        others = None if validation is None else packed(validation, None, "validation")
+    digests = [train.digest, *([] if validation is None else [validation.digest]), encoder.digest]
+    return _Data(encoder, train if validation is None else validation, batches, others, digests)
+
+
+def _trained(
+    config: Config,
+    program: Program,
+    data: _Data,
+    directory: Path,
+    total: int,
+    settings: dict[str, Any],
+    console: Console,
+) -> Report:
+    base = program.load(directory)
+    state = program.create(jax.random.key(config.seed), base)
+    console.print(f"base: {config.model} on a mesh of {config.mesh}", highlight=False, soft_wrap=True)
+    console.print(f"\n{lora.summary(base, state.delta)}\n", highlight=False, soft_wrap=True)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(lora.partition(state.delta)[0]))
+    writer = Writer(program, data.encoder, directory, data.records)
+    evaluate = _evaluator(program, data.validation)
+    due = loop.passes(config.epochs, -(-total // config.epochs))[1] if data.validation else set()
+    before, score = writer.write(base, state.delta), evaluate(state)
+    run = loop.Run(
+        config.out,
+        program.mesh,
+        asdict(config),
+        config.checkpoint_every,
+        best="min",
+        settings=settings,
+        profile=config.profiled(),
+        costs=_costs(config, program, base, state.delta),
+    )
+    with bar(console, "training", sum(map(data.train.examples, range(total)))) as shown:
+        state, history = loop.train(
+            run,
+            program.step,
+            state,
+            data.train,
+            total,
+            due=due,
+            score=score,
+            evaluate=evaluate,
+            shown=lambda loss: f"loss {loss:.3f}, perplexity {np.exp(loss):.1f}",
+            bar=shown,
+        )
+    after = writer.write(base, state.delta)
+    best, best_step = state, total
+    if history.evaluations and min(history.evaluations[1:], key=lambda one: one[1])[0] != total:
+        with Checkpoints(run.checkpoints, config.checkpoint_every, best="min", settings=settings) as checkpoints:
+            best, best_step = checkpoints.best(state)
+    adapters = {ADAPTER: meshes.gathered(state.delta), BEST: meshes.gathered(best.delta)}
+    prompts = writer.prompts
+    report = Report(
+        settings=settings,
+        trained_parameters=parameters,
+        seconds=history.seconds,
+        losses=history.losses,
+        evaluations=history.evaluations,
+        best_step=best_step,
+        texts=list(zip(prompts.texts, before, after, prompts.answers)),
+    )
+    if processes.is_first():
+        for name, delta in adapters.items():
+            lora.save(config.out / name, delta)
+        names = program.family.names(program.shape)
+        lora.peft.save(config.out / PEFT, adapters[ADAPTER], names, base_model=config.model, task_type="CAUSAL_LM")
+        write_json(config.out / RESULT, asdict(report))
+    processes.wait("written")
+    return report
+
+
+def _evaluator(program: Program, batches: Packed | None) -> Callable[[lora.TrainState], float]:
+    """The mean loss a token on validation, of a state; NaN without such examples."""
+    if batches is None:
+        return lambda state: math.nan
+    summed, mesh = jax.jit(program.loss, out_shardings=meshes.whole(program.mesh)), program.mesh
+    size, steps = batches.batch_size, batches.steps_per_epoch
+
+    def evaluate(state: lora.TrainState) -> float:
+        turns = pipeline.iterate(batches, steps, rows=meshes.rows(mesh, size))
+        sums = [summed(state.base, state.delta, meshes.place(mesh, batch, size), None) for batch in turns]
+        return sum(float(total) for total, _ in sums) / sum(int(count) for _, count in sums)
+
+    return evaluate
+
+
+def _costs(config: Config, program: Program, base: Any, delta: Any) -> loop.Costs:
+    """What the model needs for a token, and what the devices can do: known of TPUs and GPUs."""
+    chip = chips.of_kind(jax.devices()[0].device_kind)
+    flops = step_flops(base, delta, program.shape, program.tokens, config.length) / program.tokens
+    return loop.Costs(flops, None if chip is None else chip.flops * program.mesh.size)
+
+
+def _settings(config: Config, data: _Data, directory: Path) -> dict[str, Any]:
+    """All that decides the numbers but for the base's weights, of which checkpoints have a fingerprint."""
+    chosen = {name: value for name, value in asdict(config).items() if name not in _NOT_NUMBERS}
+    files = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
+    everything = chosen | {"model files": files, "data files": data.digests, "versions": provenance.versions()}
+    return json.loads(json.dumps(everything))
+
+
+def _finished(stored: Path, settings: dict[str, Any]) -> Report:
+    """What a run that is there has found.
+
+    Raises:
+      UserError: It is of other settings.
+    """
+    report = Report.load(stored)
+    if told := differences(report.settings, settings):
+        raise UserError(f"{stored.parent}: holds a finished run with {told}; --fresh starts over")
+    return report
+
+
+def _remove(out: Path) -> None:
+    for path in (out / name for name in _WRITTEN):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _show(config: Config, report: Report, console: Console) -> None:
+    for prompt, before, after, answer in report.texts:
+        console.print(prompt, style="bold", highlight=False, markup=False)
+        for name, text in (("before", before), ("after", after), ("example", answer)):
+            console.print(f"  {name}: {text!r}", highlight=False, markup=False)
+    losses = dict(report.evaluations)
+    if losses:
+        console.print(
+            f"validation loss {losses[0]:.3f} before, {losses[report.best_step]:.3f} at best (step "
+            f"{report.best_step:,} of {len(report.losses):,})",
+            highlight=False,
+        )
+    curves.draw_losses(config.out / "loss.png", report.losses, report.evaluations, f"{config.model} on {config.data}")
+    console.print(
+        f"{report.trained_parameters:,} trained parameters, {report.seconds:.0f} s of training; written to "
+        f"{config.out}: {ADAPTER}, {BEST}, {PEFT}, {RESULT}, loss.png, metrics.jsonl, tensorboard",
+        highlight=False,
+        soft_wrap=True,
+    )
