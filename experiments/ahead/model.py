@@ -42,5 +42,5 @@ def multiplied(base: Any, shape: Any) -> float:
     for path, leaf in leaves.items():
         if path.endswith("kernel"):
             head = head or path == "output/kernel"
-            found += leaf.size * (chosen if "/experts/" in path and "router" not in path else 1)
+            found += leaf.size * (chosen if "feed_forward/" in path and "router" not in path else 1)
     return found if head else found + leaves["token/embedding"].size

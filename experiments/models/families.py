@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 
 from experiments.errors import UserError
-from experiments.models import gpt2, llama
+from experiments.models import gpt2, llama, mixtral
 from experiments.models.decoder import Decoder
 from experiments.models.options import Options
 from experiments.training.mesh import Axes
@@ -48,7 +48,14 @@ LLAMA = Family(
     llama.names,
     llama.AXES,
 )
-FAMILIES = {"gpt2": GPT2, **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA)}
+MIXTRAL = Family(
+    mixtral.MixtralConfig.from_json,
+    lambda shape, options, rngs: mixtral.Mixtral(shape, options, rngs=rngs),
+    mixtral.load,
+    mixtral.names,
+    mixtral.AXES,
+)
+FAMILIES = {"gpt2": GPT2, "mixtral": MIXTRAL, **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA)}
 
 
 def of(config: Mapping[str, Any]) -> Family:

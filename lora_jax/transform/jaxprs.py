@@ -181,6 +181,14 @@ def varying_together(arrays: Sequence[Any], others: Any) -> list[Any]:
     return jax.tree.map(spread, list(arrays))
 
 
+def varying_like(other: Any, shape: Sequence[int], dtype: Any) -> Any:
+    """The type of a result that, inside `shard_map`, varies over the mesh axes that an operand's type varies over."""
+    if other.mat.empty:
+        return jax_core.ShapedArray(tuple(shape), dtype)
+    sharding = other.sharding.update(spec=jax.P(*[None] * len(shape)))
+    return jax_core.ShapedArray(tuple(shape), dtype, sharding=sharding, manual_axis_type=other.mat)
+
+
 def _varying(tree: Any) -> frozenset[str]:
     """The mesh axes that the arrays of a tree vary over, inside `shard_map`."""
     return frozenset().union(*(jax.typeof(array).mat.varying for array in jax.tree.leaves(tree)))

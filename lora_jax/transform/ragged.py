@@ -12,6 +12,8 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from lora_jax.transform import jaxprs
+
 GROUPS_BY_MATRIX = "[m,k],[g,k,n]->[m,n]"
 OUTER_BY_GROUP = "[m,k],[m,n]->[g,k,n]"
 
@@ -41,12 +43,14 @@ def ragged_product(x, weight, sizes, precision=None, dtype=None) -> jax.Array:
       `[m, n]`.
     """
     dtype = jnp.dtype(dtype or x.dtype)
+    x, weight, sizes = jaxprs.varying_together([x, weight, sizes], [x, weight, sizes])
     return ragged_p.bind(x, weight, sizes, form=GROUPS_BY_MATRIX, precision=precision, dtype=dtype)
 
 
 def ragged_outer(x, y, sizes, precision=None, dtype=None) -> jax.Array:
     """The sum of the outer products of rows, for each group: `[m, k]`, `[m, n]` -> `[g, k, n]`."""
     dtype = jnp.dtype(dtype or x.dtype)
+    x, y, sizes = jaxprs.varying_together([x, y, sizes], [x, y, sizes])
     return ragged_p.bind(x, y, sizes, form=OUTER_BY_GROUP, precision=precision, dtype=dtype)
 
 
@@ -57,7 +61,7 @@ def _evaluate(x, y, sizes, *, form, precision, dtype):
 def _shape(x, y, sizes, *, form, precision, dtype):
     del precision
     shape = (x.shape[0], y.shape[2]) if form == GROUPS_BY_MATRIX else (sizes.shape[0], x.shape[1], y.shape[1])
-    return jax.core.ShapedArray(shape, dtype)
+    return jaxprs.varying_like(x, shape, dtype)
 
 
 def _transpose_left(cotangent, x, y, sizes, *, form, precision, dtype):

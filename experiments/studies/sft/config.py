@@ -10,7 +10,7 @@ from experiments import settings
 from experiments.models.options import AttentionKernel, Remat
 from experiments.training.runtime import Runtime
 
-Target = Literal["attention", "feed-forward", "experts", "embedding", "head"]
+Target = Literal["attention", "feed-forward", "embedding", "head"]
 Float = Literal["float32", "bfloat16"]
 
 
@@ -64,7 +64,7 @@ class Config(Runtime):
     """How weights are adapted."""
 
     targets: tuple[Target, ...] = ("attention", "feed-forward")
-    """Which weights are adapted: attention's projections, the feed-forward layers, the experts of a mixture, the
+    """Which weights are adapted: attention's projections, the feed-forward layers (of a mixture its experts), the
     embedding, the head."""
 
     rank: int = 16

@@ -25,7 +25,6 @@ from lora_jax.quantize import Format, Plan, shardings
 LINEAR = {
     "attention": r"attention/(query|key|value|qkv|output)/kernel$",
     "feed-forward": r"feed_forward/(gate|up|down)/kernel$",
-    "experts": r"experts/(gate|up|down)$",
 }
 """Linear layers of all blocks, by the names of targets; a quantised base has all of them quantised."""
 
