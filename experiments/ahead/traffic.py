@@ -84,21 +84,24 @@ def _plain(where: Computation, one: Instruction) -> Iterator[tuple[Array, float]
 
 
 def _fusion(where: Computation, one: Instruction, inner: Computation) -> Iterator[tuple[Array, float]]:
+    """Likewise of a fusion."""
+    if inner.root.value("custom_call_target") in _FREE_TARGETS:
+        return
     for number, name in enumerate(one.operands):
         outer = where.instructions[name]
         if len(outer.shapes) != 1 or outer.nested:
             yield from ((array, array.padded) for array in outer.shapes)
             continue
         yield outer.shape, _read(inner, inner.parameters[number])
-    roots = [inner.operand(inner.root, n) for n in range(len(one.nested))] if inner.root.opcode == "tuple" else None
-    if roots is None:
-        roots = [inner.root]
-    if len(roots) == len(one.shapes):
-        yield from ((array, _written(inner, root, array)) for array, root in zip(one.shapes, roots))
-    elif inner.root.value("custom_call_target") == "AsyncCollectiveStart":
+    if inner.root.value("custom_call_target") == "AsyncCollectiveStart":
         # (operand, result, flags…): the steps that follow hand the result on, it is written once
         yield one.shapes[1], one.shapes[1].padded
-    elif inner.root.value("custom_call_target") not in _FREE_TARGETS:
+        return
+    is_tuple = inner.root.opcode == "tuple"
+    roots = [inner.operand(inner.root, n) for n in range(len(one.nested))] if is_tuple else [inner.root]
+    if len(roots) == len(one.shapes):
+        yield from ((array, _written(inner, root, array)) for array, root in zip(one.shapes, roots))
+    else:
         yield from ((array, array.padded) for array in one.shapes)
 
 

@@ -144,6 +144,12 @@ dimensions={0}, frontend_attributes={chain_id="0"}
   ROOT %t = (bf16[16,128]{1,0:T(8,128)(2,1)S(1)}, bf16[32,128]{1,0:T(8,128)(2,1)}) tuple(%product, %all-gather.2)
 }
 
+%done (p2: bf16[8,128], p3: bf16[32,128]) -> bf16[32,128] {
+  %p2 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %p3 = bf16[32,128]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %e = bf16[32,128]{1,0:T(8,128)(2,1)} custom-call(%p2, %p3), custom_call_target="AsyncCollectiveDone"
+}
+
 %all-reduce-scatter (q: f32[16,128]) -> f32[4,128] {
   %q = f32[16,128]{1,0:T(8,128)} parameter(0)
   %sum = f32[16,128]{1,0:T(8,128)} all-reduce(%q), channel_id=2, replica_groups=[1,4]<=[4], to_apply=%add
@@ -165,6 +171,8 @@ frontend_attributes={kernel_metadata={
   %buffer = bf16[32,128]{1,0:T(8,128)(2,1)} get-tuple-element(%f), index=1
   %g = (bf16[16,128]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/bf16[32,128]{1,0:T(8,128)(2,1)}) fusion(%w, %buffer, %x), \
 kind=kOutput, calls=%step
+  %gathered = bf16[32,128]{1,0:T(8,128)(2,1)} get-tuple-element(%g), index=1
+  %whole = bf16[32,128]{1,0:T(8,128)(2,1)} fusion(%w, %gathered), kind=kCustom, calls=%done
   ROOT %r = (s32[], s32[], bf16[8,128]{1,0:T(8,128)(2,1)}) tuple(%next, %n, %w)
 }
 

@@ -1,0 +1,173 @@
+"""Prints the table of `experiments/pods/README.md`: `python -m experiments.ahead.table [--rows N …] [--out DIR]`.
+
+Compiles, one after another, fine-tuning steps of an 8B and a 70B model for the TPU slices that they are for, and one
+step for slices of 16 to 256 chips with the same batch per chip. A row takes one to several minutes on two CPU cores;
+with `--out` each row's figures are kept as JSON, and rows that are there are not compiled again.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from experiments.ahead import report, topology
+from experiments.ahead.analysis import DoesNotFit
+from experiments.ahead.chips import GIB
+from experiments.compile_for_pod import compiled
+from experiments.errors import UserError
+from experiments.studies.sft.config import Config
+
+_COMMON = "--dtype bfloat16"
+_8B, _70B = "Meta-Llama-3-8B", "Llama-2-70b-hf"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A step and the slice that it is compiled for.
+
+    Attributes:
+      method: LoRA or QLoRA.
+      slice: The topology.
+      flags: Of the config.
+    """
+
+    method: str
+    slice: str
+    flags: str
+
+    @property
+    def config(self) -> Config:
+        return tyro.cli(Config, args=f"{_COMMON} {self.flags}".split())
+
+    @property
+    def name(self) -> str:
+        """A file's."""
+        return f"{self.slice} {self.flags}".replace("--", "").replace(":", "_").replace(" ", "_")
+
+
+ROWS = (
+    Row("LoRA", "v5e:4x4", f"--model {_8B} --length 2048 --batch.global 64 --mesh.fsdp 16"),
+    Row("LoRA", "v5e:4x4", f"--model {_8B} --length 8192 --batch.global 16 --mesh.fsdp 16"),
+    Row("LoRA", "v5p:2x2x2", f"--model {_8B} --length 2048 --batch.global 64 --mesh.fsdp 8 --remat dots"),
+    Row("LoRA", "v5p:2x2x2", f"--model {_8B} --length 8192 --batch.global 16 --mesh.fsdp 8 --remat dots"),
+    Row("LoRA", "v5e:16x16", f"--model {_70B} --length 2048 --batch.global 256 --mesh.fsdp 256"),
+    Row(
+        "LoRA",
+        "v5e:16x16",
+        f"--model {_70B} --length 8192 --batch.global 64 --mesh.fsdp 64 --mesh.tensor 4 --mesh.sequence",
+    ),
+    Row("LoRA", "v5p:2x4x4", f"--model {_70B} --length 2048 --batch.global 128 --mesh.fsdp 32"),
+    Row("LoRA", "v5p:2x4x4", f"--model {_70B} --length 8192 --batch.global 32 --mesh.fsdp 32"),
+    Row("QLoRA", "v5e:8x8", f"--model {_70B} --length 2048 --batch.global 64 --mesh.fsdp 64 --quantize nf4"),
+    Row(
+        "QLoRA",
+        "v5e:8x8",
+        f"--model {_70B} --length 8192 --batch.global 16 --mesh.fsdp 16 --mesh.tensor 4 --mesh.sequence --quantize nf4",
+    ),
+)
+"""The steps of the table."""
+
+SCALING = tuple(
+    Row("LoRA", slice_, f"--model {_8B} --length 2048 --batch.global {chips} --mesh.data {chips // 16} --mesh.fsdp 16")
+    for slice_, chips in (("v5e:4x4", 16), ("v5e:4x8", 32), ("v5e:8x8", 64), ("v5e:8x16", 128), ("v5e:16x16", 256))
+)
+"""One sequence a chip, on more and more chips."""
+
+_LIMITS = {"compute": "compute", "memory": "HBM", "links": "links"}
+
+
+def figures(row: Row, out: Path | None) -> Mapping[str, Any]:
+    """What `compile_for_pod --json` writes of a row; from a file where it is there."""
+    file = None if out is None else out / f"{row.name}.json"
+    if file is not None and file.exists():
+        return json.loads(file.read_text(encoding="utf-8"))
+    slice_ = topology.describe(row.slice)
+    found = report.as_json(compiled(row.config, slice_), slice_)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def line(row: Row, found: Mapping[str, Any]) -> str:
+    """A row of the table, in Markdown."""
+    config, memory, bound = row.config, found["memory"], found["roofline"]
+    sent = sum(kind["bytes"] for kind in found["exchanges"].values())
+    mesh = config.mesh
+    axes = ", ".join(f"{name} {getattr(mesh, name)}" for name in ("data", "fsdp", "tensor") if getattr(mesh, name) > 1)
+    cells = (
+        f"{'8B' if config.model == _8B else '70B'} {row.method}",
+        row.slice,
+        config.length,
+        config.batch.global_,
+        axes + (", sequence" if mesh.sequence else ""),
+        config.remat,
+        f"{memory['total'] / GIB:.1f} of {memory['capacity'] / GIB:.2f}",
+        f"{found['flops']['total'] / 1e12:.1f}",
+        f"{sent / 1e9:.1f}",
+        f"{bound['compute']:.3f}",
+        f"{bound['memory']:.3f}",
+        f"{bound['links']:.3f}",
+        _LIMITS[bound["limit"]],
+        f"{100 * bound['mfu']:.0f} %",
+        f"{bound['tokens_per_second'] / found['chips']:,.0f}",
+    )
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def table(rows: Sequence[Row], out: Path | None) -> Iterator[str]:
+    """The lines of the table, each as soon as it is compiled."""
+    head = (
+        "| step | slice | length | batch | mesh | remat | HBM a chip, GiB | TFLOP a chip | sent a chip, GB "
+        "| compute, s | HBM, s | links, s | limit | MFU at most | tokens/s a chip at most |"
+    )
+    yield head
+    yield f"|{'---|' * (head.count('|') - 1)}"
+    for row in rows:
+        yield line(row, figures(row, out))
+
+
+def scaling(rows: Sequence[Row], out: Path | None) -> Iterator[str]:
+    """What a chip sends on more and more chips, and how much more than on half as many."""
+    yield "| slice | chips | mesh | batch | sent a chip, GB | more than on half | MFU at most |"
+    yield "|---|---|---|---|---|---|---|"
+    before = None
+    for row in rows:
+        found, config = figures(row, out), row.config
+        sent = sum(kind["bytes"] for kind in found["exchanges"].values())
+        more = "" if before is None else f"{100 * (sent / before - 1):+.2f} %"
+        mesh = f"data {config.mesh.data}, fsdp {config.mesh.fsdp}"
+        cells = (row.slice, found["chips"], mesh, config.batch.global_, f"{sent / 1e9:.3f}", more)
+        yield f"| {' | '.join(map(str, cells))} | {100 * found['roofline']['mfu']:.0f} % |"
+        before = sent
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Prints both tables; 1 where a step does not fit."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--rows", type=int, nargs="*", help="numbers of rows, from 1; then the scaling is left out")
+    parser.add_argument("--out", type=Path, help="where figures are kept")
+    own = parser.parse_args(args)
+    try:
+        for text in table(ROWS if own.rows is None else [ROWS[number - 1] for number in own.rows], own.out):
+            print(text, flush=True)
+        if own.rows is None:
+            print()
+            for text in scaling(SCALING, own.out):
+                print(text, flush=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except DoesNotFit as error:
+        print(error.advice, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
