@@ -1,6 +1,7 @@
 """The compiled training step: gradients, accumulation and metrics, by jit or by pmap."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -157,25 +158,30 @@ def train_step(
 
     known: dict[Any, Halves] = {}  # telling the halves apart costs milliseconds
 
-    def body(static, halves, places, arrays, frozen, moving, batch):
+    def body(static, halves, arrays, frozen, moving, batch):
         train, *rest = moving
         (delta, *rest), metrics = update(tx, static.restore(arrays), (halves.join(train, frozen), *rest), batch)
-        leaves, treedef = jax.tree.flatten((halves.split(delta)[0], *rest))
-        # What moves stays where it lies: the next step finds the shardings that it was compiled for.
-        kept = [leaf if to is None else jax.lax.with_sharding_constraint(leaf, to) for leaf, to in zip(leaves, places)]
-        return jax.tree.unflatten(treedef, kept), metrics
+        return (halves.split(delta)[0], *rest), metrics
 
-    if pmap:
-        compiled = jax.pmap(
-            body,
-            axis_name=DEVICES,
-            in_axes=(None, None, None, None, None, None, 0),
-            out_axes=None,
-            donate_argnums=(5,),
-            static_broadcasted_argnums=(0, 1, 2),
-        )
-    else:
-        compiled = jax.jit(body, donate_argnums=(5,), static_argnums=(0, 1, 2))
+    mapped = jax.pmap(
+        body,
+        axis_name=DEVICES,
+        in_axes=(None, None, None, None, None, 0),
+        out_axes=None,
+        donate_argnums=(4,),
+        static_broadcasted_argnums=(0, 1),
+    )
+
+    @functools.cache
+    def jitted(structure: Any, places: tuple[NamedSharding | None, ...]) -> Callable:
+        # What moves stays where it lies, in the very words: of a sharding that says the same in others (without a last
+        # None, with an axis of one device) JAX would compile the next step anew.
+        kept = jax.tree.unflatten(structure, places)
+        return jax.jit(body, donate_argnums=(4,), static_argnums=(0, 1), out_shardings=(kept, None))
+
+    def compiled(moving: Any) -> Any:
+        leaves, structure = jax.tree.flatten(moving)
+        return mapped if pmap else jitted(structure, tuple(map(_kept, leaves)))
 
     def arguments(state: TrainState, batch: Any) -> tuple[Any, ...]:
         devices = jax.local_device_count() if pmap else 1
@@ -189,18 +195,22 @@ def train_step(
         train, frozen = halves.split(state.delta)
         static, arrays = Static.split(state.base)
         moving = (train, state.opt_state, state.step, state.key)
-        places = tuple(None if pmap else _kept(leaf) for leaf in jax.tree.leaves(moving))
-        return static, halves, places, arrays, frozen, moving, batch
+        return static, halves, arrays, frozen, moving, batch
 
     def run(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        static, halves, places, arrays, frozen, moving, batch = arguments(state, batch)
+        static, halves, arrays, frozen, moving, batch = arguments(state, batch)
         if pmap:  # once: what comes back is replicated already, and compiles nothing else
             arrays, frozen, moving = _replicated((arrays, frozen, moving))
-        (train, opt_state, number, key), metrics = compiled(static, halves, places, arrays, frozen, moving, batch)
+        step = compiled(moving)
+        (train, opt_state, number, key), metrics = step(static, halves, arrays, frozen, moving, batch)
         base = static.restore(arrays) if pmap else state.base
         return TrainState(base, halves.join(train, frozen), opt_state, number, key), metrics
 
-    return Step(run, lambda state, batch: compiled.lower(*arguments(state, batch)))
+    def lower(state: TrainState, batch: Any) -> jax.stages.Lowered:
+        given = arguments(state, batch)
+        return compiled(given[4]).lower(*given)
+
+    return Step(run, lower)
 
 
 @dataclasses.dataclass(frozen=True)
