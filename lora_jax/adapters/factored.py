@@ -9,12 +9,13 @@ contraction with an input is a chain of small products that starts from the inpu
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Label = str
 Dims = tuple[tuple[tuple[Label, int], ...], ...]
@@ -103,17 +104,29 @@ def _cheapest_order(start: Factor, factors: Sequence[Factor], out: Sequence[Labe
     return [factors[i] for i in best[frozenset(everything)][1]]
 
 
-def _explicit_spec(labels: Sequence[Label], *operands: Factor):
+def explicit_sharding(array: Any) -> NamedSharding | None:
+    """The sharding that an array's type tells: under a mesh with explicit axes (None elsewhere)."""
+    sharding = jax.typeof(array).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def placed(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """Under a mesh with explicit axes: the array with this sharding."""
+    return array if sharding is None or explicit_sharding(array) == sharding else jax.reshard(array, sharding)
+
+
+def _product_sharding(labels: Sequence[Label], places: Mapping[Label, Any], is_last: bool, *operands: Factor):
     """The sharding of a product under a mesh with explicit axes (None elsewhere)."""
-    shardings = [jax.typeof(operand.array).sharding for operand in operands]
-    meshes = [s.mesh for s in shardings if not s.mesh.empty and not s.mesh.are_all_axes_auto]
+    known = [(operand, explicit_sharding(operand.array)) for operand in operands]
+    meshes = [sharding.mesh for _, sharding in known if sharding is not None]
     if not meshes:
         return None
     by_label: dict[Label, Any] = {}
-    for operand, sharding in zip(operands, shardings):
-        spec = (*sharding.spec, *[None] * (operand.array.ndim - len(sharding.spec)))
+    for operand, sharding in known:
+        spec = (*sharding.spec, *[None] * operand.array.ndim) if sharding is not None else ()
         for label, axis in zip(operand.labels, spec):
             by_label[label] = by_label.get(label) or axis
+    by_label |= places if is_last else {label: by_label.get(label) or names for label, names in places.items()}
     used: set[str] = set()
     entries = []
     for label in labels:
@@ -121,10 +134,12 @@ def _explicit_spec(labels: Sequence[Label], *operands: Factor):
         names: set[str] = set(axis) if isinstance(axis, tuple) else set() if axis is None else {axis}
         entries.append(None if names & used else axis)
         used |= names
-    return jax.sharding.NamedSharding(meshes[0], jax.sharding.PartitionSpec(*entries))
+    return NamedSharding(meshes[0], PartitionSpec(*entries))
 
 
-def _dot(left: Factor, right: Factor, later: Iterable[Label], precision, dtype) -> Factor:
+def _dot(
+    left: Factor, right: Factor, later: Iterable[Label], places: Mapping[Label, Any], is_last: bool, precision, dtype
+) -> Factor:
     later = set(later)
     shared = [label for label in left.labels if label in right.labels]
     batch = [label for label in shared if label in later]
@@ -144,7 +159,7 @@ def _dot(left: Factor, right: Factor, later: Iterable[Label], precision, dtype) 
         ((axes(left, summed), axes(right, summed)), (axes(left, batch), axes(right, batch))),
         precision=precision,
         preferred_element_type=dtype,
-        out_sharding=_explicit_spec(labels, left, right),
+        out_sharding=_product_sharding(labels, places, is_last, left, right),
     )
     return Factor(product, labels)
 
@@ -157,6 +172,7 @@ def chain(
     precision=None,
     dtype: jax.typing.DTypeLike | None = None,
     reverse: bool = False,
+    places: Mapping[Label, Any] | None = None,
 ) -> jax.Array:
     """Multiplies `start` by one factor after another, in the cheapest order.
 
@@ -171,6 +187,9 @@ def chain(
       precision: Of each product, as for `jax.lax.dot_general`.
       dtype: Of the result; the dtype of `start` where None.
       reverse: Puts the factor on the left of each product, so that its axes come first.
+      places: Under a mesh with explicit axes: the mesh axes (or None) of labels of the result; of others they are the
+        operands'. Products before the last one are divided as the input or the result is: whatever has to move between
+        devices is then only as wide as the rank.
 
     Returns:
       The result, with the axes that `out` names.
@@ -187,9 +206,9 @@ def chain(
             result = Factor(times(result.array, factor, list(result.sizes.items())), result.labels)
             continue
         factor = Factor(factor.array.astype(start.array.dtype), factor.labels)
-        last = dtype if index == len(order) - 1 else None
+        is_last = index == len(order) - 1
         pair = (factor, result) if reverse else (result, factor)
-        result = _dot(*pair, later, precision, last)
+        result = _dot(*pair, later, places or {}, is_last, precision, dtype if is_last else None)
     result = result.transposed([label for label in names if label in result.labels])
     array = result.array if dtype is None else result.array.astype(dtype)
     if len(result.labels) == len(out):
@@ -218,15 +237,30 @@ def times(array: jax.Array, gain: Factor, labels: Sequence[tuple[Label, int]]) -
     all tokens, would lose several of its eight bits.
     """
     wide = compute_dtype(array.dtype)
-    return (array.astype(wide) * spread(gain, labels, wide).reshape(array.shape)).astype(array.dtype)
+    whole_axes = len(labels) == array.ndim
+    factor = spread(gain, labels, wide, explicit_sharding(array) if whole_axes else None)
+    return (array.astype(wide) * factor.reshape(array.shape)).astype(array.dtype)
 
 
-def spread(gain: Factor, labels: Sequence[tuple[Label, int]], dtype: jax.typing.DTypeLike) -> jax.Array:
-    """A gain broadcast to the axes that `labels` names, in their order."""
+def spread(
+    gain: Factor,
+    labels: Sequence[tuple[Label, int]],
+    dtype: jax.typing.DTypeLike,
+    sharding: NamedSharding | None = None,
+) -> jax.Array:
+    """A gain broadcast to the axes that `labels` names, in their order.
+
+    Under a mesh with explicit axes it takes the sharding of what it multiplies: its gradient is then summed where the
+    product lies, and not gathered before.
+    """
     names = [label for label, _ in labels]
     gain = gain.transposed([label for label in names if label in gain.labels])
     axes = [names.index(label) for label in gain.labels]
-    return lax.broadcast_in_dim(gain.array.astype(dtype), [size for _, size in labels], axes)
+    array = gain.array.astype(dtype)
+    if sharding is not None:
+        spec = PartitionSpec(*(sharding.spec[axis] for axis in axes))
+        array = placed(array, NamedSharding(sharding.mesh, spec))
+    return lax.broadcast_in_dim(array, [size for _, size in labels], axes, out_sharding=sharding)
 
 
 def folded(factors: Sequence[Factor]) -> list[Factor]:

@@ -6,7 +6,8 @@ member, an input's product with stacked factors is one ragged product, and no fa
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,12 @@ def chain(
     precision=None,
     dtype: jax.typing.DTypeLike | None = None,
     reverse: bool = False,
+    places: Mapping[Label, Any] | None = None,
 ) -> jax.Array:
     """As :func:`lora_jax.adapters.factored.chain`, with ragged products where factors have an axis of members."""
     choice = next((factor for factor in factors if factor.labels == (MEMBER,)), None)
     if choice is None:
-        return factored.chain(start, factors, out, precision=precision, dtype=dtype, reverse=reverse)
+        return factored.chain(start, factors, out, precision=precision, dtype=dtype, reverse=reverse, places=places)
     result, pending = start, [factor for factor in factors if factor is not choice]
     while pending:
         factor = next((f for f in pending if set(f.labels) & set(result.labels)), pending[0])

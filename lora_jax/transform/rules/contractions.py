@@ -1,10 +1,12 @@
 """Matrix products with an adapted weight: `x·W + ((x·a)·b)`, never `x·(W + a·b)`."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax.adapters.factored import Factor, Label, times
+from lora_jax.adapters.factored import Factor, Label, explicit_sharding, placed, times
 from lora_jax.transform import jaxprs
 from lora_jax.transform.deferred import recomputed
 from lora_jax.transform.members import chain, picked
@@ -69,37 +71,56 @@ def _dot_general(interpreter, equation, values):
 
     operands = [x, weight.value] if place == 1 else [weight.value, x]
     (base,) = recomputed(lambda *operands: jaxprs.bind(equation, operands), *operands)
+    token_dims, free_dims = [x_dims[axis] for axis in tokens], [weight.dims[axis] for axis in free_axes]
+    out_dims = [weight.dims[axis] for axis in w_batch]
+    out_dims += [*token_dims, *free_dims] if place == 1 else [*free_dims, *token_dims]
     total = base
     if weight.factors:
         low_rank_input = interpreter.next_key(weight).drop_out(x)
-        grouped = _grouped(x_dims, tokens, interpreter.flatten)
+        places = _places(base, out_dims)
+        later = [label for ((label, _),) in token_dims[1:]]
+        divided = any(known.get(label) for known in (_places(x, x_dims), places) for label in later)
+        grouped = _grouped(x_dims, tokens, interpreter.flatten and not divided)
         token_pairs = [pair for group in grouped for pair in group if pair[0].startswith(TOKENS)]
         pairs = [pair for group in grouped for pair in group]
         start = Factor(_reshaped(low_rank_input, [n for _, n in pairs]), tuple(x for x, _ in pairs))
         out = [*shared, *token_pairs, *free] if place == 1 else [*shared, *free, *token_pairs]
-        delta = chain(start, weight.factors, out, precision=params["precision"], dtype=base.dtype, reverse=place == 0)
-        product = Product(base, _reshaped(delta, base.shape), equation)
+        options = {"precision": params["precision"], "dtype": base.dtype, "reverse": place == 0, "places": places}
+        delta = _reshaped(chain(start, weight.factors, out, **options), base.shape)
+        product = Product(base, placed(delta, explicit_sharding(base)), equation)
         if not after:
             return [product]
         total = product.total()
-    if after:
-        out_dims = [*shared, *((f"{TOKENS}{a}", x.shape[a]) for a in tokens), *free]
-        if place == 0:
-            out_dims = [*shared, *free, *((f"{TOKENS}{a}", x.shape[a]) for a in tokens)]
-        for gain in after:
-            total = times(total, gain, out_dims)
+    for gain in after:
+        total = times(total, gain, [pair for axis in out_dims for pair in axis])
     return [total]
 
 
 def _grouped(x_dims, tokens: Sequence[int], flatten: bool):
-    """The axes of the input, neighbouring token axes made one."""
+    """The axes of the input, neighbouring token axes made one, which has the label of the first."""
     joined = flatten and len(tokens) > 1 and list(tokens) == list(range(tokens[0], tokens[0] + len(tokens)))
     if not joined:
         return x_dims
     size = 1
     for axis in tokens:
         size *= x_dims[axis][0][1]
-    return [*x_dims[: tokens[0]], [(TOKENS, size)], *x_dims[tokens[-1] + 1 :]]
+    return [*x_dims[: tokens[0]], [(x_dims[tokens[0]][0][0], size)], *x_dims[tokens[-1] + 1 :]]
+
+
+def _places(array, dims: Sequence[Sequence[tuple[Label, int]]]) -> dict[Label, Any]:
+    """Under a mesh with explicit axes: the mesh axes of each label of an array, whose axes are these."""
+    sharding = explicit_sharding(array)
+    found: dict[Label, Any] = {}
+    if sharding is not None:
+        for names, ((label, size), *rest) in zip(sharding.spec, dims):
+            fits = size % math.prod(sharding.mesh.shape[name] for name in _names(names)) == 0
+            found |= {label: names if fits else None} | {label: None for label, _ in rest}
+    return found
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that an entry of a partition spec names."""
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
 def _reshaped(array, shape):
