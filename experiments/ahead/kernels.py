@@ -1,5 +1,6 @@
 """Floating-point operations of what a compiled program calls that is no HLO."""
 
+import math
 import re
 
 from experiments.ahead.hlo import Computation, Instruction
@@ -9,6 +10,8 @@ _NO_PRODUCTS = re.compile(
     r"^(AllocateBuffer|AssumeGatherIndicesInBound|Async\w+|ConcatBitcast|Sharding|SPMD\w+|MoveTo\w+|PinnedTo\w+|"
     r"annotate_device_placement|X64\w+|TopK|ProduceTrashBuffer|xla_ffi_python_cpu_callback|SliceToDynamic|PadToStatic)$"
 )
+# A kernel of XLA's own that finds where the groups of a ragged product begin.
+_METADATA = "ragged-dot-metadata"
 # Products of queries × keys × width in each of splash attention's kernels: forward scores and mix; for keys and
 # values the scores again, dV, dP, dK; for queries the scores again, dP, dQ.
 _SPLASH = {"splash_mha_fwd": 2, "splash_mqa_fwd": 2, "splash_mha_dkv": 4, "splash_mqa_dkv": 4}
@@ -24,15 +27,15 @@ def kernel_flops(where: Computation, one: Instruction) -> tuple[float, str | Non
 
     Returns:
       Its floating-point operations, and its name where they are not known. A kernel's own estimate of its cost is
-      taken where it has one. JAX's splash attention has none: its products are counted by the shapes of its operands,
-      for the blocks of a causal mask, those on the diagonal whole; a mask that sees less is counted as that, one that
-      sees more too.
+      taken where it has one, as those of XLA's ragged products have. JAX's splash attention has none: its products are
+      counted by the shapes of its operands, for the blocks of a causal mask, those on the diagonal whole. A mask that
+      sees less within those blocks, of segments for one, makes the kernel no faster.
     """
     target = one.value("custom_call_target") or one.name
     estimate = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', one.attributes)
     if estimate:
         return float(estimate[1]), None
-    if _NO_PRODUCTS.match(target):
+    if _NO_PRODUCTS.match(target) or one.name.startswith(_METADATA):
         return 0.0, None
     for name, products in _SPLASH.items():
         if re.search(rf"\b{name}", one.attributes) or one.name.startswith(name):
@@ -52,7 +55,4 @@ def _splash_product(where: Computation, one: Instruction) -> float:
         rows, columns = blocks[0][-2:]
         seen = sum(min(row + 1, columns) for row in range(rows))
         share = seen / (rows * max(rows, columns))
-    examples = 1
-    for size in batch:
-        examples *= size
-    return 2.0 * examples * heads * queries * keys * width * share
+    return 2.0 * math.prod(batch) * heads * queries * keys * width * share

@@ -59,7 +59,7 @@ def tables(analysis: Analysis, topology: Topology) -> list[Table | str]:
 
     done = _table("A step on a chip", "")
     done.add_row("matrix products", f"{cost.dots:.4g} FLOP")
-    done.add_row("kernels (attention)", f"{cost.kernels:.4g} FLOP")
+    done.add_row("kernels (attention, experts)", f"{cost.kernels:.4g} FLOP")
     done.add_row("what the model needs, nothing twice", f"{analysis.model_flops / analysis.chips:.4g} FLOP")
     done.add_row("read from and written to HBM", size(cost.traffic.device))
     if cost.traffic.host:
