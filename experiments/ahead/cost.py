@@ -100,9 +100,27 @@ def cost(module: Module) -> Cost:
     an asynchronous exchange where it starts.
 
     Raises:
-      ValueError: How often a loop runs cannot be told (the message names it); an exchange has groups of unknown form.
+      ValueError: How often a loop runs cannot be told (the message names it); an exchange has groups of unknown form,
+        or steps and no beginning.
     """
+    _check_begun(module)
     return _computation(module, module.entry, {}, fused=False)
+
+
+def _check_begun(module: Module) -> None:
+    """Each exchange that is done in steps begins somewhere, where it is counted."""
+    begun, continued = set(), {}
+    for where in module.computations.values():
+        for one in where:
+            if one.opcode in KINDS and "chain_id" in one.attributes:
+                channel = one.value("channel_id")
+                if traffic.continues(where, one):
+                    continued[channel] = one.name
+                else:
+                    begun.add(channel)
+    for channel, name in continued.items():
+        if channel not in begun:
+            raise ValueError(f"The exchange of channel {channel} has a step, %{name}, and no beginning.")
 
 
 def _computation(module: Module, where: Computation, known: loops.Known, *, fused: bool) -> Cost:

@@ -210,6 +210,12 @@ def test_the_forms_that_are_a_tpus():
     assert found.traffic == traffic.Traffic(rows + counter + (16 + 4) * 128 * 4)
 
 
+def test_an_exchange_without_a_beginning_is_an_error():
+    text = TPU.replace('custom_call_target="AsyncCollectiveStart"', 'custom_call_target="Another"')
+    with pytest.raises(ValueError, match=r"channel 1 has a step, %all-gather.\d, and no beginning"):
+        cost(hlo.parse(text))
+
+
 def test_batches_as_dilated_windows():
     """XLA's form of a batched product on TPUs: a window over the batch axis that meets one element of each batch."""
     text = """HloModule m
