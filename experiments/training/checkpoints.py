@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +34,6 @@ class Checkpoints:
 
     Args:
       directory: Made where it does not exist; one that all processes see.
-      every: Steps between checkpoints.
       best: Which scores are better.
       settings: What decides the numbers of a run, as JSON can hold it: a checkpoint of others is refused.
       say: Called with a line on what is passed over.
@@ -41,7 +42,6 @@ class Checkpoints:
     def __init__(
         self,
         directory: Path,
-        every: int,
         *,
         best: Literal["max", "min"] = "max",
         settings: Mapping[str, Any] | None = None,
@@ -50,18 +50,11 @@ class Checkpoints:
         self._directory, self._say = directory.absolute(), say
         self._settings: dict[str, Any] = json.loads(json.dumps(dict(settings or {})))  # tuples as lists
         self._better = max if best == "max" else min
+        self._worst = -math.inf if best == "max" else math.inf  # in place of a score, where a step has none
         self._fingerprint = ""
-        kept = [
-            managers.LatestN(2),
-            managers.BestN(
-                get_metric_fn=lambda metrics: metrics[SCORE],
-                reverse=best == "min",
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            ),
-        ]
+        kept = [managers.LatestN(2), managers.BestN(get_metric_fn=_score, reverse=best == "min", n=1)]
         options = ocp.CheckpointManagerOptions(
-            save_interval_steps=every,
+            best_fn=_score,  # without it scores are not written
             preservation_policy=managers.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
         )
@@ -79,27 +72,25 @@ class Checkpoints:
         try:
             self._manager.close()
         except Exception as other:  # what is raised already says what went wrong first
-            self._say(f"{self._directory}: the last checkpoint may be missing ({_reason(other)})")
+            self._say(f"{self._directory}: the last checkpoint may be missing ({self._reason(other)})")
 
     def save(
-        self, step: int, state: Any, content: Mapping[str, Any], *, score: float | None = None, force: bool = False
+        self, step: int, state: Any, content: Mapping[str, Any], *, score: float | None = None, wait: bool = False
     ) -> None:
-        """Saves in the background where `step` is due, or has a score; with `force`, always and before returning.
+        """Saves in the background, unless the step is there already.
 
         Args:
           step: Steps done.
           state: A dataclass with a `base`, which is not stored, or any tree.
           content: Stored beside it as JSON.
           score: By which the best checkpoint is told, at steps that are evaluated.
-          force: Whether to save and to wait for it.
+          wait: Whether to return when it is written.
 
         Raises:
           UserError: This checkpoint or an earlier one cannot be written.
         """
         with self._telling(f"be written at step {step}"):
-            if step not in self._manager.all_steps() and (
-                force or score is not None or self._manager.should_save(step)
-            ):
+            if step not in self._manager.all_steps():
                 arrays = _arrays(state)
                 everything = {
                     "content": dict(content),
@@ -111,10 +102,10 @@ class Checkpoints:
                 self._manager.save(
                     step,
                     args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), content=ocp.args.JsonSave(everything)),
-                    metrics=None if score is None else {SCORE: score},
+                    metrics={SCORE: self._worst if score is None else score},
                     force=True,
                 )
-            if force:
+            if wait:
                 self._manager.wait_until_finished()
 
     def restore(self, state: S) -> tuple[S, dict[str, Any] | None]:
@@ -129,6 +120,8 @@ class Checkpoints:
         Raises:
           UserError: The checkpoint is of another model, method, base or setting, or none that is there is whole.
         """
+        with self._telling("be written"):
+            self._manager.wait_until_finished()
         described, base = _described(_arrays(state)), self._base(state)
         step, refused = _NONE, None
         if jax.process_index() == 0:
@@ -153,7 +146,7 @@ class Checkpoints:
         """
         self._manager.wait_until_finished()
         metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-        scores = {step: found[SCORE] for step, found in metrics.items() if found}
+        scores = {step: found[SCORE] for step, found in metrics.items() if found and math.isfinite(found[SCORE])}
         if not scores:
             raise UserError(f"{self._directory}: no checkpoint has a score")
         step = self._better(scores, key=lambda step: (scores[step], step))
@@ -182,7 +175,7 @@ class Checkpoints:
                     return step
             except Exception as error:  # whatever reading a damaged file raises
                 instead = "" if before is None else f"; going on from that of step {before}"
-                self._say(f"  the checkpoint of step {step} is damaged ({_reason(error)}){instead}")
+                self._say(f"  the checkpoint of step {step} is damaged ({self._reason(error)}){instead}")
                 continue
             raise UserError(f"{self._directory}: the checkpoint of step {step} {problem}; --fresh starts over")
         if steps:
@@ -214,6 +207,11 @@ class Checkpoints:
             self._fingerprint = checksum.fingerprint(getattr(state, "base", None))
         return self._fingerprint
 
+    def _reason(self, error: BaseException) -> str:
+        """What an error says, on one line, without the paths that are clear and the options of the file format."""
+        text = str(error).replace(f"{self._directory}/", "").partition("[tensorstore_spec")[0]
+        return textwrap.shorten(text or type(error).__name__, 400, placeholder=" …")
+
     @contextmanager
     def _telling(self, what: str) -> Iterator[None]:
         """Turns what a disk refuses into one sentence."""
@@ -222,7 +220,11 @@ class Checkpoints:
         except UserError:
             raise
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{self._directory}: a checkpoint cannot {what} ({_reason(error)})") from error
+            raise UserError(f"{self._directory}: a checkpoint cannot {what} ({self._reason(error)})") from error
+
+
+def _score(metrics: Mapping[str, float]) -> float:
+    return metrics[SCORE]
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -260,8 +262,3 @@ def _like(leaf: Any, stored: Any) -> Any:
     if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(stored, impl=jax.random.key_impl(leaf))
     return stored
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -122,11 +122,9 @@ def train(
       KeyboardInterrupt: After a checkpoint was written.
       Preempted: Likewise, by SIGTERM.
     """
-    with Checkpoints(
-        run.checkpoints, run.checkpoint_every, best=run.best, settings=run.settings, say=bar.say
-    ) as checkpoints:
+    with Checkpoints(run.checkpoints, best=run.best, settings=run.settings, say=bar.say) as checkpoints:
         state, found = checkpoints.restore(state)
-        history = History(**found["history"]) if found else History(evaluations=[(0, score)])
+        history = History(**found["history"]) if found else History(evaluations=[(0, score)] if due else [])
         start = len(history.losses)
         if found:
             bar.say(f"  resumed at step {start} of {total}")
@@ -152,7 +150,7 @@ def train(
                     meter.settle()
                     content = {"history": asdict(history), "input": iterator.get_state()}
                     last = history.evaluations[-1][1] if done in due else None
-                    checkpoints.save(done, state, content, score=last, force=stopping)
+                    checkpoints.save(done, state, content, score=last, wait=stopping)
                     meter.go_on()
                 if stopping:
                     raise interrupt.error(done)
@@ -167,10 +165,11 @@ def train(
     return state, history
 
 
-def passes(epochs: int, steps_per_epoch: int) -> tuple[int, set[int]]:
-    """Steps in all, and those to evaluate after: every pass, and the middle of a single one."""
-    total = epochs * steps_per_epoch
-    return total, set(np.linspace(0, total, max(epochs, 2) + 1).round().astype(int).tolist()) - {0}
+def passes(epochs: int, steps_per_epoch: int, limit: int | None = None) -> tuple[int, set[int]]:
+    """Steps in all, and those to evaluate after: every pass, the last step, and the middle of what is but one pass."""
+    total = min(epochs * steps_per_epoch, limit or epochs * steps_per_epoch)
+    due = {*range(steps_per_epoch, total, steps_per_epoch), total}
+    return total, due if len(due) > 1 else {total, round(total / 2)} - {0}
 
 
 class _Meter:

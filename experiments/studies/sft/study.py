@@ -101,15 +101,14 @@ def run(config: Config) -> Report:
         if config.fresh and processes.is_first():
             _remove(config.out)
     data = _read(config, directory, console)
-    steps = config.epochs * data.train.steps_per_epoch
-    total = min(steps, config.steps or steps)
+    total, due = loop.passes(config.epochs, data.train.steps_per_epoch, config.steps)
     program = programs.abstract(config, steps=total)
     settings = _settings(config, data, directory)
     if (config.out / RESULT).exists():
         report = _finished(config.out / RESULT, settings)
     else:
         with jax.set_mesh(program.mesh):
-            report = _trained(config, program, data, directory, total, settings, console)
+            report = _trained(config, program, data, directory, (total, due), settings, console)
     if processes.is_first():
         _show(config, report, console)
     return report
@@ -169,10 +168,11 @@ def _trained(
     program: Program,
     data: _Data,
     directory: Path,
-    total: int,
+    steps: tuple[int, set[int]],
     settings: dict[str, Any],
     console: Console,
 ) -> Report:
+    total, due = steps
     base = program.load(directory)
     state = program.create(jax.random.key(config.seed), base)
     console.print(f"base: {config.model} on a mesh of {config.mesh}", highlight=False, soft_wrap=True)
@@ -180,7 +180,6 @@ def _trained(
     parameters = sum(leaf.size for leaf in jax.tree.leaves(lora.partition(state.delta)[0]))
     writer = Writer(program, data.encoder, directory, data.records)
     evaluate = _evaluator(program, data.validation)
-    due = loop.passes(config.epochs, -(-total // config.epochs))[1] if data.validation else set()
     before, score = writer.write(base, state.delta), evaluate(state)
     run = loop.Run(
         config.out,
@@ -199,7 +198,7 @@ def _trained(
             state,
             data.train,
             total,
-            due=due,
+            due=due if data.validation else set(),
             score=score,
             evaluate=evaluate,
             shown=lambda loss: f"loss {loss:.3f}, perplexity {np.exp(loss):.1f}",
@@ -208,7 +207,7 @@ def _trained(
     after = writer.write(base, state.delta)
     best, best_step = state, total
     if history.evaluations and min(history.evaluations[1:], key=lambda one: one[1])[0] != total:
-        with Checkpoints(run.checkpoints, config.checkpoint_every, best="min", settings=settings) as checkpoints:
+        with Checkpoints(run.checkpoints, best="min", settings=settings) as checkpoints:
             best, best_step = checkpoints.best(state)
     adapters = {ADAPTER: meshes.gathered(state.delta), BEST: meshes.gathered(best.delta)}
     prompts = writer.prompts
