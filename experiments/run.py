@@ -12,7 +12,7 @@ from types import ModuleType
 import jax
 import tyro
 
-from experiments import configs
+from experiments import configs, pods
 from experiments.errors import Preempted, UserError
 from experiments.training import processes
 
@@ -73,16 +73,18 @@ def _told(status: int, line: str) -> int:
 
 def usage() -> str:
     """What `--help` prints: the configs with a line each."""
-    lines = [f"usage: {_PROGRAM} CONFIG [--help] [--overrides]", "", "configs:"]
-    for name in config_names():
-        summary = (find_config(name).__doc__ or "").strip().splitlines()[0]
-        lines.append(f"  {name:16} {summary}")
+    lines = [f"usage: {_PROGRAM} CONFIG [--help] [--overrides]"]
+    for package, title in ((configs, "configs:"), (pods, "configs for several chips (experiments/pods/README.md):")):
+        lines += ["", title]
+        for name in config_names(package):
+            summary = (find_config(name).__doc__ or "").strip().splitlines()[0]
+            lines.append(f"  {name:18} {summary}")
     return "\n".join(lines)
 
 
-def config_names() -> list[str]:
-    """The modules of `experiments.configs`, with dashes."""
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(configs.__path__))
+def config_names(package: ModuleType) -> list[str]:
+    """The modules of a package of configs, with dashes."""
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(package.__path__))
 
 
 def find_config(name: str) -> ModuleType:
@@ -91,12 +93,13 @@ def find_config(name: str) -> ModuleType:
     Raises:
       UserError: There is none of that name; the message says what comes nearest.
     """
-    names, dashed = config_names(), name.replace("_", "-")
+    names = {name: package for package in (configs, pods) for name in config_names(package)}
+    dashed = name.replace("_", "-")
     if dashed not in names:
         near = difflib.get_close_matches(dashed, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(names)}"
         raise UserError(f"unknown config {name!r}; {hint}")
-    return importlib.import_module(f"experiments.configs.{dashed.replace('-', '_')}")
+    return importlib.import_module(f"{names[dashed].__name__}.{dashed.replace('-', '_')}")
 
 
 if __name__ == "__main__":

@@ -43,8 +43,9 @@ def draw_losses(path: Path, losses: Sequence[float], evaluations: Sequence[tuple
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     _losses(axes, _COLOURS[0], "training", [np.array(losses)])
-    steps, values = zip(*evaluations)
-    axes.plot(steps, values, color=_COLOURS[1], marker="o", markersize=6, linestyle="", label="validation")
+    if evaluations:
+        steps, values = zip(*evaluations)
+        axes.plot(steps, values, color=_COLOURS[1], marker="o", markersize=6, linestyle="", label="validation")
     axes.set(xlabel="step", ylabel="loss a token, nats")
     _finish(path, figure, (axes,), title)
 

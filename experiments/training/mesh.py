@@ -84,11 +84,16 @@ def make(sizes: MeshSizes, devices: Sequence[jax.Device] | None = None) -> Mesh:
     found = list(jax.devices() if devices is None else devices)
     alone = len({device.process_index for device in found}) == 1
     if sizes.count > len(found) or (sizes.count < len(found) and not alone):
-        fits = [data for data in range(1, len(found) + 1) if data * sizes.fsdp * sizes.tensor == len(found)]
-        hint = f"mesh.data {fits[0]} fits" if fits else f"choose sizes whose product is {len(found)}"
+        hint = " or ".join(fitting(sizes, len(found))) or f"choose sizes whose product is {len(found)}"
         raise UserError(f"the mesh ({sizes}) has {sizes.count} devices, here are {len(found)}; {hint}")
     shape = (sizes.data, sizes.fsdp, sizes.tensor)
     return jax.make_mesh(shape, NAMES, axis_types=(AxisType.Auto,) * 3, devices=found[: sizes.count])
+
+
+def fitting(sizes: MeshSizes, count: int) -> list[str]:
+    """The sizes along one axis that give a mesh of so many devices, the others left as they are."""
+    rest = {name: sizes.count // getattr(sizes, name) for name in NAMES}
+    return [f"mesh.{name} {count // rest[name]} fits" for name in NAMES if count % rest[name] == 0]
 
 
 @contextmanager

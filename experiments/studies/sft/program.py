@@ -121,11 +121,11 @@ def abstract(
     Raises:
       UserError: The model is unknown, or it, the batch and the mesh do not go together.
     """
-    mesh = meshes.make(config.mesh, devices)
-    meshes.check_batch(config.batch.global_, config.mesh, "batch.global", accumulate=config.batch.accumulate)
+    mesh = check(config, devices)
     description = described(config.model)
     family = families.of(description)
     shape = family.shape(description)
+    _check_heads(config, shape)
     options = options_of(config, platform)
     model = nnx.eval_shape(lambda: family.build(shape, options, nnx.Rngs(0)))
     apply, base = lora.nnx.functional(model)
@@ -143,6 +143,30 @@ def abstract(
     loss = _loss(apply, config)
     step = lora.train_step(loss, tx, accumulate=config.batch.accumulate)
     return Program(config, mesh, family, shape, model, apply, base, delta, loss, tx, step)
+
+
+def check(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a config.
+
+    Raises:
+      UserError: There are other devices than it has, or the batch or a sequence cannot be divided over it.
+    """
+    mesh = meshes.make(config.mesh, devices)
+    meshes.check_batch(config.batch.global_, config.mesh, "batch.global", accumulate=config.batch.accumulate)
+    if config.mesh.sequence and config.length % config.mesh.tensor:
+        fits = meshes.around(config.length, lambda n: n % config.mesh.tensor == 0)
+        raise UserError(
+            f"length {config.length} cannot be divided over mesh.tensor {config.mesh.tensor}, which mesh.sequence asks "
+            f"for; nearest that can: {' and '.join(map(str, fits))}"
+        )
+    return mesh
+
+
+def _check_heads(config: Config, shape: Any) -> None:
+    heads, tensor = getattr(shape, "num_key_value_heads", None) or shape.n_head, config.mesh.tensor
+    if heads % tensor:
+        fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise UserError(f"mesh.tensor {tensor} does not divide the {heads} heads of keys of {config.model}; {fits} do")
 
 
 def described(model: str) -> Mapping[str, Any]:

@@ -96,6 +96,7 @@ def run(config: Config) -> Report:
         of other settings.
     """
     console = processes.console()
+    programs.check(config)
     with processes.first_before_others("begin"):
         directory = location.find(config.model)
         if config.fresh and processes.is_first():

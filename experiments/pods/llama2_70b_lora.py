@@ -1,0 +1,21 @@
+"""Llama 2 70B by LoRA on all linear layers: 32 chips of v5p."""
+
+from pathlib import Path
+
+from experiments.studies.sft.config import BatchSizes, Config
+from experiments.training.mesh import MeshSizes
+
+STUDY = "experiments.studies.sft.study"
+DEFAULTS = Config(
+    model="meta-llama/Llama-2-70b-hf",
+    out=Path("runs/llama2-70b-lora"),
+    mesh=MeshSizes(fsdp=32),
+    batch=BatchSizes(128),
+    rank=16,
+    alpha=32.0,
+    lr=1e-4,
+    targets=("attention", "feed-forward"),
+    dtype="bfloat16",
+    length=2048,
+    checkpoint_every=200,
+)

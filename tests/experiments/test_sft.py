@@ -1,0 +1,175 @@
+"""Supervised fine-tuning: on conversations in the checkpoint's own words, on one device and on meshes of eight."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+import lora_jax as lora
+from experiments import run
+from experiments.errors import UserError
+from experiments.models import families, location
+from experiments.studies.sft import program, study
+from experiments.studies.sft.config import BatchSizes, Config
+from experiments.training import record
+from experiments.training.mesh import MeshSizes
+from tests.experiments.sft_runs import adapters_equal
+
+TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}> {% generation %}{{ message.content }}{% endgeneration %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+"""Which teaches all that is said, users' words too: a template of the checkpoint's own is what counts."""
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """Conversations, and a tiny Llama with a chat template of its own."""
+    place = tmp_path_factory.mktemp("sft")
+    shutil.copytree(location.find("tiny-llama"), place / "model")
+    (place / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    (place / "data").mkdir()
+    for split, count in (("train", 24), ("validation", 6)):
+        messages = [
+            [
+                {"role": "user", "content": f"What is {i} and {i}?"},
+                {"role": "assistant", "content": f"That is {2 * i}, a number."},
+            ]
+            for i in range(count)
+        ]
+        lines = [json.dumps({"messages": one}) + "\n" for one in messages]
+        (place / "data" / f"{split}.jsonl").write_text("".join(lines))
+    return Config(
+        model=str(place / "model"),
+        data=str(place / "data"),
+        out=place / "out",
+        length=64,
+        batch=BatchSizes(8, accumulate=2),
+        epochs=4,
+        rank=2,
+        samples=2,
+        new_tokens=6,
+        checkpoint_every=5,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(settings):
+    with jax.numpy_dtype_promotion("standard"):
+        return settings, study.run(settings)
+
+
+def scalars(directory, tag):
+    """The values of a tag in a directory's one file of events: records of a length, a checksum, data, a checksum."""
+    (path,) = directory.iterdir()
+    content, values = path.read_bytes(), []
+    while content:
+        size = int.from_bytes(content[:8], "little")
+        event = event_pb2.Event.FromString(content[12 : 12 + size])
+        values += [value.simple_value for value in event.summary.value if value.tag == tag]
+        content = content[16 + size :]
+    return values
+
+
+def test_what_is_written(finished):
+    config, report = finished
+    assert np.mean(report.losses[-2:]) < np.mean(report.losses[:2])
+    assert report.evaluations[0][0] == 0 and report.evaluations[-1][0] == len(report.losses)
+    assert report.evaluations[-1][1] < report.evaluations[0][1]
+    prompt, before, after, answer = report.texts[1]
+    assert prompt == "<user> What is 1 and 1?<assistant>" and answer == "That is 2, a number."
+    assert before != after
+    kept = json.loads((config.out / record.CONFIG).read_text())
+    assert kept["batch"] == {"global_": 8, "accumulate": 2} and kept["mesh"]["fsdp"] == 1
+    lines = record.read(config.out / record.METRICS)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["loss"] for line in steps] == report.losses
+    assert all(line["tokens_per_second"] > 0 and line["host_bytes"] > 1e8 and "mfu" not in line for line in steps)
+    assert [(line["step"], line["validation"]) for line in lines if "validation" in line] == report.evaluations[1:]
+    np.testing.assert_allclose(scalars(config.out / "tensorboard", "loss"), report.losses, rtol=1e-6)
+    assert (config.out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_adapter_in_both_formats(finished, lenient):
+    config, report = finished
+    adapter, made = lora.load(config.out / study.ADAPTER), program.abstract(config)
+    base = made.load(Path(config.model))
+    again = lora.peft.load(config.out / study.PEFT, base, made.family.names(made.shape))
+    for path in adapter:
+        np.testing.assert_array_equal(adapter[path].a, again[path].a)
+    if report.best_step == len(report.losses):
+        adapters_equal(adapter, lora.load(config.out / study.BEST))
+
+
+def test_a_finished_run_is_shown(finished, monkeypatch, lenient):
+    config, report = finished
+    monkeypatch.setattr(study.loop, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    assert study.run(config) == report
+    # What does not decide the numbers may differ; what does is refused.
+    study.run(dataclasses.replace(config, mesh=MeshSizes(data=4), samples=1))
+    with pytest.raises(UserError, match=r"a finished run with alpha 32\.0, not 16\.0; --fresh starts over"):
+        study.run(dataclasses.replace(config, alpha=16.0))
+
+
+MESHES = {
+    "all axes": MeshSizes(data=2, fsdp=2, tensor=2),
+    "sequences": MeshSizes(fsdp=2, tensor=2, sequence=True),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_meshes_train_as_one_device(settings, finished, tmp_path, name, lenient):
+    report = study.run(dataclasses.replace(settings, out=tmp_path, mesh=MESHES[name], profile="2:9"))
+    np.testing.assert_allclose(report.losses, finished[1].losses, rtol=1e-5)
+    np.testing.assert_allclose(report.evaluations, finished[1].evaluations, rtol=1e-5)
+    assert report.texts == finished[1].texts
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_quantised_base_on_a_mesh(settings, finished, tmp_path, lenient):
+    mesh = MeshSizes(data=4)
+    report = study.run(dataclasses.replace(settings, out=tmp_path, mesh=mesh, quantize="nf4", samples=0))
+    assert report.losses != finished[1].losses
+    np.testing.assert_allclose(report.losses, finished[1].losses, rtol=0.02)
+
+
+def test_data_without_validation(settings, tmp_path, lenient):
+    data = f"{settings.data}/train.jsonl"
+    config = dataclasses.replace(settings, out=tmp_path, data=data, steps=2, samples=1, batch=BatchSizes(8))
+    report = study.run(config)
+    assert report.evaluations == [] and len(report.losses) == 2 and len(report.texts) == 1
+    assert (tmp_path / study.BEST).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mesh.data", "3"], "batch.global 8 cannot be divided over a mesh of data 3 × fsdp 1 × tensor 1; nearest"),
+        (["--mesh.fsdp", "16"], "has 16 devices, here are 8; mesh.fsdp 8 fits"),
+        (["--batch.global", "6", "--batch.accumulate", "4"], "in 4 microbatches; nearest that can: 4 and 8"),
+        (["--mesh.tensor", "4"], "mesh.tensor 4 does not divide the 2 heads of keys of tiny-llama; 1, 2 do"),
+        (["--mesh.tensor", "2", "--mesh.sequence", "--length", "33"], "length 33 cannot be divided over mesh.tensor 2"),
+        (["--mesh.sequence"], "mesh.tensor is 1"),
+        (["--mesh.fsdp", "2", "--quantize", "nf4"], "quantize nf4: "),
+        (["--targets", "head", "--model", "tiny-gpt2"], "targets head: "),
+        (["--profile", "5"], "profile is FIRST:LAST"),
+        (["--rank", "1000"], "rank"),
+    ],
+)
+def test_what_a_user_can_put_right(flags, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    assert run.main(["sft", "--out", str(tmp_path), "--train-examples", "8", *flags]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_every_family_has_names_and_axes():
+    for model in ("tiny-llama", "tiny-gpt2"):
+        family = families.of(program.described(model))
+        assert family.axes and family.names(family.shape(program.described(model)))
+    with pytest.raises(UserError, match="model_type is 'lama'; did you mean llama"):
+        families.of({"model_type": "lama"})
