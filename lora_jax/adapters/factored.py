@@ -110,12 +110,14 @@ def explicit_sharding(array: Any) -> NamedSharding | None:
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
-def placed(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
-    """Under a mesh with explicit axes: the array with this sharding."""
+def placed(array: jax.Array, sharding: NamedSharding | None, shape: Sequence[int] | None = None) -> jax.Array:
+    """An array in another shape and, under a mesh with explicit axes, with this sharding."""
+    if shape is not None and tuple(array.shape) != tuple(shape):
+        return lax.reshape(array, shape, out_sharding=sharding)
     return array if sharding is None or explicit_sharding(array) == sharding else jax.reshard(array, sharding)
 
 
-def _product_sharding(labels: Sequence[Label], places: Mapping[Label, Any], is_last: bool, *operands: Factor):
+def _product_sharding(labels: Sequence[Label], places: Mapping[Label, Any], has_all: bool, *operands: Factor):
     """The sharding of a product under a mesh with explicit axes (None elsewhere)."""
     known = [(operand, explicit_sharding(operand.array)) for operand in operands]
     meshes = [sharding.mesh for _, sharding in known if sharding is not None]
@@ -126,7 +128,7 @@ def _product_sharding(labels: Sequence[Label], places: Mapping[Label, Any], is_l
         spec = (*sharding.spec, *[None] * operand.array.ndim) if sharding is not None else ()
         for label, axis in zip(operand.labels, spec):
             by_label[label] = by_label.get(label) or axis
-    by_label |= places if is_last else {label: by_label.get(label) or names for label, names in places.items()}
+    by_label |= places if has_all else {label: by_label.get(label) or names for label, names in places.items()}
     used: set[str] = set()
     entries = []
     for label in labels:
@@ -138,7 +140,7 @@ def _product_sharding(labels: Sequence[Label], places: Mapping[Label, Any], is_l
 
 
 def _dot(
-    left: Factor, right: Factor, later: Iterable[Label], places: Mapping[Label, Any], is_last: bool, precision, dtype
+    left: Factor, right: Factor, later: Iterable[Label], places: Mapping[Label, Any], has_all: bool, precision, dtype
 ) -> Factor:
     later = set(later)
     shared = [label for label in left.labels if label in right.labels]
@@ -159,7 +161,7 @@ def _dot(
         ((axes(left, summed), axes(right, summed)), (axes(left, batch), axes(right, batch))),
         precision=precision,
         preferred_element_type=dtype,
-        out_sharding=_product_sharding(labels, places, is_last, left, right),
+        out_sharding=_product_sharding(labels, places, has_all, left, right),
     )
     return Factor(product, labels)
 
@@ -207,8 +209,9 @@ def chain(
             continue
         factor = Factor(factor.array.astype(start.array.dtype), factor.labels)
         is_last = index == len(order) - 1
+        has_all = all(set(f.labels) <= set(names) for f in order[index + 1 :])  # but for diagonals
         pair = (factor, result) if reverse else (result, factor)
-        result = _dot(*pair, later, places or {}, is_last, precision, dtype if is_last else None)
+        result = _dot(*pair, later, places or {}, has_all, precision, dtype if is_last else None)
     result = result.transposed([label for label in names if label in result.labels])
     array = result.array if dtype is None else result.array.astype(dtype)
     if len(result.labels) == len(out):
@@ -224,9 +227,10 @@ def dense(weight: jax.Array, dims: Dims, factors: Sequence[Factor], gains: Seque
     total = weight.astype(dtype)
     if factors:
         first, *rest = (Factor(factor.array.astype(dtype), factor.labels) for factor in factors)
-        total = total + chain(first, rest, labels, precision=lax.Precision.HIGHEST).reshape(weight.shape)
+        change = chain(first, rest, labels, precision=lax.Precision.HIGHEST)
+        total = total + placed(change, explicit_sharding(weight), weight.shape)
     for gain in gains:
-        total = total * spread(gain, labels, dtype).reshape(weight.shape)
+        total = times(total, gain, labels)
     return total.astype(weight.dtype)
 
 
@@ -238,8 +242,9 @@ def times(array: jax.Array, gain: Factor, labels: Sequence[tuple[Label, int]]) -
     """
     wide = compute_dtype(array.dtype)
     whole_axes = len(labels) == array.ndim
-    factor = spread(gain, labels, wide, explicit_sharding(array) if whole_axes else None)
-    return (array.astype(wide) * factor.reshape(array.shape)).astype(array.dtype)
+    sharding = explicit_sharding(array)
+    factor = placed(spread(gain, labels, wide, sharding if whole_axes else None), sharding, array.shape)
+    return (array.astype(wide) * factor).astype(array.dtype)
 
 
 def spread(

@@ -30,7 +30,8 @@ _SHARED: weakref.WeakValueDictionary[tuple, jax.Array] = weakref.WeakValueDictio
 
 def shared(seed: int, part: int, shape: tuple[int, ...], fan: int, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Random numbers U(±√(6/fan)): one array for all who ask for the same, as long as one of them lives."""
-    name = (seed, part, shape, fan, jnp.dtype(dtype))
+    # What is made under a mesh with explicit axes lies there and has another type.
+    name = (seed, part, shape, fan, jnp.dtype(dtype), jax.sharding.get_abstract_mesh())
     array = _SHARED.get(name)
     if array is None:
         key, bound = jax.random.fold_in(jax.random.key(seed), part), (6.0 / fan) ** 0.5

@@ -30,7 +30,8 @@ def adapt(fn: Callable, *, flatten: bool = True) -> Callable:
         are traced; everything else (strings, flags, callables) is closed over, and outputs that are no
         arrays pass through. As under `jax.jit`, what it closes over is read when it is traced.
       flatten: Whether the low-rank products see all token axes of their input as one, which is faster.
-        False where a later token axis is sharded (sequence parallelism): flattening would gather it.
+        False where a later token axis is sharded (sequence parallelism): flattening would gather it. On meshes with
+        explicit axes types tell so, and such axes are left apart.
 
     Returns:
       `adapted(base, delta, /, *args, dropout_key=None, **kwargs)`. It composes with `jit`, `grad`,

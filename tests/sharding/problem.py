@@ -95,6 +95,8 @@ SEQUENCES = {
 MIXES = {  # each recipe where the axis that it sums over is divided, and where it is not
     "LoRA_Full": SPEC,
     "DoRA_VeRA_Full": {"up": lora.DoRA(RANK), "down": lora.VeRA(RANK), "head": lora.Full()},
+    "blocks_LoKr_IA3": {"up": lora.LoRA(RANK, blocks=2), "down": lora.LoKr(RANK), "head": lora.IA3()},
+    "DVoRA_blocks_LoRAFA": {"up": lora.DVoRA(RANK), "down": lora.LoRA(RANK, blocks=2), "head": lora.LoRAFA(RANK)},
     "AdaLoRA_DoRA_LoRA": {"up": lora.AdaLoRA(RANK), "down": lora.DoRA(RANK), "head": lora.LoRA(RANK)},
 }
 

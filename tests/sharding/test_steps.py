@@ -9,7 +9,6 @@ from sharding.problem import (
     BATCH,
     HIDDEN,
     LENGTH,
-    MIXES,
     OUTPUTS,
     RANK,
     TX,
@@ -70,7 +69,7 @@ def test_a_sharded_step_is_the_step_of_one_device(name, form):
     check_traffic(collectives(got.text), layout)
 
 
-@pytest.mark.parametrize("mix", [mix for mix in MIXES if mix != "LoRA_Full"])
+@pytest.mark.parametrize("mix", ["DoRA_VeRA_Full", "AdaLoRA_DoRA_LoRA"])
 def test_every_recipe(mix):
     layout = MESHES["all"]
     mesh = layout.mesh()

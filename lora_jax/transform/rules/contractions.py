@@ -1,10 +1,11 @@
 """Matrix products with an adapted weight: `x·W + ((x·a)·b)`, never `x·(W + a·b)`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.adapters.factored import Factor, Label, explicit_sharding, placed, times
 from lora_jax.transform import jaxprs
@@ -77,17 +78,17 @@ def _dot_general(interpreter, equation, values):
     total = base
     if weight.factors:
         low_rank_input = interpreter.next_key(weight).drop_out(x)
-        places = _places(base, out_dims)
+        came, places = _places(x, x_dims), _places(base, out_dims)
         later = [label for ((label, _),) in token_dims[1:]]
-        divided = any(known.get(label) for known in (_places(x, x_dims), places) for label in later)
+        divided = any(known.get(label) for known in (came, places) for label in later)
         grouped = _grouped(x_dims, tokens, interpreter.flatten and not divided)
         token_pairs = [pair for group in grouped for pair in group if pair[0].startswith(TOKENS)]
-        pairs = [pair for group in grouped for pair in group]
-        start = Factor(_reshaped(low_rank_input, [n for _, n in pairs]), tuple(x for x, _ in pairs))
+        labels, shape = zip(*(pair for group in grouped for pair in group))
+        start = Factor(placed(low_rank_input, _sharding(x, labels, came), shape), labels)
         out = [*shared, *token_pairs, *free] if place == 1 else [*shared, *free, *token_pairs]
         options = {"precision": params["precision"], "dtype": base.dtype, "reverse": place == 0, "places": places}
-        delta = _reshaped(chain(start, weight.factors, out, **options), base.shape)
-        product = Product(base, placed(delta, explicit_sharding(base)), equation)
+        delta = chain(start, weight.factors, out, **options)
+        product = Product(base, placed(delta, explicit_sharding(base), base.shape), equation)
         if not after:
             return [product]
         total = product.total()
@@ -118,13 +119,15 @@ def _places(array, dims: Sequence[Sequence[tuple[Label, int]]]) -> dict[Label, A
     return found
 
 
+def _sharding(array, labels: Sequence[Label], places: Mapping[Label, Any]) -> NamedSharding | None:
+    """Under a mesh with explicit axes: the sharding of an array that is reshaped to axes with these labels."""
+    sharding = explicit_sharding(array)
+    return None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(*(places[x] for x in labels)))
+
+
 def _names(entry: Any) -> tuple[str, ...]:
     """The mesh axes that an entry of a partition spec names."""
     return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
-
-
-def _reshaped(array, shape):
-    return array if tuple(array.shape) == tuple(shape) else array.reshape(shape)
 
 
 def _ragged_dot(interpreter, equation, values):
