@@ -32,7 +32,9 @@ def run(config: Config) -> list[Result]:
       UserError: The model or the data are missing or malformed.
     """
     console = processes.console()
+    meshes.make(config.mesh)
     meshes.check_batch(config.batch_size, config.mesh, "batch_size")
+    processes.check_shared(config.out)
     limits = {
         "train": config.train_examples,
         "validation": config.validation_examples,

@@ -3,10 +3,13 @@
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
@@ -15,6 +18,7 @@ from experiments.errors import UserError
 SILENCE = 30
 """Seconds after which a process that says nothing counts as ended, and the others end too."""
 
+_DELAY = 10  # seconds until what was written on a network's disk is seen everywhere
 _LOST = r"Gloo|NCCL|coordination service|Connection (closed|reset)|heartbeat|UNAVAILABLE"
 
 
@@ -41,6 +45,30 @@ def first_before_others(name: str) -> Iterator[None]:
     yield
     if is_first():
         wait(name)
+
+
+def check_shared(directory: Path) -> None:
+    """Raises a UserError, in every process, unless all of them see what the first one writes to a directory."""
+    if jax.process_count() == 1:
+        return
+    mark = int(multihost_utils.broadcast_one_to_all(np.int32(os.getpid())))
+    path = directory / f".seen-by-all-{mark}"
+    if is_first():
+        directory.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    wait("mark written")
+    seen, end = path.exists(), time.monotonic() + _DELAY
+    while not seen and time.monotonic() < end:
+        time.sleep(0.2)
+        seen = path.exists()
+    blind = np.flatnonzero(~multihost_utils.process_allgather(np.array(seen)))
+    if is_first():
+        path.unlink()
+    if blind.size:
+        raise UserError(
+            f"out {directory}: process {blind[0]} does not see what process 0 writes there; it has to be a directory "
+            "that all have in common"
+        )
 
 
 def console() -> Console:

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 
 import lora_jax as lora
 from experiments.errors import UserError
-from experiments.models import checkpoint, families, gpt2, llama, location
+from experiments.models import checkpoint, families, location
+from experiments.models.decoder import Decoder
 from experiments.models.options import Options
 from experiments.studies import provenance
 from experiments.studies.language_model.config import Config
@@ -19,7 +20,6 @@ from experiments.tasks.batching import NO_LABEL, Batch, assemble, plan
 from experiments.tasks.continuations import Continuations
 from lora_jax.peft import Names
 
-Model = gpt2.Gpt2 | llama.Llama
 EVALUATION_BATCH = 64
 
 
@@ -46,7 +46,7 @@ class Problem:
     family: families.Family
     options: Options
     directory: Path
-    model: Model
+    model: Decoder
     apply: Callable
     base: dict[str, Any]
     names: Names

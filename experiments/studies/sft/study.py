@@ -97,6 +97,7 @@ def run(config: Config) -> Report:
     """
     console = processes.console()
     programs.check(config)
+    processes.check_shared(config.out)
     with processes.first_before_others("begin"):
         directory = location.find(config.model)
         if config.fresh and processes.is_first():
