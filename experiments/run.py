@@ -17,7 +17,7 @@ from experiments.errors import Preempted, UserError
 from experiments.training import processes
 
 _PROGRAM = "python -m experiments.run"
-_LOST, _PREEMPTED, _INTERRUPTED = 1, 75, 130  # 75 is what sysexits.h calls EX_TEMPFAIL; 130 is as the shell says it
+_PREEMPTED, _LOST, _INTERRUPTED = 75, 76, 130  # 75 is what sysexits.h calls EX_TEMPFAIL; 130 is as the shell says it
 _CACHE = Path("~/.cache/lora_jax/compiled")
 
 
@@ -28,7 +28,7 @@ def main(args: Sequence[str] | None = None) -> int:
       args: In place of `sys.argv[1:]`.
 
     Returns:
-      The exit status: 0, 2 for what the user can put right, 75 when told to end (SIGTERM), 130 when interrupted, 1
+      The exit status: 0, 2 for what the user can put right, 75 when told to end (SIGTERM), 130 when interrupted, 76
       where another process of the run has ended.
     """
     name, *flags = list(sys.argv[1:] if args is None else args) or ["--help"]

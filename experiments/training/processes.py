@@ -23,7 +23,7 @@ _LOST = r"Gloo|NCCL|coordination service|Connection (closed|reset)|heartbeat|UNA
 
 
 class LostProcess(Exception):
-    """Another process of the run has ended. Exit status 1."""
+    """Another process of the run has ended. Exit status 76."""
 
 
 def is_first() -> bool:
