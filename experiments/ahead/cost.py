@@ -15,7 +15,6 @@ from experiments.ahead.kernels import kernel_flops
 from experiments.ahead.traffic import Traffic
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_START = "-start"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +127,7 @@ def _computation(module: Module, where: Computation, known: loops.Known, *, fuse
 
 
 def _instruction(module: Module, where: Computation, one: Instruction, known: loops.Known, *, fused: bool) -> Cost:
-    opcode, computations = one.opcode, module.computations
+    opcode, computations = traffic.operation(one), module.computations
     moved = Traffic() if fused else traffic.of_instruction(module, where, one)
     if opcode == "while":
         times = loops.trip_count(module, where, one, known)
@@ -138,7 +137,7 @@ def _instruction(module: Module, where: Computation, one: Instruction, known: lo
     if opcode == "conditional":
         branches = [_computation(module, computations[name], {}, fused=False) for name in one.branches()]
         return max(branches, key=lambda branch: (branch.flops, branch.traffic.device))
-    if opcode in ("call", "async-start"):
+    if opcode in ("call", "async"):
         called = computations[one.called("to_apply") or one.called("calls") or ""]
         return _computation(module, called, {}, fused=False)
     if opcode == "fusion":
@@ -147,7 +146,7 @@ def _instruction(module: Module, where: Computation, one: Instruction, known: lo
         if scattered is not None:
             return Cost(exchanges=(scattered,), traffic=moved)
         return _sum((_computation(module, called, {}, fused=True), Cost(traffic=moved)))
-    if opcode.removesuffix(_START) in KINDS:
+    if opcode in KINDS:
         if traffic.continues(where, one):
             return Cost()
         return Cost(exchanges=(_exchange(module, where, one),), traffic=moved)
@@ -199,7 +198,7 @@ def _convolution(where: Computation, one: Instruction) -> float:
 
 
 def _exchange(module: Module, where: Computation, one: Instruction) -> Exchange:
-    kind = one.opcode.removesuffix(_START)
+    kind = traffic.operation(one) or one.opcode
     if kind == "collective-permute":
         return Exchange(kind, where.operand(one).shape.bytes, pairs(one.attributes), 1, one.name)
     groups = replica_groups(one.attributes, module.partitions)

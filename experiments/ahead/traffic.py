@@ -6,19 +6,17 @@ from collections.abc import Iterator
 
 from experiments.ahead.hlo import DEVICE, HOST, Array, Computation, Instruction, Module
 
-# What moves nothing: names for what is there, and the ends of what was counted where it began.
+# What moves nothing of itself: names for what is there, and what runs other computations.
 _FREE = frozenset(
     (
         *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
-        *("opt-barrier", "add-dependency", "domain", "while", "conditional", "call"),
-        *("copy-done", "slice-done", "async-done", "async-update", "all-gather-done", "all-reduce-done"),
-        *("collective-permute-done", "send-done", "recv-done"),
+        *("opt-barrier", "add-dependency", "domain", "while", "conditional", "call", "async"),
     )
 )
 _FREE_TARGETS = frozenset(("AllocateBuffer", "AsyncCollectiveDone", "ConcatBitcast", "AssumeGatherIndicesInBound"))
 _VIEWS = ("bitcast", "reshape")
 _PARTS = ("dynamic-slice", "slice", "gather")
-_STARTED = ("copy-start", "slice-start", "collective-permute-start", "all-gather-start")
+_START, _ENDS = "-start", ("-done", "-update")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +40,7 @@ def of_instruction(module: Module, where: Computation, one: Instruction) -> Traf
     only the update; of a loop, a call or a conditional nothing, their computations are counted for themselves. Arrays
     that XLA keeps on the chip (in its vector memory) are free, and the padding of the layouts counts.
     """
-    if one.opcode in _FREE or one.value("custom_call_target") in _FREE_TARGETS:
+    if operation(one) in (*_FREE, None) or one.value("custom_call_target") in _FREE_TARGETS:
         return Traffic()
     inner = module.computations.get(one.called("calls") or "")
     moved = list(_fusion(where, one, inner) if inner is not None else _plain(where, one))
@@ -52,35 +50,39 @@ def of_instruction(module: Module, where: Computation, one: Instruction) -> Traf
     )
 
 
+def operation(one: Instruction) -> str | None:
+    """What an instruction does, asynchronous or not; None where it is the end of what another began."""
+    return None if one.opcode.endswith(_ENDS) else one.opcode.removesuffix(_START)
+
+
+def _results(one: Instruction) -> tuple[Array, ...]:
+    """The arrays that an instruction gives, without what the beginning of an asynchronous one hands on."""
+    if not one.opcode.endswith(_START) or len(one.nested) < 2:
+        return one.shapes
+    if one.opcode == "copy-start":  # (result, operand, flag); others are (operands, result, …)
+        return one.shapes[: one.nested[0]]
+    return one.shapes[one.nested[0] : one.nested[0] + one.nested[1]]
+
+
 def _plain(where: Computation, one: Instruction) -> Iterator[tuple[Array, float]]:
     """The arrays that an instruction moves, and how many bytes of each."""
     operands = [array for name in one.operands for array in where.instructions[name].shapes]
-    opcode = one.opcode
-    if opcode in _STARTED:  # the result holds the operands too, and flags
-        results = one.shapes[one.nested[0] : sum(one.nested[:2])]
-        if opcode == "copy-start":
-            results = one.shapes[: one.nested[0]]
-        read = [(array, array.padded) for array in operands]
-        if opcode == "slice-start":
-            read = [(operands[0], results[0].padded)]
-        yield from read
-        yield from ((array, array.padded) for array in results)
-    elif opcode in _PARTS:
-        yield operands[0], one.shape.padded
-        yield one.shape, one.shape.padded
+    opcode, results = operation(one), _results(one)
+    if opcode in _PARTS:
+        yield operands[0], results[0].padded
+        yield results[0], results[0].padded
     elif opcode == "dynamic-update-slice":
         yield operands[1], operands[1].padded
-        yield one.shape, operands[1].padded
+        yield results[0], operands[1].padded
     elif opcode == "scatter":  # what is there, what is new, and what becomes of it
         yield operands[-1], operands[-1].padded
-        yield one.shape, 2 * operands[-1].padded
+        yield results[0], 2 * operands[-1].padded
     else:
         said = re.search(r'"bytes_accessed":"?(\d+)', one.attributes) if opcode == "custom-call" else None
         if said:
             yield Array("u8", (int(said[1]),)), int(said[1])
         else:
-            yield from ((array, array.padded) for array in operands)
-            yield from ((array, array.padded) for array in one.shapes)
+            yield from ((array, array.padded) for array in (*operands, *results))
 
 
 def _fusion(where: Computation, one: Instruction, inner: Computation) -> Iterator[tuple[Array, float]]:

@@ -210,6 +210,26 @@ def test_the_forms_that_are_a_tpus():
     assert found.traffic == traffic.Traffic(rows + counter + (16 + 4) * 128 * 4)
 
 
+def test_what_goes_to_the_hosts_memory():
+    """Offloaded activations: slices of a buffer there, asynchronously; only the slices move."""
+    text = """HloModule m
+
+ENTRY %main (x: bf16[1,8,128], n: s32[]) -> bf16[1,8,128] {
+  %x = bf16[1,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %n = s32[]{:T(128)S(6)} parameter(1)
+  %buffer = bf16[80,8,128]{2,1,0:T(8,128)(2,1)S(5)} custom-call(), custom_call_target="AllocateBuffer"
+  %put = ((bf16[80,8,128]{2,1,0:S(5)}, bf16[1,8,128]{2,1,0}, s32[]), bf16[80,8,128]{2,1,0:T(8,128)(2,1)S(5)}, u32[]) \
+dynamic-update-slice-start(%buffer, %x, %n, %n, %n)
+  %there = bf16[80,8,128]{2,1,0:T(8,128)(2,1)S(5)} dynamic-update-slice-done(%put)
+  %get = ((bf16[80,8,128]{2,1,0:S(5)}, s32[]), bf16[1,8,128]{2,1,0:T(8,128)(2,1)}, u32[]) \
+dynamic-slice-start(%there, %n, %n, %n), dynamic_slice_sizes={1,8,128}
+  ROOT %here = bf16[1,8,128]{2,1,0:T(8,128)(2,1)} dynamic-slice-done(%get)
+}
+"""
+    slice_ = 8 * 128 * 2
+    assert cost(hlo.parse(text)).traffic == traffic.Traffic(2 * slice_, 2 * slice_)
+
+
 def test_an_exchange_without_a_beginning_is_an_error():
     text = TPU.replace('custom_call_target="AsyncCollectiveStart"', 'custom_call_target="Another"')
     with pytest.raises(ValueError, match=r"channel 1 has a step, %all-gather.\d, and no beginning"):
