@@ -62,16 +62,12 @@ ROWS = (
         f"--model {_70B} --length 8192 --batch.global 64 --mesh.fsdp 64 --mesh.tensor 4 --mesh.sequence",
     ),
     Row("LoRA", "v5p:2x4x4", f"--model {_70B} --length 2048 --batch.global 32 --mesh.fsdp 32 --remat dots"),
-    Row(
-        "LoRA",
-        "v5p:2x4x4",
-        f"--model {_70B} --length 8192 --batch.global 8 --mesh.fsdp 8 --mesh.tensor 4 --mesh.sequence --remat dots",
-    ),
+    Row("LoRA", "v5p:2x4x4", f"--model {_70B} --length 8192 --batch.global 32 --mesh.fsdp 32"),
     Row("QLoRA", "v5e:8x8", f"--model {_70B} --length 2048 --batch.global 64 --mesh.fsdp 64 --quantize nf4"),
     Row(
         "QLoRA",
         "v5e:8x8",
-        f"--model {_70B} --length 8192 --batch.global 64 --mesh.fsdp 64 --quantize nf4 --remat offload",
+        f"--model {_70B} --length 8192 --batch.global 32 --mesh.fsdp 32 --mesh.tensor 2 --mesh.sequence --quantize nf4",
     ),
 )
 """The steps of the table."""
