@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import compile_for_pod
-from experiments.ahead import fitting, topology
+from experiments.ahead import fitting, table, topology
 from experiments.ahead.chips import GIB, TPUS, named
 from experiments.ahead.cost import Cost, Exchange
 from experiments.ahead.model import multiplied, step_flops
@@ -145,3 +145,26 @@ def test_advice_by_arithmetic():
     said = fitting.advice(config, devices, given + 2e9, 14e9)
     assert "--mesh.data 4 --mesh.fsdp 2" in said and "--quantize nf4" in said
     assert "take a larger slice" in fitting.advice(config, devices, given + 2e9, 1e9)
+
+
+def test_the_table_of_slices(tmp_path):
+    for row in (*table.ROWS, *table.SCALING):
+        chips = math.prod(map(int, row.slice.partition(":")[2].split("x")))
+        assert row.slice in topology.names(named(row.slice.partition(":")[0]))
+        assert row.config.mesh.count == chips
+        assert row.config.batch.global_ % row.config.mesh.replicas == 0
+    row = table.ROWS[0]
+    bound = {"compute": 1.0, "memory": 0.5, "links": 0.25, "limit": "compute", "mfu": 0.7, "tokens_per_second": 16e3}
+    figures = {
+        "chips": 16,
+        "memory": {"total": 6 * GIB, "capacity": int(15.75 * GIB)},
+        "flops": {"total": 2e12},
+        "exchanges": {"all-gather": {"bytes": 3e9, "runs": 1}, "all-reduce": {"bytes": 1e9, "runs": 1}},
+        "roofline": bound,
+    }
+    for one in (row, *table.SCALING):
+        (tmp_path / f"{one.name}.json").write_text(json.dumps(figures))
+    *_, line = table.table([row], tmp_path)
+    assert line.startswith("| 8B LoRA | v5e:4x4 | 2048 | 64 | fsdp 16 | full | 6.0 of 15.75 | 2.0 | 4.0 | 1.000 |")
+    assert line.endswith("| compute | 70 % | 1,000 |")
+    assert list(table.scaling(table.SCALING, tmp_path))[-1].endswith("| 4.000 | +0.00 % | 70 % |")
