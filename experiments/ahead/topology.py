@@ -105,6 +105,9 @@ def without_tpu() -> None:
     """Settings with which libtpu compiles where there is no TPU; JAX's own computations are the CPU's."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask about
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one to lock
+    # What libtpu else complains about at length; the slice that is described does not depend on it.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     jax.config.update("jax_platforms", "cpu")
 
 
