@@ -40,6 +40,8 @@ def main(args: Sequence[str] | None = None) -> int:
     own, flags = _parser().parse_known_args(args)
     console = Console(highlight=False, soft_wrap=True)
     try:
+        if own.json is not None and not own.json.parent.is_dir():  # said before the minutes that compiling takes
+            raise UserError(f"--json {own.json}: there is no directory {own.json.parent}")
         config = _config(own.config, flags)
         slice_ = topology.describe(own.topology)
         analysis = compiled(config, slice_)
@@ -49,9 +51,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except DoesNotFit as error:
         print(f"does not fit {own.topology}: {error.advice}", file=sys.stderr)
         return 1
-    console.print(
-        f"{own.config} on {slice_.name}: {config.model}, mesh {config.mesh}, {config.batch.global_} sequences"
-    )
+    batch = f"{config.batch.global_} sequences of {config.length} tokens"
+    console.print(f"{own.config} on {slice_.name}: {config.model}, mesh {config.mesh}, {batch}")
     for part in report.tables(analysis, slice_):
         console.print(part)
     if own.json is not None:

@@ -81,6 +81,8 @@ def test_what_the_command_line_refuses(capfd, monkeypatch):
     assert status == 2 and "quickstart has no step for a pod" in said.err
     status, said = run(capfd, "--mesh.fsdp", "3")
     assert status == 2 and "has 3 devices, v5e:2x2 has 4 chips; choose sizes whose product is 4" in said.err
+    status, said = run(capfd, "--json", "/nowhere/figures.json")
+    assert status == 2 and said.err == "error: --json /nowhere/figures.json: there is no directory /nowhere\n"
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
     status, said = run(capfd)
     assert status == 2 and "uv sync --extra tpu" in said.err
