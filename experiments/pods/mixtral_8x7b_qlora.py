@@ -1,22 +1,17 @@
 """Mixtral 8x7B in NF4 by LoRA on attention and experts (QLoRA): 8 chips of v5e."""
 
+import dataclasses
 from pathlib import Path
 
-from experiments.studies.sft.config import BatchSizes, Config
+from experiments.pods import mixtral_8x7b_lora
+from experiments.studies.sft.config import BatchSizes
 from experiments.training.mesh import MeshSizes
 
-STUDY = "experiments.studies.sft.study"
-DEFAULTS = Config(
-    model="mistralai/Mixtral-8x7B-v0.1",
+STUDY = mixtral_8x7b_lora.STUDY
+DEFAULTS = dataclasses.replace(
+    mixtral_8x7b_lora.DEFAULTS,
     out=Path("runs/mixtral-8x7b-qlora"),
+    quantize="nf4",
     mesh=MeshSizes(fsdp=8),
     batch=BatchSizes(8),
-    quantize="nf4",
-    rank=16,
-    alpha=32.0,
-    lr=1e-4,
-    targets=("attention", "feed-forward"),
-    dtype="bfloat16",
-    length=2048,
-    checkpoint_every=200,
 )
