@@ -1,7 +1,7 @@
 """Prints the table of `experiments/pods/README.md`: `python -m experiments.ahead.table [--rows N …] [--out DIR]`.
 
 Compiles, one after another, fine-tuning steps of an 8B and a 70B model for the TPU slices that they are for, and one
-step for slices of 16 to 256 chips with the same batch per chip. A row takes one to several minutes on two CPU cores;
+step for slices of 16 to 256 chips with the same batch per chip. A row takes about a minute on two CPU cores;
 with `--out` each row's figures are kept as JSON, and rows that are there are not compiled again.
 """
 
