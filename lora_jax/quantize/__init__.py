@@ -3,7 +3,7 @@
 from lora_jax.quantize.bitsandbytes import four_bit_tensors, from_bitsandbytes
 from lora_jax.quantize.formats import FP4, NF4, Format, Int4, Int8
 from lora_jax.quantize.leaf import Quantized
-from lora_jax.quantize.placement import shardings
+from lora_jax.quantize.placement import gathered, shardings
 from lora_jax.quantize.rules import Plan, dequantize, quantize
 from lora_jax.quantize.scales import Scales
 
@@ -19,6 +19,7 @@ __all__ = [
     "dequantize",
     "four_bit_tensors",
     "from_bitsandbytes",
+    "gathered",
     "quantize",
     "shardings",
 ]

@@ -34,6 +34,8 @@ class Quantized:
       blocked: The weight's axes that blocks run along, as negative numbers, in order.
       sizes: Their sizes. The last block is padded where they are no multiple of it.
       dtype: Of the weight.
+      used: How the last axes of `codes` are divided over devices where the weight is used, if not as they are where it
+        lies; see :func:`~lora_jax.quantize.placement.gathered`.
     """
 
     codes: jax.Array
@@ -42,6 +44,7 @@ class Quantized:
     blocked: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
+    used: PartitionSpec = dataclasses.field(default=PartitionSpec(), metadata={"static": True})
 
     @classmethod
     def of(cls, weight: jax.Array, form: "Format", blocked: Sequence[int], layers: int) -> "Quantized":
@@ -84,6 +87,7 @@ class Quantized:
     def requantized(self, weight: jax.Array) -> "Quantized":
         """Another weight of the same shape, quantised as this one is and placed where it is."""
         made = Quantized.of(weight.astype(self.dtype), self.format, self.blocked, self.layers)
+        made = dataclasses.replace(made, used=self.used)
 
         def place(new: jax.Array, old: jax.Array) -> jax.Array:
             known = isinstance(old, jax.Array) and not isinstance(new, jax.core.Tracer)
@@ -184,6 +188,26 @@ class Quantized:
         by_axis = dict(zip(order, kept)) | {self.blocked[0]: along}
         return NamedSharding(sharding.mesh, PartitionSpec(*(by_axis.get(axis) for axis in range(-ndim, 0))))
 
+    def at_use(self) -> "Quantized":
+        """The leaf with its arrays divided as `used` says; as it is where the compiler divides nothing."""
+        mesh = jax.typeof(self.codes).sharding.mesh
+        if not self.used or set(mesh.axis_types) != {AxisType.Auto}:  # explicit axes say in types what is gathered
+            return self
+
+        def moved(array: jax.Array, *spec: Any) -> jax.Array:
+            leading = [PartitionSpec.UNCONSTRAINED] * (array.ndim - len(spec))
+            return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*leading, *spec)))
+
+        codes, scales = moved(self.codes, *self.used), self.scales
+        if not isinstance(scales, Scales):
+            return dataclasses.replace(self, codes=codes, scales=moved(scales, *self.used))
+        # Those of the second level are divided along the slowest axis alone: see `specs`.
+        slowest = [entry for axis, entry in enumerate(self.used, -len(self.used)) if axis != self.place][:1]
+        second = moved(scales.second, *slowest)
+        return dataclasses.replace(
+            self, codes=codes, scales=dataclasses.replace(scales, codes=moved(scales.codes, *self.used), second=second)
+        )
+
     def specs(self, spec: Any, mesh: Any) -> Any:
         """A partition spec for each array, in a tree like this one.
 
@@ -219,7 +243,7 @@ class Quantized:
           The leaf with scales in float32, which a part needs no more than its own of, and a partition spec for each
           array; None where a part of the weight would be no whole number of blocks.
         """
-        leaf = self._with_first_level()
+        leaf = dataclasses.replace(self._with_first_level(), used=PartitionSpec())  # each device uses what it has
         specs = leaf.specs(spec, mesh)
         by_axis = dict(zip(range(-self.ndim, 0), (*spec, *[None] * (self.ndim - len(spec)))))
         wanted = [by_axis[axis] for axis in self.blocked if by_axis[axis] is not None]
@@ -230,7 +254,9 @@ class Quantized:
         """The rows that `take` takes of an array's first axis; None where blocks run along the weight's."""
         if -self.ndim in self.blocked:
             return None
-        return jax.tree.map(take, self._with_first_level())
+        leaf = self._with_first_level()
+        # The index axes take the place of the first, and lie where the indices do.
+        return dataclasses.replace(jax.tree.map(take, leaf), used=PartitionSpec(*leaf.used[-leaf.codes.ndim + 1 :]))
 
     def _with_first_level(self) -> "Quantized":
         if not isinstance(self.scales, Scales):

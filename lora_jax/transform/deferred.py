@@ -63,7 +63,8 @@ class Deferred:
 
     def compute(self) -> jax.Array:
         """The array, dequantised here and now."""
-        value = self.leaf.dequantize()
+        leaf = self.leaf.at_use() if hasattr(self.leaf, "at_use") else self.leaf
+        value = leaf.dequantize()
         for view, others in zip(self.views, self.others):
             value = view(value, others)
         return value
