@@ -20,7 +20,7 @@ from experiments.studies.sft.config import Config
 from experiments.training import mesh as meshes
 from experiments.training.optimizer import adam
 from lora_jax import paths
-from lora_jax.quantize import Format, Plan, shardings
+from lora_jax.quantize import Format, Plan, gathered, shardings
 
 LINEAR = {
     "attention": r"attention/(query|key|value|qkv|output)/kernel$",
@@ -73,7 +73,7 @@ class Program:
         sharding = meshes.of_weights(self.mesh, self.family.axes)
         dtype, options = jnp.dtype(self.config.dtype), self.model.options
         model = self.family.load(directory, options, dtype=dtype, sharding=sharding, rules=rules_of(self.config))
-        return lora.nnx.functional(model)[1]
+        return gathered(lora.nnx.functional(model)[1], meshes.FSDP)
 
     def create(self, key: jax.Array, base: Any) -> lora.TrainState:
         """The state before the first step, on a base that lies on the mesh."""
@@ -221,7 +221,7 @@ def _base(config: Config, base: Any, apply: Callable, sharding: Callable) -> Any
         except ValueError as error:
             raise UserError(f"quantize {config.quantize}: {error}") from None
 
-    return paths.flatten(base).map(leaf)
+    return gathered(paths.flatten(base).map(leaf), meshes.FSDP)
 
 
 def _loss(apply: Callable, config: Config) -> Callable:
