@@ -305,20 +305,23 @@ class Quantized:
 
 
 def _dequantized(leaf: Quantized) -> jax.Array:
-    """The weight, of arrays that fit each other."""
+    """The weight, of arrays that fit each other.
+
+    In blocks between two barriers: XLA for TPUs would move the reshapes to and from blocks past the arithmetic, and
+    then write the scales in float32 for every weight. So it writes nothing but the weight.
+    """
     block, half = leaf.format.block, leaf.format.block // 2
     scales = leaf._first_level()
     at = scales.ndim + leaf.place
     lead, tail = leaf.codes.shape[:at], leaf.codes.shape[at + 1 :]
     number = scales.shape[at]
+    inner = (1, half) if leaf.format.bits == 4 else (block,)
+    codes = jax.lax.optimization_barrier(leaf.codes.reshape(*lead, number, *inner, *tail))
     if leaf.format.bits == 4:
-        codes = leaf.codes.reshape(*lead, number, 1, half, *tail)
         shifts = jnp.asarray([4, 0], jnp.uint8).reshape(*(1,) * (at + 1), 2, *(1,) * (1 + len(tail)))
-        codes = (jnp.right_shift(codes, shifts) & jnp.uint8(15)).reshape(*lead, number, block, *tail)
-    else:
-        codes = leaf.codes.reshape(*lead, number, block, *tail)
-    values = leaf.format.decode(codes) * jnp.expand_dims(scales, at + 1)
-    values = values.reshape(*lead, number * block, *tail).astype(leaf.dtype)
+        codes = jnp.right_shift(codes, shifts) & jnp.uint8(15)
+    values = leaf.format.decode(codes) * jnp.expand_dims(scales, [at + 1 + axis for axis in range(len(inner))])
+    values = jax.lax.optimization_barrier(values.astype(leaf.dtype)).reshape(*lead, number * block, *tail)
     sizes = leaf._block_sizes()
     total = math.prod(sizes)
     if total != number * block:
