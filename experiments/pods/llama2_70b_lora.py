@@ -7,7 +7,7 @@ from experiments.training.mesh import MeshSizes
 
 STUDY = "experiments.studies.sft.study"
 DEFAULTS = Config(
-    model="meta-llama/Llama-2-70b-hf",
+    model="meta-llama/Llama-2-70b-chat-hf",
     out=Path("runs/llama2-70b-lora"),
     mesh=MeshSizes(fsdp=32),
     batch=BatchSizes(128),

@@ -7,7 +7,7 @@ from experiments.training.mesh import MeshSizes
 
 STUDY = "experiments.studies.sft.study"
 DEFAULTS = Config(
-    model="meta-llama/Meta-Llama-3-8B",
+    model="meta-llama/Meta-Llama-3-8B-Instruct",
     out=Path("runs/llama3-8b-lora"),
     mesh=MeshSizes(fsdp=16),
     batch=BatchSizes(64),

@@ -7,7 +7,7 @@ from experiments.training.mesh import MeshSizes
 
 STUDY = "experiments.studies.sft.study"
 DEFAULTS = Config(
-    model="mistralai/Mixtral-8x7B-v0.1",
+    model="mistralai/Mixtral-8x7B-Instruct-v0.1",
     out=Path("runs/mixtral-8x7b-lora"),
     mesh=MeshSizes(fsdp=16),
     batch=BatchSizes(32),

@@ -21,9 +21,9 @@ def build(config, rngs):
     ("name", "parameters"),
     [
         ("meta-llama/Llama-2-7b-hf", 6_738_415_616),
-        ("meta-llama/Llama-2-70b-hf", 68_976_648_192),
-        ("meta-llama/Meta-Llama-3-8B", 8_030_261_248),
-        ("mistralai/Mixtral-8x7B-v0.1", 46_702_792_704),
+        ("meta-llama/Llama-2-70b-chat-hf", 68_976_648_192),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", 8_030_261_248),
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1", 46_702_792_704),
     ],
 )
 def test_parameters(name, parameters):
@@ -31,3 +31,16 @@ def test_parameters(name, parameters):
     model = nnx.eval_shape(lambda: build(shapes.read(name), nnx.Rngs(0)))
     leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
     assert sum(math.prod(leaf.shape) for leaf in leaves) == parameters
+
+
+def test_names():
+    for name in shapes.NAMES:
+        assert shapes.has(name) and shapes.read(name)["vocab_size"]
+    for base, chat in (("Llama-2-70b-hf", "Llama-2-70b-chat-hf"), ("Meta-Llama-3-8B", "Meta-Llama-3-8B-Instruct")):
+        assert shapes.read(base) == shapes.read(f"meta-llama/{chat}")
+    assert not shapes.has("Meta-Llama-3-80B")
+
+
+def test_a_directory_has_a_shape_of_its_own(tmp_path):
+    (tmp_path / "Meta-Llama-3-8B").mkdir()
+    assert not shapes.has(str(tmp_path / "Meta-Llama-3-8B"))

@@ -6,13 +6,31 @@ from pathlib import Path
 from typing import Any
 
 _FILES = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.json"))}
+_CHATS = {
+    "Llama-2-7b-chat-hf": "Llama-2-7b-hf",
+    "Llama-2-70b-chat-hf": "Llama-2-70b-hf",
+    "Meta-Llama-3-8B-Instruct": "Meta-Llama-3-8B",
+    "Mixtral-8x7B-Instruct-v0.1": "Mixtral-8x7B-v0.1",
+}
+"""Fine-tuned models, and the base whose shape they have."""
+
+NAMES = tuple(sorted((*_FILES, *_CHATS)))
+"""The models whose shapes are shipped, as on the hub without the organisation."""
 
 
 def has(model: str) -> bool:
-    """Whether a model's shape is shipped, by its name on the hub with or without the organisation."""
-    return model.rpartition("/")[2] in _FILES
+    """Whether a model's shape is shipped, by its name on the hub with or without the organisation.
+
+    A directory, whatever its name, has a shape of its own.
+    """
+    return _name(model) in NAMES and not Path(model).is_dir()
 
 
 def read(model: str) -> Mapping[str, Any]:
-    """The content of its `config.json`."""
-    return json.loads(_FILES[model.rpartition("/")[2]].read_text(encoding="utf-8"))
+    """The content of its `config.json`; of a fine-tuned model that of its base."""
+    name = _name(model)
+    return json.loads(_FILES[_CHATS.get(name, name)].read_text(encoding="utf-8"))
+
+
+def _name(model: str) -> str:
+    return model.rpartition("/")[2]
