@@ -11,10 +11,10 @@ References:
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ from experiments.models.options import DEFAULT, Options
 from experiments.models.rope import Rope, turn
 from lora_jax.peft import LINEAR, Names, Weight
 from lora_jax.quantize import Format
+
+M = TypeVar("M", bound=Decoder)
 
 # What transformers takes for a field that a config.json leaves out; null is another matter.
 _ABSENT: dict[str, dict[str, Any]] = {
@@ -318,9 +320,24 @@ def load(
       UserError: The directory's config or weights are missing, damaged or of another architecture.
     """
     config = LlamaConfig.from_json(checkpoint.read_config(directory))
+    return load_as(Llama, config, names(config), directory, options, dtype=dtype, sharding=sharding, rules=rules)
+
+
+def load_as(
+    build: Callable[..., M],
+    config: LlamaConfig,
+    table: Names,
+    directory: Path,
+    options: Options,
+    *,
+    dtype: Any = jnp.float32,
+    sharding: checkpoint.Sharding | None = None,
+    rules: Mapping[str, Format | None] | None = None,
+) -> M:
+    """What :func:`load` does, of any model of this form: `build(config, options, rngs=…)` and its names."""
     return checkpoint.load(
-        lambda rngs: Llama(config, options, rngs=rngs),
-        names(config),
+        lambda rngs: build(config, options, rngs=rngs),
+        table,
         directory,
         dtype=dtype,
         sharding=sharding,

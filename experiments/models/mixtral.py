@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from experiments.errors import UserError
@@ -21,7 +19,6 @@ from experiments.models import checkpoint, llama, stack
 from experiments.models.experts import SparseFeedForward
 from experiments.models.options import DEFAULT, Options
 from lora_jax.peft import LINEAR, Names, Weight
-from lora_jax.quantize import Format
 
 # What transformers takes for a field that a config.json leaves out, where that is not what it takes for Mistral's.
 _ABSENT = {"sliding_window": None, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
@@ -120,34 +117,16 @@ def names(config: MixtralConfig) -> Names:
     return dataclasses.replace(dense, weights=(*kept, *_SPARSE))
 
 
-def load(
-    directory: Path,
-    options: Options = DEFAULT,
-    *,
-    dtype: Any = jnp.float32,
-    sharding: checkpoint.Sharding | None = None,
-    rules: Mapping[str, Format | None] | None = None,
-) -> Mixtral:
+def load(directory: Path, options: Options = DEFAULT, **how: Any) -> Mixtral:
     """A Mixtral with the weights of a checkpoint in Hugging Face layout.
 
     Args:
       directory: Holds `config.json` and safetensors.
       options: How to compute.
-      dtype: Of the weights; None keeps what is stored.
-      sharding: See :func:`experiments.models.checkpoint.load`.
-      rules: Weights to quantise as they are read; likewise.
+      **how: `dtype`, `sharding` and `rules`, as for :func:`experiments.models.llama.load`.
 
     Raises:
       UserError: The directory's config or weights are missing, damaged or of another architecture.
     """
     config = MixtralConfig.from_json(checkpoint.read_config(directory))
-    return checkpoint.load(
-        lambda rngs: Mixtral(config, options, rngs=rngs),
-        names(config),
-        directory,
-        dtype=dtype,
-        sharding=sharding,
-        unused=llama.UNUSED,
-        rules=rules,
-        example=(jax.ShapeDtypeStruct((1, 8), jnp.int32),),
-    )
+    return llama.load_as(Mixtral, config, names(config), directory, options, **how)
