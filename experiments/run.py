@@ -5,7 +5,6 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +14,7 @@ import tyro
 from experiments import configs, pods
 from experiments.errors import Preempted, UserError
 from experiments.training import processes
+from experiments.training.interrupt import terminable
 
 _PROGRAM = "python -m experiments.run"
 _PREEMPTED, _LOST, _INTERRUPTED = 75, 76, 130  # 75 is what sysexits.h calls EX_TEMPFAIL; 130 is as the shell says it
@@ -41,7 +41,7 @@ def main(args: Sequence[str] | None = None) -> int:
         config = tyro.cli(type(module.DEFAULTS), default=module.DEFAULTS, prog=f"{_PROGRAM} {name}", args=flags)
         keep_compiled()
         joined = getattr(config, "distributed", False)
-        with processes.joined() if joined else nullcontext():
+        with processes.joined() if joined else terminable():
             importlib.import_module(module.STUDY).run(config)
     except UserError as error:
         status = _told(2, f"error: {error}")
@@ -50,9 +50,17 @@ def main(args: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # tyro's: --help, or flags that do not parse
         return stop.code if isinstance(stop.code, int) else 2
     except Preempted as error:
-        status = _told(_PREEMPTED, f"preempted {error}: saved, the same command resumes")
+        status = _told(_PREEMPTED, f"preempted {error}; the same command resumes")
     except processes.LostProcess as error:
         status = _told(_LOST, f"error: {error}; start all of them again, the run resumes")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        status = _told(
+            2,
+            f"error: out of memory ({str(error).strip().splitlines()[0]}); smaller batches, more parts of the mesh or "
+            "more rematerialisation take less, and experiments.compile_for_pod says how much a step takes",
+        )
     except KeyboardInterrupt:
         status = _told(_INTERRUPTED, "interrupted: the same command resumes")
     if joined and status:

@@ -13,6 +13,7 @@ FLAGS = (
 )
 users_flags = os.environ.get("XLA_FLAGS", "")
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing depends on what an earlier run has left
 os.environ["XLA_FLAGS"] = " ".join((users_flags, *FLAGS))
 
 import jax  # noqa: E402

@@ -67,7 +67,7 @@ def run(start: Start, method: Method, seed: int, run: Run, console: Console) -> 
     """
     directory, mesh = run.directory, run.mesh
     stored = directory / "result.json"
-    if stored.exists():
+    if processes.agreed(stored.exists()):
         return Result.load(stored)
     problem, splits = start.problem, start.problem.splits
     base = meshes.place_weights(mesh, bert.AXES, start.base)
@@ -107,7 +107,7 @@ def run(start: Start, method: Method, seed: int, run: Run, console: Console) -> 
     unmerged = logits("test", adapted, base, state.delta)
     merged = logits("test", plain, lora.merge(base, state.delta))
     trained = meshes.gathered(state.delta)
-    with processes.first_before_others(f"{directory}"):
+    with processes.first_before_others():
         if processes.is_first():
             lora.save(directory / "adapter", trained, base=problem.base)  # the head is in the delta: any will do
             result = Result(

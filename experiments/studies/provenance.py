@@ -24,7 +24,7 @@ def directory(out: Path, name: str, everything: Any, *, fresh: bool) -> Path:
     """
     mark = hashlib.sha256(json.dumps([everything, versions()], sort_keys=True).encode()).hexdigest()[:8]
     place = out / f"{name}-{mark}"
-    with processes.first_before_others(f"fresh {place}"):
+    with processes.first_before_others():
         if fresh and processes.is_first() and place.exists():
             shutil.rmtree(place)
     return place

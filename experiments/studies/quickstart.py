@@ -42,7 +42,7 @@ def run(config: Config) -> list[Result]:
     }
     problem = load(config.model, config.data, limits, config.lengths, report=console.print)
     directory = _directory(config, "head", 0, problem.digest, {})
-    with processes.first_before_others("head"):
+    with processes.first_before_others():
         start = head.run(problem, directory, console)
     results = [start.result] if "head" in config.methods else []
     with meshes.entered(config.mesh) as mesh:

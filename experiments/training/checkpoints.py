@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,11 +13,10 @@ from typing import Any, Literal, TypeVar
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
 from experiments.errors import UserError
-from experiments.training import checksum
+from experiments.training import checksum, processes
 
 S = TypeVar("S")
 SCORE = "score"
@@ -129,14 +129,23 @@ class Checkpoints:
                 step = self._newest(described, base)
             except UserError as error:
                 step, refused = _UNFIT, error
-        step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        step = processes.agreed(step)
         if step == _UNFIT:
             raise refused or UserError(f"{self._directory}: cannot be resumed; process 0 says why")
         if step == _NONE:
             return state, None
-        for damaged in [one for one in self._manager.all_steps() if one > step]:
-            self._manager.delete(damaged)
+        self._set_aside([damaged for damaged in self._manager.all_steps() if damaged > step])
         return self._at(step, state)
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Makes room for steps to be saved again; what was there may yet be of use to somebody."""
+        with processes.first_before_others(), self._telling("be set aside"):
+            for step in steps if processes.is_first() else ():
+                aside = self._directory / f"damaged-{step}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self._directory / str(step)).rename(aside)
+        if steps:
+            self._manager.reload()
 
     def best(self, state: S) -> tuple[S, int]:
         """The state that has the best score, in the structure of the last one, and its step.
@@ -220,6 +229,8 @@ class Checkpoints:
         except UserError:
             raise
         except (OSError, ValueError, RuntimeError) as error:
+            if processes.is_lost(error):
+                raise
             raise UserError(f"{self._directory}: a checkpoint cannot {what} ({self._reason(error)})") from error
 
 

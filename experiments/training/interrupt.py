@@ -27,21 +27,38 @@ class Interrupt:
 
     def error(self, step: int) -> BaseException:
         """What to raise when the state is saved."""
-        return KeyboardInterrupt() if self.signal == signal.SIGINT else Preempted(f"at step {step}")
+        return KeyboardInterrupt() if self.signal == signal.SIGINT else Preempted(f"at step {step}: saved")
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Makes SIGTERM inside the `with` block raise :class:`Preempted`, but for what :func:`deferred` has within."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise Preempted("outside of the steps: nothing to save")
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
 def deferred() -> Iterator[Interrupt]:
-    """Turns the first SIGINT or SIGTERM inside the `with` block into a request; a second one stops at once."""
+    """Turns SIGINT and SIGTERM inside the `with` block into a request; a second SIGINT stops at once."""
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield interrupt
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if interrupt.signal is not None:
+        if interrupt.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        interrupt.signal = number
+        interrupt.signal = interrupt.signal or number
         if jax.process_count() > 1:  # JAX's service listens for this one, and tells the other processes
             os.kill(os.getpid(), signal.SIGTERM)
 

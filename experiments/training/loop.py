@@ -2,11 +2,13 @@
 
 import math
 import resource
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -77,7 +79,7 @@ class Run:
     mesh: Mesh
     config: Mapping[str, Any]
     checkpoint_every: int
-    best: Any = "max"
+    best: Literal["max", "min"] = "max"
     settings: Mapping[str, Any] = field(default_factory=dict)
     profile: range = range(0)
     costs: Costs | None = None
@@ -130,14 +132,17 @@ def train(
             bar.say(f"  resumed at step {start} of {total}")
             bar.start_at(sum(map(batches.examples, range(start))))
         rows = meshes.rows(run.mesh, batches.batch_size)
-        iterator = iterate(batches, total, rows=rows, start=start)
-        if found:
-            iterator.set_state(found["input"])
-        with Record(run.directory, run.config, start) as record, deferred() as interrupt:
+        with (
+            closing(iterate(batches, total, rows=rows, start=start)) as iterator,
+            Record(run.directory, run.config, start) as record,
+            _profiled(run, start, total) as profile,
+            deferred() as interrupt,
+        ):
+            if found:
+                iterator.set_state(found["input"])
             meter = _Meter(run, history, record)
-            profile = _Profile(run, total)
             for done in range(start + 1, total + 1):
-                profile.before(done, meter)
+                profile(done, meter)
                 batch = next(iterator)
                 state, metrics = step(state, meshes.place(run.mesh, batch, batches.batch_size))
                 meter.add(done, metrics, batch["tokens"].size * batches.batch_size // (rows.stop - rows.start))
@@ -159,9 +164,7 @@ def train(
                 if done % batches.steps_per_epoch == 0 and done in due:
                     note += f", validation {shown(history.evaluations[-1][1])}"
                     bar.say(f"  epoch {done // batches.steps_per_epoch}: {note}")
-            profile.before(total + 1, meter)
             meter.settle()
-        iterator.close()
     return state, history
 
 
@@ -211,27 +214,34 @@ class _Meter:
         self._mark = time.perf_counter()
 
 
-class _Profile:
-    """Writes a trace of some steps."""
+@contextmanager
+def _profiled(run: Run, done: int, total: int) -> Iterator[Callable[[int, _Meter], None]]:
+    """A function to call before each step, which writes a trace of those that are asked for and yet to come."""
+    first, last = max(run.profile.start, done + 1), min(run.profile.stop - 1, total)
+    wanted, tracing = is_first() and first <= last, False
 
-    def __init__(self, run: Run, total: int):
-        self._steps = run.profile[: max(total + 1 - run.profile.start, 0)] if is_first() else range(0)
-        self._directory = str(run.directory / "profile")
-
-    def before(self, step: int, meter: _Meter) -> None:
-        """Begins before the first of the steps and ends before the one behind the last."""
-        if self._steps and step in (self._steps.start, self._steps.stop):
+    def before(step: int, meter: _Meter) -> None:
+        nonlocal tracing
+        if wanted and step in (first, last + 1):
             meter.settle()
-            if step == self._steps.start:
-                jax.profiler.start_trace(self._directory)
+            if step == first:
+                jax.profiler.start_trace(str(run.directory / "profile"))
             else:
                 jax.profiler.stop_trace()
+            tracing = step == first
+
+    try:
+        yield before
+    finally:
+        if tracing:
+            jax.profiler.stop_trace()
 
 
 def _memory() -> dict[str, float | None]:
     """The most bytes that were in use: on the device where it counts them, and of the process."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"device_bytes": stats.get("peak_bytes_in_use"), "host_bytes": process}
 
 

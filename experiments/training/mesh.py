@@ -87,7 +87,14 @@ def make(sizes: MeshSizes, devices: Sequence[jax.Device] | None = None) -> Mesh:
         hint = " or ".join(fitting(sizes, len(found))) or f"choose sizes whose product is {len(found)}"
         raise UserError(f"the mesh ({sizes}) has {sizes.count} devices, here are {len(found)}; {hint}")
     shape = (sizes.data, sizes.fsdp, sizes.tensor)
-    return jax.make_mesh(shape, NAMES, axis_types=(AxisType.Auto,) * 3, devices=found[: sizes.count])
+    try:
+        return jax.make_mesh(shape, NAMES, axis_types=(AxisType.Auto,) * 3, devices=found[: sizes.count])
+    except NotImplementedError as error:  # a torus of TPUs that cannot be laid out so
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the mesh ({sizes}) does not follow the links of the slice ({reason}); sizes that are products of the "
+            "slice's own do"
+        ) from None
 
 
 def fitting(sizes: MeshSizes, count: int) -> list[str]:

@@ -13,13 +13,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from experiments.errors import UserError
+from experiments.errors import Preempted, UserError
 
 SILENCE = 30
 """Seconds after which a process that says nothing counts as ended, and the others end too."""
 
+PATIENCE = 300
+"""Seconds that processes wait for each other at the start."""
+
 _DELAY = 10  # seconds until what was written on a network's disk is seen everywhere
-_LOST = r"Gloo|NCCL|coordination service|Connection (closed|reset)|heartbeat|UNAVAILABLE"
+_LOST = r"Gloo|coordination service|heartbeat|Connection (closed|reset) by peer"
 
 
 class LostProcess(Exception):
@@ -37,26 +40,41 @@ def wait(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def agreed(mine: int) -> int:
+    """The number that the first process has, in every process: what all do next must not differ."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(mine))) if jax.process_count() > 1 else mine
+
+
 @contextmanager
-def first_before_others(name: str) -> Iterator[None]:
-    """The first process runs the `with` block before the others do: what it writes, they find."""
-    if not is_first():
-        wait(name)
-    yield
+def first_before_others() -> Iterator[None]:
+    """The first process runs the `with` block before the others do: what it writes, they find.
+
+    Raises:
+      UserError: In the others, where the block failed in the first.
+    """
+    if not is_first() and agreed(0):
+        raise UserError("process 0 has failed, and says why")
+    try:
+        yield
+    except BaseException:
+        if is_first():
+            agreed(1)
+        raise
     if is_first():
-        wait(name)
+        agreed(0)
 
 
 def check_shared(directory: Path) -> None:
     """Raises a UserError, in every process, unless all of them see what the first one writes to a directory."""
+    if ":" in directory.parts[0]:
+        raise UserError(f"out {directory}: an address; give a directory, where the bucket is mounted for one")
     if jax.process_count() == 1:
         return
-    mark = int(multihost_utils.broadcast_one_to_all(np.int32(os.getpid())))
-    path = directory / f".seen-by-all-{mark}"
-    if is_first():
-        directory.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    wait("mark written")
+    path = directory / f".seen-by-all-{agreed(os.getpid())}"
+    with first_before_others():
+        if is_first():
+            directory.mkdir(parents=True, exist_ok=True)
+            path.touch()
     seen, end = path.exists(), time.monotonic() + _DELAY
     while not seen and time.monotonic() < end:
         time.sleep(0.2)
@@ -84,10 +102,12 @@ def joined() -> Iterator[None]:
       UserError: The environment does not say who is who, or the others cannot be reached.
       LostProcess: Another process ended inside the block.
     """
+    count, number = _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID")
     try:
         jax.distributed.initialize(
-            num_processes=_number("JAX_NUM_PROCESSES"),
-            process_id=_number("JAX_PROCESS_ID"),
+            num_processes=count,
+            process_id=number,
+            initialization_timeout=PATIENCE,
             heartbeat_timeout_seconds=SILENCE,
             shutdown_timeout_seconds=SILENCE,
         )
@@ -99,12 +119,20 @@ def joined() -> Iterator[None]:
         ) from None
     try:
         yield
+    except Preempted:  # all have agreed on it: none leaves before the others are ready to
+        jax.distributed.shutdown()
+        raise
     except (ValueError, RuntimeError) as error:
-        if isinstance(error, UserError) or not re.search(_LOST, str(error)):
+        if not is_lost(error):
             raise
         reason = str(error).strip().splitlines()[0]
         raise LostProcess(f"another process has ended ({reason})") from error
     jax.distributed.shutdown()
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another process has ended."""
+    return not isinstance(error, UserError) and bool(re.search(_LOST, str(error)))
 
 
 def end(status: int) -> None:

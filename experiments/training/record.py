@@ -31,7 +31,9 @@ class Record:
         (directory / CONFIG).write_text(json.dumps(dict(config), indent=2, default=str) + "\n", encoding="utf-8")
         path = directory / METRICS
         lines = [line for line in read(path) if line["step"] <= step] if path.exists() else []
-        path.write_text("".join(map(_line, lines)), encoding="utf-8")
+        partial = path.with_name(f"{METRICS}.partial")
+        partial.write_text("".join(map(_line, lines)), encoding="utf-8")
+        partial.replace(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 

@@ -20,6 +20,7 @@ STEPS = 40
 
 @pytest.fixture
 def environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
@@ -83,8 +84,16 @@ def test_processes_train_as_one(environment):
     assert statuses(four) == [75] * 4
     stopped = max(line["step"] for line in record.read(out / record.METRICS))
     assert (out / "checkpoints" / str(stopped)).is_dir()
-    # Two finish it. All of it is what one process does.
-    assert statuses(started(2, out, "--mesh.fsdp", "2")) == [0, 0]
+    # The first of two, through which they found each other, is killed.
+    pair = started(2, out, "--mesh.fsdp", "2")
+    wait_for_steps(out, 30, pair)
+    os.kill(pair[0].pid, signal.SIGKILL)
+    began = time.monotonic()
+    first, second = statuses(pair)
+    # JAX's own service may end the other one before a broken connection does, by SIGABRT.
+    assert first == -signal.SIGKILL and second in (76, -signal.SIGABRT) and time.monotonic() - began < SILENCE
+    # One finishes it. All of it is what one process does.
+    assert statuses(started(1, out)) == [0]
     assert statuses(started(1, alone)) == [0]
     np.testing.assert_allclose(losses(out), losses(alone), rtol=1e-5)
     np.testing.assert_allclose(first_losses, losses(alone)[: len(first_losses)], rtol=1e-5)
@@ -93,6 +102,11 @@ def test_processes_train_as_one(environment):
         for name in ("a", "b"):
             expected = np.asarray(getattr(one[path], name))
             np.testing.assert_allclose(getattr(several[path], name), expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_what_is_wrong_in_one_is_the_end_of_all(environment):
+    # The data are read by the first process alone.
+    assert statuses(started(2, environment / "out", "--mesh.data", "2", "--data", "nowhere.jsonl")) == [2, 2]
 
 
 @pytest.mark.parametrize(

@@ -197,8 +197,26 @@ def test_interrupt_on_the_command_line(config, interrupt_at, capsys, monkeypatch
     interrupt_at(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     monkeypatch.setattr("tyro.cli", lambda *args, **kwargs: config)
     assert run.main(["quickstart"]) == 75
-    assert capsys.readouterr().err == "preempted at step 2: saved, the same command resumes\n"
+    assert capsys.readouterr().err == "preempted at step 2: saved; the same command resumes\n"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_preempted_before_the_steps(config, capsys, monkeypatch):
+    monkeypatch.setattr("tyro.cli", lambda *args, **kwargs: config)
+    monkeypatch.setattr(quickstart, "load", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
+    assert run.main(["quickstart"]) == 75
+    assert capsys.readouterr().err.startswith("preempted outside of the steps")
+
+
+def test_out_of_memory_in_one_sentence(config, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte.\nmore")
+
+    monkeypatch.setattr("tyro.cli", lambda *args, **kwargs: config)
+    monkeypatch.setattr(quickstart, "load", full)
+    assert run.main(["quickstart"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory (RESOURCE_EXHAUSTED") and said.count("\n") == 1
 
 
 def test_diverging_training_says_so(config, capsys, monkeypatch):

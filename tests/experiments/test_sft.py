@@ -12,11 +12,12 @@ from tensorboardX.proto import event_pb2
 
 import lora_jax as lora
 from experiments import run
-from experiments.errors import UserError
+from experiments.errors import Preempted, UserError
 from experiments.models import families, location
 from experiments.studies.sft import program, study
 from experiments.studies.sft.config import BatchSizes, Config
 from experiments.training import record
+from experiments.training.interrupt import Interrupt
 from experiments.training.mesh import MeshSizes
 from tests.experiments.sft_runs import adapters_equal
 
@@ -101,9 +102,10 @@ def test_the_adapter_in_both_formats(finished, lenient):
     base = made.load(Path(config.model))
     again = lora.peft.load(config.out / study.PEFT, base, made.family.names(made.shape))
     for path in adapter:
-        np.testing.assert_array_equal(adapter[path].a, again[path].a)
-    if report.best_step == len(report.losses):
-        adapters_equal(adapter, lora.load(config.out / study.BEST))
+        for name in ("a", "b", "scale"):
+            np.testing.assert_array_equal(getattr(adapter[path], name), getattr(again[path], name))
+    assert report.best_step == len(report.losses)
+    adapters_equal(adapter, lora.load(config.out / study.BEST))
 
 
 def test_a_finished_run_is_shown(finished, monkeypatch, lenient):
@@ -138,6 +140,25 @@ def test_a_quantised_base_on_a_mesh(settings, finished, tmp_path, lenient):
     np.testing.assert_allclose(report.losses, finished[1].losses, rtol=0.02)
 
 
+def test_a_trace_of_a_run_that_resumes(settings, tmp_path, monkeypatch, lenient):
+    config = dataclasses.replace(settings, out=tmp_path, samples=0, steps=5, profile="2:4", batch=BatchSizes(8))
+    reached = iter([False, False, True])
+    monkeypatch.setattr(Interrupt, "reached", lambda self, step: next(reached, False))
+    with pytest.raises(Preempted, match="at step 3: saved"):
+        study.run(config)
+    assert len(study.run(config).losses) == 5
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 2
+
+
+def test_another_config_is_refused_on_resuming(settings, tmp_path, monkeypatch, lenient):
+    config = dataclasses.replace(settings, out=tmp_path, samples=0, steps=3, batch=BatchSizes(8))
+    monkeypatch.setattr(Interrupt, "reached", lambda self, step: step == 2)
+    with pytest.raises(Preempted):
+        study.run(config)
+    with pytest.raises(UserError, match=r"the checkpoint of step 2 was made with lr 0\.001, not 0\.002; --fresh"):
+        study.run(dataclasses.replace(config, lr=2e-3))
+
+
 def test_data_without_validation(settings, tmp_path, lenient):
     data = f"{settings.data}/train.jsonl"
     config = dataclasses.replace(settings, out=tmp_path, data=data, steps=2, samples=1, batch=BatchSizes(8))
@@ -156,19 +177,22 @@ def test_data_without_validation(settings, tmp_path, lenient):
         (["--mesh.tensor", "2", "--mesh.sequence", "--length", "33"], "length 33 cannot be divided over mesh.tensor 2"),
         (["--mesh.sequence"], "mesh.tensor is 1"),
         (["--mesh.fsdp", "2", "--quantize", "nf4"], "quantize nf4: "),
-        (["--targets", "head", "--model", "tiny-gpt2"], "targets head: "),
+        (["--targets", "head", "--model", "tiny-gpt2"], "the adapter of head: "),
+        (["--model", "tiny-gpt2", "--length", "1000"], "tiny-gpt2: 1000 tokens, 128 positions"),
+        (["--model", "tiny-gpt2", "--new-tokens", "500"], "new_tokens 500: with prompts they are"),
+        (["--out", "gs://bucket/runs"], "out gs:/bucket/runs: an address; give a directory"),
         (["--profile", "5"], "profile is FIRST:LAST"),
-        (["--rank", "1000"], "rank"),
+        (["--rank", "1000"], "the adapter of attention and feed-forward: "),
     ],
 )
 def test_what_a_user_can_put_right(flags, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
-    assert run.main(["sft", "--out", str(tmp_path), "--train-examples", "8", *flags]) == 2
+    assert run.main(["sft", "--out", str(tmp_path), "--train-examples", "8", "--samples", "1", *flags]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_every_family_has_names_and_axes():
-    for model in ("tiny-llama", "tiny-gpt2"):
+    for model in ("tiny-llama", "tiny-gpt2", "Mixtral-8x7B-v0.1"):
         family = families.of(program.described(model))
         assert family.axes and family.names(family.shape(program.described(model)))
     with pytest.raises(UserError, match="model_type is 'lama'; did you mean llama"):

@@ -131,11 +131,15 @@ def abstract(
     apply, base = lora.nnx.functional(model)
     with jax.set_mesh(mesh):
         base = _base(config, base, apply, meshes.of_weights(mesh, family.axes))
-        make = lambda key, base: lora.init(key, base, spec_of(config), apply, _example(config))  # noqa: E731
+        key, tokens = jax.eval_shape(lambda: jax.random.key(0)), _example(config)
         try:
-            delta = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)), base)
+            jax.eval_shape(lora.adapt(apply), base, {}, tokens)
         except ValueError as error:
-            raise UserError(f"targets {' '.join(config.targets)}: {error}") from None
+            raise UserError(f"{config.model}: {error}") from None
+        try:
+            delta = jax.eval_shape(lambda key, base: lora.init(key, base, spec_of(config), apply, tokens), key, base)
+        except ValueError as error:
+            raise UserError(f"the adapter of {' and '.join(config.targets)}: {error}") from None
     delta = placed(delta, lora.delta_shardings(base, delta))
     tx = adam(config.lr, steps, warmup=config.warmup, clip=config.clip, weight_decay=config.weight_decay)
     if config.optimizer_on_host:

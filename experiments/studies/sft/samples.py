@@ -11,6 +11,7 @@ from flax import nnx
 
 import lora_jax as lora
 from experiments import generation
+from experiments.errors import UserError
 from experiments.input.encoding import Encoder
 from experiments.input.sources import Records
 from experiments.models import checkpoint
@@ -19,6 +20,7 @@ from experiments.studies.sft.program import Program
 from experiments.training import mesh as meshes
 
 _GENERATION = "generation_config.json"
+_LONGEST = 512  # tokens of a prompt, whose end is kept: every token sees every other at once, on one device
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,28 @@ class Writer:
       encoder: Of the checkpoint.
       directory: Of the checkpoint, whose configs say which tokens end a text.
       records: Of validation, whose first ones are the prompts; as many as the config's samples, or all.
+
+    Raises:
+      UserError: The model cannot tell so many tokens apart.
     """
 
     def __init__(self, program: Program, encoder: Encoder, directory: Path, records: Records):
         config = program.config
         self._config, self._mesh, self._tokenizer = config, program.mesh, encoder.tokenizer
         self._ends = ends(directory)
-        self.prompts = _prompts(encoder, records, config.samples, config.length)
+        self.prompts = _prompts(encoder, records, config.samples, min(config.length, _LONGEST))
         # Nothing divides the few rows: weights alone are on the mesh.
         options = Options(scan=True, dtype=jnp.dtype(config.dtype))
         family, shape = program.family, program.shape
         self._model = nnx.eval_shape(lambda: family.build(shape, options, nnx.Rngs(0)))
+        slots = self.prompts.tokens.shape[1] + config.new_tokens
+        try:
+            self._model.check_length(slots)
+        except ValueError:
+            raise UserError(
+                f"new_tokens {config.new_tokens}: with prompts they are {slots} tokens, {config.model} has "
+                f"{self._model.longest} positions"
+            ) from None
         apply, _ = lora.nnx.functional(self._model)
         self._step = generation.stepper(lora.adapt(apply))
 

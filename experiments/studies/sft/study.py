@@ -23,7 +23,6 @@ from experiments.input.packing import Packed
 from experiments.models import checkpoint, location
 from experiments.reports import curves
 from experiments.reports.results import read_json, write_json
-from experiments.studies import provenance
 from experiments.studies.sft import program as programs
 from experiments.studies.sft.config import Config
 from experiments.studies.sft.program import Program
@@ -98,7 +97,7 @@ def run(config: Config) -> Report:
     console = processes.console()
     programs.check(config)
     processes.check_shared(config.out)
-    with processes.first_before_others("begin"):
+    with processes.first_before_others():
         directory = location.find(config.model)
         if config.fresh and processes.is_first():
             _remove(config.out)
@@ -106,7 +105,7 @@ def run(config: Config) -> Report:
     total, due = loop.passes(config.epochs, data.train.steps_per_epoch, config.steps)
     program = programs.abstract(config, steps=total)
     settings = _settings(config, data, directory)
-    if (config.out / RESULT).exists():
+    if processes.agreed((config.out / RESULT).exists()):
         report = _finished(config.out / RESULT, settings)
     else:
         with jax.set_mesh(program.mesh):
@@ -155,10 +154,11 @@ def _read(config: Config, directory: Path, console: Console) -> _Data:
             global_batch=config.batch.global_,
             seed=seed,
             pack=config.pack,
+            process_index=jax.process_index(),
             report=lambda line: console.print(f"{name}: {line}", highlight=False, soft_wrap=True),
         )
 
-    with processes.first_before_others("tokens"):
+    with processes.first_before_others():
         batches = packed(train, config.seed, "training")
         others = None if validation is None else packed(validation, None, "validation")
     digests = [train.digest, *([] if validation is None else [validation.digest]), encoder.digest]
@@ -258,7 +258,7 @@ def _settings(config: Config, data: _Data, directory: Path) -> dict[str, Any]:
     """All that decides the numbers but for the base's weights, of which checkpoints have a fingerprint."""
     chosen = {name: value for name, value in asdict(config).items() if name not in _NOT_NUMBERS}
     files = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
-    everything = chosen | {"model files": files, "data files": data.digests, "versions": provenance.versions()}
+    everything = chosen | {"model files": files, "data files": data.digests}
     return json.loads(json.dumps(everything))
 
 
