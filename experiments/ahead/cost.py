@@ -15,6 +15,8 @@ from experiments.ahead.kernels import kernel_flops
 from experiments.ahead.traffic import Traffic
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+UNCOUNTED = ("ragged-all-to-all", "collective-broadcast", "send", "recv")
+"""Exchanges whose bytes the program does not state, or that none of the steps here has: they are named, not counted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Cost:
       kernels: Those of kernels that are no HLO.
       exchanges: Equal ones are one, with how often they run.
       traffic: Bytes to and from memory.
-      unknown: Calls of which it is not known what they compute, and how often each runs.
+      unknown: Calls and exchanges that are not counted for want of knowing what they do, and how often each runs.
     """
 
     dots: float = 0.0
@@ -150,6 +152,8 @@ def _instruction(module: Module, where: Computation, one: Instruction, known: lo
         if traffic.continues(where, one):
             return Cost()
         return Cost(exchanges=(_exchange(module, where, one),), traffic=moved)
+    if opcode in UNCOUNTED:
+        return Cost(traffic=moved, unknown=((opcode, 1),))
     if opcode == "dot":
         return Cost(dots=_dot(where, one), traffic=moved)
     if opcode == "ragged-dot":

@@ -80,7 +80,7 @@ def tables(analysis: Analysis, topology: Topology) -> list[Table | str]:
     )
     if cost.unknown:
         named = ", ".join(f"{name} × {times}" for name, times in cost.unknown)
-        said.append(f"not counted, for want of knowing what they compute: {named}")
+        said.append(f"not counted, for want of knowing what they do: {named}")
     return said
 
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from experiments.ahead import chips, hlo, traffic
-from experiments.ahead.cost import Exchange, cost
+from experiments.ahead.cost import UNCOUNTED, Exchange, cost
 from experiments.ahead.groups import pairs, replica_groups
 
 M, K, N = 8, 16, 32
@@ -234,6 +234,19 @@ def test_an_exchange_without_a_beginning_is_an_error():
     text = TPU.replace('custom_call_target="AsyncCollectiveStart"', 'custom_call_target="Another"')
     with pytest.raises(ValueError, match=r"channel 1 has a step, %all-gather.\d, and no beginning"):
         cost(hlo.parse(text))
+
+
+def test_exchanges_that_are_not_counted_are_named():
+    text = """HloModule m, num_partitions=4
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %b = f32[8]{0} collective-broadcast(%x), channel_id=1, replica_groups={{0,1,2,3}}
+}
+"""
+    for kind in UNCOUNTED:
+        found = cost(hlo.parse(text.replace("collective-broadcast", kind)))
+        assert found.unknown == ((kind, 1),) and found.exchanges == ()
 
 
 def test_batches_as_dilated_windows():
