@@ -8,10 +8,12 @@ user can put right.
 """
 
 import argparse
+import difflib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich.console import Console
@@ -21,6 +23,7 @@ from experiments.ahead.analysis import Analysis, DoesNotFit, analyse
 from experiments.ahead.model import step_flops
 from experiments.ahead.topology import Topology
 from experiments.errors import UserError
+from experiments.models import location, shapes
 from experiments.run import find_config
 from experiments.studies.sft import program
 from experiments.studies.sft.config import Config
@@ -40,9 +43,9 @@ def main(args: Sequence[str] | None = None) -> int:
     own, flags = _parser().parse_known_args(args)
     console = Console(highlight=False, soft_wrap=True)
     try:
-        if own.json is not None and not own.json.parent.is_dir():  # said before the minutes that compiling takes
-            raise UserError(f"--json {own.json}: there is no directory {own.json.parent}")
-        config = _config(own.config, flags)
+        _check_file(own.json)  # before the minutes that compiling takes
+        config = config_of(own.config, flags)
+        _check_model(config.model)
         slice_ = topology.describe(own.topology)
         analysis = compiled(config, slice_)
     except UserError as error:
@@ -88,7 +91,12 @@ def compiled(config: Config, slice_: Topology) -> Analysis:
     return analysis
 
 
-def _config(name: str, flags: Sequence[str]) -> Config:
+def config_of(name: str, flags: Sequence[str]) -> Config:
+    """A config with flags of its own.
+
+    Raises:
+      UserError: There is no such config, it is not one of supervised fine-tuning, or its fields contradict each other.
+    """
     module = find_config(name)
     if not isinstance(module.DEFAULTS, Config):
         raise UserError(f"{name} has no step for a pod; configs of supervised fine-tuning have, such as sft")
@@ -98,14 +106,50 @@ def _config(name: str, flags: Sequence[str]) -> Config:
         raise UserError(str(error)) from None
 
 
+def _check_file(path: Path | None) -> None:
+    if path is not None and path.is_dir():
+        raise UserError(f"--json {path} is a directory, expected a file")
+    if path is not None and not path.parent.is_dir():
+        raise UserError(f"--json {path}: there is no directory {path.parent}")
+
+
+def _check_model(model: str) -> None:
+    if shapes.has(model):
+        return
+    try:
+        location.find(model)
+    except UserError as error:
+        near = difflib.get_close_matches(model, shapes.NAMES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; shapes are shipped of {', '.join(shapes.NAMES)}"
+        raise UserError(f"--model {error}{hint}") from None
+
+
+class _Help(argparse.Action):
+    """Prints the help of this command, and that of a config if it stands before."""
+
+    def __init__(self, **given: Any):
+        super().__init__(nargs=0, **given)
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        parser.print_help()
+        if namespace.config is not None:
+            print()
+            try:
+                config_of(namespace.config, ["--help"])
+            except UserError as error:
+                parser.exit(2, f"error: {error}\n")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=_PROGRAM, description=(__doc__ or "").split("\n\n")[0], epilog="What else is given goes to the config.",
-        allow_abbrev=False,
+        prog=_PROGRAM, description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False, add_help=False,
+        epilog="What else is given goes to the config, whose flags CONFIG --help shows.",
     )  # fmt: skip
-    parser.add_argument("config", help="as for experiments.run")
+    parser.add_argument("config", metavar="CONFIG", help="as for experiments.run")
+    parser.add_argument("-h", "--help", action=_Help, dest=argparse.SUPPRESS, help="show this, and CONFIG's flags")
     parser.add_argument("--topology", required=True, help="the slice: v5e:4x4, v5p:2x2x2 …")
-    parser.add_argument("--json", type=Path, help="a file for all figures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="a file for all figures")
     return parser
 
 

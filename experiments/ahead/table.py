@@ -1,8 +1,8 @@
 """Prints the table of `experiments/pods/README.md`: `python -m experiments.ahead.table [--rows N …] [--out DIR]`.
 
-Compiles, one after another, fine-tuning steps of an 8B and a 70B model for the TPU slices that they are for, and one
-step for slices of 16 to 256 chips with the same batch per chip. A row takes about a minute on two CPU cores;
-with `--out` each row's figures are kept as JSON, and rows that are there are not compiled again.
+Compiles, one after another, the steps of the pod configs for slices of TPUs, some with flags of their own, and one step
+for slices of 16 to 256 chips with the same batch per chip. A row takes one to four minutes on two CPU cores; with
+`--out` each row's figures are kept as JSON, and rows that are there are not compiled again.
 """
 
 import argparse
@@ -13,67 +13,67 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from experiments.ahead import report, topology
 from experiments.ahead.analysis import DoesNotFit
 from experiments.ahead.chips import GIB
-from experiments.compile_for_pod import compiled
+from experiments.compile_for_pod import compiled, config_of
 from experiments.errors import UserError
 from experiments.studies.sft.config import Config
-
-_COMMON = "--dtype bfloat16"
-_8B, _70B = "Meta-Llama-3-8B", "Llama-2-70b-hf"
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A step and the slice that it is compiled for.
+    """A step and the slice that it is compiled for: `compile_for_pod NAME --topology SLICE FLAGS`.
 
     Attributes:
-      method: LoRA or QLoRA.
+      name: Of the config.
       slice: The topology.
-      flags: Of the config.
+      flags: What differs from the config.
     """
 
-    method: str
+    name: str
     slice: str
-    flags: str
+    flags: str = ""
 
     @property
     def config(self) -> Config:
-        return tyro.cli(Config, args=f"{_COMMON} {self.flags}".split())
+        return config_of(self.name, self.flags.split())
 
     @property
-    def name(self) -> str:
-        """A file's."""
-        return f"{self.slice} {self.flags}".replace("--", "").replace(":", "_").replace(" ", "_")
+    def file(self) -> str:
+        """Where figures of the row are kept."""
+        words = " ".join((self.slice, self.name, self.flags)).strip()
+        return words.replace("--", "").replace(":", "_").replace(" ", "_") + ".json"
 
 
+_LONG = "--length 8192"
 ROWS = (
-    Row("LoRA", "v5e:4x4", f"--model {_8B} --length 2048 --batch.global 64 --mesh.fsdp 16"),
-    Row("LoRA", "v5e:4x4", f"--model {_8B} --length 8192 --batch.global 16 --mesh.fsdp 16"),
-    Row("LoRA", "v5p:2x2x2", f"--model {_8B} --length 2048 --batch.global 64 --mesh.fsdp 8 --remat dots"),
-    Row("LoRA", "v5p:2x2x2", f"--model {_8B} --length 8192 --batch.global 16 --mesh.fsdp 8 --remat dots"),
-    Row("LoRA", "v5e:16x16", f"--model {_70B} --length 2048 --batch.global 256 --mesh.fsdp 256"),
+    Row("llama3-8b-lora", "v5e:4x4"),
+    Row("llama3-8b-lora", "v5e:4x4", f"{_LONG} --batch.global 16"),
+    Row("llama3-8b-lora", "v5p:2x2x2", "--mesh.fsdp 8 --remat dots"),
+    Row("llama3-8b-lora", "v5p:2x2x2", f"{_LONG} --batch.global 16 --mesh.fsdp 8 --remat dots"),
+    Row("llama3-8b-dora", "v5e:4x4"),
+    Row("llama2-70b-lora", "v5e:16x16", "--batch.global 256 --mesh.fsdp 256 --remat full"),
     Row(
-        "LoRA",
+        "llama2-70b-lora",
         "v5e:16x16",
-        f"--model {_70B} --length 8192 --batch.global 64 --mesh.fsdp 64 --mesh.tensor 4 --mesh.sequence",
+        f"{_LONG} --batch.global 64 --mesh.fsdp 64 --mesh.tensor 4 --mesh.sequence --remat full",
     ),
-    Row("LoRA", "v5p:2x4x4", f"--model {_70B} --length 2048 --batch.global 32 --mesh.fsdp 32 --remat dots"),
-    Row("LoRA", "v5p:2x4x4", f"--model {_70B} --length 8192 --batch.global 32 --mesh.fsdp 32"),
-    Row("QLoRA", "v5e:8x8", f"--model {_70B} --length 2048 --batch.global 64 --mesh.fsdp 64 --quantize nf4"),
+    Row("llama2-70b-lora", "v5p:2x4x4"),
+    Row("llama2-70b-lora", "v5p:2x4x4", f"{_LONG} --remat full"),
+    Row("llama2-70b-qlora", "v5e:8x8"),
     Row(
-        "QLoRA",
+        "llama2-70b-qlora",
         "v5e:8x8",
-        f"--model {_70B} --length 8192 --batch.global 32 --mesh.fsdp 32 --mesh.tensor 2 --mesh.sequence --quantize nf4",
+        f"{_LONG} --batch.global 32 --mesh.fsdp 32 --mesh.tensor 2 --mesh.sequence",
     ),
+    Row("mixtral-8x7b-lora", "v5e:4x4"),
+    Row("mixtral-8x7b-qlora", "v5e:2x4"),
 )
 """The steps of the table."""
 
 SCALING = tuple(
-    Row("LoRA", slice_, f"--model {_8B} --length 2048 --batch.global {chips} --mesh.data {chips // 16} --mesh.fsdp 16")
+    Row("llama3-8b-lora", slice_, f"--batch.global {chips} --mesh.data {chips // 16}")
     for slice_, chips in (("v5e:4x4", 16), ("v5e:4x8", 32), ("v5e:8x8", 64), ("v5e:8x16", 128), ("v5e:16x16", 256))
 )
 """One sequence a chip, on more and more chips."""
@@ -83,7 +83,7 @@ _LIMITS = {"compute": "compute", "memory": "HBM", "links": "links"}
 
 def figures(row: Row, out: Path | None) -> Mapping[str, Any]:
     """What `compile_for_pod --json` writes of a row; from a file where it is there."""
-    file = None if out is None else out / f"{row.name}.json"
+    file = None if out is None else out / row.file
     if file is not None and file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
     slice_ = topology.describe(row.slice)
@@ -101,7 +101,7 @@ def line(row: Row, found: Mapping[str, Any]) -> str:
     mesh = config.mesh
     axes = ", ".join(f"{name} {getattr(mesh, name)}" for name in ("data", "fsdp", "tensor") if getattr(mesh, name) > 1)
     cells = (
-        f"{'8B' if config.model == _8B else '70B'} {row.method}",
+        row.name,
         row.slice,
         config.length,
         config.batch.global_,
@@ -116,6 +116,7 @@ def line(row: Row, found: Mapping[str, Any]) -> str:
         _LIMITS[bound["limit"]],
         f"{100 * bound['mfu']:.0f} %",
         f"{bound['tokens_per_second'] / found['chips']:,.0f}",
+        f"`{row.flags}`" if row.flags else "",
     )
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -123,8 +124,8 @@ def line(row: Row, found: Mapping[str, Any]) -> str:
 def table(rows: Sequence[Row], out: Path | None) -> Iterator[str]:
     """The lines of the table, each as soon as it is compiled."""
     head = (
-        "| step | slice | length | batch | mesh | remat | HBM a chip, GiB | TFLOP a chip | sent a chip, GB "
-        "| compute, s | HBM, s | links, s | limit | MFU at most | tokens/s a chip at most |"
+        "| config | slice | length | batch | mesh | remat | HBM a chip, GiB | TFLOP a chip | sent a chip, GB "
+        "| compute, s | HBM, s | links, s | limit | MFU at most | tokens/s a chip at most | flags |"
     )
     yield head
     yield f"|{'---|' * (head.count('|') - 1)}"

@@ -14,4 +14,5 @@ DEFAULTS = dataclasses.replace(
     quantize="nf4",
     mesh=MeshSizes(fsdp=64),
     batch=BatchSizes(64),
+    remat="full",
 )

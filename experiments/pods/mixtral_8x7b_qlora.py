@@ -12,6 +12,6 @@ DEFAULTS = dataclasses.replace(
     mixtral_8x7b_lora.DEFAULTS,
     out=Path("runs/mixtral-8x7b-qlora"),
     quantize="nf4",
-    mesh=MeshSizes(fsdp=8),
-    batch=BatchSizes(8),
+    mesh=MeshSizes(fsdp=4, tensor=2, sequence=True),
+    batch=BatchSizes(16),
 )

@@ -1,5 +1,6 @@
 """The command that compiles for TPU slices: for a real one, with libtpu and without a TPU, and what it refuses."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import compile_for_pod
+from experiments import compile_for_pod, pods
 from experiments.ahead import fitting, table, topology
 from experiments.ahead.chips import GIB, TPUS, named
 from experiments.ahead.cost import Cost, Exchange
@@ -17,6 +18,8 @@ from experiments.ahead.roofline import links, roofline
 from experiments.ahead.topology import Topology
 from experiments.ahead.traffic import Traffic
 from experiments.errors import UserError
+from experiments.models import shapes
+from experiments.run import config_names
 from experiments.studies.sft import program
 from experiments.studies.sft.config import BatchSizes, Config
 from experiments.training.mesh import MeshSizes
@@ -30,10 +33,20 @@ def run(capfd, *flags, config="sft", slice_=SLICE):
     return status, capfd.readouterr()
 
 
+@pytest.fixture
+def small_llama(tmp_path):
+    """A Llama of three layers whose weights differ in size, by its config.json alone."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 3, "vocab_size": 2048}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps({**shapes.read("Meta-Llama-3-8B"), **sizes, **heads}))
+    return tmp_path
+
+
 @pytest.mark.usefixtures("lenient")
-def test_a_step_that_fits(capfd, tmp_path):
-    file = tmp_path / "figures.json"
-    status, said = run(capfd, *MESH, "--json", str(file))
+def test_a_step_that_fits(capfd, monkeypatch, small_llama):
+    file, analyses, compiled = small_llama / "figures.json", [], compile_for_pod.compiled
+    monkeypatch.setattr(compile_for_pod, "compiled", lambda *given: analyses.append(compiled(*given)) or analyses[0])
+    status, said = run(capfd, *MESH, "--model", str(small_llama), "--rank", "1", "--json", str(file))
     assert status == 0, said.err
     figures = json.loads(file.read_text())
     memory, flops, bound = figures["memory"], figures["flops"], figures["roofline"]
@@ -48,6 +61,23 @@ def test_a_step_that_fits(capfd, tmp_path):
     assert 0 < bound["mfu"] < 1
     for words in ("HBM of a chip", "optimizer", "all-gather", "The least time of a step", "limited by"):
         assert words in said.out
+    _check_gathers(analyses[0].cost.exchanges)
+
+
+def _check_gathers(exchanges):
+    """FSDP gathers a tensor axis's part of each weight, layer by layer: in the forward and in the backward pass."""
+    gathers = collections.Counter()
+    for one in exchanges:
+        if one.kind == "all-gather":
+            gathers[one.bytes] += one.times
+    layers, part = 3, lambda ins, outs: ins * outs * 2 // 2  # in bfloat16, half of it
+    assert gathers.pop(part(512, 1792)) == 2 * 3 * layers  # gate, up, down
+    assert gathers.pop(part(512, 2048)) == 2  # the head
+    # For the gradient of their input XLA gathers query, key and value once more than for computing them again.
+    assert 2 * 2 * layers <= gathers.pop(part(512, 512)) <= 3 * 2 * layers  # query and output
+    assert 2 * 2 * layers <= gathers.pop(part(512, 256)) <= 3 * 2 * layers  # key and value
+    delta = 4 * layers * (2 * (512 + 512) + 2 * (512 + 256) + 3 * (512 + 1792))  # of rank 1, in float32
+    assert sum(size * times for size, times in gathers.items()) <= delta
 
 
 @pytest.mark.usefixtures("lenient")
@@ -74,7 +104,7 @@ def test_slices_that_there_are_not(capfd, slice_, message):
     assert status == 2 and said.err.startswith("error: ") and said.err.count("\n") == 1
 
 
-def test_what_the_command_line_refuses(capfd, monkeypatch):
+def test_what_the_command_line_refuses(capfd, monkeypatch, tmp_path):
     status, said = run(capfd, config="sfd")
     assert status == 2 and "did you mean sft?" in said.err
     status, said = run(capfd, config="quickstart")
@@ -83,9 +113,25 @@ def test_what_the_command_line_refuses(capfd, monkeypatch):
     assert status == 2 and "has 3 devices, v5e:2x2 has 4 chips; choose sizes whose product is 4" in said.err
     status, said = run(capfd, "--json", "/nowhere/figures.json")
     assert status == 2 and said.err == "error: --json /nowhere/figures.json: there is no directory /nowhere\n"
+    status, said = run(capfd, "--json", str(tmp_path))
+    assert status == 2 and said.err == f"error: --json {tmp_path} is a directory, expected a file\n"
+    status, said = run(capfd, "--model", "nowhere")
+    assert status == 2 and "shapes are shipped of Llama-2-70b-chat-hf, Llama-2-70b-hf" in said.err
+    status, said = run(capfd, "--model", "Meta-Llama-3-8B-Instuct")
+    assert status == 2 and said.err.endswith("did you mean Meta-Llama-3-8B-Instruct?\n")
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
     status, said = run(capfd)
     assert status == 2 and "uv sync --extra tpu" in said.err
+
+
+def test_help_is_the_commands_and_the_configs(capfd):
+    with pytest.raises(SystemExit, match="0"):
+        compile_for_pod.main(["llama3-8b-lora", "--help"])
+    said = capfd.readouterr().out
+    assert "--topology" in said and "--batch.global INT" in said
+    with pytest.raises(SystemExit, match="2"):
+        compile_for_pod.main(["llama3-8b", "--help"])
+    assert "did you mean llama3-8b-lora?" in capfd.readouterr().err
 
 
 def test_the_documented_slices():
@@ -155,6 +201,7 @@ def test_the_table_of_slices(tmp_path):
         assert row.slice in topology.names(named(row.slice.partition(":")[0]))
         assert row.config.mesh.count == chips
         assert row.config.batch.global_ % row.config.mesh.replicas == 0
+    assert {row.name for row in table.ROWS} == set(config_names(pods))
     row = table.ROWS[0]
     bound = {"compute": 1.0, "memory": 0.5, "links": 0.25, "limit": "compute", "mfu": 0.7, "tokens_per_second": 16e3}
     figures = {
@@ -165,8 +212,10 @@ def test_the_table_of_slices(tmp_path):
         "roofline": bound,
     }
     for one in (row, *table.SCALING):
-        (tmp_path / f"{one.name}.json").write_text(json.dumps(figures))
+        (tmp_path / one.file).write_text(json.dumps(figures))
     *_, line = table.table([row], tmp_path)
-    assert line.startswith("| 8B LoRA | v5e:4x4 | 2048 | 64 | fsdp 16 | full | 6.0 of 15.75 | 2.0 | 4.0 | 1.000 |")
-    assert line.endswith("| compute | 70 % | 1,000 |")
+    assert line.startswith(
+        "| llama3-8b-lora | v5e:4x4 | 2048 | 64 | fsdp 16 | full | 6.0 of 15.75 | 2.0 | 4.0 | 1.000 |"
+    )
+    assert line.endswith("| compute | 70 % | 1,000 |  |")
     assert list(table.scaling(table.SCALING, tmp_path))[-1].endswith("| 4.000 | +0.00 % | 70 % |")
