@@ -66,6 +66,12 @@ def test_a_hundred_tries(root):
     assert len(calls(root)) == 100
 
 
+def test_told_to_end_it_starts_nothing_again(root):
+    program(root / ".venv" / "bin" / "python", (f"echo >> {root}/calls; kill -TERM $PPID; exit 76",))
+    assert run(root, "again.sh", ()) == 75
+    assert len(calls(root)) == 1
+
+
 @pytest.mark.parametrize("status", [75, 76, 134])
 def test_slurm_puts_the_job_back_into_the_queue(root, status):
     assert run(root, "slurm.sh", (status,), "--fresh", SLURM_JOB_ID="7") == status
