@@ -207,7 +207,7 @@ def chain(
         if set(factor.labels) <= later & set(result.labels):  # a diagonal: nothing is summed
             result = Factor(times(result.array, factor, list(result.sizes.items())), result.labels)
             continue
-        factor = Factor(factor.array.astype(start.array.dtype), factor.labels)
+        factor = Factor(narrowed(factor.array, start.array.dtype), factor.labels)
         is_last = index == len(order) - 1
         has_all = all(set(f.labels) <= set(names) for f in order[index + 1 :])  # but for diagonals
         pair = (factor, result) if reverse else (result, factor)
@@ -218,6 +218,18 @@ def chain(
         return array
     kept = [index for index, label in enumerate(names) if label in result.labels]
     return lax.broadcast_in_dim(array, [size for _, size in out], kept)
+
+
+def narrowed(array: jax.Array, dtype: Any) -> jax.Array:
+    """A factor in the dtype of the product that takes it.
+
+    Of a float32 stack that a loop over layers reads in bfloat16 alone, XLA for TPUs makes one in bfloat16 before the
+    loop and holds both. Rounded by an operation of its own and cast behind a barrier, the same numbers, it does not.
+    """
+    have, wanted = jnp.finfo(array.dtype), jnp.finfo(dtype)
+    if wanted.bits < have.bits and wanted.nexp == have.nexp:  # (of fewer exponents subnormal numbers would be lost)
+        array = lax.optimization_barrier(lax.reduce_precision(array, int(wanted.nexp), int(wanted.nmant)))
+    return array.astype(dtype)
 
 
 def dense(weight: jax.Array, dims: Dims, factors: Sequence[Factor], gains: Sequence[Factor]) -> jax.Array:

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax.adapters.factored import Factor, Label, explicit_sharding, placed, times
+from lora_jax.adapters.factored import Factor, Label, explicit_sharding, narrowed, placed, times
 from lora_jax.transform import jaxprs
 from lora_jax.transform.deferred import recomputed
 from lora_jax.transform.members import chain, picked
@@ -183,7 +183,7 @@ def _ragged_dot(interpreter, equation, values):
                 scales = of_rows(factor, shared).astype(x.dtype)
                 result = Factor(result.array * jnp.broadcast_to(scales, result.array.shape), result.labels)
                 continue
-            matrix = Factor(factor.array.astype(x.dtype), factor.labels)
+            matrix = Factor(narrowed(factor.array, x.dtype), factor.labels)
             if group in factor.labels:
                 matrix = matrix.transposed([group, *shared, *own[id(factor)]])
                 result = Factor(product(result.array, matrix.array, None), (TOKENS, *own[id(factor)]))
