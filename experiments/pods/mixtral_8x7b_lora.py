@@ -9,7 +9,7 @@ STUDY = "experiments.studies.sft.study"
 DEFAULTS = Config(
     model="mistralai/Mixtral-8x7B-Instruct-v0.1",
     out=Path("runs/mixtral-8x7b-lora"),
-    mesh=MeshSizes(fsdp=16),
+    mesh=MeshSizes(fsdp=8, tensor=2, sequence=True),
     batch=BatchSizes(32),
     rank=16,
     alpha=32.0,
