@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 import lora_jax as lora
@@ -87,14 +88,9 @@ def make(sizes: MeshSizes, devices: Sequence[jax.Device] | None = None) -> Mesh:
         hint = " or ".join(fitting(sizes, len(found))) or f"choose sizes whose product is {len(found)}"
         raise UserError(f"the mesh ({sizes}) has {sizes.count} devices, here are {len(found)}; {hint}")
     shape = (sizes.data, sizes.fsdp, sizes.tensor)
-    try:
-        return jax.make_mesh(shape, NAMES, axis_types=(AxisType.Auto,) * 3, devices=found[: sizes.count])
-    except NotImplementedError as error:  # a torus of TPUs that cannot be laid out so
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"the mesh ({sizes}) does not follow the links of the slice ({reason}); sizes that are products of the "
-            "slice's own do"
-        ) from None
+    # Where sizes are no products of the slice's own, an axis goes along a part of a link's: slower, but a mesh.
+    placed = mesh_utils.create_device_mesh(shape, found[: sizes.count], allow_split_physical_axes=True)
+    return Mesh(placed, NAMES, axis_types=(AxisType.Auto,) * 3)
 
 
 def fitting(sizes: MeshSizes, count: int) -> list[str]:

@@ -22,6 +22,7 @@ from experiments.models import shapes
 from experiments.run import config_names
 from experiments.studies.sft import program
 from experiments.studies.sft.config import BatchSizes, Config
+from experiments.training import mesh as meshes
 from experiments.training.mesh import MeshSizes
 
 SLICE = "v5e:2x2"
@@ -219,3 +220,18 @@ def test_the_table_of_slices(tmp_path):
     )
     assert line.endswith("| compute | 70 % | 1,000 |  |")
     assert list(table.scaling(table.SCALING, tmp_path))[-1].endswith("| 4.000 | +0.00 % | 70 % |")
+
+
+@pytest.mark.parametrize(
+    ("slice_", "sizes"),
+    [
+        ("v5p:4x4x4", MeshSizes(fsdp=32, tensor=2)),  # 4 × 8 by 2 cuts an axis of 4 in two
+        ("v5p:2x4x4", MeshSizes(fsdp=32)),
+        ("v5e:4x4", MeshSizes(data=2, fsdp=4, tensor=2)),
+    ],
+)
+def test_meshes_that_do_and_do_not_follow_the_axes_of_a_slice(slice_, sizes):
+    devices = topology.describe(slice_).devices
+    mesh = meshes.make(sizes, devices)
+    assert mesh.devices.shape == (sizes.data, sizes.fsdp, sizes.tensor)
+    assert {device.id for device in mesh.devices.flat} == {device.id for device in devices}
