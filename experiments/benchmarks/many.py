@@ -15,6 +15,7 @@ training is its throughput, compilation aside.
 """
 
 import dataclasses
+import math
 import statistics
 import sys
 import time
@@ -152,23 +153,23 @@ def time_training(config: Config, problem: Problem) -> dict[str, Training]:
     def apart(done: Callable[[], None]) -> list[float]:
         step, losses = lora.train_step(loss, tx), []
         for delta, key, mine in zip(deltas, keys, batches):
-            state = lora.TrainState.create(problem.base, delta, tx, key)
+            state, last = lora.TrainState.create(problem.base, delta, tx, key), math.nan
             for batch in mine:
                 state, metrics = step(state, batch)
-                float(metrics["loss"])
+                last = float(metrics["loss"])
                 done()
-            losses.append(float(metrics["loss"]))
+            losses.append(last)
         return losses
 
     def together(done: Callable[[], None]) -> list[float]:
         side_by_side = config.at_once or (2 if jax.default_backend() == "cpu" else None)
         step = lora.train_many(loss, tx, at_once=side_by_side)
-        states = lora.TrainStates.create(problem.base, deltas, tx, keys)
+        states, losses = lora.TrainStates.create(problem.base, deltas, tx, keys), []
         for each in zip(*batches):
             states, metrics = step(states, jax.tree.map(lambda *leaves: np.stack(leaves), *each))
-            jax.block_until_ready(metrics["loss"])
+            losses = metrics["loss"].tolist()
             done()
-        return metrics["loss"].tolist()
+        return losses
 
     sides = {APART: apart, TOGETHER: together}
     for order in rotations(list(sides), config.runs):
