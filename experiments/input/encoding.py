@@ -12,7 +12,7 @@ from tokenizers import Encoding, Tokenizer
 
 from experiments.errors import UserError
 from experiments.input.chat import Messages, Span, Template, load_template
-from experiments.input.records import Conversation, Record
+from experiments.input.records import Completion, Conversation, Record
 from experiments.tasks.text import load_tokenizer
 
 
@@ -92,7 +92,7 @@ class Encoder:
             ids = self.tokenizer.encode(prompt).ids
             ids = ids[:-1] if len(ids) > 1 and ids[-1] == self.end else ids
         else:
-            messages = _messages(record)
+            messages = _messages(record, place)
             turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
             if not turns:
                 raise UserError(f"{place}: none of the {len(messages)} messages is the assistant's: nothing to answer")
@@ -103,7 +103,7 @@ class Encoder:
 
     def _render(self, record: Record, place: str) -> tuple[str, list[Span]]:
         if self.template is not None:
-            return self.template.render_spans(_messages(record), place)
+            return self.template.render_spans(_messages(record, place), place)
         prompt, completion = _plain(record, place, self.directory)
         return prompt + completion, [(len(prompt), len(prompt) + len(completion))]
 
@@ -134,9 +134,11 @@ def load_encoder(directory: Path, end: int | None) -> Encoder:
     return Encoder(load_tokenizer(directory), load_template(directory), end, directory)
 
 
-def _messages(record: Record) -> Messages:
+def _messages(record: Record, place: str) -> Messages:
     if isinstance(record, Conversation):
         return record.messages
+    if not isinstance(record, Completion):
+        raise _unsupported(record, place)
     # Space where the two meet belongs to the plain form, in which nothing is put between them.
     return (
         {"role": "user", "content": record.prompt.rstrip()},
@@ -150,4 +152,10 @@ def _plain(record: Record, place: str, directory: Path) -> tuple[str, str]:
             f"{place}: a conversation, but the checkpoint {directory} has no chat template (chat_template.jinja, or "
             "chat_template in tokenizer_config.json): it can learn from prompt and completion"
         )
+    if not isinstance(record, Completion):
+        raise _unsupported(record, place)
     return record.prompt, record.completion
+
+
+def _unsupported(record: Record, place: str) -> UserError:
+    return UserError(f"{place}: a {type(record).__name__.lower()}, expected a conversation or a completion")

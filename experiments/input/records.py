@@ -1,78 +1,92 @@
-"""What is learnt from: a conversation, or a prompt and its completion."""
+"""The kinds of training records, whatever file and format they come from.
+
+Example:
+  >>> Conversation(({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"})).learn_from
+  0
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.errors import UserError
+Message = dict[str, Any]
+"""A `role`, a `content` (text, a list of content parts, or None), and whatever else a chat template reads: `name`,
+`tool_calls`, `tool_call_id`, `reasoning_content`, … A `weight` of 0 excludes the message from the loss."""
 
-FORMS = '{"messages": [{"role": …, "content": …}, …]} or {"prompt": …, "completion": …}'
+Tool = dict[str, Any]
+"""A function that an assistant can call, as OpenAI describes it: `{"type": "function", "function": {…}}`."""
+
+Prompt = str | tuple[Message, ...]
+"""A text, or messages."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in turn, each with a `role` and a `content`, both strings, and whatever else its template knows."""
+    """Messages in turn, of which the assistant's are learned.
 
-    messages: tuple[dict[str, Any], ...]
+    Attributes:
+      messages: At least one.
+      tools: Passed to the chat template; None where the record has no such column.
+      learn_from: Index of the first message that may be learned: of a prompt and a completion that are both messages,
+        the completion's first.
+      template_arguments: Arguments for the chat template that belong to this record (`chat_template_kwargs`).
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] | None = None
+    learn_from: int = 0
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A text that continues another one, with nothing put between them."""
+    """A text that continues another one, with nothing put between them; only the completion is learned."""
 
     prompt: str
     completion: str
 
 
-Record = Conversation | Completion
+@dataclass(frozen=True)
+class Text:
+    """A text of which everything is learned, as in pretraining."""
+
+    text: str
 
 
-def parse(found: Any, place: str) -> Record:
-    """A record in one of its two forms; columns that have no part in it are ignored.
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to a prompt, of which the first is better (DPO and its relatives).
 
-    Args:
-      found: What was read.
-      place: Where that stands, for errors.
-
-    Raises:
-      UserError: It is in neither form.
+    Attributes:
+      prompt: What both answers continue. Empty where two texts have no beginning in common.
+      chosen: The better answer, without the prompt; text if the prompt is text, messages if it is messages.
+      rejected: The worse answer, likewise.
+      tools: As in :class:`Conversation`.
     """
-    if not isinstance(found, Mapping):
-        raise UserError(f"{place}: found {_kind(found)}, expected {FORMS}")
-    if found.get("tools"):
-        raise UserError(f"{place}: the record has tools, which chat templates are not given here")
-    if found.get("messages") is not None:
-        return Conversation(_messages(found["messages"], place))
-    if "prompt" not in found or "completion" not in found:
-        columns = ", ".join(map(str, found)) or "nothing"
-        raise UserError(f"{place}: found {columns}, expected {FORMS}")
-    for name in ("prompt", "completion"):
-        if not isinstance(found[name], str):
-            raise UserError(f"{place}: {name} is {_kind(found[name])}, expected a string")
-    if not found["completion"].strip():
-        raise UserError(f"{place}: the completion is empty, there is nothing to learn")
-    return Completion(found["prompt"], found["completion"])
+
+    prompt: Prompt
+    chosen: Prompt
+    rejected: Prompt
+    tools: tuple[Tool, ...] | None = None
 
 
-def _messages(found: Any, place: str) -> tuple[dict[str, Any], ...]:
-    if not isinstance(found, list) or not found:
-        raise UserError(f"{place}: messages is {_kind(found)}, expected a list with at least one message")
-    messages = []
-    for number, message in enumerate(found, start=1):
-        here = f"{place}, message {number}"
-        if not isinstance(message, Mapping):
-            raise UserError(f"{here}: found {_kind(message)}, expected an object with role and content")
-        for name in ("role", "content"):
-            if not isinstance(message.get(name), str):
-                what = _kind(message[name]) if name in message else "missing"
-                raise UserError(f"{here}: {name} is {what}, expected a string")
-        # A table has every column in every message; a template asks whether one is there.
-        messages.append({name: value for name, value in message.items() if value is not None})
-    return tuple(messages)
+@dataclass(frozen=True)
+class Rated:
+    """An answer with a thumbs-up (True) or thumbs-down (KTO)."""
+
+    prompt: Prompt
+    completion: Prompt
+    label: bool
+    tools: tuple[Tool, ...] | None = None
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    if isinstance(value, list | str) and not value:
-        return f"an empty {names[type(value)].split()[-1]}"
-    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+@dataclass(frozen=True)
+class Problem:
+    """A prompt with the answer that a rule compares the model's with, for rewards by rule."""
+
+    prompt: Prompt
+    answer: str
+    tools: tuple[Tool, ...] | None = None
+
+
+Record = Conversation | Completion | Text | Preference | Rated | Problem

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from experiments.errors import UserError
-from experiments.input.records import FORMS, Completion, Record, parse
+from experiments.input.forms import FORMS, parse
+from experiments.input.records import Completion, Record
 from experiments.tasks import examples
 
 _CHUNK = 1 << 24
