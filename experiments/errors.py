@@ -1,5 +1,10 @@
 """How a run ends where it does not reach its end: in one sentence, never a traceback."""
 
+import contextlib
+import os
+
+from lora_jax import reading as readers
+
 
 class UserError(ValueError):
     """A missing file, an unknown name or malformed data; its message is one clear sentence. Exit status 2."""
@@ -7,3 +12,8 @@ class UserError(ValueError):
 
 class Preempted(Exception):
     """The process was told to end (SIGTERM), and saved its state before; the same command resumes. Exit status 75."""
+
+
+def reading(path: str | os.PathLike, form: str = "") -> contextlib.AbstractContextManager[None]:
+    """Turns whatever the `with` block raises because of a file's content into a :class:`UserError` that names it."""
+    return readers.reading(path, form, error=UserError)

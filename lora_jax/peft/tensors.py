@@ -12,6 +12,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lora_jax.reading import reading
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -151,10 +153,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(absent(path))
-    try:
+    with reading(path, "JSON"):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error}).") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, not {type(content).__name__}.")
     return content
@@ -268,10 +268,8 @@ def _shard(directory: Path, number: int, count: int) -> Path:
 def _open(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(absent(path))
-    try:
+    with reading(path, "safetensors"):
         return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as safetensors ({error}).") from None
 
 
 def absent(path: Path) -> str:

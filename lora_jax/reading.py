@@ -1,0 +1,88 @@
+"""The one place that knows what a reader may raise on a missing, damaged or malicious file."""
+
+import contextlib
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+
+_RAISED = (
+    OSError,
+    ValueError,  # JSON, encodings, NumPy, TensorStore, PyArrow
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,  # a RecursionError of nested JSON is one
+    MemoryError,
+    EOFError,
+    SyntaxError,
+    struct.error,
+    zlib.error,
+)
+_LIBRARIES = {"jinja2", "orbax", "pyarrow", "pyo3_runtime", "safetensors", "safetensors_rust", "zstandard", "_zstd"}
+_LENGTH = 400
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike, form: str = "", *, error: type[ValueError] = ValueError) -> Iterator[None]:
+    """Turns whatever the `with` block raises because of a file's content into one error that names the file.
+
+    An error that names the file already, and any instance of a narrower `error`, keeps its message. Interrupts and
+    errors that no reader raises pass unchanged.
+
+    Args:
+      path: The file or directory that is read.
+      form: The file format, for the message.
+      error: What is raised.
+
+    Raises:
+      ValueError: The file cannot be read. The original error is its cause.
+
+    Example:
+      >>> import json
+      >>> with reading("config.json", "JSON"):
+      ...     json.loads("[" * 100_000)
+      Traceback (most recent call last):
+      ...
+      ValueError: config.json: cannot be read as JSON (nested too deeply).
+    """
+    try:
+        yield
+    except BaseException as raised:
+        if not raised_by_reader(raised) or (error is not ValueError and isinstance(raised, error)):
+            raise
+        message = str(raised)
+        if isinstance(raised, ValueError) and str(path) in message:
+            if error is ValueError:
+                raise
+            raise error(message) from raised
+        as_form = f" as {form}" if form and not isinstance(raised, OSError) else ""
+        raise error(f"{printable(str(path))}: cannot be read{as_form} ({reason(raised)}).") from raised
+
+
+def raised_by_reader(raised: BaseException) -> bool:
+    """Whether an exception is one that readers raise; a Rust panic is no `Exception`."""
+    library = type(raised).__module__.partition(".")[0]
+    return isinstance(raised, _RAISED) or type(raised) is Exception or library in _LIBRARIES
+
+
+def reason(raised: BaseException) -> str:
+    """What an exception says, on one line of bounded length."""
+    if isinstance(raised, RecursionError):
+        return "nested too deeply"
+    if isinstance(raised, MemoryError):
+        return "it asks for more memory than there is"
+    if isinstance(raised, OSError) and raised.strerror:
+        return raised.strerror
+    text = printable(str(raised)).strip().rstrip(".")
+    if not isinstance(raised, ValueError) and type(raised) is not Exception:
+        text = f"{type(raised).__name__}: {text}" if text else type(raised).__name__
+    text = " ".join(text.split()) or type(raised).__name__
+    return text if len(text) <= _LENGTH else f"{text[:_LENGTH]} …"
+
+
+def printable(text: str) -> str:
+    """A text that every UTF-8 stream accepts: lone surrogates are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
