@@ -112,6 +112,41 @@ def first(records: Records, count: int | None) -> Records:
     return _First(records, count)
 
 
+def split(records: Records, share: float, seed: int) -> tuple[Records, Records]:
+    """Records to train on and a share of them, chosen at random, to validate with.
+
+    Args:
+      records: At least two.
+      share: Above 0 and below 1; at least one record is held out.
+      seed: Of the choice.
+
+    Raises:
+      UserError: The share leaves nothing to train on.
+    """
+    count = max(round(share * len(records)), 1)
+    if count >= len(records):
+        raise UserError(f"validation_share {share}: nothing is left of {len(records):,} records to train on")
+    order = np.random.default_rng(seed).permutation(len(records))
+    return _Chosen(records, np.sort(order[count:])), _Chosen(records, np.sort(order[:count]))
+
+
+class _Chosen:
+    """Some of the records, by their numbers."""
+
+    def __init__(self, records: Records, numbers: np.ndarray):
+        self._records, self._numbers = records, numbers
+        self.digest = hashlib.sha256(records.digest.encode() + numbers.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._records[int(self._numbers[index])]
+
+    def place(self, index: int) -> str:
+        return self._records.place(int(self._numbers[index]))
+
+
 class _First:
     def __init__(self, records: Records, count: int):
         self._records, self._count = records, count

@@ -1,6 +1,7 @@
 """How a decoder is called: for logits, for losses, or a step at a time with a cache."""
 
 import abc
+import math
 from typing import Any
 
 import jax
@@ -15,14 +16,15 @@ from experiments.training.chunked_loss import cross_entropy
 class Decoder(nnx.Module):
     """A model of the next token.
 
-    A subclass sets `config` (its shape), `options` and `longest` (the most tokens it can tell apart; None has no
-    bound) and gives
-    :meth:`embed`, :meth:`run`, :meth:`head` and :meth:`cache`.
+    A subclass sets `config` (its shape), `options`, `longest` (the most tokens it can tell apart; None has no
+    bound) and `trained_length` (the longest sequence that its checkpoint is made for; None where that is unknown), and
+    gives :meth:`embed`, :meth:`run`, :meth:`head` and :meth:`cache`.
     """
 
     config: Any
     options: Options
     longest: int | None = None
+    trained_length: int | None = None
 
     def __call__(
         self,
@@ -31,6 +33,8 @@ class Decoder(nnx.Module):
         positions_BL: jax.Array | None = None,
         *,
         labels_BL: jax.Array | None = None,
+        label_smoothing: float = 0.0,
+        noise: tuple[jax.Array, float] | None = None,
         cache: Cache | None = None,
         last: bool = False,
     ) -> Any:
@@ -44,6 +48,9 @@ class Decoder(nnx.Module):
           positions_BL: Of the tokens; None counts from 0 in each segment, or on from the cache.
           labels_BL: The token that each place should predict, negative where none is. Their losses are returned
             and no more than `options.loss_chunk` logits a row exist at a time.
+          label_smoothing: The share of each label that is spread evenly over the vocabulary.
+          noise: A PRNG key and the scale of NEFTune's noise: uniform, added to what goes into the first layer, with
+            a largest absolute value of the scale divided by the root of length times width.
           cache: What came before, from :meth:`cache` or an earlier call.
           last: Only the logits of the last place are wanted.
 
@@ -54,13 +61,20 @@ class Decoder(nnx.Module):
 
         Raises:
           ValueError: There are more tokens than positions, or than slots in the cache.
+
+        References:
+          Jain et al., `NEFTune <https://arxiv.org/abs/2310.05914>`_, 2023, Algorithm 1
         """
         self.check_length(tokens_BL.shape[1])
         sight = caches.look(tokens_BL.shape, segments_BL, positions_BL, cache)
         x_BLD = self.embed(tokens_BL, sight)
+        if noise is not None:
+            key, scale = noise
+            bound = scale / math.sqrt(x_BLD.shape[1] * x_BLD.shape[2])
+            x_BLD = x_BLD + jax.random.uniform(key, x_BLD.shape, x_BLD.dtype, -bound, bound)
         x_BLD, kept = self.run(x_BLD, sight, None if cache is None else cache.layers)
         if labels_BL is not None:
-            out = cross_entropy(self.head, x_BLD, labels_BL, chunk=self.options.loss_chunk)
+            out = cross_entropy(self.head, x_BLD, labels_BL, chunk=self.options.loss_chunk, smoothing=label_smoothing)
         else:
             out = self.head(x_BLD[:, -1] if last else x_BLD)
         return out if cache is None else (out, caches.kept(cache, sight, kept))

@@ -123,7 +123,8 @@ class Gpt2(Decoder):
     """
 
     def __init__(self, config: Gpt2Config, options: Options = DEFAULT, *, dropout: float = 0.0, rngs: nnx.Rngs):
-        self.config, self.options, self.longest = config, options, config.n_positions
+        self.config, self.options = config, options
+        self.longest = self.trained_length = config.n_positions
         self.token = nnx.Embed(config.vocab_size, config.n_embd, dtype=options.dtype, rngs=rngs)
         self.position = nnx.Embed(config.n_positions, config.n_embd, dtype=options.dtype, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)

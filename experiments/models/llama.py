@@ -210,7 +210,8 @@ class Llama(Decoder):
     """
 
     def __init__(self, config: LlamaConfig, options: Options = DEFAULT, *, rngs: nnx.Rngs):
-        self.config, self.options, self.longest = config, options, config.rope.longest
+        self.config, self.options = config, options
+        self.longest, self.trained_length = config.rope.longest, config.rope.trained_length
         self.token = nnx.Embed(config.vocab_size, config.hidden_size, dtype=options.dtype, rngs=rngs)
         self.layers = stack.build(
             lambda rngs: Layer(config, options, rngs=rngs), config.num_hidden_layers, options, rngs

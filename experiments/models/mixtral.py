@@ -75,7 +75,8 @@ class Mixtral(llama.Llama):
 
     def __init__(self, config: MixtralConfig, options: Options = DEFAULT, *, rngs: nnx.Rngs):
         self.config: llama.LlamaConfig = config
-        self.options, self.longest = options, config.rope.longest
+        self.options = options
+        self.longest, self.trained_length = config.rope.longest, config.rope.trained_length
         self.token = nnx.Embed(config.vocab_size, config.hidden_size, dtype=options.dtype, rngs=rngs)
         self.layers = stack.build(
             lambda rngs: Layer(config, options, rngs=rngs), config.num_hidden_layers, options, rngs

@@ -36,11 +36,13 @@ class Rope:
       frequencies: Radians a position, of each of the width / 2 pairs.
       factor: What sines and cosines are multiplied by (YaRN's temperature).
       longest: The last position is one less: beyond it the frequencies would be others. None has no bound.
+      trained_length: The longest sequence that the checkpoint is made for; None where its config does not say it.
     """
 
     frequencies: tuple[float, ...]
     factor: float = 1.0
     longest: int | None = None
+    trained_length: int | None = None
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any], width: int) -> "Rope":
@@ -81,7 +83,10 @@ class Rope:
             plain = _llama3(plain, given, original)
         elif kind == "yarn":
             plain, factor = _yarn(plain, theta, given, original)
-        return cls(tuple(map(float, plain)), factor, longest if kind == "dynamic" else None)
+        reach = longest
+        if kind in ("linear", "yarn") and longest is not None and original is not None:
+            reach = max(longest, round(original * given["factor"]))
+        return cls(tuple(map(float, plain)), factor, longest if kind == "dynamic" else None, reach)
 
     def turns(self, positions_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Cosines and sines, `float32[batch, length, width / 2]`, of the angles at some positions."""

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 
 
 def cross_entropy(
-    head: Callable[[jax.Array], jax.Array], x_BLD: jax.Array, labels_BL: jax.Array, *, chunk: int
+    head: Callable[[jax.Array], jax.Array],
+    x_BLD: jax.Array,
+    labels_BL: jax.Array,
+    *,
+    chunk: int,
+    smoothing: float = 0.0,
 ) -> jax.Array:
     r"""Each token's :math:`-\log p(\text{label})` from the last hidden states.
 
@@ -20,6 +25,7 @@ def cross_entropy(
       x_BLD: What the head is given.
       labels_BL: The token that each place should predict; a negative one is ignored.
       chunk: Tokens of a sequence at a time.
+      smoothing: The share of the target that is spread evenly over the vocabulary.
 
     Returns:
       `float32[batch, tokens]`, 0 where the label is ignored: its sum divided by the number of labels is the
@@ -48,15 +54,17 @@ def cross_entropy(
 
     @jax.checkpoint
     def of_chunk(x_BlD: jax.Array, labels_Bl: jax.Array) -> jax.Array:
-        return _cross_entropy(head(x_BlD), labels_Bl)
+        return _cross_entropy(head(x_BlD), labels_Bl, smoothing)
 
     _, loss_CBl = jax.lax.scan(lambda _, one: (None, of_chunk(*one)), None, (x_CBlD, labels_CBl))
     return jnp.moveaxis(loss_CBl, 0, 1).reshape(batch, count * chunk)[:, :length]
 
 
-def _cross_entropy(logits_BlV: jax.Array, labels_Bl: jax.Array) -> jax.Array:
+def _cross_entropy(logits_BlV: jax.Array, labels_Bl: jax.Array, smoothing: float) -> jax.Array:
     logits_BlV = logits_BlV.astype(jnp.float32)
     # A comparison with every entry, not an index: it fuses, and works where the vocabulary is sharded.
     ids_11V = jnp.arange(logits_BlV.shape[-1])[None, None]
     hit_Bl = jnp.sum(jnp.where(ids_11V == labels_Bl[..., None], logits_BlV, 0), axis=-1)
+    if smoothing:
+        hit_Bl = (1 - smoothing) * hit_Bl + smoothing * jnp.mean(logits_BlV, axis=-1)
     return jnp.where(labels_Bl >= 0, jax.nn.logsumexp(logits_BlV, axis=-1) - hit_Bl, 0)

@@ -21,7 +21,7 @@ from experiments.tasks.batching import Batch
 from experiments.training import mesh as meshes
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.interrupt import deferred
-from experiments.training.processes import is_first
+from experiments.training.processes import agreed, is_first
 from experiments.training.progress import Bar
 from experiments.training.record import Record
 
@@ -45,6 +45,37 @@ class History:
 
     def __post_init__(self) -> None:
         self.evaluations = [(step, score) for step, score in self.evaluations]  # JSON makes lists of pairs
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What ends a run before its last step.
+
+    Attributes:
+      minutes: Of training and evaluation, those of earlier processes of the run included; None has no limit.
+      patience: Evaluations in a row without a better score; None has no limit.
+      best: Which scores are better: "max" or "min".
+    """
+
+    minutes: float | None = None
+    patience: int | None = None
+    best: Literal["max", "min"] = "max"
+
+    def reached(self, history: History) -> str | None:
+        """Which limit a run has reached, as a phrase; None where it goes on.
+
+        Example:
+          >>> Limits(patience=2, best="min").reached(History(evaluations=[(0, 3.0), (5, 2.0), (10, 2.5), (15, 2.1)]))
+          'no better validation score in 2 evaluations'
+        """
+        if self.minutes is not None and history.seconds >= 60 * self.minutes:
+            return f"{self.minutes:g} minutes are over"
+        if self.patience is not None and history.evaluations:
+            scores = [score for _, score in history.evaluations]
+            better = (max if self.best == "max" else min)(scores)
+            if len(scores) - 1 - scores.index(better) >= self.patience:
+                return f"no better validation score in {self.patience} evaluations"
+        return None
 
 
 @dataclass(frozen=True)
@@ -73,6 +104,8 @@ class Run:
       settings: See :class:`Checkpoints`.
       profile: Steps whose trace is written.
       costs: None leaves the share of the arithmetic out.
+      limits: What ends it before its last step.
+      log_every: Steps between lines of metrics.
     """
 
     directory: Path
@@ -83,6 +116,8 @@ class Run:
     settings: Mapping[str, Any] = field(default_factory=dict)
     profile: range = range(0)
     costs: Costs | None = None
+    limits: Limits = field(default_factory=Limits)
+    log_every: int = 1
 
     @property
     def checkpoints(self) -> Path:
@@ -147,14 +182,19 @@ def train(
                 state, metrics = step(state, meshes.place(run.mesh, batch, batches.batch_size))
                 meter.add(done, metrics, batch["tokens"].size * batches.batch_size // (rows.stop - rows.start))
                 stopping = interrupt.reached(done)
-                if done in due:
+                # Clocks differ: where there are several processes, all follow the first one's.
+                late = run.limits.minutes is not None and bool(agreed(run.limits.reached(history) is not None))
+                evaluating = bool(due) and (done in due or late)
+                if evaluating:
                     meter.settle()
                     history.evaluations.append((done, evaluate(state)))
                     record.write(done, validation=history.evaluations[-1][1])
-                if done in due or stopping or done % run.checkpoint_every == 0:
+                    meter.settle()
+                ending = late or (evaluating and run.limits.reached(history) is not None)
+                if evaluating or stopping or ending or done % run.checkpoint_every == 0 or done == total:
                     meter.settle()
                     content = {"history": asdict(history), "input": iterator.get_state()}
-                    last = history.evaluations[-1][1] if done in due else None
+                    last = history.evaluations[-1][1] if evaluating else None
                     checkpoints.save(done, state, content, score=last, wait=stopping)
                     meter.go_on()
                 if stopping:
@@ -164,13 +204,33 @@ def train(
                 if done % batches.steps_per_epoch == 0 and done in due:
                     note += f", validation {shown(history.evaluations[-1][1])}"
                     bar.say(f"  epoch {done // batches.steps_per_epoch}: {note}")
+                if ending and done < total:
+                    bar.say(f"  ended at step {done} of {total}: {run.limits.reached(history)}")
+                    break
             meter.settle()
     return state, history
 
 
-def passes(epochs: int, steps_per_epoch: int, limit: int | None = None) -> tuple[int, set[int]]:
-    """Steps in all, and those to evaluate after: every pass, the last step, and the middle of what is but one pass."""
+def passes(
+    epochs: int, steps_per_epoch: int, limit: int | None = None, every: int | None = None
+) -> tuple[int, set[int]]:
+    """Steps in all, and those to evaluate after.
+
+    Args:
+      epochs: Passes over the data.
+      steps_per_epoch: Of a pass.
+      limit: The most steps; None has no limit.
+      every: Steps between evaluations. None evaluates after every pass, and in the middle of a single one. The last
+        step is evaluated in any case.
+
+    Example:
+      >>> total, due = passes(2, 10, 15, every=4)
+      >>> total, sorted(due)
+      (15, [4, 8, 12, 15])
+    """
     total = min(epochs * steps_per_epoch, limit or epochs * steps_per_epoch)
+    if every is not None:
+        return total, {*range(every, total, every), total}
     due = {*range(steps_per_epoch, total, steps_per_epoch), total}
     return total, due if len(due) > 1 else {total, round(total / 2)} - {0}
 
@@ -183,6 +243,7 @@ class _Meter:
         self._mark = self._began = time.perf_counter()
         self._before = history.seconds
         self._waiting: list[tuple[int, dict[str, Any], int]] = []
+        self._seconds, self._tokens, self._steps = 0.0, 0, 0  # since the last line
 
     def add(self, step: int, metrics: dict[str, Any], tokens: int) -> None:
         """Takes note of a step that has been asked for, on so many tokens, and reads the one before."""
@@ -196,18 +257,25 @@ class _Meter:
             _check_finite(step, metrics)
             self._history.losses.append(float(metrics["loss"]))
             now = time.perf_counter()
-            seconds, self._mark = now - self._mark, now
-            costs = self._run.costs
-            self._record.write(
-                step,
-                loss=self._history.losses[-1],
-                grad_norm=float(metrics["grad_norm"]),
-                seconds=seconds,
-                tokens_per_second=tokens / seconds,
-                mfu=costs.flops * tokens / seconds / costs.peak if costs and costs.peak else None,
-                **_memory(),
-            )
+            self._seconds, self._mark = self._seconds + now - self._mark, now
+            self._tokens, self._steps = self._tokens + tokens, self._steps + 1
+            if step % self._run.log_every == 0 or step == 1:
+                self._log(step, metrics)
         self._history.seconds = self._before + time.perf_counter() - self._began
+
+    def _log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Writes a line on the steps since the one before."""
+        costs, speed = self._run.costs, self._tokens / self._seconds
+        self._record.write(
+            step,
+            loss=float(np.mean(self._history.losses[-self._steps :])),
+            grad_norm=float(metrics["grad_norm"]),
+            seconds=self._seconds / self._steps,
+            tokens_per_second=speed,
+            mfu=costs.flops * speed / costs.peak if costs and costs.peak else None,
+            **_memory(),
+        )
+        self._seconds, self._tokens, self._steps = 0.0, 0, 0
 
     def go_on(self) -> None:
         """The time from here on is that of steps, not of what was done between them."""
@@ -250,4 +318,10 @@ def _check_finite(step: int, metrics: dict[str, Any]) -> None:
         try:
             lora.training.check_finite(metrics)
         except FloatingPointError as error:
-            raise UserError(f"training diverged at step {step}, try a smaller learning rate: {error}") from None
+            advice = (
+                "the weights or the data are the cause, not the learning rate (NaN in the checkpoint, token ids beyond "
+                "the embedding, a dtype of too small a range)"
+                if step == 1
+                else "try a smaller learning rate"
+            )
+            raise UserError(f"training diverged at step {step}; {advice}: {error}") from None

@@ -1,22 +1,80 @@
 """The optimizer of the studies."""
 
+from typing import Literal
+
 import optax
+
+import lora_jax as lora
+
+Schedule = Literal["linear", "cosine", "constant", "wsd"]
 
 
 def adam(
-    lr: float, steps: int, *, warmup: float, clip: float, weight_decay: float = 0.0
+    lr: float,
+    steps: int,
+    *,
+    warmup: float,
+    clip: float | None,
+    weight_decay: float = 0.0,
+    schedule: Schedule = "linear",
+    floor: float = 0.0,
+    decay: float = 0.1,
 ) -> optax.GradientTransformation:
-    """AdamW with a learning rate that rises linearly, then falls linearly to 0.
+    """AdamW on a delta, with a learning rate schedule and a bound on the norm of the gradients.
 
     Args:
       lr: The peak of the learning rate.
-      steps: How many there will be.
-      warmup: Share of them in which the learning rate rises.
-      clip: Largest global norm of a step's gradients.
-      weight_decay: 0 makes it Adam.
+      steps: Steps of the whole run.
+      warmup: Share of the steps in which the learning rate rises linearly from 0.
+      clip: Largest global norm of a step's gradients; None does not clip.
+      weight_decay: 0 makes it Adam. Factors decay towards the base; magnitudes and gains, whose zero is no model, do
+        not (:func:`lora_jax.optim.decay_mask`).
+      schedule: See :func:`learning_rate`.
+      floor: Likewise.
+      decay: Likewise.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> delta = lora.init(jax.random.key(0), {"w": jnp.ones((4, 4))}, {"w": lora.LoRA(2, axes=("in", "out"))})
+      >>> train, frozen = lora.partition(delta)
+      >>> state = adam(1e-3, 100, warmup=0.1, clip=None).init(train)
     """
-    rising = round(warmup * steps)
-    up = optax.linear_schedule(0.0, lr, max(rising, 1))
-    down = optax.linear_schedule(lr, 0.0, max(steps - rising, 1))
-    schedule = optax.join_schedules([up, down], [rising])
-    return optax.chain(optax.clip_by_global_norm(clip), optax.adamw(schedule, weight_decay=weight_decay))
+    rate = learning_rate(lr, steps, warmup=warmup, schedule=schedule, floor=floor, decay=decay)
+    mask = lora.optim.decay_mask if weight_decay else None
+    tx = optax.adamw(rate, weight_decay=weight_decay, mask=mask)
+    return tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
+
+
+def learning_rate(
+    lr: float, steps: int, *, warmup: float, schedule: Schedule = "linear", floor: float = 0.0, decay: float = 0.1
+) -> optax.Schedule:
+    """The learning rate by step: a linear rise to the peak, then what `schedule` names.
+
+    Args:
+      lr: The peak.
+      steps: Steps of the whole run.
+      warmup: Share of the steps in which the rate rises.
+      schedule: 'linear' and 'cosine' fall to the floor over the rest; 'constant' stays at the peak; 'wsd' (warmup,
+        stable, decay) stays at the peak and falls linearly in the last steps.
+      floor: The last rate, as a share of the peak.
+      decay: Share of the steps in which 'wsd' falls.
+
+    Example:
+      >>> rate = learning_rate(1.0, 100, warmup=0.1, schedule="wsd", floor=0.5, decay=0.2)
+      >>> [round(float(rate(step)), 2) for step in (0, 5, 10, 79, 90, 100)]
+      [0.0, 0.5, 1.0, 1.0, 0.75, 0.5]
+
+    References:
+      Hu et al., `MiniCPM <https://arxiv.org/abs/2404.06395>`_, 2024, §4 (wsd)
+    """
+    rise = round(warmup * steps)
+    rest = max(steps - rise, 1)
+    up = optax.linear_schedule(0.0, lr, max(rise, 1))
+    if schedule == "constant":
+        after = optax.constant_schedule(lr)
+    elif schedule == "cosine":
+        after = optax.cosine_decay_schedule(lr, rest, alpha=floor)
+    else:
+        fall = rest if schedule == "linear" else min(max(round(decay * steps), 1), rest)
+        after = optax.linear_schedule(lr, floor * lr, fall, transition_begin=rest - fall)
+    return optax.join_schedules([up, after], [rise])

@@ -177,8 +177,11 @@ def test_data_without_validation(settings, tmp_path, lenient):
         (["--mesh.tensor", "2", "--mesh.sequence", "--length", "33"], "length 33 cannot be divided over mesh.tensor 2"),
         (["--mesh.sequence"], "mesh.tensor is 1"),
         (["--mesh.fsdp", "2", "--quantize", "nf4"], "quantize nf4: "),
-        (["--targets", "head", "--model", "tiny-gpt2"], "the adapter of head: "),
-        (["--model", "tiny-gpt2", "--length", "1000"], "tiny-gpt2: 1000 tokens, 128 positions"),
+        (["--targets", "head", "--model", "tiny-gpt2"], "targets head: the head of tiny-gpt2 is its token embedding"),
+        (
+            ["--model", "tiny-gpt2", "--length", "1000"],
+            "length 1,000: tiny-gpt2 is made for sequences of up to 128 tokens",
+        ),
         (["--model", "tiny-gpt2", "--new-tokens", "500"], "new_tokens 500: with prompts they are"),
         (["--out", "gs://bucket/runs"], "out gs:/bucket/runs: an address; give a directory"),
         (["--profile", "5"], "profile is FIRST:LAST"),

@@ -1,5 +1,7 @@
 """The flags of the study."""
 
+import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,6 +10,7 @@ import tyro
 
 from experiments import settings
 from experiments.models.options import AttentionKernel, Remat
+from experiments.training.optimizer import Schedule
 from experiments.training.runtime import Runtime
 
 Target = Literal["attention", "feed-forward", "embedding", "head"]
@@ -54,11 +57,19 @@ class Config(Runtime):
     validation: str | None = None
     """Other examples to evaluate on, likewise; None takes what the data have for it."""
 
+    validation_share: float = 0.0
+    """Share of the training examples that is held out to validate with, where the data have no examples for it."""
+
     out: Path = Path("runs/sft")
-    """Where everything is written; a run that is there already is resumed or shown, not repeated."""
+    """Where everything is written. A run that is there already is shown, not repeated; an interrupted one resumes, and
+    a finished one goes on where --epochs, --steps, --max-minutes or --patience ask for more."""
 
     fresh: bool = False
     """Start over, even where a finished or interrupted run of the same settings is there."""
+
+    init_from: Path | None = None
+    """Start from an adapter: a directory that lora_jax or PEFT wrote. Method, targets, ranks, alpha and dropout are the
+    adapter's."""
 
     method: Literal["lora", "dora"] = "lora"
     """How weights are adapted."""
@@ -69,6 +80,10 @@ class Config(Runtime):
 
     rank: int = 16
     """Rank of the factors."""
+
+    ranks: tuple[str, ...] = ()
+    """Other ranks by pattern, as in attention=8 feed_forward/down=32: a regular expression that is searched in the path
+    of a weight; the first that matches counts."""
 
     alpha: float = 32.0
     """The update is scaled by alpha / rank."""
@@ -97,26 +112,54 @@ class Config(Runtime):
     steps: int | None = None
     """The most steps; None makes all passes."""
 
+    max_minutes: float | None = None
+    """Training ends after this time, evaluations and compilation included, and the adapter is written."""
+
+    patience: int | None = None
+    """Early stopping: training ends when so many evaluations in a row have brought no better validation loss."""
+
     train_examples: int | None = None
     """How many training examples, from the beginning; None takes all."""
 
     validation_examples: int | None = 256
-    """How many validation examples, which are evaluated after each pass and in the middle of a single one."""
+    """How many validation examples."""
+
+    eval_every: int | None = None
+    """Steps between evaluations; None evaluates after each pass, and in the middle of a single one."""
+
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl and TensorBoard events; the loss is the mean of the steps between."""
 
     lr: float = 1e-3
     """Peak learning rate."""
 
+    schedule: Schedule = "linear"
+    """How the learning rate goes on after it has risen: it falls to the floor, linearly or along a cosine; stays
+    constant; or (wsd) stays, and falls linearly in the last steps."""
+
     warmup: float = 0.03
-    """Share of the steps in which the learning rate rises from 0; it falls linearly to 0 in the rest."""
+    """Share of the steps in which the learning rate rises from 0."""
+
+    lr_floor: float = 0.0
+    """The last learning rate, as a share of the peak."""
+
+    decay: float = 0.1
+    """Share of the steps in which the schedule wsd falls."""
 
     weight_decay: float = 0.0
-    """AdamW's."""
+    """AdamW's, for factors; magnitudes do not decay."""
 
-    clip: float = 1.0
-    """Largest global norm of a step's gradients."""
+    clip: float | None = 1.0
+    """Largest global norm of a step's gradients; None does not clip."""
 
     dropout: float = 0.0
     """Of the adapter's input."""
+
+    label_smoothing: float = 0.0
+    """Share of each label that is spread evenly over the vocabulary, in training."""
+
+    neftune: float = 0.0
+    """Scale of NEFTune's noise on the embedded tokens in training; 5 is usual, 0 adds none."""
 
     remat: Remat = "full"
     """What the backward pass computes again: see the models' options."""
@@ -146,7 +189,38 @@ class Config(Runtime):
         super().__post_init__()
         settings.positive(self, "rank", "alpha", "length", "epochs", "clip", "loss_chunk", "checkpoint_every")
         settings.positive(self, "steps", "train_examples", "validation_examples", "new_tokens")
-        settings.not_negative(self, "lr", "weight_decay", "samples", "seed")
-        settings.share(self, "warmup", "dropout")
+        settings.positive(self, "max_minutes", "patience", "eval_every", "log_every")
+        settings.not_negative(self, "lr", "weight_decay", "samples", "seed", "neftune")
+        settings.share(self, "warmup", "dropout", "label_smoothing", "validation_share")
+        if not 0 <= self.lr_floor <= 1:
+            raise ValueError(f"lr_floor is a share of the peak, from 0 to 1, not {self.lr_floor}")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay is a share of the steps, above 0 and up to 1, not {self.decay}")
         if not self.targets:
             raise ValueError("targets must name something to adapt")
+        if self.validation is not None and self.validation_share:
+            raise ValueError("validation and validation_share: give one of them")
+        self.rank_patterns()
+        if self.init_from is not None:
+            defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+            changed = [name for name in OF_ADAPTER if getattr(self, name) != defaults[name]]
+            if changed:
+                raise ValueError(f"init_from: {', '.join(changed)} would be the adapter's; leave out one of the two")
+
+    def rank_patterns(self) -> dict[str, int]:
+        """`ranks` as a dict from patterns to ranks."""
+        patterns = {}
+        for text in self.ranks:
+            pattern, equals, rank = text.rpartition("=")
+            if not equals or not pattern or not rank.isdecimal() or int(rank) < 1:
+                raise ValueError(f"ranks are PATTERN=RANK, as in attention=8, not {text!r}")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"ranks: {pattern!r} is no regular expression ({error})") from None
+            patterns[pattern] = int(rank)
+        return patterns
+
+
+OF_ADAPTER = ("method", "targets", "rank", "ranks", "alpha", "dropout")
+"""Settings that an adapter brings along."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -46,6 +47,7 @@ class Program:
       apply: `apply(base, tokens, segments, positions, labels_BL=…)`.
       base: The parameters' shapes, with their shardings.
       delta: The adapter's, likewise.
+      start: The adapter to start from; None draws a new one.
       loss: `loss(base, delta, batch, key) -> (sum, count)`, over a batch's labels.
       tx: The optimizer.
       step: From `lora.train_step`.
@@ -59,6 +61,7 @@ class Program:
     apply: Callable
     base: Any
     delta: Any
+    start: Any
     loss: Callable
     tx: optax.GradientTransformation
     step: Any
@@ -78,10 +81,13 @@ class Program:
     def create(self, key: jax.Array, base: Any) -> lora.TrainState:
         """The state before the first step, on a base that lies on the mesh."""
         init_key, train_key = jax.random.split(key)
-        spec, example = spec_of(self.config), _example(self.config)
-        delta = meshes.made(
-            self.mesh, lambda key, base: lora.init(key, base, spec, self.apply, example), init_key, base
-        )
+        if self.start is not None:
+            delta = jax.tree.map(lambda leaf, shape: jax.device_put(leaf, shape.sharding), self.start, self.delta)
+        else:
+            spec, example = spec_of(self.config), _example(self.config)
+            delta = meshes.made(
+                self.mesh, lambda key, base: lora.init(key, base, spec, self.apply, example), init_key, base
+            )
         return lora.TrainState.create(base, delta, self.tx, train_key)
 
     def state(self) -> lora.TrainState:
@@ -128,6 +134,10 @@ def abstract(
     _check_heads(config, shape)
     options = options_of(config, platform)
     model = nnx.eval_shape(lambda: family.build(shape, options, nnx.Rngs(0)))
+    if model.trained_length is not None and config.length > model.trained_length:
+        raise UserError(
+            f"length {config.length:,}: {config.model} is made for sequences of up to {model.trained_length:,} tokens"
+        )
     apply, base = lora.nnx.functional(model)
     with jax.set_mesh(mesh):
         base = _base(config, base, apply, meshes.of_weights(mesh, family.axes))
@@ -136,17 +146,73 @@ def abstract(
             jax.eval_shape(lora.adapt(apply), base, {}, tokens)
         except ValueError as error:
             raise UserError(f"{config.model}: {error}") from None
-        try:
-            delta = jax.eval_shape(lambda key, base: lora.init(key, base, spec_of(config), apply, tokens), key, base)
-        except ValueError as error:
-            raise UserError(f"the adapter of {' and '.join(config.targets)}: {error}") from None
+        start = None
+        if config.init_from is not None:
+            start = read_adapter(config.init_from, base, family.names(shape), jnp.dtype(config.adapter_dtype))
+            delta = jax.tree.map(jax.typeof, start)
+        else:
+            delta = _new_adapter(config, base, apply, key, tokens)
     delta = placed(delta, lora.delta_shardings(base, delta))
-    tx = adam(config.lr, steps, warmup=config.warmup, clip=config.clip, weight_decay=config.weight_decay)
+    tx = adam(
+        config.lr,
+        steps,
+        warmup=config.warmup,
+        clip=config.clip,
+        weight_decay=config.weight_decay,
+        schedule=config.schedule,
+        floor=config.lr_floor,
+        decay=config.decay,
+    )
     if config.optimizer_on_host:
         tx = lora.optim.host_offloaded(tx, min_size=LARGE)
-    loss = _loss(apply, config)
+    drops = config.dropout > 0 or _has_dropout(start)
+    loss = _loss(apply, config, drops=drops)
     step = lora.train_step(loss, tx, accumulate=config.batch.accumulate)
-    return Program(config, mesh, family, shape, model, apply, base, delta, loss, tx, step)
+    return Program(config, mesh, family, shape, model, apply, base, delta, start, loss, tx, step)
+
+
+def _new_adapter(config: Config, base: Any, apply: Callable, key: Any, tokens: Any) -> Any:
+    """The shapes of the adapter that a config describes.
+
+    Raises:
+      UserError: Something that it names cannot be adapted.
+    """
+    tied = "output/kernel" not in paths.flatten(base).paths
+    if "head" in config.targets and tied:
+        raise UserError(
+            f"targets head: the head of {config.model} is its token embedding; --targets embedding adapts both"
+        )
+    try:
+        return jax.eval_shape(lambda key, base: lora.init(key, base, spec_of(config), apply, tokens), key, base)
+    except ValueError as error:
+        raise UserError(f"the adapter of {' and '.join(config.targets)}: {error}") from None
+
+
+def read_adapter(directory: Path, base: Any, names: Any, dtype: jnp.dtype) -> Any:
+    """An adapter to start from, in host memory.
+
+    Args:
+      directory: Written by `lora_jax.save` or by PEFT.
+      base: The parameters, or their shapes.
+      names: The names of the base's weights in Hugging Face layout.
+      dtype: Of the trained leaves.
+
+    Raises:
+      UserError: There is no adapter, or it does not fit the base.
+    """
+    try:
+        if (directory / "adapter.json").exists():
+            delta = lora.load(directory, base)
+        elif (directory / "adapter_config.json").exists():
+            delta = lora.peft.load(directory, base, names)
+        else:
+            raise UserError(f"init_from {directory}: expected adapter.json (lora_jax) or adapter_config.json (PEFT)")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"init_from {directory}: {error}") from None
+    train, frozen = lora.partition(delta)
+    return lora.join(jax.tree.map(lambda leaf: leaf.astype(dtype), train), frozen)
 
 
 def check(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -205,8 +271,17 @@ def spec_of(config: Config) -> dict[str, Any]:
     """The recipe of each weight that is adapted."""
     recipe = {"lora": lora.LoRA, "dora": lora.DoRA}[config.method]
     dtype = jnp.dtype(config.adapter_dtype)
-    made = recipe(config.rank, config.alpha, dropout=config.dropout, dtype=dtype)
-    return {(LINEAR | OTHERS)[target]: made for target in config.targets}
+
+    def ranked(rank: int) -> Any:
+        return recipe(rank, config.alpha, dropout=config.dropout, dtype=dtype)
+
+    targets = [(LINEAR | OTHERS)[target] for target in config.targets]
+    every = "|".join(f"(?:{target})" for target in targets)
+    # Both have to match: what the config adapts, and the pattern that gives it another rank.
+    special = {f"^(?=.*(?:{every}))(?=.*(?:{pattern}))": rank for pattern, rank in config.rank_patterns().items()}
+    return {pattern: ranked(rank) for pattern, rank in special.items()} | {
+        target: ranked(config.rank) for target in targets
+    }
 
 
 def _base(config: Config, base: Any, apply: Callable, sharding: Callable) -> Any:
@@ -228,12 +303,27 @@ def _base(config: Config, base: Any, apply: Callable, sharding: Callable) -> Any
     return gathered(paths.flatten(base).map(leaf), meshes.FSDP)
 
 
-def _loss(apply: Callable, config: Config) -> Callable:
-    """For the library's train step: the loss summed over a batch's labels, and how many they are."""
+def _has_dropout(delta: Any) -> bool:
+    """Whether an adapter has a dropout rate above 0; None, for a new one, has none."""
+    rates = [getattr(adapter, "dropout", None) for adapter in (delta or {}).values()]
+    return any(rate is not None and np.any(np.asarray(rate) > 0) for rate in rates)
+
+
+def _loss(apply: Callable, config: Config, *, drops: bool) -> Callable:
+    """For the library's train step: the loss summed over a batch's labels, and how many they are.
+
+    Without a key, as in evaluation, there is no dropout, noise or label smoothing.
+    """
     adapted = lora.adapt(apply, flatten=not config.mesh.sequence)
-    drops = config.dropout > 0
 
     def loss(base: Any, delta: Any, batch: Any, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        options: dict[str, Any] = {}
+        if key is not None:
+            dropout_key, noise_key = jax.random.split(key)
+            options["dropout_key"] = dropout_key if drops else None
+            options["label_smoothing"] = config.label_smoothing
+            if config.neftune:
+                options["noise"] = (noise_key, config.neftune)
         losses = adapted(
             base,
             delta,
@@ -241,7 +331,7 @@ def _loss(apply: Callable, config: Config) -> Callable:
             batch["segments"],
             batch["positions"],
             labels_BL=batch["labels"],
-            dropout_key=key if drops and key is not None else None,
+            **options,
         )
         return jnp.sum(losses), jnp.sum(batch["labels"] >= 0)
 

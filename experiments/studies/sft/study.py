@@ -32,8 +32,20 @@ from experiments.training import mesh as meshes
 from experiments.training.checkpoints import Checkpoints, differences
 from experiments.training.progress import bar
 
-ADAPTER, BEST, PEFT, RESULT, TOKENS = "adapter", "adapter-best", "peft", "result.json", "tokens"
-_WRITTEN = (ADAPTER, BEST, PEFT, RESULT, "checkpoints", "config.json", "metrics.jsonl", "tensorboard", "profile")
+ADAPTER, BEST, RESULT, TOKENS = "adapter", "adapter-best", "result.json", "tokens"
+PEFT, PEFT_LAST = "peft", "peft-last"  # the best step's, as people load it, and the last step's
+_WRITTEN = (
+    ADAPTER,
+    BEST,
+    PEFT,
+    PEFT_LAST,
+    RESULT,
+    "checkpoints",
+    "config.json",
+    "metrics.jsonl",
+    "tensorboard",
+    "profile",
+)
 _NOT_NUMBERS = (
     *(
         "out",
@@ -48,9 +60,12 @@ _NOT_NUMBERS = (
         "attention",
         "loss_chunk",
     ),
-    *("optimizer_on_host", "samples", "new_tokens", "checkpoint_every"),
+    *("optimizer_on_host", "samples", "new_tokens", "checkpoint_every", "log_every"),
 )
 """What of a config does not decide the numbers, but for rounding, or is in a digest."""
+
+_EXTENDED = ("epochs", "steps", "max_minutes", "patience", "eval_every")
+"""How long a run goes on and when it is evaluated: a run that is there goes on with others."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,7 @@ class Report:
       evaluations: (step, mean loss a token on validation) pairs.
       best_step: Of the smallest of them.
       texts: (prompt, answer before, answer after, the example's own) of some validation examples.
+      ended: Why it ended before its last step; None where it did not.
     """
 
     settings: dict[str, Any]
@@ -74,6 +90,12 @@ class Report:
     evaluations: list[tuple[int, float]]
     best_step: int
     texts: list[tuple[str, str, str, str]]
+    ended: str | None = None
+
+    @property
+    def history(self) -> loop.History:
+        """What was measured, as the training loop has it."""
+        return loop.History(self.losses, self.evaluations, self.seconds)
 
     @classmethod
     def load(cls, path: Path) -> "Report":
@@ -102,12 +124,20 @@ def run(config: Config) -> Report:
         if config.fresh and processes.is_first():
             _remove(config.out)
     data = _read(config, directory, console)
-    total, due = loop.passes(config.epochs, data.train.steps_per_epoch, config.steps)
+    total, due = loop.passes(config.epochs, data.train.steps_per_epoch, config.steps, config.eval_every)
     program = programs.abstract(config, steps=total)
     settings = _settings(config, data, directory)
+    report = None
     if processes.agreed((config.out / RESULT).exists()):
         report = _finished(config.out / RESULT, settings)
-    else:
+        done = len(report.losses)
+        if done < total and _limits(config).reached(report.history) is None:
+            if not (config.out / "checkpoints").is_dir():
+                raise UserError(f"{config.out}: no checkpoints to go on from at step {done}; --fresh starts over")
+            line = f"goes on from step {done:,} to {total:,}; the learning rate is that of the longer run"
+            console.print(line, highlight=False)
+            report = None
+    if report is None:
         with jax.set_mesh(program.mesh):
             report = _trained(config, program, data, directory, (total, due), settings, console)
     if processes.is_first():
@@ -136,6 +166,12 @@ class _Data:
 
 def _read(config: Config, directory: Path, console: Console) -> _Data:
     train, validation = sources.splits(config.data, config.validation)
+    if config.validation_share:
+        if validation is not None:
+            raise UserError(
+                f"validation_share {config.validation_share}: {config.data} has validation examples of its own"
+            )
+        train, validation = sources.split(train, config.validation_share, config.seed)
     train = sources.first(train, config.train_examples)
     if validation is not None and config.validation_examples is not None:
         validation = sources.first(validation, min(config.validation_examples, len(validation)))
@@ -191,6 +227,8 @@ def _trained(
         best="min",
         settings=settings,
         profile=config.profiled(),
+        limits=_limits(config),
+        log_every=config.log_every,
         costs=_costs(config, program, base, state.delta),
     )
     with bar(console, "training", sum(map(data.train.examples, range(total)))) as shown:
@@ -207,8 +245,9 @@ def _trained(
             bar=shown,
         )
     after = writer.write(base, state.delta)
-    best, best_step = state, total
-    if history.evaluations and min(history.evaluations[1:], key=lambda one: one[1])[0] != total:
+    last_step = len(history.losses)
+    best, best_step = state, last_step
+    if history.evaluations and min(history.evaluations[1:], key=lambda one: one[1])[0] != last_step:
         with Checkpoints(run.checkpoints, best="min", settings=settings) as checkpoints:
             best, best_step = checkpoints.best(state)
     adapters = {ADAPTER: meshes.gathered(state.delta), BEST: meshes.gathered(best.delta)}
@@ -221,12 +260,14 @@ def _trained(
         evaluations=history.evaluations,
         best_step=best_step,
         texts=list(zip(prompts.texts, before, after, prompts.answers)),
+        ended=run.limits.reached(history) if last_step < total else None,
     )
     if processes.is_first():
         for name, delta in adapters.items():
             lora.save(config.out / name, delta)
         names = program.family.names(program.shape)
-        lora.peft.save(config.out / PEFT, adapters[ADAPTER], names, base_model=config.model, task_type="CAUSAL_LM")
+        for name, adapter in ((PEFT, BEST), (PEFT_LAST, ADAPTER)):
+            lora.peft.save(config.out / name, adapters[adapter], names, base_model=config.model, task_type="CAUSAL_LM")
         write_json(config.out / RESULT, asdict(report))
     processes.wait("written")
     return report
@@ -254,12 +295,16 @@ def _costs(config: Config, program: Program, base: Any, delta: Any) -> loop.Cost
     return loop.Costs(flops, None if chip is None else chip.flops * program.mesh.size)
 
 
+def _limits(config: Config) -> loop.Limits:
+    return loop.Limits(config.max_minutes, config.patience, best="min")
+
+
 def _settings(config: Config, data: _Data, directory: Path) -> dict[str, Any]:
     """All that decides the numbers but for the base's weights, of which checkpoints have a fingerprint."""
-    chosen = {name: value for name, value in asdict(config).items() if name not in _NOT_NUMBERS}
+    chosen = {name: value for name, value in asdict(config).items() if name not in (*_NOT_NUMBERS, *_EXTENDED)}
     files = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
     everything = chosen | {"model files": files, "data files": data.digests}
-    return json.loads(json.dumps(everything))
+    return json.loads(json.dumps(everything, default=str))
 
 
 def _finished(stored: Path, settings: dict[str, Any]) -> Report:
@@ -269,7 +314,8 @@ def _finished(stored: Path, settings: dict[str, Any]) -> Report:
       UserError: It is of other settings.
     """
     report = Report.load(stored)
-    if told := differences(report.settings, settings):
+    before = {name: value for name, value in report.settings.items() if name not in _EXTENDED}
+    if told := differences(before, settings):
         raise UserError(f"{stored.parent}: holds a finished run with {told}; --fresh starts over")
     return report
 
@@ -295,9 +341,15 @@ def _show(config: Config, report: Report, console: Console) -> None:
             highlight=False,
         )
     curves.draw_losses(config.out / "loss.png", report.losses, report.evaluations, f"{config.model} on {config.data}")
+    last, best = len(report.losses), report.best_step
     console.print(
-        f"{report.trained_parameters:,} trained parameters, {report.seconds:.0f} s of training; written to "
-        f"{config.out}: {ADAPTER}, {BEST}, {PEFT}, {RESULT}, loss.png, metrics.jsonl, tensorboard",
+        f"{report.trained_parameters:,} trained parameters, {report.seconds:.0f} s of training"
+        + (f", ended early: {report.ended}" if report.ended else ""),
+        highlight=False,
+    )
+    console.print(
+        f"written to {config.out}: {BEST} and {PEFT} (the best step, {best:,}), {ADAPTER} and {PEFT_LAST} (the last "
+        f"step, {last:,}), {RESULT}, loss.png, metrics.jsonl, tensorboard",
         highlight=False,
         soft_wrap=True,
     )

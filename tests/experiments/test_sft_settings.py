@@ -1,0 +1,207 @@
+"""The settings of supervised fine-tuning that decide where a run starts, how long it goes on, and its loss."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lora_jax as lora
+from experiments import run
+from experiments.errors import UserError
+from experiments.models import location
+from experiments.studies.sft import program, study
+from experiments.studies.sft.config import BatchSizes, Config
+from experiments.training import loop, record
+from experiments.training.chunked_loss import cross_entropy
+from experiments.training.optimizer import adam, learning_rate
+from tests.experiments.sft_runs import adapters_equal
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """Four steps an epoch of the shipped tiny Llama, two of them evaluated."""
+    directory = tmp_path_factory.mktemp("settings")
+    for name, count in (("train", 8), ("other", 4)):
+        rows = [{"prompt": f"{name} {i}:", "completion": f" number {i} of {count}"} for i in range(count)]
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Config(
+        data=str(directory / "train.jsonl"),
+        validation=str(directory / "other.jsonl"),
+        out=directory / "out",
+        batch=BatchSizes(2),
+        length=16,
+        pack=False,
+        samples=0,
+        rank=2,
+        lr=1e-2,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(settings):
+    with jax.numpy_dtype_promotion("standard"):
+        return study.run(settings)
+
+
+def test_a_finished_run_goes_on(settings, finished, tmp_path, lenient):
+    config = dataclasses.replace(settings, out=tmp_path, schedule="constant", warmup=0.0)
+    first = study.run(config)
+    longer = study.run(dataclasses.replace(config, epochs=2))
+    assert longer.losses[:4] == first.losses and len(longer.losses) == 8
+    at_once = study.run(dataclasses.replace(config, epochs=2, out=tmp_path / "at-once"))
+    assert longer.losses == at_once.losses
+    adapters_equal(lora.load(tmp_path / "adapter"), lora.load(tmp_path / "at-once" / "adapter"))
+    assert study.run(config) == longer  # a shorter run is part of it
+    lines = [line["step"] for line in record.read(tmp_path / "metrics.jsonl") if "loss" in line]
+    assert lines == list(range(1, 9))
+
+
+def test_going_on_needs_checkpoints(settings, tmp_path, lenient):
+    config = dataclasses.replace(settings, out=tmp_path, validation=None, steps=1)
+    study.run(config)
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="no checkpoints to go on from at step 1; --fresh starts over"):
+        study.run(dataclasses.replace(config, steps=2))
+
+
+def test_early_stopping_exports_the_best_step(settings, tmp_path, lenient):
+    config = dataclasses.replace(settings, out=tmp_path, lr=0.5, warmup=0.0, epochs=20, eval_every=2, patience=2)
+    report = study.run(config)
+    losses = dict(report.evaluations)
+    assert report.ended == "no better validation score in 2 evaluations"
+    assert len(report.losses) == max(losses) < 80 and report.best_step == max(losses) - 4
+    assert losses[report.best_step] == min(losses[step] for step in losses if step)
+    made = program.abstract(config)
+    base, names = made.load(location.find(config.model)), made.family.names(made.shape)
+    for exported, stored in (("peft", "adapter-best"), ("peft-last", "adapter")):
+        merged = lora.merge(base, lora.peft.load(tmp_path / exported, base, names))
+        jax.tree.map(np.testing.assert_array_equal, merged, lora.merge(base, lora.load(tmp_path / stored)))
+    assert study.run(config).ended == report.ended  # shown, not trained on
+
+
+def test_a_run_ends_when_its_time_is_over(settings, tmp_path, lenient):
+    config = dataclasses.replace(settings, out=tmp_path, epochs=100, max_minutes=1e-3)
+    report = study.run(config)
+    assert report.ended == "0.001 minutes are over"
+    assert 1 <= len(report.losses) < 10 and report.evaluations[-1][0] == len(report.losses)
+    assert (tmp_path / "peft-last" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("form", ["adapter", "peft"])
+def test_a_run_starts_from_an_adapter(settings, finished, tmp_path, form, lenient):
+    config = dataclasses.replace(settings, out=tmp_path, rank=16, init_from=settings.out / form)
+    report = study.run(config)
+    assert report.evaluations[0][1] == pytest.approx(finished.evaluations[-1][1], rel=1e-5)
+    assert {adapter.rank for adapter in lora.load(tmp_path / "adapter").values()} == {2}
+
+
+def test_what_a_run_cannot_start_from(settings, tmp_path):
+    with pytest.raises(UserError, match="expected adapter.json .* or adapter_config.json"):
+        program.abstract(dataclasses.replace(settings, rank=16, init_from=tmp_path))
+    with pytest.raises(ValueError, match="init_from: method, rank would be the adapter's"):
+        dataclasses.replace(settings, init_from=tmp_path, method="dora")
+
+
+def test_ranks_by_pattern(settings):
+    config = dataclasses.replace(settings, ranks=("query|value=3", "down=5"))
+    delta = program.abstract(config).delta
+    ranks = {path.split("/")[-2]: adapter.rank for path, adapter in delta.items()}
+    assert ranks == {"query": 3, "value": 3, "key": 2, "output": 2, "gate": 2, "up": 2, "down": 5}
+    scale = lora.init(jax.random.key(0), {"query": jnp.ones((8, 8))}, {"query": lora.LoRA(3, 32.0, axes=("in", "out"))})
+    assert float(scale["query"].scale) == pytest.approx(32 / 3)
+    with pytest.raises(UserError, match="embedding"):
+        program.abstract(dataclasses.replace(settings, ranks=("embedding=3",)))
+
+
+def test_a_share_is_held_out(settings, tmp_path, lenient):
+    config = dataclasses.replace(settings, out=tmp_path, validation=None, validation_share=0.25, steps=1)
+    report = study.run(config)
+    assert len(report.evaluations) == 2
+    assert study.loop.passes(1, 3)[0] == 3  # 6 of 8 examples, in batches of 2
+    assert len(study.run(dataclasses.replace(config, steps=None)).losses) == 3
+
+
+def test_loss_is_logged_every_n_steps(settings, tmp_path, lenient):
+    report = study.run(dataclasses.replace(settings, out=tmp_path, epochs=2, log_every=4))
+    lines = [line for line in record.read(tmp_path / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 4, 8]
+    assert lines[1]["loss"] == pytest.approx(np.mean(report.losses[1:4]))
+
+
+def test_label_smoothing_is_torch_s():
+    rng = np.random.default_rng(0)
+    x, labels = jnp.asarray(rng.normal(size=(1, 5, 7)), jnp.float32), jnp.array([[0, 3, -100, 6, 1]])
+    losses = cross_entropy(lambda x: x, x, labels, chunk=2, smoothing=0.1)
+    # torch.nn.functional.cross_entropy(x[0], labels[0], reduction="none", label_smoothing=0.1)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, 7), 0.1)
+    expected = jnp.where(labels >= 0, optax.softmax_cross_entropy(x, targets), 0)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_noise_and_smoothing_act_in_training_alone(settings):
+    config = dataclasses.replace(settings, neftune=5.0, label_smoothing=0.1)
+    noisy, plain = program.abstract(config), program.abstract(settings)
+    with jax.set_mesh(plain.mesh):
+        base = plain.load(location.find(settings.model))
+        delta = plain.create(jax.random.key(0), base).delta
+    batch = {name: jnp.ones((2, 16), jnp.int32) for name in ("tokens", "segments", "labels")}
+    batch["positions"] = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (2, 16))
+    one, other = jax.random.key(1), jax.random.key(2)
+    with jax.set_mesh(plain.mesh):
+        evaluated = [float(made.loss(base, delta, batch, None)[0]) for made in (noisy, plain)]
+        noisy_losses = [float(noisy.loss(base, delta, batch, key)[0]) for key in (one, one, other)]
+        plain_loss = float(plain.loss(base, delta, batch, one)[0])
+    assert evaluated[0] == evaluated[1] == pytest.approx(plain_loss, rel=1e-6)
+    assert noisy_losses[0] == noisy_losses[1] != noisy_losses[2] and plain_loss not in noisy_losses
+
+
+def test_weight_decay_leaves_magnitudes(lenient):
+    base = {"w": jax.random.normal(jax.random.key(0), (8, 8))}
+    delta = lora.init(jax.random.key(1), base, {"w": lora.DoRA(2, 4, axes=("in", "out"))})
+    train, _ = lora.partition(delta)
+    tx = adam(1e-2, 100, warmup=0.0, clip=None, weight_decay=0.5)
+    state = tx.init(train)
+    zeros = jax.tree.map(jnp.zeros_like, train)
+    updates, _ = tx.update(zeros, state, train)
+    assert not np.any(updates["w"].magnitude) and np.all(updates["w"].a)
+
+
+def test_schedules():
+    steps = [0, 5, 10, 55, 99]
+    rates = {
+        name: [float(learning_rate(1.0, 100, warmup=0.1, schedule=name, floor=0.2, decay=0.3)(step)) for step in steps]
+        for name in ("linear", "cosine", "constant", "wsd")
+    }
+    np.testing.assert_allclose(rates["linear"], [0, 0.5, 1, 0.6, 0.2 + 0.8 / 90], rtol=1e-5)
+    np.testing.assert_allclose(rates["cosine"][:4], [0, 0.5, 1, 0.6], rtol=1e-5)
+    np.testing.assert_allclose(rates["constant"], [0, 0.5, 1, 1, 1], rtol=1e-5)
+    np.testing.assert_allclose(rates["wsd"], [0, 0.5, 1, 1, 0.2 + 0.8 / 30], rtol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_names_its_cause():
+    metrics = {"loss": np.float32("nan"), "grad_norm": np.float32(1), "nonfinite": {}}
+    with pytest.raises(UserError, match="step 1; the weights or the data are the cause, not the learning rate"):
+        loop._check_finite(1, metrics)
+    with pytest.raises(UserError, match="step 2; try a smaller learning rate"):
+        loop._check_finite(2, metrics)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ranks", "attention"], "ranks are PATTERN=RANK, as in attention=8, not 'attention'"),
+        (["--ranks", "(=8"], "ranks: '(' is no regular expression"),
+        (["--decay", "0"], "decay is a share of the steps, above 0 and up to 1, not 0.0"),
+        (["--validation-share", "0.1"], "validation_share 0.1: "),
+        (["--length", "256"], "length 256: tiny-llama is made for sequences of up to 128 tokens"),
+        (["--init-from", "nowhere"], "init_from nowhere: expected adapter.json"),
+    ],
+)
+def test_what_a_user_can_put_right(flags, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    assert run.main(["sft", "--out", str(tmp_path), "--train-examples", "8", "--samples", "0", *flags]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
