@@ -51,9 +51,11 @@ def test_what_readers_raise(raised, message, context, kind):
 
 
 def test_nested_json():
-    with pytest.raises(UserError, match=r"^data\.json: cannot be read \(nested too deeply\)\.$"):
-        with reading_of_experiments("data.json"):
-            nested()
+    with (
+        pytest.raises(UserError, match=r"^data\.json: cannot be read \(nested too deeply\)\.$"),
+        reading_of_experiments("data.json"),
+    ):
+        nested()
 
 
 def test_own_words_stay():

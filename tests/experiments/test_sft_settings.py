@@ -100,7 +100,7 @@ def test_a_run_starts_from_an_adapter(settings, finished, tmp_path, form, lenien
 
 
 def test_what_a_run_cannot_start_from(settings, tmp_path):
-    with pytest.raises(UserError, match="expected adapter.json .* or adapter_config.json"):
+    with pytest.raises(UserError, match=r"expected adapter\.json .* or adapter_config\.json"):
         program.abstract(dataclasses.replace(settings, rank=16, init_from=tmp_path))
     with pytest.raises(ValueError, match="init_from: method, rank would be the adapter's"):
         dataclasses.replace(settings, init_from=tmp_path, method="dora")
