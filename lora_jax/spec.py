@@ -57,7 +57,7 @@ def init(
       `{path: adapter}`, in the base's order.
 
     Raises:
-      ValueError: A pattern matches nothing or is fully shadowed; a weight has no axis roles or the
+      ValueError: A pattern matches nothing or is fully shadowed, or matches integers; a weight has no axis roles or the
         function never uses it; the rank is above the weight's.
 
     Example:
@@ -181,6 +181,12 @@ def _each(key, base, spec, fn, args, kwargs):
     """Per adapted path, in the base's order: the recipe, and the key, weight and axis roles it is given."""
     recipes = assign(base, spec)
     leaves = paths.flatten(base).as_dict()
+    for path, recipe in recipes.items():
+        if not is_inexact(leaves[path]):
+            raise ValueError(
+                f"{path!r}: {type(recipe).__name__} adapts floats, and this weight has the dtype {leaves[path].dtype}, "
+                "which rounds every update away. Cast it, or leave it out (a recipe of None before the pattern does)."
+            )
     uses = None if fn is None else axis_roles.uses_of(fn, base, list(recipes), args, kwargs)
     for path, recipe in recipes.items():
         with _naming(path):

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.adapters import checks, roles
+from lora_jax import checks
+from lora_jax.adapters import roles
 from lora_jax.adapters.factored import Factor, Factored, chain, compute_dtype, folded
 from lora_jax.adapters.lowrank import LoRA, LowRank
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter, adapter, needed, static, trained
@@ -189,6 +190,7 @@ class DoRA(LoRA):
     def __post_init__(self):
         super().__post_init__()
         checks.one_of("DoRA", "norm_over", self.norm_over, NORM_OVER)
+        checks.flag("DoRA", "norm_gradient", self.norm_gradient)
 
     def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, WeightDecomposed]:
         weight, low = super()._make(key, weight, axes, moves)

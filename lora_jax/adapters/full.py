@@ -1,11 +1,14 @@
 """Leaves and rows that are trained outright: heads, norms, biases, new tokens."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from lora_jax import checks
 from lora_jax.adapters.factored import Factor, Factored, compute_dtype
 from lora_jax.adapters.protocol import (
     BATCH,
@@ -66,12 +69,14 @@ class Full(Recipe):
 
     needs_axes = False
 
+    def __post_init__(self):
+        if self.dtype is not None:
+            checks.floating("Full", self.dtype, jnp.inexact)
+
     def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> Replacement:
         del key, axes
         if is_abstract(weight):
             raise ValueError("Full() starts from the leaf's value; the base has its shape only.")
-        if not jnp.issubdtype(weight.dtype, jnp.inexact):
-            raise ValueError(f"Full() trains floats; the leaf has dtype {weight.dtype}.")
         weight = dequantized(weight)
         return Replacement(value=jnp.array(weight, dtype=self.dtype or compute_dtype(weight.dtype), copy=True), axes=())
 
@@ -144,10 +149,18 @@ class Rows(Recipe):
     dtype: jax.typing.DTypeLike | None = None
 
     def __post_init__(self):
-        ids = tuple(int(i) for i in self.ids)
+        given: Any = self.ids
+        if not isinstance(given, Iterable):
+            raise TypeError(
+                f"Rows(ids={given!r}): expected a sequence of row numbers; for one row write Rows([{given}])."
+            )
+        rows = given.tolist() if isinstance(given, np.ndarray | jax.Array) else given
+        ids = tuple(checks.integer("Rows", "ids", row) for row in rows)
         object.__setattr__(self, "ids", ids)
         if not ids or len(set(ids)) != len(ids) or min(ids) < 0:
             raise ValueError(f"Rows(ids={ids}): ids are distinct, at least 0, and at least one.")
+        if self.dtype is not None:
+            checks.floating("Rows", self.dtype, jnp.inexact)
 
     def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> RowReplacement:
         del key

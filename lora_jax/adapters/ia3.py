@@ -6,7 +6,8 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters import checks, roles
+from lora_jax import checks
+from lora_jax.adapters import roles
 from lora_jax.adapters.factored import Factor, Factored
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter, Recipe, adapter, check_axes, static, trained
 

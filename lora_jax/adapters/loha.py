@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.adapters import checks, roles
+from lora_jax import checks
+from lora_jax.adapters import roles
 from lora_jax.adapters.factored import Factor, Factored, chain, compute_dtype
 from lora_jax.adapters.protocol import (
     BATCH,
@@ -133,12 +134,16 @@ class LoHa(Recipe):
 
     def __post_init__(self):
         checks.positive("LoHa", "rank", self.rank)
+        checks.scaling("LoHa", self.alpha, self._scale)
         checks.floating("LoHa", self.dtype)
+
+    def _scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> HadamardProduct:
         axes = roles.in_and_out("LoHa", axes, weight.shape)
         batch, into, out = (roles.sizes(weight.shape, axes, role) for role in (BATCH, IN, OUT))
-        checks.rank_of("LoHa", self.rank, weight.shape, axes)
+        roles.rank_of("LoHa", self.rank, weight.shape, axes)
         one, two, three = jax.random.split(key, 3)
 
         def normal(key: jax.Array, sizes: tuple[int, ...], deviation: float) -> jax.Array:
@@ -149,6 +154,6 @@ class LoHa(Recipe):
             b1=normal(two, out, 0.1),
             a2=normal(three, into, 1.0),
             b2=jnp.zeros((*batch, self.rank, *out), self.dtype),
-            scale=jnp.asarray(1.0 if self.alpha is None else self.alpha / self.rank, jnp.float32),
+            scale=jnp.asarray(self._scale(), jnp.float32),
             axes=axes,
         )

@@ -8,7 +8,8 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters import checks, roles
+from lora_jax import checks
+from lora_jax.adapters import roles
 from lora_jax.adapters.factored import Factor, Factored, compute_dtype
 from lora_jax.adapters.protocol import (
     BATCH,
@@ -172,9 +173,13 @@ class LoKr(Recipe):
 
     def __post_init__(self):
         checks.positive("LoKr", "rank", self.rank)
+        checks.scaling("LoKr", self.alpha, self._scale)
         if self.factor is not None:
             checks.positive("LoKr", "factor", self.factor)
         checks.floating("LoKr", self.dtype)
+
+    def _scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> Kronecker:
         axes = roles.in_and_out("LoKr", axes, weight.shape)
@@ -190,7 +195,7 @@ class LoKr(Recipe):
 
         common = {
             "c": jnp.zeros((*batch, *first), self.dtype),
-            "scale": jnp.asarray(1.0 if self.alpha is None else self.alpha / self.rank, jnp.float32),
+            "scale": jnp.asarray(self._scale(), jnp.float32),
             "split": split,
             "axes": axes,
         }

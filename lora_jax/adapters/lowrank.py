@@ -8,8 +8,8 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from lora_jax import initializers
-from lora_jax.adapters import checks, roles
+from lora_jax import checks, initializers
+from lora_jax.adapters import roles
 from lora_jax.adapters.factored import Factor, Factored, compute_dtype
 from lora_jax.adapters.matrices import Matrices
 from lora_jax.adapters.protocol import (
@@ -144,6 +144,11 @@ class LoRA(Recipe):
       dropout: Rate on the input of the low-rank product, where `adapted` is given a `dropout_key`.
       dtype: Of the factors.
 
+    Raises:
+      ValueError: The rank or the blocks are not positive integers; alpha or the scale that it makes is zero, not finite
+        or beyond float32; the dropout is not in [0, 1); a name is unknown; the dtype is not one of floats.
+      TypeError: alpha or the dropout is not a number.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> made = LoRA(rank=4, alpha=8).make(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
@@ -172,14 +177,14 @@ class LoRA(Recipe):
     def __post_init__(self):
         checks.positive(self._name, "rank", self.rank)
         checks.one_of(self._name, "scaling", self.scaling, tuple(SCALINGS))
+        checks.scaling(self._name, self.alpha, self.scale)
         checks.rate(self._name, "dropout", self.dropout)
         checks.floating(self._name, self.dtype)
-        if not any(self._block_mask()):
-            raise ValueError(f"{self._name}(blocks={self.blocks!r}): no block is adapted.")
+        checks.blocks(self._name, self.blocks)
         initializers.find(self.init)
 
     def _block_mask(self) -> tuple[bool, ...]:
-        return (True,) * self.blocks if isinstance(self.blocks, int) else tuple(map(bool, self.blocks))
+        return tuple(map(bool, self.blocks)) if isinstance(self.blocks, Sequence) else (True,) * self.blocks
 
     def scale(self) -> float:
         """The number that multiplies a·b."""

@@ -6,6 +6,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
+from lora_jax import checks
 from lora_jax.adapters.factored import compute_dtype
 from lora_jax.adapters.protocol import Adapter, Recipe, adapter, frozen, static, trained
 
@@ -65,8 +66,10 @@ class Offset(Recipe):
 
     needs_axes = False
 
+    def __post_init__(self):
+        checks.finite("Offset", "scale", self.scale, nonzero=True)
+        checks.floating("Offset", self.dtype)
+
     def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> Addition:
         del key, axes
-        if not jnp.issubdtype(weight.dtype, jnp.inexact):
-            raise ValueError(f"Offset() trains floats; the leaf has dtype {weight.dtype}.")
         return Addition(value=jnp.zeros(weight.shape, self.dtype), scale=jnp.asarray(self.scale, jnp.float32), axes=())

@@ -222,6 +222,8 @@ def is_inexact(leaf: Any) -> bool:
 
 def check_axes(axes: Sequence[str], shape: Sequence[int]) -> None:
     """Raises `ValueError` unless `axes` gives one known role for each axis of a weight."""
+    if isinstance(axes, str) or not isinstance(axes, Sequence):
+        raise ValueError(f"axes={axes!r}: expected a role for each axis, such as ('in', 'out').")
     if len(axes) != len(shape):
         raise ValueError(
             f"axes={tuple(axes)} gives {len(axes)} roles; the weight of shape {tuple(shape)} needs {len(shape)}."

@@ -1,5 +1,6 @@
 """The axes of a weight by their roles: labels, sizes, and shapes put together again."""
 
+import math
 from collections.abc import Sequence
 
 from lora_jax.adapters.protocol import BATCH, IN, LOOKUP, OUT, check_axes
@@ -46,3 +47,13 @@ def in_and_out(name: str, axes: Sequence[str], shape: Sequence[int]) -> tuple[st
                 f"no {role!r} axis. Full() trains such a leaf outright."
             )
     return roles
+
+
+def rank_of(name: str, rank: int, shape: Sequence[int], axes: Sequence[str]) -> None:
+    """Raises `ValueError` where a rank is above that of a weight."""
+    limit = min(math.prod(sizes(shape, axes, role)) for role in (IN, OUT))
+    if rank > limit:
+        raise ValueError(
+            f"{name}(rank={rank}) is above the rank of the weight: shape {tuple(shape)} with roles {tuple(axes)} is "
+            f"at most of rank {limit}."
+        )

@@ -8,7 +8,8 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters import checks, roles
+from lora_jax import checks
+from lora_jax.adapters import roles
 from lora_jax.adapters.dora import NORM_OVER, decomposed, magnitude_of
 from lora_jax.adapters.factored import Factor, Factored, compute_dtype
 from lora_jax.adapters.protocol import (
@@ -162,6 +163,8 @@ class VeRA(Recipe):
     def __post_init__(self):
         name = type(self).__name__
         checks.positive(name, "rank", self.rank)
+        checks.integer(name, "seed", self.seed)
+        checks.finite(name, "d", self.d, nonzero=True)
         checks.rate(name, "dropout", self.dropout)
         checks.floating(name, self.dtype)
 
@@ -205,6 +208,7 @@ class DVoRA(VeRA):
     def __post_init__(self):
         super().__post_init__()
         checks.one_of("DVoRA", "norm_over", self.norm_over, NORM_OVER)
+        checks.flag("DVoRA", "norm_gradient", self.norm_gradient)
 
     def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> DecomposedPair:
         pair = super().make(key, weight, axes)

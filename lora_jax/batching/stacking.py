@@ -1,14 +1,13 @@
 """Several deltas as one whose leaves have a leading member axis, and back."""
 
 import dataclasses
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax import paths
+from lora_jax import checks, paths
 from lora_jax.adapters.protocol import Adapter
 
 Delta = Mapping[str, Adapter]
@@ -46,6 +45,9 @@ def stack(
       (4, 2, 4)
     """
     deltas = list(deltas)
+    for name, number in (("members", members), ("rank", rank)):
+        if number is not None:
+            checks.positive("stack", name, number)
     members = len(deltas) if members is None else members
     if members < len(deltas):
         raise ValueError(f"stack(members={members}): there are {len(deltas)} deltas.")
@@ -89,7 +91,7 @@ def swap(stacked: Delta, slot: int, delta: Delta, *, base: Any = None) -> dict[s
       >>> bool((swap(room, 1, two)["w"].a[1] == two["w"].a).all())
       True
     """
-    slot, members = operator.index(slot), count(stacked)
+    slot, members = checks.integer("swap", "slot", slot), count(stacked)
     if not 0 <= slot < members:
         raise ValueError(f"swap(slot={slot}): the stack has {members} members, 0 to {members - 1}.")
     if missing := [path for path in delta if path not in stacked]:

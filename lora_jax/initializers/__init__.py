@@ -67,7 +67,7 @@ def find(init: str | Initializer) -> Initializer:
     """
     if isinstance(init, Initializer):
         return init
-    if init not in INITIALIZERS:
+    if not isinstance(init, str) or init not in INITIALIZERS:
         hint = " LoftQ needs a quantizer: init=LoftQ(quantizer)." if init == "loftq" else ""
         raise ValueError(
             f"init={init!r}: expected one of {', '.join(map(repr, INITIALIZERS))} or an Initializer.{hint}"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lora_jax import checks
 from lora_jax.initializers.decomposition import check_finite
 from lora_jax.initializers.initializer import INPUTS, Given, Initializer, Reading, Start
 
@@ -45,6 +46,7 @@ class EVA(Initializer):
     reads = INPUTS
 
     def __post_init__(self):
+        checks.finite("EVA", "rho", self.rho)
         if self.rho < 1.0:
             raise ValueError(f"EVA(rho={self.rho}): at least 1.")
 
@@ -121,6 +123,9 @@ class CorDA(Initializer):
 
     moves_weight = True
     reads = INPUTS
+
+    def __post_init__(self):
+        checks.flag("CorDA", "keep_knowledge", self.keep_knowledge)
 
     def start(self, given: Given) -> Start:
         assert given.inputs is not None

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from lora_jax import checks
 from lora_jax.initializers.decomposition import singular_triplets
 from lora_jax.initializers.initializer import GRADIENT, Given, Initializer, Start
 
@@ -38,6 +39,7 @@ class LoRAGA(Initializer):
     reads = GRADIENT
 
     def __post_init__(self):
+        checks.finite("LoRAGA", "gamma", self.gamma)
         if self.gamma <= 0:
             raise ValueError(f"LoRAGA(gamma={self.gamma}): above zero.")
 

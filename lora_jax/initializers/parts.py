@@ -4,6 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from lora_jax import checks
 from lora_jax.initializers.decomposition import singular_triplets
 from lora_jax.initializers.initializer import Given, Initializer, Start
 
@@ -30,6 +31,10 @@ class PiSSA(Initializer):
     niter: int | None = None
 
     moves_weight = True
+
+    def __post_init__(self):
+        if self.niter is not None:
+            checks.positive("PiSSA", "niter", self.niter)
 
     def start(self, given: Given) -> Start:
         u, s, v = singular_triplets(given.weight, given.rank, niter=self.niter, key=given.key)

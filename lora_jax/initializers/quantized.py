@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax import checks
 from lora_jax.initializers.decomposition import singular_triplets
 from lora_jax.initializers.initializer import Given, Initializer, Start
 from lora_jax.leaves import dequantized, is_quantized
@@ -48,8 +49,7 @@ class LoftQ(Initializer):
     def __post_init__(self):
         if isinstance(self.quantizer, type):
             raise ValueError(f"LoftQ(quantizer={self.quantizer.__name__}): write {self.quantizer.__name__}().")
-        if self.iterations < 1:
-            raise ValueError(f"LoftQ(iterations={self.iterations}): at least one.")
+        checks.positive("LoftQ", "iterations", self.iterations)
 
     def start(self, given: Given) -> Start:
         if is_quantized(given.leaf):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax import checks
 from lora_jax.adapters.conversion import as_low_rank, is_low_rank
 from lora_jax.adapters.factored import compute_dtype
 from lora_jax.adapters.lowrank import LowRank
@@ -34,7 +35,7 @@ def scale(delta: Delta, factor: float) -> dict[str, Adapter]:
     """The delta that changes each weight by `factor` times as much; −1 negates it.
 
     Raises:
-      ValueError: An adapter does not add a term of its own (`Full`, `Rows`, DoRA).
+      ValueError: An adapter does not add a term of its own (`Full`, `Rows`, DoRA); the factor is not finite.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -42,6 +43,7 @@ def scale(delta: Delta, factor: float) -> dict[str, Adapter]:
       >>> float(scale(delta, -0.5)["w"].scale)
       -0.5
     """
+    checks.finite("scale", "factor", factor)
     for path, node in delta.items():
         _need_term(path, node)
     return {path: dataclasses.replace(node, scale=node.scale * factor) for path, node in delta.items()}  # pyrefly: ignore
@@ -95,6 +97,12 @@ def combine(
         raise ValueError(f"combine(method={method!r}): expected one of {', '.join(map(repr, METHODS))}.")
     if len(deltas) != len(weights) or not deltas:
         raise ValueError(f"combine: {len(deltas)} deltas and {len(weights)} weights; one for each, at least one.")
+    for weight in weights:
+        checks.finite("combine", "weights", weight)
+    if rank is not None:
+        checks.positive("combine", "rank", rank)
+    if density is not None:
+        checks.finite("combine", "density", density)
     plain = method.removesuffix("_svd")
     if plain in ("ties", "dare_linear", "dare_ties", "magnitude_prune"):
         if density is None or not 0 < density <= 1:
@@ -133,7 +141,8 @@ def truncate(delta: Delta, rank: int) -> dict[str, Adapter]:
       rank: At least 1.
 
     Raises:
-      ValueError: A rank below 1; an adapter of a larger rank that adds no product of two factors (DoRA, LoKr).
+      ValueError: The rank is not a positive integer; an adapter of a larger rank adds no product of
+        two factors (DoRA, LoKr).
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -145,8 +154,7 @@ def truncate(delta: Delta, rank: int) -> dict[str, Adapter]:
     References:
       Eckart and Young, 1936
     """
-    if rank < 1:
-        raise ValueError(f"truncate(rank={rank}): a rank is at least 1.")
+    checks.positive("truncate", "rank", rank)
     truncated = dict(delta)
     for path, node in delta.items():
         if node.additive and is_low_rank(node):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_jax.checks import unusable
 from lora_jax.peft.tensors import read_json
 
 CONFIG = "adapter_config.json"
@@ -205,6 +206,10 @@ def _check(file: Path, name: str, value: Any) -> None:
     said = _wrong_inside(name, value)
     if said:
         raise ValueError(f"{file}: {name} is {value!r}; {said}.")
+    if name == "lora_alpha" and unusable(value, nonzero=True):
+        raise ValueError(f"{file}: lora_alpha is {value!r}; expected a finite number other than zero.")
+    if name == "lora_dropout" and not 0 <= value <= 1:
+        raise ValueError(f"{file}: lora_dropout is {value!r}; a rate is at least 0 and at most 1.")
     if name == "r" and value < 1:
         raise ValueError(f"{file}: r is {value}; a rank is at least 1.")
     if name == "bias" and value not in ("none", "all", "lora_only"):
@@ -220,6 +225,8 @@ def _wrong_inside(name: str, value: Any) -> str:
         kinds = (int,) if name == "rank_pattern" else (int, float)
         if not all(isinstance(x, kinds) and not isinstance(x, bool) and x >= least for x in value.values()):
             return "expected a number for each pattern" + (", a rank of at least 1" if name == "rank_pattern" else "")
+        if name == "alpha_pattern" and any(unusable(alpha, nonzero=True) for alpha in value.values()):
+            return "expected finite numbers other than zero"
     elif name in ("target_modules", "exclude_modules") and isinstance(value, str):
         patterns = [value]
     elif name == "layers_to_transform" and isinstance(value, list):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax import paths
 from lora_jax.adapters.protocol import Adapter, is_adapter
@@ -113,11 +114,16 @@ def check_delta(delta: Any, arguments: Arguments) -> None:
     if not isinstance(delta, Mapping):
         raise TypeError(f"delta is a dict from paths to adapters; got {type(delta).__name__}.")
     shapes = {path: tuple(leaf.shape) for path, leaf in zip(arguments.paths, arguments.arrays)}
+    dtypes = {path: leaf.dtype for path, leaf in zip(arguments.paths, arguments.arrays)}
     for path, node in delta.items():
         if not is_adapter(node):
             raise TypeError(f"delta[{path!r}] is no adapter but {type(node).__name__}.")
         if path not in shapes:
             raise ValueError(f"The delta adapts {path!r}, which the base lacks; {paths.nearest(path, list(shapes))}.")
+        if not jnp.issubdtype(dtypes[path], jnp.inexact):
+            raise ValueError(
+                f"The delta adapts {path!r}, which has the dtype {dtypes[path]}: integers would round the update away."
+            )
         missing = [leaf for leaf in jax.tree.leaves(node, is_leaf=lambda x: x is None) if leaf is None]
         if missing:
             raise ValueError(

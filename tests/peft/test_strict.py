@@ -235,6 +235,10 @@ def test_a_rank_that_is_left_out_is_8(tmp_path):
         {"rank_pattern": {"fc": "3"}},
         {"rank_pattern": {"fc": 0}},
         {"alpha_pattern": {"fc": None}},
+        {"lora_alpha": "16"},
+        {"lora_alpha": True},
+        {"lora_dropout": 1.5},
+        {"lora_dropout": float("nan")},
         {"target_modules": "("},
         {"target_modules": ["fc", 3]},
         {"target_parameters": [1]},
@@ -320,9 +324,11 @@ def test_a_bias_on_the_second_factor_without_one_in_the_base(edited):
     assert "fc.lora_B.bias" in text
 
 
-def test_a_scale_of_zero(edited):
-    delta = edited("lora_bias", config={"lora_alpha": 0})
-    assert not any(np.asarray(node.merge(jnp.zeros(node.shape()))).any() for node in delta.values())
+@pytest.mark.parametrize("alpha", [0, 0.0, 1e-50, 1e39, float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("field", ["lora_alpha", "alpha_pattern"])
+def test_an_alpha_that_does_nothing(edited, field, alpha):
+    value = alpha if field == "lora_alpha" else {"fc": alpha}
+    assert f"{field} is" in message(edited, "linear", config={field: value})
 
 
 @pytest.mark.parametrize("indices", [[5, 1], [5, 1, 12, 3], [5, 1, 14], [5, 1, 1]])
