@@ -100,7 +100,7 @@ class Call:
     def evaluate(self, interpreter: Interpreter, arrays: Sequence[Any]) -> Any:
         """The output for these inputs, some of which may be adapted weights."""
         used = [array for array, keep in zip(arrays, self.program.used) if keep]
-        results = interpreter.body(self.program.jaxpr)(*self.program.consts, *used)
+        results, _ = interpreter.body(self.program.jaxpr)({}, *self.program.consts, *used)
         plain = iter(
             interpreter.materialise(out, None, "the function returns it") if isinstance(out, Weight) else out
             for out in results

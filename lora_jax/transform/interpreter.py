@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from lora_jax.transform import jaxprs
 from lora_jax.transform.deferred import recomputed
+from lora_jax.transform.draws import Draws, Numbers
 from lora_jax.transform.product import Product
 from lora_jax.transform.rules import RULES
 from lora_jax.transform.rules.contractions import on_arrays
@@ -51,20 +53,34 @@ class Interpreter:
         self.flatten = flatten
         self.uses = uses
         self._calls: dict[Any, Callable] = {}
-        self._counts: dict[str, int] = {}
+        self._first: Numbers = {}
+        self._drawn: dict[str, int] = {}
 
-    def body(self, jaxpr: jaxprs.Jaxpr) -> Callable[..., list[Any]]:
-        """A jaxpr as a function; each output is an array or, where a view of a weight is returned, a Weight.
+    def body(self, jaxpr: jaxprs.Jaxpr) -> Callable[..., tuple[list[Any], Draws]]:
+        """A jaxpr as a function of :meth:`numbers` and its inputs.
 
-        Uses of a weight are counted afresh inside, for its dropout keys.
+        It returns the outputs, arrays or (where a view of a weight is returned) weights, and the draws that the caller
+        gives to :meth:`advance`.
         """
 
-        def call(*arguments):
+        def call(numbers: Numbers, *arguments: Any):
             frame = Interpreter(flatten=self.flatten, uses=self.uses)
             frame._calls = self._calls
-            return frame._run(jaxpr, arguments)
+            frame._first = numbers
+            return frame._run(jaxpr, arguments), Draws(tuple(frame._drawn.items()))
 
         return call
+
+    def numbers(self, values: Sequence[Any]) -> Numbers:
+        """The index of the next use of each weight with dropout among the values."""
+        keyed = dict.fromkeys(v.path for v in values if isinstance(v, Weight) and v.key is not None)
+        first = {path: self._first.get(path, np.uint32(0)) for path in keyed}
+        return Draws(tuple(self._drawn.items())).after(first)
+
+    def advance(self, draws: Draws) -> None:
+        """Counts masks that a body has drawn."""
+        for path, count in draws.counts:
+            self._drawn[path] = self._drawn.get(path, 0) + count
 
     def _run(self, jaxpr: jaxprs.Jaxpr, arguments: Sequence[Any]) -> list[Any]:
         variables, consts = jaxprs.inputs(jaxpr)
@@ -140,9 +156,9 @@ class Interpreter:
         """The weight with dropout keys that no other use of it has."""
         if weight.key is None:
             return weight
-        count = self._counts.get(weight.path, 0)
-        self._counts[weight.path] = count + 1
-        return weight.fold_in(count)
+        number = self.numbers([weight])[weight.path]
+        self.advance(Draws(((weight.path, 1),)))
+        return weight.fold_in(number)
 
     def record(
         self,

@@ -127,7 +127,7 @@ class Weight:
         first, *rest = self.factors
         return self.replace(value=value, factors=(Factor(factor(first.array), first.labels), *rest))
 
-    def fold_in(self, number: int | jax.Array) -> "Weight":
+    def fold_in(self, number: Any) -> "Weight":
         """The weight with other dropout keys, one for each number."""
         if self.key is None:
             return self

@@ -8,12 +8,15 @@ from jax import lax
 from lora_jax.adapters.factored import Factor
 from lora_jax.transform import jaxprs
 from lora_jax.transform.deferred import Deferred, recomputed
+from lora_jax.transform.draws import Draws
 from lora_jax.transform.weight import CannotFactor, Weight, spec_by_label
 
 
-def _enter(interpreter, values):
-    """Weights on their way into a sub-jaxpr, with dropout keys of their own."""
-    return [interpreter.next_key(v) if isinstance(v, Weight) else v for v in values]
+def _entered(interpreter, function, values):
+    """The outputs of a body, whose uses of dropout keys follow those before it."""
+    outputs, draws = function(interpreter.numbers(values), *values)
+    interpreter.advance(draws)
+    return outputs
 
 
 def _jit(interpreter, equation, values):
@@ -23,9 +26,9 @@ def _jit(interpreter, equation, values):
     def make():
         body = interpreter.body(jaxpr)
 
-        def call(*arguments):
-            outputs = body(*map(_constrained, arguments, params["in_shardings"]))
-            return [_constrained(out, sharding) for out, sharding in zip(outputs, params["out_shardings"])]
+        def call(numbers, *arguments):
+            outputs, draws = body(numbers, *map(_constrained, arguments, params["in_shardings"]))
+            return [_constrained(out, sharding) for out, sharding in zip(outputs, params["out_shardings"])], draws
 
         call.__name__ = call.__qualname__ = params["name"]
         return jax.jit(
@@ -36,7 +39,7 @@ def _jit(interpreter, equation, values):
         )
 
     key = (jaxpr, params["name"], params["in_shardings"], params["out_shardings"])
-    return interpreter.cached(key, make)(*_enter(interpreter, values))
+    return _entered(interpreter, interpreter.cached(key, make), values)
 
 
 def _constrained(value, sharding):
@@ -52,38 +55,45 @@ def _constrained(value, sharding):
 def _remat(interpreter, equation, values):
     params = equation.params
     body = jax.checkpoint(interpreter.body(params["jaxpr"]), prevent_cse=params["prevent_cse"], policy=params["policy"])
-    return body(*_enter(interpreter, values))
+    return _entered(interpreter, body, values)
 
 
 def _call(interpreter, equation, values):
     """Calls that only group equations."""
     jaxpr = equation.params.get("call_jaxpr", equation.params.get("jaxpr"))
-    return interpreter.body(jaxpr)(*_enter(interpreter, values))
+    return _entered(interpreter, interpreter.body(jaxpr), values)
 
 
 def _compute_on(interpreter, equation, values):
-    params = equation.params
+    params, draws = equation.params, []
     body = jaxprs.compute_on(
-        _plain_outputs(interpreter, equation, params["jaxpr"]),
+        _plain_outputs(interpreter, equation, params["jaxpr"], draws),
         compute_type=params["compute_type"],
         out_memory_spaces=list(params["out_memory_spaces"]),
         compiler_options=params.get("compiler_options"),
     )
-    return list(body(*_enter(interpreter, values)))
+    outputs = body(interpreter.numbers(values), *values)
+    interpreter.advance(Draws.most(draws))
+    return list(outputs)
 
 
 def _cond(interpreter, equation, values):
     index, *operands = values
-    branches = [_plain_outputs(interpreter, equation, branch) for branch in equation.params["branches"]]
-    return list(lax.switch(index, branches, *_enter(interpreter, operands)))
+    draws = []
+    branches = [_plain_outputs(interpreter, equation, branch, draws) for branch in equation.params["branches"]]
+    outputs = lax.switch(index, branches, interpreter.numbers(operands), *operands)
+    interpreter.advance(Draws.most(draws))
+    return list(outputs)
 
 
-def _plain_outputs(interpreter, equation, jaxpr):
-    """A sub-jaxpr as a function that returns arrays only."""
+def _plain_outputs(interpreter, equation, jaxpr, draws: list):
+    """A sub-jaxpr as a function that returns arrays only; when traced, it appends its draws to a list."""
     body = interpreter.body(jaxpr)
 
-    def call(*arguments):
-        return interpreter.plain(equation, body(*arguments), f"a weight is returned from {equation.primitive.name}")
+    def call(numbers, *arguments):
+        outputs, drawn = body(numbers, *arguments)
+        draws.append(drawn)
+        return interpreter.plain(equation, outputs, f"a weight is returned from {equation.primitive.name}")
 
     return call
 
@@ -121,26 +131,24 @@ def _while(interpreter, equation, values):
     body_consts = values[cond_count : cond_count + body_count]
     carry = values[cond_count + body_count :]
     fixed, moving = _carries(interpreter, equation, carry, _unchanged(params["body_jaxpr"], body_count))
-    cond_consts, body_consts, fixed_values = (
-        _enter(interpreter, group) for group in (cond_consts, body_consts, list(fixed.values()))
-    )
-    fixed = dict(zip(fixed, fixed_values))
     cond = interpreter.body(params["cond_jaxpr"])
     body = _plain_except(interpreter, equation, params["body_jaxpr"], fixed)
-    keyed = any(isinstance(v, Weight) and v.key is not None for v in (*body_consts, *fixed.values()))
+    numbers, draws = interpreter.numbers([*cond_consts, *body_consts, *fixed.values()]), []
 
     def condition(state):
-        return cond(*cond_consts, *_with_fixed(fixed, state[1:]))[0]
+        numbers, moving = state
+        (result,), drawn = cond(numbers, *cond_consts, *_with_fixed(fixed, moving))
+        draws.append(drawn)
+        return result
 
     def step(state):
-        number, *moving = state
-        consts, here = body_consts, fixed
-        if keyed:
-            consts = [_numbered(value, number) for value in consts]
-            here = {position: _numbered(value, number) for position, value in fixed.items()}
-        return [number + 1, *body(*consts, *_with_fixed(here, moving))]
+        numbers, moving = state
+        outputs, drawn = body(numbers, *body_consts, *_with_fixed(fixed, moving))
+        draws.append(drawn)
+        return drawn.after(numbers), outputs
 
-    _, *results = lax.while_loop(condition, step, [jax.numpy.int32(0), *moving])
+    _, results = lax.while_loop(condition, step, (numbers, moving))
+    interpreter.advance(Draws.most(draws).unknown_times())
     return _with_fixed(fixed, results)
 
 
@@ -148,50 +156,43 @@ def _plain_except(interpreter, equation, jaxpr, fixed):
     """A loop's body without the fixed part of its carry among the outputs."""
     body = interpreter.body(jaxpr)
 
-    def call(*arguments):
-        outputs = [out for position, out in enumerate(body(*arguments)) if position not in fixed]
-        return interpreter.plain(equation, outputs, f"a weight is returned from the body of {equation.primitive.name}")
+    def call(numbers, *arguments):
+        outputs, draws = body(numbers, *arguments)
+        outputs = [out for position, out in enumerate(outputs) if position not in fixed]
+        reason = f"a weight is returned from the body of {equation.primitive.name}"
+        return interpreter.plain(equation, outputs, reason), draws
 
     return call
-
-
-def _numbered(value, number):
-    return value.fold_in(number) if isinstance(value, Weight) else value
 
 
 def _scan(interpreter, equation, values):
     params = equation.params
     num_consts, num_carry = jaxprs.scan_counts(equation)
-    consts = _enter(interpreter, values[:num_consts])
+    consts = values[:num_consts]
     carry = values[num_consts : num_consts + num_carry]
-    xs = _enter(interpreter, values[num_consts + num_carry :])
+    xs = values[num_consts + num_carry :]
     fixed, moving = _carries(interpreter, equation, carry, _unchanged(params["jaxpr"], num_consts))
-    fixed = dict(zip(fixed, _enter(interpreter, fixed.values())))
     body = _plain_except(interpreter, equation, params["jaxpr"], fixed)
-    keyed = any(isinstance(v, Weight) and v.key is not None for v in (*consts, *fixed.values()))
     sliced = [_scanned(interpreter, equation, x) if isinstance(x, Weight) else (x, None) for x in xs]
-    length = params["length"]
+    numbers, draws = interpreter.numbers([*consts, *fixed.values(), *xs]), []
 
-    def step(moving, inputs):
-        number, rows = inputs
+    def step(state, rows):
+        numbers, moving = state
         inner = [row if restore is None else restore(row) for row, (_, restore) in zip(rows, sliced)]
-        here, fixed_here = consts, fixed
-        if keyed:
-            here = [_numbered(value, number) for value in consts]
-            fixed_here = {position: _numbered(value, number) for position, value in fixed.items()}
-        outputs = body(*here, *_with_fixed(fixed_here, moving), *inner)
+        outputs, drawn = body(numbers, *consts, *_with_fixed(fixed, moving), *inner)
+        draws.append(drawn)
         count = num_carry - len(fixed)
-        return outputs[:count], outputs[count:]
+        return (drawn.after(numbers), outputs[:count]), outputs[count:]
 
-    numbers = jax.numpy.arange(length) if keyed else None
-    final, ys = lax.scan(
+    (_, final), ys = lax.scan(
         step,
-        moving,
-        (numbers, [x for x, _ in sliced]),
-        length=length,
+        (numbers, moving),
+        [x for x, _ in sliced],
+        length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
+    interpreter.advance(Draws.most(draws).times(params["length"]))
     return [*_with_fixed(fixed, final), *ys]
 
 
@@ -230,7 +231,7 @@ def _scanned(interpreter, equation, weight: Weight):
 
 def _shard_map(interpreter, equation, values):
     params = equation.params
-    specs, arguments, rebuild = [], [], []
+    specs, arguments, rebuild, draws = [], [], [], []
     for value, spec in zip(values, params["in_specs"]):
         if isinstance(value, Weight):
             value, weight_specs = _sharded(interpreter, equation, value, spec, params["mesh"])
@@ -242,24 +243,27 @@ def _shard_map(interpreter, equation, values):
             specs.append(spec)
             arguments.append(value)
             rebuild.append((None, 1))
-    body = _plain_outputs(interpreter, equation, params["jaxpr"])
+    body = _plain_outputs(interpreter, equation, params["jaxpr"], draws)
+    numbers = interpreter.numbers(values)
 
-    def call(*flat):
+    def call(numbers, *flat):
         rest, inner = list(flat), []
         for treedef, count in rebuild:
             leaves, rest = rest[:count], rest[count:]
             inner.append(leaves[0] if treedef is None else _local(jax.tree.unflatten(treedef, leaves)))
-        return body(*_enter(interpreter, inner))
+        return body(numbers, *inner)
 
     mapped = jax.shard_map(
         call,
         mesh=params["mesh"],
-        in_specs=tuple(specs),
+        in_specs=(jax.sharding.PartitionSpec(), *specs),
         out_specs=list(params["out_specs"]),
         check_vma=params["check_vma"],
         axis_names=params["newly_manual_axes"],
     )
-    return mapped(*arguments)
+    outputs = mapped(numbers, *arguments)
+    interpreter.advance(Draws.most(draws))
+    return outputs
 
 
 def _sharded(interpreter, equation, weight: Weight, spec, mesh):
