@@ -136,6 +136,10 @@ def load_encoder(directory: Path, end: int | None) -> Encoder:
 
 def _messages(record: Record, place: str) -> Messages:
     if isinstance(record, Conversation):
+        if record.tools or record.template_arguments:
+            raise UserError(f"{place}: the record has tools or arguments, which chat templates are not given here")
+        if any(message.get("weight") == 0 for message in record.messages[record.learn_from :]) or record.learn_from:
+            raise UserError(f"{place}: messages of the assistant's that are not to be learnt are not supported here")
         return record.messages
     if not isinstance(record, Completion):
         raise _unsupported(record, place)

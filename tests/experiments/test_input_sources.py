@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from experiments.errors import UserError
-from experiments.input import sources
+from experiments.input import columnar, json_rows, sources
 from experiments.input.records import Completion, Conversation
 
 TALK = [{"role": "user", "content": "Grüße?"}, {"role": "assistant", "content": "tab\tand\nline"}]
@@ -27,7 +27,7 @@ def write_parquet(path, rows):
 
 @pytest.mark.parametrize("end", ["\n", ""])
 def test_lines_are_read_by_number(tmp_path, end, monkeypatch):
-    monkeypatch.setattr(sources, "_CHUNK", 7)  # lines straddle what is indexed at a time
+    monkeypatch.setattr(json_rows, "_CHUNK", 7)  # lines straddle what is indexed at a time
     path = write_lines(tmp_path / "x.jsonl", [{"messages": TALK, "id": 1}, *ROWS], end)
     records = sources.read(str(path), "train")
     assert len(records) == 6
@@ -45,15 +45,15 @@ def test_columns_between_tabs(tmp_path):
     records = sources.read(str(path), "train")
     assert [records[i] for i in range(len(records))] == [Completion("p 1", "c é"), Completion("", "c 2")]
     path.write_text("prompt\tcompletion\nx\n")
-    with pytest.raises(UserError, match=r"x.tsv, line 2: 1 columns between tabs, expected 2"):
+    with pytest.raises(UserError, match=r"x.tsv, line 2: 1 columns, expected 2 as in the header"):
         sources.read(str(path), "train")[0]
-    path.write_text("prompt\tanswer\nx\ty\n")
-    with pytest.raises(UserError, match=r"line 1: expected a header with prompt and completion .*found prompt, answer"):
-        sources.read(str(path), "train")
+    path.write_text("question\tanswer\nx\ty\n")
+    with pytest.raises(UserError, match=r"x.tsv, line 2: found question, answer, expected .*the nearest is reward"):
+        sources.read(str(path), "train")[0]
 
 
 def test_parquet(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_ROWS", 1)
+    monkeypatch.setattr(columnar, "_ROWS", 1)
     records = sources.read(str(write_parquet(tmp_path / "x.parquet", ROWS)), "train")
     assert [records[i].prompt for i in (4, 0, 1, 3, 2)] == ["p4", "p0", "p1", "p3", "p2"]
     assert len(records) == 5 and records.place(4).endswith("x.parquet, row 5")
@@ -65,15 +65,23 @@ def test_parquet(tmp_path, monkeypatch):
         sources.read(str(tmp_path / "x.parquet"), "train")
 
 
-def test_rows_of_the_datasets_library():
+def test_data_sets_of_the_hub(monkeypatch):
     def table(rows):
         return datasets.Dataset.from_list(rows)
 
-    digest = sources.table_digest(table(ROWS))
-    assert digest == sources.table_digest(table(ROWS)) != sources.table_digest(table(ROWS[:4]))
-    records = sources.Table(table(ROWS), "org/name:train", digest)
-    assert len(records) == 5 and records[3] == Completion("p3", "c3")
-    assert records.place(3) == "org/name:train, row 4"
+    tables = {"train_sft": table(ROWS), "test_sft": table(ROWS[:2]), "other": table(ROWS[:1])}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: tables)
+    digest = sources.read("org/name", "train").digest
+    tables["train_sft"] = table(ROWS)
+    train, validation = sources.splits("org/name:2")
+    assert len(train) == 10 and len(validation) == 2 and train[8] == Completion("p3", "c3")
+    assert train.place(3) == "org/name:train_sft, row 4"
+    assert sources.read("org/name", "train").digest == digest != sources.read("org/name:other", "train").digest
+    train, validation = sources.splits("org/name:config:other")
+    assert len(train) == 1 and validation is None
+    tables["train_gen"] = table(ROWS)
+    with pytest.raises(UserError, match=r"train_sft and train_gen for train; org/name:train_sft takes one of them"):
+        sources.read("org/name", "train")
 
 
 def test_without_a_network_the_hub_is_a_users_error(monkeypatch):
@@ -93,8 +101,7 @@ def test_shipped_labels_ask_for_texts():
 def test_splits(tmp_path):
     train = write_lines(tmp_path / "train.jsonl", ROWS)
     assert sources.splits(str(train))[1] is None
-    with pytest.raises(UserError, match=r"expected one of validation.jsonl, validation.tsv, .*found none"):
-        sources.splits(str(tmp_path))
+    assert sources.splits(str(tmp_path))[1] is None
     other = write_parquet(tmp_path / "validation.parquet", ROWS[:2])
     for found in (sources.splits(str(tmp_path)), sources.splits(str(train), str(other))):
         assert [len(records) for records in found] == [5, 2]
@@ -110,7 +117,7 @@ def test_what_is_not_there(data):
 
 
 def test_files_of_no_use(tmp_path):
-    for name, why in (("x.csv", "expected a name that ends in .jsonl, .tsv, .parquet"), ("x.jsonl", "no records")):
+    for name, why in (("x.txt", "expected a name that ends in .jsonl, .*found .txt"), ("x.jsonl", "no records")):
         (tmp_path / name).touch()
         with pytest.raises(UserError, match=why):
             sources.read(str(tmp_path / name), "train")
@@ -119,11 +126,14 @@ def test_files_of_no_use(tmp_path):
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        ("", "an empty line"),
         ('{"prompt": "a",', "not JSON"),
         ("[]", "found an empty list, expected"),
         ("{}", "found nothing, expected"),
-        ('{"prompt": "a", "answer": "b"}', r"found prompt, answer, expected \{.messages"),
+        (
+            '{"question": "a", "answer": "b"}',
+            r"found question, answer, expected .* the nearest is reward: prompt, answer",
+        ),
+        ('{"instruction": "a", "response": "b"}', r"the nearest is alpaca: instruction, output, optionally input"),
         ('{"prompt": 1, "completion": "b"}', "prompt is a number, expected a string"),
         ('{"prompt": "a", "completion": " "}', "the completion is empty"),
         ('{"messages": []}', "messages is an empty list"),
@@ -131,7 +141,8 @@ def test_files_of_no_use(tmp_path):
         ('{"messages": ["hi"]}', "message 1: found a string"),
         ('{"messages": [{"role": "user"}]}', "message 1: content is missing"),
         ('{"messages": [{"role": "user", "content": null}]}', "message 1: content is null"),
-        ('{"messages": [{"role": "user", "content": "a"}], "tools": [1]}', "the record has tools"),
+        ('{"messages": [{"role": "assistant", "content": "a"}], "tools": [1]}', "tools, item 1: found a number"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "none of the 1 messages is the assistant's"),
     ],
 )
 def test_malformed_lines_are_named(tmp_path, line, why):
@@ -140,6 +151,25 @@ def test_malformed_lines_are_named(tmp_path, line, why):
     records = sources.read(str(path), "train")
     with pytest.raises(UserError, match=f"x.jsonl, line 2(,|:).*{why}"):
         records[1]
+
+
+def test_weights_and_shares(tmp_path):
+    a = write_lines(tmp_path / "a.jsonl", ROWS)
+    b = write_parquet(tmp_path / "b:2.parquet", ROWS[:4])
+    records, _ = sources.splits([f"{a}:2", f"{b}:0.5"])
+    prompts = [record.prompt for record in records]
+    assert prompts[:10] == 2 * [f"p{i}" for i in range(5)] and len(prompts) == 12
+    assert len(set(prompts[10:])) == 2 and records.place(11).startswith(f"{b}, row")
+    assert records.digest != sources.splits([f"{a}:2", f"{b}:0.75"])[0].digest
+    rest, share = sources.split(records, 0.3, seed=0)
+    assert len(share) == 2
+    assert {share.place(i) for i in range(2)}.isdisjoint({rest.place(i) for i in range(len(rest))})
+    assert [len(part) for part in sources.splits([str(a), str(b)], [str(a)])] == [9, 5]
+    with pytest.raises(UserError, match=r"a.jsonl:0: a weight of 0 leaves nothing"):
+        sources.splits(f"{a}:0")
+    named = write_lines(tmp_path / "c.jsonl:3", ROWS)
+    with pytest.raises(UserError, match=r"c.jsonl:3: expected a name that ends in"):  # the file, not c.jsonl thrice
+        sources.splits(str(named))
 
 
 def test_bytes_that_are_no_text(tmp_path):

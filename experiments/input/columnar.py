@@ -1,0 +1,164 @@
+"""Columnar files row by row: Parquet, Arrow as the `datasets` library saves it, and its tables in memory."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.errors import UserError, reading
+from experiments.input.forms import COLUMNS
+from experiments.input.opening import Content
+
+_ROWS = 1024  # that are Python objects at a time
+
+
+class ParquetRows:
+    """Rows of a Parquet file; a part of one row group are Python objects at a time.
+
+    Args:
+      content: Of the file.
+
+    Attributes:
+      columns: All columns of the file. Rows have those that a format reads.
+    """
+
+    def __init__(self, content: Content):
+        import pyarrow
+        import pyarrow.parquet
+
+        self.name, self.digest = str(content.path), content.digest
+        with reading(content.path, "Parquet"):
+            self._file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(pyarrow.py_buffer(content.data)))
+            groups = range(self._file.num_row_groups)
+            sizes = [self._file.metadata.row_group(group).num_rows for group in groups]
+            self.columns = tuple(self._file.schema_arrow.names)
+        self._read = [name for name in self.columns if name in COLUMNS]
+        self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
+        self._group: tuple[int, Any] = (-1, None)
+        self._rows: tuple[int, list[Any]] = (0, [])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Any:
+        start, rows = self._rows
+        if not self._read:
+            return {}
+        if not start <= index < start + len(rows):
+            with reading(self.place(index), "Parquet"):
+                start, rows = self._rows = self._block(index)
+        return rows[index - start]
+
+    def place(self, index: int) -> str:
+        return f"{self.name}, row {index + 1}"
+
+    def _block(self, index: int) -> tuple[int, list[Any]]:
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        number, table = self._group
+        if group != number:
+            table = self._file.read_row_group(group, columns=self._read)
+            self._group = group, table
+        first = int(self._starts[group])
+        offset = (index - first) // _ROWS * _ROWS
+        return first + offset, _rows(table.slice(offset, _ROWS))
+
+
+class ArrowRows:
+    """Rows of an Arrow file or stream, mapped into memory; some are Python objects at a time.
+
+    Args:
+      content: Of the file.
+
+    Attributes:
+      columns: All columns of the file. Rows have those that a format reads.
+    """
+
+    def __init__(self, content: Content):
+        import pyarrow
+
+        self.name, self.digest = str(content.path), content.digest
+        with reading(content.path, "Arrow"):
+            source = pyarrow.py_buffer(content.data)
+            in_file = content.data[:6] == b"ARROW1"
+            table = (pyarrow.ipc.open_file if in_file else pyarrow.ipc.open_stream)(source).read_all()
+            self.columns = tuple(table.column_names)
+            self._read = [name for name in self.columns if name in COLUMNS]
+            self._table = table.select(self._read)
+            self._length = table.num_rows
+        self._rows: tuple[int, list[Any]] = (0, [])
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Any:
+        start, rows = self._rows
+        if not self._read:
+            return {}
+        if not start <= index < start + len(rows):
+            start = index // _ROWS * _ROWS
+            with reading(self.place(index), "Arrow"):
+                rows = _rows(self._table.slice(start, _ROWS))
+            self._rows = start, rows
+        return rows[index - start]
+
+    def place(self, index: int) -> str:
+        return f"{self.name}, row {index + 1}"
+
+
+class TableRows:
+    """Rows of a `datasets.Dataset`.
+
+    Args:
+      table: The data set.
+      name: What errors call it.
+    """
+
+    def __init__(self, table: Any, name: str):
+        self._table, self.columns = table, tuple(table.column_names)
+        self.name, self.digest = name, table_digest(table)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> Any:
+        with reading(self.place(index)):
+            return _without_none(self._table[index])
+
+    def place(self, index: int) -> str:
+        return f"{self.name}, row {index + 1}"
+
+
+def table_digest(table: Any) -> str:
+    """Of a `datasets.Dataset`'s rows. Its own fingerprint depends on where it is stored as well."""
+    digest = hashlib.sha256(repr(table.column_names).encode())
+    for batch in table.with_format("arrow").iter(_ROWS):
+        for column in batch.columns:
+            digest.update(json.dumps(column.to_pylist(), default=repr).encode())
+    return digest.hexdigest()
+
+
+def saved_files(directory: Path) -> list[Path]:
+    """The Arrow files of a directory that `Dataset.save_to_disk` wrote, in the order of their rows.
+
+    Raises:
+      UserError: The directory's own list of them cannot be read.
+    """
+    state = directory / "state.json"
+    with reading(state, "the state of a saved data set"):
+        names = [str(file["filename"]) for file in json.loads(state.read_text("utf-8"))["_data_files"]]
+    if not names or any(Path(name).name != name for name in names):
+        raise UserError(f"{state}: expected the names of Arrow files in the same directory")
+    return [directory / name for name in names]
+
+
+def _rows(table: Any) -> list[Any]:
+    return [_without_none(row) for row in table.to_pylist()]
+
+
+def _without_none(value: Any) -> Any:
+    """Without what is missing: in a column every object has the keys of all others, as null."""
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value

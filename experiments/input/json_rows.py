@@ -1,0 +1,209 @@
+"""JSON files row by row: an object a line, an array of objects, or an object that holds such an array."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from experiments.errors import UserError
+from experiments.input.forms import COLUMNS
+from experiments.input.opening import Content, data_suffix
+from experiments.input.strict_json import loads
+
+_CHUNK = 1 << 24
+_SPACE = re.compile(r"[ \t\r\n]*")
+_SLACK = 16  # characters before the end of a window in which an error may be due to the end
+
+
+class JsonRows:
+    """Rows of a JSON file by number, of which only the positions are in memory.
+
+    Lines are separated by `\\n` or `\\r\\n`; blank ones and a byte order mark are skipped.
+
+    Args:
+      content: Of a `.jsonl` or `.ndjson` file (an object a line), or of a `.json` file (either form).
+      split: Which of several arrays of an object is read.
+
+    Raises:
+      UserError: The rows cannot be located.
+    """
+
+    columns: tuple[str, ...] | None = None
+    """Each row has its own."""
+
+    def __init__(self, content: Content, split: str):
+        self.name, self.digest, self._data = str(content.path), content.digest, content.data
+        begin = content.text_start()
+        self._begins, self._ends, self._lines = _lines(content.data, begin)
+        self._unit = "line"
+        if self._is_one_value(content):
+            spans = list(_Scanner(content, begin).rows(split))
+            self._begins, self._ends, self._lines = np.array(spans, np.int64).reshape(-1, 3).T
+            self._unit = "item"
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def __getitem__(self, index: int) -> Any:
+        where = self.place(index)
+        return loads(_decoded(self._data[int(self._begins[index]) : int(self._ends[index])], where), where)
+
+    def place(self, index: int) -> str:
+        line = f"line {index + 1 if self._lines is None else self._lines[index]}"
+        return f"{self.name}, {line}" if self._unit == "line" else f"{self.name}, item {index + 1} ({line})"
+
+    def _is_one_value(self, content: Content) -> bool:
+        """Whether the file is one JSON value: an array, or in a `.json` file an object that is not a line."""
+        if not len(self):
+            return False
+        if self._data[int(self._begins[0]) : int(self._begins[0]) + _SLACK].lstrip()[:1] == b"[":
+            return True
+        if data_suffix(content.path) != ".json":
+            return False
+        if len(self) == 1:
+            return True
+        try:
+            json.loads(self._data[int(self._begins[0]) : int(self._ends[0])])
+        except (ValueError, RecursionError):
+            return True
+        return False
+
+
+def _lines(data: Any, begin: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Where lines begin and end, and their numbers; None where they are 1, 2, …"""
+    if len(data) <= begin:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), None
+    view = np.frombuffer(data, np.uint8)
+    breaks = [
+        np.flatnonzero(view[start : start + _CHUNK] == ord("\n")) + start for start in range(0, len(view), _CHUNK)
+    ]
+    ends = np.concatenate([*breaks, [len(view)]]).astype(np.int64)
+    begins = np.concatenate([[begin], ends[:-1] + 1])
+    firsts = view[np.minimum(begins, len(view) - 1)]
+    blank = np.array([i for i in np.flatnonzero(firsts <= 32) if not data[begins[i] : ends[i]].strip()], np.int64)
+    if begins[-1] == len(view) and (not len(blank) or blank[-1] != len(begins) - 1):
+        blank = np.append(blank, len(begins) - 1)
+    if not len(blank):
+        return begins, ends, None
+    filled = np.delete(np.arange(len(begins)), blank)
+    return begins[filled], ends[filled], None if len(filled) and filled[-1] == len(filled) - 1 else filled + 1
+
+
+def _decoded(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 ({error.reason})") from None
+
+
+class _Scanner:
+    """Finds where the rows of one large JSON value begin and end, with a part of it in memory at a time."""
+
+    def __init__(self, content: Content, begin: int):
+        self._path, self._data = content.path, content.data
+        self._text, self._index = "", 0  # a window of the text, and the next character in it
+        self._read = begin  # bytes up to the end of the window
+        self._offset, self._line = begin, 1  # of the next character
+        self._decode = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode
+
+    def rows(self, split: str) -> Iterator[tuple[int, int, int]]:
+        """(begin, end, line) of each row: offsets in bytes, and the line where it begins."""
+        if self._peek() == "[":
+            yield from self._items()
+        else:
+            yield from self._nested(split)
+        if self._peek():
+            raise self._error("something stands behind the end of the value; a .jsonl file has an object a line")
+
+    def _items(self) -> Iterator[tuple[int, int, int]]:
+        self._advance(1)
+        while self._peek() != "]":
+            begin, line = self._offset, self._line
+            self._value()
+            yield begin, self._offset, line
+            if self._peek() == ",":
+                self._advance(1)
+            elif self._peek() != "]":
+                raise self._error("expected , or ] after an item")
+        self._advance(1)
+
+    def _nested(self, split: str) -> Iterator[tuple[int, int, int]]:
+        """The rows of the one array of objects in an object, or of the one that has the split's name."""
+        begin, line = self._offset, self._line
+        arrays, keys = {}, []
+        if self._peek() != "{":
+            raise self._error("expected an array of objects, or an object")
+        self._advance(1)
+        while self._peek() != "}":
+            key = self._value() if self._peek() == '"' else None
+            if key is None or self._peek() != ":":
+                raise self._error("expected a key and :")
+            self._advance(1)
+            keys.append(key)
+            if self._peek() == "[":
+                arrays[key] = list(self._items())
+            else:
+                self._value()
+            if self._peek() == ",":
+                self._advance(1)
+            elif self._peek() != "}":
+                raise self._error("expected , or } after a value")
+        self._advance(1)
+        if COLUMNS & set(keys):  # the object is itself a record
+            return iter([(begin, self._offset, line)])
+        of_objects = {key: rows for key, rows in arrays.items() if rows and self._data[rows[0][0]] == ord("{")}
+        if split not in of_objects and len(of_objects) != 1:
+            what = ", ".join(map(str, keys)) or "nothing"
+            raise UserError(f"{self._path}: an object with {what}; expected an array of records, or an object with one")
+        return iter(of_objects[split] if split in of_objects else next(iter(of_objects.values())))
+
+    def _peek(self) -> str:
+        """The next character that is no white space; empty at the end."""
+        while True:
+            match = _SPACE.match(self._text, self._index)
+            self._advance(match.end() - self._index if match else 0)
+            if self._index < len(self._text):
+                return self._text[self._index]
+            if not self._more():
+                return ""
+
+    def _value(self) -> Any:
+        while True:
+            try:
+                value, end = self._decode(self._text, self._index)
+            except json.JSONDecodeError as error:
+                at_end = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - _SLACK
+                if at_end and self._more():
+                    continue
+                line = self._line + self._text.count("\n", self._index, error.pos)
+                raise UserError(f"{self._path}, line {line}: not JSON ({error.msg})") from None
+            except RecursionError:
+                raise self._error("arrays or objects nested too deep") from None
+            if end < len(self._text) or not self._more():  # else more digits may follow
+                self._advance(end - self._index)
+                return value
+
+    def _advance(self, count: int) -> None:
+        passed = self._text[self._index : self._index + count]
+        self._index += count
+        self._offset += len(passed.encode())
+        self._line += passed.count("\n")
+
+    def _more(self) -> bool:
+        """Lengthens the window, by as much as it holds; False at the end of the file."""
+        end = min(self._read + max(_CHUNK, self._read - self._offset), len(self._data))
+        while end < len(self._data) and self._data[end] & 0xC0 == 0x80 and end > self._read:
+            end -= 1  # not within a character
+        if end == self._read:
+            return False
+        chunk = _decoded(self._data[self._read : end], f"{self._path}, line {self._line} or after")
+        self._text, self._index, self._read = self._text[self._index :] + chunk, 0, end
+        return True
+
+    def _error(self, what: str) -> UserError:
+        return UserError(f"{self._path}, line {self._line}: not JSON ({what}), found {self._seen()}")
+
+    def _seen(self) -> str:
+        return repr(self._text[self._index : self._index + 20]) if self._peek() else "the end of the file"

@@ -1,0 +1,98 @@
+"""JSON read strictly: what Python's reader lets pass, or fails on in other ways, is one kind of error."""
+
+import json
+import math
+import re
+from typing import Any
+
+from experiments.errors import UserError
+
+_DEEPEST = 200
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def loads(text: str, where: str) -> Any:
+    """The value of a JSON text.
+
+    Args:
+      text: One value.
+      where: Where the text comes from, for errors.
+
+    Raises:
+      UserError: It is not JSON; or, as in JSON for other programs it should not, an object has a key twice, a number is
+        NaN, infinite or thousands of digits long, arrays nest too deep, or a string is not valid Unicode.
+
+    Example:
+      >>> loads('{"a": 1, "a": 2}', "x.jsonl, line 3")
+      Traceback (most recent call last):
+        ...
+      experiments.errors.UserError: x.jsonl, line 3: the key "a" appears twice in an object
+    """
+    try:
+        value = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    except _Invalid as error:
+        raise UserError(f"{where}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{where}: arrays or objects nested more than {_DEEPEST} deep") from None
+    except ValueError:
+        raise UserError(f"{where}: a number with too many digits") from None
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise UserError(
+                f"{where}: a lone surrogate ({half}), half of a character that was cut in two; expected valid Unicode"
+            ) from None
+    level, depth = [value], 0
+    while level := [child for parent in level if isinstance(parent, dict | list) for child in _children(parent)]:
+        depth += 1
+        if depth > _DEEPEST:
+            raise UserError(f"{where}: arrays or objects nested more than {_DEEPEST} deep")
+    return value
+
+
+def kind(value: Any) -> str:
+    """What a value is, in JSON's words.
+
+    Example:
+      >>> kind([]), kind(None), kind(1.5)
+      ('an empty list', 'null', 'a number')
+    """
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    if isinstance(value, list | str) and not value:
+        return f"an empty {names[type(value)].split()[-1]}"
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+
+
+class _Invalid(Exception):
+    """Well-formed, but not a value that JSON can express unambiguously. Not a ValueError, as decoding errors are."""
+
+
+def _children(parent: dict[str, Any] | list[Any]) -> Any:
+    return parent.values() if isinstance(parent, dict) else parent
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _Invalid(f"the key {json.dumps(twice)} appears twice in an object")
+    return value
+
+
+def _constant(name: str) -> None:
+    raise _Invalid(f"the number {name}, which JSON does not have")
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise _Invalid(f"the number {digits[:20]}, which is beyond floating point")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
