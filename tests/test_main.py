@@ -421,7 +421,7 @@ def test_names_with_and_without_the_prefix(run, tmp_path, longer):
         np.testing.assert_allclose(merged[name], value, rtol=1e-6, atol=1e-6)
 
 
-def test_a_head_that_the_adapter_does_not_know_to_be_tied(run, tmp_path):
+def test_an_adapter_that_unties_the_head_of_a_sharded_checkpoint(run, tmp_path):
     case = CASES["embedding"]
     (name,) = [name for name in case.base_tensors if "embed" in name]
     base = write_base(tmp_path / "base", {"model.embed_tokens.weight": case.base_tensors[name]})
@@ -432,9 +432,21 @@ def test_a_head_that_the_adapter_does_not_know_to_be_tied(run, tmp_path):
     }
     (tmp_path / "adapter").mkdir()
     write_adapter(tmp_path / "adapter", factors, read_config(case.adapter) | {"target_modules": ["embed_tokens"]})
+    stored_index = shard(base, {"model.embed_tokens.weight": case.base_tensors[name], "model.norm.weight": np.ones(8)})
     status, out, err = run("merge", base, tmp_path / "adapter", tmp_path / "out")
     assert status == 0, err
-    assert "model.embed_tokens.weight is also the output head" in out
+    assert "untied: the adapter changes model.embed_tokens alone" in out
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    file = index["weight_map"]["model.embed_tokens.weight"]
+    assert index["weight_map"] == stored_index["weight_map"] | {"lm_head.weight": file}
+    sizes = [case.base_tensors[name].nbytes, stored_index["metadata"]["total_size"]]
+    assert index["metadata"]["total_size"] == sum(sizes)
+    tensors = read(tmp_path / "out" / file)
+    np.testing.assert_array_equal(tensors["lm_head.weight"], case.base_tensors[name])
+    np.testing.assert_allclose(tensors["model.embed_tokens.weight"], case.merged_tensors[name], atol=1e-6)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    status, out, err = run("inspect", tmp_path / "adapter", "--base", base)
+    assert status == 0 and "unties lm_head.weight from model.embed_tokens.weight" in out, err
 
 
 # convert

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,20 +24,54 @@ M = TypeVar("M", bound=nnx.Module)
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "vocab.txt")
+_ROWS = 4096  # of an embedding and its head that are compared at a time
 NOTHING = r"(?!)"
 """A pattern that matches nothing."""
 
 
-def read_config(directory: Path, name: str = "config.json") -> dict[str, Any]:
+def read_config(directory: Path, name: str = "config.json", *, untied: bool = False) -> dict[str, Any]:
     """The model's `config.json`, or another file of its directory.
 
+    As transformers does, a `tie_word_embeddings` that the weights contradict is taken for false: a head that is stored
+    and differs from the embedding is a weight of its own.
+
+    Args:
+      directory: Of the model.
+      name: Of the file.
+      untied: Whether the head is to be a weight of its own anyhow.
+
     Raises:
-      UserError: There is none, or it is not a JSON object.
+      UserError: There is none, or it is not a JSON object; or the weights cannot be read.
     """
     try:
-        return peft.read_json(directory / name)
+        content = peft.read_json(directory / name)
+        if name != "config.json":
+            return content
+        if not untied and (head := _own_head(directory, content)):
+            warnings.warn(
+                f"{directory}: tie_word_embeddings is true, and {head} differs from the embedding; it is used",
+                stacklevel=2,
+            )
+            untied = True
     except ValueError as error:
         raise UserError(str(error)) from None
+    return content | {"tie_word_embeddings": False} if untied else content
+
+
+def _own_head(directory: Path, config: Mapping[str, Any]) -> str | None:
+    """The head of a model whose config ties it, where the checkpoint has another one than the embedding."""
+    if not any((directory / file).is_file() for file in (peft.WEIGHTS, peft.INDEX)):
+        return None
+    with peft.Tensors(peft.model_files(directory)) as tensors:
+        for table, shape in tensors.items():
+            head = peft.tied_head(table, config)
+            if head not in tensors or tensors[head] != shape:
+                continue
+            for first in range(0, shape[0], _ROWS):
+                rows = (slice(first, min(first + _ROWS, shape[0])),)
+                if not np.array_equal(tensors.read(table, rows), tensors.read(head, rows)):
+                    return head
+    return None
 
 
 def load(
@@ -53,6 +88,7 @@ def load(
     seed: int = 0,
     rules: Mapping[str, Format | None] | None = None,
     example: Sequence[Any] = (),
+    copies: Mapping[str, str] | None = None,
 ) -> M:
     """A model with the weights of a checkpoint; random initial values are computed of new weights only.
 
@@ -75,6 +111,7 @@ def load(
       rules: Weights to quantise as they come, for :func:`lora_jax.quantize`. They do so layer by layer where layers are
         stacked: beside the codes no more than one layer's weight is held in floats.
       example: Arguments of a call of the model, which is traced for `rules`; shapes will do.
+      copies: Tensors that start as copies of others where the checkpoint lacks them: a head that is untied.
 
     Raises:
       UserError: Files are missing or damaged, or any tensors are missing, unexpected or of another shape:
@@ -94,8 +131,8 @@ def load(
     values: dict[str, Any] = {}
     try:
         with peft.Tensors(peft.model_files(directory)) as tensors:
-            stored = _Stored(tensors, names.prefix, spellings)
             places = {path: names.find(path, variable.get_value().shape) for path, variable in wanted.items()}
+            stored = _Stored(tensors, names.prefix, spellings, copies or {})
             new = {
                 path
                 for path, place in places.items()
@@ -184,7 +221,9 @@ def _divides_first(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> b
 class _Stored:
     """The tensors of a checkpoint under their usual names, less the prefix of a bare model's names."""
 
-    def __init__(self, tensors: peft.Tensors, prefix: str, spellings: Sequence[tuple[str, str]]):
+    def __init__(
+        self, tensors: peft.Tensors, prefix: str, spellings: Sequence[tuple[str, str]], copies: Mapping[str, str]
+    ):
         self._tensors = tensors
         self._prefix = prefix
         self._names: dict[str, str] = {}  # usual name -> name in the file
@@ -196,6 +235,9 @@ class _Stored:
             if usual in self._names:
                 raise UserError(f"{tensors.file_of(name)}: {name} and {self._names[usual]} are the same weight")
             self._names[usual] = name
+        for name, like in copies.items():
+            if (like := like.removeprefix(prefix)) in self._names:
+                self._names.setdefault(name.removeprefix(prefix), self._names[like])
         self._four_bit = four_bit_tensors(self._names)
 
     def any_of(self, place: peft.Place) -> bool:

@@ -38,7 +38,7 @@ GPT2 = Family(
     gpt2.Gpt2Config.from_json,
     lambda shape, options, rngs: gpt2.Gpt2(shape, options, rngs=rngs),
     gpt2.load,
-    lambda shape: gpt2.NAMES,
+    gpt2.names,
     gpt2.AXES,
 )
 LLAMA = Family(

@@ -7,6 +7,7 @@ References:
   <https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf>`_, 2019
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from experiments.models.config import read
 from experiments.models.decoder import Decoder
 from experiments.models.norm import LayerNorm
 from experiments.models.options import DEFAULT, Options
-from lora_jax.peft import Names, Weight
+from lora_jax.peft import LINEAR, Names, Weight
 from lora_jax.quantize import Format
 
 _SUPPORTED = {
@@ -34,7 +35,6 @@ _SUPPORTED = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
 }
 
 
@@ -49,6 +49,7 @@ class Gpt2Config:
     n_head: int
     n_inner: int = 0
     layer_norm_epsilon: float = 1e-5
+    tie_word_embeddings: bool = True
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "Gpt2Config":
@@ -113,7 +114,7 @@ class Layer(nnx.Module):
 
 
 class Gpt2(Decoder):
-    """Embeddings, layers, and a head that is the embedding of tokens once more.
+    """Embeddings, layers, and a head that is the embedding of tokens once more (unless the config unties it).
 
     Args:
       config: The shape.
@@ -131,6 +132,8 @@ class Gpt2(Decoder):
         make = functools.partial(_layer, config, options, dropout)
         self.layers = stack.build(make, config.n_layer, options, rngs)
         self.norm = LayerNorm(config.n_embd, config.layer_norm_epsilon, rngs=rngs)
+        if not config.tie_word_embeddings:
+            self.output = nnx.Linear(config.n_embd, config.vocab_size, use_bias=False, dtype=options.dtype, rngs=rngs)
 
     def embed(self, tokens_BL: jax.Array, sight: Sight) -> jax.Array:
         return self.dropout(self.token(tokens_BL) + self.position(sight.positions_BL))
@@ -140,7 +143,7 @@ class Gpt2(Decoder):
         return self.norm(x_BLD), kept
 
     def head(self, x_BLD: jax.Array) -> jax.Array:
-        return self.token.attend(x_BLD)
+        return self.token.attend(x_BLD) if self.config.tie_word_embeddings else self.output(x_BLD)
 
     def cache(self, batch: int, slots: int) -> Cache:
         self.check_length(slots)
@@ -159,13 +162,15 @@ AXES = (
     (r"feed_forward/up/kernel$", ("embed", "hidden")),
     (r"feed_forward/up/bias$", ("hidden",)),
     (r"feed_forward/down/kernel$", ("hidden", "embed")),
+    (r"^output/kernel$", ("embed", "vocab")),
 )
 """What the axes of a weight are, for :func:`experiments.training.mesh.of_weights`."""
 
 _LAYER, _HF_LAYER = "layers/{layer}", "transformer.h.{layer}"
-NAMES = Names(
+_TOKEN = Weight("token/embedding", "transformer.wte.weight", module="embedding")
+UNTIED_NAMES = Names(
     (
-        Weight("token/embedding", "transformer.wte.weight", module="embedding", tied=("lm_head.weight",)),
+        _TOKEN,
         Weight("position/embedding", "transformer.wpe.weight", module="embedding"),
         Weight(f"{_LAYER}/attention_norm/scale", f"{_HF_LAYER}.ln_1.weight"),
         Weight(f"{_LAYER}/attention_norm/bias", f"{_HF_LAYER}.ln_1.bias"),
@@ -181,10 +186,20 @@ NAMES = Names(
         Weight(f"{_LAYER}/feed_forward/down/bias", f"{_HF_LAYER}.mlp.c_proj.bias"),
         Weight("norm/scale", "transformer.ln_f.weight"),
         Weight("norm/bias", "transformer.ln_f.bias"),
+        Weight("output/kernel", "lm_head.weight", LINEAR),
     ),
     prefix="transformer.",
 )
+_TIED = dataclasses.replace(_TOKEN, tied=("lm_head.weight",))
+NAMES = dataclasses.replace(
+    UNTIED_NAMES, weights=tuple(_TIED if row is _TOKEN else row for row in UNTIED_NAMES.weights)
+)
 UNUSED = r"^h\.\d+\.attn\.(bias|masked_bias)$"  # causal masks, in old checkpoints
+
+
+def names(config: Gpt2Config) -> Names:
+    """The names of a model's weights, which depend on whether its head is its embedding."""
+    return NAMES if config.tie_word_embeddings else UNTIED_NAMES
 
 
 def load(
@@ -195,6 +210,7 @@ def load(
     dtype: Any = jnp.float32,
     sharding: checkpoint.Sharding | None = None,
     rules: Mapping[str, Format | None] | None = None,
+    untied: bool = False,
 ) -> Gpt2:
     """A GPT-2 with the weights of a checkpoint in Hugging Face layout.
 
@@ -205,18 +221,20 @@ def load(
       dtype: Of the weights; None keeps what is stored.
       sharding: See :func:`experiments.models.checkpoint.load`.
       rules: Weights to quantise as they are read; likewise.
+      untied: Whether a head that is the embedding becomes a weight of its own, with the embedding's values.
 
     Raises:
       UserError: The directory's config or weights are missing, damaged or of another architecture.
     """
-    config = Gpt2Config.from_json(checkpoint.read_config(directory))
+    config = Gpt2Config.from_json(checkpoint.read_config(directory, untied=untied))
     return checkpoint.load(
         lambda rngs: Gpt2(config, options, dropout=dropout, rngs=rngs),
-        NAMES,
+        names(config),
         directory,
         dtype=dtype,
         sharding=sharding,
         unused=UNUSED,
         rules=rules,
+        copies={"lm_head.weight": _TOKEN.name} if untied else None,
         example=(jax.ShapeDtypeStruct((1, 8), jnp.int32),),
     )

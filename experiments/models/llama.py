@@ -307,6 +307,7 @@ def load(
     dtype: Any = jnp.float32,
     sharding: checkpoint.Sharding | None = None,
     rules: Mapping[str, Format | None] | None = None,
+    untied: bool = False,
 ) -> Llama:
     """A model of the family with the weights of a checkpoint in Hugging Face layout.
 
@@ -316,12 +317,14 @@ def load(
       dtype: Of the weights; None keeps what is stored.
       sharding: See :func:`experiments.models.checkpoint.load`.
       rules: Weights to quantise as they are read; likewise.
+      untied: Whether a head that is the embedding becomes a weight of its own, with the embedding's values.
 
     Raises:
       UserError: The directory's config or weights are missing, damaged or of another architecture.
     """
-    config = LlamaConfig.from_json(checkpoint.read_config(directory))
-    return load_as(Llama, config, names(config), directory, options, dtype=dtype, sharding=sharding, rules=rules)
+    config = LlamaConfig.from_json(checkpoint.read_config(directory, untied=untied))
+    how = {"dtype": dtype, "sharding": sharding, "rules": rules, "untied": untied}
+    return load_as(Llama, config, names(config), directory, options, **how)
 
 
 def load_as(
@@ -334,6 +337,7 @@ def load_as(
     dtype: Any = jnp.float32,
     sharding: checkpoint.Sharding | None = None,
     rules: Mapping[str, Format | None] | None = None,
+    untied: bool = False,
 ) -> M:
     """What :func:`load` does, of any model of this form: `build(config, options, rngs=…)` and its names."""
     return checkpoint.load(
@@ -344,5 +348,6 @@ def load_as(
         sharding=sharding,
         unused=UNUSED,
         rules=rules,
+        copies={"lm_head.weight": _TOKEN.name} if untied else None,
         example=(jax.ShapeDtypeStruct((1, 8), jnp.int32),),
     )

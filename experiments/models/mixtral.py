@@ -118,16 +118,17 @@ def names(config: MixtralConfig) -> Names:
     return dataclasses.replace(dense, weights=(*kept, *_SPARSE))
 
 
-def load(directory: Path, options: Options = DEFAULT, **how: Any) -> Mixtral:
+def load(directory: Path, options: Options = DEFAULT, *, untied: bool = False, **how: Any) -> Mixtral:
     """A Mixtral with the weights of a checkpoint in Hugging Face layout.
 
     Args:
       directory: Holds `config.json` and safetensors.
       options: How to compute.
+      untied: Likewise.
       **how: `dtype`, `sharding` and `rules`, as for :func:`experiments.models.llama.load`.
 
     Raises:
       UserError: The directory's config or weights are missing, damaged or of another architecture.
     """
-    config = MixtralConfig.from_json(checkpoint.read_config(directory))
-    return llama.load_as(Mixtral, config, names(config), directory, options, **how)
+    config = MixtralConfig.from_json(checkpoint.read_config(directory, untied=untied))
+    return llama.load_as(Mixtral, config, names(config), directory, options, untied=untied, **how)

@@ -7,12 +7,15 @@ from rich.console import Console
 
 from lora_jax import peft
 from lora_jax.commands.outputs import check_new
-from lora_jax.commands.reading import NEEDS_NAMES, check_directory, is_native, model_type, opened
+from lora_jax.commands.reading import NEEDS_NAMES, check_directory, is_native, model_config, opened
 from lora_jax.commands.wording import few, kinds_of
 from lora_jax.files import replaced
 from lora_jax.peft import layout
 from lora_jax.peft.config import CONFIG, Config
 from lora_jax.peft.targets import TARGETS
+
+_ONE_WEIGHT = ("gguf", "mlx")
+"""Readers that apply the factors of an embedding to a head that is tied to it, too."""
 
 
 def convert(
@@ -34,7 +37,13 @@ def convert(
         if base is None:
             weights, names = layout.of_adapter(directory)
         else:
-            weights, names = layout.of_checkpoint(stack.enter_context(opened(base)), directory, model_type(base))
+            fitting = layout.of_checkpoint(stack.enter_context(opened(base)), directory, model_config(base))
+            weights, names = fitting.base, fitting.names
+            for head, (table, why) in fitting.untied.items() if target in _ONE_WEIGHT else ():
+                raise ValueError(
+                    f"{directory}: {why}, and {TARGETS[target].reader} has one weight for {table} and {head}; merge it "
+                    "into the checkpoint instead (lora-jax merge)."
+                )
         delta = peft.load(directory, weights, names)
         about = {"base_model": config.base_model_name_or_path, "task_type": config.task_type}
         with replaced(out, CONFIG, what="adapter") as fresh:

@@ -13,7 +13,7 @@ from rich.console import Console
 from lora_jax import checkpoint
 from lora_jax.adapters.lowrank import LowRank
 from lora_jax.adapters.protocol import Adapter
-from lora_jax.commands.reading import is_native, opened, read
+from lora_jax.commands.reading import fitted, is_native, opened, read
 from lora_jax.commands.wording import (
     counted,
     few,
@@ -38,11 +38,14 @@ from lora_jax.peft.tensors import (
 
 def inspect(directory: Path, base: Path | None, console: Console, progress: Console) -> None:
     """Prints what an adapter holds, and which base it fits."""
-    native, delta = is_native(directory), read(directory, base)
-    sizes = _sizes(delta, base, progress)
+    native = is_native(directory)
+    delta, untied = fitted(directory, base) if base else (read(directory), {})
+    sizes = _sizes(delta, base, {head: table for head, (table, _) in untied.items()}, progress)
     console.print(f"{directory}: {'a lora_jax' if native else 'a PEFT'} adapter of {kinds_of(delta)}")
     for line in _about_base(directory, base, native):
         console.print(line)
+    for head, (table, why) in untied.items():
+        console.print(f"unties {head} from {table}: {why}")
     console.print()
     table = table_of("weight", "shape", "adapter", "rank", "alpha", "scale", "‖ΔW‖", *(["of ‖W‖"] if base else []))
     table.add_column("trained", justify="right")
@@ -100,13 +103,23 @@ def _for_vllm(delta: Mapping[str, Adapter], rank: int) -> str:
     return f"; vLLM needs a max_lora_rank of at least {min(n for n in MAX_LORA_RANKS if n >= rank)}"
 
 
-def _sizes(delta: Mapping[str, Adapter], base: Path | None, progress: Console) -> dict[str, tuple]:
-    """Per path the norm of ΔW and, with a base, that of W; None where it takes a base to tell."""
+def _sizes(
+    delta: Mapping[str, Adapter], base: Path | None, copies: Mapping[str, str], progress: Console
+) -> dict[str, tuple]:
+    """Per path the norm of ΔW and, with a base, that of W; None where it takes a base to tell.
+
+    Args:
+      delta: Of the adapter.
+      base: The checkpoint.
+      copies: Tensors that the checkpoint does not store, with those whose values they have.
+      progress: Where a bar is drawn.
+    """
     found: dict[str, tuple[float | None, float | None]] = {}
     with contextlib.ExitStack() as stack:
         advance = stack.enter_context(progress_bar(progress, "measuring", len(delta)))
         tensors = stack.enter_context(opened(base)) if base else None
         stored = {layout.leaf_path(name): name for name in tensors} if tensors else {}
+        stored |= {layout.leaf_path(name): like for name, like in copies.items()}
         for path, node in delta.items():
             change = norm(node) if node.additive or isinstance(node, LowRank) else None
             weight = None

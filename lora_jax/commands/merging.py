@@ -1,26 +1,28 @@
 """`merge`: a checkpoint with an adapter folded in."""
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 from lora_jax import peft
-from lora_jax.adapters.lowrank import LowRank
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.commands.outputs import check_new
-from lora_jax.commands.reading import MODEL, NEEDS_NAMES, check_directory, is_native, model_config, model_type, opened
+from lora_jax.commands.reading import MODEL, NEEDS_NAMES, check_directory, is_native, model_config, opened
 from lora_jax.commands.wording import counted, few, progress_bar, shown
 from lora_jax.files import replaced
-from lora_jax.peft import layout
+from lora_jax.peft import layout, ties
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.tensors import (
     INDEX,
     WEIGHTS,
     Tensors,
     absent,
+    read_json,
     rewrite,
 )
 
@@ -33,11 +35,12 @@ def merge(base: Path, adapter: Path, out: Path, *, force: bool, console: Console
         raise ValueError(f"{adapter}: {NEEDS_NAMES.format('a merge')}")
     check_directory(base)
     check_new(out, (MODEL, (WEIGHTS, INDEX)), "checkpoint", force, apart_from=(base, adapter))
+    config = model_config(base)
     with opened(base) as tensors, replaced(out, MODEL, what="checkpoint") as fresh:
-        weights, names = layout.of_checkpoint(tensors, adapter, model_type(base))
-        delta = peft.load(adapter, weights, names)
-        tied = {weight.path for weight in names.weights if weight.tied}
-        head = _untied_by_adapter(base, tensors, {p for p, x in delta.items() if isinstance(x, LowRank)} - tied)
+        fitting = layout.of_checkpoint(tensors, adapter, config)
+        delta = peft.load(adapter, fitting.base, fitting.names)
+        ties.share_rows(delta, tensors, config)
+        tables = {head: table for head, (table, _) in fitting.untied.items()}
         copied, left_out = _others(base, tensors)
         for file in copied:
             shutil.copyfile(file, fresh / file.name)
@@ -47,7 +50,7 @@ def merge(base: Path, adapter: Path, out: Path, *, force: bool, console: Console
             path = layout.leaf_path(name)
             if path not in delta:
                 return None
-            before = tensors.read(name)
+            before = tensors.read(tables.get(name, name))
             after = merged(name, before, delta.pop(path))
             changed[path] = not np.array_equal(before, after)
             return after
@@ -55,20 +58,50 @@ def merge(base: Path, adapter: Path, out: Path, *, force: bool, console: Console
         megabytes = sum(file.stat().st_size for file in tensors.files) // 2**20
         with progress_bar(progress, "merging (MiB)", megabytes) as advance:
             for file in tensors.files:
-                rewrite(file, fresh / file.name, change, lambda size: advance(size / 2**20))
+                heads = {head: table for head, table in tables.items() if tensors.file_of(table) == file}
+                rewrite(file, fresh / file.name, change, lambda size: advance(size / 2**20), heads)
         total = len(tensors)
+        apart = _untie(fresh, tensors, config, tables, set(changed))
     console.print(f"{out}: {base} with {sum(changed.values())} of {counted(total, 'tensor')} changed")
     same = [path for path, differs in changed.items() if not differs]
     if len(same) == len(changed):
         console.print("the merge changes nothing: every ΔW is zero, or lost in rounding to the base's dtype")
     elif same:
         console.print(f"{counted(len(same), 'adapted weight')} as before: {few(shown(x, False) for x in same)}")
-    if head:
-        console.print(
-            f"{head} is also the output head (tied): merged, the adapter changes both; unmerged, the lookup only"
-        )
+    for head, (table, why) in fitting.untied.items():
+        console.print(f"untied: {why}; {table} and {head} are stored apart, with tie_word_embeddings false")
+    for line in apart:
+        console.print(line)
     if left_out:
         console.print(f"not copied: {few(left_out)}")
+
+
+def _untie(
+    directory: Path, tensors: Tensors, config: dict[str, Any], tables: dict[str, str], adapted: set[str]
+) -> list[str]:
+    """Marks a written checkpoint whose head is not its embedding any more, and lists new heads in its index.
+
+    Returns:
+      What to say of heads that the base stores, as copies of the embedding.
+    """
+    stored = [
+        (table, head)
+        for table in tensors
+        if (head := ties.tied_head(table, config)) in tensors
+        and (layout.leaf_path(table) in adapted) != (layout.leaf_path(head) in adapted)
+    ]
+    if (tables or stored) and config:
+        inner = [name for name in ("text_config",) if isinstance(config.get(name), dict)]
+        nested = {name: config[name] | {"tie_word_embeddings": False} for name in inner}
+        content = config | nested | {"tie_word_embeddings": False}
+        (directory / MODEL).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if tables and (index := directory / INDEX).is_file():
+        content = read_json(index)
+        content["weight_map"] |= {head: tensors.file_of(table).name for head, table in tables.items()}
+        if isinstance(size := content.get("metadata", {}).get("total_size"), int):
+            content["metadata"]["total_size"] = size + sum(tensors.bytes(table) for table in tables.values())
+        index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return [f"untied: {table} and {head} differ now; tie_word_embeddings is false" for table, head in stored]
 
 
 def merged(name: str, value: np.ndarray, node: Adapter) -> np.ndarray:
@@ -107,14 +140,3 @@ def _others(base: Path, tensors: Tensors) -> tuple[list[Path], list[str]]:
         elif path.is_dir() and not path.name.startswith("."):
             left_out.append(f"{path.name}/")
     return copied, left_out
-
-
-def _untied_by_adapter(base: Path, tensors: Tensors, adapted: set[str]) -> str:
-    """The adapted table that the model's head shares, and the adapter does not know of; empty where there is none."""
-    config = model_config(base)
-    kinds = [str(x) for x in config.get("architectures") or []]
-    has_head = any(x.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")) for x in kinds)
-    if not has_head or config.get("tie_word_embeddings") is False or "lm_head.weight" in tensors:
-        return ""
-    tables = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight")
-    return next((name for name in tensors if name.endswith(tables) and layout.leaf_path(name) in adapted), "")

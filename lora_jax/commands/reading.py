@@ -26,23 +26,31 @@ NEEDS_NAMES = (
 )
 
 
-def read(directory: Path, base: Path | None = None) -> dict[str, Adapter]:
+def read(directory: Path) -> dict[str, Adapter]:
     """The delta in a directory, of this library or of PEFT; PEFT's is given PyTorch's names and orientation.
 
-    Args:
-      directory: The adapter.
-      base: The checkpoint that a PEFT adapter is for, if it is to be compared with it.
+    Raises:
+      ValueError: It is neither, or is damaged.
+    """
+    if is_native(directory):
+        return checkpoint.load(directory)
+    return peft.load(directory, *layout.of_adapter(directory))
+
+
+def fitted(directory: Path, base: Path) -> tuple[dict[str, Adapter], dict[str, tuple[str, str]]]:
+    """The delta of a PEFT adapter on a checkpoint.
+
+    Returns:
+      The delta, and the heads that it unties: see :class:`lora_jax.peft.layout.Fitting`.
 
     Raises:
-      ValueError: It is neither, is damaged, or does not fit the base.
+      ValueError: It is no adapter of PEFT, is damaged, or does not fit.
     """
-    native = is_native(directory)
-    if base is None:
-        return checkpoint.load(directory) if native else peft.load(directory, *layout.of_adapter(directory))
-    if native:
+    if is_native(directory):
         raise ValueError(f"{directory}: {NEEDS_NAMES.format('its fit')}")
     with opened(base) as tensors:
-        return peft.load(directory, *layout.of_checkpoint(tensors, directory, model_type(base)))
+        fitting = layout.of_checkpoint(tensors, directory, model_config(base))
+        return peft.load(directory, fitting.base, fitting.names), fitting.untied
 
 
 def is_native(directory: Path) -> bool:
@@ -87,7 +95,3 @@ def check_directory(path: Path) -> None:
 
 def model_config(base: Path) -> dict[str, Any]:
     return read_json(base / MODEL) if (base / MODEL).is_file() else {}
-
-
-def model_type(base: Path) -> str:
-    return str(model_config(base).get("model_type") or "")

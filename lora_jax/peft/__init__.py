@@ -3,15 +3,18 @@
 from lora_jax.peft.loading import load
 from lora_jax.peft.names import CONV1D, CONV2D, CONV3D, LINEAR, SAME, Names, Place, Weight
 from lora_jax.peft.saving import save
-from lora_jax.peft.tensors import SHARD_BYTES, Tensors, model_files, read_json, write_model
+from lora_jax.peft.tensors import INDEX, SHARD_BYTES, WEIGHTS, Tensors, model_files, read_json, write_model
+from lora_jax.peft.ties import tied_head
 
 __all__ = [
     "CONV1D",
     "CONV2D",
     "CONV3D",
+    "INDEX",
     "LINEAR",
     "SAME",
     "SHARD_BYTES",
+    "WEIGHTS",
     "Names",
     "Place",
     "Tensors",
@@ -20,5 +23,6 @@ __all__ = [
     "model_files",
     "read_json",
     "save",
+    "tied_head",
     "write_model",
 ]

@@ -306,13 +306,14 @@ def _with_tied(place: Place, modules: Iterable[Module]) -> Iterator[Module]:
 
 def _rows(place: Place, node: RowReplacement) -> dict[str, tuple[list[int], np.ndarray]]:
     fit = Fit(place)
-    if len(place.tensors) > 1 or fit.axes != node.axes:
+    by_row, others = fit.rows()
+    if len(place.tensors) > 1 or tuple(IN if role == by_row else OUT for role in fit.axes) != node.axes:
         raise ValueError(f"{place.path!r}: Rows is held for a single lookup table only")
     (name,) = place.tensors
     return {
         keys.split_name(place.in_model[name])[0]: (
             np.asarray(node.ids).tolist(),
-            fit.to_tensor(np.asarray(node.rows), OUT),
+            fit.to_tensor(np.asarray(node.rows), others),
         )
     }
 

@@ -98,6 +98,10 @@ class Fit:
         axes = [*range(len(lead)), *(len(lead) + flat.index(x) for x in order)]
         return array.transpose(axes).reshape(*lead, *self.size(wanted))
 
+    def rows(self) -> tuple[str, str]:
+        """The role of the axis that PyTorch has rows along, and the other: a linear layer has a row for each output."""
+        return (IN, OUT) if self.tensor_roles[0] == IN else (OUT, IN)
+
     def lead(self) -> tuple[list[str], list[int]]:
         """The labels of the leaf's batch axes, then the block, with their sizes."""
         labels = [x for group in self.labels(BATCH) for x in group] + ([self.block] if self.block else [])

@@ -5,12 +5,12 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from lora_jax.peft import keys
+from lora_jax.peft import keys, ties
 from lora_jax.peft.config import Config
 from lora_jax.peft.keys import ADAPTER, Key
 from lora_jax.peft.names import Module, Names, Weight
@@ -66,10 +66,29 @@ def of_adapter(directory: Path) -> tuple[dict[str, Any], Names]:
                 shapes.setdefault(f"{key.module}.bias", tensors[key.key])
         for key in _copies(parsed, config):
             stored[key.name] = Stored(tensors[key.key], lambda key=key: _read(directory, key))
+        tied = _twins(parsed, kinds, config, tensors) if config.ensure_weight_tying else {}
     base = {
-        leaf_path(name): stored.get(name, jax.ShapeDtypeStruct(shape, np.float32)) for name, shape in shapes.items()
+        leaf_path(name): stored.get(name, jax.ShapeDtypeStruct(shape, np.float32))
+        for name, shape in shapes.items()
+        if (name,) not in tied.values()
     }
-    return base, _names(shapes, kinds)
+    return base, _names(shapes, kinds, tied)
+
+
+def _twins(
+    parsed: Iterable[Key], kinds: Mapping[str, Kind], config: Config, tensors: Tensors
+) -> dict[str, tuple[str, ...]]:
+    """Embeddings, and the heads that the adapter changes in the same way."""
+    by_module: dict[str, list[Key]] = collections.defaultdict(list)
+    for key in parsed:
+        by_module[key.module].append(key)
+    return {
+        table: (f"{head}.weight",)
+        for table, kind in kinds.items()
+        for head in by_module
+        if kind == "embedding" and kinds.get(f"{head}.weight") == "linear" and not re.search(r"\.\d+\.", head)
+        if not ties.parted(by_module[keys.split_name(table)[0]], by_module[head], config, tensors)
+    }
 
 
 def copies(directory: Path) -> list[str]:
@@ -83,48 +102,80 @@ def copies(directory: Path) -> list[str]:
         return [key.name for key in _copies(_parsed(tensors), config)]
 
 
-def of_checkpoint(checkpoint: Tensors, directory: Path, model_type: str = "") -> tuple[dict[str, Any], Names]:
+class Fitting(NamedTuple):
+    """A checkpoint as an adapter sees it.
+
+    Attributes:
+      base: The tensors as leaves.
+      names: Where they stand.
+      untied: Heads that the checkpoint does not store, as leaves of their own: by name, the table whose values each
+        has, and why the adapter does not leave the two one weight.
+    """
+
+    base: dict[str, Any]
+    names: Names
+    untied: dict[str, tuple[str, str]]
+
+
+def of_checkpoint(checkpoint: Tensors, directory: Path, model: Mapping[str, Any] | None = None) -> Fitting:
     """A checkpoint's tensors as leaves for an adapter.
 
     Args:
       checkpoint: Open.
       directory: The adapter's.
-      model_type: As the checkpoint's `config.json` has it; tells axes where shapes do not.
+      model: The content of the checkpoint's `config.json`: tells axes where shapes do not, and which weights are tied.
 
     Raises:
       ValueError: As :func:`of_adapter`; a weight with factors is quantised; or what a square weight's axes are
         cannot be told.
     """
-    config = Config.read(directory)
+    config, model = Config.read(directory), model or {}
+    model_type = str(model.get("model_type") or "")
     shapes = {name: checkpoint[name] for name in checkpoint}
     with adapter_tensors(directory) as tensors:
         parsed = _parsed(tensors)
         factors = _factors(tensors, parsed)
         sizes = {key: tensors[key.key] for key in parsed}
-    prefix = _prefix({keys.split_name(name)[0] for name in shapes}, {key.module for key in parsed})
-    bare = {name.removeprefix(prefix): name for name in shapes}
-    square = _Squares(config, model_type)
-    kinds: dict[str, Kind] = {}
-    order: list[str] = []
-    for (module, embedding), levels in factors.items():
-        module = module.removeprefix(prefix)
-        own = {f"{module}.{p}": shapes[bare[f"{module}.{p}"]] for p in _parameters(module, config, bare)}
-        if own:
-            found = _parameter_kinds(own, levels, config, model_type)
-            kinds |= {bare[name]: kind for name, kind in found.items()}
-            order += [bare[name] for name in found]
-        elif (name := bare.get(f"{module}.weight")) and len(levels) == 1:
-            kinds[name] = "embedding" if embedding else square.kind(name, shapes[name], *levels[0])
-        adapted = [bare[name] for name in own] or [bare.get(f"{module}.{x}") for x in ("weight", "qweight")]
-        _check_floats(checkpoint, [name for name in adapted if name])
-    kinds |= square.kinds()
-    for key in parsed:
-        if key.part == "rows" and (name := bare.get(f"{key.module.removeprefix(prefix)}.weight")):
-            kinds[name] = "embedding"
-    tied = _tied(sizes, bare, shapes, kinds, prefix)
+        prefix = _prefix({keys.split_name(name)[0] for name in shapes}, {key.module for key in parsed})
+        bare = {name.removeprefix(prefix): name for name in shapes}
+        square = _Squares(config, model_type)
+        kinds: dict[str, Kind] = {}
+        order: list[str] = []
+        for (module, embedding), levels in factors.items():
+            module = module.removeprefix(prefix)
+            own = {f"{module}.{p}": shapes[bare[f"{module}.{p}"]] for p in _parameters(module, config, bare)}
+            if own:
+                found = _parameter_kinds(own, levels, config, model_type)
+                kinds |= {bare[name]: kind for name, kind in found.items()}
+                order += [bare[name] for name in found]
+            elif (name := bare.get(f"{module}.weight")) and len(levels) == 1:
+                kinds[name] = "embedding" if embedding else square.kind(name, shapes[name], *levels[0])
+            adapted = [bare[name] for name in own] or [bare.get(f"{module}.{x}") for x in ("weight", "qweight")]
+            _check_floats(checkpoint, [name for name in adapted if name])
+        kinds |= square.kinds()
+        for key in parsed:
+            if key.part == "rows" and (name := bare.get(f"{key.module.removeprefix(prefix)}.weight")):
+                kinds[name] = "embedding"
+        by_module: dict[str, list[Key]] = collections.defaultdict(list)
+        for key in parsed:
+            by_module[key.module.removeprefix(prefix)].append(key)
+        heads = _tied(sizes, bare, shapes, kinds, prefix)
+        for name in shapes:
+            head = ties.tied_head(name, model, config.task_type)
+            if name not in heads and head is not None and head not in shapes:
+                heads |= {name: head} if {_module(name, prefix), _module(head, prefix)} & by_module.keys() else {}
+        tied, untied = {}, {}
+        for table, head in heads.items():
+            one, other = (by_module[_module(name, prefix)] for name in (table, head))
+            if why := ties.parted(one, other, config, tensors):
+                untied[head] = table, why
+                kinds[head] = "embedding" if any(key.part == "rows" for key in other) else "linear"
+            else:
+                tied[table] = (head,)
     shapes = {name: shapes[name] for name in dict.fromkeys((*order, *shapes))}
     base = {leaf_path(name): Stored(shape, lambda name=name: checkpoint.read(name)) for name, shape in shapes.items()}
-    return base, _names(shapes, kinds, tied, prefix)
+    base |= {leaf_path(head): base[leaf_path(table)] for head, (table, _) in untied.items()}
+    return Fitting(base, _names([*shapes, *untied], kinds, tied, prefix), untied)
 
 
 class Stored:
@@ -142,6 +193,11 @@ class Stored:
 def leaf_path(name: str) -> str:
     """The path of a tensor's leaf."""
     return name.replace(".", "/")
+
+
+def _module(name: str, prefix: str) -> str:
+    """The module of a tensor, without a prefix."""
+    return keys.split_name(name.removeprefix(prefix))[0]
 
 
 def _names(
@@ -321,9 +377,9 @@ def _tied(
     shapes: Mapping[str, Shape],
     kinds: Mapping[str, Kind],
     prefix: str,
-) -> dict[str, tuple[str, ...]]:
-    """Weights of the adapter that a checkpoint stores once, under the name of an embedding: tied heads."""
-    tied: dict[str, tuple[str, ...]] = {}
+) -> dict[str, str]:
+    """Weights of the adapter that a checkpoint stores once, under the name of an embedding: tied heads, by table."""
+    tied: dict[str, str] = {}
     wanted: dict[str, list[Shape]] = collections.defaultdict(list)
     for key, shape in sizes.items():
         name = f"{key.module.removeprefix(prefix)}.weight"
@@ -340,7 +396,7 @@ def _tied(
         candidates = [table for shape in fitting for table in tables[shape]]
         chosen = [x for x in candidates if kinds.get(x) == "embedding"] or candidates
         if len(chosen) == 1 and not re.search(r"\.\d+\.", name):
-            tied[chosen[0]] = (*tied.get(chosen[0], ()), prefix + name)
+            tied[chosen[0]] = name
     return tied
 
 

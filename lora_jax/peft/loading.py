@@ -15,7 +15,7 @@ from lora_jax.adapters.full import Replacement, RowReplacement
 from lora_jax.adapters.offset import Addition
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
 from lora_jax.leaves import is_abstract
-from lora_jax.peft import keys
+from lora_jax.peft import keys, ties
 from lora_jax.peft.config import CONFIG, Config
 from lora_jax.peft.factors import Fit
 from lora_jax.peft.keys import Key
@@ -106,27 +106,23 @@ class _Loader:
     def delta(self) -> dict[str, Adapter]:
         """The delta; meaningless where there are problems."""
         modules, values, rows = self.sorted_keys()
+        apart = self.check_tied([*(k for m in modules.values() for k in m.parts.values()), *values, *rows])
         delta: dict[str, Adapter] = {}
         by_leaf: dict[str, dict[tuple[int, ...], Module]] = collections.defaultdict(dict)
         for module in modules.values():
-            if module.name in self.tied:
-                self.check_tied(module, modules.get(self.tied[module.name]))
-                continue
-            if module.name in self.tied.values() and not any(self.tied.get(name) == module.name for name in modules):
-                other = next(name for name, primary in self.tied.items() if primary == module.name)
-                self.problems.append(
-                    f"tied: the adapter changes {module.name} alone, which is one weight with {other} in the base"
-                )
-            place, index = self.where[module.name]
-            by_leaf[place.path][index] = module
+            if module.name not in self.tied:
+                place, index = self.where[module.name]
+                by_leaf[place.path][index] = module
         for path, found in by_leaf.items():
             with self.collecting():
                 delta[path] = low_rank(
                     self.stored, self.where[next(iter(found.values())).name][0], found, self.leaves[path]
                 )
         self.add(delta, self.offsets(modules))
-        self.add(delta, self.replacements(values, modules))
+        self.add(delta, self.replacements([key for key in values if self.in_file(key.name) not in apart], modules))
         for key in rows:
+            if (name := self.in_file(f"{key.module}.weight")) in apart or name in self.tied:
+                continue
             with self.collecting():
                 self.add(delta, self.rows(key))
         self.check_expected(modules, values, rows)
@@ -187,24 +183,21 @@ class _Loader:
                 return Module(name, key.module)
         return None
 
-    def check_tied(self, module: Module, partner: Module | None) -> None:
-        """A tied weight's factors must be the same in both of its uses, or they are not one weight any more."""
-        if partner is None:
-            self.problems.append(
-                f"tied: the adapter changes {module.name} alone, which is one weight with {self.tied[module.name]} in "
-                "the base"
-            )
-            return
-        pairs = (("a", "b"), ("b", "a"))
-        if not all(one in module.parts and two in partner.parts for one, two in pairs):
-            return  # what is missing is said elsewhere
-        for one, two in pairs:
-            value, other = (self.tensors.read(m.parts[p].key) for m, p in ((module, one), (partner, two)))
-            if value.shape != other.T.shape or (value != other.T).any():
+    def check_tied(self, found: Sequence[Key]) -> set[str]:
+        """The weights that are one leaf here, and that the adapter makes two of; each pair is a problem."""
+        by_module = collections.defaultdict(list)
+        for key in found:
+            by_module[self.in_file(f"{key.module}.weight")].append(key)
+        apart: set[str] = set()
+        for other, primary in self.tied.items():
+            if why := ties.parted(by_module[primary], by_module[other], self.config, self.tensors):
+                apart |= {primary, other}
                 self.problems.append(
-                    f"tied: {module.parts[one].key} is not the transpose of {partner.parts[two].key}, and the base has "
-                    "one weight for both"
+                    f"tied: {why}, so that PEFT's model has two weights; {self.in_model[primary]} and {other} are one "
+                    f"leaf of this base: load the model untied, with a leaf and a row of names for {other}, or merge "
+                    "the adapter into the checkpoint (lora-jax merge)"
                 )
+        return apart
 
     def offsets(self, modules: Mapping[str, Module]) -> dict[str, Adapter]:
         """The biases on B, as offsets of the layers' own biases."""
@@ -258,15 +251,7 @@ class _Loader:
                         continue
                     if primary in modules:
                         raise ValueError(f"cannot be held: {key.key} differs from the base's, and has factors too")
-                if name != primary and not self.same_as_tied(key, primary, values):
-                    raise ValueError(f"tied: {key.key} is trained apart from {primary}, one weight in the base")
                 given.setdefault(primary, key)
-        stored = {self.in_file(key.name) for key in values}
-        for other, primary in self.tied.items():
-            if primary in given and other not in stored and not self.config.ensure_weight_tying:
-                self.problems.append(
-                    f"tied: {given[primary].key} is trained apart from {other}, one weight in the base"
-                )
         delta: dict[str, Adapter] = {}
         for path, place in {self.where[name][0].path: self.where[name][0] for name in given}.items():
             with self.collecting():
@@ -297,10 +282,6 @@ class _Loader:
         stored = {at: tensor for tensor, at in place.tensors.items()}[index]
         return bool((place.split(self.value(place.path))[stored].astype(value.dtype) == value).all())
 
-    def same_as_tied(self, key: Key, primary: str, values: Sequence[Key]) -> bool:
-        partner = next((other for other in values if self.bare(other.name) == primary), None)
-        return partner is not None and bool((self.tensors.read(key.key) == self.tensors.read(partner.key)).all())
-
     def rows(self, key: Key) -> dict[str, Adapter]:
         """Trainable tokens."""
         name = self.in_file(f"{key.module}.weight")
@@ -311,19 +292,19 @@ class _Loader:
             raise ValueError(f"unused: {key.key}, since {CONFIG} has no trainable_token_indices for it")
         place, _ = self.where[name]
         fit = Fit(place)
-        if len(place.tensors) > 1 or fit.axes.count(IN) != 1 or BATCH in fit.axes:
+        by_row, others = fit.rows()
+        if len(place.tensors) > 1 or fit.axes.count(by_row) != 1 or BATCH in fit.axes:
             raise ValueError(f"cannot be held: {key.key} on {place.path!r}, which is no single table")
-        count = fit.size(fit.labels(IN))[0]
+        count = fit.size(fit.labels(by_row))[0]
         if len(set(ids)) < len(ids) or not all(0 <= i < count for i in ids):
             raise ValueError(
                 f"{CONFIG}: trainable_token_indices {list(ids)} of {key.module}: expected different rows of a table of "
                 f"{count}"
             )
-        rows = fit.to_leaf(self.stored.read(key, (len(ids), *fit.size(fit.tensor_labels(OUT)))), OUT)
+        rows = fit.to_leaf(self.stored.read(key, (len(ids), *fit.size(fit.tensor_labels(others)))), others)
+        axes = tuple(IN if role == by_row else OUT for role in fit.axes)
         return {
-            place.path: RowReplacement(
-                rows=jnp.asarray(rows), ids=jnp.asarray(ids, jnp.int32), count=count, axes=fit.axes
-            )
+            place.path: RowReplacement(rows=jnp.asarray(rows), ids=jnp.asarray(ids, jnp.int32), count=count, axes=axes)
         }
 
     def check_expected(self, modules: Mapping[str, Module], values: Sequence[Key], rows: Sequence[Key]) -> None:

@@ -81,6 +81,13 @@ def _refuses_for_vllm(exported: Exported) -> list[str]:
     return problems
 
 
+def _refuses_for_gguf(exported: Exported) -> list[str]:
+    """llama.cpp looks the factors of a tied head up under the embedding's name, and has them the other way round."""
+    problems = _refuses_but("llama.cpp", ("linear", "conv1d", "embedding"))(exported)
+    tied = [module.label for module in exported.modules if module.tied]
+    return problems + [f"{label}: llama.cpp takes no factors of a head that is the embedding (tied)" for label in tied]
+
+
 def _refuses_for_mlx(exported: Exported) -> list[str]:
     problems = _refuses_but("mlx-lm", ("linear", "conv1d", "embedding"), dora=True)(exported)
     return problems + _refuses_for_peft(exported)
@@ -120,9 +127,9 @@ def _write_gguf(directory: Path, exported: Exported, base_model: str | None, tas
 
 
 def _write_mlx(directory: Path, exported: Exported, base_model: str | None, task_type: str | None) -> None:
-    """Files of its own: factors the other way round, one raw scale and one rank."""
+    """Files of its own: factors the other way round, one raw scale and one rank; an embedding's serve a tied head."""
     del task_type  # it has none
-    modules = _one_scale(exported.modules)
+    modules = _one_scale([module for module in exported.modules if not module.tied])
     rank = max(module.rank for module in modules)
     tensors = {}
     for module in modules:
@@ -152,12 +159,8 @@ def _write_mlx(directory: Path, exported: Exported, base_model: str | None, task
 TARGETS = {
     "peft": Target("PEFT", _refuses_for_peft, _write_peft),
     "vllm": Target("vLLM", _refuses_for_vllm, _write_vllm),
-    "gguf": Target("llama.cpp (gguf)", _refuses_but("llama.cpp", ("linear", "conv1d", "embedding")), _write_gguf),
-    "mlx": Target(
-        "mlx-lm",
-        _refuses_for_mlx,
-        _write_mlx,
-    ),
+    "gguf": Target("llama.cpp (gguf)", _refuses_for_gguf, _write_gguf),
+    "mlx": Target("mlx-lm", _refuses_for_mlx, _write_mlx),
 }
 
 

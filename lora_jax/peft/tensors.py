@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -96,8 +97,17 @@ class Tensors(Mapping[str, tuple[int, ...]]):
         """The dtype of a tensor as safetensors spells it ('F32', 'BF16')."""
         return self._slice(name).get_dtype()
 
+    def bytes(self, name: str) -> int:
+        """The size of a tensor in its file."""
+        return math.prod(self[name]) * _bits(self.dtype(name)) // 8
+
     def _slice(self, name: str) -> Any:
         return self._where[name][1].get_slice(name)
+
+
+def _bits(dtype: str) -> int:
+    """The size of a number, from the dtype's name as safetensors spells it ('BF16', 'F8_E4M3')."""
+    return 8 if dtype == "BOOL" else int(re.sub(r"_.*|[A-Z]", "", dtype))
 
 
 def model_files(directory: str | os.PathLike) -> list[Path]:
@@ -179,6 +189,7 @@ def rewrite(
     target: Path,
     change: Callable[[str], np.ndarray | None],
     advance: Callable[[int], None] = lambda size: None,
+    added: Mapping[str, str] | None = None,
 ) -> None:
     """Copies a safetensors file, tensor by tensor, with the values of some of them changed.
 
@@ -189,6 +200,7 @@ def rewrite(
       target: The new file.
       change: The new value of a tensor, of its shape and dtype; None to leave it.
       advance: Called with the number of bytes that have been written since the last call.
+      added: New tensors behind the others, by name; each starts as a copy of the one that is named with it.
 
     Raises:
       OSError: A file cannot be read or written.
@@ -197,10 +209,16 @@ def rewrite(
         header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
         start = old.tell()
         metadata = {"format": "pt", **header.pop("__metadata__", {})}
+        copies = sorted(((name, name, entry) for name, entry in header.items()), key=lambda x: x[2]["data_offsets"])
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        for name, like in (added or {}).items():
+            first, last = header[like]["data_offsets"]
+            copies.append((name, like, header[like]))
+            header[name] = header[like] | {"data_offsets": [end, end := end + last - first]}
         content = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":"), ensure_ascii=False).encode()
         content += b" " * (-len(content) % 8)
         new.write(len(content).to_bytes(8, "little") + content)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        for name, source_name, entry in copies:
             begin, end = entry["data_offsets"]
             value = change(name)
             if value is not None:
@@ -214,7 +232,7 @@ def rewrite(
             while begin < end:
                 data = old.read(min(_CHUNK, end - begin))
                 if not data:
-                    raise OSError(f"{source}: ended while {name!r} was read.")
+                    raise OSError(f"{source}: ended while {source_name!r} was read.")
                 new.write(data)
                 advance(len(data))
                 begin += len(data)

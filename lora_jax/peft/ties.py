@@ -1,0 +1,111 @@
+"""Weights that PyTorch ties: an embedding that is its model's output head too.
+
+What an adapter does to the two is read from its tensors. PEFT keeps the weights tied where both modules are changed
+alike; where one is changed alone, or both differently, its model has two weights from then on.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lora_jax.adapters.full import RowReplacement
+from lora_jax.adapters.protocol import Adapter
+from lora_jax.peft import keys
+from lora_jax.peft.config import Config
+from lora_jax.peft.keys import Key
+from lora_jax.peft.tensors import Tensors
+
+_TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
+_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")
+_TASKS_WITH_HEAD = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+_MASKED_HEADS = {
+    "distilbert": "vocab_projector.weight",
+    "electra": "generator_lm_head.weight",
+    **dict.fromkeys(("camembert", "roberta", "xlm-roberta"), "lm_head.decoder.weight"),
+}
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` ties the head to the embedding, where the checkpoint has no head of its own."""
+    inner = config.get("text_config")
+    stated = config.get("tie_word_embeddings")
+    if stated is None and isinstance(inner, Mapping):
+        stated = inner.get("tie_word_embeddings")
+    return stated is not False
+
+
+def tied_head(table: str, config: Mapping[str, Any], task: str | None = None) -> str | None:
+    """The name of the head that a table also is, in a checkpoint that does not store it.
+
+    Args:
+      table: The name of an embedding's tensor.
+      config: The content of the checkpoint's `config.json`.
+      task: The adapter's `task_type`, which tells where the config names no architecture.
+
+    Returns:
+      None where the table is no such embedding, or the model has no head.
+    """
+    if not table.endswith(_TABLES) or not is_tied(config):
+        return None
+    classes = [str(name) for name in config.get("architectures") or ()]
+    if not any(name.endswith(_WITH_HEAD) for name in classes) and (classes or task not in _TASKS_WITH_HEAD):
+        return None
+    if any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in classes):
+        return _MASKED_HEADS.get(str(config.get("model_type")), "cls.predictions.decoder.weight")
+    outer = re.match(r"(language_model\.)", table)
+    return f"{outer[1] if outer else ''}lm_head.weight"
+
+
+def parted(table: Iterable[Key], head: Iterable[Key], config: Config, tensors: Tensors) -> str:
+    """What makes the two modules of a tied weight different ones; empty where they stay one weight.
+
+    Args:
+      table: The adapter's keys of the embedding's module.
+      head: Those of the head's.
+      config: The adapter's.
+      tensors: Its tensors, open.
+    """
+    one, other = ({key.part: key for key in found} for found in (table, head))
+    values = [parts["value"] for parts in (one, other) if "value" in parts]
+    saved = any(keys.inside(key.module, entry) for key in values for entry in config.modules_to_save)
+    for parts in (one, other):
+        if not saved or "a" in parts or "b" in parts:
+            parts.pop("value", None)  # beside factors, or named by nothing: PEFT's copy of the base's weight
+    names = [next((key.module for key in found.values()), "") for found in (one, other)]
+    if not one and not other:
+        return ""
+    if set(one) == {"rows"} and not other:
+        return ""  # PEFT shares the rows between the two
+    if not one or not other:
+        changed = names[0] or names[1]
+        return f"the adapter changes {changed} alone"
+    if set(one) != set(other):
+        return f"the adapter changes {names[0]} and {names[1]} in different ways"
+    for part, twin in (("a", "b"), ("b", "a"), ("value", "value"), ("rows", "rows")):
+        if part not in one:
+            continue
+        first, second = tensors.read(one[part].key), tensors.read(other[twin].key)
+        if part in ("a", "b"):
+            second = second.T
+        if first.shape != second.shape or (first != second).any():
+            how = "the transpose of" if part in ("a", "b") else "equal to"
+            return f"{one[part].key} is not {how} {other[twin].key}"
+    if "a" in one and config.scale(names[0]) != config.scale(names[1]):
+        return f"the scales of {names[0]} and {names[1]} differ"
+    return ""
+
+
+def share_rows(delta: dict[str, Adapter], checkpoint: Tensors, config: Mapping[str, Any]) -> None:
+    """Gives a head that the checkpoint stores as a copy of its embedding the rows that the adapter trains of it.
+
+    transformers ties the two where they are equal, and PEFT shares trained rows between tied modules.
+    """
+    for table in list(checkpoint):
+        path, head = table.replace(".", "/"), tied_head(table, config)
+        node = delta.get(path)
+        if not isinstance(node, RowReplacement) or head is None or head not in checkpoint:
+            continue
+        if head.replace(".", "/") not in delta and np.array_equal(checkpoint.read(table), checkpoint.read(head)):
+            delta[head.replace(".", "/")] = node
