@@ -22,9 +22,9 @@ from experiments.ahead import fitting, report, topology
 from experiments.ahead.analysis import Analysis, DoesNotFit, analyse
 from experiments.ahead.model import step_flops
 from experiments.ahead.topology import Topology
+from experiments.command_line import find_config
 from experiments.errors import UserError
 from experiments.models import location, shapes
-from experiments.run import find_config
 from experiments.studies.sft import program
 from experiments.studies.sft.config import Config
 

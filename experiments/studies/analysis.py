@@ -20,6 +20,7 @@ from experiments.studies.analysis_runs import Run, trained
 from experiments.studies.head import Start
 from experiments.studies.methods import Method
 from experiments.studies.problem import HEAD, Problem, load
+from experiments.training import processes
 from lora_jax import analysis
 
 PARTS = ("query", "value")
@@ -52,7 +53,7 @@ def run(config: Config) -> Findings:
     Raises:
       UserError: The model or the data are missing or malformed, or have no such layer or rank.
     """
-    console = Console()
+    console = processes.console()
     judged = config.validation_examples
     limits = {"train": config.train_examples, "validation": judged, "test": judged}
     problem = load(config.model, config.data, limits, config.lengths, report=console.print)

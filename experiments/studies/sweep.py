@@ -21,6 +21,7 @@ from experiments.studies.head import Start
 from experiments.studies.methods import loss_function
 from experiments.studies.problem import HEAD, Problem, accuracy, answers, load
 from experiments.training import mesh as meshes
+from experiments.training import processes
 from experiments.training.loop import Run, passes, train
 from experiments.training.mesh import MeshSizes
 from experiments.training.optimizer import adam
@@ -59,7 +60,7 @@ def run(config: Config) -> Sweep:
     Raises:
       UserError: The model or the data are missing or malformed, a rank is above the weights', or all diverged.
     """
-    console = Console()
+    console = processes.console()
     limits = {
         "train": config.train_examples,
         "validation": config.validation_examples,

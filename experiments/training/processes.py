@@ -89,9 +89,14 @@ def check_shared(directory: Path) -> None:
         )
 
 
+class _Output(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would end the process without a word
+
+
 def console() -> Console:
-    """Where the first process prints; that of another one is silent."""
-    return Console(quiet=not is_first())
+    """Where the first process prints; that of another one is silent. A closed output raises BrokenPipeError."""
+    return _Output(quiet=not is_first())
 
 
 @contextmanager

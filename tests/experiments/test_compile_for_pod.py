@@ -17,9 +17,9 @@ from experiments.ahead.model import multiplied, step_flops
 from experiments.ahead.roofline import links, roofline
 from experiments.ahead.topology import Topology
 from experiments.ahead.traffic import Traffic
+from experiments.command_line import config_names
 from experiments.errors import UserError
 from experiments.models import shapes
-from experiments.run import config_names
 from experiments.studies.sft import program
 from experiments.studies.sft.config import BatchSizes, Config
 from experiments.training import mesh as meshes

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from experiments import run
+from experiments import command_line, run
 from experiments.configs import quickstart
 from experiments.errors import UserError
 from experiments.reports.results import Result
@@ -32,7 +32,7 @@ def test_help_lists_the_configs(capsys):
 
 
 def test_dashes_and_underscores_name_the_same_config():
-    assert run.find_config("llama-tiny") is run.find_config("llama_tiny")
+    assert command_line.find_config("llama-tiny") is command_line.find_config("llama_tiny")
 
 
 def test_help_of_a_config_documents_every_field(capsys, monkeypatch):

@@ -21,6 +21,7 @@ from experiments.studies import provenance
 from experiments.studies.language_model import exchange, samples, training
 from experiments.studies.language_model.config import Config
 from experiments.studies.language_model.problem import Problem, load
+from experiments.training import processes
 
 _WAYS = {"base": "the base", "frequencies": "the frequency of each token alone", "adapted": "base and adapter"}
 _LINE = 68  # characters of a text that is shown
@@ -71,7 +72,7 @@ def run(config: Config) -> Report:
     Raises:
       UserError: The model or the data are missing or malformed.
     """
-    console = Console()
+    console = processes.console()
     problem = load(config, report=lambda line: console.print(line, highlight=False, soft_wrap=True))
     directory = provenance.directory(config.out, f"seed{config.seed}", _settings(config, problem), fresh=config.fresh)
     stored = directory / "result.json"
