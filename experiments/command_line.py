@@ -9,9 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 import jax
-import tyro
 
-from experiments import configs, pods, startup
+from experiments import configs, flags, pods, startup
 from experiments.errors import Preempted, UserError
 from experiments.training import processes
 from experiments.training.interrupt import terminable
@@ -31,14 +30,14 @@ def main(args: Sequence[str] | None = None) -> int:
       The exit status: 0, 2 for what the user can put right, 75 when told to end (SIGTERM), 130 when interrupted, 76
       where another process of the run has ended.
     """
-    name, *flags = list(sys.argv[1:] if args is None else args) or ["--help"]
+    name, *rest = list(sys.argv[1:] if args is None else args) or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
         return 0
     status, joined = 0, False
     try:
         module = find_config(name)
-        config = tyro.cli(type(module.DEFAULTS), default=module.DEFAULTS, prog=f"{_PROGRAM} {name}", args=flags)
+        config = flags.parse(module.DEFAULTS, f"{_PROGRAM} {name}", rest)
         keep_compiled()
         joined = getattr(config, "distributed", False)
         with processes.joined() if joined else terminable():
@@ -49,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> int:
         raise  # the standard output is the caller's
     except OSError as error:  # a full disk, a directory that may not be written
         status = _told(2, f"error: {error.filename or 'input or output'}: {error.strerror or error}")
-    except SystemExit as stop:  # tyro's: --help, or flags that do not parse
+    except SystemExit as stop:  # --help, or flags that do not parse
         return stop.code if isinstance(stop.code, int) else 2
     except Preempted as error:
         status = _told(startup.PREEMPTED, f"preempted {error}; the same command resumes")

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 
+from experiments import flags
 from experiments.ahead import fitting, report, topology
 from experiments.ahead.analysis import Analysis, DoesNotFit, analyse
 from experiments.ahead.model import step_flops
@@ -40,11 +40,11 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
       The exit status: 0 where the step fits, 1 where it does not, 2 for what the user can put right.
     """
-    own, flags = _parser().parse_known_args(args)
+    own, overrides = _parser().parse_known_args(args)
     console = Console(highlight=False, soft_wrap=True)
     try:
         _check_file(own.json)  # before the minutes that compiling takes
-        config = config_of(own.config, flags)
+        config = config_of(own.config, overrides)
         _check_model(config.model)
         slice_ = topology.describe(own.topology)
         analysis = compiled(config, slice_)
@@ -91,7 +91,7 @@ def compiled(config: Config, slice_: Topology) -> Analysis:
     return analysis
 
 
-def config_of(name: str, flags: Sequence[str]) -> Config:
+def config_of(name: str, overrides: Sequence[str]) -> Config:
     """A config with flags of its own.
 
     Raises:
@@ -101,7 +101,7 @@ def config_of(name: str, flags: Sequence[str]) -> Config:
     if not isinstance(module.DEFAULTS, Config):
         raise UserError(f"{name} has no step for a pod; configs of supervised fine-tuning have, such as sft")
     try:
-        return tyro.cli(type(module.DEFAULTS), default=module.DEFAULTS, prog=f"{_PROGRAM} {name}", args=list(flags))
+        return flags.parse(module.DEFAULTS, f"{_PROGRAM} {name}", overrides)
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -17,10 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 import lora_jax as lora
-from experiments import settings
+from experiments import flags, settings
 from experiments.errors import UserError
 from experiments.studies.problem import Problem, answers, load
 from lora_jax import paths
@@ -113,4 +112,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(main(flags.parse(Config(), "python -m experiments.benchmarks.formats", description=__doc__)))

@@ -24,10 +24,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
 import lora_jax as lora
-from experiments import settings
+from experiments import flags, settings
 from experiments.benchmarks import gpt2_step_model as model
 from experiments.benchmarks.step import rotations
 from experiments.configs import quickstart
@@ -240,4 +239,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(main(flags.parse(Config(), "python -m experiments.benchmarks.many", description=__doc__)))

@@ -34,10 +34,9 @@ from collections.abc import Callable, Generator, Mapping
 from typing import Any, Literal
 
 import jax
-import tyro
 from jax.experimental import topologies
 
-from experiments import settings
+from experiments import flags, settings
 from experiments.benchmarks.memory_arithmetic import Problem
 from experiments.benchmarks.memory_process import Figures, analysed, apart
 from experiments.benchmarks.memory_shapes import SIZES, SMALL, Shape
@@ -302,4 +301,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(main(flags.parse(Config(), "python -m experiments.benchmarks.memory", description=__doc__)))

@@ -23,8 +23,8 @@ from typing import Any
 
 import jax
 import optax
-import tyro
 
+from experiments import flags
 from experiments.benchmarks import gpt2_step_model as model
 from experiments.benchmarks import step_variants
 
@@ -209,4 +209,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(main(flags.parse(Config(), "python -m experiments.benchmarks.step", description=__doc__)))

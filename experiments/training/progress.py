@@ -34,12 +34,13 @@ class Bar:
 @contextmanager
 def bar(console: Console, name: str, examples: int) -> Iterator[Bar]:
     """A bar that is drawn while the `with` block runs."""
-    columns = (TextColumn("{task.description:16}"), BarColumn(), TextColumn("{task.fields[note]:>26}"))
-    columns = (*columns, _Speed(), TextColumn("ETA"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    # 80 columns in all; a longer name or note takes from the bar.
+    columns = (TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.fields[note]}"))
+    columns = (*columns, _Speed(), TextColumn("ETA"), TimeRemainingColumn(compact=True))
+    with Progress(*columns, console=console, expand=True, disable=not console.is_terminal) as progress:
         yield Bar(progress, name, examples)
 
 
 class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:6,.0f} examples/s" if task.speed else "     – examples/s")
+        return Text(f"{task.speed:5,.0f} ex/s" if task.speed else "    – ex/s")

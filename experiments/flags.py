@@ -1,0 +1,63 @@
+"""Flags of a command from a dataclass, by tyro: its docstrings are the help, and usage lines have no paths."""
+
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar
+
+import docstring_parser
+import tyro
+
+C = TypeVar("C")
+
+
+def parse(defaults: C, program: str, args: Sequence[str] | None = None, description: str | None = None) -> C:
+    """A config with what the command line says in place of its defaults.
+
+    Args:
+      defaults: A dataclass; each of its fields has a docstring.
+      program: How the command is called, for the usage line.
+      args: In place of `sys.argv[1:]`.
+      description: What the help begins with; None takes the docstring of the dataclass.
+
+    Raises:
+      SystemExit: After --help (0), or where the flags do not parse (2).
+    """
+    kind = type(defaults)
+    _document(kind)
+    about = reflowed(inspect.cleandoc(description or kind.__doc__ or ""))
+    return tyro.cli(kind, default=defaults, prog=program, args=args, description=about)
+
+
+def reflowed(text: str) -> str:
+    """Text with a line for each paragraph; indented lines, such as a table's, stay as they are.
+
+    Example:
+      >>> reflowed("A sentence that\\ngoes on.\\n\\n  a  table\\n")
+      'A sentence that goes on.\\n\\n  a  table'
+    """
+    paragraphs = re.split(r"\n\s*\n", text.strip("\n"))
+    return "\n\n".join(
+        part.rstrip() if part.startswith(" ") else " ".join(part.split()) for part in paragraphs if part.strip()
+    )
+
+
+def _document(kind: type) -> None:
+    """Gives tyro the help of each field, of nested dataclasses too: it would keep the line breaks of the source."""
+    hints = typing.get_type_hints(kind)
+    for base in kind.__mro__:
+        if not dataclasses.is_dataclass(base):
+            continue
+        texts = {entry.arg_name: entry.description for entry in docstring_parser.parse_from_object(base).params}
+        for name, annotation in inspect.get_annotations(base).items():
+            text = texts.get(name)
+            if text is not None and not _has_help(annotation):
+                base.__annotations__[name] = Annotated[annotation, tyro.conf.arg(help=reflowed(inspect.cleandoc(text)))]
+            if dataclasses.is_dataclass(nested := hints.get(name)):
+                _document(typing.cast(type, nested))
+
+
+def _has_help(annotation: Any) -> bool:
+    return any(getattr(extra, "help", None) for extra in getattr(annotation, "__metadata__", ()))
