@@ -1,5 +1,6 @@
 """One training step as a pure function, which train_step compiles and train_many maps over members."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -8,81 +9,153 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lora_jax import paths
 from lora_jax.adapters.factored import compute_dtype
+from lora_jax.leaves import is_array
 from lora_jax.optim import join, partition
+from lora_jax.optim.extra import step_arguments, update_with
 
 
-def update_of(loss_fn: Callable, accumulate: int, axis: str | None = None) -> Callable:
+def update_of(
+    loss_fn: Callable,
+    accumulate: int,
+    axis: str | None = None,
+    *,
+    has_aux: bool = False,
+    skip_nonfinite: bool = False,
+) -> Callable:
     """Makes the step of a loss function.
 
     Args:
       loss_fn: As for :func:`lora_jax.train_step`.
       accumulate: Likewise.
       axis: The mapped axis over whose devices gradients are summed, or None.
+      has_aux: As for :func:`lora_jax.train_step`.
+      skip_nonfinite: Likewise.
 
     Returns:
-      `update(tx, base, moving, batch) -> (moving, metrics)`; `moving` is the delta, the optimizer state, the number
-      of steps done and the key.
+      `update(tx, base, carry, batch) -> (carry, metrics, aux)`; `carry` is the delta, the optimizer state, the
+      number of steps done and the key.
     """
-    if not isinstance(accumulate, int) or accumulate < 1:
+    if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
         raise ValueError(f"accumulate={accumulate!r}: the number of microbatches is a positive integer.")
 
     def sums(base, train, frozen, batch, key):
-        """The gradient of the loss sum, the loss sum and the weight of one microbatch."""
+        """Of one microbatch: its gradient, loss sum, weight and whether the weight is invalid; and its aux."""
 
         def summed(train):
-            out = loss_fn(base, join(train, frozen), batch, key)
-            if isinstance(out, tuple) and len(out) != 2:
-                raise ValueError(f"loss_fn returned {len(out)} values; expected a loss, or (loss_sum, weight).")
-            total, weight = out if isinstance(out, tuple) else (out, 1.0)
-            if not all(isinstance(value, jax.Array | np.ndarray | float | int) for value in (total, weight)):
-                raise ValueError(
-                    f"loss_fn returned {type(total).__name__} and {type(weight).__name__}; expected scalars."
-                )
-            for name, value in (("loss", total), ("weight", weight)):
-                if jnp.shape(value) != ():
-                    raise ValueError(f"loss_fn returned a {name} of shape {jnp.shape(value)}; expected a scalar.")
-            return jnp.asarray(total, jnp.float32), jnp.asarray(weight, jnp.float32)
+            total, weight, aux = check_loss(loss_fn, loss_fn(base, join(train, frozen), batch, key), has_aux)
+            return jnp.asarray(total, jnp.float32), (jnp.asarray(weight, jnp.float32), aux)
 
-        (total, weight), gradients = jax.value_and_grad(summed, has_aux=True)(train)
-        return jax.tree.map(lambda g: g.astype(compute_dtype(g.dtype)), gradients), total, weight
+        (total, (weight, aux)), gradients = jax.value_and_grad(summed, has_aux=True)(train)
+        gradients = jax.tree.map(lambda g: g.astype(compute_dtype(g.dtype)), gradients)
+        invalid = (~(jnp.isfinite(weight) & (weight >= 0))).astype(jnp.int32)
+        return (gradients, total, weight, invalid), aux
 
-    def update(tx, base, moving, batch):
-        delta, opt_state, number, key = moving
+    def update(tx, base, carry, batch):
+        delta, opt_state, number, key = carry
         train, frozen = partition(delta)
         key, use = jax.random.split(key)
         if axis is not None:
             use = jax.random.fold_in(use, jax.lax.axis_index(axis))
         if accumulate == 1:
-            totals = sums(base, train, frozen, batch, use)
+            totals, aux = sums(base, train, frozen, batch, use)
         else:
 
             def add(totals, inputs):
                 index, part = inputs
-                more = sums(base, train, frozen, part, jax.random.fold_in(use, index))
-                return jax.tree.map(jnp.add, totals, more), None
+                more, aux = sums(base, train, frozen, part, jax.random.fold_in(use, index))
+                return jax.tree.map(jnp.add, totals, more), aux
 
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, compute_dtype(leaf.dtype)), train)
-            zero = (zeros, jnp.zeros(()), jnp.zeros(()))
-            totals, _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), _microbatches(batch, accumulate)))
+            zero = (zeros, jnp.zeros(()), jnp.zeros(()), jnp.zeros((), jnp.int32))
+            totals, aux = jax.lax.scan(add, zero, (jnp.arange(accumulate), _microbatches(batch, accumulate)))
         if axis is not None:
             totals = jax.lax.psum(totals, axis)
-        gradients, total, weight = totals
+        gradients, total, weight, invalid = totals
         # A batch of weight zero (padding only) has no gradient, rather than one that is not a number.
         divisor = jnp.where(weight == 0, 1.0, weight)
         gradients = jax.tree.map(lambda g, leaf: (g / divisor.astype(g.dtype)).astype(leaf.dtype), gradients, train)
+        loss = total / divisor
         metrics = {
-            "loss": total / divisor,
+            "loss": loss,
             "grad_norm": optax.tree.norm(gradients),
             "weight": weight,
+            "invalid_weights": invalid,
             "nonfinite": {path: _count_nonfinite(node) for path, node in gradients.items()},
         }
-        change = optax.with_extra_args_support(tx).update
-        updates, opt_state = change(gradients, opt_state, train, value=total / divisor, grad=gradients, frozen=frozen)
-        moved: Any = optax.apply_updates(train, updates)
-        return (join(moved, frozen), opt_state, number + 1, key), metrics
+        updates, new_state = update_with(tx, gradients, opt_state, train, step_arguments(loss, gradients, frozen))
+        new_train: Any = optax.apply_updates(train, updates)
+        if skip_nonfinite:
+            good = (sum(metrics["nonfinite"].values(), invalid) == 0) & jnp.isfinite(loss)
+            new_train, new_state = select(good, (new_train, new_state), (train, opt_state))
+            metrics["skipped"] = (~good).astype(jnp.int32)
+        return (join(new_train, frozen), new_state, number + 1, key), metrics, aux
 
     return update
+
+
+def select(choice: jax.Array, new: Any, old: Any) -> Any:
+    """Each leaf of `new` where `choice` is true, of `old` elsewhere."""
+    return jax.tree.map(lambda one, other: jnp.where(choice, one, other), new, old)
+
+
+def check_loss(loss_fn: Callable, out: Any, has_aux: bool) -> tuple[Any, Any, Any]:
+    """The loss sum, its weight and the auxiliary outputs that a loss function returned.
+
+    Raises:
+      TypeError: A loss or weight is no number, or of the wrong dtype; `out` is not of the form that `has_aux` says.
+      ValueError: It is not a scalar.
+    """
+    where = f"loss_fn ({_described(loss_fn)})"
+    aux = None
+    if has_aux:
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise TypeError(
+                f"{where} returned {_kind(out)}; with has_aux=True a step expects (loss, aux) or "
+                "((loss_sum, weight), aux)."
+            )
+        out, aux = out
+        for path, leaf in zip(*_flat(aux)):
+            if not (is_array(leaf) or isinstance(leaf, bool | int | float | complex)):
+                raise TypeError(f"{where}: the auxiliary output {path!r} is {_kind(leaf)}; expected arrays or numbers.")
+    if isinstance(out, tuple) and len(out) != 2:
+        raise TypeError(f"{where} returned {_kind(out)}; expected a scalar loss or (loss_sum, weight).")
+    total, weight = out if isinstance(out, tuple) else (out, 1.0)
+    hint = "" if has_aux else "; auxiliary outputs need train_step(…, has_aux=True)"
+    for name, value in (("loss", total), ("weight", weight)):
+        if not (is_array(value) or isinstance(value, bool | int | float | complex)):
+            raise TypeError(f"{where} returned {_kind(value)} as the {name}; expected a scalar{hint}.")
+        if jnp.shape(value) != ():
+            raise ValueError(
+                f"{where} returned a {name} of shape {jnp.shape(value)}; expected a scalar: take a sum or a mean{hint}."
+            )
+        dtype = jnp.result_type(value)
+        real = (jnp.floating,) if name == "loss" else (jnp.floating, jnp.integer, jnp.bool_)
+        if not any(jnp.issubdtype(dtype, kind) for kind in real):
+            raise TypeError(f"{where} returned a {name} of dtype {dtype}; expected a real floating-point scalar.")
+    return total, weight, aux
+
+
+def _flat(tree: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    flat = paths.flatten(tree)
+    return flat.paths, flat.leaves
+
+
+def _kind(value: Any) -> str:
+    """What a value is, for an error message."""
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"an array of shape {value.shape}"
+    return "None" if value is None else f"{type(value).__name__}"
+
+
+def _described(function: Callable) -> str:
+    """A function's name, file and line."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    name = getattr(function, "__name__", type(function).__name__)
+    return name if code is None else f"{name}, {code.co_filename}:{code.co_firstlineno}"
 
 
 def _count_nonfinite(tree: Any) -> jax.Array:

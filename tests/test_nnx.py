@@ -40,7 +40,7 @@ def test_paths_and_values():
         "norm/mean",
         "norm/var",
     }
-    np.testing.assert_array_equal(base["layers"]["0"]["kernel"], model.layers[0].kernel[...])
+    np.testing.assert_array_equal(base["layers"][0]["kernel"], model.layers[0].kernel[...])
 
 
 def test_evaluation_equals_the_module(x):

@@ -1,6 +1,7 @@
 """Many adapters trained at once over one base: TrainStates and train_many()."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +14,11 @@ from lora_jax.adapters.protocol import Adapter
 from lora_jax.batching.mapped import check_sizes, each
 from lora_jax.batching.stacking import stack
 from lora_jax.optim import partition
-from lora_jax.training import Metrics, Static, check_batch
-from lora_jax.update import update_of
+from lora_jax.optim.extra import check_serves, check_transform, init_for, update_with
+from lora_jax.state import replace_fields
+from lora_jax.training import Metrics, Static, check_alive, check_batch, check_state
+from lora_jax.transform import keyed
+from lora_jax.update import select, update_of
 
 Delta = Mapping[str, Adapter]
 
@@ -39,7 +43,7 @@ class TrainStates:
       >>> base = {"w": jnp.ones((4, 4))}
       >>> deltas = [lora.init(jax.random.key(r), base, {"w": lora.LoRA(r, axes=("in", "out"))}) for r in (1, 2)]
       >>> states = TrainStates.create(base, deltas, optax.adam(1e-3), jax.random.split(jax.random.key(1)))
-      >>> stopped = dataclasses.replace(states, active=jnp.array([True, False]))
+      >>> stopped = states.replace(active=jnp.array([True, False]))
     """
 
     base: Any
@@ -82,13 +86,22 @@ class TrainStates:
         delta = stack(deltas, base=base)
         present = {path: jnp.array([path in mine for mine in deltas]) for path in delta}
         present = {path: has for path, has in present.items() if not has.all()}
-        init = jax.jit(jax.vmap(lambda delta, *fixed: _made(tx, *fixed).init(partition(delta)[0])))
-        members = len(deltas)
+        where, members = "TrainStates.create", len(deltas)
+        if not callable(tx):
+            check_transform(tx, where)
+
+        def init(delta, *fixed):
+            train, frozen = partition(delta)
+            of_member = _made(tx, *fixed)
+            opt_state = init_for(of_member, train, where)
+            check_serves(of_member, opt_state, train, frozen, where)
+            return opt_state
+
         return cls(
             base=base,
             delta=delta,
             # Copies: some transforms keep the parameters themselves, and no buffer can be donated twice.
-            opt_state=jax.tree.map(jnp.copy, init(delta, hyper, present)),
+            opt_state=jax.tree.map(jnp.copy, jax.jit(jax.vmap(init))(delta, hyper, present)),
             step=jnp.zeros(members, jnp.int32),
             key=jnp.stack(list(keys)),
             hyper=hyper,
@@ -96,12 +109,19 @@ class TrainStates:
             present=present,
         )
 
+    def replace(self, **changes: Any) -> "TrainStates":
+        """The states with some fields replaced, as :meth:`TrainState.replace`."""
+        return replace_fields(self, changes)
+
 
 def train_many(
     loss_fn: Callable,
     tx: optax.GradientTransformation | Callable[..., optax.GradientTransformation],
     *,
     accumulate: int = 1,
+    has_aux: bool = False,
+    donate: bool = True,
+    skip_nonfinite: bool = False,
     batch_axes: Any = 0,
     at_once: int | None = None,
 ) -> Callable[[TrainStates, Any], tuple[TrainStates, Metrics]]:
@@ -119,6 +139,9 @@ def train_many(
         (`lambda lr: optax.adam(lr)`), called with each member's own. These are traced: a function that branches on
         their values (as some schedules of Optax do) fails.
       accumulate: Microbatches a step.
+      has_aux: As for :func:`lora_jax.train_step`; the leaves of `metrics["aux"]` are `[members, …]`.
+      donate: As for :func:`lora_jax.train_step`.
+      skip_nonfinite: As for :func:`lora_jax.train_step`, each member by itself.
       batch_axes: Which axis of the batch's leaves counts the members, as `in_axes` of `jax.vmap`; None gives every
         member the same batch.
       at_once: How many members run side by side; the others follow within the step. None is all of them. Fewer take
@@ -152,45 +175,50 @@ def train_many(
     if at_once is not None and (not isinstance(at_once, int) or isinstance(at_once, bool) or at_once < 1):
         raise ValueError(f"train_many(at_once={at_once!r}): the number of members is a positive integer, or None.")
 
+    @functools.wraps(loss_fn)  # whose name and line errors give
     def loss(shared, delta, batch, key):
         base, present = shared
         # A path that the member lacks has no gradient, and so no part in a norm.
         return loss_fn(base, _held(delta, present), batch, key)
 
-    update = update_of(loss, accumulate)
+    calls: list[bool] = []
+    update = update_of(keyed.recording(loss, calls), accumulate, has_aux=has_aux, skip_nonfinite=skip_nonfinite)
 
-    def body(static, arrays, moving, fixed, batch):
+    def body(static, arrays, carry, fixed, batch):
         base = static.restore(arrays)
 
-        def member(moving, fixed, batch):
+        def member(carry, fixed, batch):
             hyper, active, present = fixed
             check_batch(batch, accumulate)
-            (delta, *rest), metrics = update(_made(tx, hyper, present), (base, present), moving, batch)
-            old, *old_rest = moving
-            delta = {path: _where(active & present.get(path, True), delta[path], old[path]) for path in delta}
-            return (delta, *_where(active, rest, old_rest)), metrics
+            (delta, *rest), metrics, aux = update(_made(tx, hyper, present), (base, present), carry, batch)
+            old, *old_rest = carry
+            delta = {path: select(active & present.get(path, True), delta[path], old[path]) for path in delta}
+            return (delta, *select(active, rest, old_rest)), metrics | ({"aux": aux} if has_aux else {})
 
         members = len(fixed[1])
         if at_once is None or at_once >= members:
-            return jax.vmap(member, in_axes=(0, 0, batch_axes))(moving, fixed, batch)
+            return jax.vmap(member, in_axes=(0, 0, batch_axes))(carry, fixed, batch)
 
         def numbered(number):
-            own, its = jax.tree.map(lambda leaf: leaf[number], (moving, fixed))
+            own, its = jax.tree.map(lambda leaf: leaf[number], (carry, fixed))
             part = each(lambda leaf, axis: jnp.moveaxis(leaf, axis, 0)[number], batch_axes, batch)
             return member(own, its, part)
 
         return jax.lax.map(numbered, jnp.arange(members), batch_size=at_once)
 
-    compiled = jax.jit(body, donate_argnums=(2,), static_argnums=(0,))
+    compiled = jax.jit(body, donate_argnums=(2,) if donate else (), static_argnums=(0,))
 
     def step(states: TrainStates, batch: Any) -> tuple[TrainStates, Metrics]:
+        check_state(states, TrainStates)
         members = len(states.active)
         check_sizes(members, batch_axes, batch, f"The states have {members} members; the batch has {{}}.")
-        moving = (states.delta, states.opt_state, states.step, states.key)
+        carry = (states.delta, states.opt_state, states.step, states.key)
+        check_alive(carry)
         fixed = (states.hyper, states.active, states.present)
         static, arrays = Static.split(states.base)
-        (delta, opt_state, number, key), metrics = compiled(static, arrays, moving, fixed, batch)
-        return dataclasses.replace(states, delta=delta, opt_state=opt_state, step=number, key=key), metrics
+        (delta, opt_state, number, key), metrics = compiled(static, arrays, carry, fixed, batch)
+        keyed.warn_without_key(calls, delta)
+        return states.replace(delta=delta, opt_state=opt_state, step=number, key=key), metrics
 
     return step
 
@@ -201,19 +229,19 @@ def _made(tx, hyper: Mapping[str, jax.Array], present: Mapping[str, jax.Array]) 
     What stands there in the stack may be the base itself (of a Full that changes nothing), which weight decay would
     turn into updates, and these would count in a norm.
     """
-    is_transform = isinstance(tx, optax.GradientTransformation)
+    is_transform = not callable(tx)
     if is_transform and hyper:
         raise ValueError(f"Values of {', '.join(hyper)} are given, but tx is a transform, not a function of them.")
-    inner = optax.with_extra_args_support(tx if is_transform else tx(**hyper))
+    inner = tx if is_transform else tx(**hyper)
 
     def seen(train):
         return {
-            path: _where(present[path], node, jax.tree.map(jnp.zeros_like, node)) if path in present else node
+            path: select(present[path], node, jax.tree.map(jnp.zeros_like, node)) if path in present else node
             for path, node in train.items()
         }
 
     def update(updates, state, params=None, **extra):
-        return inner.update(updates, state, seen(params), **extra)
+        return update_with(inner, updates, state, seen(params), extra)
 
     return optax.GradientTransformationExtraArgs(lambda params: inner.init(seen(params)), update)
 
@@ -227,7 +255,3 @@ def _held(delta: Delta, present: Mapping[str, jax.Array]) -> dict[str, Adapter]:
         return jax.tree.map(lambda leaf: jnp.where(present[path], leaf, jax.lax.stop_gradient(leaf)), node)
 
     return {path: hold(path, node) for path, node in delta.items()}
-
-
-def _where(choice: jax.Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda one, other: jnp.where(choice, one, other), new, old)

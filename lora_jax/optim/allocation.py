@@ -11,6 +11,7 @@ from jax import lax
 from lora_jax import paths
 from lora_jax.adapters.adalora import SingularTriplets
 from lora_jax.adapters.protocol import is_adapter, is_inexact
+from lora_jax.optim.extra import check_transform, update_with
 
 
 class AllocationState(NamedTuple):
@@ -169,7 +170,7 @@ def allocate_ranks(
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"allocate_ranks({name}={beta}): a decay is at least 0 and below 1.")
-    inner = optax.with_extra_args_support(tx)
+    check_transform(tx, "allocate_ranks")
     last = min(steps - final, steps - 1)  # the step of the last allocation
 
     def init(params):
@@ -181,13 +182,13 @@ def allocate_ranks(
         zeros = {path: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), node) for path, node in nodes.items()}
         kept = {path: jnp.ones(node.values.shape, bool) for path, node in nodes.items()}
         # Copies: no buffer of the state can be donated twice.
-        return AllocationState(jnp.zeros((), jnp.int32), kept, zeros, jax.tree.map(jnp.copy, zeros), inner.init(params))
+        return AllocationState(jnp.zeros((), jnp.int32), kept, zeros, jax.tree.map(jnp.copy, zeros), tx.init(params))
 
     def update(updates, state, params=None, **extra):
         if params is None:
             raise ValueError("allocate_ranks(tx).update needs params: importance is parameter times gradient.")
         gradients, before = _triplets(updates, "allocate_ranks"), _triplets(params, "allocate_ranks")
-        moved, inner_state = inner.update(updates, state.inner, params, **extra)
+        moved, inner_state = update_with(tx, updates, state.inner, params, extra)
         after: Any = optax.apply_updates(before, _triplets(moved, "allocate_ranks"))
 
         choosing = state.step < last

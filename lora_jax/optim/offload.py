@@ -8,6 +8,7 @@ import optax
 from jax.extend.core import Literal
 
 from lora_jax.leaves import is_array
+from lora_jax.optim.extra import check_transform, update_with
 from lora_jax.transform import jaxprs
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
@@ -61,14 +62,14 @@ def host_offloaded(
     References:
       Dettmers et al., `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023, §3, Paged Optimizers
     """
-    inner = optax.with_extra_args_support(tx)
+    check_transform(tx, "host_offloaded")
 
     def is_large(leaf) -> bool:
         return leaf.size >= min_size
 
     def init(params):
         _check_backend()
-        state = inner.init(params)
+        state = tx.init(params)
         return jax.tree.map(
             lambda leaf: jax.device_put(leaf, HOST) if is_array(leaf) and is_large(leaf) else leaf, state
         )
@@ -82,7 +83,7 @@ def host_offloaded(
         def flat(*arrays):
             given = dict(enumerate(leaves)) | dict(zip(places, arrays))
             updates, state, params, extra = jax.tree.unflatten(treedef, given.values())
-            result = inner.update(updates, state, params, **extra)
+            result = update_with(tx, updates, state, params, extra)
             results.append(result)
             return jax.tree.leaves(result)
 

@@ -8,6 +8,7 @@ import optax
 
 from lora_jax.adapters.protocol import Adapter, is_adapter
 from lora_jax.leaves import is_array
+from lora_jax.optim.extra import check_transform, update_with
 
 Delta = dict[str, Adapter]
 
@@ -83,13 +84,17 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     """An optimizer for the one-tree style, where base and delta are one tree of parameters.
 
     Args:
-      tx: Any Optax transform. It sees the trainable leaves alone: its state has no entry for others,
-        and a global-norm clip measures trainable gradients only. The adapters' other leaves are given to its
-        `update` as `frozen`.
+      tx: Any Optax transform that takes parameters as they are. It sees the trainable leaves alone: its state
+        has no entry for others, a global-norm clip measures trainable gradients only, and weight decay or noise
+        never reaches a frozen leaf. The adapters' other leaves are passed to its `update` as `frozen`, if it takes
+        that argument; so are the extra arguments of the call (`value=`).
 
     Returns:
       A transform over the whole tree whose updates are zero outside the trainable leaves. Gradients of
       integer leaves (`float0`, from `jax.grad(…, allow_int=True)`) are taken and ignored.
+
+    Raises:
+      TypeError: `tx` is no Optax transform.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
@@ -99,21 +104,21 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
       >>> sorted(leaf.shape for leaf in jax.tree.leaves(state))
       [(2, 4), (2, 4)]
     """
-    inner = optax.with_extra_args_support(tx)
+    check_transform(tx, "optimizer")
 
     def chosen(params, tree):
         return jax.tree.map(lambda trains, leaf: leaf if trains else None, trainable_mask(params), tree)
 
     def init(params):
-        return inner.init(chosen(params, params))
+        return tx.init(chosen(params, params))
 
     def update(updates, state, params=None, **extra):
         if params is None:
             raise ValueError("optimizer(tx).update needs params, which tell the trainable leaves.")
-        still = jax.tree.map(lambda node: partition(node)[1] if is_adapter(node) else None, params, is_leaf=is_adapter)
+        frozen = jax.tree.map(lambda node: partition(node)[1] if is_adapter(node) else None, params, is_leaf=is_adapter)
         # A caller that split the tree itself (train_step) has said what is frozen: its word holds.
-        extra = {"frozen": still, **extra}
-        trained, state = inner.update(chosen(params, updates), state, chosen(params, params), **extra)
+        extra = {"frozen": frozen, **extra}
+        trained, state = update_with(tx, chosen(params, updates), state, chosen(params, params), extra)
         full = jax.tree.map(
             lambda leaf, update: jnp.zeros_like(leaf) if update is None and is_array(leaf) else update,
             params,

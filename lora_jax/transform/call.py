@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lora_jax import paths
 from lora_jax.adapters.protocol import Adapter, is_adapter
 from lora_jax.leaves import dequantized, is_array, is_quantized
-from lora_jax.transform import jaxprs
+from lora_jax.transform import jaxprs, keyed
 from lora_jax.transform.interpreter import Interpreter, Use
 from lora_jax.transform.weight import Weight, carried, probe
 
@@ -142,6 +142,7 @@ def entered(
     interpreter: Interpreter,
 ) -> list[Any]:
     """The inputs of a call, adapted weights in place of the base's."""
+    keyed.note(dropout_key is not None)
     if dropout_key is not None and not jax.dtypes.issubdtype(dropout_key.dtype, jax.dtypes.prng_key):
         dropout_key = jax.random.wrap_key_data(dropout_key)
     inputs = list(arguments.arrays)

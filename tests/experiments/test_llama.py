@@ -266,7 +266,7 @@ def test_weights_are_quantised_on_their_shardings():
         _, usual = lora.nnx.functional(llama.load(FIXTURES / "llama", options, rules=RULES))
         for one, other in zip(jax.tree.leaves(read), jax.tree.leaves(usual)):
             np.testing.assert_array_equal(one, other)
-        layers = read["layers"] if scan else read["layers"]["0"]
+        layers = read["layers"] if scan else read["layers"][0]
         assert layers["feed_forward"]["up"]["kernel"].codes.sharding.spec[-1] == "x"
 
 
@@ -290,7 +290,7 @@ def test_four_bit_checkpoints_lie_on_their_shardings_and_are_compared_with_the_m
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
     _, base = lora.nnx.functional(llama.load(FIXTURES / "llama_nf4", sharding=sharding))
-    up = base["layers"]["0"]["feed_forward"]["up"]["kernel"]
+    up = base["layers"][0]["feed_forward"]["up"]["kernel"]
     assert up.codes.sharding.spec[-1] == "x" and len(up.codes.sharding.device_set) == 2
     with pytest.raises(UserError, match="to be quantised, and quantised in the checkpoint already"):
         llama.load(FIXTURES / "llama_nf4", rules={"layers/.*kernel": lora.Int8()})
