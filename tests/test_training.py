@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lora_jax as lora
@@ -218,3 +219,183 @@ def test_bfloat16_factors_accumulate_in_float32(base, batch):
         state = lora.TrainState.create(base, delta, tx, jax.random.key(1))
         norms.append(float(lora.train_step(plain, tx, accumulate=accumulate)(state, batch)[1]["grad_norm"]))
     np.testing.assert_allclose(norms[1], norms[0], rtol=2e-2)
+
+
+def start(base, batch, tx, spec=None):
+    delta = lora.init(jax.random.key(0), base, spec or {"^w$": lora.LoRA(2, alpha=4)}, fn, batch[0])
+    return lora.TrainState.create(base, delta, tx, jax.random.key(1))
+
+
+def with_aux(base, delta, batch, key):
+    out = adapted(base, delta, batch[0])
+    return weighted(base, delta, batch, key), {"mean": out.mean(), "out": out, "count": len(batch[0])}
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"pmap": True}, {"pmap": True, "accumulate": 2}])
+def test_auxiliary_outputs(options, base, batch):
+    tx = optax.sgd(0.1)
+    _, expected = lora.train_step(weighted, tx)(start(base, batch, tx), batch)
+    _, metrics = lora.train_step(with_aux, tx, has_aux=True, **options)(start(base, batch, tx), batch)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
+    aux = metrics["aux"]
+    lead = (8,) * ("pmap" in options) + (2,) * ("accumulate" in options)
+    assert aux["mean"].shape == lead and aux["out"].shape == (*lead, 16 // max(1, int(np.prod(lead))), 2)
+    np.testing.assert_allclose(aux["mean"].mean(), adapted(base, {}, batch[0]).mean(), rtol=1e-5)
+    assert int(aux["count"].sum()) == 16
+
+
+def test_batch_statistics_go_back_into_the_base_and_nothing_compiles_again(getkey):
+    net = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(1)))
+    apply_fn, base = lora.nnx.functional(net)
+    x = jax.random.normal(getkey(), (8, 4)) + 3
+    delta = lora.init(getkey(), base, {"kernel": lora.LoRA(2)}, apply_fn, x, mutable=("batch_stats",))
+    whole, traces = lora.adapt(apply_fn), []
+
+    def loss(base, delta, x, key):
+        traces.append(None)
+        out, changed = whole(base, delta, x, mutable=("batch_stats",))
+        return jnp.mean((out - 1) ** 2), changed
+
+    tx = optax.sgd(0.1)
+    state, step = lora.TrainState.create(base, delta, tx, getkey()), lora.train_step(loss, tx, has_aux=True)
+    for _ in range(200):
+        state, metrics = step(state, x)
+        state = state.replace(base=lora.nnx.updated(state.base, metrics["aux"]))
+    assert len(traces) == 1
+    hidden = lora.adapt(lambda base, x: x @ base["layers"][0]["kernel"] + base["layers"][0]["bias"][None])
+    expected = hidden(base, state.delta, x).mean(0)
+    np.testing.assert_allclose(state.base["layers"][1]["mean"], expected, rtol=0.2, atol=0.05)
+    net = lora.nnx.updated(net, lora.merge(state.base, state.delta))
+    np.testing.assert_array_equal(net.layers[1].mean[...], state.base["layers"][1]["mean"])
+
+
+def bad_losses():
+    one = jnp.float32(1)
+    yield jnp.ones(3), False, r"loss_fn \(returns, .*test_training.py:\d+\) returned a loss of shape \(3,\)"
+    yield None, False, "returned None as the loss"
+    yield (one, one, one), False, "returned a tuple of 3"
+    yield (one, {"accuracy": one}), False, "returned dict as the weight.*has_aux=True"
+    yield (one, jnp.ones(2)), False, r"weight of shape \(2,\)"
+    yield jnp.int32(3), False, "loss of dtype int32"
+    yield jnp.complex64(3), False, "loss of dtype complex64"
+    yield (one, jnp.complex64(3)), False, "weight of dtype complex64"
+    yield [one], False, "returned list as the loss"
+    yield one, True, r"returned an array of shape \(\); with has_aux=True a step expects \(loss, aux\)"
+    yield (one, one, {}), True, "returned a tuple of 3; with has_aux=True"
+    yield ((one, one, one), {}), True, "returned a tuple of 3; expected a scalar loss"
+    yield (one, {"name": "text"}), True, "auxiliary output 'name' is str"
+
+
+@pytest.mark.parametrize(("out", "has_aux", "message"), list(bad_losses()))
+def test_what_is_no_loss(out, has_aux, message, base, batch):
+    def returns(base, delta, batch, key):
+        return jax.tree.map(lambda leaf: leaf, out)
+
+    for options in ({}, {"accumulate": 2}):
+        step = lora.train_step(returns, optax.sgd(0.1), has_aux=has_aux, **options)
+        with pytest.raises((TypeError, ValueError), match=message):
+            step(start(base, batch, optax.sgd(0.1)), batch)
+
+
+@pytest.mark.parametrize("weight", [-1.0, jnp.nan, jnp.inf])
+def test_an_invalid_weight_is_counted(weight, base, batch):
+    def loss(base, delta, batch, key):
+        total, _ = weighted(base, delta, batch, key)
+        return total, jnp.where(batch[0].sum() > 0, weight, 1.0)
+
+    x = jnp.abs(batch[0]) * jnp.where(jnp.arange(16) % 4 == 1, 1.0, -1.0)[:, None]
+    tx = optax.sgd(0.1)
+    _, metrics = lora.train_step(loss, tx, accumulate=4)(start(base, batch, tx), (x, *batch[1:]))
+    assert int(metrics["invalid_weights"]) == 1
+    with pytest.raises(FloatingPointError, match=r"weight that loss_fn returned is negative .*\(1 microbatches\)"):
+        check_finite(metrics)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"pmap": True}, {"donate": False}])
+def test_a_step_that_is_not_finite_is_skipped(options, base, batch):
+    tx = optax.adam(0.1)
+    step = lora.train_step(weighted, tx, skip_nonfinite=True, **options)
+    with jax.numpy_dtype_promotion("standard"):
+        state, metrics = step(start(base, batch, tx), batch)
+        assert int(metrics["skipped"]) == 0
+        delta, opt_state, key = jax.tree.map(np.asarray, (state.delta, state.opt_state, jax.random.key_data(state.key)))
+        state, metrics = step(state, (batch[0].at[3].set(jnp.nan), *batch[1:]))
+        assert int(metrics["skipped"]) == 1 and int(metrics["nonfinite"]["w"]) > 0
+        chex.assert_trees_all_equal((state.delta, state.opt_state), (delta, opt_state))
+        assert int(state.step) == 2 and (jax.random.key_data(state.key) != key).any()
+        state, metrics = step(state, batch)
+    assert int(metrics["skipped"]) == 0 and (state.delta["w"].b != delta["w"].b).any()
+
+
+def test_a_skipped_step_on_a_mesh(base, batch):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    tx = optax.sgd(0.1)
+    state = jax.device_put(start(base, batch, tx), whole)
+    before = jax.tree.map(np.asarray, state.delta)
+    bad = jax.device_put((batch[0].at[3].set(jnp.nan), *batch[1:]), rows)
+    state, metrics = lora.train_step(plain, tx, skip_nonfinite=True)(state, bad)
+    assert int(metrics["skipped"]) == 1
+    chex.assert_trees_all_equal(state.delta, before)
+
+
+def test_a_state_that_a_step_consumed(base, batch):
+    tx = optax.sgd(0.1)
+    state, step = start(base, batch, tx), lora.train_step(plain, tx)
+    after, _ = step(state, batch)
+    with pytest.raises(RuntimeError, match=r"given to a step before.*donate=False"):
+        step(state, batch)
+    step = lora.train_step(plain, tx, donate=False)
+    first, _ = step(after, batch)
+    second, _ = step(after, batch)
+    chex.assert_trees_all_equal(first.delta, second.delta)
+
+
+def test_a_lowered_step_compiles_to_a_step(base, batch):
+    tx = optax.sgd(0.1, momentum=0.9)
+    step = lora.train_step(plain, tx, donate=False)
+    state = start(base, batch, tx)
+    compiled = step.lower(state, batch).compile()
+    expected, metrics = step(state, batch)
+    got, other = compiled(state, batch)
+    chex.assert_trees_all_equal((got.delta, other), (expected.delta, metrics))
+    assert compiled.cost_analysis()["flops"] > 0
+    with pytest.raises(TypeError, match="another structure"):
+        compiled(start(base, batch, tx, {"head": lora.LoRA(2)}), batch)
+
+
+def test_dropout_without_a_key_is_noticed_once(base, batch):
+    tx = optax.sgd(0.1)
+    state = start(base, batch, tx, {"^w$": lora.LoRA(2, dropout=0.25)})
+    step = lora.train_step(plain, tx, donate=False)
+    with pytest.warns(UserWarning, match=r"1 adapters have dropout \(0.25 at 'w'\).*dropout_key=key"):
+        step(state, batch)
+    step(state, batch)  # warnings are errors here
+
+    def loss(base, delta, batch, key):
+        x, y, _ = batch
+        return jnp.mean((adapted(base, delta, x, dropout_key=key) - y) ** 2)
+
+    lora.train_step(loss, tx, donate=False, accumulate=2)(state, batch)
+    adapted(base, state.delta, batch[0])  # evaluation
+    lora.train_step(plain, tx)(start(base, batch, tx), batch)  # no dropout
+
+
+def test_fields_are_replaced_by_name(base, batch):
+    state = start(base, batch, optax.sgd(0.1))
+    other = state.replace(step=jnp.int32(7), base=None)
+    assert int(other.step) == 7 and other.base is None and other.delta is state.delta
+    with pytest.raises(TypeError, match=r"TrainState.replace: no field 'optstate'; nearest: 'opt_state'"):
+        state.replace(optstate=None)
+
+
+def test_a_transform_that_is_none(base, batch):
+    for tx, message in ((optax.adam, r"got adam; call it: adam\(learning_rate\)"), (1e-3, "got float")):
+        with pytest.raises(TypeError, match=message):
+            lora.train_step(plain, tx)
+        with pytest.raises(TypeError, match=message):
+            start(base, batch, tx)
+        with pytest.raises(TypeError, match=message):
+            lora.optimizer(tx)
+    with pytest.raises(TypeError, match="state is a TrainState; got dict"):
+        lora.train_step(plain, optax.sgd(0.1))(base, batch)
