@@ -24,6 +24,7 @@ from lora_jax.commands.wording import (
 )
 from lora_jax.merging import distance, norm
 from lora_jax.peft import layout
+from lora_jax.peft.config import Config
 
 
 def diff(one: Path, other: Path, console: Console, progress: Console) -> bool:
@@ -42,7 +43,7 @@ def diff(one: Path, other: Path, console: Console, progress: Console) -> bool:
                 different += 1
                 table.add_row(shown(path, native[0]), *_said(x, y), *_apart(x, y))
             advance(1)
-    stored = [] if any(native) else _copies_apart(one, other)
+    stored = [] if any(native) else [*_copies_apart(one, other), *_configs_apart(one, other)]
     if different:
         console.print(table)
         console.print()
@@ -110,6 +111,19 @@ def _copies_apart(one: Path, other: Path) -> list[str]:
             lines.append(f"{name} is stored whole in {one if where[0] else other} only")
         elif not np.array_equal(bases[0][layout.leaf_path(name)], bases[1][layout.leaf_path(name)]):
             lines.append(f"{name}, stored whole in both, differs")
+    return lines
+
+
+def _configs_apart(one: Path, other: Path) -> list[str]:
+    """Lines about what two configs make of the same tensors: as which modules PEFT saves them, and for which task."""
+    lines = []
+    configs = [Config.read(directory) for directory in (one, other)]
+    for name in ("modules_to_save", "task_type"):
+        first, second = (getattr(config, name) for config in configs)
+        if name == "modules_to_save":
+            first, second = sorted(first), sorted(second)
+        if first != second:
+            lines.append(f"{name} is {first} in {one}, {second} in {other}")
     return lines
 
 

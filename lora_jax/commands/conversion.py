@@ -12,6 +12,7 @@ from lora_jax.commands.wording import few, kinds_of
 from lora_jax.files import replaced
 from lora_jax.peft import layout
 from lora_jax.peft.config import CONFIG, Config
+from lora_jax.peft.saving import write
 from lora_jax.peft.targets import TARGETS
 
 _ONE_WEIGHT = ("gguf", "mlx")
@@ -45,7 +46,14 @@ def convert(
                     "into the checkpoint instead (lora-jax merge)."
                 )
         delta = peft.load(directory, weights, names)
-        about = {"base_model": config.base_model_name_or_path, "task_type": config.task_type}
         with replaced(out, CONFIG, what="adapter") as fresh:
-            peft.save(fresh, delta, names, target=target, **about)
+            write(
+                fresh,
+                delta,
+                names,
+                target,
+                base_model=config.base_model_name_or_path,
+                task_type=config.task_type,
+                modules_to_save=config.modules_to_save,
+            )
     console.print(f"{out}: {kinds_of(delta)}, written for {TARGETS[target].reader}")

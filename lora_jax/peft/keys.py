@@ -20,7 +20,10 @@ _PARTS = {
 }
 _KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+?)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
 
-_INSIDE_SAVED = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
+_INSIDE_SAVED = (
+    re.compile(r"\.(modules_to_save|original_module)(?=\.)"),
+    re.compile(r"\.modules_to_save\.[^.]+(?=\.)"),  # of a module of several layers, with the adapter's name
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,7 @@ def parse(key: str) -> Key | None:
 
 def is_repeated(key: str, stored: Container[str]) -> bool:
     """Whether a key repeats another, or the base's: with `bias` set, PEFT also stores saved modules' biases so."""
-    return (once := _INSIDE_SAVED.sub("", key)) != key and once in stored
+    return any((once := inside.sub("", key)) != key and once in stored for inside in _INSIDE_SAVED)
 
 
 def factor_keys(module: str, *, embedding: bool, depth: int = 0) -> dict[str, str]:

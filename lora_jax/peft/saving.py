@@ -1,7 +1,7 @@
 """Deltas to directories that PEFT and other consumers of its adapters read."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def save(
       target: Who is to read it: 'peft'; 'vllm' and 'gguf' (llama.cpp's converter), which read PEFT's format in
         part: uneven scales are folded into B; or 'mlx' (mlx-lm), with files of its own.
       base: The parameters. With them a delta may train a part of what PEFT saves whole (a norm's scale without its
-        bias, one layer's bias): the rest is taken from them.
+        bias, one layer's bias, no classification head of a `task_type` that saves it): the rest is taken from them.
       base_model: The name or path of the base, for the reader's sake.
       task_type: PEFT's name of the kind of model ('CAUSAL_LM', 'SEQ_CLS'), by which its Auto classes choose.
 
@@ -52,10 +52,25 @@ def save(
         raise ValueError(f"target={target!r}; expected one of {', '.join(map(repr, TARGETS))}.")
     if not isinstance(delta, Mapping) or not delta:
         raise ValueError("There is nothing to save: a delta is a dict with at least one adapter.")
+    write(Path(directory), delta, names, target, base=base, base_model=base_model, task_type=task_type)
+
+
+def write(
+    directory: Path,
+    delta: Mapping[str, Adapter],
+    names: Names,
+    target: str,
+    *,
+    base: Any = None,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    modules_to_save: Sequence[str] = (),
+) -> None:
+    """What :func:`save` does, of an adapter whose config names modules that are saved whole."""
     exported = export(delta, names)
-    complete(exported, names, base)
+    complete(exported, names, base, task_type if target == "peft" else None, modules_to_save)
     problems = [*exported.problems, *TARGETS[target].refuses(exported)]
     if problems:
         listed = "\n  ".join(dict.fromkeys(problems))
         raise ValueError(f"The delta cannot be written for {TARGETS[target].reader}:\n  {listed}")
-    TARGETS[target].write(Path(directory), exported, base_model, task_type)
+    TARGETS[target].write(directory, exported, base_model, task_type)
