@@ -3,15 +3,22 @@
 An adapter directory holds `adapter.json` (format version; per path the kind, axis roles and other
 structure, rank and alpha, and the shape and dtype of every array, or which other it is; a fingerprint of
 the base) and `arrays/` (an Orbax checkpoint). Everything that :func:`load` builds comes from these two.
+
+A later save writes its arrays into a new directory, `arrays-…`, which `adapter.json` names. Replacing that one file is
+what replaces the adapter, so that a killed process, or another one that loads or saves, meets the old adapter or the
+new one. Other files in the directory stay.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+import shutil
+import uuid
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -21,8 +28,9 @@ import orbax.checkpoint as ocp
 
 from lora_jax import paths
 from lora_jax.adapters.protocol import KINDS, Adapter, is_adapter
-from lora_jax.files import replaced
+from lora_jax.files import listed, naming, new_parents, replaced_file, resolved, sync_tree
 from lora_jax.leaves import is_abstract
+from lora_jax.locks import locked, matching
 
 Delta = dict[str, Adapter]
 
@@ -30,17 +38,21 @@ FORMAT = "lora_jax adapter"
 VERSION = 1
 MANIFEST, ARRAYS = "adapter.json", "arrays"
 SAME = "same_as"
+_ATTEMPTS = 8  # to load what others replace
+_TEMPORARY = r"(\.orbax-checkpoint-tmp.*)?"
+_NAME = rf"{ARRAYS}(-[0-9a-f]{{32}})?"
+_LEFT = rf"{ARRAYS}-[0-9a-f]{{32}}{_TEMPORARY}|\.[0-9a-f]{{32}}\.writing\.{re.escape(MANIFEST)}"
 
 
 def save(directory: str | os.PathLike, delta: Delta, *, base: Any = None) -> None:
-    """Writes an adapter directory. It appears complete or not at all.
+    """Writes an adapter directory, atomically: whenever the process ends, the old adapter or the new one loads.
 
     Where several processes run together, the one that calls this writes alone; arrays that span processes are to be
     gathered before.
 
     Args:
-      directory: Where to; parents are made. An adapter directory that is there already is replaced, any
-        other non-empty directory is refused.
+      directory: Where to; parents are made. An adapter that is there already is replaced, and other files beside it
+        stay; a directory that holds something else and no adapter is refused.
       delta: Adapters with concrete arrays.
       base: The parameters that the delta was trained on. With it, a digest of each adapted weight is
         stored, so that :func:`load` can tell another base of the same shapes.
@@ -59,14 +71,27 @@ def save(directory: str | os.PathLike, delta: Delta, *, base: Any = None) -> Non
       True
     """
     manifest, arrays = _described(delta, base)
-    with replaced(directory, MANIFEST, what="adapter directory") as fresh:
-        with _checkpointer() as checkpointer:
-            checkpointer.save(fresh / ARRAYS, arrays)
-            checkpointer.wait_until_finished()
-        with open(fresh / MANIFEST, "w", encoding="utf-8") as file:
-            file.write(_readable(manifest))
-            file.flush()
-            os.fsync(file.fileno())
+    given, directory = directory, resolved(directory)
+    _check_replaceable(directory)
+    with naming(given, directory), new_parents(directory / MANIFEST), locked(directory) as alone:
+        old = _current(directory)
+        if alone:
+            _remove_stale(directory, old)
+        name = f"{ARRAYS}-{uuid.uuid4().hex}"
+        try:
+            with _checkpointer() as checkpointer:
+                args = ocp.args.StandardSave(arrays)
+                checkpointer.save(directory / name, args=args, custom_metadata={"format": FORMAT})
+            sync_tree(directory / name)
+            if old is None and not os.path.lexists(directory / ARRAYS):
+                os.rename(directory / name, directory / ARRAYS)
+                name = ARRAYS
+            with replaced_file(directory / MANIFEST) as file:
+                file.write_text(_readable({**manifest, "arrays": name}), encoding="utf-8")
+        except BaseException:
+            _remove_arrays(directory, {name} - {_current(directory)})
+            raise
+        _remove_arrays(directory, {old} - {None, name})
 
 
 def load(directory: str | os.PathLike, base: Any = None) -> Delta:
@@ -89,6 +114,18 @@ def load(directory: str | os.PathLike, base: Any = None) -> Delta:
       See :func:`save`.
     """
     directory = pathlib.Path(directory).absolute()
+    for attempt in range(_ATTEMPTS):
+        with locked(directory, shared=True) if attempt else contextlib.nullcontext():
+            version = _version(directory)
+            try:
+                return _loaded(directory, base)
+            except (ValueError, OSError):
+                if attempt + 1 == _ATTEMPTS or _version(directory) == version:
+                    raise
+    raise AssertionError("unreachable")
+
+
+def _loaded(directory: pathlib.Path, base: Any) -> Delta:
     manifest = _manifest(directory)
     entries = manifest["adapters"]
     wanted = {
@@ -99,7 +136,7 @@ def load(directory: str | os.PathLike, base: Any = None) -> Delta:
     }
     if base is not None:
         _check_fit(directory, manifest, base)
-    arrays = _restored(directory, wanted)
+    arrays = _restored(directory / manifest.get("arrays", ARRAYS), wanted)
     delta = {}
     for path, entry in entries.items():
         cls = KINDS[entry["kind"]]
@@ -108,11 +145,75 @@ def load(directory: str | os.PathLike, base: Any = None) -> Delta:
     return delta
 
 
-def _checkpointer() -> ocp.StandardCheckpointer:
-    """Reads and writes from this process, whatever others do."""
+def _version(directory: pathlib.Path) -> tuple[int, int] | None:
+    """What tells one `adapter.json` from another that replaced it."""
+    with contextlib.suppress(OSError):
+        status = (directory / MANIFEST).stat()
+        return status.st_ino, status.st_mtime_ns
+    return None
+
+
+def _check_replaceable(directory: pathlib.Path) -> None:
+    """Raises `FileExistsError` unless the directory is new, empty or holds an adapter that :func:`save` wrote."""
+    if not os.path.lexists(directory):
+        return
+    if not directory.is_dir():
+        raise FileExistsError(f"{directory} exists and is no directory; not replaced.")
+    manifest = directory / MANIFEST
+    if os.path.lexists(manifest):
+        if manifest.is_symlink() or _current(directory) is None:
+            raise FileExistsError(f"{manifest} was not written by lora_jax; not replaced.")
+        return
+    others = [path.name for path in sorted(directory.iterdir()) if not _is_left(path)]
+    if others:
+        raise FileExistsError(
+            f"{directory} holds {listed(others)} and is no adapter directory (it has no {MANIFEST}); not replaced."
+        )
+
+
+def _current(directory: pathlib.Path) -> str | None:
+    """The arrays that a directory's manifest names; None without a manifest of this library."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        name = manifest.get("arrays", ARRAYS) if manifest["format"] == FORMAT else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return name if isinstance(name, str) and re.fullmatch(_NAME, name) else None
+
+
+def _remove_stale(directory: pathlib.Path, current: str | None) -> None:
+    """Removes the arrays of saves that were killed; nobody else saves here, for the directory is locked."""
+    left = {path.name for path in directory.iterdir() if _is_left(path) and path.is_dir()}
+    _remove_arrays(directory, left - {current})
+
+
+def _remove_arrays(directory: pathlib.Path, names: Collection[str | None]) -> None:
+    for name in names:
+        for path in matching(directory, rf"{name}{_TEMPORARY}"):
+            if path.is_symlink():
+                continue
+            if path.name == ARRAYS:  # half removed, only its name would tell whose it was
+                path = path.rename(directory / f"{ARRAYS}-{uuid.uuid4().hex}")
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_left(path: pathlib.Path) -> bool:
+    """Whether a killed process may have left an entry of an adapter directory."""
+    if path.name != ARRAYS:
+        return re.fullmatch(_LEFT, path.name) is not None
+    try:
+        metadata = json.loads((path / "_CHECKPOINT_METADATA").read_text(encoding="utf-8"))
+        return metadata["custom_metadata"]["format"] == FORMAT
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Reads and writes from this process, whatever others do; unlike the asynchronous one, from several threads."""
     process = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(process, {process}, f"adapter{process}")
-    return ocp.StandardCheckpointer(multiprocessing_options=alone)
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _described(delta: Delta, base: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -238,9 +339,8 @@ def _check_fit(directory: pathlib.Path, manifest: dict[str, Any], base: Any) -> 
         raise ValueError(f"The adapter in {directory} does not fit the base ({len(wrong)} paths):\n  {listed}")
 
 
-def _restored(directory: pathlib.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def _restored(folder: pathlib.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """The arrays, after a comparison of what is stored with what the manifest says."""
-    folder = directory / ARRAYS
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = {
         name: jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=device) for name, struct in wanted.items()
@@ -258,9 +358,11 @@ def _restored(directory: pathlib.Path, wanted: dict[str, jax.ShapeDtypeStruct]) 
             and (tuple(stored[name].shape), np.dtype(stored[name].dtype)) != (struct.shape, struct.dtype)
         )
         if wrong:
-            raise ValueError(f"{directory}: {MANIFEST} and {ARRAYS} disagree on {', '.join(map(repr, wrong[:5]))}.")
+            raise ValueError(
+                f"{folder.parent}: {MANIFEST} and {folder.name} disagree on {', '.join(map(repr, wrong[:5]))}."
+            )
         try:
-            restored = checkpointer.restore(folder, target)
+            restored = checkpointer.restore(folder, args=ocp.args.StandardRestore(target))
         except Exception as error:
             raise ValueError(f"{folder} cannot be read: {error}") from error
     # Not committed to a device, so that they go along with a base on any mesh.

@@ -19,6 +19,7 @@ from safetensors import deserialize
 from safetensors.numpy import save_file
 
 import lora_jax as lora
+from lora_jax import files
 from lora_jax.__main__ import main
 from lora_jax.commands import merging as merge_command
 from tests.peft.cases import CASES, PREFIX, read, read_config, write_adapter
@@ -707,9 +708,56 @@ def test_an_existing_output(run, fails, writer, base, adapter, tmp_path):
     out.mkdir()
     assert run(*writer(base, adapter, out))[0] == 0  # an empty directory is as good as none
     assert "--force replaces it" in fails(*writer(base, adapter, out))
-    (out / "left over.txt").write_text("")
     assert run(*writer(base, adapter, out), "--force")[0] == 0
-    assert not (out / "left over.txt").exists()
+    (out / "notes.txt").write_text("mine")
+    (out / "optimizer.pt").write_text("mine")
+    before = listing(tmp_path)
+    assert "did not write (notes.txt, optimizer.pt)" in fails(*writer(base, adapter, out), "--force")
+    assert listing(tmp_path) == before
+
+
+def test_an_output_of_another_program(fails, base, adapter, tmp_path):
+    shutil.copytree(base, tmp_path / "base2")
+    shutil.copytree(adapter, tmp_path / "adapter2")
+    for command, kind in (("merge", "base2"), ("convert", "adapter2")):
+        text = fails(*WRITERS[command](base, adapter, tmp_path / kind), "--force")
+        assert "what lora_jax did not write" in text and "model.safetensors" in text
+
+
+def test_the_working_directory_as_output(run, fails, writer, base, adapter, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.chdir(out)
+    for extra in ([], ["--force"]):
+        assert run(*writer(base, adapter, "."), *extra)[0] == 0
+        assert os.path.samefile(out, ".") and len(os.listdir(tmp_path)) == 3
+    (out / "notes.txt").write_text("mine")
+    for where in (".", "..", "/"):
+        fails(*writer(base, adapter, where), "--force")
+    assert (out / "notes.txt").exists()
+
+
+def test_files_that_are_links(run, fails, writer, base, adapter, tmp_path):
+    out, outside = tmp_path / "out", tmp_path / "precious.safetensors"
+    assert run(*writer(base, adapter, out))[0] == 0
+    (file,) = out.glob("*.safetensors")
+    file.rename(outside)
+    file.symlink_to(outside)
+    content = outside.read_bytes()
+    assert file.name in fails(*writer(base, adapter, out), "--force")
+    assert file.is_symlink() and outside.read_bytes() == content
+
+
+def test_without_an_atomic_exchange(run, writer, base, adapter, tmp_path, monkeypatch):
+    """A process that is killed between the two renames leaves the old output aside; the next one puts it back."""
+    monkeypatch.setattr(files, "exchange", lambda one, other: False)
+    out = tmp_path / "out"
+    assert run(*writer(base, adapter, out))[0] == 0
+    assert run(*writer(base, adapter, out), "--force")[0] == 0
+    before = listing(tmp_path)
+    out.rename(tmp_path / f".out.{'0' * 32}.replaced")
+    assert run(*writer(base, adapter, out), "--force")[0] == 0
+    assert listing(tmp_path) == before
 
 
 def test_what_force_does_not_replace(fails, writer, base, adapter, tmp_path):
@@ -819,6 +867,8 @@ def test_a_signal_in_the_middle(run, monkeypatch, base, adapter, tmp_path, numbe
 def test_a_failing_exchange_restores_what_was_there(fails, run, monkeypatch, writer, base, adapter, tmp_path):
     assert run(*writer(base, adapter, tmp_path / "out"))[0] == 0
     rename = os.rename
+
+    monkeypatch.setattr(files, "exchange", lambda one, other: False)
 
     def once(source, target):
         if str(source).endswith(".writing"):

@@ -14,6 +14,7 @@ from lora_jax.peft import layout
 from lora_jax.peft.config import CONFIG, Config
 from lora_jax.peft.saving import write
 from lora_jax.peft.targets import TARGETS
+from lora_jax.peft.tensors import written_here
 
 _ONE_WEIGHT = ("gguf", "mlx")
 """Readers that apply the factors of an embedding to a head that is tied to it, too."""
@@ -33,7 +34,8 @@ def convert(
         )
     if base:
         check_directory(base)
-    check_new(out, (CONFIG,), "adapter", force, apart_from=(directory, *([base] if base else [])))
+    owns = written_here({CONFIG})
+    check_new(out, CONFIG, "adapter", owns, force, apart_from=(directory, *([base] if base else [])))
     with contextlib.ExitStack() as stack:
         if base is None:
             weights, names = layout.of_adapter(directory)
@@ -46,7 +48,7 @@ def convert(
                     "into the checkpoint instead (lora-jax merge)."
                 )
         delta = peft.load(directory, weights, names)
-        with replaced(out, CONFIG, what="adapter") as fresh:
+        with replaced(out, CONFIG, what="adapter", owns=owns) as fresh:
             write(
                 fresh,
                 delta,

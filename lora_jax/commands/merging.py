@@ -20,10 +20,13 @@ from lora_jax.peft.config import CONFIG
 from lora_jax.peft.tensors import (
     INDEX,
     WEIGHTS,
+    WRITTEN_BY,
     Tensors,
     absent,
+    model_files,
     read_json,
     rewrite,
+    written_here,
 )
 
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
@@ -34,14 +37,15 @@ def merge(base: Path, adapter: Path, out: Path, *, force: bool, console: Console
     if is_native(adapter):
         raise ValueError(f"{adapter}: {NEEDS_NAMES.format('a merge')}")
     check_directory(base)
-    check_new(out, (MODEL, (WEIGHTS, INDEX)), "checkpoint", force, apart_from=(base, adapter))
+    copied, left_out = _others(base, model_files(base))
+    owns = written_here({INDEX, *(file.name for file in copied)})
+    check_new(out, MODEL, "checkpoint", owns, force, apart_from=(base, adapter))
     config = model_config(base)
-    with opened(base) as tensors, replaced(out, MODEL, what="checkpoint") as fresh:
+    with opened(base) as tensors, replaced(out, MODEL, what="checkpoint", owns=owns) as fresh:
         fitting = layout.of_checkpoint(tensors, adapter, config)
         delta = peft.load(adapter, fitting.base, fitting.names)
         ties.share_rows(delta, tensors, config)
         tables = {head: table for head, (table, _) in fitting.untied.items()}
-        copied, left_out = _others(base, tensors)
         for file in copied:
             shutil.copyfile(file, fresh / file.name)
         changed = dict.fromkeys(delta, False)
@@ -59,7 +63,7 @@ def merge(base: Path, adapter: Path, out: Path, *, force: bool, console: Console
         with progress_bar(progress, "merging (MiB)", megabytes) as advance:
             for file in tensors.files:
                 heads = {head: table for head, table in tables.items() if tensors.file_of(table) == file}
-                rewrite(file, fresh / file.name, change, lambda size: advance(size / 2**20), heads)
+                rewrite(file, fresh / file.name, change, lambda size: advance(size / 2**20), heads, metadata=WRITTEN_BY)
         total = len(tensors)
         apart = _untie(fresh, tensors, config, tables, set(changed))
     console.print(f"{out}: {base} with {sum(changed.values())} of {counted(total, 'tensor')} changed")
@@ -123,10 +127,10 @@ def merged(name: str, value: np.ndarray, node: Adapter) -> np.ndarray:
     return result
 
 
-def _others(base: Path, tensors: Tensors) -> tuple[list[Path], list[str]]:
+def _others(base: Path, weights: list[Path]) -> tuple[list[Path], list[str]]:
     """The files beside a checkpoint's weights that belong to a merged one, and what does not."""
     copied, left_out = [], []
-    sharded = tensors.files[0].name != WEIGHTS
+    sharded = weights[0].name != WEIGHTS
     for path in sorted(base.iterdir()):
         if path.is_symlink() and not path.exists():
             raise ValueError(absent(path))
@@ -135,7 +139,7 @@ def _others(base: Path, tensors: Tensors) -> tuple[list[Path], list[str]]:
                 continue
             if path.suffix not in _NOT_COPIED and path.name != CONFIG:
                 copied.append(path)
-            elif path not in tensors.files:
+            elif path not in weights:
                 left_out.append(path.name)
         elif path.is_dir() and not path.name.startswith("."):
             left_out.append(f"{path.name}/")

@@ -16,7 +16,7 @@ from lora_jax.peft import keys
 from lora_jax.peft.config import CONFIG, Config
 from lora_jax.peft.exported import Exported, Module
 from lora_jax.peft.keys import ADAPTER
-from lora_jax.peft.tensors import write
+from lora_jax.peft.tensors import write, written_here
 
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `max_lora_rank`."""
@@ -151,7 +151,7 @@ def _write_mlx(directory: Path, exported: Exported, base_model: str | None, task
     }
     if base_model is not None:
         config["model"] = base_model
-    with replaced(directory, CONFIG, what="adapter directory", keep=True) as fresh:
+    with replaced(directory, CONFIG, what="adapter directory", owns=written_here({CONFIG}), keep=True) as fresh:
         write(fresh / "adapters.safetensors", tensors)
         _write_json(fresh / CONFIG, config)
 
@@ -232,7 +232,7 @@ def _shared(exported: Exported, base_model: str | None, task_type: str | None) -
 
 
 def _write(directory: Path, exported: Exported, config: Config) -> None:
-    with replaced(directory, CONFIG, what="adapter directory", keep=True) as fresh:
+    with replaced(directory, CONFIG, what="adapter directory", owns=written_here({CONFIG}), keep=True) as fresh:
         write(fresh / ADAPTER, dict(_tensors(exported)))
         _write_json(fresh / CONFIG, config.to_json())
 

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes, as safetensors spells them, whose numbers are the tensor's values; others are quantised or integers."""
+
+WRITTEN_BY = {"written_by": "lora_jax"}
+"""In the metadata of the files that this library writes; only these are replaced."""
 
 _CHUNK = 16 * 2**20
 
@@ -178,10 +181,25 @@ def write(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
     """
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     try:
-        save_file(contiguous, file, metadata={"format": "pt", **(metadata or {})})
+        save_file(contiguous, file, metadata={"format": "pt", **WRITTEN_BY, **(metadata or {})})
     except SafetensorError as error:  # the disk is full, for one
         code = re.search(r"os error (\d+)", str(error))
         raise OSError(*((int(code[1]), os.strerror(int(code[1]))) if code else (str(error),))) from error
+    _sort_metadata(file)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Puts the metadata of a safetensors file in order: the library writes them in one that changes with the run."""
+    begin = b'"__metadata__":'
+    with open(file, "r+b") as opened:
+        header = opened.read(int.from_bytes(opened.read(8), "little"))
+        start = header.index(begin) + len(begin)
+        rest = header[start:].decode()
+        metadata, end = json.JSONDecoder().raw_decode(rest)
+        text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) == len(rest[:end].encode()):
+            opened.seek(8 + start)
+            opened.write(text)
 
 
 def rewrite(
@@ -190,6 +208,8 @@ def rewrite(
     change: Callable[[str], np.ndarray | None],
     advance: Callable[[int], None] = lambda size: None,
     added: Mapping[str, str] | None = None,
+    *,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Copies a safetensors file, tensor by tensor, with the values of some of them changed.
 
@@ -201,6 +221,7 @@ def rewrite(
       change: The new value of a tensor, of its shape and dtype; None to leave it.
       advance: Called with the number of bytes that have been written since the last call.
       added: New tensors behind the others, by name; each starts as a copy of the one that is named with it.
+      metadata: Added to what the source has.
 
     Raises:
       OSError: A file cannot be read or written.
@@ -208,14 +229,14 @@ def rewrite(
     with open(source, "rb") as old, open(target, "wb") as new:
         header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
         start = old.tell()
-        metadata = {"format": "pt", **header.pop("__metadata__", {})}
+        everything = {"format": "pt", **header.pop("__metadata__", {}), **(metadata or {})}
         copies = sorted(((name, name, entry) for name, entry in header.items()), key=lambda x: x[2]["data_offsets"])
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         for name, like in (added or {}).items():
             first, last = header[like]["data_offsets"]
             copies.append((name, like, header[like]))
             header[name] = header[like] | {"data_offsets": [end, end := end + last - first]}
-        content = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+        content = json.dumps({"__metadata__": everything, **header}, separators=(",", ":"), ensure_ascii=False).encode()
         content += b" " * (-len(content) % 8)
         new.write(len(content).to_bytes(8, "little") + content)
         for name, source_name, entry in copies:
@@ -277,6 +298,26 @@ def write_model(
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return files
+
+
+def written_here(names: Collection[str]) -> Callable[[Path], bool]:
+    """Tells which files of a directory this library wrote: marked safetensors files, and these names beside them."""
+
+    def owns(entry: Path) -> bool:
+        if entry.suffix == ".safetensors":
+            return _is_marked(entry)
+        return entry.name in names and any(map(_is_marked, entry.parent.glob("*.safetensors")))
+
+    return owns
+
+
+def _is_marked(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            metadata = opened.metadata() or {}
+    except (SafetensorError, OSError):
+        return False
+    return metadata.items() >= WRITTEN_BY.items()
 
 
 def _shard(directory: Path, number: int, count: int) -> Path:

@@ -6,6 +6,7 @@ import struct
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from lora_jax.peft.tensors import Tensors, check_index, model_files, read_json, rewrite, write, write_model
@@ -126,3 +127,13 @@ def test_a_file_that_cannot_be_written(tmp_path):
     with pytest.raises(OSError) as caught:
         write(tmp_path / "nowhere" / "w.safetensors", {"w": np.ones(2)})
     assert caught.value.errno
+
+
+def test_written_files_are_the_same_bytes(tmp_path):
+    """Safetensors orders metadata by a hash that differs from one map to the next."""
+    for number in range(20):
+        write(tmp_path / str(number), {"w": np.arange(3.0)}, {"ä": "1", "b": "\n"})
+    assert len({(tmp_path / str(number)).read_bytes() for number in range(20)}) == 1
+    with safe_open(tmp_path / "0", "numpy") as opened:
+        assert opened.metadata() == {"format": "pt", "written_by": "lora_jax", "ä": "1", "b": "\n"}
+        assert opened.get_tensor("w").tolist() == [0, 1, 2]

@@ -1,0 +1,167 @@
+"""save(): whose files it replaces, and what processes that are killed or work at the same time leave."""
+
+import ast
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lora
+
+SCRIPT = pathlib.Path(__file__).with_name("saving_processes.py")
+
+
+def adapter(value):
+    delta = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, {"w": lora.LoRA(2, axes=("in", "out"))})
+    return jax.tree.map(lambda leaf: jnp.full_like(leaf, value), delta)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    lora.save(tmp_path / "run", adapter(1))
+    return tmp_path / "run"
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_other_files_stay(saved):
+    (saved / "metrics.jsonl").write_text("{}\n")
+    (saved / "checkpoints").mkdir()
+    (saved / "arrays-of-mine").mkdir()
+    for value in (2, 3):
+        lora.save(saved, adapter(value))
+        chex.assert_trees_all_equal(lora.load(saved), adapter(value))
+    assert [name for name in names(saved) if not name.startswith("arrays-") or name == "arrays-of-mine"] == [
+        "adapter.json",
+        "arrays-of-mine",
+        "checkpoints",
+        "metrics.jsonl",
+    ]
+    assert len(names(saved)) == 5 and (saved / "metrics.jsonl").read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("content", ['{"format": "another program"}', "not JSON", "[]"])
+def test_an_adapter_json_of_another_program(tmp_path, content):
+    (tmp_path / "adapter.json").write_text(content)
+    with pytest.raises(FileExistsError, match=r"adapter\.json was not written by lora_jax; not replaced"):
+        lora.save(tmp_path, adapter(1))
+    assert (tmp_path / "adapter.json").read_text() == content
+
+
+def test_arrays_of_another_program(tmp_path):
+    (tmp_path / "arrays").mkdir()
+    (tmp_path / "arrays" / "mine.npy").write_text("")
+    with pytest.raises(FileExistsError, match="holds arrays and is no adapter directory"):
+        lora.save(tmp_path, adapter(1))
+    assert names(tmp_path / "arrays") == ["mine.npy"]
+
+
+def test_links_are_not_followed(saved, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious.txt").write_text("mine")
+    manifest = saved / "adapter.json"
+    manifest.rename(outside / "adapter.json")
+    manifest.symlink_to(outside / "adapter.json")
+    with pytest.raises(FileExistsError, match="was not written by lora_jax"):
+        lora.save(saved, adapter(2))
+    manifest.unlink()
+    (outside / "adapter.json").rename(manifest)
+    (saved / "arrays").rename(outside / "arrays")
+    (saved / "arrays").symlink_to(outside / "arrays")
+    lora.save(saved, adapter(2))
+    assert (outside / "arrays" / "_METADATA").exists() and (outside / "precious.txt").exists()
+
+
+def test_a_link_to_the_directory_stays(saved, tmp_path):
+    (tmp_path / "link").symlink_to(saved)
+    lora.save(tmp_path / "link", adapter(2))
+    assert (tmp_path / "link").is_symlink()
+    chex.assert_trees_all_equal(lora.load(saved), adapter(2))
+
+
+@pytest.mark.parametrize("where", [".", ".."])
+def test_the_working_directory(saved, monkeypatch, where):
+    (saved / "inside").mkdir()
+    monkeypatch.chdir(saved if where == "." else saved / "inside")
+    lora.save(where, adapter(2))
+    assert os.getcwd().startswith(str(saved)) and os.path.samefile(where, saved)
+    chex.assert_trees_all_equal(lora.load(where), adapter(2))
+
+
+def test_what_is_no_directory_for_an_adapter(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for where, said in {
+        "/": "is no adapter directory",
+        tmp_path / "file": "is no directory",
+        tmp_path / "nowhere": "leads nowhere",
+        tmp_path / "circle": "in a circle",
+    }.items():
+        with pytest.raises(FileExistsError, match=said) as error:
+            lora.save(where, adapter(1))
+        assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(NotADirectoryError, match="file"):
+        lora.save(tmp_path / "file" / "inside", adapter(1))
+    assert names(tmp_path) == ["circle", "file", "nowhere"]
+
+
+def test_an_adapter_of_the_first_format(saved):
+    """Before arrays were named in the manifest, they were in `arrays`."""
+    text = (saved / "adapter.json").read_text()
+    assert '"arrays": "arrays"' in text
+    (saved / "adapter.json").write_text(text.replace(',\n  "arrays": "arrays"', ""))
+    chex.assert_trees_all_equal(lora.load(saved), adapter(1))
+    lora.save(saved, adapter(2))
+    chex.assert_trees_all_equal(lora.load(saved), adapter(2))
+
+
+def test_threads(tmp_path):
+    errors = []
+
+    def work(number):
+        try:
+            for turn in range(3):
+                lora.save(tmp_path / str(number), adapter(turn))
+                chex.assert_trees_all_equal(lora.load(tmp_path / str(number)), adapter(turn))
+                lora.save(tmp_path / "shared", adapter(turn))
+                loaded = lora.load(tmp_path / "shared")
+                assert len({float(x) for leaf in jax.tree.leaves(loaded) for x in np.ravel(leaf)}) == 1
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def processes(*args):
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
+    done = subprocess.run([sys.executable, str(SCRIPT), *args], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return ast.literal_eval(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("mode", [("operations",), ("random", "8")])
+def test_kills(mode):
+    """After each of them an adapter loads, the old or the new one, and the next save removes what is left."""
+    loaded = processes(*mode)
+    assert set(loaded) <= {"old", "new"} and sum(loaded.values()) > 8
+    assert mode[0] == "random" or set(loaded) == {"old", "new"}
+
+
+def test_processes_together():
+    assert processes("together", "5") == {"failed": 0, "left": 3}
