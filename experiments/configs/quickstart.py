@@ -12,7 +12,6 @@ from experiments.training.runtime import Runtime
 
 STUDY = "experiments.studies.quickstart"
 METHODS = ("head", "lora", "qlora", "qdora", "all-linear", "full")
-LOW_RANK = ("lora", "all-linear")
 
 
 def parse_methods(text: Sequence[str]) -> tuple[str, ...]:
@@ -68,8 +67,8 @@ class Config(Runtime):
     """Where everything is written; a run that is there already is resumed or shown, not repeated."""
 
     export: Literal["none", "peft"] = "none"
-    """peft: write the adapters of lora and all-linear in PEFT's format as well, with the head and a README that says
-    how transformers and peft open them."""
+    """peft: write the adapters in PEFT's format as well, with the head and a README that says how transformers and peft
+    open them."""
 
     fresh: bool = False
     """Start over, even where a finished or interrupted run of the same settings is there."""

@@ -24,7 +24,7 @@ _PUBLISHED = {location.MINILM: "sentence-transformers/all-MiniLM-L6-v2"}  # what
 _README = """# LoRA on {title}
 
 Made by lora_jax. The adapter is for the encoder as transformers opens it; the head on the mean of its token vectors is
-in `classifier.safetensors`.
+in `classifier.safetensors`.{note}
 
 ```python
 import torch
@@ -52,7 +52,20 @@ print(labels[logits(["a chess engine"]).argmax()])
 """
 
 
-def export(problem: Problem, delta: Mapping[str, Any], model: str, directory: Path, logits: np.ndarray) -> None:
+_QUANTIZED = """
+
+It was trained over linear layers in NF4 (double quantization, blocks of 64); the code below uses it over floats."""
+
+
+def export(
+    problem: Problem,
+    delta: Mapping[str, Any],
+    model: str,
+    directory: Path,
+    logits: np.ndarray,
+    *,
+    quantized: bool = False,
+) -> None:
     """Writes `peft/`, and beside it what a check by hand compares it with.
 
     Args:
@@ -60,7 +73,8 @@ def export(problem: Problem, delta: Mapping[str, Any], model: str, directory: Pa
       delta: LoRA on the encoder, and the classifier.
       model: The base, as `experiments.models.location.find` knows it.
       directory: Of the run.
-      logits: Of the test examples, in their order.
+      logits: Of the test examples, in their order, over the published weights.
+      quantized: Whether the base was quantized in training, which the README then says.
     """
     found = location.find(model)
     base = _PUBLISHED.get(model, str(found.absolute()) if Path(model).is_dir() else model)
@@ -73,6 +87,12 @@ def export(problem: Problem, delta: Mapping[str, Any], model: str, directory: Pa
     tensors = {"weight": np.ascontiguousarray(np.asarray(merged["kernel"]).T), "bias": np.asarray(merged["bias"])}
     save_file(tensors, place / "classifier.safetensors")
     labels = textwrap.fill(json.dumps(problem.names), 100, subsequent_indent="    ", break_long_words=False)
-    text = _README.format(title=base, base=json.dumps(base), labels=labels, length=problem.lengths[-1])
+    text = _README.format(
+        title=base,
+        base=json.dumps(base),
+        labels=labels,
+        length=problem.lengths[-1],
+        note=_QUANTIZED if quantized else "",
+    )
     (place / "README.md").write_text(text, encoding="utf-8")
     np.save(directory / LOGITS, logits)

@@ -66,6 +66,13 @@ class Problem:
 
         return make(key, base) if mesh is None else meshes.made(mesh, make, key, base)
 
+    def check(self, name: str, spec: Mapping[str, Any]) -> None:
+        """Raises a UserError where a spec, of a method of this name, does not fit the base."""
+        try:
+            jax.eval_shape(lambda key, base: self.delta(key, base, spec), jax.random.key(0), self.base)
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from None
+
     def quantized(self, base: Mapping[str, Any], rules: Mapping[str, Any]) -> Any:
         """The base with quantised weights."""
         return lora.quantize(base, rules, self.apply, *self._shapes())

@@ -9,14 +9,14 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 import lora_jax as lora
-from experiments.configs.quickstart import LOW_RANK, Config
+from experiments.configs.quickstart import Config
 from experiments.reports import curves
 from experiments.reports.results import Result, write_json
 from experiments.reports.table import merged_line, table
-from experiments.studies import encoder_export, head, methods, provenance
+from experiments.studies import encoder_export, head, methods, provenance, sentences
 from experiments.studies.head import Start
 from experiments.studies.methods import Method
-from experiments.studies.problem import HEAD, Problem, answers, load
+from experiments.studies.problem import HEAD, Problem, accuracy, answers, load
 from experiments.training import mesh as meshes
 from experiments.training import processes
 from experiments.training.loop import Run
@@ -41,21 +41,27 @@ def run(config: Config) -> list[Result]:
         "test": config.test_examples,
     }
     problem = load(config.model, config.data, limits, config.lengths, report=console.print)
+    for name in config.methods:
+        if name != "head":
+            problem.check(name, method(name, config).spec)
     directory = _directory(config, "head", 0, problem.digest, {})
     with processes.first_before_others():
         start = head.run(problem, directory, console)
+        if processes.is_first():
+            sentences.describe(directory, config.model, problem)
     results = [start.result] if "head" in config.methods else []
     with meshes.entered(config.mesh) as mesh:
         for name in config.methods:
             if name != "head":
                 for seed in range(config.seeds):
-                    results.append(_trained(start, name, seed, config, mesh, console))
+                    directory, result = _trained(start, name, seed, config, mesh, console)
+                    results.append(result)
     if processes.is_first():
-        _report(config, results, console)
+        _report(config, results, directory, console)
     return results
 
 
-def _report(config: Config, results: list[Result], console: Console) -> None:
+def _report(config: Config, results: list[Result], last: Path, console: Console) -> None:
     console.print()
     console.print(table(results))
     if trained := [result for result in results if result.losses]:
@@ -63,6 +69,12 @@ def _report(config: Config, results: list[Result], console: Console) -> None:
     curves.draw(config.out / "curves.png", results, f"{config.model} on {config.data}")
     write_json(config.out / "run.json", _record(config, results))
     console.print(f"written to {config.out}: run.json, curves.png and an adapter a run")
+    console.print("in Python, from here:")
+    for line in (
+        "from experiments.studies import sentences",
+        f"print(sentences.load({str(last)!r})('a chess engine that plays over the internet'))",
+    ):
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def method(name: str, config: Config) -> Method:
@@ -90,24 +102,34 @@ def method(name: str, config: Config) -> Method:
     )
 
 
-def _trained(start: Start, name: str, seed: int, config: Config, mesh: Mesh, console: Console) -> Result:
+def _trained(start: Start, name: str, seed: int, config: Config, mesh: Mesh, console: Console) -> tuple[Path, Result]:
+    """The directory of a run and its result."""
     chosen = method(name, config)
     settings = {key: value for key, value in asdict(chosen).items() if key not in ("spec", "rules")}
     settings |= {"spec": repr(chosen.spec), "rules": repr(chosen.rules)}
     directory = _directory(config, name, seed, start.problem.digest, settings)
     run = Run(directory, mesh, asdict(config), config.checkpoint_every, profile=config.profiled())
     result = methods.run(start, chosen, seed, run, console)
-    if config.export == "peft" and name in LOW_RANK and processes.is_first():
-        _export(start.problem, config.model, directory, console)
-    return result
+    if processes.is_first():
+        sentences.describe(directory, config.model, start.problem)
+        if config.export == "peft":
+            _export(start.problem, chosen, config.model, directory, console)
+    return directory, result
 
 
-def _export(problem: Problem, model: str, directory: Path, console: Console) -> None:
-    """Writes the adapter of a finished run in PEFT's format."""
+def _export(problem: Problem, method: Method, model: str, directory: Path, console: Console) -> None:
+    """Writes the adapter of a finished run in PEFT's format, or says why it has none."""
+    if method.name == "full":
+        console.print("PEFT: full fine-tuning has no adapter; its weights are in adapter/", highlight=False)
+        return
     delta, apply = lora.load(directory / "adapter", problem.base), jax.jit(lora.adapt(problem.apply))
     logits = answers(lambda *inputs: apply(problem.base, delta, *inputs)[0], problem.splits["test"], problem.lengths)
-    encoder_export.export(problem, delta, model, directory, logits)
-    console.print(f"PEFT: {directory / encoder_export.DIRECTORY}", highlight=False, soft_wrap=True)
+    encoder_export.export(problem, delta, model, directory, logits, quantized=bool(method.rules))
+    line = f"PEFT: {directory / encoder_export.DIRECTORY}"
+    if method.rules:
+        right = accuracy(logits, problem.splits["test"])
+        line += f" (trained over NF4; over the published float weights, as its README opens them, {right:.1%})"
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 def _directory(config: Config, name: str, seed: int, digest: str, settings: dict[str, Any]) -> Path:

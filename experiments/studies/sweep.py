@@ -67,6 +67,8 @@ def run(config: Config) -> Sweep:
         "test": config.test_examples,
     }
     problem = load(config.model, config.data, limits, config.lengths, report=console.print)
+    for rank in config.ranks:
+        problem.check(f"ranks {rank}", _spec(config, rank))
     start = head.run(problem, _directory(config, "head", [problem.digest, config.lengths]), console)
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_NUMBERS}
     directory = _directory(config, "sweep", [problem.digest, settings])
@@ -142,18 +144,14 @@ def _done(states: lora.TrainStates) -> int:
     return int(states.step.max())
 
 
+def _spec(config: Config, rank: int) -> dict[str, Any]:
+    return {_QUERY_VALUE: lora.LoRA(rank=rank, alpha=config.alpha), HEAD: lora.Full()}
+
+
 def _deltas(config: Config, start: Start) -> list[dict[str, Any]]:
     """An adapter for each pair of the grid. Those of one rank start from the same factors."""
     key = jax.random.key(config.seed)
-    try:
-        by_rank = {
-            rank: start.problem.delta(
-                key, start.base, {_QUERY_VALUE: lora.LoRA(rank=rank, alpha=config.alpha), HEAD: lora.Full()}
-            )
-            for rank in config.ranks
-        }
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    by_rank = {rank: start.problem.delta(key, start.base, _spec(config, rank)) for rank in config.ranks}
     return [by_rank[rank] for rank, _ in config.grid]
 
 

@@ -142,6 +142,39 @@ def test_exported_adapter_and_head_reproduce_the_predictions(settings, finished,
     assert (directory / "peft" / "README.md").read_text() == readme
 
 
+def test_a_rank_above_the_weights_is_refused_before_any_work(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart.head, "run", lambda *args: pytest.fail("the head was fitted"))
+    for flags in (["quickstart"], ["sweep", "--ranks", "2", "999"]):
+        extra = ["--rank", "999"] if flags == ["quickstart"] else []
+        shared = ["--model", settings.model, "--data", settings.data, "--lengths", "12", "--train-examples", "None"]
+        sizes = ["--validation-examples", "None", "--test-examples", "None"]
+        status = run.main([*flags, *extra, *shared, *sizes, "--out", str(tmp_path)])
+        err = capsys.readouterr().err
+        assert status == 2 and "999" in err and err.count("\n") == 1, err
+
+
+def test_a_sentence_is_classified_by_what_the_study_prints(finished, capsys):
+    config, results = finished
+    assert quickstart.run(config) == results
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    code = lines[lines.index("in Python, from here:") + 1 :]
+    assert len(code) == 2
+    exec("\n".join(code), {})
+    assert capsys.readouterr().out.strip() in ("games", "mail", "sound")
+
+
+def test_every_method_exports_or_says_why_not(settings, finished, tmp_path, capsys):
+    config = dataclasses.replace(settings, out=tmp_path / "out", export="peft", methods=("qlora", "full"), epochs=1)
+    shutil.copytree(finished[0].out, config.out)
+    quickstart.run(config)
+    out = capsys.readouterr().out
+    assert "PEFT: full fine-tuning has no adapter; its weights are in adapter/" in out
+    (directory,) = runs(config, "qlora")
+    assert f"PEFT: {directory / 'peft'} (trained over NF4; over the published float weights" in " ".join(out.split())
+    assert "trained over linear layers in NF4" in (directory / "peft" / "README.md").read_text()
+    assert (directory / "peft" / "adapter_model.safetensors").exists()
+
+
 class Killed(BaseException):
     """Nothing catches it."""
 
