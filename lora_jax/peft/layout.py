@@ -3,14 +3,14 @@
 import collections
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from lora_jax.peft import keys, ties
+from lora_jax.peft import keys, renames, ties
 from lora_jax.peft.config import Config
 from lora_jax.peft.keys import ADAPTER, Key
 from lora_jax.peft.names import Module, Names, Weight
@@ -136,8 +136,11 @@ def of_checkpoint(checkpoint: Tensors, directory: Path, model: Mapping[str, Any]
         parsed = _parsed(tensors)
         factors = _factors(tensors, parsed)
         sizes = {key: tensors[key.key] for key in parsed}
-        prefix = _prefix({keys.split_name(name)[0] for name in shapes}, {key.module for key in parsed})
-        bare = {name.removeprefix(prefix): name for name in shapes}
+        renamed = {new: name for name in shapes for new in renames.running(name)}
+        known = {keys.split_name(name)[0] for name in (*shapes, *renamed)}
+        prefix = _prefix(known, {key.module for key in parsed})
+        bare = {new.removeprefix(prefix): name for new, name in renamed.items()}
+        bare |= {name.removeprefix(prefix): name for name in shapes}
         square = _Squares(config, model_type)
         kinds: dict[str, Kind] = {}
         order: list[str] = []
@@ -175,7 +178,19 @@ def of_checkpoint(checkpoint: Tensors, directory: Path, model: Mapping[str, Any]
     shapes = {name: shapes[name] for name in dict.fromkeys((*order, *shapes))}
     base = {leaf_path(name): Stored(shape, lambda name=name: checkpoint.read(name)) for name, shape in shapes.items()}
     base |= {leaf_path(head): base[leaf_path(table)] for head, (table, _) in untied.items()}
-    return Fitting(base, _names([*shapes, *untied], kinds, tied, prefix), untied)
+    own = {bare.get(name.removeprefix(prefix), ""): name for name in _adapted(parsed, config)}
+    return Fitting(base, _names([*shapes, *untied], kinds, tied, prefix, own), untied)
+
+
+def _adapted(parsed: Iterable[Key], config: Config) -> Iterator[str]:
+    """The names of the tensors that an adapter changes, as it has them."""
+    for key in parsed:
+        if key.part == "value":
+            yield key.name
+        elif own := _parameters(key.module, config):
+            yield from (f"{key.module}.{parameter}" for parameter in own)
+        else:
+            yield from (f"{key.module}.{parameter}" for parameter in ("weight", "in_proj_weight", "bias"))
 
 
 class Stored:
@@ -201,10 +216,16 @@ def _module(name: str, prefix: str) -> str:
 
 
 def _names(
-    names: Iterable[str], kinds: Mapping[str, Kind], tied: Mapping[str, tuple[str, ...]] | None = None, prefix: str = ""
+    names: Iterable[str],
+    kinds: Mapping[str, Kind],
+    tied: Mapping[str, tuple[str, ...]],
+    prefix: str = "",
+    in_model: Mapping[str, str] | None = None,
 ) -> Names:
-    tied = tied or {}
-    rows = [Weight(leaf_path(x), x, module=kinds.get(x, ""), tied=tied.get(x, ())) for x in names]
+    new = in_model or {}
+    rows = [
+        Weight(leaf_path(x), x, module=kinds.get(x, ""), tied=tied.get(x, ()), in_model=new.get(x, "")) for x in names
+    ]
     return Names(tuple(rows), prefix=prefix)
 
 

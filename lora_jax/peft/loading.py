@@ -172,12 +172,14 @@ class _Loader:
         """The base's tensor that a factor adapts."""
         module = self.bare(key.module)
         own = [keys.split_name(name) for name in self.config.target_parameters]
-        own = [p for m, p in own if keys.matches(module, [m]) and f"{module}.{p}" in self.where]
-        if own:
+        names = [(self.in_file(f"{module}.{p}"), p) for m, p in own if keys.matches(module, [m])]
+        if names := sorted({(self.row[name], name, p) for name, p in names if name in self.where}):
             # One wrapper a parameter, in the module's order; the innermost has the first.
-            own.sort(key=lambda p: self.row[f"{module}.{p}"])
             number = deepest - key.depth
-            return Module(f"{module}.{own[number]}", f"{key.module}.{own[number]}") if number < len(own) else None
+            if number >= len(names):
+                return None
+            _, name, parameter = names[number]
+            return Module(name, f"{key.module}.{parameter}")
         for name in (self.in_file(f"{module}.weight"), f"{module}.in_proj_weight"):
             if key.depth == 0 and (name in self.where or name in self.tied):
                 return Module(name, key.module)
