@@ -1,60 +1,101 @@
-"""A checkpoint's own chat template, and which part of what it renders the assistant said.
-
-A template is Jinja source that comes with a checkpoint; it is rendered in a sandbox and with the functions that
-`transformers.PreTrainedTokenizerBase.apply_chat_template` gives it.
-"""
+"""A checkpoint's own chat template, and the text that it renders of a conversation."""
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from experiments.errors import UserError
+from experiments.input.control import ControlTokens, Marked, Marks, strings
+from experiments.input.records import Message, Tool
+from experiments.input.rendering import SECONDS, Renderer, RenderingError
 
-Messages = Sequence[Mapping[str, Any]]
-Span = tuple[int, int]
+Messages = Sequence[Message]
 
 TODAY = datetime(2024, 7, 26)
-"""What a template that asks for the date is told, the day that Llama 3's fall back to. With the true one, tokens would
-depend on the day that a run begins or resumes."""
+"""The date that a template is given, the day that Llama 3's fall back to. With the true one, tokens would depend on the
+day that a run begins or resumes."""
 
-_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_BEGIN, _END = "\ufdd0", "\ufdd1"  # Unicode keeps these for a program's own use: no text holds them
+_PROBE = "probe of a content part"
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a template renders.
+
+    Attributes:
+      messages: In turn.
+      tools: That the assistant may call.
+      arguments: Variables that templates read, such as `enable_thinking`.
+      prompt: End with what comes before an answer of the assistant's.
+    """
+
+    messages: Messages
+    tools: Sequence[Tool] | None = None
+    arguments: Mapping[str, Any] | None = None
+    prompt: bool = False
 
 
 class Template:
     """A chat template.
+
+    It is rendered with the functions that transformers' `apply_chat_template` gives it, in a process of its own with
+    bounded time, memory and output.
 
     Args:
       source: In Jinja.
       special_tokens: `bos_token` and so on, as the template may name them.
       where: The file it is from, for errors.
       today: The date that `strftime_now` gives.
+      arguments: Variables of every rendering, such as `enable_thinking`.
+      control: The tokenizer's control tokens.
+      literal: Whether text of a message that spells one of them is text, not the token.
+      seconds: Of computing that the renderings of one record may take.
+      with_tools: The template of conversations with tools, if that is another one.
 
     Raises:
       UserError: It is no Jinja template.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], where: str, today: datetime = TODAY):
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        where: str,
+        today: datetime = TODAY,
+        *,
+        arguments: Mapping[str, Any] | None = None,
+        control: ControlTokens | None = None,
+        literal: bool = True,
+        seconds: float = SECONDS,
+        with_tools: "Template | None" = None,
+    ):
         self.source, self.special_tokens, self.where, self.today = source, dict(special_tokens), where, today
-        self.marks_generation = _BLOCK.search(source) is not None
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        functions = {"raise_exception": _raise, "strftime_now": today.strftime}
-        try:
-            self._template = environment.from_string(source, globals=functions)
-        except jinja2.TemplateError as error:
-            raise UserError(f"{where}: the chat template is not valid Jinja ({error})") from None
+        self.arguments, self.with_tools = dict(arguments or {}), with_tools
+        self.control, self._literal = control or ControlTokens(()), literal
+        self._renderer = Renderer(source, where, today, seconds)
+        # What is no record's: it may hold control tokens.
+        self._own = {"documents": None, **self.special_tokens, **self.arguments}
+        self._own_texts = [source, *strings(self._own)]
+        self._parts: dict[str, bool] = {}
+
+    @property
+    def marks_generation(self) -> bool:
+        """Whether `{% generation %}` blocks say what the assistant says."""
+        return self._renderer.has_generation
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """The names of the variables that the template reads."""
+        return self._renderer.variables
+
+    @property
+    def identity(self) -> list[Any]:
+        """All that decides what is rendered, as JSON's data."""
+        other = self.with_tools and self.with_tools.identity
+        return [self.source, self.special_tokens, self.today.isoformat(), self.arguments, other]
 
     def render(self, messages: Messages, place: str, *, prompt: bool = False) -> str:
         """Messages as the text that the checkpoint was trained on.
@@ -65,144 +106,141 @@ class Template:
           prompt: End with what comes before an answer of the assistant's.
 
         Raises:
-          UserError: The template refuses them.
+          UserError: The template refuses them, or exceeds a limit.
         """
-        return self._marked(messages, place, prompt).replace(_BEGIN, "").replace(_END, "")
+        return self.require(self.renderings([Call(messages, prompt=prompt)], place)[0], place).text
 
-    def render_spans(self, messages: Messages, place: str) -> tuple[str, list[Span]]:
-        """Messages as text, and the spans of characters that are the assistant's to say.
-
-        They are what the template's `{% generation %}` blocks rendered. A template without these is rendered up to each
-        turn of the assistant's, with the prompt for it and with the turn itself: what the second has more is the span.
+    def renderings(self, calls: Sequence[Call], place: str) -> list[Marked | RenderingError]:
+        """What the template renders of each call, or why it refuses it.
 
         Args:
-          messages: In turn.
-          place: Where they stand, for errors.
-
-        Returns:
-          The text, and (begin, end) pairs of positions in it, ascending.
+          calls: Of one record.
+          place: Where that stands, for errors.
 
         Raises:
-          UserError: The template refuses the messages, none is the assistant's, or the template has no blocks and
-            renders a turn differently once others follow, so that there is no telling what is a turn's.
+          UserError: The calls exceed a limit, or the record cannot be given to a template.
         """
-        if self.marks_generation:
-            text, spans = _unmarked(self._marked(messages, place, False), f"{place}: {self.where}")
-        else:
-            text, spans = self._rendered_by_turns(messages, place)
-        if not spans:
-            raise UserError(f"{place}: none of the {len(messages)} messages is the assistant's: nothing to learn")
-        return text, spans
+        renderings = self._rendered(calls, place, _plain)
+        refused = [number for number, one in enumerate(renderings) if isinstance(one, RenderingError)]
+        if any(_as_openai(message) != _plain(message) for number in refused for message in calls[number].messages):
+            again = self._rendered([calls[number] for number in refused], place, _as_openai)
+            for number, one in zip(refused, again):
+                renderings[number] = one if isinstance(one, Marked) else renderings[number]
+        return renderings
 
-    def _rendered_by_turns(self, messages: Messages, place: str) -> tuple[str, list[Span]]:
-        text, spans = self.render(messages, place), []
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            given = self.render(messages[:turn], place, prompt=True)
-            whole = text if turn == len(messages) - 1 else self.render(messages[: turn + 1], place)
-            if not whole.startswith(given) or not text.startswith(whole):
-                raise UserError(
-                    f"{place}, message {turn + 1}: the chat template of {self.where} renders the conversation "
-                    "differently up to here and as a whole, so that there is no telling what the assistant says in it; "
-                    "a template that marks it with {% generation %} blocks can be learnt from"
-                )
-            spans.append((len(given), len(whole)))
-        return text, spans
-
-    def _marked(self, messages: Messages, place: str, prompt: bool) -> str:
-        values = {"tools": None, "documents": None, **self.special_tokens}
+    def _rendered(
+        self, calls: Sequence[Call], place: str, prepare: Callable[[Message], Message]
+    ) -> list[Marked | RenderingError]:
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=prompt, **values)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise UserError(f"{place}: the chat template of {self.where} refuses the messages ({error})") from None
+            values = [self._values(call, place, prepare) for call in calls]
+            marks = Marks.absent_from([*self._own_texts, *strings(values)])
+            if self._literal:
+                values = self.control.marked(values, marks)
+            texts = self._renderer.render([{**self._own, **one} for one in values], marks)
+            return [one if isinstance(one, RenderingError) else Marked.from_text(one, marks) for one in texts]
+        except RecursionError:
+            raise UserError(f"{place}: the record is nested too deeply for a chat template") from None
+        except (RenderingError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise self.refusal(error, place) from None
+
+    def require(self, rendering: Marked | RenderingError, place: str) -> Marked:
+        """A rendering.
+
+        Raises:
+          UserError: The template has refused it.
+        """
+        if isinstance(rendering, RenderingError):
+            raise self.refusal(rendering, place)
+        return rendering
+
+    def refusal(self, error: Exception, place: str) -> UserError:
+        """An error that names the template."""
+        return UserError(f"{place}: the chat template of {self.where} refuses the messages ({error})")
+
+    def _values(self, call: Call, place: str, prepare: Callable[[Message], Message]) -> dict[str, Any]:
+        """What the template is given of a record."""
+        messages = [self._joined(prepare(message), place) for message in call.messages]
+        tools = None if call.tools is None else list(call.tools)
+        arguments = call.arguments or {}
+        return {**arguments, "messages": messages, "tools": tools, "add_generation_prompt": call.prompt}
+
+    def _joined(self, message: Message, place: str) -> Message:
+        """A message whose content parts are joined, where the template takes text."""
+        content = message.get("content")
+        if isinstance(content, list | tuple) and not self._takes_parts(message.get("role", "user")):
+            return {**message, "content": "".join(texts_of(content, place))}
+        return message
+
+    def _takes_parts(self, role: str) -> bool:
+        """Whether the template renders a message of this role whose content is a list of parts."""
+        if role not in self._parts:
+            user = {"role": "user", "content": "?"}
+            probe = {"role": role, "content": [{"type": "text", "text": _PROBE}]}
+            orders = {"user": [probe], "system": [probe, user], "developer": [probe, user]}
+            messages = orders.get(role, [user, probe])
+            values = {**self._own, "tools": None, "messages": messages, "add_generation_prompt": False}
+            (text,) = self._renderer.render([values], Marks.absent_from([*self._own_texts, *strings(values)]))
+            # A template that does not know of parts prints the list, or nothing.
+            self._parts[role] = (
+                isinstance(text, str) and _PROBE in text and not any(quoted in text for quoted in ("'type'", '"type"'))
+            )
+        return self._parts[role]
 
 
-def load_template(directory: Path) -> Template | None:
-    """The chat template of a directory in Hugging Face layout: `chat_template.jinja`, or in `tokenizer_config.json`.
-
-    Returns:
-      The template, of several the one named `default`; None where the checkpoint has none.
+def texts_of(content: Any, place: str) -> list[str]:
+    """The texts of a message's content: text, a list of parts, or nothing.
 
     Raises:
-      UserError: A file cannot be read, the template is no Jinja, or of several none is the default.
+      UserError: A part is not text.
     """
-    file, config_file = directory / "chat_template.jinja", directory / "tokenizer_config.json"
-    config = _read_json(config_file)
-    where, found = str(config_file), config.get("chat_template")
-    if file.exists():
-        where, found = str(file), _read(file)
-    if isinstance(found, list):
-        named = {one["name"]: one["template"] for one in found}
-        if "default" not in named:
-            raise UserError(f"{where}: chat templates {', '.join(named)}, none of them is named default")
-        found = named["default"]
-    if found is None:
-        return None
-    special = {**_read_json(directory / "special_tokens_map.json"), **config}
-    tokens = {f"{name}_token": special.get(f"{name}_token") for name in _SPECIAL}
-    texts = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
-    return Template(found, {name: text for name, text in texts.items() if text is not None}, where)
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return [content]
+    texts = [part if isinstance(part, str) else part.get("text") for part in content]
+    if wrong := [part for part, text in zip(content, texts) if not isinstance(text, str)]:
+        kind = wrong[0].get("type", "unknown")
+        raise UserError(f"{place}: a content part of type {kind}; the text of messages alone can be learned here")
+    return texts
 
 
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %} … {% endgeneration %}`: puts marks around what the block renders."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Any) -> str:
-        return f"{_BEGIN}{caller()}{_END}"
+def _plain(message: Message) -> Message:
+    """A message as transformers gives it to templates: without nulls, its reasoning under the name that they read, and
+    the arguments of calls as objects."""
+    plain = {name: value for name, value in message.items() if value is not None and name != "weight"}
+    reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    if reasoning is not None:
+        plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+    return _with_calls(plain, _object)
 
 
-def _unmarked(marked: str, where: str) -> tuple[str, list[Span]]:
-    parts, spans, begin, length = [], [], None, 0
-    for part in re.split(f"([{_BEGIN}{_END}])", marked):
-        if part == _BEGIN and begin is None:
-            begin = length
-        elif part == _END and begin is not None:
-            spans, begin = [*spans, (begin, length)] if length > begin else spans, None
-        elif part in (_BEGIN, _END):
-            raise UserError(f"{where}: a {{% generation %}} block stands in another one")
-        else:
-            parts.append(part)
-            length += len(part)
-    return "".join(parts), spans
+def _as_openai(message: Message) -> Message:
+    """A message in OpenAI's form, which some templates expect: content null beside calls, whose arguments are text."""
+    calls = {"content": message.get("content")} if message.get("tool_calls") else {}
+    return _with_calls({**_plain(message), **calls}, _text)
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own escapes what HTML would read.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _with_calls(message: Message, arguments: Callable[[Any], Any]) -> Message:
+    def changed(call: Any) -> Any:
+        if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
+            return {**call, "function": changed(call["function"])}
+        if isinstance(call, Mapping) and "arguments" in call:
+            return {**call, "arguments": arguments(call["arguments"])}
+        return call
+
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [changed(call) for call in calls]} if isinstance(calls, list | tuple) else message
 
 
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _read(path: Path) -> str:
+def _object(arguments: Any) -> Any:
     try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        value = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        return arguments
+    return value if isinstance(value, dict) else arguments
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(_read(path))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return found
+def _text(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

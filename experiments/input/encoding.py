@@ -1,18 +1,25 @@
-"""Records to token ids, and which of them are to be learnt."""
+"""Records to token ids, and which of them are to be learned."""
 
+import dataclasses
+import functools
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
 from experiments.errors import UserError
-from experiments.input.chat import Messages, Span, Template, load_template
-from experiments.input.records import Completion, Conversation, Record
+from experiments.input.boundaries import BoundaryTokenizer
+from experiments.input.chat import Template, texts_of
+from experiments.input.control import ControlTokens, LiteralTokenizer, Span
+from experiments.input.records import Completion, Conversation, Record, Text
+from experiments.input.template_files import load_template, special_tokens
+from experiments.input.turns import Example, TrainOn, answers, conversation_examples, prompt_call
 from experiments.tasks.text import load_tokenizer
 
 
@@ -21,7 +28,7 @@ class Encoded(NamedTuple):
 
     Attributes:
       tokens: `int32[n]`, all of its tokens.
-      targets: `bool[n]`: which of them are the assistant's, or the completion's.
+      targets: `bool[n]`: which of them are to be learned.
     """
 
     tokens: np.ndarray
@@ -29,137 +36,240 @@ class Encoded(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """What turns records into tokens.
-
-    With a chat template a prompt is a user's message and its completion the assistant's; without one a completion
-    stands behind its prompt as it is, between the tokens that begin and end a text, and conversations are refused.
+class Options:
+    """How records become tokens, where that is a user's choice.
 
     Attributes:
-      tokenizer: The checkpoint's own.
+      template: A chat template in place of the checkpoint's own: a file, or its text.
+      template_arguments: Variables for the template, such as `enable_thinking`.
+      train_on: What is learned: all of the assistant's answers, the last one, or the whole text.
+      control_tokens: Text of a record that spells a control token: it is text, or the token.
+      tokenize_together: Whether a prompt and what follows it are tokenized as one text. A token at the boundary may
+        then differ from what a model is prompted with.
+    """
+
+    template: str | None = None
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    train_on: TrainOn = "answers"
+    control_tokens: Literal["text", "parse"] = "text"
+    tokenize_together: bool = False
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What turns records into tokens; made by :func:`load_encoder`.
+
+    With a chat template a prompt is a user's message and its completion the assistant's; without one a completion
+    follows its prompt as it is, between the tokens that begin and end a text, and conversations are refused.
+
+    Attributes:
+      tokenizer: The checkpoint's own, without its post-processor.
       template: Its chat template; None where it has none.
       end: The token that ends a text where there is no template; None teaches no end.
       directory: Of the checkpoint.
+      options: A user's choices.
+      vocabulary: How many tokens the model has embeddings for; None where that is not known.
+      around: The tokens that the checkpoint's tokenizer puts before and behind a text.
+      control: Its control tokens.
+      notes: What a user should know about the records encoded so far, each with the number of records it concerns.
     """
 
     tokenizer: Tokenizer
     template: Template | None
     end: int | None
     directory: Path
+    options: Options
+    vocabulary: int | None
+    around: tuple[list[int], list[int]]
+    control: ControlTokens
+    notes: Counter[str]
 
     @property
     def digest(self) -> str:
         """Of what decides the tokens."""
-        template = self.template
-        chat = template and [template.source, template.special_tokens, template.today.isoformat()]
         digest = hashlib.sha256((self.directory / "tokenizer.json").read_bytes())
-        digest.update(json.dumps([chat, self.end]).encode())
+        chat, options = self.template and self.template.identity, dataclasses.asdict(self.options)
+        everything = [chat, self.end, options, self.vocabulary, self.control.spellings]
+        digest.update(json.dumps(everything, sort_keys=True).encode())
         return digest.hexdigest()
 
+    @property
+    def largest(self) -> int:
+        """The largest token id that can occur."""
+        return max([self.end or 0, *self.around[0], *self.around[1], *self.tokenizer.get_vocab().values()])
+
     def encode(self, records: Sequence[Record], places: Sequence[str]) -> list[Encoded]:
-        """The tokens of records.
+        """The examples of records: one for each; or one for each answer of a conversation, where the template or the
+        tokenizer makes another text or other tokens of an earlier turn once others follow; or none, where all answers
+        have weight 0.
 
         Args:
-          records: Conversations or completions.
+          records: Conversations, completions or texts.
           places: Where each of them stands, for errors.
 
         Raises:
-          UserError: A conversation has no turn of the assistant's, the template refuses it, or there is no template.
+          UserError: A conversation has no turn of the assistant's, the template refuses it, or there is no template; a
+            text is not valid Unicode; the model has no embedding for a token.
         """
-        self.tokenizer.no_truncation()
-        rendered = [self._render(record, place) for record, place in zip(records, places)]
-        encodings = self.tokenizer.encode_batch(
-            [text for text, _ in rendered], add_special_tokens=self.template is None
-        )
-        return [self._encoded(encoding, spans) for encoding, (_, spans) in zip(encodings, rendered)]
+        examples, origins = [], []
+        for record, place in zip(records, places):
+            parts = self._examples(record, place)
+            for example in parts:
+                _check_unicode(example.text, place)
+            examples, origins = examples + parts, origins + [place] * len(parts)
+        encoded = []
+        for example, place, pairs in zip(examples, origins, self._boundaries.encode(examples)):
+            for tokens, targets in pairs:
+                one = self._document(tokens, targets) if example.document else Encoded(tokens, targets)
+                self._check_vocabulary(one.tokens, place)
+                encoded.append(one)
+        return encoded
 
     def encode_prompt(self, record: Record, place: str) -> tuple[np.ndarray, str]:
-        """The tokens that a model is to go on from, and what the record has in their place.
+        """The tokens with which a model is prompted, and what the record has in the place of its answer.
 
         Args:
-          record: A conversation is cut at its last turn of the assistant's.
+          record: A conversation is cut at its last turn of the assistant's, a text in its middle.
           place: Where it stands, for errors.
 
         Returns:
-          `int32[n]`, and the text of that turn or the completion.
+          `int32[n]`, and the text of that turn, the completion, or the rest of the text.
 
         Raises:
           UserError: As for :meth:`encode`.
         """
-        self.tokenizer.no_truncation()
-        if self.template is None:
-            prompt, completion = _plain(record, place, self.directory)
-            ids = self.tokenizer.encode(prompt).ids
-            ids = ids[:-1] if len(ids) > 1 and ids[-1] == self.end else ids
+        if isinstance(record, Text) or (self.template is None and isinstance(record, Completion)):
+            middle = len(record.text) // 2 if isinstance(record, Text) else len(record.prompt)
+            text = record.text if isinstance(record, Text) else record.prompt + record.completion
+            prompt, answer, before = text[:middle], text[middle:], self.around[0]
+            literal = self._literal(prompt)
         else:
-            messages = _messages(record, place)
-            turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-            if not turns:
-                raise UserError(f"{place}: none of the {len(messages)} messages is the assistant's: nothing to answer")
-            completion = messages[turns[-1]]["content"]
-            text = self.template.render(messages[: turns[-1]], place, prompt=True)
-            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return np.array(ids, np.int32), completion.strip()
+            conversation, template = self._conversation(record, place)
+            numbers = answers(conversation, place)
+            if not numbers:
+                count = len(conversation.messages)
+                raise UserError(f"{place}: none of the {count} messages is the assistant's: nothing to answer")
+            rendering = template.renderings([prompt_call(conversation, numbers[-1])], place)[0]
+            prompt, _, literal = template.require(rendering, place)
+            answer, before = "".join(texts_of(conversation.messages[numbers[-1]].get("content"), place)), []
+        _check_unicode(prompt, place)
+        (tokens,) = self._tokenizer.encode([(prompt, literal)])
+        ids = np.concatenate([np.array(before, np.int32), tokens.ids])
+        self._check_vocabulary(ids, place)
+        return ids, answer
 
-    def _render(self, record: Record, place: str) -> tuple[str, list[Span]]:
-        if self.template is not None:
-            return self.template.render_spans(_messages(record, place), place)
-        prompt, completion = _plain(record, place, self.directory)
-        return prompt + completion, [(len(prompt), len(prompt) + len(completion))]
+    @functools.cached_property
+    def _tokenizer(self) -> LiteralTokenizer:
+        return LiteralTokenizer(self.tokenizer, self.control)
 
-    def _encoded(self, encoding: Encoding, spans: list[Span]) -> Encoded:
-        tokens, offsets = np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int32).reshape(-1, 2)
-        targets = np.zeros(len(tokens), bool)
-        begins, ends = offsets.T
-        for begin, end in spans:  # a token that straddles a span's edge belongs to it
-            targets |= (ends > begin) & (begins < end)
-        if self.template is None and self.end is not None:
-            if len(tokens) and tokens[-1] == self.end:
-                targets[-1] = True
-            else:
+    @functools.cached_property
+    def _boundaries(self) -> BoundaryTokenizer:
+        return BoundaryTokenizer(self._tokenizer, self.control, together=self.options.tokenize_together)
+
+    def _examples(self, record: Record, place: str) -> list[Example]:
+        if isinstance(record, Text):
+            return [Example(record.text, [(0, len(record.text))], self._literal(record.text), document=True)]
+        if self.template is None and isinstance(record, Completion):
+            text, begin = record.prompt + record.completion, len(record.prompt)
+            begin = 0 if self.options.train_on == "all" else begin
+            return [Example(text, [(begin, len(text))], self._literal(text), document=True)]
+        conversation, template = self._conversation(record, place)
+        return conversation_examples(template, conversation, place, self.options.train_on, self.notes)
+
+    def _conversation(self, record: Record, place: str) -> tuple[Conversation, Template]:
+        """A record as messages, and their template."""
+        if isinstance(record, Completion):
+            contents = {"user": record.prompt, "assistant": record.completion}
+            record = Conversation(tuple({"role": role, "content": text} for role, text in contents.items()))
+        if not isinstance(record, Conversation):
+            raise UserError(
+                f"{place}: a {type(record).__name__.lower()} record; conversations, completions and texts can be "
+                "learned from here"
+            )
+        if self.template is None:
+            raise UserError(
+                f"{place}: a conversation, but the checkpoint {self.directory} has no chat template "
+                "(chat_template.jinja, or chat_template in tokenizer_config.json): it can learn from prompt and "
+                "completion, or with another template (template)"
+            )
+        with_tools = self.template.with_tools
+        return record, with_tools if with_tools is not None and record.tools else self.template
+
+    def _literal(self, text: str) -> list[Span]:
+        """A text that no template has rendered is literal, if control tokens in text are."""
+        is_text = self.options.control_tokens == "text" and self.control.spelled(text)
+        return [(0, len(text))] if is_text else []
+
+    def _document(self, tokens: np.ndarray, targets: np.ndarray) -> Encoded:
+        """Tokens between those that begin and end a text."""
+        before, behind = (np.array(ids, np.int32) for ids in self.around)
+        tokens = np.concatenate([before, tokens, behind])
+        targets = np.concatenate([np.zeros(len(before), bool), targets, np.zeros(len(behind), bool)])
+        if self.end is not None:
+            if not len(tokens) or tokens[-1] != self.end:
                 tokens, targets = np.append(tokens, np.int32(self.end)), np.append(targets, True)
+            targets[-1] = True
         return Encoded(tokens, targets)
 
+    def _check_vocabulary(self, ids: np.ndarray, place: str) -> None:
+        if self.vocabulary is None or not len(ids) or ids.max() < self.vocabulary:
+            return
+        token = int(ids.max())
+        raise UserError(
+            f"{place}: the token {self.tokenizer.id_to_token(token)!r} has the id {token}, the model's embedding has "
+            f"{self.vocabulary} rows only: {self.directory / 'tokenizer.json'} belongs to another model, or the model "
+            "was not resized"
+        )
 
-def load_encoder(directory: Path, end: int | None) -> Encoder:
+
+def load_encoder(
+    directory: Path, end: int | None, options: Options = Options(), *, vocabulary: int | None = None
+) -> Encoder:
     """The encoder of a checkpoint.
 
     Args:
       directory: In Hugging Face layout.
       end: The token that ends a text where there is no chat template.
+      options: A user's choices.
+      vocabulary: How many tokens the model has embeddings for.
 
     Raises:
       UserError: Its tokenizer is missing, or a file cannot be read.
     """
-    return Encoder(load_tokenizer(directory), load_template(directory), end, directory)
-
-
-def _messages(record: Record, place: str) -> Messages:
-    if isinstance(record, Conversation):
-        if record.tools or record.template_arguments:
-            raise UserError(f"{place}: the record has tools or arguments, which chat templates are not given here")
-        if any(message.get("weight") == 0 for message in record.messages[record.learn_from :]) or record.learn_from:
-            raise UserError(f"{place}: messages of the assistant's that are not to be learnt are not supported here")
-        return record.messages
-    if not isinstance(record, Completion):
-        raise _unsupported(record, place)
-    # Space where the two meet belongs to the plain form, in which nothing is put between them.
-    return (
-        {"role": "user", "content": record.prompt.rstrip()},
-        {"role": "assistant", "content": record.completion.lstrip()},
+    tokenizer = load_tokenizer(directory)
+    named = set(special_tokens(directory).values())
+    added = tokenizer.get_added_tokens_decoder()
+    control = ControlTokens(
+        token.content for number, token in added.items() if token.special or token.content in named or number == end
     )
+    template = load_template(
+        directory,
+        template=options.template,
+        arguments=options.template_arguments,
+        control=control,
+        literal=options.control_tokens == "text",
+    )
+    around = _around(tokenizer)
+    # It is applied here; with it, offsets may leave out the space before a word, which is then nobody's to learn.
+    tokenizer.post_processor = None
+    return Encoder(tokenizer, template, end, directory, options, vocabulary, around, control, Counter())
 
 
-def _plain(record: Record, place: str, directory: Path) -> tuple[str, str]:
-    if isinstance(record, Conversation):
+def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer's post-processor puts before and behind a text."""
+    inner, outer = tokenizer.encode("x", add_special_tokens=False).ids, tokenizer.encode("x").ids
+    for begin in range(len(outer) - len(inner) + 1):
+        if outer[begin : begin + len(inner)] == inner:
+            return outer[:begin], outer[begin + len(inner) :]
+    return [], []
+
+
+def _check_unicode(text: str, place: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half, before = f"U+{ord(text[error.start]):04X}", text[max(0, error.start - 20) : error.start]
         raise UserError(
-            f"{place}: a conversation, but the checkpoint {directory} has no chat template (chat_template.jinja, or "
-            "chat_template in tokenizer_config.json): it can learn from prompt and completion"
-        )
-    if not isinstance(record, Completion):
-        raise _unsupported(record, place)
-    return record.prompt, record.completion
-
-
-def _unsupported(record: Record, place: str) -> UserError:
-    return UserError(f"{place}: a {type(record).__name__.lower()}, expected a conversation or a completion")
+            f"{place}: half of a surrogate pair ({half}) after {before!r}, which is not valid Unicode; a text that is "
+            "cut within an emoji has one"
+        ) from None

@@ -71,7 +71,10 @@ def batches(
     packed = Packed(data, length=length, batch_size=global_batch, seed=seed, pack=pack)
     notes = [f"{packed.cut:,} cut to {length:,} tokens"] if packed.cut else []
     notes += [f"{packed.left_out:,} left out with nothing to learn within that"] if packed.left_out else []
-    what = ", ".join([f"{len(data):,} examples", *notes])
+    several = f" of {len(records):,} records" if len(data) != len(records) else ""
+    what = ", ".join([f"{len(data):,} examples{several}", *notes])
+    for note, count in data.notes.items():
+        report(f"{count:,} of {len(records):,} records: {note}")
     report(f"{what}; {packed.steps_per_epoch:,} batches of {global_batch:,} rows a pass, {packed.fill:.1%} full")
     return packed
 

@@ -5,8 +5,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -17,12 +17,13 @@ from experiments.input.encoding import Encoded, Encoder
 from experiments.input.sources import Records
 
 _CHUNK = 1024  # records that are tokenised at a time
-_FORM = 1
+_FORM = 2
+_META = "meta.json"
 
 
 @dataclass(frozen=True)
 class Tokenised:
-    """Examples, one behind the other.
+    """Examples, one behind the other; a record can have several of them, or none.
 
     Attributes:
       tokens: `uint16[all]` or `uint32[all]`, the tokens of all examples.
@@ -31,6 +32,7 @@ class Tokenised:
       firsts: `int32[examples]`: which token of an example is the first to be learnt, after the very first one, which
         nothing predicts; its length where there is none.
       digest: Of what decides them.
+      notes: What a user should know about the records, each with the number of records it concerns.
     """
 
     tokens: np.ndarray
@@ -38,6 +40,7 @@ class Tokenised:
     lengths: np.ndarray
     firsts: np.ndarray
     digest: str
+    notes: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -69,12 +72,13 @@ def tokenise(
     everything = json.dumps([_FORM, records.digest, encoder.digest, versions], sort_keys=True)
     digest = hashlib.sha256(everything.encode()).hexdigest()
     place = directory / digest[:16]
-    dtypes = _dtypes(encoder.tokenizer.get_vocab_size())
+    dtypes = _dtypes(encoder.largest)
     if not _whole(place, dtypes):
         report(f"tokenising {len(records):,} records into {place}")
         unfinished = directory / f".{digest[:16]}-{process_index}"
         try:
-            _write(unfinished, dtypes, _encoded(records, encoder))
+            encoder.notes.clear()
+            _write(unfinished, dtypes, _encoded(records, encoder), encoder.notes)
             _move(unfinished, place, dtypes)
         except OSError as error:
             raise UserError(f"{directory}: tokens cannot be written there ({error.strerror or error})") from None
@@ -82,11 +86,12 @@ def tokenise(
             shutil.rmtree(unfinished, ignore_errors=True)  # what an error left: it is no use to anyone
     # As plain arrays: every slice of an np.memmap pays for being one.
     arrays = {name: np.asarray(np.memmap(place / f"{name}.bin", dtype, "r")) for name, dtype in dtypes.items()}
-    return Tokenised(**arrays, digest=digest)
+    notes = json.loads((place / _META).read_text())["notes"]
+    return Tokenised(**arrays, digest=digest, notes=notes)
 
 
-def _dtypes(vocabulary: int) -> dict[str, np.dtype]:
-    tokens = np.uint16 if vocabulary <= 1 << 16 else np.uint32
+def _dtypes(largest: int) -> dict[str, np.dtype]:
+    tokens = np.uint16 if largest < 1 << 16 else np.uint32
     kinds = {"tokens": tokens, "targets": np.bool_, "lengths": np.int32, "firsts": np.int32}
     return {name: np.dtype(kind) for name, kind in kinds.items()}
 
@@ -97,22 +102,22 @@ def _encoded(records: Records, encoder: Encoder) -> Iterator[list[Encoded]]:
         yield encoder.encode([records[i] for i in numbers], [records.place(i) for i in numbers])
 
 
-def _write(place: Path, dtypes: dict[str, np.dtype], chunks: Iterator[list[Encoded]]) -> None:
+def _write(place: Path, dtypes: dict[str, np.dtype], chunks: Iterator[list[Encoded]], notes: Mapping[str, int]) -> None:
     shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
     place.mkdir(parents=True)
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context((place / f"{name}.bin").open("wb")) for name in dtypes}
         for chunk in chunks:
             arrays = {
-                "tokens": np.concatenate([example.tokens for example in chunk]),
-                "targets": np.concatenate([example.targets for example in chunk]),
+                "tokens": np.concatenate([np.zeros(0, np.int32), *(example.tokens for example in chunk)]),
+                "targets": np.concatenate([np.zeros(0, bool), *(example.targets for example in chunk)]),
                 "lengths": [len(example.tokens) for example in chunk],
                 "firsts": [_first(example.targets) for example in chunk],
             }
             for name, dtype in dtypes.items():
                 files[name].write(np.asarray(arrays[name], dtype).tobytes())
     sizes = {name: (place / f"{name}.bin").stat().st_size for name in dtypes}
-    (place / "sizes.json").write_text(json.dumps(sizes))
+    (place / _META).write_text(json.dumps({"sizes": sizes, "notes": notes}))
 
 
 def _first(targets: np.ndarray) -> int:
@@ -133,7 +138,7 @@ def _move(unfinished: Path, place: Path, dtypes: dict[str, np.dtype]) -> None:
 def _whole(place: Path, dtypes: dict[str, np.dtype]) -> bool:
     """Whether the files are all there: they appear together, but a disk can lose the end of one."""
     try:
-        sizes = json.loads((place / "sizes.json").read_text())
+        sizes = json.loads((place / _META).read_text())["sizes"]
         return all((place / f"{name}.bin").stat().st_size == sizes[name] for name in dtypes)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False

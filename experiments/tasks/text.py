@@ -1,12 +1,14 @@
 """Texts to token ids with a checkpoint's own tokenizer."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from experiments.errors import UserError
+from experiments.errors import UserError, reading
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -18,13 +20,25 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     path = directory / "tokenizer.json"
     if not path.exists():
         raise UserError(f"{path}: no such file")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises no narrower type
-        raise UserError(f"{path}: cannot be read as a tokenizer ({error})") from None
+    with reading(path, "a tokenizer"):
+        text = path.read_text("utf-8")
+        _check_post_processor(json.loads(text).get("post_processor"))
+        tokenizer = Tokenizer.from_str(text)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def _check_post_processor(content: Any) -> None:
+    """Raises a ValueError where a post-processor uses a token that it does not define: tokenizers panics on it."""
+    if not isinstance(content, dict):
+        return
+    for processor in content.get("processors") or ():
+        _check_post_processor(processor)
+    pieces = [*(content.get("single") or ()), *(content.get("pair") or ())]
+    names = [piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece]
+    if missing := sorted(set(names) - set(content.get("special_tokens") or ())):
+        raise ValueError(f"its post-processor uses the token {missing[0]}, which it does not define")
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> list[np.ndarray]:

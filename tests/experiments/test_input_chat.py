@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from experiments.errors import UserError
-from experiments.input.chat import Template, load_template
+from experiments.input.chat import Template
 from experiments.input.encoding import load_encoder
 from experiments.input.records import Completion, Conversation
+from experiments.input.template_files import load_template
+from experiments.input.turns import conversation_examples
 from experiments.models import location
 from experiments.tasks import continuations, examples
 from experiments.tasks.text import load_tokenizer
@@ -61,13 +64,15 @@ def test_tokens_and_targets_are_those_of_transformers(tmp_path, name, marks):
 
 
 def test_a_completion_is_the_assistants_where_there_is_a_template(tmp_path):
-    encoder = load_encoder(checkpoint(tmp_path, "llama3", source("llama3")), 1)
-    messages = ({"role": "user", "content": "mail:"}, {"role": "assistant", "content": "a reader"})
-    both = encoder.encode([Completion("mail:", " a reader"), Conversation(messages)], ["", ""])
+    encoder = load_encoder(checkpoint(tmp_path, "chatml", source("chatml")), 1)
+    code = "    return x\n\n"  # white space is part of it
+    messages = ({"role": "user", "content": "def f(x):\n"}, {"role": "assistant", "content": code})
+    both = encoder.encode([Completion("def f(x):\n", code), Conversation(messages)], ["", ""])
     np.testing.assert_array_equal(both[0].tokens, both[1].tokens)
     np.testing.assert_array_equal(both[0].targets, both[1].targets)
-    assert encoder.tokenizer.decode(both[0].tokens[both[0].targets], skip_special_tokens=False) == "a reader<|eot_id|>"
-    assert encoder.encode_prompt(Completion("mail:", " a reader"), "")[1] == "a reader"
+    learned = encoder.tokenizer.decode(both[0].tokens[both[0].targets], skip_special_tokens=False)
+    assert learned == f"{code}<|im_end|>"
+    assert encoder.encode_prompt(Completion("def f(x):\n", code), "")[1] == code
 
 
 @pytest.mark.parametrize("model", ["tiny-llama", "tiny-gpt2"])
@@ -82,7 +87,7 @@ def test_without_a_template_a_completion_stands_behind_its_prompt(model):
         np.testing.assert_array_equal(np.where(targets, tokens, -1)[1:], labels)
     prompt, answer = encoder.encode_prompt(Completion("mail:", f" {texts[0]}"), "")
     np.testing.assert_array_equal(prompt, found[0].tokens[~found[0].targets])
-    assert answer == texts[0]
+    assert answer == f" {texts[0]}"
     with pytest.raises(UserError, match=r"here: a conversation, but .*tiny.* has no chat template"):
         encoder.encode([Conversation(({"role": "user", "content": "?"},))], ["here"])
 
@@ -103,7 +108,7 @@ def test_where_a_template_is_found(tmp_path):
     with pytest.raises(UserError, match=r"chat_template.jinja: the chat template is not valid Jinja"):
         load_template(tmp_path)
     config.write_text("{")
-    with pytest.raises(UserError, match=r"tokenizer_config.json: not JSON"):
+    with pytest.raises(UserError, match=r"tokenizer_config.json: cannot be read as JSON"):
         load_template(tmp_path)
 
 
@@ -134,14 +139,19 @@ def test_what_a_template_refuses_is_said(text, reason):
         template(text).render([{"role": "user", "content": "?"}], "line 3")
 
 
+def examples_of(text, messages, *, notes=None, train_on="answers", **kwargs):
+    record = Conversation(tuple(messages), **kwargs)
+    return conversation_examples(template(text), record, "line 3", train_on, Counter() if notes is None else notes)
+
+
 def test_turns_that_cannot_be_told_apart_are_an_error():
     messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
     last_only = "{% for m in messages %}{{ m.role if loop.last else '-' }}{% endfor %}"
-    with pytest.raises(UserError, match=r"line 3, message 2: .* renders the conversation differently up to here"):
-        template(last_only).render_spans(messages, "line 3")
+    with pytest.raises(UserError, match=r"line 3, message 4: .* renders the conversation differently up to here"):
+        examples_of(last_only, messages)
     nested = "{% generation %}a{% generation %}b{% endgeneration %}{% endgeneration %}"
     with pytest.raises(UserError, match="stands in another one"):
-        template(nested).render_spans(messages, "line 3")
+        examples_of(nested, messages)
 
 
 def test_a_conversation_needs_a_turn_of_the_assistants(tmp_path):

@@ -9,6 +9,9 @@ from typing import Annotated, Literal
 import tyro
 
 from experiments import settings
+from experiments.input.encoding import Options
+from experiments.input.template_files import parse_arguments
+from experiments.input.turns import TrainOn
 from experiments.models.options import AttentionKernel, Remat
 from experiments.training.optimizer import Schedule
 from experiments.training.runtime import Runtime
@@ -96,6 +99,22 @@ class Config(Runtime):
 
     dtype: Float = "float32"
     """Of the base's other weights, and of activations."""
+
+    template: str | None = None
+    """A chat template in place of the checkpoint's own: a file, its text, or the name of one of the checkpoint's."""
+
+    template_arguments: tuple[str, ...] = ()
+    """Variables for the chat template: a JSON object, or NAME=VALUE, as in enable_thinking=false."""
+
+    train_on: TrainOn = "answers"
+    """What is learned: all answers of the assistant (or completions), the last answer, or the whole text."""
+
+    control_tokens: Literal["text", "parse"] = "text"
+    """What text of a record that spells a control token is: text, or that token."""
+
+    tokenize_together: bool = False
+    """Tokenize prompt and answer as one text: a token may then lie across the boundary, which a model that is prompted
+    does not see."""
 
     length: int = 128
     """Tokens of a sequence; longer examples are cut."""
@@ -201,11 +220,22 @@ class Config(Runtime):
         if self.validation is not None and self.validation_share:
             raise ValueError("validation and validation_share: give one of them")
         self.rank_patterns()
+        parse_arguments(self.template_arguments)
         if self.init_from is not None:
             defaults = {field.name: field.default for field in dataclasses.fields(Config)}
             changed = [name for name in OF_ADAPTER if getattr(self, name) != defaults[name]]
             if changed:
                 raise ValueError(f"init_from: {', '.join(changed)} would be the adapter's; leave out one of the two")
+
+    def encoding(self) -> Options:
+        """How records become tokens."""
+        return Options(
+            self.template,
+            parse_arguments(self.template_arguments),
+            self.train_on,
+            self.control_tokens,
+            self.tokenize_together,
+        )
 
     def rank_patterns(self) -> dict[str, int]:
         """`ranks` as a dict from patterns to ranks."""

@@ -176,10 +176,8 @@ def _read(config: Config, directory: Path, console: Console) -> _Data:
     if validation is not None and config.validation_examples is not None:
         validation = sources.first(validation, min(config.validation_examples, len(validation)))
     end = ends(directory)
-    encoder = load_encoder(directory, end[0] if end else None)
-    size, known = encoder.tokenizer.get_vocab_size(), checkpoint.read_config(directory).get("vocab_size", 0)
-    if size > known:
-        raise UserError(f"{directory / 'tokenizer.json'}: {size} tokens, the model knows {known} only")
+    vocabulary = checkpoint.read_config(directory).get("vocab_size")
+    encoder = load_encoder(directory, end[0] if end else None, config.encoding(), vocabulary=vocabulary)
 
     def packed(records: sources.Records, seed: int | None, name: str) -> Packed:
         return pipeline.batches(

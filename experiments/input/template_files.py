@@ -1,0 +1,157 @@
+"""Where a chat template is found: in a checkpoint's files, or where a user says."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.errors import UserError, reading
+from experiments.input.chat import Template
+from experiments.input.control import ControlTokens
+
+CONFIG = "tokenizer_config.json"
+_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+def load_template(
+    directory: Path,
+    *,
+    template: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    control: ControlTokens | None = None,
+    literal: bool = True,
+) -> Template | None:
+    """The chat template of a directory in Hugging Face layout: `chat_template.jinja`, `chat_template.json`, or in
+    `tokenizer_config.json`.
+
+    Args:
+      directory: Of the checkpoint.
+      template: Another one in place of its own: a file, the text of a template, or the name of one of several.
+      arguments: Variables of every rendering.
+      control: The tokenizer's control tokens.
+      literal: Whether text of a message that spells one of them is text, not the token.
+
+    Returns:
+      The template, of several the one named `default`, with the one named `tool_use` for conversations with tools.
+      None where the checkpoint has none.
+
+    Raises:
+      UserError: A file cannot be read, the template is no Jinja, or of several none is the default.
+    """
+    where, named = _templates(directory)
+    tokens = special_tokens(directory)
+    default = "default"
+    if template is not None and template in named:
+        default = template
+    elif template is not None:
+        where, named = _given(template, named)
+    if not named:
+        return None
+    if default not in named:
+        raise UserError(f"{where}: chat templates {', '.join(named)}, none of them is named {default}")
+
+    def made(name: str, other: Template | None = None) -> Template:
+        options: Any = {"arguments": arguments, "control": control, "literal": literal, "with_tools": other}
+        return Template(named[name], tokens, where, **options)
+
+    return made(default, made("tool_use") if "tool_use" in named and template is None else None)
+
+
+def special_tokens(directory: Path) -> dict[str, str]:
+    """`bos_token` and so on, as a checkpoint's files name them.
+
+    Raises:
+      UserError: A file cannot be read, or a token is no text.
+    """
+    config_file, map_file = directory / CONFIG, directory / "special_tokens_map.json"
+    special = {**_read_object(map_file), **_read_object(config_file)}
+    texts = {}
+    for name in (f"{name}_token" for name in _SPECIAL):
+        token = special.get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        if token is not None and not isinstance(text, str):
+            path = config_file if name in _read_object(config_file) else map_file
+            raise UserError(f"{path}: {name} is {json.dumps(token)[:100]}, expected a text or an object with content")
+        if text is not None:
+            texts[name] = text
+    return texts
+
+
+def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
+    """Template arguments as a command line has them: JSON objects, or NAME=VALUE.
+
+    Raises:
+      ValueError: One of them is neither.
+
+    Example:
+      >>> parse_arguments(['{"enable_thinking": false}', "date_string=1 May 2025", "level=2"])
+      {'enable_thinking': False, 'date_string': '1 May 2025', 'level': 2}
+    """
+    arguments = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if equals and name.isidentifier():
+            arguments[name] = _value(value)
+        elif isinstance(found := _value(text), dict):
+            arguments |= found
+        else:
+            raise ValueError(f"template_arguments: {text!r}, expected a JSON object or NAME=VALUE")
+    return arguments
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _templates(directory: Path) -> tuple[str, dict[str, str]]:
+    """The file, and the templates in it by name."""
+    alone, in_json, config = (directory / name for name in ("chat_template.jinja", "chat_template.json", CONFIG))
+    others = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    if alone.exists():
+        return str(alone), {name: _read(path) for name, path in {**others, "default": alone}.items()}
+    where = in_json if in_json.exists() else config
+    content = _read_object(where).get("chat_template")
+    if content is None:
+        return str(where), {}
+    if isinstance(content, str):
+        return str(where), {"default": content}
+    entries = content if isinstance(content, list) else [content]
+    named = {}
+    for one in entries:
+        name, text = (one.get("name"), one.get("template")) if isinstance(one, dict) else (None, None)
+        if isinstance(name, str) and isinstance(text, str):
+            named[name] = text
+    if len(named) < len(entries):
+        raise UserError(
+            f"{where}: chat_template is {json.dumps(content)[:100]}, expected a text, or a list of objects with name "
+            "and template"
+        )
+    return str(where), named
+
+
+def _given(template: str, named: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    path = Path(template)
+    if "{" in template:
+        return "the setting template", {"default": template}
+    if not path.is_file():
+        names = f", nor one of the checkpoint's templates ({', '.join(named)})" if named else ""
+        raise UserError(f"template: {template!r} is no file, no text of a template{names}")
+    return str(path), {"default": _read(path)}
+
+
+def _read(path: Path) -> str:
+    with reading(path, "UTF-8 text"):
+        return path.read_text("utf-8")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    with reading(path, "JSON"):
+        content = json.loads(_read(path))
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return content

@@ -1,0 +1,308 @@
+"""The examples that a conversation gives: what is rendered of it, and which of that the assistant says.
+
+A model is prompted with what a template renders up to an answer. Where a template renders that in the same way within
+the whole conversation, one example teaches all answers. Where it does not (Qwen 3 drops the reasoning of all turns but
+the last), every answer is an example of its own, behind the text with which the model is prompted for it.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from experiments.errors import UserError
+from experiments.input.chat import Call, Template, texts_of
+from experiments.input.control import Marked, Span
+from experiments.input.records import Conversation, Message
+from experiments.input.rendering import RenderingError
+
+TrainOn = Literal["answers", "last", "all"]
+"""What is learned: all of the assistant's answers, the last one, or the whole text."""
+
+_PROBES = "Alpha", "Omega"  # two answers that have no character in common at their beginning
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text of which some is learned.
+
+    Attributes:
+      text: Whole.
+      spans: What is learned, ascending.
+      literal: See :class:`experiments.input.control.Marked`.
+      document: Whether it stands between the tokens that begin and end a text, which a template renders itself.
+    """
+
+    text: str
+    spans: list[Span]
+    literal: list[Span]
+    document: bool = False
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """An answer to learn: its number, and the calls that render it."""
+
+    number: int
+    message: Message
+    prompt: Call
+    whole: Call
+
+
+def conversation_examples(
+    template: Template, record: Conversation, place: str, train_on: TrainOn, notes: Counter[str]
+) -> list[Example]:
+    """The examples of a conversation.
+
+    Args:
+      template: Of the checkpoint.
+      record: With at least one message.
+      place: Where it stands, for errors.
+      train_on: What is learned. A message of weight 0 never is.
+      notes: Counts, by a sentence, the records about which a user should know something.
+
+    Returns:
+      One example where the template renders every answer after the text with which the model is prompted for it; else
+      one for each answer. None where all answers have weight 0.
+
+    Raises:
+      UserError: No message is the assistant's; the template refuses the messages, or leaves out an answer or a call.
+    """
+    numbers = answers(record, place)
+    if not numbers:
+        raise UserError(f"{place}: none of the {len(record.messages)} messages is the assistant's: nothing to learn")
+    learned = [n for n in numbers if n >= record.learn_from and _weight(record.messages[n], n, place)]
+    if train_on == "all":
+        excluded = [n for n in numbers if not _weight(record.messages[n], n, place)]
+        return [_everything(template, record, excluded, place, notes)]
+    if train_on == "last":
+        learned = learned[-1:]
+    if not learned:
+        notes["nothing to learn: all their answers have weight 0"] += 1
+        return []
+    if template.marks_generation:
+        return [_marked(template, record, learned, place, notes)]
+    return _by_turns(template, record, learned, place, notes)
+
+
+def answers(record: Conversation, place: str) -> list[int]:
+    """The numbers of the messages that are the assistant's."""
+    for number, message in enumerate(record.messages):
+        if not isinstance(message.get("role"), str):
+            raise UserError(f"{place}, message {number + 1}: its role is {message.get('role')!r}, expected a text")
+    return [number for number, message in enumerate(record.messages) if message["role"] == "assistant"]
+
+
+def prompt_call(record: Conversation, number: int) -> Call:
+    """What renders the text with which a model is prompted for a message."""
+    return Call(record.messages[:number], record.tools, record.template_arguments, prompt=True)
+
+
+def whole_call(record: Conversation, number: int | None = None) -> Call:
+    """What renders a conversation up to a message and with it, or to its end."""
+    end = None if number is None else number + 1
+    return Call(record.messages[:end], record.tools, record.template_arguments)
+
+
+def _marked(template: Template, record: Conversation, learned: list[int], place: str, notes: Counter[str]) -> Example:
+    """The example of a template with `{% generation %}` blocks."""
+    whole = template.require(template.renderings([whole_call(record)], place)[0], place)
+    spans = whole.blocks
+    numbers = answers(record, place)
+    if learned != numbers:
+        by_number = _blocks_by_message(template, record, numbers, whole, place)
+        spans = [span for number in learned for span in by_number[number]]
+    if not spans:
+        raise UserError(
+            f"{place}: the {{% generation %}} blocks of {template.where} render nothing of what the assistant says"
+        )
+    said = "".join(whole.text[begin:end] for begin, end in spans)
+    for number in learned:
+        _check(template, record.messages[number], said, f"{place}, message {number + 1}")
+    _note_calls(record, learned, whole.text, notes)
+    example = Example(whole.text, spans, whole.literal)
+    _note_end(template, example, notes)
+    return example
+
+
+def _blocks_by_message(
+    template: Template, record: Conversation, numbers: list[int], whole: Marked, place: str
+) -> dict[int, list[Span]]:
+    if len(whole.blocks) == len(numbers):
+        return {number: [block] for number, block in zip(numbers, whole.blocks)}
+    renderings = template.renderings([whole_call(record, number) for number in numbers], place)
+    counts = [0, *(len(template.require(rendering, place).blocks) for rendering in renderings)]
+    return {number: whole.blocks[counts[i] : counts[i + 1]] for i, number in enumerate(numbers)}
+
+
+def _note_end(template: Template, example: Example, notes: Counter[str]) -> None:
+    """Notes where no control token ends what is learned."""
+    begin, end = example.spans[-1]
+    tokens = template.control.tokens_in(example.text, example.literal)
+    if not template.control.spellings or any(begin <= first and last <= end for first, last in tokens):
+        return
+    behind = [example.text[first:last] for first, last in tokens if first >= end]
+    if template.marks_generation and behind:
+        reason = f"the end of a turn, {behind[0]}, is outside the {{% generation %}} blocks of {template.where}"
+    else:
+        reason = f"no control token ends an answer in {template.where}"
+    notes[f"{reason}: the model never learns to stop"] += 1
+
+
+def _everything(
+    template: Template, record: Conversation, excluded: list[int], place: str, notes: Counter[str]
+) -> Example:
+    """The example whose whole text is learned, apart from some messages."""
+    if not excluded:
+        whole = template.require(template.renderings([whole_call(record)], place)[0], place)
+        return Example(whole.text, [(0, len(whole.text))], whole.literal)
+    if template.marks_generation:
+        example = _marked(template, record, excluded, place, notes)
+    else:
+        examples = _by_turns(template, record, excluded, place, notes)
+        whole = template.require(template.renderings([whole_call(record)], place)[0], place)
+        if len(examples) > 1 or examples[0].text != whole.text:
+            raise UserError(
+                f"{place}: the chat template of {template.where} does not tell which text is that of a message of "
+                "weight 0, which everything but it (train_on all) needs"
+            )
+        (example,) = examples
+    edges = [0, *(edge for span in example.spans for edge in span), len(example.text)]
+    spans = [(begin, end) for begin, end in zip(edges[::2], edges[1::2]) if end > begin]
+    return replace(example, spans=spans)
+
+
+def _by_turns(
+    template: Template, record: Conversation, learned: list[int], place: str, notes: Counter[str]
+) -> list[Example]:
+    """The examples of a template without blocks: what it renders more with an answer than to prompt for it."""
+    turns = [_Turn(n, record.messages[n], prompt_call(record, n), whole_call(record, n)) for n in learned]
+    calls = [call for turn in turns for call in (turn.prompt, turn.whole)]
+    if learned[-1] < len(record.messages) - 1:
+        calls.append(whole_call(record))
+    renderings = template.renderings(calls, place)
+    whole, examples = renderings[-1], []
+    for turn, prompt, text in zip(turns, renderings[::2], renderings[1::2]):
+        here = f"{place}, message {turn.number + 1}"
+        try:
+            example = _turn_example(template, turn, prompt, text, here, notes)
+        except UserError:
+            if turn is turns[-1]:
+                raise
+            notes[f"an answer that is not the last one is left out: {template.where} cannot render it as the last"] += 1
+            continue
+        ((begin, end),) = example.spans
+        _check(template, turn.message, example.text[begin:end], here)
+        _note_end(template, example, notes)
+        examples.append(example)
+    if isinstance(whole, Marked):
+        _note_calls(record, learned, whole.text, notes)
+        if len(examples) == len(turns) and all(whole.text.startswith(one.text) for one in examples):
+            spans = [span for one in examples for span in one.spans]
+            return [Example(whole.text, spans, whole.literal)]
+    return examples
+
+
+def _turn_example(
+    template: Template,
+    turn: _Turn,
+    prompt: Marked | RenderingError,
+    whole: Marked | RenderingError,
+    place: str,
+    notes: Counter[str],
+) -> Example:
+    """The example of one answer, behind what prompts for it."""
+    prompt, whole = template.require(prompt, place), template.require(whole, place)
+    if whole.text.startswith(prompt.text):
+        return Example(whole.text, [(len(prompt.text), len(whole.text))], whole.literal)
+    return _behind_its_header(template, turn, prompt, whole, place, notes)
+
+
+def _behind_its_header(
+    template: Template, turn: _Turn, prompt: Marked, whole: Marked, place: str, notes: Counter[str]
+) -> Example:
+    """The example of an answer that does not begin with its prompt."""
+    probes = [[*turn.prompt.messages, {"role": "assistant", "content": probe}] for probe in _PROBES]
+    calls = [replace(turn.whole, messages=messages) for messages in probes]
+    texts = [template.require(one, place).text for one in template.renderings(calls, place)]
+    header = _shared(*texts)
+    if texts[0] != texts[1] and whole.text.startswith(header):
+        if prompt.text.startswith(header):
+            opened = prompt.text[len(header) :]
+            notes[
+                f"the prompt of {template.where} ends with {opened!r}, with which no answer begins: answers are "
+                "learned without it"
+            ] += 1
+            return Example(whole.text, [(len(header), len(whole.text))], whole.literal)
+        if header[-1:] == prompt.text[-1:]:
+            # What stands before the answer depends on the messages behind: what prompts for it is what counts.
+            shift = len(prompt.text) - len(header)
+            moved = [(a + shift, b + shift) for a, b in whole.literal if a >= len(header)]
+            text = prompt.text + whole.text[len(header) :]
+            return Example(text, [(len(prompt.text), len(text))], prompt.literal + moved)
+    raise UserError(
+        f"{place}: the chat template of {template.where} renders the conversation differently up to here and with the "
+        "answer, so that there is no telling what the assistant says in it; a template that marks it with "
+        "{% generation %} blocks can be learned from"
+    )
+
+
+def _shared(first: str, second: str) -> str:
+    """The beginning that two texts have in common."""
+    sizes = (size for size, (a, b) in enumerate(zip(first, second)) if a != b)
+    return first[: next(sizes, min(len(first), len(second)))]
+
+
+_REASONING_END = re.compile(r"(?s).*(?:</[\w:]*think\w*>|\[/THINK\]|<channel\|>)")
+
+
+def _check(template: Template, message: Message, said: str, place: str) -> None:
+    """Raises a UserError where a template leaves out what the assistant says or calls.
+
+    Templates trim texts, escape them as JSON and drop reasoning before an answer: the answer's last line is looked for.
+    """
+    for text in texts_of(message.get("content"), place):
+        lines = _REASONING_END.sub("", text).strip().splitlines()
+        if lines and not _appears(lines[-1].strip(), said):
+            raise UserError(
+                f"{place}: the chat template of {template.where} leaves out what the assistant says, "
+                f"{_short(lines[-1])}; another template can be set (template)"
+            )
+    for name in _calls(message):
+        if not _appears(name, said):
+            raise UserError(
+                f"{place}: the chat template of {template.where} leaves out the assistant's call of {name}; another "
+                "template can be set (template)"
+            )
+
+
+def _note_calls(record: Conversation, learned: Sequence[int], text: str, notes: Counter[str]) -> None:
+    others = [message for number, message in enumerate(record.messages) if number not in learned]
+    if any(not _appears(name, text) for message in others for name in _calls(message)):
+        notes["tool_calls that are not learned are left out by the chat template"] += 1
+
+
+def _calls(message: Message) -> list[str]:
+    """The names of the functions that a message calls."""
+    calls = message.get("tool_calls") or []
+    functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
+    return [function["name"] for function in functions if isinstance(function.get("name"), str)]
+
+
+def _appears(text: str, within: str) -> bool:
+    return text in within or json.dumps(text, ensure_ascii=False)[1:-1] in within or json.dumps(text)[1:-1] in within
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:60]} …")
+
+
+def _weight(message: Message, number: int, place: str) -> bool:
+    weight = message.get("weight", 1)
+    if weight is None:
+        return True
+    if isinstance(weight, str) or weight not in (0, 1):
+        raise UserError(f"{place}, message {number + 1}: its weight is {weight!r}, expected 0 or 1")
+    return bool(weight)
