@@ -17,6 +17,7 @@ from lora_jax.adapters.offset import Offset
 from lora_jax.adapters.vera import DVoRA, VeRA
 from lora_jax.batching import TrainStates, route, stack, swap, train_many, unstack
 from lora_jax.checkpoint import load, save
+from lora_jax.linear import all_linear
 from lora_jax.merging import combine, merge, switch_task, truncate, unmerge
 from lora_jax.optim import join, optimizer, partition, trainable_mask
 from lora_jax.plain import to_plain_lora
@@ -26,6 +27,8 @@ from lora_jax.sharding import delta_shardings
 from lora_jax.spec import init, prepare
 from lora_jax.training import TrainState, train_step
 from lora_jax.transform.adapt import adapt
+
+__version__ = "0.1.0"
 
 __all__ = [
     "FP4",
@@ -47,6 +50,7 @@ __all__ = [
     "TrainStates",
     "VeRA",
     "adapt",
+    "all_linear",
     "analysis",
     "combine",
     "delta_shardings",

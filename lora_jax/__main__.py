@@ -11,6 +11,8 @@ from types import FrameType
 
 from rich.console import Console
 
+from lora_jax import __version__
+
 PROGRAM = "lora-jax"
 DIFFERENT, WRONG, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
@@ -103,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Adapters on disk: look at them, merge, convert, compare.",
         epilog=f"{PROGRAM} COMMAND --help has an example of each.",
     )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, summary: str, details: str, example: str) -> argparse.ArgumentParser:

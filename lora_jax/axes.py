@@ -81,6 +81,11 @@ def are_told(uses: Sequence[Use], ndim: int) -> bool:
     return bool(_told(uses, ndim))
 
 
+def told_roles(uses: Sequence[Use], ndim: int) -> list[tuple[str, ...]]:
+    """The roles of a weight's axes by each use that tells them."""
+    return [roles for _, roles in _told(uses, ndim)]
+
+
 def _told(uses: Sequence[Use], ndim: int) -> list[tuple[Use, tuple[str, ...]]]:
     found = [(use, _roles_of_use(use, ndim)) for use in uses]
     return [(use, roles) for use, roles in found if roles is not None]

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -101,8 +101,15 @@ def compiles(pattern: str) -> None:
         raise ValueError(f"Pattern {pattern!r} is not a regular expression: {error}.") from error
 
 
-def assigned(patterns: Iterable[str], leaves: Sequence[str]) -> dict[str, str]:
+def assigned(
+    patterns: Iterable[Any], leaves: Sequence[str], selected: Mapping[Any, Collection[str]] | None = None
+) -> dict[str, Any]:
     """Which pattern each path gets: of those that occur in it, the first.
+
+    Args:
+      patterns: Regular expressions, and keys of `selected`.
+      leaves: Paths.
+      selected: The paths of what is no regular expression.
 
     Raises:
       ValueError: A pattern is no regular expression, or matches nothing, or nothing that an earlier one leaves.
@@ -113,10 +120,13 @@ def assigned(patterns: Iterable[str], leaves: Sequence[str]) -> dict[str, str]:
     """
     taken: dict[str, str] = {}
     for pattern in patterns:
-        compiles(pattern)
-        matched = [path for path in leaves if search(pattern, path)]
+        if selected is not None and pattern in selected:
+            matched = [path for path in leaves if path in selected[pattern]]
+        else:
+            compiles(pattern)
+            matched = [path for path in leaves if search(pattern, path)]
         if not matched:
-            raise ValueError(f"The pattern {pattern!r} matches no path of the base; {nearest(pattern, leaves)}.")
+            raise ValueError(f"The pattern {pattern!r} matches no path of the base; {nearest(str(pattern), leaves)}.")
         left = [path for path in matched if path not in taken]
         if not left:
             earlier = sorted({taken[path] for path in matched})

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,27 +14,46 @@ from lora_jax.adapters.protocol import Adapter, Recipe, check_axes, is_inexact
 from lora_jax.capturing import capture
 from lora_jax.initializers import GRADIENT
 from lora_jax.leaves import is_array
+from lora_jax.linear import all_linear, linear_weights
 from lora_jax.transform.call import path_key
 
-Spec = Mapping[str, Recipe | None]
+Spec = Mapping[Any, Recipe | None]
+"""`{pattern or all_linear: recipe or None}`."""
 
 
-def assign(base: Any, spec: Spec) -> dict[str, Recipe]:
-    """Which recipe each leaf of the base gets: of the patterns that occur in its path, the first.
+def assign(base: Any, spec: Spec, linear: Collection[str] = ()) -> dict[str, Any]:
+    """Which pattern of the spec each leaf of the base gets: of those that occur in its path, the first.
+
+    Args:
+      base: The parameters.
+      spec: As for :func:`init`.
+      linear: What `all_linear` stands for.
+
+    Returns:
+      `{path: pattern}` without the paths whose recipe is None.
 
     Raises:
       ValueError: A pattern matches nothing, or nothing that an earlier one leaves.
     """
-    if not isinstance(spec, Mapping):
-        raise TypeError(f"A spec is a dict from path patterns to recipes; got {type(spec).__name__}.")
     flat = paths.flatten(base)
     leaves = [path for path, leaf in zip(flat.paths, flat.leaves) if is_array(leaf)]
+    patterns = paths.assigned(spec, leaves, {all_linear: linear})
+    return {path: pattern for path, pattern in patterns.items() if spec[pattern] is not None}
+
+
+def _check(spec: Any) -> None:
+    """Raises `TypeError` unless a spec is a dict from patterns to recipes."""
+    hint = "; lora.all_linear(lora.LoRA(8)) is one" if spec is all_linear or spec == "all-linear" else ""
+    if isinstance(spec, Recipe):
+        hint = f"; {{'.*kernel': {type(spec).__name__}(…)}} or lora.all_linear({type(spec).__name__}(…)) is one"
+    if not isinstance(spec, Mapping):
+        raise TypeError(f"A spec is a dict from path patterns to recipes; got {type(spec).__name__}{hint}.")
     for pattern, recipe in spec.items():
+        if pattern == "all-linear":
+            raise ValueError("The pattern 'all-linear' matches no path: write lora.all_linear, without quotes.")
         if recipe is not None and not isinstance(recipe, Recipe):
             hint = f"; write {recipe.__name__}(…)" if isinstance(recipe, type) else ""
             raise TypeError(f"The spec's {pattern!r} has no recipe but {recipe!r}{hint}.")
-    recipes = {path: spec[pattern] for path, pattern in paths.assigned(spec, leaves).items()}
-    return {path: recipe for path, recipe in recipes.items() if recipe is not None}
 
 
 def init(
@@ -47,7 +66,8 @@ def init(
       base: The parameters; any pytree. Leaves may be `jax.ShapeDtypeStruct` for recipes that need the
         shape only.
       spec: `{pattern: recipe}`. Patterns are searched in '/'-joined paths; the first match wins; None
-        as a recipe leaves frozen what a later pattern would match.
+        as a recipe leaves frozen what a later pattern would match. The key `lora_jax.all_linear` stands for the
+        weights of all linear layers.
       fn: `fn(base, *args, **kwargs)` is traced (not run) to find which axes of each weight are
         contracted. Without it every recipe gives `axes=` or needs none.
       *args: Arguments of fn; arrays or `jax.ShapeDtypeStruct`.
@@ -179,27 +199,65 @@ def _placed(moved: Any, leaf: Any) -> Any:
 
 def _each(key, base, spec, fn, args, kwargs):
     """Per adapted path, in the base's order: the recipe, and the key, weight and axis roles it is given."""
-    recipes = assign(base, spec)
+    _check(spec)
     leaves = paths.flatten(base).as_dict()
-    for path, recipe in recipes.items():
+    uses, linear = None, ()
+    if all_linear in spec:
+        if fn is None:
+            raise ValueError("all_linear needs a function to trace: give init(key, base, spec, fn, *args).")
+        shapes = {path: leaf.shape for path, leaf in leaves.items() if is_array(leaf) and is_inexact(leaf)}
+        uses = axis_roles.uses_of(fn, base, list(shapes), args, kwargs)
+        linear = linear_weights(uses, shapes)
+        if not linear:
+            raise ValueError("all_linear: the function multiplies no weight with an input, as far as tracing follows.")
+    patterns = assign(base, spec, linear)
+    for path, pattern in patterns.items():
         if not is_inexact(leaves[path]):
             raise ValueError(
-                f"{path!r}: {type(recipe).__name__} adapts floats, and this weight has the dtype {leaves[path].dtype}, "
-                "which rounds every update away. Cast it, or leave it out (a recipe of None before the pattern does)."
+                f"{path!r}: {type(spec[pattern]).__name__} adapts floats, and this weight has the dtype "
+                f"{leaves[path].dtype}, which rounds every update away. Cast it, or leave it out (a recipe of None "
+                "before the pattern does)."
             )
-    uses = None if fn is None else axis_roles.uses_of(fn, base, list(recipes), args, kwargs)
-    for path, recipe in recipes.items():
-        with _naming(path):
-            if uses is not None and not uses[path]:
-                raise ValueError("the function never uses this weight.")
-            axes = recipe.axes or ()
-            if axes:
-                check_axes(axes, leaves[path].shape)
-            elif recipe.needs_axes:
-                if uses is None:
-                    raise ValueError(f"{recipe} needs axis roles: give a function to trace, or the recipe axes=.")
-                axes = axis_roles.roles(uses[path], leaves[path].shape)
-        yield path, recipe, (path_key(key, path), leaves[path], tuple(axes))
+    if uses is None and fn is not None:
+        uses = axis_roles.uses_of(fn, base, list(patterns), args, kwargs)
+    axes, wrong = {}, {}
+    for path, pattern in patterns.items():
+        try:
+            axes[path] = _axes(spec[pattern], leaves[path], None if uses is None else uses[path])
+        except ValueError as error:
+            wrong[path] = error
+    for path, error in wrong.items():
+        alike = [other for other in axes if patterns[other] == patterns[path]]
+        hint = _narrower(patterns[path], alike, [other for other in wrong if patterns[other] == patterns[path]])
+        raise ValueError(f"{path!r}: {error}{hint}") from error
+    for path, pattern in patterns.items():
+        yield path, spec[pattern], (path_key(key, path), leaves[path], axes[path])
+
+
+def _axes(recipe: Recipe, weight: Any, uses: Sequence[axis_roles.Use] | None) -> tuple[str, ...]:
+    """The roles of a weight's axes: those that the recipe declares, or those that tracing shows."""
+    if uses is not None and not uses:
+        raise ValueError("the function never uses this weight.")
+    if recipe.axes:
+        check_axes(recipe.axes, weight.shape)
+        return tuple(recipe.axes)
+    if not recipe.needs_axes:
+        return ()
+    if uses is None:
+        raise ValueError(f"{recipe} needs axis roles: give a function to trace, or the recipe axes=.")
+    return tuple(axis_roles.roles(uses, weight.shape))
+
+
+def _narrower(pattern: Any, wanted: Sequence[str], unwanted: Sequence[str]) -> str:
+    """A hint at a pattern that matches the wanted paths and none of the others."""
+    names = {path.rpartition("/")[2] for path in wanted}
+    if len(names) != 1 or not isinstance(pattern, str):
+        return ""
+    name = names.pop()
+    for other in (f"{pattern.rstrip('/')}/{name}", f"{pattern}.*/{name}", f"{name}$"):
+        if all(paths.search(other, path) for path in wanted) and not any(paths.search(other, p) for p in unwanted):
+            return f" The pattern {pattern!r} also matches {wanted[0]!r}: to adapt that alone, write {other!r}."
+    return ""
 
 
 @contextlib.contextmanager

@@ -113,6 +113,11 @@ def edit_adapter(directory, tensors=None, config=None):
 # inspect
 
 
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lora-jax {lora.__version__}\n"
+
+
 def test_inspect(run, base, adapter):
     status, out, err = run("inspect", adapter)
     assert status == 0 and err == ""

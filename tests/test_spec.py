@@ -1,5 +1,7 @@
 """init() and prepare(): matching, axis roles, initial values, and every refusal."""
 
+import re
+
 import chex
 import flax.linen as nn
 import jax
@@ -58,6 +60,18 @@ def test_bad_specs():
 def test_a_bias_has_no_axes():
     with pytest.raises(ValueError, match=r"'layers/0/bias': the function contracts no axis.*\(8,\).*add.*Full\(\)"):
         init({"bias": lora.LoRA(1)})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "suggestion"),
+    [("layers/0", "layers/0/kernel"), ("layers/(0|1)", "layers/(0|1)/kernel"), ("0", "0/kernel")],
+)
+def test_a_pattern_that_matches_a_bias_too(pattern, suggestion):
+    with pytest.raises(ValueError, match=re.escape(f"to adapt that alone, write {suggestion!r}")):
+        init({pattern: lora.LoRA(1)})
+    assert set(init({suggestion: lora.LoRA(1)})) <= {"layers/0/kernel", "layers/1/kernel"}
+    with pytest.raises(ValueError, match=r"'layers/0/bias': .*needs 1. The pattern 'layers/0' also matches"):
+        lora.init(jax.random.key(0), BASE, {"layers/0": lora.LoRA(1, axes=("in", "out"))})
 
 
 def test_an_unused_weight():
