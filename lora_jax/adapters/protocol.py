@@ -215,6 +215,11 @@ def is_adapter(node: Any) -> bool:
     return isinstance(node, Adapter)
 
 
+def with_frozen_stopped(node: Adapter) -> Adapter:
+    """The adapter, with no derivative with respect to its frozen leaves."""
+    return jax.tree.map(lambda trains, leaf: leaf if trains else jax.lax.stop_gradient(leaf), node.trainable(), node)
+
+
 def is_inexact(leaf: Any) -> bool:
     """Whether a leaf is an array of floats (or complex numbers)."""
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_jax.leaves import is_array
+
 
 def each(function: Callable[[Any, int], Any], axes: Any, tree: Any) -> Any:
     """The function of every leaf that has a mapped axis and of that axis; `axes` is a prefix of the tree."""
@@ -26,3 +28,14 @@ def check_sizes(size: int, axes: Any, tree: Any, message: str) -> None:
                 raise ValueError(message.format(found))
 
     each(check, axes, tree)
+
+
+def arrays_apart(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The tree with None in place of leaves that are no arrays, and a function that puts them back."""
+    leaves, treedef = jax.tree.flatten(tree)
+
+    def whole(arrays: Any) -> Any:
+        queue = iter(jax.tree.leaves(arrays))
+        return jax.tree.unflatten(treedef, [next(queue) if is_array(leaf) else leaf for leaf in leaves])
+
+    return jax.tree.unflatten(treedef, [leaf if is_array(leaf) else None for leaf in leaves]), whole

@@ -11,8 +11,9 @@ import numpy as np
 
 from lora_jax.adapters.factored import Factor, Factored
 from lora_jax.adapters.protocol import Adapter
-from lora_jax.batching.mapped import check_sizes, each
+from lora_jax.batching.mapped import arrays_apart, check_sizes, each
 from lora_jax.batching.stacking import count
+from lora_jax.transform import signatures
 from lora_jax.transform.members import MEMBER
 
 
@@ -34,7 +35,8 @@ def route(adapted: Callable, *, in_axes: Any = 0, out_axes: Any = 0, grouped: bo
     Args:
       adapted: From :func:`lora_jax.adapt`. `route(jax.jit(adapted))` checks ids on the host before it runs compiled
         code; `jax.jit(route(adapted))` cannot.
-      in_axes: The batch axes of `*args`, as for `jax.vmap`: an int, None, or a tuple with an entry an argument.
+      in_axes: The batch axes of `*args`, as for `jax.vmap`: an int, None, or a tuple with an entry an argument. Leaves
+        that are no arrays (flags, numbers) have none: each example sees them.
       out_axes: The batch axes of the output, likewise.
       grouped: Sorts the examples by adapter, once, and runs the low-rank products of each adapter together
         (`jax.lax.ragged_dot`), with the stacked factors where they are; otherwise each example gets a copy of its
@@ -43,14 +45,15 @@ def route(adapted: Callable, *, in_axes: Any = 0, out_axes: Any = 0, grouped: bo
         group in full. Not for a batch sharded over devices: sorting gathers it on each, or is refused (explicit axes).
 
     Returns:
-      `routed(base, stacked, adapter_ids, /, *args, dropout_key=None, **kwargs)`. `stacked` is from
+      `routed(base, stacked, adapter_ids, <the model's parameters after its first>, *, dropout_key=None)`. Static and
+      donated arguments are those of the model, by name and by position two later. `stacked` is from
       :func:`lora_jax.stack`; `adapter_ids` is `[batch]`, integers. An id that is no member is an error where it can
       be read, and the base without an adapter where it is traced. Each example draws from a dropout key of its own.
       Every example sees the whole of `kwargs`, a PRNG key there is the same for all: the keys of a module's own
       dropout go into `*args`, as `jax.random.split(key, batch)` with the batch axis 0.
 
     Raises:
-      TypeError: `in_axes` is neither an int, None, nor a tuple.
+      TypeError: `adapted` is not callable; `in_axes` is neither an int, None, nor a tuple.
       ValueError: (from `routed`) An id is out of range; the ids are no vector of integers, one an example.
 
     Example:
@@ -73,8 +76,15 @@ def route(adapted: Callable, *, in_axes: Any = 0, out_axes: Any = 0, grouped: bo
         )
     axes = tuple(in_axes) if isinstance(in_axes, list) else in_axes
 
-    @functools.wraps(adapted)
-    def routed(base, stacked, adapter_ids, /, *args, dropout_key=None, **kwargs):
+    if not callable(adapted):
+        raise TypeError(f"route takes a function from lora.adapt; got {type(adapted).__name__}.")
+    leading = ("base", "stacked", "adapter_ids")
+    signature = signatures.replaced(adapted, leading, skip=2, options=("dropout_key",))
+    name = getattr(adapted, "__name__", "routed")
+
+    def routed(*args, dropout_key=None, **kwargs):
+        (base, stacked, adapter_ids), args, kwargs = signatures.divided(name, signature, 3, args, kwargs)
+        args, whole = arrays_apart(args)
         members = count(stacked)
         ids = _checked(adapter_ids, members)
         check_sizes(ids.shape[0], axes, args, f"adapter_ids has {ids.shape[0]} entries; the batch has {{}} examples.")
@@ -92,12 +102,12 @@ def route(adapted: Callable, *, in_axes: Any = 0, out_axes: Any = 0, grouped: bo
         def one(member, key, args):
             delta = {path: Chosen(node, member, grouped) for path, node in stacked.items()}
             dropout = {} if key is None else {"dropout_key": key}
-            return adapted(base, delta, *args, **dropout, **kwargs)
+            return adapted(base, delta, *whole(args), **dropout, **kwargs)
 
         out = jax.vmap(one, in_axes=(0, 0, axes), out_axes=out_axes)(ids, keys, args)
         return out if order is None else each(functools.partial(_taken, jnp.argsort(order)), out_axes, out)
 
-    return routed
+    return signatures.describe(routed, adapted, signature)
 
 
 def _check_whole(leaf: Any, axis: int) -> None:
@@ -148,6 +158,9 @@ class Chosen(Adapter):
     @property
     def merged_because(self) -> str:  # pyrefly: ignore[bad-override]
         return self.stacked.merged_because
+
+    def trainable(self) -> "Chosen":
+        return dataclasses.replace(self, stacked=self.stacked.trainable(), member=False)
 
     def shape(self) -> tuple[int, ...]:
         return jax.eval_shape(lambda node: jax.tree.map(lambda leaf: leaf[0], node), self.stacked).shape()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lora_jax import paths
 from lora_jax.adapters.factored import compute_dtype
-from lora_jax.adapters.protocol import Adapter
+from lora_jax.adapters.protocol import Adapter, with_frozen_stopped
 from lora_jax.leaves import dequantized
 from lora_jax.transform.call import Arguments, check_delta
 
@@ -40,7 +40,7 @@ def merge(base: Any, delta: Delta) -> Any:
     References:
       Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, §4.1
     """
-    return _changed(base, delta, lambda path, weight: delta[path].merge(weight))
+    return _changed(base, delta, lambda path, weight: with_frozen_stopped(delta[path]).merge(weight))
 
 
 def unmerge(params: Any, delta: Delta, base: Any = None) -> Any:
@@ -105,7 +105,7 @@ def switch_task(params: Any, old: Delta, new: Delta, base: Any = None) -> Any:
         wide = weight.astype(compute_dtype(weight.dtype))
         if path in old:
             wide = _added(wide, old[path], -1.0)
-        return (new[path].merge(wide) if path in new else wide).astype(weight.dtype)
+        return (with_frozen_stopped(new[path]).merge(wide) if path in new else wide).astype(weight.dtype)
 
     return _changed(params, old, exchange, also=new)
 
@@ -113,7 +113,7 @@ def switch_task(params: Any, old: Delta, new: Delta, base: Any = None) -> Any:
 def _added(weight: jax.Array, node: Adapter, sign: float) -> jax.Array:
     """The weight plus or minus an additive adapter's term, rounded once."""
     dtype = compute_dtype(weight.dtype)
-    term = node.merge(jnp.zeros(weight.shape, dtype))
+    term = with_frozen_stopped(node).merge(jnp.zeros(weight.shape, dtype))
     return (weight.astype(dtype) + sign * term).astype(weight.dtype)
 
 

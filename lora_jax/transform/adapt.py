@@ -1,20 +1,15 @@
 """adapt(): a function of parameters becomes a function of base and delta."""
 
-import dataclasses
-import functools
-import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from lora_jax.adapters.protocol import Adapter
-from lora_jax.transform import jaxprs
-from lora_jax.transform.call import Arguments, Call, check_delta, entered
+from lora_jax.transform import signatures
+from lora_jax.transform.call import Arguments, Call, check_delta
+from lora_jax.transform.evaluation import Evaluation, Leaves
 from lora_jax.transform.interpreter import Interpreter
-
-CACHED_CALLS = 128
-"""Traces that one adapted function keeps; the oldest goes when another shape or static argument comes."""
+from lora_jax.transform.programs import Reader, programs_of
 
 
 def adapt(fn: Callable, *, flatten: bool = True) -> Callable:
@@ -28,19 +23,24 @@ def adapt(fn: Callable, *, flatten: bool = True) -> Callable:
     Args:
       fn: `fn(base, *args, **kwargs)`, anything that `jax.jit` can trace. Array leaves of its arguments
         are traced; everything else (strings, flags, callables) is closed over, and outputs that are no
-        arrays pass through. As under `jax.jit`, what it closes over is read when it is traced.
+        arrays pass through. As under `jax.jit`, it is traced once for each kind of arguments, and what it closes over
+        is read then. A closure variable, a default or a global that it names is noticed when it is bound to another
+        object; a mutation inside an object is not.
       flatten: Whether the low-rank products see all token axes of their input as one, which is faster.
         False where a later token axis is sharded (sequence parallelism): flattening would gather it. On meshes with
         explicit axes types tell so, and such axes are left apart.
 
     Returns:
-      `adapted(base, delta, /, *args, dropout_key=None, **kwargs)`. It composes with `jit`, `grad`,
-      `vmap` (over adapters too), `scan`, `remat`, `shard_map`. `dropout_key` turns the adapters'
-      dropout on.
+      `adapted(base, delta, <fn's parameters after its first>, *, dropout_key=None)`. Static and donated arguments are
+      those of fn, by name and by position one later. It composes with `jit`, `grad`, `vmap` (over adapters too),
+      `scan`, `remat`, `shard_map`; outside of them it compiles itself. `dropout_key` turns the adapters' dropout on: a
+      mask depends on the key, the path and the index of the use within fn, not on `jit` or `jax.checkpoint` around it.
+      Frozen leaves of the delta have no gradient.
 
     Raises:
-      ValueError: (from `adapted`) The delta names a path that the base lacks, fits another shape, or
-        adapts a weight that the function never uses.
+      TypeError: fn is not callable.
+      ValueError: fn has a parameter `dropout_key`; (from `adapted`) the delta names a path that the base lacks, fits
+        another shape, or adapts a weight that the function never uses.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -54,38 +54,35 @@ def adapt(fn: Callable, *, flatten: bool = True) -> Callable:
     References:
       Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, §4.1
     """
-    if "dropout_key" in _parameters(fn):
+    if not callable(fn):
+        raise TypeError(f"adapt takes a function fn(base, *args, **kwargs); got {type(fn).__name__}.")
+    if "dropout_key" in signatures.of(fn).parameters:
         raise ValueError("The function has an argument dropout_key, a name that adapted() takes for the adapters.")
-    calls: dict[Any, tuple[Call, Interpreter]] = {}
+    signature = signatures.replaced(fn, ("base", "delta"), skip=1, options=("dropout_key",))
+    name = getattr(fn, "__name__", "adapted")
+    programs, read = programs_of(fn, flatten), Reader(fn)
 
-    def traced(arguments: Arguments) -> tuple[Call, Interpreter]:
-        key = arguments.key()
-        if key is not None and key in calls:
-            return calls[key]
-        made = Call.trace(fn, arguments), Interpreter(flatten=flatten)
-        if key is not None and not made[0].program.holds_tracers:
-            if len(calls) == CACHED_CALLS:
-                del calls[next(iter(calls))]
-            calls[key] = made
-        return made
+    def adapted(*args, dropout_key: jax.Array | None = None, **kwargs) -> Any:
+        (base, delta), args, kwargs = signatures.divided(name, signature, 2, args, kwargs)
+        leaves = Leaves((base, delta, args, kwargs, dropout_key))
+        key = leaves.key
+        evaluation = None if key is None else programs.get(read(), key)
+        if evaluation is None:
+            arguments = Arguments.of(base, args, kwargs)
+            check_delta(delta, arguments)
+            call = Call.trace(fn, arguments.varying_with(delta))
+            for path in delta:
+                if not call.uses_path(path):
+                    raise ValueError(f"The delta adapts {path!r}, which the function never uses.")
+            lasts = key is not None and not call.program.holds_tracers
+            compiles = lasts and leaves.are_together()
+            # A number that changes from call to call costs a trace each time, but no compilation.
+            varies = lasts and any(other.kind == key.kind for other in programs.keys(read()))
+            options = {"compiles": compiles and not varies, "later": compiles}
+            evaluation = Evaluation(call, Interpreter(flatten=flatten), leaves, name, **options)
+            if lasts:
+                # Read again: while it was traced, the function may have bound variables itself.
+                programs.put(read(), key, evaluation)
+        return evaluation(leaves)
 
-    @functools.wraps(fn)
-    def adapted(base: Any, delta: dict[str, Adapter], /, *args, dropout_key: jax.Array | None = None, **kwargs) -> Any:
-        arguments = Arguments.of(base, args, kwargs)
-        check_delta(delta, arguments)
-        arguments = dataclasses.replace(arguments, arrays=tuple(jaxprs.varying_together(arguments.arrays, delta)))
-        call, interpreter = traced(arguments)
-        for path in delta:
-            if not call.uses_path(path):
-                raise ValueError(f"The delta adapts {path!r}, which the function never uses.")
-        return call.evaluate(interpreter, entered(delta, arguments, dropout_key, interpreter))
-
-    return adapted
-
-
-def _parameters(fn: Callable) -> Collection[str]:
-    """The names of a function's parameters, as far as they can be told."""
-    try:
-        return inspect.signature(fn).parameters
-    except (TypeError, ValueError):
-        return ()
+    return signatures.describe(adapted, fn, signature)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import paths
-from lora_jax.adapters.protocol import Adapter, is_adapter
+from lora_jax.adapters.protocol import Adapter, is_adapter, with_frozen_stopped
 from lora_jax.leaves import dequantized, is_array, is_quantized
 from lora_jax.transform import jaxprs, keyed
 from lora_jax.transform.interpreter import Interpreter, Use
@@ -45,6 +45,10 @@ class Arguments:
             static=tuple(_ABSENT if is_array(leaf) else leaf for leaf in leaves),
             treedefs=(flat.treedef, treedef),
         )
+
+    def varying_with(self, delta: Any) -> "Arguments":
+        """Inside `shard_map`: with arrays that vary over every mesh axis that the delta varies over."""
+        return dataclasses.replace(self, arrays=tuple(jaxprs.varying_together(self.arrays, delta)))
 
     def restored(self, arrays: Sequence[Any]) -> tuple[Any, Sequence[Any], Mapping[str, Any]]:
         """Base, args and kwargs again, with these arrays."""
@@ -99,14 +103,22 @@ class Call:
 
     def evaluate(self, interpreter: Interpreter, arrays: Sequence[Any]) -> Any:
         """The output for these inputs, some of which may be adapted weights."""
+        return self.restored(self.results(interpreter, self.program.consts, arrays))
+
+    def results(self, interpreter: Interpreter, consts: Sequence[Any], arrays: Sequence[Any]) -> list[jax.Array]:
+        """The leaves of the output that are arrays."""
         used = [array for array, keep in zip(arrays, self.program.used) if keep]
-        results, _ = interpreter.body(self.program.jaxpr)({}, *self.program.consts, *used)
-        plain = iter(
+        results, _ = interpreter.body(self.program.jaxpr)({}, *consts, *used)
+        return [
             interpreter.materialise(out, None, "the function returns it") if isinstance(out, Weight) else out
             for out in results
-        )
+        ]
+
+    def restored(self, results: Sequence[jax.Array]) -> Any:
+        """The output with its own structure."""
+        queue = iter(results)
         treedef, static = self.outputs
-        return jax.tree.unflatten(treedef, [next(plain) if leaf is _ABSENT else leaf for leaf in static])
+        return jax.tree.unflatten(treedef, [next(queue) if leaf is _ABSENT else leaf for leaf in static])
 
 
 def check_delta(delta: Any, arguments: Arguments) -> None:
@@ -152,7 +164,7 @@ def entered(
             if is_quantized(value):
                 inputs[position] = probe(path, value)
             continue
-        node = delta[path]
+        node = with_frozen_stopped(delta[path])
         form = node.factored(value)
         if form is None:
             if interpreter.uses is not None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax._src import config as jax_config
 from jax._src import core as jax_core
 from jax._src import source_info_util
+from jax._src.array import ArrayImpl
 from jax._src.interpreters import partial_eval
 from jax.experimental import compute_on as compute_on_module
 from jax.extend.core import Literal
@@ -23,6 +24,9 @@ Jaxpr = Any
 """An open or a closed jaxpr; newer releases have one class for both."""
 
 Equation = Any
+
+ConcreteArray = ArrayImpl
+"""The class of JAX arrays that have values (tracers are of others)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +201,14 @@ def _varying(tree: Any) -> frozenset[str]:
 def is_unspecified(sharding: Any) -> bool:
     """Whether a jit parameter leaves a sharding open."""
     return sharding is None or type(sharding).__name__ in ("UnspecifiedValue", "AUTO")
+
+
+def is_staged() -> bool:
+    """Whether operations are recorded (by `jit`, `scan`, …) or mapped, instead of run, be it for a derivative."""
+    trace = jax_core.trace_ctx.trace
+    while type(trace).__name__ in ("JVPTrace", "LinearizeTrace", "BatchTrace"):
+        trace = trace.parent_trace
+    return not isinstance(trace, jax_core.EvalTrace)
 
 
 def trace_context() -> Any:
