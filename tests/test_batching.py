@@ -558,3 +558,34 @@ def test_as_many_keys_and_values_as_members():
         lora.train_many(loss, transform, batch_axes=(None, 0))(first_states(), (X, Y[:3]))
     with pytest.raises(ValueError, match="accumulate=0"):
         lora.train_many(loss, transform, accumulate=0)
+
+
+def test_members_skip_report_and_keep_what_they_are_given():
+    def with_aux(*args):
+        return loss(*args), {"seen": args[2][1].sum()}
+
+    step = lora.train_many(with_aux, transform, has_aux=True, donate=False, skip_nonfinite=True)
+    states = first_states()
+    batch = (jnp.stack([X] * 4), Y[:4].at[2].set(jnp.nan))
+    for _ in range(2):  # not donated: the same states again
+        after, metrics = step(states, batch)
+    assert metrics["skipped"].tolist() == [0, 0, 1, 0]
+    np.testing.assert_allclose(metrics["aux"]["seen"], batch[1].sum(tuple(range(1, batch[1].ndim))), rtol=1e-5)
+    before, ends = (lora.unstack(tree.delta, starts()) for tree in (states, after))
+    chex.assert_trees_all_equal(ends[2], before[2])
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(ends[1]), jax.tree.leaves(before[1])))
+    assert after.step.tolist() == [1, 1, 1, 1]
+
+
+def test_states_that_a_step_consumed_and_fields_that_are_none():
+    step, _ = many()
+    states = first_states()
+    together(step, states, 1)
+    with pytest.raises(RuntimeError, match="given to a step before"):
+        together(step, states, 1)
+    with pytest.raises(TypeError, match=r"TrainStates.replace: no field 'hypers'; nearest: 'hyper'"):
+        states.replace(hypers={})
+    with pytest.raises(ValueError, match=r"TrainStates.create: this Optax transform .*value_fn"):
+        lora.TrainStates.create(BASE, low_rank()[:2], optax.lbfgs(), KEYS[:2])
+    with pytest.raises(TypeError, match=r"state is a TrainStates; got dict"):
+        step({}, None)

@@ -1,10 +1,12 @@
 """nnx.functional(): modules as functions of a plain dict."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import lora_jax as lora
 
@@ -125,3 +127,97 @@ def test_a_key_reaches_a_call_that_takes_rngs(x):
     apply_fn, base = lora.nnx.functional(Lifted())
     assert (apply_fn(base, x) != 0).all()
     assert (apply_fn(base, x, rngs=jax.random.key(1)) == 0).any()
+
+
+def test_merged_weights_go_back_by_nnx_update_and_by_updated(x):
+    model = Model()
+    model.eval()
+    apply_fn, base = lora.nnx.functional(model)
+    delta = lora.init(jax.random.key(0), base, {r"layers/.*kernel": lora.LoRA(2)}, apply_fn, x)
+    delta = {path: dataclasses.replace(node, b=node.b + 0.3) for path, node in delta.items()}
+    merged, expected = lora.merge(base, delta), lora.adapt(apply_fn)(base, delta, x)
+    new = lora.nnx.updated(model, merged)
+    np.testing.assert_allclose(new(x), expected, rtol=1e-4, atol=1e-5)
+    assert (model(x) != expected).any(), "updated() changes no module"
+    by_text = lora.nnx.nested({path: leaf * 2 for path, leaf in lora.nnx.paths.flatten(merged).as_dict().items()})
+    np.testing.assert_array_equal(lora.nnx.updated(model, by_text).layers[1].kernel[...], 2 * new.layers[1].kernel[...])
+    nnx.update(model, merged)
+    np.testing.assert_array_equal(model(x), new(x))
+
+
+def test_bases_with_text_keys_are_taken(x):
+    model = Model()
+    model.eval()
+    apply_fn, base = lora.nnx.functional(model)
+    by_text = lora.nnx.nested(lora.nnx.paths.flatten(base).as_dict())
+    assert set(by_text["layers"]) == {"0", "1"}
+    np.testing.assert_array_equal(apply_fn(by_text, x), apply_fn(base, x))
+
+
+def test_updated_refuses_what_does_not_fit(x):
+    _, base = lora.nnx.functional(Model())
+    for target in (Model(), base):
+        with pytest.raises(ValueError, match=r"no variable 'layers/2/kernel'; nearest: 'layers/"):
+            lora.nnx.updated(target, {"layers": {2: {"kernel": jnp.ones((4, 4))}}})
+        with pytest.raises(ValueError, match=r"'layers/1/bias': the shape \(3,\) replaces \(4,\)"):
+            lora.nnx.updated(target, {"layers": {1: {"bias": jnp.ones(3)}}})
+    with pytest.raises(TypeError, match=r"lora\.nnx\.updated takes .* got the class Model"):
+        lora.nnx.updated(Model, base)
+
+
+class Asking(nnx.Module):
+    def __init__(self):
+        self.linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.dropout = nnx.Dropout(0.5)
+
+    def __call__(self, x, *, rngs):
+        assert rngs is None or isinstance(rngs, nnx.Rngs)
+        return self.dropout(self.linear(x), rngs=rngs)
+
+
+def test_a_call_that_needs_rngs_is_given_none(x):
+    apply_fn, base = lora.nnx.functional(Asking())
+    for options in ({}, {"rngs": None}):
+        assert (apply_fn(base, x, **options) != 0).all()
+    assert (apply_fn(base, x, rngs=jax.random.key(1)) == 0).any()
+    delta = lora.init(jax.random.key(0), base, {"kernel": lora.LoRA(2)}, apply_fn, x)
+    np.testing.assert_array_equal(lora.adapt(apply_fn)(base, delta, x), apply_fn(base, x))
+
+
+class Refined(nnx.Module):
+    """With a variable that holds a tree, a dict of modules and nested lists."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.tree = nnx.Param({"a": jnp.ones(4), "b": {"c": jnp.zeros(4)}})
+        self.blocks = nnx.List([nnx.List([nnx.Linear(4, 4, rngs=rngs)]), nnx.Dict(up=nnx.Linear(4, 4, rngs=rngs))])
+
+    def __call__(self, x):
+        return self.blocks[1].up(self.blocks[0][0](x)) * self.tree["a"][None] + self.tree["b"]["c"][None]
+
+
+def test_trees_in_variables_and_nested_lists(x):
+    model = Refined()
+    apply_fn, base = lora.nnx.functional(model)
+    assert set(base["blocks"]) == {0, 1} and set(base["blocks"][0][0]) == {"kernel", "bias"}
+    np.testing.assert_array_equal(apply_fn(base, x), model(x))
+    doubled = jax.tree.map(lambda leaf: leaf * 2, base)
+    np.testing.assert_array_equal(lora.nnx.updated(model, doubled)(x), apply_fn(doubled, x))
+
+
+def plain(params, x):
+    return x @ params["w"]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (linen.Dense(3), r"a Linen module \(Dense\)\. Instead, .*lora\.adapt\(model\.apply\)"),
+        (Model, r"the class Model\. Instead, create a module first: Model\(…\)"),
+        (plain, r"plain, a callable.*lora\.adapt\(fn\)"),
+        ({"w": 1}, "dict"),
+    ],
+)
+def test_what_is_no_module(model, message):
+    with pytest.raises(TypeError, match=message):
+        lora.nnx.functional(model)

@@ -162,7 +162,7 @@ def train_many(
       >>> base, x = {"w": jnp.ones((4, 1))}, jnp.ones((2, 4))
       >>> deltas = [lora.init(jax.random.key(i), base, {"w": lora.LoRA(1)}, fn, x) for i in range(3)]
       >>> adapted = lora.adapt(fn)
-      >>> loss = lambda base, delta, x, key: jnp.mean(adapted(base, delta, x) ** 2)
+      >>> loss = lambda base, delta, x, key: jnp.mean(adapted(base, delta, x, dropout_key=key) ** 2)
       >>> tx, keys = (lambda lr: optax.sgd(lr)), jax.random.split(jax.random.key(1), 3)
       >>> states = lora.TrainStates.create(base, deltas, tx, keys, {"lr": [0.1, 0.01, 0.001]})
       >>> states, metrics = train_many(loss, tx, batch_axes=None)(states, x)

@@ -36,6 +36,9 @@ def trainable_mask(tree: Any) -> Any:
 def partition(delta: Delta) -> tuple[Delta, Delta]:
     """Separates what trains from what does not.
 
+    A plain Optax transform over the whole delta can still decay frozen leaves, and integer leaves (of `Rows`) have no
+    gradients: a step of your own differentiates and updates `train` alone, or uses :func:`optimizer`.
+
     Args:
       delta: From :func:`lora_jax.init`.
 
