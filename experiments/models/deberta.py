@@ -327,5 +327,8 @@ NAMES = Names(
     ),
     prefix="deberta.",
 )
-# v3's generator and discriminator come with heads for pretraining
-UNUSED = r"position_ids$|^pooler\.|^cls\.|^(lm|mask)_predictions\.|^classifier\.|^qa_outputs\."
+# v3's generator and discriminator come with heads for pretraining, and with positions that they do not add to words
+UNUSED = (
+    r"position_ids$|^embeddings\.position_embeddings\.weight$|^pooler\.|^cls\.|^(lm|mask)_predictions\.|^classifier\."
+    r"|^qa_outputs\."
+)

@@ -65,9 +65,7 @@ class Decoder(nnx.Module):
         References:
           Jain et al., `NEFTune <https://arxiv.org/abs/2310.05914>`_, 2023, Algorithm 1
         """
-        self.check_length(tokens_BL.shape[1])
-        sight = caches.look(tokens_BL.shape, segments_BL, positions_BL, cache)
-        x_BLD = self.embed(tokens_BL, sight)
+        sight, x_BLD = self._embedded(tokens_BL, segments_BL, positions_BL, cache)
         if noise is not None:
             key, scale = noise
             bound = scale / math.sqrt(x_BLD.shape[1] * x_BLD.shape[2])
@@ -78,6 +76,30 @@ class Decoder(nnx.Module):
         else:
             out = self.head(x_BLD[:, -1] if last else x_BLD)
         return out if cache is None else (out, caches.kept(cache, sight, kept))
+
+    def hidden(self, tokens_BL: jax.Array, mask_BL: jax.Array | None = None) -> jax.Array:
+        """The last hidden states, normalized, `float[batch, length, width]`: what goes into the head.
+
+        Args:
+          tokens_BL: Token ids.
+          mask_BL: False at padding; None sees no padding.
+
+        Raises:
+          ValueError: There are more tokens than positions.
+        """
+        sight, x_BLD = self._embedded(tokens_BL, mask_BL, None, None)
+        return self.run(x_BLD, sight, None)[0]
+
+    def _embedded(
+        self,
+        tokens_BL: jax.Array,
+        segments_BL: jax.Array | None,
+        positions_BL: jax.Array | None,
+        cache: Cache | None,
+    ) -> tuple[Sight, jax.Array]:
+        self.check_length(tokens_BL.shape[1])
+        sight = caches.look(tokens_BL.shape, segments_BL, positions_BL, cache)
+        return sight, self.embed(tokens_BL, sight)
 
     @abc.abstractmethod
     def embed(self, tokens_BL: jax.Array, sight: Sight) -> jax.Array:

@@ -55,6 +55,9 @@ MIXTRAL = Family(
     mixtral.names,
     mixtral.AXES,
 )
+UNUSED = f"{llama.UNUSED}|{gpt2.UNUSED}"
+"""A pattern of tensors in old checkpoints that no family needs."""
+
 FAMILIES = {"gpt2": GPT2, "mixtral": MIXTRAL, **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA)}
 
 

@@ -1,7 +1,7 @@
 """Classification and regression of sentences and pairs of sentences on an encoder's first token.
 
-What transformers calls `BertForSequenceClassification` and likewise for RoBERTa and DeBERTa-v2: the same
-computation under different names.
+What transformers calls `BertForSequenceClassification` and likewise for the other encoders: the same computation under
+different names. Decoders' heads are in :mod:`experiments.models.decoder_heads`.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ def load(
     dtype: Any = jnp.float32,
     sharding: checkpoint.Sharding | None = None,
 ) -> SequenceClassifier:
-    """A classifier on the BERT, RoBERTa or DeBERTa-v2 of a checkpoint in Hugging Face layout.
+    """A classifier on the encoder of a checkpoint in Hugging Face layout.
 
     Args:
       directory: Where the checkpoint is.
@@ -147,5 +147,9 @@ _DEBERTA = (deberta.Deberta, deberta.DebertaConfig.from_json, (), deberta.UNUSED
 _HEADS = {
     "bert": _Head(*_BERT, "bert.pooler.dense", "classifier", jnp.tanh),
     "roberta": _Head(*_BERT, "classifier.dense", "classifier.out_proj", jnp.tanh),
+    "xlm-roberta": _Head(*_BERT, "classifier.dense", "classifier.out_proj", jnp.tanh),
+    "camembert": _Head(*_BERT, "classifier.dense", "classifier.out_proj", jnp.tanh),
+    "electra": _Head(*_BERT, "classifier.dense", "classifier.out_proj", _exact_gelu),
+    "distilbert": _Head(*_BERT, "pre_classifier", "classifier", jax.nn.relu),
     "deberta-v2": _Head(*_DEBERTA, "pooler.dense", "classifier", _exact_gelu),
 }

@@ -29,6 +29,7 @@ def fixture(name):
     if name == "vit":
         inputs, kept = (given["pixel_values"].transpose(0, 2, 3, 1),), np.ones(given["hidden"].shape[:2], bool)
     else:
+        given.setdefault("token_type_ids", np.zeros_like(given["input_ids"]))  # DistilBERT has no segments
         inputs = tuple(given[key].astype(np.int32) for key in ("input_ids", "attention_mask", "token_type_ids"))
         kept = inputs[1] == 1  # what stands at padding means nothing
     return SimpleNamespace(inputs=tuple(map(jnp.asarray, inputs)), kept=kept, **given)

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from experiments.errors import UserError
 from experiments.models import checkpoint, deberta
@@ -38,6 +39,15 @@ def test_round_trip_is_exact(name, options, tmp_path):
 @pytest.mark.parametrize("options", [DEFAULT, Options(scan=True)], ids=["unrolled", "scanned"])
 def test_adapters_are_factored(name, options):
     encoders.check_adapters(name, options)
+
+
+def test_positions_that_are_not_added_to_words_may_be_stored(tmp_path):
+    # the released v3 checkpoints hold them
+    (tmp_path / "config.json").write_bytes((encoders.MODELS / "deberta_v3" / "config.json").read_bytes())
+    extra = {"deberta.embeddings.position_embeddings.weight": np.zeros((24, 16), np.float32)}
+    save_file(encoders.tensors(encoders.MODELS / "deberta_v3") | extra, tmp_path / "model.safetensors")
+    model, usual = (deberta.load(place) for place in (tmp_path, encoders.MODELS / "deberta_v3"))
+    np.testing.assert_array_equal(model.embeddings.word.embedding[...], usual.embeddings.word.embedding[...])
 
 
 def test_buckets_of_the_released_models_agree_with_transformers():

@@ -1,0 +1,113 @@
+"""Classification and regression of texts on a decoder's last token.
+
+What transformers calls `LlamaForSequenceClassification`, and likewise for the other decoders: one linear layer without
+a bias, in place of the head of a language model.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from experiments.models import checkpoint, families
+from experiments.models import config as config_json
+from experiments.models.decoder import Decoder
+from experiments.models.options import DEFAULT, Options
+from lora_jax.peft import LINEAR, Names, Weight
+
+
+class DecoderClassifier(nnx.Module):
+    """Logits of a text from the hidden state of its last token.
+
+    Args:
+      decoder: Whose own head is not used.
+      width: Of its hidden states.
+      classes: How many logits; a regression has one.
+      options: How it computes.
+      rngs: Keys of the random initial weights.
+    """
+
+    def __init__(self, decoder: Decoder, width: int, classes: int, options: Options = DEFAULT, *, rngs: nnx.Rngs):
+        small = nnx.initializers.normal(0.02)
+        self.decoder = decoder
+        self.score = nnx.Linear(width, classes, use_bias=False, dtype=options.dtype, kernel_init=small, rngs=rngs)
+
+    def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array, types_BL: jax.Array | None = None) -> jax.Array:
+        """Logits of texts.
+
+        Args:
+          tokens_BL: Token ids, `int[batch, length]`.
+          mask_BL: True (or 1) at tokens, False at padding, on either side.
+          types_BL: Taken for the sake of encoders; decoders have no segments.
+
+        Returns:
+          `float32[batch, classes]`.
+        """
+        del types_BL
+        mask_BL = mask_BL.astype(bool)
+        x_BLD = self.decoder.hidden(tokens_BL, mask_BL)
+        last_B = jnp.max(jnp.where(mask_BL, jnp.arange(mask_BL.shape[1])[None], 0), axis=1)
+        last_BD = jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)[:, 0]
+        return self.score(last_BD).astype(jnp.float32)
+
+
+def load(
+    directory: Path,
+    options: Options = DEFAULT,
+    *,
+    classes: int | None = None,
+    seed: int = 0,
+    dtype: Any = jnp.float32,
+    sharding: checkpoint.Sharding | None = None,
+) -> DecoderClassifier:
+    """A classifier on the decoder of a checkpoint in Hugging Face layout.
+
+    Args:
+      directory: Where the checkpoint is, of a classifier or of a language model.
+      options: How the model computes.
+      classes: Of a new last layer; None takes the one of the checkpoint.
+      seed: Of the new layer.
+      dtype: See :func:`checkpoint.load`.
+      sharding: See :func:`checkpoint.load`.
+
+    Raises:
+      UserError: The config or the weights are missing, damaged or of another architecture.
+    """
+    described = _headless(checkpoint.read_config(directory))
+    family = families.of(described)
+    shape = family.shape(described)
+    count = config_json.count_classes(described) if classes is None else classes
+
+    def build(rngs: nnx.Rngs) -> DecoderClassifier:
+        decoder = family.build(shape, options, rngs)
+        width = shape.n_embd if hasattr(shape, "n_embd") else shape.hidden_size
+        return DecoderClassifier(decoder, width, count, options, rngs=rngs)
+
+    return checkpoint.load(
+        build,
+        names(described),
+        directory,
+        dtype=dtype,
+        sharding=sharding,
+        unused=rf"{families.UNUSED}|^lm_head\.|^score\.",
+        fresh=checkpoint.NOTHING if classes is None else "^score/",
+        seed=seed,
+    )
+
+
+def names(config: Mapping[str, Any]) -> Names:
+    """The names of a :class:`DecoderClassifier`'s weights in a checkpoint whose `config.json` this is."""
+    described = _headless(config)
+    family = families.of(described)
+    table = family.names(family.shape(described))
+    rows = (dataclasses.replace(row, path=f"decoder/{row.path}", tied=()) for row in table.weights)
+    return dataclasses.replace(table, weights=(*rows, Weight("score/kernel", "score.weight", LINEAR)))
+
+
+def _headless(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a decoder without a head of its own: as if it were tied."""
+    return {**config, "tie_word_embeddings": True}
