@@ -84,6 +84,8 @@ class Packed:
     Attributes:
       steps_per_epoch: How many batches a pass over the data takes.
       batch_size: Rows of a batch.
+      truncated: `bool[examples]`: which are cut at the end.
+      unused: `bool[examples]`: which have nothing to learn within the length.
       cut: How many examples are cut.
       left_out: How many have nothing to learn within the length.
 
@@ -95,7 +97,9 @@ class Packed:
         self._data, self._length, self.batch_size, self._seed = data, length, batch_size, seed
         self._begins = np.cumsum(data.lengths, dtype=np.int64) - data.lengths
         self._sizes = np.minimum(data.lengths - 1, length)
-        (order,) = np.nonzero((data.firsts < data.lengths) & (data.firsts <= length))
+        self.unused = (data.firsts >= data.lengths) | (data.firsts > length)
+        self.truncated = ~self.unused & (data.lengths - 1 > length)
+        (order,) = np.nonzero(~self.unused)
         if not len(order):
             raise UserError(
                 f"none of {len(data):,} examples has anything to learn within {length} tokens: all prompts?"
@@ -106,8 +110,7 @@ class Packed:
         starts = np.searchsorted(np.sort(row), np.arange(row.max() + 2))
         self._rows = Rows(order[np.argsort(row, kind="stable")], starts)
         self.steps_per_epoch = -(-len(self._rows) // batch_size)
-        self.cut = int(np.sum(data.lengths[order] - 1 > length))
-        self.left_out = len(data) - len(order)
+        self.cut, self.left_out = int(self.truncated.sum()), int(self.unused.sum())
         self._order = lru_cache(maxsize=2)(self._ordered)  # threads that read ahead may be in two passes at once
 
     def __getitem__(self, step: int) -> Batch:

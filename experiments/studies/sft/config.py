@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 import tyro
 
 from experiments import settings
+from experiments.input.checking import OnBad
 from experiments.input.encoding import Options
+from experiments.input.forms import FormName
 from experiments.input.template_files import parse_arguments
 from experiments.input.turns import TrainOn
 from experiments.models.options import AttentionKernel, Remat
@@ -52,13 +54,20 @@ class Config(Runtime):
     """The base: a directory in Hugging Face layout with tokenizer.json, a hub name, or what is shipped: tiny-llama,
     tiny-gpt2."""
 
-    data: str = "debian_sections"
-    """What to learn: debian_sections, which is shipped; a JSONL, TSV or Parquet file; a directory with train and
-    validation files; or a data set's name on the hub. Records have messages (role and content), or prompt and
-    completion."""
+    data: tuple[str, ...] = ("debian_sections",)
+    """What to learn: files, globs of files, directories with train and validation files, data sets of the hub
+    (ORG/NAME:SPLIT), or debian_sections, which is shipped. Several are joined; each may end in :WEIGHT, how often its
+    examples are seen in a pass, as in a.jsonl:3 b.parquet:0.5."""
 
-    validation: str | None = None
-    """Other examples to evaluate on, likewise; None takes what the data have for it."""
+    data_form: FormName | None = None
+    """The format of the records; None detects it by their columns: messages (chat), conversations (sharegpt),
+    instruction and output (alpaca), prompt and completion, text."""
+
+    on_bad: OnBad = "error"
+    """What to do about a malformed record: end before training with its file and line, or count it and leave it out."""
+
+    validation: tuple[str, ...] = ()
+    """Other examples to evaluate on, named likewise; without, those beside the training files, if any."""
 
     validation_share: float = 0.0
     """Share of the training examples that is held out to validate with, where the data have no examples for it."""
@@ -206,6 +215,11 @@ class Config(Runtime):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("data", "validation"):  # one name may be given as it is
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
+        if not self.data:
+            raise ValueError("data must name something to learn")
         settings.positive(self, "rank", "alpha", "length", "epochs", "clip", "loss_chunk", "checkpoint_every")
         settings.positive(self, "steps", "train_examples", "validation_examples", "new_tokens")
         settings.positive(self, "max_minutes", "patience", "eval_every", "log_every")
@@ -217,7 +231,7 @@ class Config(Runtime):
             raise ValueError(f"decay is a share of the steps, above 0 and up to 1, not {self.decay}")
         if not self.targets:
             raise ValueError("targets must name something to adapt")
-        if self.validation is not None and self.validation_share:
+        if self.validation and self.validation_share:
             raise ValueError("validation and validation_share: give one of them")
         self.rank_patterns()
         parse_arguments(self.template_arguments)

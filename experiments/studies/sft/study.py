@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ from experiments.ahead import chips
 from experiments.ahead.model import step_flops
 from experiments.errors import UserError
 from experiments.input import pipeline, sources
+from experiments.input.checking import checked
 from experiments.input.encoding import Encoder, load_encoder
 from experiments.input.packing import Packed
+from experiments.input.usage import show, usage
 from experiments.models import checkpoint, location
 from experiments.reports import curves
 from experiments.reports.results import read_json, write_json
@@ -52,6 +55,8 @@ _NOT_NUMBERS = (
         "fresh",
         "model",
         "data",
+        "data_form",
+        "on_bad",
         "validation",
         "mesh",
         "distributed",
@@ -165,16 +170,19 @@ class _Data:
 
 
 def _read(config: Config, directory: Path, console: Console) -> _Data:
-    train, validation = sources.splits(config.data, config.validation)
+    train, validation = sources.splits(config.data, config.validation, config.data_form)
     if config.validation_share:
         if validation is not None:
             raise UserError(
-                f"validation_share {config.validation_share}: {config.data} has validation examples of its own"
+                f"validation_share {config.validation_share}: {' and '.join(config.data)} has validation examples of "
+                "its own"
             )
         train, validation = sources.split(train, config.validation_share, config.seed)
-    train = sources.first(train, config.train_examples)
-    if validation is not None and config.validation_examples is not None:
-        validation = sources.first(validation, min(config.validation_examples, len(validation)))
+    train, findings = checked(train, on_bad=config.on_bad, limit=config.train_examples)
+    findings_of = {"train": findings}
+    if validation is not None:
+        validation, findings_of["validation"] = checked(validation, on_bad=config.on_bad)
+        validation = sources.first(validation, min(config.validation_examples or sys.maxsize, len(validation)))
     end = ends(directory)
     vocabulary = checkpoint.read_config(directory).get("vocab_size")
     encoder = load_encoder(directory, end[0] if end else None, config.encoding(), vocabulary=vocabulary)
@@ -195,6 +203,10 @@ def _read(config: Config, directory: Path, console: Console) -> _Data:
     with processes.first_before_others():
         batches = packed(train, config.seed, "training")
         others = None if validation is None else packed(validation, None, "validation")
+    uses = {"train": usage(train, findings_of["train"], batches)}
+    if validation is not None and others is not None:
+        uses["validation"] = usage(validation, findings_of["validation"], others)
+    show(console, uses, config.length)
     digests = [train.digest, *([] if validation is None else [validation.digest]), encoder.digest]
     return _Data(encoder, train if validation is None else validation, batches, others, digests)
 
@@ -338,7 +350,9 @@ def _show(config: Config, report: Report, console: Console) -> None:
             f"{report.best_step:,} of {len(report.losses):,})",
             highlight=False,
         )
-    curves.draw_losses(config.out / "loss.png", report.losses, report.evaluations, f"{config.model} on {config.data}")
+    curves.draw_losses(
+        config.out / "loss.png", report.losses, report.evaluations, f"{config.model} on {' and '.join(config.data)}"
+    )
     last, best = len(report.losses), report.best_step
     console.print(
         f"{report.trained_parameters:,} trained parameters, {report.seconds:.0f} s of training"

@@ -1,0 +1,114 @@
+"""What becomes of the records of each file, as one table."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from experiments.input.checking import Findings
+from experiments.input.packing import Packed
+from experiments.input.sources import Records
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Of one file or data set.
+
+    Attributes:
+      name: The file's.
+      forms: The formats of its records.
+      records: How many it has.
+      used: How many are trained on or evaluated.
+      examples: How often, in a pass: more than `used` for a weight above 1.
+      truncated: How many of those are cut at the end.
+      malformed: How many are not read.
+      unused: How many have nothing to learn within the length.
+      reasons: Of the first malformed ones.
+    """
+
+    name: str
+    forms: tuple[str, ...]
+    records: int
+    used: int
+    examples: int
+    truncated: int
+    malformed: int
+    unused: int
+    reasons: tuple[str, ...]
+
+
+def usage(records: Records, findings: Sequence[Findings], packed: Packed) -> list[Usage]:
+    """What became of the records of each source.
+
+    Args:
+      records: Those that were packed.
+      findings: Of their sources, from :func:`experiments.input.checking.checked`.
+      packed: Their batches.
+    """
+    rows = []
+    for source, (one, finding) in enumerate(zip(records.sources, findings)):
+        (members,) = np.nonzero(records.source_of == source)
+
+        def count(mask: np.ndarray, members: np.ndarray = members) -> int:
+            return len(np.unique(records.number_of[members[mask[members]]]))
+
+        rows.append(
+            Usage(
+                name=one.name,
+                forms=tuple(finding.forms),
+                records=len(one),
+                used=count(~packed.unused),
+                examples=int(np.sum(~packed.unused[members])),
+                truncated=count(packed.truncated),
+                malformed=finding.skipped,
+                unused=count(packed.unused),
+                reasons=tuple(finding.reasons),
+            )
+        )
+    return rows
+
+
+def show(console: Console, splits: Mapping[str, Sequence[Usage]], length: int) -> None:
+    """Prints a table with a row for each file, and under it why records were skipped or truncated.
+
+    Args:
+      console: Where to.
+      splits: The files by what they are used for.
+      length: Tokens of a sequence.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("data", overflow="fold")
+    table.add_column("format", overflow="fold")
+    rows = [row for rows in splits.values() for row in rows]
+    repeated = any(row.examples != row.used for row in rows)
+    for name in ("records", "used", *(["a pass"] if repeated else []), "truncated", "skipped"):
+        table.add_column(name, justify="right")
+    for split, files in splits.items():
+        table.add_row(Text(split, style="bold"))
+        for row in files:
+            numbers = [row.records, row.used, *([row.examples] if repeated else [])]
+            numbers += [row.truncated, row.malformed + row.unused]
+            table.add_row(Text(f"  {_short(row.name)}"), "\n".join(row.forms), *(f"{number:,}" for number in numbers))
+    console.print(table, highlight=False)
+    for row in rows:
+        for line in _notes(row, length):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _short(name: str) -> str:
+    return Path(name).name if Path(name).exists() else name
+
+
+def _notes(row: Usage, length: int) -> list[str]:
+    lines = [f"skipped: {reason}" for reason in row.reasons]
+    if row.malformed > len(row.reasons):
+        lines.append(f"skipped: {row.malformed - len(row.reasons):,} more malformed records of {row.name}")
+    if row.unused:
+        lines.append(f"skipped: {row.unused:,} of {row.name}, nothing to learn within {length:,} tokens")
+    if row.truncated:
+        lines.append(f"truncated: {row.truncated:,} of {row.name}, longer than {length:,} tokens")
+    return lines
