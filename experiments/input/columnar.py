@@ -34,6 +34,8 @@ class ParquetRows:
             groups = range(self._file.num_row_groups)
             sizes = [self._file.metadata.row_group(group).num_rows for group in groups]
             self.columns = tuple(self._file.schema_arrow.names)
+            if sum(sizes) != self._file.metadata.num_rows or min(sizes, default=0) < 0:
+                raise ValueError("the sizes of row groups do not add up to the number of rows")
         self._read = [name for name in self.columns if name in COLUMNS]
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
         self._group: tuple[int, Any] = (-1, None)
@@ -83,6 +85,7 @@ class ArrowRows:
             source = pyarrow.py_buffer(content.data)
             in_file = content.data[:6] == b"ARROW1"
             table = (pyarrow.ipc.open_file if in_file else pyarrow.ipc.open_stream)(source).read_all()
+            table.validate()
             self.columns = tuple(table.column_names)
             self._read = [name for name in self.columns if name in COLUMNS]
             self._table = table.select(self._read)
@@ -99,7 +102,9 @@ class ArrowRows:
         if not start <= index < start + len(rows):
             start = index // _ROWS * _ROWS
             with reading(self.place(index), "Arrow"):
-                rows = _rows(self._table.slice(start, _ROWS))
+                block = self._table.slice(start, _ROWS)
+                block.validate(full=True)  # offsets of a damaged file point anywhere
+                rows = _rows(block)
             self._rows = start, rows
         return rows[index - start]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.errors import UserError
+from experiments.errors import UserError, reading
 from experiments.input.forms import FormName
 from experiments.input.records import Record
 from experiments.input.resolve import Source, resolve
@@ -186,6 +186,7 @@ def _weighted(data: str, split: str, form: FormName | None) -> Records:
 
 
 def _all(sources: Sequence[Source]) -> Records:
-    lengths = [len(source) for source in sources]
-    source_of = np.repeat(np.arange(len(sources), dtype=np.int32), lengths)
-    return Records(tuple(sources), source_of, np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]))
+    with reading(sources[0].name):  # a damaged table may speak of more rows than memory has room for
+        lengths = [len(source) for source in sources]
+        source_of = np.repeat(np.arange(len(sources), dtype=np.int32), lengths)
+        return Records(tuple(sources), source_of, np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]))

@@ -1,0 +1,102 @@
+"""All records are read before training; what becomes of them is shown in one table."""
+
+import io
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments.errors import UserError
+from experiments.input import sources
+from experiments.input.checking import checked
+from experiments.input.records import Completion
+from experiments.input.usage import show, usage
+
+GOOD = {"prompt": "a", "completion": "b"}
+
+
+def write(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    a = write(tmp_path / "a.jsonl", GOOD, "{", {**GOOD, "prompt": 1}, {"text": "t"}, "{}", GOOD, "[]")
+    b = write(tmp_path / "b.jsonl", GOOD, GOOD)
+    return [f"{a}:2", b]
+
+
+def test_a_malformed_record_ends_it(mixed):
+    records, _ = sources.splits(mixed)
+    with pytest.raises(UserError, match=r"a.jsonl, line 2: not JSON"):
+        checked(records)
+    few, _ = checked(records, limit=1)
+    assert list(few) == [Completion("a", "b")]
+
+
+def test_malformed_records_are_left_out_and_counted(mixed):
+    records, _ = sources.splits(mixed)
+    good, findings = checked(records, on_bad="skip")
+    assert [good.place(i).split("/")[-1] for i in range(len(good))] == [
+        *(2 * ["a.jsonl, line 1", "a.jsonl, line 4", "a.jsonl, line 6"]),
+        *("b.jsonl, line 1", "b.jsonl, line 2"),
+    ]
+    assert findings[0].forms == {"prompt-completion": 2, "text": 1} and findings[0].skipped == 4
+    assert [reason.split("a.jsonl, ")[1][:20] for reason in findings[0].reasons] == [
+        "line 2: not JSON (Ex",
+        "line 3: prompt is a ",
+        "line 5: found nothin",
+    ]
+    assert good.digest != records.digest
+    assert len(checked(records, on_bad="skip", limit=7)[0]) == 7
+    with pytest.raises(UserError, match="9 records asked for, there are 8"):
+        checked(records, on_bad="skip", limit=9)
+
+
+def test_none_is_left(tmp_path):
+    records, _ = sources.splits(write(tmp_path / "a.jsonl", "{", "["))
+    with pytest.raises(UserError, match=r"none of 2 records can be used; the first: .*a.jsonl, line 1: not JSON"):
+        checked(records, on_bad="skip")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a preference .chosen and rejected., which sft does not"),
+        ({**GOOD, "label": True}, "--data-form prompt-completion learns from every completion"),
+        ({"prompt": "a", "answer": "b"}, "a prompt with an answer for a reward by rule"),
+    ],
+)
+def test_records_for_other_trainings_are_refused(tmp_path, row, message):
+    records, _ = sources.splits(write(tmp_path / "a.jsonl", GOOD, row))
+    for on_bad in ("error", "skip"):
+        with pytest.raises(UserError, match=rf"a.jsonl, line 2: .*{message}"):
+            checked(records, on_bad=on_bad)
+
+
+def test_the_table(mixed):
+    records, findings = checked(sources.splits(mixed)[0], on_bad="skip")
+    packed = SimpleNamespace(
+        truncated=np.array([1, 0, 0, 1, 0, 0, 0, 1], bool), unused=np.array([0, 1, 0, 0, 1, 0, 0, 0], bool)
+    )
+    rows = usage(records, findings, packed)
+    assert [(row.records, row.used, row.examples, row.truncated, row.malformed, row.unused) for row in rows] == [
+        (7, 2, 4, 1, 4, 1),
+        (2, 2, 2, 1, 0, 0),
+    ]
+    for width in (80, 120):
+        text = io.StringIO()
+        show(Console(file=text, width=width), {"train": rows, "validation": rows[1:]}, 64)
+        lines = text.getvalue().splitlines()
+        header, train, first, form, second = lines[:5]
+        assert header.split() == ["data", "format", "records", "used", "a", "pass", "truncated", "skipped"]
+        assert train.split() == ["train"] and form.split() == ["text"]
+        assert first.split() == ["a.jsonl", "prompt-completion", "7", "2", "4", "1", "5"]
+        assert second.split() == ["b.jsonl", "prompt-completion", "2", "2", "2", "1", "0"]
+        assert all(len(line) <= width for line in lines[:7])
+        notes = " ".join(lines[7:])
+        assert "a.jsonl, line 2: not JSON" in notes and "skipped: 1 more malformed records of" in notes
+        assert "a.jsonl, nothing to learn within 64 tokens" in notes and "b.jsonl, longer than 64 tokens" in notes

@@ -1,0 +1,91 @@
+"""Which files a directory, a glob or a name stands for."""
+
+import pytest
+
+from experiments.errors import UserError
+from experiments.input import layout, sources
+
+ROW = '{"prompt": "a", "completion": "b"}\n'
+
+
+def tree(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(ROW)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "validation"),
+    [
+        (["train.jsonl", "valid.jsonl"], ["train.jsonl"], ["valid.jsonl"]),
+        (["train.jsonl", "test.jsonl"], ["train.jsonl"], ["test.jsonl"]),
+        (["train.jsonl", "test.jsonl", "dev.jsonl"], ["train.jsonl"], ["dev.jsonl"]),
+        (["train.jsonl.gz", "eval.json"], ["train.jsonl.gz"], ["eval.json"]),
+        (["train.jsonl", "README.md", "notes.txt", "dataset_infos.json", ".hidden.jsonl"], ["train.jsonl"], []),
+        (
+            [
+                "data/train-00000-of-00002.parquet",
+                "data/train-00001-of-00002.parquet",
+                "data/test-00000-of-00001.parquet",
+            ],
+            ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"],
+            ["test-00000-of-00001.parquet"],
+        ),
+        (["train/a.jsonl", "train/b.jsonl", "val/a.jsonl"], ["a.jsonl", "b.jsonl"], ["a.jsonl"]),
+        (["alpaca_train.json", "alpaca_val.json"], ["alpaca_train.json"], ["alpaca_val.json"]),
+        (["part-0.jsonl", "part-1.jsonl", "more.csv"], ["more.csv", "part-0.jsonl", "part-1.jsonl"], []),
+    ],
+)
+def test_splits_of_a_directory(tmp_path, names, train, validation):
+    tree(tmp_path, *names)
+    assert [path.name for path in layout.in_directory(tmp_path, "train")] == train
+    assert [path.name for path in layout.in_directory(tmp_path, "validation")] == validation
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["README.md"], "no data files; expected train and validation files"),
+        (["valid.jsonl"], "no train among valid"),
+        (["train.jsonl", "train.csv"], "found train.csv and train.jsonl"),
+        (["train_sft.jsonl", "train_gen.jsonl"], "train_gen and train_sft for train; .*:train_gen takes one of them"),
+        (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], "2 of the 3 shards that train-00000-of-00003"),
+    ],
+)
+def test_directories_that_say_too_little(tmp_path, names, message):
+    tree(tmp_path, *names)
+    with pytest.raises(UserError, match=message):
+        layout.in_directory(tmp_path, "train")
+
+
+def test_a_named_split_of_a_directory(tmp_path):
+    tree(tmp_path, "data/train_sft-00000-of-00001.jsonl", "data/train_gen.jsonl", "data/test_sft.jsonl")
+    train, validation = sources.splits(f"{tmp_path}:train_gen:2")
+    assert len(train) == 2 and validation is None and train.place(0).endswith("train_gen.jsonl, line 1")
+    with pytest.raises(UserError, match="no nothing among test_sft, train_gen, train_sft"):
+        sources.splits(f"{tmp_path}:nothing")
+
+
+def test_globs(tmp_path):
+    tree(tmp_path, "b.jsonl", "a.jsonl", "deep/c.jsonl", "a.txt")
+    assert len(sources.splits(f"{tmp_path}/*.jsonl:3")[0]) == 6
+    records = sources.read(f"{tmp_path}/**/*.jsonl", "train")
+    assert [source.name.removeprefix(str(tmp_path)) for source in records.sources] == [
+        "/a.jsonl",
+        "/b.jsonl",
+        "/deep/c.jsonl",
+    ]
+    with pytest.raises(UserError, match=r"\*.csv: matches no file that ends in"):
+        sources.read(f"{tmp_path}/*.csv", "train")
+    (tmp_path / "[x].jsonl").write_text(ROW)
+    assert len(sources.read(f"{tmp_path}/[x].jsonl", "train")) == 1
+
+
+def test_colons_in_paths(tmp_path):
+    tree(tmp_path, "C:/data:1/a.jsonl", "10:30.jsonl")
+    assert len(sources.splits(f"{tmp_path}/C:/data:1/a.jsonl")[0]) == 1
+    assert len(sources.splits(f"{tmp_path}/C:/data:1/a.jsonl:4")[0]) == 4
+    assert len(sources.splits(f"{tmp_path}/10:30.jsonl")[0]) == 1
+    assert len(sources.splits(f"{tmp_path}/C:/data:1")[0]) == 1  # a directory of that name
