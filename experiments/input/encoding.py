@@ -99,7 +99,11 @@ class Encoder:
         return max([self.end or 0, *self.around[0], *self.around[1], *self.tokenizer.get_vocab().values()])
 
     def encode(self, records: Sequence[Record], places: Sequence[str]) -> list[Encoded]:
-        """The examples of records: one for each; or one for each answer of a conversation, where the template or the
+        """The examples of records, as of :meth:`encode_each`, in one list."""
+        return [example for examples in self.encode_each(records, places) for example in examples]
+
+    def encode_each(self, records: Sequence[Record], places: Sequence[str]) -> list[list[Encoded]]:
+        """The examples of each record: one; or one for each answer of a conversation, where the template or the
         tokenizer makes another text or other tokens of an earlier turn once others follow; or none, where all answers
         have weight 0.
 
@@ -112,17 +116,17 @@ class Encoder:
             text is not valid Unicode; the model has no embedding for a token.
         """
         examples, origins = [], []
-        for record, place in zip(records, places):
+        for number, (record, place) in enumerate(zip(records, places)):
             parts = self._examples(record, place)
             for example in parts:
                 _check_unicode(example.text, place)
-            examples, origins = examples + parts, origins + [place] * len(parts)
-        encoded = []
-        for example, place, pairs in zip(examples, origins, self._boundaries.encode(examples)):
+            examples, origins = examples + parts, origins + [number] * len(parts)
+        encoded: list[list[Encoded]] = [[] for _ in records]
+        for example, number, pairs in zip(examples, origins, self._boundaries.encode(examples)):
             for tokens, targets in pairs:
                 one = self._document(tokens, targets) if example.document else Encoded(tokens, targets)
-                self._check_vocabulary(one.tokens, place)
-                encoded.append(one)
+                self._check_vocabulary(one.tokens, places[number])
+                encoded[number].append(one)
         return encoded
 
     def encode_prompt(self, record: Record, place: str) -> tuple[np.ndarray, str]:

@@ -222,11 +222,8 @@ COLUMNS = frozenset(name for form in FORMS.values() for name in (*form.required,
 def _conversation(
     row: Mapping[str, Any], where: str, messages: tuple[Message, ...], learn_from: int = 0
 ) -> Conversation:
-    answers = [message for message in messages[learn_from:] if message["role"] == "assistant"]
-    if not answers:
+    if not any(message["role"] == "assistant" for message in messages[learn_from:]):
         raise UserError(f"{where}: none of the {len(messages) - learn_from} messages is the assistant's")
-    if not any(message.get("weight", 1) for message in answers):
-        raise UserError(f"{where}: every message of the assistant's has weight 0, there is nothing to learn")
     arguments = row.get("chat_template_kwargs") or {}
     if isinstance(arguments, str):
         arguments = loads(arguments, f"{where}, chat_template_kwargs")

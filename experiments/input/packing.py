@@ -82,6 +82,7 @@ class Packed:
       pack: False puts one example into a row.
 
     Attributes:
+      data: The tokens.
       steps_per_epoch: How many batches a pass over the data takes.
       batch_size: Rows of a batch.
       truncated: `bool[examples]`: which are cut at the end.
@@ -94,7 +95,7 @@ class Packed:
     """
 
     def __init__(self, data: Tokenised, *, length: int, batch_size: int, seed: int | None, pack: bool = True):
-        self._data, self._length, self.batch_size, self._seed = data, length, batch_size, seed
+        self.data, self._length, self.batch_size, self._seed = data, length, batch_size, seed
         self._begins = np.cumsum(data.lengths, dtype=np.int64) - data.lengths
         self._sizes = np.minimum(data.lengths - 1, length)
         self.unused = (data.firsts >= data.lengths) | (data.firsts > length)
@@ -130,7 +131,7 @@ class Packed:
         positions = _counted(sizes)
         sources = np.repeat(self._begins[examples], sizes) + positions
         places = np.repeat(np.repeat(np.arange(len(numbers)) * self._length, counts) + offsets, sizes) + positions
-        tokens, learnt = self._data.tokens, self._data.targets[sources + 1]
+        tokens, learnt = self.data.tokens, self.data.targets[sources + 1]
         values = {
             "tokens": tokens[sources],
             "segments": np.repeat(within + 1, sizes),

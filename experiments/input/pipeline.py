@@ -10,6 +10,7 @@ from typing import Protocol
 
 import grain
 
+from experiments.input.checking import OnBad
 from experiments.input.encoding import Encoder
 from experiments.input.packing import Packed
 from experiments.input.sources import Records
@@ -48,6 +49,7 @@ def batches(
     global_batch: int,
     seed: int | None,
     pack: bool = True,
+    on_bad: OnBad = "error",
     process_index: int = 0,
     report: Callable[[str], None] = lambda line: None,
 ) -> Packed:
@@ -61,13 +63,14 @@ def batches(
       global_batch: Rows of a batch, over all processes.
       seed: Of the order; None keeps the records' own.
       pack: False puts one record into a row.
+      on_bad: What to do about a record that cannot be encoded: raise an error, or skip it.
       process_index: Of this process among those that share the directory.
       report: Called with a line on what is in them.
 
     Raises:
       UserError: A record is malformed, tokens cannot be written, or there is nothing to learn.
     """
-    data = tokenise(records, encoder, directory, process_index=process_index, report=report)
+    data = tokenise(records, encoder, directory, on_bad=on_bad, process_index=process_index, report=report)
     packed = Packed(data, length=length, batch_size=global_batch, seed=seed, pack=pack)
     notes = [f"{packed.cut:,} cut to {length:,} tokens"] if packed.cut else []
     notes += [f"{packed.left_out:,} left out with nothing to learn within that"] if packed.left_out else []

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -13,12 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from experiments.errors import UserError
+from experiments.input.checking import OnBad
 from experiments.input.encoding import Encoded, Encoder
 from experiments.input.sources import Records
 
 _CHUNK = 1024  # records that are tokenised at a time
-_FORM = 2
+_FORM = 3
 _META = "meta.json"
+_REASONS = 3  # of skipped records that are kept
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,20 @@ class Tokenised:
       lengths: `int32[examples]`: how many tokens an example has.
       firsts: `int32[examples]`: which token of an example is the first to be learnt, after the very first one, which
         nothing predicts; its length where there is none.
+      owners: `int32[examples]`: the number of the record that an example is of.
       digest: Of what decides them.
       notes: What a user should know about the records, each with the number of records it concerns.
+      skipped: The numbers of the records that cannot be encoded, the first of them with the reason.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     lengths: np.ndarray
     firsts: np.ndarray
+    owners: np.ndarray
     digest: str
     notes: dict[str, int] = field(default_factory=dict)
+    skipped: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -51,6 +58,7 @@ def tokenise(
     encoder: Encoder,
     directory: Path,
     *,
+    on_bad: OnBad = "error",
     process_index: int = 0,
     report: Callable[[str], None] = lambda line: None,
 ) -> Tokenised:
@@ -62,6 +70,7 @@ def tokenise(
       records: What is tokenised.
       encoder: With what.
       directory: Where the files go, in a directory named by a digest of all that decides them.
+      on_bad: What to do about a record that cannot be encoded: raise an error, or skip it.
       process_index: Of this process among those that share the directory.
       report: Called with a line on what is being done, where that takes its time.
 
@@ -69,7 +78,7 @@ def tokenise(
       UserError: A record is malformed, or the files cannot be written.
     """
     versions = {name: metadata.version(name) for name in ("tokenizers", "jinja2")}
-    everything = json.dumps([_FORM, records.digest, encoder.digest, versions], sort_keys=True)
+    everything = json.dumps([_FORM, records.digest, encoder.digest, on_bad, versions], sort_keys=True)
     digest = hashlib.sha256(everything.encode()).hexdigest()
     place = directory / digest[:16]
     dtypes = _dtypes(encoder.largest)
@@ -78,46 +87,87 @@ def tokenise(
         unfinished = directory / f".{digest[:16]}-{process_index}"
         try:
             encoder.notes.clear()
-            _write(unfinished, dtypes, _encoded(records, encoder), encoder.notes)
+            skipped = {}
+            chunks = _encoded(records, encoder, None if on_bad == "error" else skipped)
+            _write(unfinished, dtypes, chunks, encoder.notes, skipped)
             _move(unfinished, place, dtypes)
         except OSError as error:
             raise UserError(f"{directory}: tokens cannot be written there ({error.strerror or error})") from None
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)  # what an error left: it is no use to anyone
-    # As plain arrays: every slice of an np.memmap pays for being one.
-    arrays = {name: np.asarray(np.memmap(place / f"{name}.bin", dtype, "r")) for name, dtype in dtypes.items()}
-    notes = json.loads((place / _META).read_text())["notes"]
-    return Tokenised(**arrays, digest=digest, notes=notes)
+    arrays = {name: _mapped(place / f"{name}.bin", dtype) for name, dtype in dtypes.items()}
+    meta = json.loads((place / _META).read_text())
+    skipped = {int(number): reason for number, reason in meta["skipped"].items()}
+    if len(skipped) == len(records):
+        raise UserError(f"none of {len(records):,} records can be used; the first: {skipped[0]}")
+    return Tokenised(**arrays, digest=digest, notes=meta["notes"], skipped=skipped)
+
+
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    """As a plain array: every slice of an np.memmap pays for being one. An empty file cannot be mapped."""
+    return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.zeros(0, dtype)
 
 
 def _dtypes(largest: int) -> dict[str, np.dtype]:
     tokens = np.uint16 if largest < 1 << 16 else np.uint32
-    kinds = {"tokens": tokens, "targets": np.bool_, "lengths": np.int32, "firsts": np.int32}
+    kinds = {"tokens": tokens, "targets": np.bool_, "lengths": np.int32, "firsts": np.int32, "owners": np.int32}
     return {name: np.dtype(kind) for name, kind in kinds.items()}
 
 
-def _encoded(records: Records, encoder: Encoder) -> Iterator[list[Encoded]]:
+def _encoded(records: Records, encoder: Encoder, skipped: dict[int, str] | None) -> Iterator[dict[int, list[Encoded]]]:
+    """The examples of records by their numbers; what cannot be encoded goes to `skipped`, or is an error."""
     for start in range(0, len(records), _CHUNK):
         numbers = range(start, min(start + _CHUNK, len(records)))
-        yield encoder.encode([records[i] for i in numbers], [records.place(i) for i in numbers])
+        before = Counter(encoder.notes)
+        try:
+            yield dict(
+                zip(numbers, encoder.encode_each([records[i] for i in numbers], list(map(records.place, numbers))))
+            )
+        except UserError:
+            if skipped is None:
+                raise
+            encoder.notes.clear()
+            encoder.notes.update(before)
+            yield _encoded_singly(records, numbers, encoder, skipped)
 
 
-def _write(place: Path, dtypes: dict[str, np.dtype], chunks: Iterator[list[Encoded]], notes: Mapping[str, int]) -> None:
+def _encoded_singly(
+    records: Records, numbers: range, encoder: Encoder, skipped: dict[int, str]
+) -> dict[int, list[Encoded]]:
+    encoded = {}
+    for number in numbers:
+        try:
+            (encoded[number],) = encoder.encode_each([records[number]], [records.place(number)])
+        except UserError as error:
+            skipped[number] = str(error) if len(skipped) < _REASONS else ""
+    return encoded
+
+
+def _write(
+    place: Path,
+    dtypes: dict[str, np.dtype],
+    chunks: Iterator[dict[int, list[Encoded]]],
+    notes: Mapping[str, int],
+    skipped: Mapping[int, str],
+) -> None:
     shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
     place.mkdir(parents=True)
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context((place / f"{name}.bin").open("wb")) for name in dtypes}
-        for chunk in chunks:
+        for by_record in chunks:
+            chunk = [example for examples in by_record.values() for example in examples]
             arrays = {
                 "tokens": np.concatenate([np.zeros(0, np.int32), *(example.tokens for example in chunk)]),
                 "targets": np.concatenate([np.zeros(0, bool), *(example.targets for example in chunk)]),
                 "lengths": [len(example.tokens) for example in chunk],
                 "firsts": [_first(example.targets) for example in chunk],
+                "owners": [number for number, examples in by_record.items() for _ in examples],
             }
             for name, dtype in dtypes.items():
                 files[name].write(np.asarray(arrays[name], dtype).tobytes())
     sizes = {name: (place / f"{name}.bin").stat().st_size for name in dtypes}
-    (place / _META).write_text(json.dumps({"sizes": sizes, "notes": notes}))
+    meta = {"sizes": sizes, "notes": notes, "skipped": skipped}
+    (place / _META).write_text(json.dumps(meta))
 
 
 def _first(targets: np.ndarray) -> int:

@@ -23,9 +23,9 @@ class Usage:
       forms: The formats of its records.
       records: How many it has.
       used: How many are trained on or evaluated.
-      examples: How often, in a pass: more than `used` for a weight above 1.
+      passes: How often a pass goes over them in all: more than `used` for a weight above 1.
       truncated: How many of those are cut at the end.
-      malformed: How many are not read.
+      malformed: How many cannot be read or encoded.
       unused: How many have nothing to learn within the length.
       reasons: Of the first malformed ones.
     """
@@ -34,7 +34,7 @@ class Usage:
     forms: tuple[str, ...]
     records: int
     used: int
-    examples: int
+    passes: int
     truncated: int
     malformed: int
     unused: int
@@ -49,24 +49,30 @@ def usage(records: Records, findings: Sequence[Findings], packed: Packed) -> lis
       findings: Of their sources, from :func:`experiments.input.checking.checked`.
       packed: Their batches.
     """
+    data = packed.data
+    used, truncated, skipped = (np.zeros(len(records), bool) for _ in range(3))
+    used[data.owners[~packed.unused]] = True
+    truncated[data.owners[packed.truncated]] = True
+    skipped[np.array(list(data.skipped), int)] = True
     rows = []
-    for source, (one, finding) in enumerate(zip(records.sources, findings)):
-        (members,) = np.nonzero(records.source_of == source)
+    for index, (source, read) in enumerate(zip(records.sources, findings)):
+        here = records.source_of == index
 
-        def count(mask: np.ndarray, members: np.ndarray = members) -> int:
-            return len(np.unique(records.number_of[members[mask[members]]]))
+        def count(which: np.ndarray, here: np.ndarray = here) -> int:
+            return len(np.unique(records.number_of[which & here]))
 
+        reasons = [reason for number, reason in data.skipped.items() if here[number] and reason]
         rows.append(
             Usage(
-                name=one.name,
-                forms=tuple(finding.forms),
-                records=len(one),
-                used=count(~packed.unused),
-                examples=int(np.sum(~packed.unused[members])),
-                truncated=count(packed.truncated),
-                malformed=finding.skipped,
-                unused=count(packed.unused),
-                reasons=tuple(finding.reasons),
+                name=source.name,
+                forms=tuple(read.forms),
+                records=len(source),
+                used=count(used),
+                passes=int(np.sum(used & here)),
+                truncated=count(truncated),
+                malformed=read.skipped + count(skipped),
+                unused=count(~used & ~skipped),
+                reasons=(*read.reasons, *reasons),
             )
         )
     return rows
@@ -84,13 +90,13 @@ def show(console: Console, splits: Mapping[str, Sequence[Usage]], length: int) -
     table.add_column("data", overflow="fold")
     table.add_column("format", overflow="fold")
     rows = [row for rows in splits.values() for row in rows]
-    repeated = any(row.examples != row.used for row in rows)
+    repeated = any(row.passes != row.used for row in rows)
     for name in ("records", "used", *(["a pass"] if repeated else []), "truncated", "skipped"):
         table.add_column(name, justify="right")
     for split, files in splits.items():
         table.add_row(Text(split, style="bold"))
         for row in files:
-            numbers = [row.records, row.used, *([row.examples] if repeated else [])]
+            numbers = [row.records, row.used, *([row.passes] if repeated else [])]
             numbers += [row.truncated, row.malformed + row.unused]
             table.add_row(Text(f"  {_short(row.name)}"), "\n".join(row.forms), *(f"{number:,}" for number in numbers))
     console.print(table, highlight=False)

@@ -28,6 +28,7 @@ def tokenised_from(examples):
         np.concatenate([np.array(targets, bool) for _, targets in examples]),
         np.array([len(tokens) for tokens, _ in examples], np.int32),
         np.array(firsts, np.int32),
+        np.arange(len(examples)),
         "digest",
     )
 
@@ -207,6 +208,24 @@ def test_a_failure_leaves_nothing_behind(tmp_path, encoder):
     assert not list((tmp_path / "tokens").iterdir())
     with pytest.raises(UserError, match=r"x.jsonl: tokens cannot be written there"):
         tokenise(sources.first(sources.read(str(path), "train"), 1), encoder, path)
+
+
+@pytest.mark.parametrize("chunk", [2, 1024])
+def test_records_that_cannot_be_encoded_are_skipped(tmp_path, encoder, chunk, monkeypatch):
+    monkeypatch.setattr(tokenised, "_CHUNK", chunk)
+    talk = '{"messages": [{"role": "assistant", "content": "a"}]}\n'  # the checkpoint has no template
+    path = tmp_path / "x.jsonl"
+    path.write_text(2 * ('{"prompt": "a", "completion": "b"}\n' + talk))
+    records = sources.read(str(path), "train")
+    data = tokenise(records, encoder, tmp_path / "tokens", on_bad="skip")
+    assert data.owners.tolist() == [0, 2] and list(data.skipped) == [1, 3]
+    assert "x.jsonl, line 2: a conversation, but the checkpoint" in data.skipped[1]
+    assert tokenise(records, encoder, tmp_path / "tokens", on_bad="skip").skipped == data.skipped
+    with pytest.raises(UserError, match=r"x.jsonl, line 2: a conversation"):  # not what was skipped before
+        tokenise(records, encoder, tmp_path / "tokens")
+    path.write_text(talk)
+    with pytest.raises(UserError, match=r"none of 1 records can be used; the first: .*x.jsonl, line 1: a conversation"):
+        tokenise(sources.read(str(path), "train"), encoder, tmp_path / "tokens", on_bad="skip")
 
 
 def test_from_records_to_batches(tmp_path, few, encoder):

@@ -79,13 +79,17 @@ def test_records_for_other_trainings_are_refused(tmp_path, row, message):
 
 def test_the_table(mixed):
     records, findings = checked(sources.splits(mixed)[0], on_bad="skip")
+    # Of the 8 records, the seventh has no example and the sixth two, one of which is cut.
+    data = SimpleNamespace(owners=np.array([0, 1, 2, 3, 4, 5, 5, 7]), skipped={6: "b.jsonl, line 1: no template"})
     packed = SimpleNamespace(
-        truncated=np.array([1, 0, 0, 1, 0, 0, 0, 1], bool), unused=np.array([0, 1, 0, 0, 1, 0, 0, 0], bool)
+        data=data,
+        truncated=np.array([1, 0, 0, 1, 0, 1, 0, 1], bool),
+        unused=np.array([0, 1, 0, 0, 1, 0, 0, 0], bool),
     )
     rows = usage(records, findings, packed)
-    assert [(row.records, row.used, row.examples, row.truncated, row.malformed, row.unused) for row in rows] == [
-        (7, 2, 4, 1, 4, 1),
-        (2, 2, 2, 1, 0, 0),
+    assert [(row.records, row.used, row.passes, row.truncated, row.malformed, row.unused) for row in rows] == [
+        (7, 2, 4, 2, 4, 1),
+        (2, 1, 1, 1, 1, 0),
     ]
     for width in (80, 120):
         text = io.StringIO()
@@ -94,9 +98,13 @@ def test_the_table(mixed):
         header, train, first, form, second = lines[:5]
         assert header.split() == ["data", "format", "records", "used", "a", "pass", "truncated", "skipped"]
         assert train.split() == ["train"] and form.split() == ["text"]
-        assert first.split() == ["a.jsonl", "prompt-completion", "7", "2", "4", "1", "5"]
-        assert second.split() == ["b.jsonl", "prompt-completion", "2", "2", "2", "1", "0"]
+        assert first.split() == ["a.jsonl", "prompt-completion", "7", "2", "4", "2", "5"]
+        assert second.split() == ["b.jsonl", "prompt-completion", "2", "1", "1", "1", "1"]
         assert all(len(line) <= width for line in lines[:7])
         notes = " ".join(lines[7:])
-        assert "a.jsonl, line 2: not JSON" in notes and "skipped: 1 more malformed records of" in notes
+        assert (
+            "a.jsonl, line 2: not JSON" in notes
+            and "b.jsonl, line 1: no template" in notes
+            and "skipped: 1 more malformed records of" in notes
+        )
         assert "a.jsonl, nothing to learn within 64 tokens" in notes and "b.jsonl, longer than 64 tokens" in notes

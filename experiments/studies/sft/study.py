@@ -196,6 +196,7 @@ def _read(config: Config, directory: Path, console: Console) -> _Data:
             global_batch=config.batch.global_,
             seed=seed,
             pack=config.pack,
+            on_bad=config.on_bad,
             process_index=jax.process_index(),
             report=lambda line: console.print(f"{name}: {line}", highlight=False, soft_wrap=True),
         )
@@ -208,7 +209,9 @@ def _read(config: Config, directory: Path, console: Console) -> _Data:
         uses["validation"] = usage(validation, findings_of["validation"], others)
     show(console, uses, config.length)
     digests = [train.digest, *([] if validation is None else [validation.digest]), encoder.digest]
-    return _Data(encoder, train if validation is None else validation, batches, others, digests)
+    prompts, of = (train, batches) if validation is None or others is None else (validation, others)
+    prompts = prompts.take(np.setdiff1d(np.arange(len(prompts)), list(of.data.skipped)))
+    return _Data(encoder, prompts, batches, others, digests)
 
 
 def _trained(
