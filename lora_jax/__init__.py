@@ -23,6 +23,7 @@ from lora_jax.optim import join, optimizer, partition, trainable_mask
 from lora_jax.plain import to_plain_lora
 from lora_jax.quantize import FP4, NF4, Int4, Int8, dequantize, quantize
 from lora_jax.report import explain, summary
+from lora_jax.resume import restore_state, save_state
 from lora_jax.sharding import delta_shardings
 from lora_jax.spec import init, prepare
 from lora_jax.training import TrainState, train_step
@@ -69,8 +70,10 @@ __all__ = [
     "peft",
     "prepare",
     "quantize",
+    "restore_state",
     "route",
     "save",
+    "save_state",
     "stack",
     "summary",
     "swap",

@@ -38,6 +38,7 @@ FORMAT = "lora_jax adapter"
 VERSION = 1
 MANIFEST, ARRAYS = "adapter.json", "arrays"
 SAME = "same_as"
+STATE = "state"
 _ATTEMPTS = 8  # to load what others replace
 _TEMPORARY = r"(\.orbax-checkpoint-tmp.*)?"
 _NAME = rf"{ARRAYS}(-[0-9a-f]{{32}})?"
@@ -70,7 +71,11 @@ def save(directory: str | os.PathLike, delta: Delta, *, base: Any = None) -> Non
       >>> bool((again["w"].a == delta["w"].a).all())
       True
     """
-    manifest, arrays = _described(delta, base)
+    write(directory, *described(delta, base))
+
+
+def write(directory: str | os.PathLike, manifest: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a manifest and the arrays that it describes; see :func:`save`."""
     given, directory = directory, resolved(directory)
     _check_replaceable(directory)
     with naming(given, directory), new_parents(directory / MANIFEST), locked(directory) as alone:
@@ -113,6 +118,11 @@ def load(directory: str | os.PathLike, base: Any = None) -> Delta:
     Example:
       See :func:`save`.
     """
+    return read(directory, base)[0]
+
+
+def read(directory: str | os.PathLike, base: Any) -> tuple[Delta, dict[str, Any], dict[str, jax.Array]]:
+    """The delta, the manifest, and the arrays beside those of the delta (of a training state); see :func:`load`."""
     directory = pathlib.Path(directory).absolute()
     for attempt in range(_ATTEMPTS):
         with locked(directory, shared=True) if attempt else contextlib.nullcontext():
@@ -125,7 +135,7 @@ def load(directory: str | os.PathLike, base: Any = None) -> Delta:
     raise AssertionError("unreachable")
 
 
-def _loaded(directory: pathlib.Path, base: Any) -> Delta:
+def _loaded(directory: pathlib.Path, base: Any) -> tuple[Delta, dict[str, Any], dict[str, jax.Array]]:
     manifest = _manifest(directory)
     entries = manifest["adapters"]
     wanted = {
@@ -134,15 +144,27 @@ def _loaded(directory: pathlib.Path, base: Any) -> Delta:
         for name, array in entry["arrays"].items()
         if SAME not in array
     }
+    others = _structs(directory / MANIFEST, manifest.get(STATE, {}))
     if base is not None:
         _check_fit(directory, manifest, base)
-    arrays = _restored(directory / manifest.get("arrays", ARRAYS), wanted)
+    arrays = _restored(directory / manifest.get("arrays", ARRAYS), wanted | others)
     delta = {}
     for path, entry in entries.items():
         cls = KINDS[entry["kind"]]
         leaves = {name: arrays[array.get(SAME, f"{path}:{name}")] for name, array in entry["arrays"].items()}
         delta[path] = cls(**leaves, **{name: _tuples(value) for name, value in entry["structure"].items()})
-    return delta
+    return delta, manifest, {name: arrays[name] for name in others}
+
+
+def _structs(file: pathlib.Path, entries: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the arrays of a training state."""
+    try:
+        return {
+            name: jax.ShapeDtypeStruct(tuple(array["shape"]), np.dtype(array["dtype"]))
+            for name, array in entries.items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged: {type(error).__name__} {error}.") from error
 
 
 def _version(directory: pathlib.Path) -> tuple[int, int] | None:
@@ -216,7 +238,7 @@ def _checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
-def _described(delta: Delta, base: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def described(delta: Delta, base: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The manifest and the flat dict of arrays."""
     if not isinstance(delta, Mapping) or not delta:
         raise ValueError("There is nothing to save: a delta is a dict with at least one adapter.")
@@ -233,7 +255,7 @@ def _described(delta: Delta, base: Any) -> tuple[dict[str, Any], dict[str, np.nd
             if "static" in field.metadata:
                 structure[field.name] = value
             elif isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.core.Tracer):
-                if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
+                if not is_in_reach(value):
                     raise ValueError(f"delta[{path!r}].{field.name} lies on several processes: gather it first.")
                 name = f"{path}:{field.name}"
                 leaves[field.name] = {"shape": list(value.shape), "dtype": value.dtype.name}
@@ -262,9 +284,14 @@ def _described(delta: Delta, base: Any) -> tuple[dict[str, Any], dict[str, np.nd
     return {"format": FORMAT, "version": VERSION, "adapters": adapters, "base": fingerprint}, arrays
 
 
+def is_in_reach(array: Any) -> bool:
+    """Whether this process has all values of an array."""
+    return not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated
+
+
 def _digest(weight: Any) -> str | None:
-    """A digest of a weight's bytes, or of its codes and scales; None where it has a shape and no values."""
-    if is_abstract(weight):
+    """A digest of a weight's bytes, or of its codes and scales; None where this process does not have the values."""
+    if is_abstract(weight) or not all(map(is_in_reach, jax.tree.leaves(weight))):
         return None
     digest = hashlib.sha256()
     for array in jax.tree.leaves(weight):
