@@ -36,33 +36,50 @@ class BoundaryTokenizer:
         wholes = self._tokenizer.encode([(example.text, example.literal) for example in examples])
         if self._together:
             return [[_targets(whole, example.spans)] for whole, example in zip(wholes, examples)]
-        cuts = [(example, begin) for example in examples for begin, _ in example.spans]
-        prompts = iter(self._tokenizer.encode([(one.text[:begin], _before(one.literal, begin)) for one, begin in cuts]))
-        return [list(self._pairs(example, whole, prompts)) for example, whole in zip(examples, wholes)]
+        starts = [self._tail_starts(example) for example in examples]
+        tails = iter(
+            self._tokenizer.encode(
+                [
+                    (example.text[start:begin], _within(example.literal, start, begin))
+                    for example, firsts in zip(examples, starts)
+                    for start, (begin, _) in zip(firsts, example.spans)
+                ]
+            )
+        )
+        return [
+            list(self._pairs(example, whole, [(start, next(tails).ids) for start in firsts]))
+            for example, whole, firsts in zip(examples, wholes, starts)
+        ]
+
+    def _tail_starts(self, example: Example) -> list[int]:
+        """Where the last control token before each answer begins: tokens before it do not depend on the text behind."""
+        positions = [begin for begin, _ in self._control.tokens_in(example.text, example.literal)]
+        return [max((one for one in positions if one < begin), default=0) for begin, _ in example.spans]
 
     def _pairs(
-        self, example: Example, whole: Tokens, prompts: Iterator[Tokens]
+        self, example: Example, whole: Tokens, tails: Sequence[tuple[int, np.ndarray]]
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        own = [next(prompts).ids for _ in example.spans]
-        if all(np.array_equal(ids, whole.ids[: len(ids)]) for ids in own):
+        prompts = []
+        for start, tail in tails:
+            count = int(np.searchsorted(whole.offsets[:, 0], start)) if start else 0
+            prompts.append(np.concatenate([whole.ids[:count], tail]))
+        if all(np.array_equal(prompt, whole.ids[: len(prompt)]) for prompt in prompts):
             yield _targets(whole, example.spans)
             return
-        for ids, (begin, end) in zip(own, example.spans):
-            answer = self._continued(example, begin, end)
-            yield np.concatenate([ids, answer]), np.repeat([False, True], [len(ids), len(answer)])
+        for prompt, (start, _), (begin, end) in zip(prompts, tails, example.spans):
+            answer = self._continued(example, start, begin, end)
+            yield np.concatenate([prompt, answer]), np.repeat([False, True], [len(prompt), len(answer)])
 
-    def _continued(self, example: Example, begin: int, end: int) -> np.ndarray:
-        """The tokens of a part of a text, without what tokenizers put before the beginning of a text."""
-        tokens = self._control.tokens_in(example.text[:begin], _before(example.literal, begin))
-        last = example.text[slice(*tokens[-1])] if tokens and tokens[-1][1] == begin else None
-        text = example.text[begin:end]
-        for anchor in (last,) if last else _ANCHORS:
+    def _continued(self, example: Example, start: int, begin: int, end: int) -> np.ndarray:
+        """The tokens of an answer, without what tokenizers put before the beginning of a text."""
+        text, before = example.text[begin:end], example.text[start:begin]
+        for anchor in (before,) if before in self._control.spellings else _ANCHORS:
             literal = _within(example.literal, begin, end, len(anchor))
             both, alone = self._tokenizer.encode([(anchor + text, literal), (anchor, [])])
             count = len(alone.ids)
             if np.array_equal(both.ids[:count], alone.ids) and (both.offsets[count:, 0] >= len(anchor)).all():
                 return both.ids[count:]
-        return self._tokenizer.encode([(text, _within(example.literal, begin, end, 0))])[0].ids
+        return self._tokenizer.encode([(text, _within(example.literal, begin, end))])[0].ids
 
 
 def _targets(tokens: Tokens, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
@@ -73,11 +90,7 @@ def _targets(tokens: Tokens, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndar
     return tokens.ids, targets
 
 
-def _before(literal: Sequence[Span], end: int) -> list[Span]:
-    return _within(literal, 0, end, 0)
-
-
-def _within(literal: Sequence[Span], begin: int, end: int, position: int) -> list[Span]:
+def _within(literal: Sequence[Span], begin: int, end: int, position: int = 0) -> list[Span]:
     """The spans of a part of a text, where that part stands at a position of another text."""
     parts = [(max(first, begin), min(last, end)) for first, last in literal if first <= end and last >= begin]
     return [(first - begin + position, last - begin + position) for first, last in parts]

@@ -19,7 +19,7 @@ from experiments.input.chat import Template, texts_of
 from experiments.input.control import ControlTokens, LiteralTokenizer, Span
 from experiments.input.records import Completion, Conversation, Record, Text
 from experiments.input.template_files import load_template, special_tokens
-from experiments.input.turns import Example, TrainOn, answers, conversation_examples, prompt_call
+from experiments.input.turns import Example, Plan, TrainOn, answers, conversation_examples, plan, prompt_call
 from experiments.tasks.text import load_tokenizer
 
 
@@ -116,11 +116,11 @@ class Encoder:
             text is not valid Unicode; the model has no embedding for a token.
         """
         examples, origins = [], []
-        for number, (record, place) in enumerate(zip(records, places)):
-            parts = self._examples(record, place)
+        for number, parts in enumerate(self._examples(records, places)):
             for example in parts:
-                _check_unicode(example.text, place)
-            examples, origins = examples + parts, origins + [number] * len(parts)
+                _check_unicode(example.text, places[number])
+            examples.extend(parts)
+            origins.extend([number] * len(parts))
         encoded: list[list[Encoded]] = [[] for _ in records]
         for example, number, pairs in zip(examples, origins, self._boundaries.encode(examples)):
             for tokens, targets in pairs:
@@ -170,15 +170,34 @@ class Encoder:
     def _boundaries(self) -> BoundaryTokenizer:
         return BoundaryTokenizer(self._tokenizer, self.control, together=self.options.tokenize_together)
 
-    def _examples(self, record: Record, place: str) -> list[Example]:
+    def _examples(self, records: Sequence[Record], places: Sequence[str]) -> list[list[Example]]:
+        """The examples of each record."""
+        examples: list[list[Example]] = [[] for _ in records]
+        plans: dict[int, Plan] = {}
+        for number, (record, place) in enumerate(zip(records, places)):
+            if (document := self._as_document(record)) is not None:
+                examples[number] = [document]
+            else:
+                conversation, template = self._conversation(record, place)
+                plans[number] = plan(template, conversation, place, self.options.train_on)
+        for template in (self.template, self.template and self.template.with_tools):
+            own = {number: one for number, one in plans.items() if one.template is template}
+            if template is not None and own:
+                renderings = template.renderings_of([(one.calls, one.place) for one in own.values()])
+                for (number, one), texts in zip(own.items(), renderings):
+                    examples[number] = conversation_examples(one, texts, self.notes)
+        return examples
+
+    def _as_document(self, record: Record) -> Example | None:
+        """The example of a record that no template renders."""
         if isinstance(record, Text):
-            return [Example(record.text, [(0, len(record.text))], self._literal(record.text), document=True)]
-        if self.template is None and isinstance(record, Completion):
+            text, begin = record.text, 0
+        elif self.template is None and isinstance(record, Completion):
             text, begin = record.prompt + record.completion, len(record.prompt)
-            begin = 0 if self.options.train_on == "all" else begin
-            return [Example(text, [(begin, len(text))], self._literal(text), document=True)]
-        conversation, template = self._conversation(record, place)
-        return conversation_examples(template, conversation, place, self.options.train_on, self.notes)
+        else:
+            return None
+        begin = 0 if self.options.train_on == "all" else begin
+        return Example(text, [(begin, len(text))], self._literal(text), document=True)
 
     def _conversation(self, record: Record, place: str) -> tuple[Conversation, Template]:
         """A record as messages, and their template."""

@@ -4,10 +4,12 @@ It reads a JSON object a line from the standard input and answers each with one 
 :class:`experiments.input.rendering.Renderer`, which runs it. It imports nothing of the project, so that it starts fast.
 """
 
+import functools
 import json
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
@@ -107,32 +109,48 @@ def described(error: Exception) -> str:
     return (str(error) or type(error).__name__)[:1000]
 
 
+def answer(template: ChatTemplate, request: str, marks: list[str]) -> dict[str, Any]:
+    """What is answered to a request for some renderings."""
+    content = json.loads(request)
+    return {"renderings": [template.render(values, marks, content["longest"]) for values in content["calls"]]}
+
+
+def limited(seconds: float, compute: Callable[[], dict[str, Any]]) -> None:
+    """Prints an answer, or the error that ends its computation.
+
+    The kernel ends the process (SIGPROF) after some seconds of computing: no operation of Jinja or Python delays it.
+    """
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        text = json.dumps(compute())
+    except Exception as error:  # what the compilation of a template, or the reading of its messages, raises
+        text = json.dumps({"error": described(error)})
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    print(text, flush=True)
+
+
 def main(seconds: float, memory: int) -> None:
     """Answers requests until the input ends.
 
     Args:
-      seconds: Of computing that a request may take. The kernel ends the process (SIGPROF) after that: no operation of
-        Jinja or Python can delay it.
+      seconds: Of computing that a request may take.
       memory: Bytes that the process may map.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (memory if hard == resource.RLIM_INFINITY else min(memory, hard), hard))
-    template = None
-    for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        try:
-            request = json.loads(line)
-            if template is None:
-                template = ChatTemplate(request["source"], request["today"])
-                answer = {"has_generation": template.has_generation, "variables": template.variables}
-            else:
-                marks, longest = request["marks"], request["longest"]
-                answer = {"renderings": [template.render(values, marks, longest) for values in request["calls"]]}
-        except Exception as error:  # what the compilation of a template, or the reading of its messages, raises
-            answer = {"error": described(error)}
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(answer), flush=True)
+    templates: list[ChatTemplate] = []
+
+    def compiled() -> dict[str, Any]:
+        first = json.loads(sys.stdin.readline())
+        templates.append(ChatTemplate(first["source"], first["today"]))
+        return {"has_generation": templates[0].has_generation, "variables": templates[0].variables}
+
+    limited(seconds, compiled)
+    for line in iter(sys.stdin.readline, ""):
+        header = json.loads(line)
+        for request in [sys.stdin.readline() for _ in range(header["count"])]:
+            limited(seconds, functools.partial(answer, templates[0], request, header["marks"]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Chat templates rendered in a process of their own, which bounds their time, memory and output."""
 
 import contextlib
+import itertools
 import json
 import signal
 import subprocess
@@ -20,6 +21,8 @@ MEMORY = 1 << 30
 """Bytes that the process may map."""
 
 _LONGEST, _GROWTH = 1_000_000, 100  # characters that any rendering may have, and for each character of its input
+
+_REQUEST = 1 << 22  # characters that are sent at a time, but for a group that has more
 
 _PROGRAM = Path(__file__).with_name("renderer.py")
 
@@ -49,7 +52,7 @@ class Renderer:
         self._seconds = seconds
         self._process: subprocess.Popen[str] | None = None
         self._end: weakref.finalize | None = None
-        self._first = json.dumps({"source": source, "today": today.isoformat()})
+        self._first = {"source": source, "today": today.isoformat()}
         try:
             answer = self._start()
         except RenderingError as error:
@@ -57,50 +60,67 @@ class Renderer:
         self.has_generation: bool = answer["has_generation"]
         self.variables: frozenset[str] = frozenset(answer["variables"])
 
-    def render(self, calls: Sequence[Mapping[str, Any]], marks: Sequence[str]) -> list[str | RenderingError]:
+    def render(
+        self, groups: Sequence[Sequence[Mapping[str, Any]]], marks: Sequence[str]
+    ) -> list[list[str | RenderingError]]:
         """The text of each call, or why there is none.
 
         Args:
-          calls: The variables of each rendering.
+          groups: Of calls: the variables of each rendering. The limit on time is that of a group; one that exceeds it
+            has errors only.
           marks: See :class:`experiments.input.control.Marks`.
-
-        Raises:
-          RenderingError: The calls together exceed a limit, or they are no JSON.
         """
-        try:
-            variables = [json.dumps(call) for call in calls]
-        except (RecursionError, TypeError, ValueError) as error:
-            message = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise RenderingError(f"the messages are no JSON: {message}") from None
-        longest = _LONGEST + _GROWTH * max(map(len, variables), default=0)
-        request = f'{{"calls": [{", ".join(variables)}], "marks": {json.dumps(list(marks))}, "longest": {longest}}}'
+        results: list[list[str | RenderingError]] = [[] for _ in groups]
+        requests: list[tuple[int, str]] = []
+        for number, calls in enumerate(groups):
+            try:
+                variables = [json.dumps(call) for call in calls]
+            except (RecursionError, TypeError, ValueError) as error:
+                message = "nested too deeply" if isinstance(error, RecursionError) else error
+                results[number] += [RenderingError(f"the messages are no JSON: {message}")] * len(calls)
+                continue
+            longest = _LONGEST + _GROWTH * max(map(len, variables), default=0)
+            requests.append((number, f'{{"calls": [{", ".join(variables)}], "longest": {longest}}}'))
+        while requests:
+            sizes = itertools.accumulate(len(request) for _, request in requests)
+            count = max(1, sum(size <= _REQUEST for size in sizes))
+            answers = self._asked({"marks": list(marks)}, [request for _, request in requests[:count]])
+            for (number, _), answer in zip(requests, answers):
+                if isinstance(answer, RenderingError):
+                    results[number] += [answer] * len(groups[number])
+                    continue
+                for one in answer["renderings"]:
+                    results[number].append(one["text"] if "text" in one else RenderingError(one["error"]))
+            requests = requests[len(answers) :]
+        return results
+
+    def _asked(self, header: dict[str, Any], requests: Sequence[str] = ()) -> list[Any]:
+        """The answers to requests, up to the first that ends the process."""
         if self._process is None:
             self._start()
-        answer = self._asked(request)
-        return [one["text"] if "text" in one else RenderingError(one["error"]) for one in answer["renderings"]]
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        answers = []
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which its output tells too
+            # The program reads all requests before it answers the first: neither waits for the other.
+            process.stdin.write("\n".join([json.dumps({**header, "count": len(requests)}), *requests, ""]))
+            process.stdin.flush()
+        for _ in range(max(len(requests), 1)):
+            line = process.stdout.readline()
+            if not line.endswith("\n"):
+                return [*answers, RenderingError(self._ended())]
+            answer = json.loads(line)
+            answers.append(RenderingError(answer["error"]) if "error" in answer else answer)
+        return answers
 
     def _start(self) -> dict[str, Any]:
         command = [sys.executable, "-P", str(_PROGRAM), str(self._seconds), str(MEMORY)]
         pipe = subprocess.PIPE
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="ascii")
         self._process, self._end = process, weakref.finalize(self, _stop, process)
-        return self._asked(self._first)
-
-    def _asked(self, request: str) -> dict[str, Any]:
-        process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        line = ""
-        try:
-            process.stdin.write(f"{request}\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            pass  # it has ended: its status says why
-        if not line.endswith("\n"):
-            raise RenderingError(self._ended())
-        answer = json.loads(line)
-        if "error" in answer:
-            raise RenderingError(answer["error"])
+        (answer,) = self._asked(self._first)
+        if isinstance(answer, RenderingError):
+            raise answer
         return answer
 
     def _ended(self) -> str:

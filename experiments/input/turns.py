@@ -42,25 +42,64 @@ class Example:
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """An answer to learn: its number, and the calls that render it."""
+class Plan:
+    """What is to be learned of a conversation, and the renderings that this takes; made by :func:`plan`.
 
-    number: int
-    message: Message
-    prompt: Call
-    whole: Call
+    Attributes:
+      record: The conversation.
+      template: That renders it.
+      place: Where it stands, for errors.
+      learned: The numbers of the messages that are learned; of those that are not, where everything else is.
+      everything: Whether everything else is learned.
+      calls: What is rendered.
+    """
+
+    record: Conversation
+    template: Template
+    place: str
+    learned: list[int]
+    everything: bool
+    calls: list[Call]
 
 
-def conversation_examples(
-    template: Template, record: Conversation, place: str, train_on: TrainOn, notes: Counter[str]
-) -> list[Example]:
-    """The examples of a conversation.
+def plan(template: Template, record: Conversation, place: str, train_on: TrainOn) -> Plan:
+    """What is to be learned of a conversation.
 
     Args:
       template: Of the checkpoint.
       record: With at least one message.
       place: Where it stands, for errors.
       train_on: What is learned. A message of weight 0 never is.
+
+    Raises:
+      UserError: No message is the assistant's.
+    """
+    numbers = answers(record, place)
+    if not numbers:
+        raise UserError(f"{place}: none of the {len(record.messages)} messages is the assistant's: nothing to learn")
+    weights = {number: _weight(record.messages[number], number, place) for number in numbers}
+    everything = train_on == "all"
+    if everything:
+        learned = [number for number in numbers if not weights[number]]
+    else:
+        learned = [number for number in numbers if weights[number] and number >= record.learn_from]
+        learned = learned[-1:] if train_on == "last" else learned
+    calls = []
+    if not template.marks_generation:
+        calls = [call for number in learned for call in (prompt_call(record, number), whole_call(record, number))]
+    if everything or (learned and (template.marks_generation or learned[-1] < len(record.messages) - 1)):
+        calls.append(whole_call(record))
+    return Plan(record, template, place, learned, everything, calls)
+
+
+def conversation_examples(
+    plan: Plan, renderings: Sequence[Marked | RenderingError], notes: Counter[str]
+) -> list[Example]:
+    """The examples of a conversation.
+
+    Args:
+      plan: Of the conversation.
+      renderings: Of the plan's calls.
       notes: Counts, by a sentence, the records about which a user should know something.
 
     Returns:
@@ -68,23 +107,14 @@ def conversation_examples(
       one for each answer. None where all answers have weight 0.
 
     Raises:
-      UserError: No message is the assistant's; the template refuses the messages, or leaves out an answer or a call.
+      UserError: The template refuses the messages, or leaves out an answer or a call.
     """
-    numbers = answers(record, place)
-    if not numbers:
-        raise UserError(f"{place}: none of the {len(record.messages)} messages is the assistant's: nothing to learn")
-    learned = [n for n in numbers if n >= record.learn_from and _weight(record.messages[n], n, place)]
-    if train_on == "all":
-        excluded = [n for n in numbers if not _weight(record.messages[n], n, place)]
-        return [_everything(template, record, excluded, place, notes)]
-    if train_on == "last":
-        learned = learned[-1:]
-    if not learned:
+    if plan.everything:
+        return [_everything(plan, renderings, notes)]
+    if not plan.learned:
         notes["nothing to learn: all their answers have weight 0"] += 1
         return []
-    if template.marks_generation:
-        return [_marked(template, record, learned, place, notes)]
-    return _by_turns(template, record, learned, place, notes)
+    return [_marked(plan, renderings, notes)] if plan.template.marks_generation else _by_turns(plan, renderings, notes)
 
 
 def answers(record: Conversation, place: str) -> list[int]:
@@ -106,34 +136,32 @@ def whole_call(record: Conversation, number: int | None = None) -> Call:
     return Call(record.messages[:end], record.tools, record.template_arguments)
 
 
-def _marked(template: Template, record: Conversation, learned: list[int], place: str, notes: Counter[str]) -> Example:
+def _marked(plan: Plan, renderings: Sequence[Marked | RenderingError], notes: Counter[str]) -> Example:
     """The example of a template with `{% generation %}` blocks."""
-    whole = template.require(template.renderings([whole_call(record)], place)[0], place)
+    record, template, place = plan.record, plan.template, plan.place
+    whole = template.require(renderings[-1], place)
     spans = whole.blocks
-    numbers = answers(record, place)
-    if learned != numbers:
-        by_number = _blocks_by_message(template, record, numbers, whole, place)
-        spans = [span for number in learned for span in by_number[number]]
+    if plan.learned != (numbers := answers(record, place)):
+        by_number = _blocks_by_message(plan, numbers, whole)
+        spans = [span for number in plan.learned for span in by_number[number]]
     if not spans:
         raise UserError(
             f"{place}: the {{% generation %}} blocks of {template.where} render nothing of what the assistant says"
         )
     said = "".join(whole.text[begin:end] for begin, end in spans)
-    for number in learned:
+    for number in plan.learned:
         _check(template, record.messages[number], said, f"{place}, message {number + 1}")
-    _note_calls(record, learned, whole.text, notes)
+    _note_calls(plan, whole.text, notes)
     example = Example(whole.text, spans, whole.literal)
     _note_end(template, example, notes)
     return example
 
 
-def _blocks_by_message(
-    template: Template, record: Conversation, numbers: list[int], whole: Marked, place: str
-) -> dict[int, list[Span]]:
+def _blocks_by_message(plan: Plan, numbers: list[int], whole: Marked) -> dict[int, list[Span]]:
     if len(whole.blocks) == len(numbers):
         return {number: [block] for number, block in zip(numbers, whole.blocks)}
-    renderings = template.renderings([whole_call(record, number) for number in numbers], place)
-    counts = [0, *(len(template.require(rendering, place).blocks) for rendering in renderings)]
+    renderings = plan.template.renderings([whole_call(plan.record, number) for number in numbers], plan.place)
+    counts = [0, *(len(plan.template.require(rendering, plan.place).blocks) for rendering in renderings)]
     return {number: whole.blocks[counts[i] : counts[i + 1]] for i, number in enumerate(numbers)}
 
 
@@ -151,81 +179,66 @@ def _note_end(template: Template, example: Example, notes: Counter[str]) -> None
     notes[f"{reason}: the model never learns to stop"] += 1
 
 
-def _everything(
-    template: Template, record: Conversation, excluded: list[int], place: str, notes: Counter[str]
-) -> Example:
+def _everything(plan: Plan, renderings: Sequence[Marked | RenderingError], notes: Counter[str]) -> Example:
     """The example whose whole text is learned, apart from some messages."""
-    if not excluded:
-        whole = template.require(template.renderings([whole_call(record)], place)[0], place)
-        return Example(whole.text, [(0, len(whole.text))], whole.literal)
-    if template.marks_generation:
-        example = _marked(template, record, excluded, place, notes)
-    else:
-        examples = _by_turns(template, record, excluded, place, notes)
-        whole = template.require(template.renderings([whole_call(record)], place)[0], place)
-        if len(examples) > 1 or examples[0].text != whole.text:
+    whole = plan.template.require(renderings[-1], plan.place)
+    excluded = []
+    if plan.learned and plan.template.marks_generation:
+        excluded = _marked(plan, renderings, Counter()).spans
+    elif plan.learned:
+        (example, *others) = _by_turns(plan, renderings, Counter())
+        if others or example.text != whole.text:
             raise UserError(
-                f"{place}: the chat template of {template.where} does not tell which text is that of a message of "
-                "weight 0, which everything but it (train_on all) needs"
+                f"{plan.place}: the chat template of {plan.template.where} does not tell which text is that of a "
+                "message of weight 0, which is not learned where everything else is (train_on all)"
             )
-        (example,) = examples
-    edges = [0, *(edge for span in example.spans for edge in span), len(example.text)]
+        excluded = example.spans
+    edges = [0, *(edge for span in excluded for edge in span), len(whole.text)]
     spans = [(begin, end) for begin, end in zip(edges[::2], edges[1::2]) if end > begin]
-    return replace(example, spans=spans)
+    _note_calls(plan, whole.text, notes)
+    return Example(whole.text, spans, whole.literal)
 
 
-def _by_turns(
-    template: Template, record: Conversation, learned: list[int], place: str, notes: Counter[str]
-) -> list[Example]:
+def _by_turns(plan: Plan, renderings: Sequence[Marked | RenderingError], notes: Counter[str]) -> list[Example]:
     """The examples of a template without blocks: what it renders more with an answer than to prompt for it."""
-    turns = [_Turn(n, record.messages[n], prompt_call(record, n), whole_call(record, n)) for n in learned]
-    calls = [call for turn in turns for call in (turn.prompt, turn.whole)]
-    if learned[-1] < len(record.messages) - 1:
-        calls.append(whole_call(record))
-    renderings = template.renderings(calls, place)
     whole, examples = renderings[-1], []
-    for turn, prompt, text in zip(turns, renderings[::2], renderings[1::2]):
-        here = f"{place}, message {turn.number + 1}"
+    for number, prompt, text in zip(plan.learned, renderings[::2], renderings[1::2]):
+        here, message = f"{plan.place}, message {number + 1}", plan.record.messages[number]
         try:
-            example = _turn_example(template, turn, prompt, text, here, notes)
+            example = _turn_example(plan, number, prompt, text, notes)
         except UserError:
-            if turn is turns[-1]:
+            if number == plan.learned[-1]:
                 raise
-            notes[f"an answer that is not the last one is left out: {template.where} cannot render it as the last"] += 1
+            notes[f"an answer before the last one is left out: {plan.template.where} cannot render it as the last"] += 1
             continue
         ((begin, end),) = example.spans
-        _check(template, turn.message, example.text[begin:end], here)
-        _note_end(template, example, notes)
+        _check(plan.template, message, example.text[begin:end], here)
+        _note_end(plan.template, example, notes)
         examples.append(example)
     if isinstance(whole, Marked):
-        _note_calls(record, learned, whole.text, notes)
-        if len(examples) == len(turns) and all(whole.text.startswith(one.text) for one in examples):
+        _note_calls(plan, whole.text, notes)
+        if len(examples) == len(plan.learned) and all(whole.text.startswith(one.text) for one in examples):
             spans = [span for one in examples for span in one.spans]
             return [Example(whole.text, spans, whole.literal)]
     return examples
 
 
 def _turn_example(
-    template: Template,
-    turn: _Turn,
-    prompt: Marked | RenderingError,
-    whole: Marked | RenderingError,
-    place: str,
-    notes: Counter[str],
+    plan: Plan, number: int, prompt: Marked | RenderingError, whole: Marked | RenderingError, notes: Counter[str]
 ) -> Example:
     """The example of one answer, behind what prompts for it."""
-    prompt, whole = template.require(prompt, place), template.require(whole, place)
+    here = f"{plan.place}, message {number + 1}"
+    prompt, whole = plan.template.require(prompt, here), plan.template.require(whole, here)
     if whole.text.startswith(prompt.text):
         return Example(whole.text, [(len(prompt.text), len(whole.text))], whole.literal)
-    return _behind_its_header(template, turn, prompt, whole, place, notes)
+    return _behind_its_header(plan, number, prompt, whole, notes)
 
 
-def _behind_its_header(
-    template: Template, turn: _Turn, prompt: Marked, whole: Marked, place: str, notes: Counter[str]
-) -> Example:
+def _behind_its_header(plan: Plan, number: int, prompt: Marked, whole: Marked, notes: Counter[str]) -> Example:
     """The example of an answer that does not begin with its prompt."""
-    probes = [[*turn.prompt.messages, {"role": "assistant", "content": probe}] for probe in _PROBES]
-    calls = [replace(turn.whole, messages=messages) for messages in probes]
+    template, place = plan.template, f"{plan.place}, message {number + 1}"
+    before, call = plan.record.messages[:number], whole_call(plan.record, number)
+    calls = [replace(call, messages=[*before, {"role": "assistant", "content": probe}]) for probe in _PROBES]
     texts = [template.require(one, place).text for one in template.renderings(calls, place)]
     header = _shared(*texts)
     if texts[0] != texts[1] and whole.text.startswith(header):
@@ -255,7 +268,7 @@ def _shared(first: str, second: str) -> str:
     return first[: next(sizes, min(len(first), len(second)))]
 
 
-_REASONING_END = re.compile(r"(?s).*(?:</[\w:]*think\w*>|\[/THINK\]|<channel\|>)")
+_REASONING_END = re.compile(r"</[\w:]*think\w*>|\[/THINK\]|<channel\|>")
 
 
 def _check(template: Template, message: Message, said: str, place: str) -> None:
@@ -264,7 +277,7 @@ def _check(template: Template, message: Message, said: str, place: str) -> None:
     Templates trim texts, escape them as JSON and drop reasoning before an answer: the answer's last line is looked for.
     """
     for text in texts_of(message.get("content"), place):
-        lines = _REASONING_END.sub("", text).strip().splitlines()
+        lines = _REASONING_END.split(text)[-1].strip().splitlines()
         if lines and not _appears(lines[-1].strip(), said):
             raise UserError(
                 f"{place}: the chat template of {template.where} leaves out what the assistant says, "
@@ -278,8 +291,9 @@ def _check(template: Template, message: Message, said: str, place: str) -> None:
             )
 
 
-def _note_calls(record: Conversation, learned: Sequence[int], text: str, notes: Counter[str]) -> None:
-    others = [message for number, message in enumerate(record.messages) if number not in learned]
+def _note_calls(plan: Plan, text: str, notes: Counter[str]) -> None:
+    learned = () if plan.everything else plan.learned
+    others = [message for number, message in enumerate(plan.record.messages) if number not in learned]
     if any(not _appears(name, text) for message in others for name in _calls(message)):
         notes["tool_calls that are not learned are left out by the chat template"] += 1
 

@@ -15,7 +15,7 @@ from experiments.input.chat import Template
 from experiments.input.encoding import load_encoder
 from experiments.input.records import Completion, Conversation
 from experiments.input.template_files import load_template
-from experiments.input.turns import conversation_examples
+from experiments.input.turns import conversation_examples, plan
 from experiments.models import location
 from experiments.tasks import continuations, examples
 from experiments.tasks.text import load_tokenizer
@@ -141,7 +141,9 @@ def test_what_a_template_refuses_is_said(text, reason):
 
 def examples_of(text, messages, *, notes=None, train_on="answers", **kwargs):
     record = Conversation(tuple(messages), **kwargs)
-    return conversation_examples(template(text), record, "line 3", train_on, Counter() if notes is None else notes)
+    planned = plan(template(text), record, "line 3", train_on)
+    renderings = planned.template.renderings(planned.calls, "line 3")
+    return conversation_examples(planned, renderings, Counter() if notes is None else notes)
 
 
 def test_turns_that_cannot_be_told_apart_are_an_error():
