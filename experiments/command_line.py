@@ -47,7 +47,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         raise  # the standard output is the caller's
     except OSError as error:  # a full disk, a directory that may not be written
-        status = _told(2, f"error: {error.filename or 'input or output'}: {error.strerror or error}")
+        said = f"{error.filename or 'input or output'}: {error.strerror}" if error.strerror else str(error)
+        status = _told(2, f"error: {said}")
     except SystemExit as stop:  # --help, or flags that do not parse
         return stop.code if isinstance(stop.code, int) else 2
     except Preempted as error:

@@ -10,6 +10,7 @@ user can put right.
 import argparse
 import difflib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from experiments.errors import UserError
 from experiments.models import location, shapes
 from experiments.studies.sft import program
 from experiments.studies.sft.config import Config
+from lora_jax.files import replaced_file
 
 _PROGRAM = "python -m experiments.compile_for_pod"
 
@@ -60,7 +62,8 @@ def main(args: Sequence[str] | None = None) -> int:
         console.print(part)
     if own.json is not None:
         try:
-            own.json.write_text(json.dumps(report.as_json(analysis, slice_), indent=2) + "\n", encoding="utf-8")
+            with replaced_file(own.json) as file:
+                file.write_text(json.dumps(report.as_json(analysis, slice_), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             print(f"error: {own.json}: {error.strerror}", file=sys.stderr)
             return 2
@@ -111,6 +114,13 @@ def _check_file(path: Path | None) -> None:
         raise UserError(f"--json {path} is a directory, expected a file")
     if path is not None and not path.parent.is_dir():
         raise UserError(f"--json {path}: there is no directory {path.parent}")
+    if path is not None and os.path.lexists(path):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            content = None
+        if path.is_symlink() or not isinstance(content, dict) or "roofline" not in content:
+            raise UserError(f"--json {path}: exists and was not written by this program; not replaced")
 
 
 def _check_model(model: str) -> None:

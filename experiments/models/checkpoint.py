@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import warnings
@@ -18,6 +17,7 @@ from flax import nnx
 import lora_jax as lora
 from experiments.errors import UserError
 from lora_jax import peft
+from lora_jax.files import replaced
 from lora_jax.quantize import Format, Plan, four_bit_tensors, from_bitsandbytes, shardings
 
 M = TypeVar("M", bound=nnx.Module)
@@ -188,22 +188,17 @@ def save(
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory}: holds files already")
-    directory = directory.absolute()
-    unfinished = directory.with_name(f".{directory.name}.unfinished-{os.getpid()}")
     try:
-        unfinished.mkdir(parents=True)
-        peft.write_model(unfinished, _tensors_of(base, names, bare), shard_bytes=shard_bytes)
-        (unfinished / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
-        for file in [tokenizer / name for name in _COPIED] if tokenizer else ():
-            if file.is_file():
-                shutil.copyfile(file, unfinished / file.name)
-        unfinished.replace(directory)
+        with replaced(directory, "config.json", what="checkpoint", owns=lambda entry: False) as fresh:
+            peft.write_model(fresh, _tensors_of(base, names, bare), shard_bytes=shard_bytes)
+            (fresh / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+            for file in [tokenizer / name for name in _COPIED] if tokenizer else ():
+                if file.is_file():
+                    shutil.copyfile(file, fresh / file.name)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error})") from None
     except ValueError as error:
         raise UserError(str(error)) from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _tensors_of(base: Any, names: peft.Names, bare: bool) -> Iterator[tuple[str, np.ndarray]]:

@@ -1,13 +1,13 @@
 """What is known of a method after a run, and its JSON."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments.errors import UserError
+from lora_jax.files import replaced_file
 
 T = TypeVar("T")
 
@@ -79,6 +79,5 @@ def read_json(path: Path, make: Callable[[Any], T]) -> T:
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON so that a reader finds the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with replaced_file(path) as file:
+        file.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from experiments.studies.analysis_runs import Run, trained
 from experiments.studies.head import Start
 from experiments.studies.methods import Method
 from experiments.studies.problem import HEAD, Problem, load
-from experiments.training import processes
+from experiments.training import outputs, processes
 from lora_jax import analysis
 
 PARTS = ("query", "value")
@@ -47,12 +47,14 @@ class Findings:
     accuracies: dict[str, float]
 
 
+@outputs.exclusive
 def run(config: Config) -> Findings:
     """Trains what the config asks for, analyses it, writes JSON and pictures.
 
     Raises:
       UserError: The model or the data are missing or malformed, or have no such layer or rank.
     """
+    outputs.claim(config.out, "analysis.json", "subspaces.png", "amplification.png", "direction-magnitude.png")
     console = processes.console()
     judged = config.validation_examples
     limits = {"train": config.train_examples, "validation": judged, "test": judged}

@@ -1,6 +1,5 @@
 """Training runs that keep the adapters of chosen weights after every epoch."""
 
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from experiments.reports.results import read_json, write_json
 from experiments.studies.head import Start
 from experiments.studies.methods import Method, loss_function
 from experiments.studies.problem import accuracy, answers
-from experiments.training import loop
+from experiments.training import loop, outputs
 from experiments.training import mesh as meshes
 from experiments.training.loop import passes
 from experiments.training.mesh import MeshSizes
@@ -115,7 +114,7 @@ def _train(
             bar=shown,
         )
     write_json(directory / "history.json", asdict(history))
-    shutil.rmtree(directory / "checkpoints")
+    outputs.clear(directory, "checkpoints")
 
 
 def _snapshot(directory: Path, step: int) -> Path:

@@ -1,6 +1,5 @@
 """One trained method: what it adapts, its training run, its result."""
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,7 @@ from experiments.reports.results import Result, stored_bytes
 from experiments.studies.head import Start
 from experiments.studies.problem import accuracy, answers
 from experiments.training import mesh as meshes
-from experiments.training import processes
+from experiments.training import outputs, processes
 from experiments.training.loop import Run, passes, train
 from experiments.training.optimizer import adam
 from experiments.training.progress import bar
@@ -124,7 +123,7 @@ def run(start: Start, method: Method, seed: int, run: Run, console: Console) -> 
                 evaluations=history.evaluations,
             )
             result.save(stored)
-            shutil.rmtree(run.checkpoints)
+            outputs.clear(directory, "checkpoints")
     return Result.load(stored)
 
 

@@ -2,15 +2,20 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from experiments.tasks.examples import Examples
-from experiments.training import processes
+from experiments.training import outputs, processes
 from lora_jax import peft
+
+_WRITTEN = (
+    *("adapter", "step-[0-9]*", "merged", "peft", "test_logits.npy"),
+    *("checkpoints", "config.json", "history.json", "metrics.jsonl", "profile", "result.json", "tensorboard"),
+)
+"""What studies write into the directory of a run."""
 
 
 def directory(out: Path, name: str, everything: Any, *, fresh: bool) -> Path:
@@ -25,8 +30,8 @@ def directory(out: Path, name: str, everything: Any, *, fresh: bool) -> Path:
     mark = hashlib.sha256(json.dumps([everything, versions()], sort_keys=True).encode()).hexdigest()[:8]
     place = out / f"{name}-{mark}"
     with processes.first_before_others():
-        if fresh and processes.is_first() and place.exists():
-            shutil.rmtree(place)
+        if processes.is_first():
+            outputs.begin(place, *_WRITTEN, fresh=fresh)
     return place
 
 

@@ -18,13 +18,14 @@ from experiments.studies.head import Start
 from experiments.studies.methods import Method
 from experiments.studies.problem import HEAD, Problem, accuracy, answers, load
 from experiments.training import mesh as meshes
-from experiments.training import processes
+from experiments.training import outputs, processes
 from experiments.training.loop import Run
 
 _LINEAR = r"(attention|feed_forward)/.*kernel"
 _QUERY_VALUE = r"attention/(query|value)/kernel"
 
 
+@outputs.exclusive
 def run(config: Config) -> list[Result]:
     """Runs what the config asks for, shows the table, writes JSON and picture.
 
@@ -34,7 +35,9 @@ def run(config: Config) -> list[Result]:
     console = processes.console()
     meshes.make(config.mesh)
     meshes.check_batch(config.batch_size, config.mesh, "batch_size")
-    processes.check_shared(config.out)
+    with processes.first_before_others():
+        if processes.is_first():
+            outputs.claim(config.out, "run.json", "curves.png")
     limits = {
         "train": config.train_examples,
         "validation": config.validation_examples,

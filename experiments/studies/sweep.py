@@ -1,6 +1,5 @@
 """LoRA's rank and learning rate: every pair of a grid trained at once, the best one tried on test."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from experiments.studies.head import Start
 from experiments.studies.methods import loss_function
 from experiments.studies.problem import HEAD, Problem, accuracy, answers, load
 from experiments.training import mesh as meshes
-from experiments.training import processes
+from experiments.training import outputs, processes
 from experiments.training.loop import Run, passes, train
 from experiments.training.mesh import MeshSizes
 from experiments.training.optimizer import adam
@@ -54,12 +53,14 @@ class Sweep:
     seconds: float
 
 
+@outputs.exclusive
 def run(config: Config) -> Sweep:
     """Trains the grid, shows the table, writes JSON, heat map and the chosen adapter.
 
     Raises:
       UserError: The model or the data are missing or malformed, a rank is above the weights', or all diverged.
     """
+    outputs.claim(config.out, "run.json", "sweep.png")
     console = processes.console()
     limits = {
         "train": config.train_examples,
@@ -136,7 +137,7 @@ def _trained(config: Config, start: Start, directory: Path, console: Console) ->
         seconds=history.seconds,
     )
     write_json(directory / "result.json", asdict(found))
-    shutil.rmtree(directory / "checkpoints")
+    outputs.clear(directory, "checkpoints")
     return found
 
 

@@ -66,7 +66,7 @@ def first_before_others() -> Iterator[None]:
 
 def check_shared(directory: Path) -> None:
     """Raises a UserError, in every process, unless all of them see what the first one writes to a directory."""
-    if ":" in directory.parts[0]:
+    if directory.parts and ":" in directory.parts[0]:
         raise UserError(f"out {directory}: an address; give a directory, where the bucket is mounted for one")
     if jax.process_count() == 1:
         return

@@ -8,6 +8,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 from experiments.training.processes import is_first
+from lora_jax.files import replaced_file
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 
@@ -28,12 +29,12 @@ class Record:
         if not is_first():
             return
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG).write_text(json.dumps(dict(config), indent=2, default=str) + "\n", encoding="utf-8")
+        with replaced_file(directory / CONFIG) as file:
+            file.write_text(json.dumps(dict(config), indent=2, default=str) + "\n", encoding="utf-8")
         path = directory / METRICS
         lines = [line for line in read(path) if line["step"] <= step] if path.exists() else []
-        partial = path.with_name(f"{METRICS}.partial")
-        partial.write_text("".join(map(_line, lines)), encoding="utf-8")
-        partial.replace(path)
+        with replaced_file(path) as file:
+            file.write_text("".join(map(_line, lines)), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 

@@ -1,6 +1,5 @@
 """The trained adapter merged, written, read back; and by how much what it then computes differs."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from experiments.models import checkpoint
 from experiments.reports.agreement import Agreement
 from experiments.studies.language_model import samples
 from experiments.studies.language_model.problem import Problem
+from experiments.training import outputs
 
 MERGED, PEFT = "merged", "peft"
 
@@ -37,7 +37,7 @@ def run(
       base_model: What PEFT is told the base is.
     """
     merged = lora.merge(problem.base, delta)
-    shutil.rmtree(directory / MERGED, ignore_errors=True)
+    outputs.clear(directory, MERGED)
     config = checkpoint.read_config(problem.directory)
     # both spellings, of older transformers and of newer ones
     config |= {name: "float32" for name in ("dtype", "torch_dtype") if name in config}

@@ -1,6 +1,5 @@
 """A language model adapted by LoRA, end to end: train, generate, merge, export, read back; tables and a picture."""
 
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from experiments.studies import provenance
 from experiments.studies.language_model import exchange, samples, training
 from experiments.studies.language_model.config import Config
 from experiments.studies.language_model.problem import Problem, load
-from experiments.training import processes
+from experiments.training import outputs, processes
 
 _WAYS = {"base": "the base", "frequencies": "the frequency of each token alone", "adapted": "base and adapter"}
 _LINE = 68  # characters of a text that is shown
@@ -66,12 +65,14 @@ class Report:
         return read_json(path, make)
 
 
+@outputs.exclusive
 def run(config: Config) -> Report:
     """Runs what the config asks for, shows it, writes JSON and picture.
 
     Raises:
       UserError: The model or the data are missing or malformed.
     """
+    outputs.claim(config.out, "run.json", "loss.png")
     console = processes.console()
     problem = load(config, report=lambda line: console.print(line, highlight=False, soft_wrap=True))
     directory = provenance.directory(config.out, f"seed{config.seed}", _settings(config, problem), fresh=config.fresh)
@@ -81,7 +82,7 @@ def run(config: Config) -> Report:
     else:
         report = _run(problem, config, directory, console)
         write_json(stored, asdict(report))
-        shutil.rmtree(directory / "checkpoints")
+        outputs.clear(directory, "checkpoints")
     _show(report, config, console)
     title = f"{config.model} on {config.data}, LoRA of rank {config.rank}"
     curves.draw_losses(config.out / "loss.png", report.losses, report.evaluations, title)

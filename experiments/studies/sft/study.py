@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ from experiments.studies.sft import program as programs
 from experiments.studies.sft.config import Config
 from experiments.studies.sft.program import Program
 from experiments.studies.sft.samples import Writer, ends
-from experiments.training import loop, processes
+from experiments.training import loop, outputs, processes
 from experiments.training import mesh as meshes
 from experiments.training.checkpoints import Checkpoints, differences
 from experiments.training.progress import bar
@@ -48,6 +47,7 @@ _WRITTEN = (
     "metrics.jsonl",
     "tensorboard",
     "profile",
+    "loss.png",
 )
 _NOT_NUMBERS = (
     *(
@@ -114,6 +114,7 @@ class Report:
         return read_json(path, make)
 
 
+@outputs.exclusive
 def run(config: Config) -> Report:
     """Runs what the config asks for, shows it, writes adapter, JSON and picture.
 
@@ -123,11 +124,10 @@ def run(config: Config) -> Report:
     """
     console = processes.console()
     programs.check(config)
-    processes.check_shared(config.out)
     with processes.first_before_others():
         directory = location.find(config.model)
-        if config.fresh and processes.is_first():
-            _remove(config.out)
+        if processes.is_first():
+            outputs.begin(config.out, *_WRITTEN, fresh=config.fresh, cached=(TOKENS,))
     data = _read(config, directory, console)
     total, due = loop.passes(config.epochs, data.train.steps_per_epoch, config.steps, config.eval_every)
     program = programs.abstract(config, steps=total)
@@ -331,14 +331,6 @@ def _finished(stored: Path, settings: dict[str, Any]) -> Report:
     if told := differences(before, settings):
         raise UserError(f"{stored.parent}: holds a finished run with {told}; --fresh starts over")
     return report
-
-
-def _remove(out: Path) -> None:
-    for path in (out / name for name in _WRITTEN):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def _show(config: Config, report: Report, console: Console) -> None:
