@@ -18,7 +18,7 @@ from experiments.errors import UserError
 from experiments.models import checkpoint, llama, stack
 from experiments.models.experts import SparseFeedForward
 from experiments.models.options import DEFAULT, Options
-from lora_jax.peft import LINEAR, Names, Weight
+from lora_jax.peft import LINEAR, Fused, Names, Weight
 
 # What transformers takes for a field that a config.json leaves out, where that is not what it takes for Mistral's.
 _ABSENT = {"sliding_window": None, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
@@ -109,13 +109,21 @@ _SPARSE = (
     Weight(f"{_FEED_FORWARD}/down/kernel", _HF_MIXTURE + ".experts.{expert}.w2.weight", _EXPERTS),
     Weight(f"{_FEED_FORWARD}/up/kernel", _HF_MIXTURE + ".experts.{expert}.w3.weight", _EXPERTS),
 )
+_HF_EXPERTS = "model.layers.{layer}.mlp.experts"
+_FUSED = (
+    Fused(
+        f"{_HF_EXPERTS}.gate_up_proj",
+        (_HF_MIXTURE + ".experts.{expert}.w1.weight", _HF_MIXTURE + ".experts.{expert}.w3.weight"),
+    ),
+    Fused(f"{_HF_EXPERTS}.down_proj", (_HF_MIXTURE + ".experts.{expert}.w2.weight",)),
+)
 
 
 def names(config: MixtralConfig) -> Names:
-    """The names of a model's weights in checkpoint files, which hold a matrix for each expert."""
+    """The names of a model's weights in checkpoint files, which hold a matrix for each expert, and in adapters."""
     dense = llama.names(config)
     kept = (row for row in dense.weights if "/feed_forward/" not in row.path)
-    return dataclasses.replace(dense, weights=(*kept, *_SPARSE))
+    return dataclasses.replace(dense, weights=(*kept, *_SPARSE), fused=_FUSED)
 
 
 def load(directory: Path, options: Options = DEFAULT, *, untied: bool = False, **how: Any) -> Mixtral:

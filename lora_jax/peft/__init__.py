@@ -1,7 +1,7 @@
 """Adapters of Hugging Face's PEFT, in and out; weights of PyTorch models by name."""
 
 from lora_jax.peft.loading import load
-from lora_jax.peft.names import CONV1D, CONV2D, CONV3D, LINEAR, SAME, Names, Place, Weight
+from lora_jax.peft.names import CONV1D, CONV2D, CONV3D, LINEAR, SAME, Fused, Names, Place, Weight
 from lora_jax.peft.saving import save
 from lora_jax.peft.tensors import INDEX, SHARD_BYTES, WEIGHTS, Tensors, model_files, read_json, write_model
 from lora_jax.peft.ties import tied_head
@@ -15,6 +15,7 @@ __all__ = [
     "SAME",
     "SHARD_BYTES",
     "WEIGHTS",
+    "Fused",
     "Names",
     "Place",
     "Tensors",

@@ -64,7 +64,12 @@ class Module:
 
     def padded(self, rank: int) -> "Module":
         """The same product with rows of zeros up to a rank."""
-        a, b = pad_rank(self.a, rank, 0), pad_rank(self.b, rank, 1)
+        if self.kind in ("experts", "transposed_experts"):
+            experts = self.a.shape[0] // self.rank
+            a = pad_rank(self.a.reshape(experts, self.rank, -1), rank, 1).reshape(-1, self.a.shape[1])
+            b = pad_rank(self.b.reshape(-1, self.rank, experts), rank, 1).reshape(self.b.shape[0], -1)
+        else:
+            a, b = pad_rank(self.a, rank, 0), pad_rank(self.b, rank, 1)
         return dataclasses.replace(self, a=a, b=b, rank=rank)
 
     def folded(self, factor: float) -> "Module":
@@ -91,6 +96,7 @@ class Exported:
       bias: Which biases are trained by themselves: 'none', 'lora_only' (of modules with factors), 'all'.
       saved: Modules of which `values` are saved.
       ends_alike: Whether the name of a module with factors may be the end of another module's name.
+      tensors: The names of all tensors of the leaves that are adapted, in files.
       problems: What cannot be put in these terms.
     """
 
@@ -100,6 +106,7 @@ class Exported:
     bias: str = "none"
     saved: set[str] = dataclasses.field(default_factory=set)
     ends_alike: bool = False
+    tensors: list[str] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)
 
     @contextlib.contextmanager
@@ -120,6 +127,7 @@ def export(delta: Mapping[str, Adapter], names: Names) -> Exported:
         with exported.collecting():
             place = names.find(path, node.shape())
             new = place.in_model
+            exported.tensors += place.tensors
             row |= dict.fromkeys(new.values(), numbers[id(place.weight)])
             if isinstance(node, WeightDecomposed) and node.norm_over != IN:
                 raise ValueError(

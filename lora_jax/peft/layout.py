@@ -1,6 +1,7 @@
 """Names for PyTorch's own tensors: leaves that are the tensors of a checkpoint, or of an adapter, as they are."""
 
 import collections
+import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,10 +11,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from lora_jax.peft import keys, renames, ties
+from lora_jax.peft import experts, keys, renames, ties
 from lora_jax.peft.config import Config
 from lora_jax.peft.keys import ADAPTER, Key
-from lora_jax.peft.names import Module, Names, Weight
+from lora_jax.peft.names import Fused, Module, Names, Weight
 from lora_jax.peft.tensors import FLOATS, Tensors, absent, pickle_beside
 
 Shape = tuple[int, ...]
@@ -144,9 +145,11 @@ def of_checkpoint(checkpoint: Tensors, directory: Path, model: Mapping[str, Any]
         square = _Squares(config, model_type)
         kinds: dict[str, Kind] = {}
         order: list[str] = []
+        fused: list[Fused] = []
         for (module, embedding), levels in factors.items():
             module = module.removeprefix(prefix)
             own = {f"{module}.{p}": shapes[bare[f"{module}.{p}"]] for p in _parameters(module, config, bare)}
+            fused += experts.of_checkpoint(module, _parameters(module, config), bare) if not own else []
             if own:
                 found = _parameter_kinds(own, levels, config, model_type)
                 kinds |= {bare[name]: kind for name, kind in found.items()}
@@ -156,6 +159,9 @@ def of_checkpoint(checkpoint: Tensors, directory: Path, model: Mapping[str, Any]
             adapted = [bare[name] for name in own] or [bare.get(f"{module}.{x}") for x in ("weight", "qweight")]
             _check_floats(checkpoint, [name for name in adapted if name])
         kinds |= square.kinds()
+        of_experts = [x for parts in experts.shares(Names((), fused=tuple(fused)), shapes).values() for x, _ in parts]
+        _check_floats(checkpoint, of_experts)
+        kinds.update((name, "linear") for name in of_experts)
         for key in parsed:
             if key.part == "rows" and (name := bare.get(f"{key.module.removeprefix(prefix)}.weight")):
                 kinds[name] = "embedding"
@@ -179,7 +185,8 @@ def of_checkpoint(checkpoint: Tensors, directory: Path, model: Mapping[str, Any]
     base = {leaf_path(name): Stored(shape, lambda name=name: checkpoint.read(name)) for name, shape in shapes.items()}
     base |= {leaf_path(head): base[leaf_path(table)] for head, (table, _) in untied.items()}
     own = {bare.get(name.removeprefix(prefix), ""): name for name in _adapted(parsed, config)}
-    return Fitting(base, _names([*shapes, *untied], kinds, tied, prefix, own), untied)
+    names = _names([*shapes, *untied], kinds, tied, prefix, own)
+    return Fitting(base, dataclasses.replace(names, fused=tuple(fused)), untied)
 
 
 def _adapted(parsed: Iterable[Key], config: Config) -> Iterator[str]:
@@ -262,9 +269,15 @@ def _read(directory: Path, key: Key) -> np.ndarray:
 
 
 def _parameters(module: str, config: Config, known: Iterable[str] | None = None) -> list[str]:
-    """The parameters of a module that have factors of their own, in the config's order."""
-    targets = map(keys.split_name, config.target_parameters)
-    own = [parameter for parent, parameter in targets if keys.matches(module, [parent])]
+    """The parameters of a module that have factors of their own, as far as can be told in the module's order.
+
+    A target without a module is the parameter of every module that has it.
+    """
+    targets = [keys.split_name(name) for name in config.target_parameters]
+    own = [parameter for outer, parameter in targets if outer and keys.matches(module, [outer])]
+    if not own and not config.targets(module):
+        own = [parameter for outer, parameter in targets if not outer]
+    own = experts.in_order(own)
     return own if known is None else [parameter for parameter in own if f"{module}.{parameter}" in known]
 
 

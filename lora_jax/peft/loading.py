@@ -15,7 +15,7 @@ from lora_jax.adapters.full import Replacement, RowReplacement
 from lora_jax.adapters.offset import Addition
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
 from lora_jax.leaves import is_abstract
-from lora_jax.peft import keys, ties
+from lora_jax.peft import experts, keys, ties
 from lora_jax.peft.config import CONFIG, Config
 from lora_jax.peft.factors import Fit
 from lora_jax.peft.keys import Key
@@ -88,6 +88,11 @@ class _Loader:
                 self.in_model |= {self.bare(name): new for name, new in place.in_model.items()}
                 self.row |= dict.fromkeys(map(self.bare, place.tensors), numbers[id(place.weight)])
                 self.tied |= {self.bare(other): self.bare(name) for other, name in place.tied.items()}
+        full = [name for place, _ in self.where.values() for name in place.tensors]
+        self.shares = {
+            self.bare(parameter): [(self.bare(name), share) for name, share in found]
+            for parameter, found in experts.shares(names, dict.fromkeys(full)).items()
+        }
 
     def bare(self, name: str) -> str:
         return name.removeprefix(self.prefix)
@@ -151,9 +156,10 @@ class _Loader:
         for key in parsed:
             if key.part in ("value", "rows"):
                 continue
-            if target := self.target(key, deepest[key.module]):
+            targets = self.targets(key, deepest[key.module])
+            for target in targets:
                 modules.setdefault(target.name, target).parts[key.part] = key
-            else:
+            if not targets:
                 self.problems.append(self.unknown(key))
         return modules, [k for k in parsed if k.part == "value"], [k for k in parsed if k.part == "rows"]
 
@@ -168,22 +174,32 @@ class _Loader:
         known = dict.fromkeys(keys.split_name(name)[0] for name in (*self.where, *self.tied))
         return f"{text}; {paths.nearest(self.bare(key.module), list(known))}"
 
-    def target(self, key: Key, deepest: int) -> Module | None:
-        """The base's tensor that a factor adapts."""
+    def targets(self, key: Key, deepest: int) -> list[Module]:
+        """The base's tensors that a factor adapts: one, or those of all experts."""
         module = self.bare(key.module)
-        own = [keys.split_name(name) for name in self.config.target_parameters]
-        names = [(self.in_file(f"{module}.{p}"), p) for m, p in own if keys.matches(module, [m])]
-        if names := sorted({(self.row[name], name, p) for name, p in names if name in self.where}):
+        parameters: set[tuple[int, str, str]] = set()
+        for outer, p in map(keys.split_name, self.config.target_parameters):
+            if outer and not (keys.matches(key.module, [outer]) or keys.matches(module, [self.bare(outer)])):
+                continue
+            name = self.in_file(f"{module}.{p}")
+            tensors = [file for file, _ in self.shares.get(name, ())] or [name]
+            if tensors[0] in self.where:
+                order = list(self.shares).index(name) if name in self.shares else self.row[name]
+                parameters.add((order, name, p))
+        if parameters:
             # One wrapper a parameter, in the module's order; the innermost has the first.
             number = deepest - key.depth
-            if number >= len(names):
-                return None
-            _, name, parameter = names[number]
-            return Module(name, f"{key.module}.{parameter}")
+            if number >= len(parameters):
+                return []
+            _, name, parameter = sorted(parameters)[number]
+            label = f"{key.module}.{parameter}"
+            if name in self.shares:
+                return [Module(file, label, share=share) for file, share in self.shares[name]]
+            return [Module(name, label)]
         for name in (self.in_file(f"{module}.weight"), f"{module}.in_proj_weight"):
             if key.depth == 0 and (name in self.where or name in self.tied):
-                return Module(name, key.module)
-        return None
+                return [Module(name, key.module)]
+        return []
 
     def check_tied(self, found: Sequence[Key]) -> set[str]:
         """The weights that are one leaf here, and that the adapter makes two of; each pair is a problem."""
@@ -322,7 +338,7 @@ class _Loader:
                 known = keys.factor_keys(module, embedding=embedding)
                 self.problems.append(f"missing: {known['a']}, {known['b']}")
         for target in self.config.target_parameters:
-            if not any(keys.matches(name, [target]) for name in modules):
+            if not any(keys.matches(module.label, [target]) for module in modules.values()):
                 self.problems.append(f"missing: the factors of the parameter {target}")
         saved = {self.in_file(key.name) for key in values}
         for name in self.where:

@@ -12,7 +12,7 @@ from lora_jax.adapters.dora import WeightDecomposed
 from lora_jax.adapters.lowrank import LowRank
 from lora_jax.adapters.protocol import BATCH, IN, OUT
 from lora_jax.leaves import is_abstract
-from lora_jax.peft import keys
+from lora_jax.peft import experts, keys
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.factors import Fit, pad_rank
 from lora_jax.peft.names import Place
@@ -106,7 +106,10 @@ def _factors(stored: Stored, module: Module, fit: Fit) -> "_Factors":
     into, out = (fit.size(fit.tensor_labels(role)) for role in (IN, OUT))
     ones = (1,) * (len(fit.place.right) - 2)
     groups = 1
-    if fit.experts:
+    if module.share is not None:
+        a, b = experts.read(stored, module, rank, into, out)
+        rank = len(a)
+    elif fit.experts:
         count = math.prod(fit.place.sizes[x] for x in fit.experts)
         a = stored.read(module.parts["a"], (rank * count, *into)).reshape(count, rank, *into)
         b = stored.read(module.parts["b"], (*out, rank * count)).reshape(*out, rank, count).transpose(2, 1, 0)

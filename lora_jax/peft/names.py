@@ -118,6 +118,21 @@ class Weight:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fused:
+    """A parameter of PyTorch's running model that holds a matrix or several of each expert, `[experts, out, in]`.
+
+    transformers 5 makes it of the experts' own tensors as it loads them; adapters are of the parameter.
+
+    Attributes:
+      parameter: Its name, `model.layers.{layer}.mlp.experts.gate_up_proj`.
+      parts: The names of an expert's matrices in checkpoint files, with `{expert}`, in their order along `out`.
+    """
+
+    parameter: str
+    parts: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Names:
     """The names of a model's weights in PyTorch; a model declares them once.
 
@@ -125,6 +140,7 @@ class Names:
       weights: Rows; for each leaf the first that matches counts. Several parameters of one module (experts) stand
         in the order in which PyTorch's module has them.
       prefix: What begins every name, and is left out in checkpoints of the bare model ('bert.').
+      fused: Parameters of the running model that are made of several tensors; those of one module in its order.
 
     Example:
       >>> names = Names((Weight("wte/embedding", "wte.weight", module="embedding"),))
@@ -134,6 +150,7 @@ class Names:
 
     weights: tuple[Weight, ...]
     prefix: str = ""
+    fused: tuple[Fused, ...] = ()
 
     def place(self, path: str, shape: Sequence[int]) -> "Place | None":
         """Where a leaf stands; None where no row matches its path.
@@ -156,6 +173,12 @@ class Names:
     @functools.cached_property
     def _patterns(self) -> list[int]:
         return [number for number, row in enumerate(self.weights) if "{" in row.path]
+
+    def in_files(self) -> "Names":
+        """The same weights by their names in checkpoint files alone."""
+        return dataclasses.replace(
+            self, weights=tuple(dataclasses.replace(row, in_model="") for row in self.weights), fused=()
+        )
 
     def find(self, path: str, shape: Sequence[int]) -> "Place":
         """Where a leaf stands.

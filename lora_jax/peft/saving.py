@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.adapters.protocol import Adapter
+from lora_jax.peft import experts
 from lora_jax.peft.exported import export
 from lora_jax.peft.names import Names
 from lora_jax.peft.targets import TARGETS
@@ -67,7 +68,10 @@ def write(
     modules_to_save: Sequence[str] = (),
 ) -> None:
     """What :func:`save` does, of an adapter whose config names modules that are saved whole."""
+    if target != "peft":  # the others know checkpoint files, PEFT knows the running model
+        names = names.in_files()
     exported = export(delta, names)
+    experts.fuse(exported, names)
     complete(exported, names, base, task_type if target == "peft" else None, modules_to_save)
     problems = [*exported.problems, *TARGETS[target].refuses(exported)]
     if problems:

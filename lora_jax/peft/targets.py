@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.files import replaced
-from lora_jax.peft import keys
+from lora_jax.peft import experts, keys
 from lora_jax.peft.config import CONFIG, Config
 from lora_jax.peft.exported import Exported, Module
 from lora_jax.peft.keys import ADAPTER
@@ -43,8 +43,8 @@ def _refuses_for_peft(exported: Exported) -> list[str]:
     problems = []
     if not modules and not exported.problems:  # whose factors nobody could write
         problems.append("no factors: PEFT's LoRA needs them on some module, whatever else is trained")
-    if len({module.dropout for module in modules}) > 1:
-        rates = sorted({module.dropout for module in modules})
+    rates = sorted({module.dropout for module in modules if not module.parameter})
+    if len(rates) > 1:
         problems.append(f"dropout of {', '.join(map(str, rates))}: PEFT has one rate for all modules")
     if len({module.magnitude is None for module in modules}) > 1:
         plain = [module.label for module in modules if module.magnitude is None]
@@ -74,7 +74,17 @@ def _refuses_but(reader: str, kinds: Sequence[str], *, dora: bool = False) -> Ca
 
 
 def _refuses_for_vllm(exported: Exported) -> list[str]:
-    problems = _refuses_but("vLLM", ("linear", "conv1d", "embedding"))(exported)
+    kinds = ("linear", "conv1d", "embedding", "experts", "transposed_experts")
+    problems = _refuses_but("vLLM", kinds)(exported)
+    parameters = collections.defaultdict(set)
+    for module in exported.modules:
+        if module.kind.endswith("experts"):
+            parameters[module.module].add(module.parameter)
+    problems += [
+        f"{module}: vLLM takes factors of gate_up_proj and down_proj together, not of {', '.join(sorted(names))} alone"
+        for module, names in parameters.items()
+        if names != {"gate_up_proj", "down_proj"}
+    ]
     largest = max((module.rank for module in exported.modules), default=0)
     if largest > MAX_LORA_RANKS[-1]:
         problems.append(f"rank {largest}: vLLM takes {MAX_LORA_RANKS[-1]} at most")
@@ -90,6 +100,11 @@ def _refuses_for_gguf(exported: Exported) -> list[str]:
 
 def _refuses_for_mlx(exported: Exported) -> list[str]:
     problems = _refuses_but("mlx-lm", ("linear", "conv1d", "embedding"), dora=True)(exported)
+    if any(module.kind == "experts" for module in exported.modules):
+        problems.append("mlx-lm has each expert's matrices apart; base= (--base) tells them from the fused parameter")
+    for name, module, a, _ in experts.switched(exported.modules):
+        if a.ndim == 3 and module.magnitude is not None:
+            problems.append(f"{name}: mlx-lm has no DoRA on experts")
     return problems + _refuses_for_peft(exported)
 
 
@@ -132,13 +147,13 @@ def _write_mlx(directory: Path, exported: Exported, base_model: str | None, task
     modules = _one_scale([module for module in exported.modules if not module.tied])
     rank = max(module.rank for module in modules)
     tensors = {}
-    for module in modules:
-        module = module.padded(rank)
-        tensors[f"{module.module}.lora_a"] = module.a.T
-        tensors[f"{module.module}.lora_b"] = module.b.T
+    switched = experts.switched(module.padded(rank) for module in modules)
+    for name, module, a, b in switched:
+        tensors[f"{name}.lora_a"] = a
+        tensors[f"{name}.lora_b"] = b
         if module.magnitude is not None:
-            tensors[f"{module.module}.m"] = module.magnitude
-    layers = [re.match(r"(.*\.\d+)\.(.+)", module.module) for module in modules]
+            tensors[f"{name}.m"] = module.magnitude
+    layers = [(re.match(r"(.*\.\d+)\.(.+)", name), name) for name, *_ in switched]
     config = {
         "fine_tune_type": "dora" if modules[0].magnitude is not None else "lora",
         "num_layers": -1,  # all; a number would mean the last ones
@@ -146,7 +161,7 @@ def _write_mlx(directory: Path, exported: Exported, base_model: str | None, task
             "rank": rank,
             "scale": float(modules[0].scale),
             "dropout": modules[0].dropout,
-            "keys": sorted({found[2] if found else module.module for module, found in zip(modules, layers)}),
+            "keys": sorted({found[2] if found else name for found, name in layers}),
         },
     }
     if base_model is not None:
@@ -218,7 +233,8 @@ def _shared(exported: Exported, base_model: str | None, task_type: str | None) -
         # PEFT takes a listed name for every module whose path ends so; a pattern is matched with the whole path.
         "target_modules": "|".join(map(re.escape, sorted(targets))) if exported.ends_alike else sorted(targets),
         "target_parameters": [m.name for m in modules if m.parameter],
-        "lora_dropout": modules[0].dropout if modules else 0.0,
+        # PEFT refuses dropout beside parameters, where there is none
+        "lora_dropout": 0.0 if any(m.parameter for m in modules) else max((m.dropout for m in modules), default=0.0),
         "use_dora": any(m.magnitude is not None for m in modules),
         "lora_bias": any(m.offset is not None for m in modules),
         "fan_in_fan_out": bool(modules) and any(m.kind == "conv1d" for m in modules),

@@ -198,7 +198,7 @@ def test_adapters_on_experts_go_through_peft_and_back(tmp_path):
     table, _ = names("mixtral")
     lora.peft.save(tmp_path, delta, table)
     stored = load_file(tmp_path / "adapter_model.safetensors")
-    assert "base_model.model.model.layers.1.block_sparse_moe.experts.3.w2.lora_A.weight" in stored
+    assert stored["base_model.model.model.layers.1.mlp.experts.lora_A.weight"].shape[0] == 2 * 4
     again = lora.peft.load(tmp_path, base, table)
     assert again.keys() == delta.keys()
     jax.tree.map(np.testing.assert_array_equal, again, delta)
