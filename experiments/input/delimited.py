@@ -31,13 +31,9 @@ class DelimitedRows:
         csv.field_size_limit(sys.maxsize)  # texts can be longer than its 131,072 characters
         self.name, self.digest = str(content.path), content.digest
         self._data, self._delimiter = content.data, delimiter
-        begins, ends, lines = [], [], []
-        for begin, end, line in self._spans(content.text_start()):
-            begins.append(begin)
-            ends.append(end)
-            lines.append(line)
-        self._begins, self._ends, self._lines = (np.array(values, np.int64) for values in (begins, ends, lines))
-        self.columns = tuple(self._fields(0)) if begins else ()
+        spans = np.fromiter(self._spans(content.text_start()), np.dtype((np.int64, 3)))
+        self._begins, self._ends, self._lines = spans.T
+        self.columns = tuple(self._fields(0)) if len(spans) else ()
         twice = sorted({name for name in self.columns if self.columns.count(name) > 1})
         if twice:
             raise UserError(f"{self._where(0)}: the header has the column {twice[0]!r} twice")

@@ -14,6 +14,7 @@ from experiments.input.strict_json import loads
 
 _CHUNK = 1 << 24
 _SPACE = re.compile(r"[ \t\r\n]*")
+_SPAN = np.dtype((np.int64, 3))
 _SLACK = 16  # characters before the end of a window in which an error may be due to the end
 
 
@@ -39,8 +40,7 @@ class JsonRows:
         self._begins, self._ends, self._lines = _lines(content.data, begin)
         self._unit = "line"
         if self._is_one_value(content):
-            spans = list(_Scanner(content, begin).rows(split))
-            self._begins, self._ends, self._lines = np.array(spans, np.int64).reshape(-1, 3).T
+            self._begins, self._ends, self._lines = np.fromiter(_Scanner(content, begin).rows(split), _SPAN).T
             self._unit = "item"
 
     def __len__(self) -> int:
@@ -143,7 +143,7 @@ class _Scanner:
             self._advance(1)
             keys.append(key)
             if self._peek() == "[":
-                arrays[key] = list(self._items())
+                arrays[key] = np.fromiter(self._items(), _SPAN)
             else:
                 self._value()
             if self._peek() == ",":
@@ -153,11 +153,11 @@ class _Scanner:
         self._advance(1)
         if COLUMNS & set(keys):  # the object is itself a record
             return iter([(begin, self._offset, line)])
-        of_objects = {key: rows for key, rows in arrays.items() if rows and self._data[rows[0][0]] == ord("{")}
+        of_objects = {key: rows for key, rows in arrays.items() if len(rows) and self._data[rows[0, 0]] == ord("{")}
         if split not in of_objects and len(of_objects) != 1:
             what = ", ".join(map(str, keys)) or "nothing"
             raise UserError(f"{self._path}: an object with {what}; expected an array of records, or an object with one")
-        return iter(of_objects[split] if split in of_objects else next(iter(of_objects.values())))
+        return map(tuple, of_objects[split] if split in of_objects else next(iter(of_objects.values())))
 
     def _peek(self) -> str:
         """The next character that is no white space; empty at the end."""

@@ -13,6 +13,10 @@ from experiments.input.checking import Findings
 from experiments.input.packing import Packed
 from experiments.input.sources import Records
 
+_ROWS = 12  # of files that are shown by themselves
+_REASONS = 6  # that are shown
+_COUNTS = ("records", "used", "passes", "truncated", "malformed", "unused")
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -95,26 +99,36 @@ def show(console: Console, splits: Mapping[str, Sequence[Usage]], length: int) -
         table.add_column(name, justify="right")
     for split, files in splits.items():
         table.add_row(Text(split, style="bold"))
-        for row in files:
+        names = [Path(row.name).name if Path(row.name).exists() else row.name for row in files]
+        for row, full, name in zip(_condensed(files), files, names):
             numbers = [row.records, row.used, *([row.passes] if repeated else [])]
             numbers += [row.truncated, row.malformed + row.unused]
-            table.add_row(Text(f"  {_short(row.name)}"), "\n".join(row.forms), *(f"{number:,}" for number in numbers))
+            shown = row.name if names.count(name) > 1 or row is not full else name
+            table.add_row(Text(f"  {shown}"), "\n".join(row.forms), *(f"{number:,}" for number in numbers))
     console.print(table, highlight=False)
-    for row in rows:
-        for line in _notes(row, length):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for split, files in splits.items():
+        for line in _notes(files, length):
+            console.print(f"{split}: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _short(name: str) -> str:
-    return Path(name).name if Path(name).exists() else name
+def _condensed(files: Sequence[Usage]) -> list[Usage]:
+    """The first files, and the others as one."""
+    if len(files) <= _ROWS:
+        return list(files)
+    others = files[_ROWS - 1 :]
+    sums = {name: sum(getattr(row, name) for row in others) for name in _COUNTS}
+    forms = tuple(dict.fromkeys(form for row in others for form in row.forms))
+    return [*files[: _ROWS - 1], Usage(f"{len(others):,} more files", forms, reasons=(), **sums)]
 
 
-def _notes(row: Usage, length: int) -> list[str]:
-    lines = [f"skipped: {reason}" for reason in row.reasons]
-    if row.malformed > len(row.reasons):
-        lines.append(f"skipped: {row.malformed - len(row.reasons):,} more malformed records of {row.name}")
-    if row.unused:
-        lines.append(f"skipped: {row.unused:,} of {row.name}, nothing to learn within {length:,} tokens")
-    if row.truncated:
-        lines.append(f"truncated: {row.truncated:,} of {row.name}, longer than {length:,} tokens")
+def _notes(files: Sequence[Usage], length: int) -> list[str]:
+    malformed, unused, truncated = (sum(getattr(row, n) for row in files) for n in ("malformed", "unused", "truncated"))
+    reasons = [reason for row in files for reason in row.reasons][:_REASONS]
+    lines = [f"skipped: {reason}" for reason in reasons]
+    if malformed > len(reasons):
+        lines.append(f"skipped: {malformed - len(reasons):,} more that are malformed")
+    if unused:
+        lines.append(f"skipped: {unused:,} with nothing to learn within {length:,} tokens")
+    if truncated:
+        lines.append(f"truncated: {truncated:,} that are longer than {length:,} tokens")
     return lines

@@ -105,6 +105,23 @@ def test_the_table(mixed):
         assert (
             "a.jsonl, line 2: not JSON" in notes
             and "b.jsonl, line 1: no template" in notes
-            and "skipped: 1 more malformed records of" in notes
+            and "train: skipped: 1 more that are malformed" in notes
         )
-        assert "a.jsonl, nothing to learn within 64 tokens" in notes and "b.jsonl, longer than 64 tokens" in notes
+        assert "train: skipped: 1 with nothing to learn within 64 tokens" in notes
+        assert "train: truncated: 3 that are longer than 64 tokens validation: skipped: " in notes
+
+
+def test_many_files_in_one_table(tmp_path):
+    names = []
+    for number in range(20):
+        (tmp_path / str(number)).mkdir()
+        names.append(write(tmp_path / str(number) / "a.jsonl", GOOD))
+    records, findings = checked(sources.splits(names)[0])
+    none = np.zeros(20, bool)
+    data = SimpleNamespace(owners=np.arange(20), skipped={})
+    rows = usage(records, findings, SimpleNamespace(data=data, truncated=none, unused=none))
+    text = io.StringIO()
+    show(Console(file=text, width=250), {"train": rows}, 64)
+    lines = text.getvalue().splitlines()
+    assert len(lines) == 2 + 12 and lines[2].split()[0] == names[0]
+    assert lines[-1].split() == ["9", "more", "files", "prompt-completion", "9", "9", "0", "0"]
