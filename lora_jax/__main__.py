@@ -50,15 +50,30 @@ def _run(given: argparse.Namespace) -> int:
     console, progress = _console(), _console(stderr=True)
     match given.command:
         case "inspect":
-            commands.inspect(given.adapter, given.base, console, progress)
+            commands.inspect(given.adapter, given.base, console, progress, ignore=given.ignore)
         case "merge":
-            commands.merge(given.base, given.adapter, given.out, force=given.force, console=console, progress=progress)
+            commands.merge(
+                given.base,
+                given.adapter,
+                given.out,
+                force=given.force,
+                ignore=given.ignore,
+                console=console,
+                progress=progress,
+            )
         case "convert":
             commands.convert(
-                given.adapter, given.out, target=given.target, base=given.base, force=given.force, console=console
+                given.adapter,
+                given.out,
+                target=given.target,
+                base=given.base,
+                force=given.force,
+                ignore=given.ignore,
+                console=console,
+                progress=progress,
             )
         case "diff":
-            return DIFFERENT if commands.diff(given.adapter, given.other, console, progress) else 0
+            return DIFFERENT if commands.diff(given.adapter, given.other, console, progress, ignore=given.ignore) else 0
     return 0
 
 
@@ -164,6 +179,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     diff.add_argument("adapter", type=Path, help="a directory that PEFT or lora_jax wrote")
     diff.add_argument("other", type=Path, help="another")
+    for command in (inspect, merge, convert, diff):
+        command.add_argument(
+            "--ignore",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="pass over tensors of a PEFT adapter whose name, or a part of it, begins so (v_head); may be repeated",
+        )
     return parser
 
 

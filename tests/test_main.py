@@ -624,9 +624,38 @@ def test_an_adapter_that_is_no_directory(fails, adapter, base, tmp_path):
         assert "in a circle" in fails(*command(base, loop, tmp_path / "out"))
 
 
-def test_an_adapter_one_level_down_is_pointed_at(fails, adapter, tmp_path):
-    shutil.copytree(adapter, tmp_path / "run" / "checkpoint-10")
-    assert "there is one in checkpoint-10" in fails("inspect", tmp_path / "run")
+@pytest.mark.parametrize("inside", ["checkpoint-10", "default", "checkpoint-10/default"])
+def test_an_adapter_inside_of_the_directory(run, base, adapter, tmp_path, inside):
+    shutil.copytree(adapter, tmp_path / "run" / inside)
+    (tmp_path / "run" / "runs").mkdir()
+    for args in (
+        ("inspect", tmp_path / "run"),
+        ("merge", base, tmp_path / "run", tmp_path / "merged"),
+        ("convert", tmp_path / "run", tmp_path / "converted", "--target", "peft"),
+        ("diff", adapter, tmp_path / "run"),
+    ):
+        status, _, err = run(*args)
+        assert status == 0 and f"the adapter in {inside} is read" in err
+
+
+def test_several_adapters_inside_of_the_directory(fails, adapter, tmp_path):
+    for number in range(10):
+        shutil.copytree(adapter, tmp_path / "run" / f"checkpoint-{number}")
+    text = fails("inspect", tmp_path / "run")
+    assert "holds 10 adapters (checkpoint-0, checkpoint-1," in text and "and 2 more); name one of them" in text
+
+
+def test_tensors_of_something_else(run, fails, base, adapter, tmp_path):
+    edit_adapter(adapter, {"v_head.summary.weight": np.ones((1, 8), np.float32)})
+    assert "ignore=('v_head',) passes it over" in fails("inspect", adapter, "--base", base)
+    for args in (
+        ("inspect", adapter, "--base", base),
+        ("merge", base, adapter, tmp_path / "merged"),
+        ("convert", adapter, tmp_path / "converted", "--target", "peft", "--base", base),
+    ):
+        status, _, err = run(*args, "--ignore", "v_head")
+        assert status == 0, err
+    assert run("diff", CASES["llama"].adapter, tmp_path / "converted")[0] == 0
 
 
 def test_a_base_that_is_none(fails, adapter, base, tmp_path):

@@ -24,6 +24,7 @@ M = TypeVar("M", bound=nnx.Module)
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "vocab.txt")
+_LISTED = 12  # problems that are printed
 _ROWS = 4096  # of an embedding and its head that are compared at a time
 NOTHING = r"(?!)"
 """A pattern that matches nothing."""
@@ -131,6 +132,11 @@ def load(
     values: dict[str, Any] = {}
     try:
         with peft.Tensors(peft.model_files(directory)) as tensors:
+            if eight := [name for name in tensors if tensors.dtype(name).startswith("F8")]:
+                raise UserError(
+                    f"{tensors.file_of(eight[0])}: {eight[0]} is stored in FP8 ({tensors.dtype(eight[0])}), as are "
+                    f"{len(eight) - 1} other tensors; FP8 is not supported yet: take the model's bfloat16 weights"
+                )
             places = {path: names.find(path, variable.get_value().shape) for path, variable in wanted.items()}
             stored = _Stored(tensors, names.prefix, spellings, copies or {})
             new = {
@@ -319,4 +325,6 @@ class _Stored:
             if name in given and given[name] != shape
         ]
         if problems:
-            raise UserError(f"{directory}: the weights do not fit the model:\n  " + "\n  ".join(problems))
+            more = [f"… and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+            listed = "\n  ".join([*problems[:_LISTED], *more])
+            raise UserError(f"{directory}: the weights do not fit the model ({len(problems)} problems):\n  {listed}")

@@ -1,6 +1,7 @@
 """`diff`: how two adapters differ."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lora_jax.adapters.full import Replacement, RowReplacement
 from lora_jax.adapters.lowrank import LowRank
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.commands.inspection import euclidean
-from lora_jax.commands.reading import is_native, read
+from lora_jax.commands.reading import found, is_native, read
 from lora_jax.commands.wording import (
     counted,
     kinds_of,
@@ -27,12 +28,13 @@ from lora_jax.peft import layout
 from lora_jax.peft.config import Config
 
 
-def diff(one: Path, other: Path, console: Console, progress: Console) -> bool:
+def diff(one: Path, other: Path, console: Console, progress: Console, *, ignore: Sequence[str] = ()) -> bool:
     """Prints how two adapters differ; returns whether they do."""
+    one, other = found(one, progress), found(other, progress)
     native = is_native(one), is_native(other)
     if native[0] != native[1]:
         raise ValueError(f"{one} and {other}: one is of PEFT, the other of lora_jax; their weights have other names.")
-    first, second = read(one), read(other)
+    first, second = read(one, ignore), read(other, ignore)
     paths = sorted({*first, *second}, key=numbered)
     table = table_of("weight", "first", "second", "‖difference‖", "relative")
     different = 0
@@ -43,7 +45,7 @@ def diff(one: Path, other: Path, console: Console, progress: Console) -> bool:
                 different += 1
                 table.add_row(shown(path, native[0]), *_said(x, y), *_apart(x, y))
             advance(1)
-    stored = [] if any(native) else [*_copies_apart(one, other), *_configs_apart(one, other)]
+    stored = [] if any(native) else [*_copies_apart(one, other, ignore), *_configs_apart(one, other)]
     if different:
         console.print(table)
         console.print()
@@ -100,11 +102,11 @@ def _apart(one: Adapter | None, other: Adapter | None) -> tuple[str, str]:
     return f"{gap:.4g}", f"{gap / size:.2%}" if size else ""
 
 
-def _copies_apart(one: Path, other: Path) -> list[str]:
+def _copies_apart(one: Path, other: Path, ignore: Sequence[str]) -> list[str]:
     """Lines about embeddings that only one of two PEFT adapters holds whole, or that differ."""
     lines = []
-    bases = [layout.of_adapter(directory)[0] for directory in (one, other)]
-    held = [layout.copies(directory) for directory in (one, other)]
+    bases = [layout.of_adapter(directory, ignore)[0] for directory in (one, other)]
+    held = [layout.copies(directory, ignore) for directory in (one, other)]
     for name in dict.fromkeys((*held[0], *held[1])):
         where = [name in names for names in held]
         if not all(where):

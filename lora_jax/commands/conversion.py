@@ -1,13 +1,14 @@
 """`convert`: an adapter written again for another reader."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from lora_jax import peft
 from lora_jax.commands.outputs import check_new
-from lora_jax.commands.reading import NEEDS_NAMES, check_directory, is_native, model_config, opened
+from lora_jax.commands.reading import NEEDS_NAMES, check_directory, found, is_native, model_config, opened
 from lora_jax.commands.wording import few, kinds_of
 from lora_jax.files import replaced
 from lora_jax.peft import layout
@@ -21,13 +22,22 @@ _ONE_WEIGHT = ("gguf", "mlx")
 
 
 def convert(
-    directory: Path, out: Path, *, target: str, base: Path | None = None, force: bool, console: Console
+    directory: Path,
+    out: Path,
+    *,
+    target: str,
+    base: Path | None = None,
+    force: bool,
+    ignore: Sequence[str] = (),
+    console: Console,
+    progress: Console,
 ) -> None:
     """Writes a PEFT adapter again for another reader."""
+    directory = found(directory, progress)
     if is_native(directory):
         raise ValueError(f"{directory}: {NEEDS_NAMES.format('a conversion')}")
     config = Config.read(directory)
-    if base is None and (names := layout.copies(directory)):
+    if base is None and (names := layout.copies(directory, ignore)):
         raise ValueError(
             f"{directory}: holds {few(names)} whole, as PEFT does for embeddings; only the base tells whether it "
             "was trained: give --base."
@@ -38,16 +48,16 @@ def convert(
     check_new(out, CONFIG, "adapter", owns, force, apart_from=(directory, *([base] if base else [])))
     with contextlib.ExitStack() as stack:
         if base is None:
-            weights, names = layout.of_adapter(directory)
+            weights, names = layout.of_adapter(directory, ignore)
         else:
-            fitting = layout.of_checkpoint(stack.enter_context(opened(base)), directory, model_config(base))
+            fitting = layout.of_checkpoint(stack.enter_context(opened(base)), directory, model_config(base), ignore)
             weights, names = fitting.base, fitting.names
             for head, (table, why) in fitting.untied.items() if target in _ONE_WEIGHT else ():
                 raise ValueError(
                     f"{directory}: {why}, and {TARGETS[target].reader} has one weight for {table} and {head}; merge it "
                     "into the checkpoint instead (lora-jax merge)."
                 )
-        delta = peft.load(directory, weights, names)
+        delta = peft.load(directory, weights, names, ignore=ignore)
         with replaced(out, CONFIG, what="adapter", owns=owns) as fresh:
             write(
                 fresh,

@@ -1,7 +1,7 @@
 """`inspect`: what an adapter holds, and which base it fits."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from lora_jax import checkpoint
 from lora_jax.adapters.lowrank import LowRank
 from lora_jax.adapters.protocol import Adapter
-from lora_jax.commands.reading import fitted, is_native, opened, read
+from lora_jax.commands.reading import fitted, found, is_native, opened, read
 from lora_jax.commands.wording import (
     counted,
     few,
@@ -36,13 +36,16 @@ from lora_jax.peft.tensors import (
 )
 
 
-def inspect(directory: Path, base: Path | None, console: Console, progress: Console) -> None:
+def inspect(
+    directory: Path, base: Path | None, console: Console, progress: Console, *, ignore: Sequence[str] = ()
+) -> None:
     """Prints what an adapter holds, and which base it fits."""
+    directory = found(directory, progress)
     native = is_native(directory)
-    delta, untied = fitted(directory, base) if base else (read(directory), {})
+    delta, untied = fitted(directory, base, ignore) if base else (read(directory, ignore), {})
     sizes = _sizes(delta, base, {head: table for head, (table, _) in untied.items()}, progress)
     console.print(f"{directory}: {'a lora_jax' if native else 'a PEFT'} adapter of {kinds_of(delta)}")
-    for line in _about_base(directory, base, native):
+    for line in _about_base(directory, base, native, ignore):
         console.print(line)
     for head, (table, why) in untied.items():
         console.print(f"unties {head} from {table}: {why}")
@@ -75,7 +78,7 @@ def inspect(directory: Path, base: Path | None, console: Console, progress: Cons
         console.print(f"ΔW is zero for {counted(len(still), 'weight')}: {few(shown(x, native) for x in still)}")
 
 
-def _about_base(directory: Path, base: Path | None, native: bool) -> Iterator[str]:
+def _about_base(directory: Path, base: Path | None, native: bool, ignore: Sequence[str]) -> Iterator[str]:
     if native:
         known = read_json(directory / checkpoint.MANIFEST).get("base", {})
         digests = sum(bool(entry.get("sha256")) for entry in known.values())
@@ -89,7 +92,7 @@ def _about_base(directory: Path, base: Path | None, native: bool) -> Iterator[st
         yield f"fits {base}"
         return
     yield "fits a checkpoint with weights of the names and shapes below; --base tries one"
-    if names := layout.copies(directory):
+    if names := layout.copies(directory, ignore):
         yield f"also holds {few(names)} whole, as PEFT does for embeddings; --base tells whether it was trained"
     targets = Config.read(directory).target_parameters
     if len({name.rpartition(".")[0] for name in targets}) < len(targets):

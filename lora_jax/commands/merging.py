@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from lora_jax import peft
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.commands.outputs import check_new
-from lora_jax.commands.reading import MODEL, NEEDS_NAMES, check_directory, is_native, model_config, opened
+from lora_jax.commands.reading import MODEL, NEEDS_NAMES, check_directory, found, is_native, model_config, opened
 from lora_jax.commands.wording import counted, few, progress_bar, shown
 from lora_jax.files import replaced
 from lora_jax.peft import layout, ties
@@ -32,8 +33,18 @@ from lora_jax.peft.tensors import (
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
-def merge(base: Path, adapter: Path, out: Path, *, force: bool, console: Console, progress: Console) -> None:
+def merge(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    *,
+    force: bool,
+    ignore: Sequence[str] = (),
+    console: Console,
+    progress: Console,
+) -> None:
     """Writes a checkpoint with a PEFT adapter folded in, in the base's files and dtypes."""
+    adapter = found(adapter, progress)
     if is_native(adapter):
         raise ValueError(f"{adapter}: {NEEDS_NAMES.format('a merge')}")
     check_directory(base)
@@ -42,8 +53,8 @@ def merge(base: Path, adapter: Path, out: Path, *, force: bool, console: Console
     check_new(out, MODEL, "checkpoint", owns, force, apart_from=(base, adapter))
     config = model_config(base)
     with opened(base) as tensors, replaced(out, MODEL, what="checkpoint", owns=owns) as fresh:
-        fitting = layout.of_checkpoint(tensors, adapter, config)
-        delta = peft.load(adapter, fitting.base, fitting.names)
+        fitting = layout.of_checkpoint(tensors, adapter, config, ignore)
+        delta = peft.load(adapter, fitting.base, fitting.names, ignore=ignore)
         ties.share_rows(delta, tensors, config)
         tables = {head: table for head, (table, _) in fitting.untied.items()}
         for file in copied:

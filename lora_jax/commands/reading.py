@@ -1,9 +1,11 @@
 """What the commands read: adapters of this library and of PEFT, checkpoints in Hugging Face layout."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from lora_jax import checkpoint, peft
 from lora_jax.adapters.protocol import Adapter
@@ -26,7 +28,22 @@ NEEDS_NAMES = (
 )
 
 
-def read(directory: Path) -> dict[str, Adapter]:
+def found(directory: Path, console: Console) -> Path:
+    """The directory of an adapter, which may be the only one inside of what is given; a line says so.
+
+    Raises:
+      ValueError: There are several inside.
+    """
+    check_directory(directory)
+    if (directory / checkpoint.MANIFEST).is_file():
+        return directory
+    adapter = layout.located(directory)
+    if adapter != directory:
+        console.print(f"{directory}: the adapter in {adapter.relative_to(directory)} is read")
+    return adapter
+
+
+def read(directory: Path, ignore: Sequence[str] = ()) -> dict[str, Adapter]:
     """The delta in a directory, of this library or of PEFT; PEFT's is given PyTorch's names and orientation.
 
     Raises:
@@ -34,10 +51,12 @@ def read(directory: Path) -> dict[str, Adapter]:
     """
     if is_native(directory):
         return checkpoint.load(directory)
-    return peft.load(directory, *layout.of_adapter(directory))
+    return peft.load(directory, *layout.of_adapter(directory, ignore), ignore=ignore)
 
 
-def fitted(directory: Path, base: Path) -> tuple[dict[str, Adapter], dict[str, tuple[str, str]]]:
+def fitted(
+    directory: Path, base: Path, ignore: Sequence[str] = ()
+) -> tuple[dict[str, Adapter], dict[str, tuple[str, str]]]:
     """The delta of a PEFT adapter on a checkpoint.
 
     Returns:
@@ -49,8 +68,8 @@ def fitted(directory: Path, base: Path) -> tuple[dict[str, Adapter], dict[str, t
     if is_native(directory):
         raise ValueError(f"{directory}: {NEEDS_NAMES.format('its fit')}")
     with opened(base) as tensors:
-        fitting = layout.of_checkpoint(tensors, directory, model_config(base))
-        return peft.load(directory, fitting.base, fitting.names), fitting.untied
+        fitting = layout.of_checkpoint(tensors, directory, model_config(base), ignore)
+        return peft.load(directory, fitting.base, fitting.names, ignore=ignore), fitting.untied
 
 
 def is_native(directory: Path) -> bool:
@@ -64,11 +83,11 @@ def is_native(directory: Path) -> bool:
         return True
     if (directory / CONFIG).is_file():
         return False
-    inside = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
-    hint = f"; there is one in {', '.join(inside[:3])}" if inside else pickle_beside(directory)
     if (directory / CONFIG).is_symlink():
         raise ValueError(absent(directory / CONFIG))
-    raise ValueError(f"{directory}: no adapter (it has neither {CONFIG} nor {checkpoint.MANIFEST}){hint}.")
+    raise ValueError(
+        f"{directory}: no adapter (it has neither {CONFIG} nor {checkpoint.MANIFEST}){pickle_beside(directory)}."
+    )
 
 
 @contextlib.contextmanager

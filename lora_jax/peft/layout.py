@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from lora_jax.peft import experts, keys, renames, ties
-from lora_jax.peft.config import Config
+from lora_jax.peft.config import CONFIG, Config
 from lora_jax.peft.keys import ADAPTER, Key
 from lora_jax.peft.names import Fused, Module, Names, Weight
 from lora_jax.peft.tensors import FLOATS, Tensors, absent, pickle_beside
@@ -27,18 +27,42 @@ _CONV1D_MODELS = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gp
 _TRANSPOSED_EXPERTS_MODELS = ("aria", "aria_text", "gpt_oss", "openai_privacy_filter")
 
 
-def adapter_tensors(directory: Path) -> Tensors:
+def located(directory: Path) -> Path:
+    """The directory that holds an adapter: this one, or the one that is inside (`default/`, `checkpoint-500/`).
+
+    Raises:
+      ValueError: Several are inside.
+    """
+    if (directory / CONFIG).exists() or (directory / CONFIG).is_symlink():
+        return directory
+    inside = sorted(path.parent for path in directory.glob(f"*/{CONFIG}"))
+    inside = inside or sorted(path.parent for path in directory.glob(f"*/*/{CONFIG}"))
+    if len(inside) > 1:
+        listed = ", ".join(str(path.relative_to(directory)) for path in inside[:_LISTED])
+        more = f" and {len(inside) - _LISTED} more" if len(inside) > _LISTED else ""
+        raise ValueError(f"{directory}: holds {len(inside)} adapters ({listed}{more}); name one of them.")
+    return inside[0] if inside else directory
+
+
+_LISTED = 8
+
+
+def adapter_tensors(directory: Path, ignore: Sequence[str] = ()) -> Tensors:
     """The tensors of an adapter directory.
+
+    Args:
+      directory: The adapter's.
+      ignore: Tensors that are passed over; see :class:`Tensors`.
 
     Raises:
       ValueError: It has none in safetensors.
     """
     if not (directory / ADAPTER).is_file():
         raise ValueError(f"{absent(directory / ADAPTER).removesuffix('.')}{pickle_beside(directory)}.")
-    return Tensors([directory / ADAPTER])
+    return Tensors([directory / ADAPTER], ignore)
 
 
-def of_adapter(directory: Path) -> tuple[dict[str, Any], Names]:
+def of_adapter(directory: Path, ignore: Sequence[str] = ()) -> tuple[dict[str, Any], Names]:
     """The weights that an adapter is for, as far as it tells: their names, and shapes in PyTorch's layout.
 
     A matrix that PEFT stores beside the factors (see :func:`copies`) is taken for the base's own.
@@ -50,7 +74,7 @@ def of_adapter(directory: Path) -> tuple[dict[str, Any], Names]:
     shapes: dict[str, Shape] = {}
     kinds: dict[str, Kind] = {}
     stored: dict[str, Stored] = {}
-    with adapter_tensors(directory) as tensors:
+    with adapter_tensors(directory, ignore) as tensors:
         parsed = _parsed(tensors)
         wrapped = {parent for key in parsed for parent in keys.wrapped_parents(key.key)}
         for (module, embedding), levels in _factors(tensors, parsed).items():
@@ -92,14 +116,14 @@ def _twins(
     }
 
 
-def copies(directory: Path) -> list[str]:
+def copies(directory: Path, ignore: Sequence[str] = ()) -> list[str]:
     """The weights that an adapter holds whole, although its config does not say that they were trained.
 
     PEFT stores embeddings so, where they have factors or the vocabulary may have grown; only the base tells
     whether they changed.
     """
     config = Config.read(directory)
-    with adapter_tensors(directory) as tensors:
+    with adapter_tensors(directory, ignore) as tensors:
         return [key.name for key in _copies(_parsed(tensors), config)]
 
 
@@ -118,13 +142,16 @@ class Fitting(NamedTuple):
     untied: dict[str, tuple[str, str]]
 
 
-def of_checkpoint(checkpoint: Tensors, directory: Path, model: Mapping[str, Any] | None = None) -> Fitting:
+def of_checkpoint(
+    checkpoint: Tensors, directory: Path, model: Mapping[str, Any] | None = None, ignore: Sequence[str] = ()
+) -> Fitting:
     """A checkpoint's tensors as leaves for an adapter.
 
     Args:
       checkpoint: Open.
       directory: The adapter's.
       model: The content of the checkpoint's `config.json`: tells axes where shapes do not, and which weights are tied.
+      ignore: Tensors of the adapter that are passed over; see :class:`Tensors`.
 
     Raises:
       ValueError: As :func:`of_adapter`; a weight with factors is quantised; or what a square weight's axes are
@@ -133,7 +160,7 @@ def of_checkpoint(checkpoint: Tensors, directory: Path, model: Mapping[str, Any]
     config, model = Config.read(directory), model or {}
     model_type = str(model.get("model_type") or "")
     shapes = {name: checkpoint[name] for name in checkpoint}
-    with adapter_tensors(directory) as tensors:
+    with adapter_tensors(directory, ignore) as tensors:
         parsed = _parsed(tensors)
         factors = _factors(tensors, parsed)
         sizes = {key: tensors[key.key] for key in parsed}

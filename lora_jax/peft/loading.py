@@ -3,7 +3,8 @@
 import collections
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,23 @@ from lora_jax.peft import experts, keys, ties
 from lora_jax.peft.config import CONFIG, Config
 from lora_jax.peft.factors import Fit
 from lora_jax.peft.keys import Key
-from lora_jax.peft.layout import adapter_tensors
+from lora_jax.peft.layout import adapter_tensors, located
 from lora_jax.peft.low_rank import joint, low_rank
 from lora_jax.peft.names import Names, Place
 from lora_jax.peft.stored import Module, Stored
 
 
-def load(directory: str | os.PathLike, base: Any, names: Names) -> dict[str, Adapter]:
+def load(directory: str | os.PathLike, base: Any, names: Names, ignore: Sequence[str] = ()) -> dict[str, Adapter]:
     """Reads an adapter that PEFT wrote (LoRA and its variants) as a delta for `base`.
 
     Args:
-      directory: With `adapter_config.json` and `adapter_model.safetensors`.
+      directory: With `adapter_config.json` and `adapter_model.safetensors`; or one with a single directory like that
+        inside (`default/`, `checkpoint-500/`), which is named in a warning.
       base: The parameters that the adapter is for; leaves may be `jax.ShapeDtypeStruct` where no stored
         tensor has to be compared with the base's.
       names: Where the leaves of the base stand in PyTorch.
+      ignore: Tensors that are none of the adapter's and are passed over, by what they begin with, or what a part
+        between dots begins with: `ignore=("v_head",)`.
 
     Returns:
       `{path: adapter}`: `LoRA` and `DoRA` from factors, `Offset` from biases on B, `Full` from saved modules
@@ -46,13 +50,16 @@ def load(directory: str | os.PathLike, base: Any, names: Names) -> dict[str, Ada
     Example:
       See :func:`save`.
     """
-    directory = Path(directory)
+    given = Path(directory)
+    directory = located(given)
+    if directory != given:
+        warnings.warn(f"{given}: the adapter in {directory.relative_to(given)} is read.", stacklevel=2)
     config = Config.read(directory)
-    with adapter_tensors(directory) as tensors:
+    with adapter_tensors(directory, ignore) as tensors:
         loader = _Loader(Stored(config, tensors), base, names)
         delta = loader.delta()
     if loader.problems:
-        listed = "\n  ".join(dict.fromkeys(loader.problems))
+        listed = _listed(dict.fromkeys(loader.problems))
         count = f"{len(loader.problems)} problem{'s' if len(loader.problems) > 1 else ''}"
         raise ValueError(f"{directory}: the adapter does not fit ({count}):\n  {listed}")
     if not delta:
@@ -61,6 +68,19 @@ def load(directory: str | os.PathLike, base: Any, names: Names) -> dict[str, Ada
     return dict(sorted(delta.items(), key=lambda item: order[item[0]]))
 
 
+def _listed(problems: Iterable[str]) -> str:
+    """The first of some problems, a line each, and how many more there are."""
+    lines = "\n  ".join(problems).split("\n  ")
+    more = [f"… and {len(lines) - _PROBLEMS} more"] if len(lines) > _PROBLEMS else []
+    return "\n  ".join([*lines[:_PROBLEMS], *more])
+
+
+def _ignoring(name: str) -> str:
+    """What to say of a tensor that may have nothing to do with the adapter."""
+    return f"; ignore=({name.removeprefix(keys.PREFIX).partition('.')[0]!r},) passes it over"
+
+
+_PROBLEMS = 11  # lines of them that are printed
 _HINTS = 4  # how many unknown keys are told with the nearest names
 
 
@@ -148,7 +168,7 @@ class _Loader:
             if key := keys.parse(name):
                 parsed.append(key)
             else:
-                self.problems.append(f"unused: {name!r} is no key of PEFT's LoRA")
+                self.problems.append(f"unused: {name!r} is no key of PEFT's LoRA{_ignoring(name)}")
         deepest: dict[str, int] = {}
         for key in parsed:
             deepest[key.module] = max(key.depth, deepest.get(key.module, 0))
@@ -170,7 +190,7 @@ class _Loader:
         if self.hints < 0:  # in a base of another kind all keys are unknown, and each search sees all names
             return text
         if key.part == "value":
-            return f"{text}; {paths.nearest(self.bare(key.name), list(self.where))}"
+            return f"{text}; {paths.nearest(self.bare(key.name), list(self.where))}{_ignoring(key.name)}"
         known = dict.fromkeys(keys.split_name(name)[0] for name in (*self.where, *self.tied))
         return f"{text}; {paths.nearest(self.bare(key.module), list(known))}"
 

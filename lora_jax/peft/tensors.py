@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Tensors(Mapping[str, tuple[int, ...]]):
 
     Args:
       files: One or more safetensors files with distinct names of tensors.
+      ignore: Beginnings of names, or of parts of names between dots, of tensors that are passed over.
 
     Raises:
       ValueError: A file is missing, truncated or damaged, or two files hold the same name.
@@ -46,8 +47,9 @@ class Tensors(Mapping[str, tuple[int, ...]]):
       ((2, 3), array([[2.]]))
     """
 
-    def __init__(self, files: Iterable[Path]):
+    def __init__(self, files: Iterable[Path], ignore: Sequence[str] = ()):
         self.files = tuple(files)
+        self._ignore = tuple(f".{beginning}" for beginning in ignore)
         self._opened = contextlib.ExitStack()
         self._where: dict[str, Any] = {}
 
@@ -55,7 +57,7 @@ class Tensors(Mapping[str, tuple[int, ...]]):
         with contextlib.ExitStack() as opened:
             for path in self.files:
                 file = opened.enter_context(_open(path))
-                names = list(file.keys())
+                names = [name for name in list(file.keys()) if not any(x in f".{name}" for x in self._ignore)]
                 if twice := sorted(self._where.keys() & names):
                     raise ValueError(f"{path}: {twice[0]!r} is in another file of the same model too.")
                 self._where |= dict.fromkeys(names, (path, file))
@@ -88,8 +90,9 @@ class Tensors(Mapping[str, tuple[int, ...]]):
                 return whole if part is None else whole[part]
             return stored[part]
         except (SafetensorError, AttributeError, TypeError) as error:
+            why = "FP8 is not supported yet" if stored.get_dtype().startswith("F8") else error
             raise ValueError(
-                f"{self._where[name][0]}: {name!r} of dtype {stored.get_dtype()} cannot be read: {error}."
+                f"{self._where[name][0]}: {name!r} of dtype {stored.get_dtype()} cannot be read: {why}."
             ) from error
 
     def file_of(self, name: str) -> Path:

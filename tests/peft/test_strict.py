@@ -6,6 +6,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -442,3 +443,46 @@ def test_the_base_model_is_named(tmp_path):
     delta = lora.peft.load(case.adapter, case.base, case.names)
     lora.peft.save(tmp_path / "out", delta, case.names, base_model="some/model")
     assert read_config(tmp_path / "out")["base_model_name_or_path"] == "some/model"
+
+
+# Tensors that are none of the adapter's; directories that hold one.
+
+
+def test_ignored_tensors(tmp_path):
+    case = CASES["linear"]
+    more = {"v_head.summary.weight": np.ones((1, 8), np.float32), f"{PREFIX}fc.ia3_l": np.ones((8, 1), np.float32)}
+    write_adapter(tmp_path, read(case.adapter / "adapter_model.safetensors") | more, read_config(case.adapter))
+    with pytest.raises(ValueError, match=r"'v_head\.summary\.weight' is no key of PEFT's LoRA; ignore=\('v_head',\)"):
+        lora.peft.load(tmp_path, case.base, case.names)
+    delta = lora.peft.load(tmp_path, case.base, case.names, ignore=("v_head", "ia3"))
+    jax.tree.map(np.testing.assert_array_equal, delta, lora.peft.load(case.adapter, case.base, case.names))
+
+
+def test_hundreds_of_tensors_of_something_else_are_counted(tmp_path):
+    case = CASES["linear"]
+    more = {f"other.{number}.weight": np.ones(1, np.float32) for number in range(500)}
+    write_adapter(tmp_path, read(case.adapter / "adapter_model.safetensors") | more, read_config(case.adapter))
+    with pytest.raises(ValueError, match=r"\(500 problems\)") as caught:
+        lora.peft.load(tmp_path, case.base, case.names)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 13 and lines[-1] == "  … and 489 more"
+
+
+def test_an_adapter_in_a_directory_inside(tmp_path):
+    case = CASES["linear"]
+    shutil.copytree(case.adapter, tmp_path / "default")
+    with pytest.warns(UserWarning, match="the adapter in default is read"):
+        delta = lora.peft.load(tmp_path, case.base, case.names)
+    assert delta.keys() == {"fc/kernel"}
+    shutil.copytree(case.adapter, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"holds 2 adapters \(default, other\)"):
+        lora.peft.load(tmp_path, case.base, case.names)
+
+
+def test_factors_in_fp8(tmp_path):
+    case = CASES["linear"]
+    tensors = read(case.adapter / "adapter_model.safetensors")
+    narrow = {name: value.astype(ml_dtypes.float8_e4m3fn) for name, value in tensors.items()}
+    write_adapter(tmp_path, narrow, read_config(case.adapter))
+    with pytest.raises(ValueError, match="FP8 is not supported yet"):
+        lora.peft.load(tmp_path, case.base, case.names)
