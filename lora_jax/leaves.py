@@ -24,3 +24,30 @@ def is_abstract(leaf: Any) -> bool:
 def dequantized(leaf: Any) -> Any:
     """The array that a leaf stands for: itself, unless it is quantised."""
     return leaf.dequantize() if is_quantized(leaf) else leaf
+
+
+def canonical(leaf: Any) -> Any:
+    """A NumPy array in the dtype that JAX computes with (float32 for float64, unless x64 is enabled); others as is.
+
+    JAX converts arguments silently, but warns where code asks for the dtype of such an array.
+    """
+    if not isinstance(leaf, np.ndarray | np.generic):
+        return leaf
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    return leaf if dtype == leaf.dtype else leaf.astype(dtype)
+
+
+_SHORT_NAMES = {"bfloat": "bf", "float": "f", "uint": "u", "int": "i", "complex": "c"}
+
+
+def short(leaf: Any) -> str:
+    """A leaf in a few characters: `f32[8,64]` for an array of any kind, else its own representation, cut."""
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+        text = repr(leaf)
+        return text if len(text) <= 40 else f"{text[:37]}..."
+    name = str(leaf.dtype)
+    for long, brief in _SHORT_NAMES.items():
+        if name.startswith(long):
+            name = brief + name.removeprefix(long)
+            break
+    return f"{name}[{','.join(map(str, leaf.shape))}]"

@@ -34,6 +34,8 @@ class Explanation(dict[str, tuple[Use, ...]]):
     def __str__(self) -> str:
         return "\n".join(f"{path}: {use}" for path, uses in self.items() for use in uses)
 
+    __repr__ = __str__
+
 
 def explain(fn: Callable, base: Any, delta: Delta, /, *args: Any, **kwargs: Any) -> Explanation:
     """Tells, per weight and use, whether the adapter is applied factored or the weight is merged, and why.

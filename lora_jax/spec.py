@@ -13,7 +13,7 @@ from lora_jax import paths
 from lora_jax.adapters.protocol import Adapter, Recipe, check_axes, is_inexact
 from lora_jax.capturing import capture
 from lora_jax.initializers import GRADIENT
-from lora_jax.leaves import is_array
+from lora_jax.leaves import canonical, is_array
 from lora_jax.linear import all_linear, linear_weights
 from lora_jax.transform.call import path_key
 
@@ -231,7 +231,7 @@ def _each(key, base, spec, fn, args, kwargs):
         hint = _narrower(patterns[path], alike, [other for other in wrong if patterns[other] == patterns[path]])
         raise ValueError(f"{path!r}: {error}{hint}") from error
     for path, pattern in patterns.items():
-        yield path, spec[pattern], (path_key(key, path), leaves[path], axes[path])
+        yield path, spec[pattern], (path_key(key, path), canonical(leaves[path]), axes[path])
 
 
 def _axes(recipe: Recipe, weight: Any, uses: Sequence[axis_roles.Use] | None) -> tuple[str, ...]:

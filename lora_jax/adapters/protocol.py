@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapters.factored import Factored, dense
 from lora_jax.initializers import Reading
+from lora_jax.leaves import short
 
 BATCH, IN, OUT, LOOKUP = "batch", "in", "out", "lookup"
 """Axis roles. `lookup` is an in axis that is indexed (an embedding's vocabulary) instead of contracted."""
@@ -60,6 +61,11 @@ class Adapter:
     kind: ClassVar[str]
     additive: ClassVar[bool] = False
     merged_because: ClassVar[str] = "the adapter has no factored form"
+
+    def __repr__(self) -> str:
+        fields = dataclasses.fields(self)  # pyrefly: ignore[bad-argument-type]
+        shown = {field.name: getattr(self, field.name) for field in fields if "trained" in field.metadata}
+        return f"{self.kind}({', '.join(f'{name}={_shapes(value)}' for name, value in shown.items())})"
 
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight that the adapter fits."""
@@ -147,7 +153,7 @@ def adapter(kind: str) -> Callable[[type[T]], type[T]]:
     """
 
     def decorate(cls: type[T]) -> type[T]:
-        cls = dataclasses.dataclass(frozen=True)(cls)
+        cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
         fields = dataclasses.fields(cls)  # pyrefly: ignore[bad-argument-type]
         jax.tree_util.register_dataclass(
             cls,
@@ -208,6 +214,17 @@ def pad_axis(array: jax.Array, axis: int, size: int) -> jax.Array:
     if size < array.shape[axis]:
         raise ValueError(f"An axis of size {array.shape[axis]} cannot be padded to {size}.")
     return jnp.pad(array, [(0, size - array.shape[axis] if i == axis else 0) for i in range(array.ndim)])
+
+
+class _Text(str):
+    """A string that represents itself without quotes."""
+
+    __repr__ = str.__str__
+
+
+def _shapes(tree: Any) -> str:
+    """A field's value with the type and shape of each array."""
+    return repr(jax.tree.map(lambda leaf: _Text(short(leaf)), tree, is_leaf=lambda leaf: leaf is None))
 
 
 def is_adapter(node: Any) -> bool:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lora_jax import checks, paths
 from lora_jax.adapters.protocol import Adapter
+from lora_jax.leaves import canonical
 
 Delta = Mapping[str, Adapter]
 
@@ -192,7 +193,7 @@ def _static(node: Adapter) -> str:
 
 def _neutral(path: str, like: Adapter, weights: Mapping[str, Any]) -> Adapter:
     try:
-        return like.neutral(weights.get(path))
+        return like.neutral(canonical(weights.get(path)))
     except ValueError as error:
         if weights and path not in weights:
             raise ValueError(f"base lacks {path!r}; {paths.nearest(path, list(weights))}.") from None

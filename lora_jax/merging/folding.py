@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from lora_jax import paths
 from lora_jax.adapters.factored import compute_dtype
 from lora_jax.adapters.protocol import Adapter, with_frozen_stopped
-from lora_jax.leaves import dequantized
+from lora_jax.leaves import canonical, dequantized
 from lora_jax.transform.call import Arguments, check_delta
 
 Delta = dict[str, Adapter]
@@ -125,6 +125,7 @@ def _changed(params: Any, delta: Delta, change, also: Delta | None = None) -> An
         weight = dequantized(leaf)
         if path not in named:
             return weight
+        weight = canonical(weight)
         result = change(path, weight)
         if _is_finite(weight) and not _is_finite(result):
             raise ValueError(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax import paths
 from lora_jax.adapters.protocol import Adapter, is_adapter, with_frozen_stopped
-from lora_jax.leaves import dequantized, is_array, is_quantized
+from lora_jax.leaves import canonical, dequantized, is_array, is_quantized
 from lora_jax.transform import jaxprs, keyed
 from lora_jax.transform.interpreter import Interpreter, Use
 from lora_jax.transform.weight import Weight, carried, probe
@@ -41,7 +41,7 @@ class Arguments:
         leaves = [*flat.leaves, *others]
         return cls(
             paths=tuple(path for path, leaf in zip(flat.paths, flat.leaves) if is_array(leaf)),
-            arrays=tuple(leaf for leaf in leaves if is_array(leaf)),
+            arrays=tuple(canonical(leaf) for leaf in leaves if is_array(leaf)),
             static=tuple(_ABSENT if is_array(leaf) else leaf for leaf in leaves),
             treedefs=(flat.treedef, treedef),
         )
@@ -124,12 +124,12 @@ class Call:
 def check_delta(delta: Any, arguments: Arguments) -> None:
     """Raises unless `delta` is a dict of adapters that fit the base's leaves."""
     if not isinstance(delta, Mapping):
-        raise TypeError(f"delta is a dict from paths to adapters; got {type(delta).__name__}.")
+        raise TypeError(f"delta is a dict from paths to adapters; got {type(delta).__name__}{_advice(delta, arguments)}.")
     shapes = {path: tuple(leaf.shape) for path, leaf in zip(arguments.paths, arguments.arrays)}
     dtypes = {path: leaf.dtype for path, leaf in zip(arguments.paths, arguments.arrays)}
     for path, node in delta.items():
         if not is_adapter(node):
-            raise TypeError(f"delta[{path!r}] is no adapter but {type(node).__name__}.")
+            raise TypeError(f"delta[{path!r}] is no adapter but {type(node).__name__}{_advice(delta, arguments)}.")
         if path not in shapes:
             raise ValueError(f"The delta adapts {path!r}, which the base lacks; {paths.nearest(path, list(shapes))}.")
         if not jnp.issubdtype(dtypes[path], jnp.inexact):
@@ -141,10 +141,23 @@ def check_delta(delta: Any, arguments: Arguments) -> None:
             raise ValueError(
                 f"delta[{path!r}] has leaves that are None: it is one half of partition(); give join(train, frozen)."
             )
+        for leaf in jax.tree.leaves(node):
+            if not is_array(leaf):
+                raise TypeError(f"delta[{path!r}] has leaves that are no arrays but {type(leaf).__name__}: {node}.")
         if node.shape() != shapes[path]:
             raise ValueError(
                 f"The adapter of {path!r} is for a weight of shape {node.shape()}; the base has {shapes[path]}."
             )
+
+
+def _advice(delta: Any, arguments: Arguments) -> str:
+    """What the caller may have meant who gave something else than a delta."""
+    base = arguments.restored(arguments.arrays)[0]
+    if any(map(is_adapter, jax.tree.leaves(base, is_leaf=is_adapter))):
+        return ": base and delta are exchanged, the base comes first"
+    if isinstance(delta, tuple) and len(delta) == 2 and all(isinstance(half, Mapping) for half in delta):
+        return ": the halves of partition() are given by join(train, frozen)"
+    return ""
 
 
 def entered(

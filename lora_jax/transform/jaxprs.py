@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -141,8 +143,14 @@ def bind(equation: Equation, values: Sequence[Any], **changes: Any) -> list[Any]
 
 
 def source(equation: Equation) -> str:
-    """Where in the user's code an equation comes from."""
-    return source_info_util.summarize(equation.source_info)
+    """Where in the user's code an equation comes from: `model.py:12 (fn)`."""
+    text = source_info_util.summarize(equation.source_info)
+    match = re.fullmatch(r"(.*?):(\d+)(?::\d+)*(?: \((.*)\))?", text)
+    if match is None:
+        return text
+    file, line, function = match.groups()
+    name = (function or "").rsplit(".", 1)[-1]
+    return f"{os.path.basename(file)}:{line}" + (f" ({name})" if name else "")
 
 
 def scan_counts(equation: Equation) -> tuple[int, int]:
