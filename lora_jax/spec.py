@@ -13,7 +13,7 @@ from lora_jax import paths
 from lora_jax.adapters.protocol import Adapter, Recipe, check_axes, is_inexact
 from lora_jax.capturing import capture
 from lora_jax.initializers import GRADIENT
-from lora_jax.leaves import canonical, is_array
+from lora_jax.leaves import canonical, is_array, short
 from lora_jax.linear import all_linear, linear_weights
 from lora_jax.transform.call import path_key
 
@@ -53,7 +53,7 @@ def _check(spec: Any) -> None:
             raise ValueError("The pattern 'all-linear' matches no path: write lora.all_linear, without quotes.")
         if recipe is not None and not isinstance(recipe, Recipe):
             hint = f"; write {recipe.__name__}(…)" if isinstance(recipe, type) else ""
-            raise TypeError(f"The spec's {pattern!r} has no recipe but {recipe!r}{hint}.")
+            raise TypeError(f"The spec's {pattern!r} has no recipe but {short(recipe)}{hint}.")
 
 
 def init(

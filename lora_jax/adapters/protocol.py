@@ -232,6 +232,25 @@ def is_adapter(node: Any) -> bool:
     return isinstance(node, Adapter)
 
 
+def check_adapters(delta: Any, advice: str = "") -> None:
+    """Raises unless `delta` is a whole delta; `advice` ends the message about something else."""
+    if not isinstance(delta, Mapping):
+        given = short(delta) if hasattr(delta, "shape") else type(delta).__name__
+        raise TypeError(f"delta is a dict from paths to adapters; got {given}{advice}.")
+    for path, node in delta.items():
+        if not is_adapter(node):
+            given = short(node) if hasattr(node, "shape") else type(node).__name__
+            raise TypeError(f"delta[{path!r}] is no adapter but {given}{advice}.")
+        leaves = jax.tree.leaves(node, is_leaf=lambda leaf: leaf is None)
+        if any(leaf is None for leaf in leaves):
+            raise ValueError(
+                f"delta[{path!r}] has leaves that are None: it is one half of partition(); give join(train, frozen)."
+            )
+        for leaf in leaves:
+            if isinstance(leaf, bool):
+                raise TypeError(f"delta[{path!r}] is a mask, not an adapter: {node}.")
+
+
 def with_frozen_stopped(node: Adapter) -> Adapter:
     """The adapter, with no derivative with respect to its frozen leaves."""
     return jax.tree.map(lambda trains, leaf: leaf if trains else jax.lax.stop_gradient(leaf), node.trainable(), node)

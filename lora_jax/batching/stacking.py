@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import checks, paths
-from lora_jax.adapters.protocol import Adapter
+from lora_jax.adapters.protocol import Adapter, check_adapters
 from lora_jax.leaves import canonical
 
 Delta = Mapping[str, Adapter]
@@ -45,6 +45,8 @@ def stack(
       >>> stack([one, two, {}], members=4)["w"].a.shape
       (4, 2, 4)
     """
+    if isinstance(deltas, Mapping):
+        raise TypeError("stack takes a list of deltas; write stack([delta]).")
     deltas = list(deltas)
     for name, number in (("members", members), ("rank", rank)):
         if number is not None:
@@ -54,6 +56,7 @@ def stack(
         raise ValueError(f"stack(members={members}): there are {len(deltas)} deltas.")
     found: dict[str, Adapter] = {}
     for delta in deltas:
+        check_adapters(delta)
         for path, node in delta.items():
             found.setdefault(path, node)
     if not found:

@@ -12,7 +12,7 @@ from lora_jax.adapters.conversion import as_low_rank, is_low_rank
 from lora_jax.adapters.factored import compute_dtype
 from lora_jax.adapters.lowrank import LowRank
 from lora_jax.adapters.offset import Addition
-from lora_jax.adapters.protocol import BATCH, Adapter
+from lora_jax.adapters.protocol import BATCH, Adapter, check_adapters
 
 Delta = Mapping[str, Adapter]
 
@@ -43,6 +43,7 @@ def scale(delta: Delta, factor: float) -> dict[str, Adapter]:
       >>> float(scale(delta, -0.5)["w"].scale)
       -0.5
     """
+    check_adapters(delta)
     checks.finite("scale", "factor", factor)
     for path, node in delta.items():
         _need_term(path, node)
@@ -97,6 +98,8 @@ def combine(
         raise ValueError(f"combine(method={method!r}): expected one of {', '.join(map(repr, METHODS))}.")
     if len(deltas) != len(weights) or not deltas:
         raise ValueError(f"combine: {len(deltas)} deltas and {len(weights)} weights; one for each, at least one.")
+    for delta in deltas:
+        check_adapters(delta)
     for weight in weights:
         checks.finite("combine", "weights", weight)
     if rank is not None:
@@ -154,6 +157,7 @@ def truncate(delta: Delta, rank: int) -> dict[str, Adapter]:
     References:
       Eckart and Young, 1936
     """
+    check_adapters(delta)
     checks.positive("truncate", "rank", rank)
     truncated = dict(delta)
     for path, node in delta.items():

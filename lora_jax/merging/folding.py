@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lora_jax import paths
 from lora_jax.adapters.factored import compute_dtype
-from lora_jax.adapters.protocol import Adapter, with_frozen_stopped
+from lora_jax.adapters.protocol import Adapter, check_adapters, with_frozen_stopped
 from lora_jax.leaves import canonical, dequantized
 from lora_jax.transform.call import Arguments, check_delta
 
@@ -156,6 +156,7 @@ def _restored(params: Any, delta: Delta, base: Any) -> Any:
 
 
 def _need_additive(delta: Delta, function: str) -> None:
+    check_adapters(delta)
     fixed = [path for path, node in delta.items() if not node.additive]
     if fixed:
         raise ValueError(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import paths
-from lora_jax.adapters.protocol import Adapter, is_adapter, with_frozen_stopped
+from lora_jax.adapters.protocol import Adapter, check_adapters, is_adapter, with_frozen_stopped
 from lora_jax.leaves import canonical, dequantized, is_array, is_quantized
 from lora_jax.transform import jaxprs, keyed
 from lora_jax.transform.interpreter import Interpreter, Use
@@ -123,27 +123,16 @@ class Call:
 
 def check_delta(delta: Any, arguments: Arguments) -> None:
     """Raises unless `delta` is a dict of adapters that fit the base's leaves."""
-    if not isinstance(delta, Mapping):
-        raise TypeError(f"delta is a dict from paths to adapters; got {type(delta).__name__}{_advice(delta, arguments)}.")
+    check_adapters(delta, _advice(delta, arguments))
     shapes = {path: tuple(leaf.shape) for path, leaf in zip(arguments.paths, arguments.arrays)}
     dtypes = {path: leaf.dtype for path, leaf in zip(arguments.paths, arguments.arrays)}
     for path, node in delta.items():
-        if not is_adapter(node):
-            raise TypeError(f"delta[{path!r}] is no adapter but {type(node).__name__}{_advice(delta, arguments)}.")
         if path not in shapes:
             raise ValueError(f"The delta adapts {path!r}, which the base lacks; {paths.nearest(path, list(shapes))}.")
         if not jnp.issubdtype(dtypes[path], jnp.inexact):
             raise ValueError(
                 f"The delta adapts {path!r}, which has the dtype {dtypes[path]}: integers would round the update away."
             )
-        missing = [leaf for leaf in jax.tree.leaves(node, is_leaf=lambda x: x is None) if leaf is None]
-        if missing:
-            raise ValueError(
-                f"delta[{path!r}] has leaves that are None: it is one half of partition(); give join(train, frozen)."
-            )
-        for leaf in jax.tree.leaves(node):
-            if not is_array(leaf):
-                raise TypeError(f"delta[{path!r}] has leaves that are no arrays but {type(leaf).__name__}: {node}.")
         if node.shape() != shapes[path]:
             raise ValueError(
                 f"The adapter of {path!r} is for a weight of shape {node.shape()}; the base has {shapes[path]}."
@@ -152,9 +141,13 @@ def check_delta(delta: Any, arguments: Arguments) -> None:
 
 def _advice(delta: Any, arguments: Arguments) -> str:
     """What the caller may have meant who gave something else than a delta."""
+    if isinstance(delta, Mapping) and all(map(is_adapter, delta.values())):
+        return ""
     base = arguments.restored(arguments.arrays)[0]
     if any(map(is_adapter, jax.tree.leaves(base, is_leaf=is_adapter))):
         return ": base and delta are exchanged, the base comes first"
+    if is_array(delta):
+        return ": it comes second, after the base"
     if isinstance(delta, tuple) and len(delta) == 2 and all(isinstance(half, Mapping) for half in delta):
         return ": the halves of partition() are given by join(train, frozen)"
     return ""
@@ -168,6 +161,8 @@ def entered(
 ) -> list[Any]:
     """The inputs of a call, adapted weights in place of the base's."""
     keyed.note(dropout_key is not None)
+    if dropout_key is not None and not is_array(dropout_key):
+        raise TypeError(f"dropout_key is a PRNG key, from jax.random.key; got {type(dropout_key).__name__}.")
     if dropout_key is not None and not jax.dtypes.issubdtype(dropout_key.dtype, jax.dtypes.prng_key):
         dropout_key = jax.random.wrap_key_data(dropout_key)
     inputs = list(arguments.arrays)

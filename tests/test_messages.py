@@ -1,0 +1,115 @@
+"""What is said about arguments in the wrong place, and how deltas print: short, and never a whole array."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lora
+
+
+def fn(params, x):
+    return jnp.tanh(x @ params["hidden"])
+
+
+BASE, X = {"hidden": jnp.ones((64, 8)), "bias": jnp.ones(8)}, jnp.ones((2, 64))
+
+
+@functools.cache
+def delta():
+    return lora.init(jax.random.key(0), BASE, {"hidden": lora.LoRA(2)}, fn, X)
+
+
+def halves():
+    return lora.partition(delta())
+
+
+EXCHANGED = "base and delta are exchanged, the base comes first"
+JOIN = r"join\(train, frozen\)"
+CALLS = {
+    "adapted, exchanged": (lambda: lora.adapt(fn)(delta(), BASE, X), EXCHANGED),
+    "adapted, delta last": (lambda: lora.adapt(fn)(BASE, X, delta()), r"got float32\[2,64\]|got f32\[2,64\]: it comes"),
+    "merge, exchanged": (lambda: lora.merge(delta(), BASE), EXCHANGED),
+    "explain, exchanged": (lambda: lora.explain(fn, delta(), BASE, X), EXCHANGED),
+    "summary, exchanged": (lambda: lora.summary(delta(), BASE), EXCHANGED),
+    "unmerge, exchanged": (lambda: lora.unmerge(delta(), BASE), r"'hidden'\] is no adapter but f32\[64,8\]"),
+    "switch_task, a base": (lambda: lora.switch_task(BASE, BASE, delta()), r"'hidden'\] is no adapter"),
+    "init, exchanged": (lambda: lora.init(jax.random.key(0), {"hidden": lora.LoRA(2)}, BASE), r"f32\[64,8\]"),
+    "adapted, a half": (lambda: lora.adapt(fn)(BASE, halves()[0], X), JOIN),
+    "adapted, both halves": (lambda: lora.adapt(fn)(BASE, halves(), X), JOIN),
+    "merge, a half": (lambda: lora.merge(BASE, halves()[0]), JOIN),
+    "stack, halves": (lambda: lora.stack([halves()[0]]), JOIN),
+    "truncate, a half": (lambda: lora.truncate(halves()[0], 1), JOIN),
+    "combine, a base": (lambda: lora.combine([BASE], [1.0]), r"'hidden'\] is no adapter"),
+    "stack, one delta": (lambda: lora.stack(delta()), r"stack\(\[delta\]\)"),
+    "adapted, a mask": (lambda: lora.adapt(fn)(BASE, lora.trainable_mask(delta()), X), "is a mask"),
+    "a key that is a number": (lambda: lora.adapt(fn)(BASE, delta(), X, dropout_key=3), "PRNG key.*got int"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_wrong_arguments_get_one_short_sentence(name):
+    call, message = CALLS[name]
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        call()
+    assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+
+
+def test_adapters_print_shapes():
+    assert repr(delta()) == "{'hidden': LoRA(a=f32[2,64], b=f32[2,8], scale=f32[], dropout=f32[])}"
+    train = halves()[0]
+    assert repr(train["hidden"]) == "LoRA(a=f32[2,64], b=f32[2,8], scale=None, dropout=None)"
+    assert repr(lora.trainable_mask(delta())["hidden"]) == "LoRA(a=True, b=True, scale=False, dropout=False)"
+    shapes = jax.eval_shape(lambda: delta())["hidden"]
+    assert repr(shapes) == repr(delta()["hidden"]) == repr(jax.tree.map(np.asarray, delta()["hidden"]))
+    traced = []
+    jax.jit(lambda node: traced.append(repr(node)))(delta()["hidden"])
+    assert traced == [repr(shapes)]
+    rows = lora.init(jax.random.key(0), BASE, {"hidden": lora.Rows([1, 3])}, lambda p, i: p["hidden"][i], jnp.arange(2))
+    assert "ids=i32[2]" in repr(rows)
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), delta()["hidden"])
+    assert repr(narrow).startswith("LoRA(a=bf16[2,64]")
+
+
+def test_explanations_print_a_line_for_each_use():
+    def twice(params, x):
+        return fn(params, x) @ jnp.sin(params["hidden"]).T
+
+    explained = lora.explain(twice, BASE, delta(), X)
+    lines = repr(explained).splitlines()
+    assert lines == str(explained).splitlines() and len(lines) == 2
+    for line, name in zip(lines, ("(fn)", "(twice)"), strict=True):
+        assert "at test_messages.py:" in line and name in line and "/" not in line.split(": ")[1]
+        assert len(line) < 120
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [lora.LoRA(2), lora.DoRA(2), lora.Full(), lora.Rows([0, 1]), lora.IA3(), lora.LoHa(2), lora.LoRA(2, init="pissa")],
+    ids=lambda recipe: type(recipe).__name__,
+)
+def test_numpy_float64_warns_no_more_than_the_function(recipe):
+    """Warnings are errors here; JAX warns where code asks for float64 while x64 is off."""
+    rng = np.random.default_rng(0)
+    base, x = {"hidden": rng.normal(size=(6, 4))}, rng.normal(size=(3, 6))
+    made, changes = lora.prepare(jax.random.key(0), base, {"hidden": recipe}, fn, [(x,)])
+    adapted = lora.adapt(fn)
+    expected = fn(base, x)
+    for function in (adapted, adapted, jax.jit(adapted)):
+        np.testing.assert_allclose(function(made, changes, x), expected, atol=1e-5)
+    merged = lora.merge(made, changes)
+    assert merged["hidden"].dtype == expected.dtype == jnp.float32
+    lora.unmerge(merged, changes, made)
+    stacked = lora.stack([changes, {}], base=made)
+    lora.route(adapted)(made, stacked, [0, 1, 0], x)
+    str(lora.explain(fn, made, changes, x)), str(lora.summary(made, changes))
+    train, frozen = lora.partition(changes)
+    jax.grad(lambda train: adapted(made, lora.join(train, frozen), x).sum())(train)
+
+
+def test_numpy_keeps_what_is_not_adapted():
+    base = {"hidden": np.ones((6, 4)), "table": np.ones((3, 2))}
+    changes = lora.init(jax.random.key(0), base, {"hidden": lora.LoRA(2, axes=("in", "out"))})
+    assert lora.merge(base, changes)["table"] is base["table"]
