@@ -63,7 +63,7 @@ class TrainState:
         check_transform(tx, "TrainState.create")
         train, frozen = partition(delta)
         opt_state = init_for(tx, train, "TrainState.create")
-        check_serves(tx, opt_state, train, frozen, "TrainState.create")
+        check_serves(tx, train, frozen, "TrainState.create")
         # Copies: some transforms keep the parameters themselves, and no buffer can be donated twice.
         train, opt_state, key = jax.tree.map(_copied, (train, opt_state, key))
         number = jnp.zeros((), jnp.int32)

@@ -1,8 +1,10 @@
 """The compiled training step: gradients, accumulation and metrics, by jit or by pmap."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -195,7 +197,6 @@ def train_step(
         train, frozen = halves.split(state.delta)
         static, arrays = Static.split(state.base)
         carry = (train, state.opt_state, state.step, state.key)
-        check_alive(carry)
         if pmap and not isinstance(jax.tree.leaves(train)[0], jax.ShapeDtypeStruct):
             # Once: what comes back is replicated already, and compiles nothing else.
             arrays, frozen, carry = _replicated((arrays, frozen, carry))
@@ -210,8 +211,9 @@ def train_step(
         return TrainState(base, halves.join(train, frozen), opt_state, number, key), metrics
 
     def run(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        given = arguments(state, batch)
-        results = compiled(given[4])(*given)
+        with explaining_donation(state, check=pmap):
+            given = arguments(state, batch)
+            results = compiled(given[4])(*given)
         keyed.warn_without_key(calls, state.delta)
         return finish(state, given, results)
 
@@ -219,10 +221,12 @@ def train_step(
         given = arguments(state, batch)
 
         def call(program: jax.stages.Compiled, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-            now = arguments(state, batch)
-            if now[:2] != given[:2]:
-                raise TypeError("The compiled step was lowered for a base and delta of another structure.")
-            return finish(state, now, program(*now[2:]))
+            with explaining_donation(state, check=pmap):
+                now = arguments(state, batch)
+                if now[:2] != given[:2]:
+                    raise TypeError("The compiled step was lowered for a base and delta of another structure.")
+                results = program(*now[2:])
+            return finish(state, now, results)
 
         return Lowered(compiled(given[4]).lower(*given), call)
 
@@ -261,14 +265,29 @@ def check_state(state: Any, kind: type) -> None:
         raise TypeError(f"step(state, batch): state is a {kind.__name__}; got {type(state).__name__}.")
 
 
-def check_alive(carry: Any) -> None:
-    """Raises `RuntimeError` if an earlier step consumed the buffers of a state."""
-    arrays = [x for x in jax.tree.leaves(carry) if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)]
-    if any(array.is_deleted() for array in arrays):
+@contextlib.contextmanager
+def explaining_donation(state: Any, *, check: bool = False) -> Iterator[None]:
+    """Says what happened where JAX reports that the buffers of a state are gone: an earlier step reused them.
+
+    Args:
+      state: What the step is given.
+      check: Whether to look at the buffers first: where they are gone, pmap ends the process.
+    """
+    try:
+        if check and any(map(_is_deleted, jax.tree.leaves(state))):
+            raise RuntimeError("a buffer of the state was donated")
+        yield
+    except (RuntimeError, ValueError) as error:
+        if not re.search("deleted|donated", str(error)) or not any(map(_is_deleted, jax.tree.leaves(state))):
+            raise
         raise RuntimeError(
             "This state was given to a step before, which reused its buffers (donation). Go on with the state that "
             "the step returned, or make the step with donate=False to use a state more than once."
-        )
+        ) from error
+
+
+def _is_deleted(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
 
 
 def check_batch(batch: Any, accumulate: int, devices: int = 1) -> None:

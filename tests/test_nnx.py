@@ -91,8 +91,8 @@ def test_adapted_with_dropout_and_batch_statistics(x):
     delta = lora.init(jax.random.key(0), base, {r"layers/.*kernel": lora.LoRA(2)}, apply_fn, x, **options)
     out, changed = lora.adapt(apply_fn)(base, delta, x, **options)
     expected, expected_changed = apply_fn(base, x, **options)
-    np.testing.assert_array_equal(out, expected)
-    jax.tree.map(np.testing.assert_array_equal, changed, expected_changed)
+    np.testing.assert_allclose(out, expected, rtol=1e-5)  # one compiled program rounds otherwise than single operations
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5), changed, expected_changed)
 
 
 def test_a_base_that_does_not_fit(x):

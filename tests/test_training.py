@@ -339,23 +339,27 @@ def test_a_skipped_step_on_a_mesh(base, batch):
     chex.assert_trees_all_equal(state.delta, before)
 
 
-def test_a_state_that_a_step_consumed(base, batch):
+@pytest.mark.parametrize("pmap", [False, True])
+def test_a_state_that_a_step_consumed(pmap, base, batch):
     tx = optax.sgd(0.1)
-    state, step = start(base, batch, tx), lora.train_step(plain, tx)
-    after, _ = step(state, batch)
+    step = lora.train_step(plain, tx, pmap=pmap)
+    state, _ = step(start(base, batch, tx), batch)  # what pmap consumes is the replicated state that it returned
+    step(state, batch)
     with pytest.raises(RuntimeError, match=r"given to a step before.*donate=False"):
         step(state, batch)
-    step = lora.train_step(plain, tx, donate=False)
-    first, _ = step(after, batch)
-    second, _ = step(after, batch)
+    state, step = start(base, batch, tx), lora.train_step(plain, tx, pmap=pmap, donate=False)
+    first, _ = step(state, batch)
+    second, _ = step(state, batch)
     chex.assert_trees_all_equal(first.delta, second.delta)
 
 
-def test_a_lowered_step_compiles_to_a_step(base, batch):
+@pytest.mark.parametrize("pmap", [False, True])
+def test_a_lowered_step_compiles_to_a_step(pmap, base, batch):
     tx = optax.sgd(0.1, momentum=0.9)
-    step = lora.train_step(plain, tx, donate=False)
+    step = lora.train_step(plain, tx, donate=False, pmap=pmap)
     state = start(base, batch, tx)
     compiled = step.lower(state, batch).compile()
+    assert isinstance(compiled.memory_analysis().temp_size_in_bytes, int)
     expected, metrics = step(state, batch)
     got, other = compiled(state, batch)
     chex.assert_trees_all_equal((got.delta, other), (expected.delta, metrics))

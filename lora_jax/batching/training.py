@@ -16,7 +16,7 @@ from lora_jax.batching.stacking import stack
 from lora_jax.optim import partition
 from lora_jax.optim.extra import check_serves, check_transform, init_for, update_with
 from lora_jax.state import replace_fields
-from lora_jax.training import Metrics, Static, check_alive, check_batch, check_state
+from lora_jax.training import Metrics, Static, check_batch, check_state, explaining_donation
 from lora_jax.transform import keyed
 from lora_jax.update import select, update_of
 
@@ -94,7 +94,7 @@ class TrainStates:
             train, frozen = partition(delta)
             of_member = _made(tx, *fixed)
             opt_state = init_for(of_member, train, where)
-            check_serves(of_member, opt_state, train, frozen, where)
+            check_serves(of_member, train, frozen, where)
             return opt_state
 
         return cls(
@@ -213,10 +213,10 @@ def train_many(
         members = len(states.active)
         check_sizes(members, batch_axes, batch, f"The states have {members} members; the batch has {{}}.")
         carry = (states.delta, states.opt_state, states.step, states.key)
-        check_alive(carry)
         fixed = (states.hyper, states.active, states.present)
         static, arrays = Static.split(states.base)
-        (delta, opt_state, number, key), metrics = compiled(static, arrays, carry, fixed, batch)
+        with explaining_donation(states):
+            (delta, opt_state, number, key), metrics = compiled(static, arrays, carry, fixed, batch)
         keyed.warn_without_key(calls, delta)
         return states.replace(delta=delta, opt_state=opt_state, step=number, key=key), metrics
 

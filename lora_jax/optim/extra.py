@@ -64,12 +64,11 @@ def init_for(tx: optax.GradientTransformation, train: Any, where: str) -> Any:
         raise refusal(error, where) from error
 
 
-def check_serves(tx: optax.GradientTransformation, state: Any, train: Any, frozen: Any, where: str) -> None:
+def check_serves(tx: optax.GradientTransformation, train: Any, frozen: Any, where: str) -> None:
     """Raises unless a training step can call `tx.update`. The update is traced, not run.
 
     Args:
       tx: An Optax transform.
-      state: From `tx.init(train)`.
       train: The trained half of a delta.
       frozen: The other half.
       where: The beginning of the message.
@@ -79,15 +78,23 @@ def check_serves(tx: optax.GradientTransformation, state: Any, train: Any, froze
         the parameters (`optax.lbfgs`, line searches, opaque `optax.contrib.sam`).
     """
 
-    def update(train, state, frozen):
+    def update(train, frozen):
         extra = step_arguments(jnp.zeros((), jnp.float32), train, frozen)
-        return update_with(tx, train, state, train, extra)
+        return update_with(tx, train, tx.init(train), train, extra)
 
-    try:
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            jax.eval_shape(update, train, state, frozen)
-    except Exception as error:  # whatever the transform raises: its message is passed on
-        raise refusal(error, where) from error
+    # One adapter of each shape, for a trace of hundreds takes seconds; all of them where that is not enough, as for
+    # transforms that look for paths.
+    alike = {(jax.tree.structure(node), *map(jax.typeof, jax.tree.leaves(node))): path for path, node in train.items()}
+    some = sorted(alike.values())
+    for chosen in ([some] if len(some) < len(train) else []) + [list(train)]:
+        try:
+            with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+                jax.eval_shape(update, *({path: half[path] for path in chosen} for half in (train, frozen)))
+        except Exception as error:  # whatever the transform raises: its message is passed on
+            if chosen is not some:
+                raise refusal(error, where) from error
+        else:
+            return
 
 
 def refusal(error: Exception, where: str) -> ValueError:
