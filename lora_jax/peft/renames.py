@@ -33,8 +33,8 @@ def running(name: str) -> Iterator[str]:
     """The names that a tensor of a checkpoint may have in the running model, apart from its own.
 
     Example:
-      >>> list(running("vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"))
-      ['model.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight']
+      >>> list(running("model.layers.0.block_sparse_moe.gate.weight"))[-1]
+      'model.layers.0.mlp.gate.weight'
     """
     for rules in _RULES:
         renamed = name
