@@ -88,11 +88,6 @@ class Template:
         return self._renderer.has_generation
 
     @property
-    def variables(self) -> frozenset[str]:
-        """The names of the variables that the template reads."""
-        return self._renderer.variables
-
-    @property
     def identity(self) -> list[Any]:
         """All that decides what is rendered, as JSON's data."""
         other = self.with_tools and self.with_tools.identity

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from experiments.errors import UserError
+from experiments.errors import UserError, reading
 
 Span = tuple[int, int]
 """Characters of a text, from the first to behind the last."""
@@ -184,19 +184,24 @@ class LiteralTokenizer:
     Args:
       tokenizer: Without a post-processor.
       control: Its control tokens.
+      where: The file it is from, for errors.
     """
 
-    def __init__(self, tokenizer: Tokenizer, control: ControlTokens):
-        self._tokenizer, self._control = tokenizer, control
+    def __init__(self, tokenizer: Tokenizer, control: ControlTokens, where: str):
+        self._tokenizer, self._control, self._where = tokenizer, control, where
 
     def encode(self, texts: Sequence[tuple[str, Sequence[Span]]]) -> list[Tokens]:
         """The tokens of texts.
 
         Args:
           texts: Each with the spans of it that are literal.
+
+        Raises:
+          UserError: The tokenizer fails: its file is damaged.
         """
-        encodings = iter(self._tokenizer.encode_batch([text for text, literal in texts if not literal]))
-        return [self._literal(text, literal) if literal else _tokens(next(encodings)) for text, literal in texts]
+        with reading(self._where, "a tokenizer"):
+            encodings = iter(self._tokenizer.encode_batch([text for text, literal in texts if not literal]))
+            return [self._literal(text, literal) if literal else _tokens(next(encodings)) for text, literal in texts]
 
     def _literal(self, text: str, literal: Sequence[Span]) -> Tokens:
         tokenizer, names = self._renamed
@@ -233,8 +238,8 @@ class LiteralTokenizer:
         for spelling, name in names.items():
             if renamed.token_to_id(name) != self._tokenizer.token_to_id(spelling):
                 raise UserError(
-                    f"the tokenizer cannot keep {spelling!r} in a message's text apart from its control token; "
-                    'control_tokens "parse" reads it as the token'
+                    f"{self._where}: the tokenizer cannot keep {spelling!r} in a message's text apart from its control "
+                    'token; control_tokens "parse" reads it as the token'
                 )
         return renamed, names
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from experiments.errors import UserError
+from experiments.errors import UserError, reading
 from experiments.input.boundaries import BoundaryTokenizer
 from experiments.input.chat import Template, texts_of
 from experiments.input.control import ControlTokens, LiteralTokenizer, Span
@@ -164,7 +164,7 @@ class Encoder:
 
     @functools.cached_property
     def _tokenizer(self) -> LiteralTokenizer:
-        return LiteralTokenizer(self.tokenizer, self.control)
+        return LiteralTokenizer(self.tokenizer, self.control, str(self.directory / "tokenizer.json"))
 
     @functools.cached_property
     def _boundaries(self) -> BoundaryTokenizer:
@@ -272,7 +272,8 @@ def load_encoder(
         control=control,
         literal=options.control_tokens == "text",
     )
-    around = _around(tokenizer)
+    with reading(directory / "tokenizer.json", "a tokenizer"):
+        around = _around(tokenizer)
     # It is applied here; with it, offsets may leave out the space before a word, which is then nobody's to learn.
     tokenizer.post_processor = None
     return Encoder(tokenizer, template, end, directory, options, vocabulary, around, control, Counter())

@@ -4,6 +4,7 @@ It reads a JSON object a line from the standard input and answers each with one 
 :class:`experiments.input.rendering.Renderer`, which runs it. It imports nothing of the project, so that it starts fast.
 """
 
+import contextlib
 import functools
 import json
 import resource
@@ -15,7 +16,6 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
-import jinja2.meta
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -55,8 +55,6 @@ class ChatTemplate:
         functions = {"raise_exception": _raise, "strftime_now": datetime.fromisoformat(today).strftime}
         environment.filters["tojson"] = self._to_json
         self._template = environment.from_string(source, globals=functions)
-        # Parsed a second time: compiled code does not say which variables it reads.
-        self.variables = sorted(jinja2.meta.find_undeclared_variables(environment.parse(source)))
         generation = environment.extensions[Generation.identifier]
         assert isinstance(generation, Generation)
         self._generation, self.has_generation = generation, generation.used
@@ -138,13 +136,14 @@ def main(seconds: float, memory: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (memory if hard == resource.RLIM_INFINITY else min(memory, hard), hard))
+    with contextlib.suppress(ValueError):  # macOS has the name, but not the limit
+        resource.setrlimit(resource.RLIMIT_AS, (memory if hard == resource.RLIM_INFINITY else min(memory, hard), hard))
     templates: list[ChatTemplate] = []
 
     def compiled() -> dict[str, Any]:
         first = json.loads(sys.stdin.readline())
         templates.append(ChatTemplate(first["source"], first["today"]))
-        return {"has_generation": templates[0].has_generation, "variables": templates[0].variables}
+        return {"has_generation": templates[0].has_generation}
 
     limited(seconds, compiled)
     for line in iter(sys.stdin.readline, ""):

@@ -42,7 +42,6 @@ class Renderer:
 
     Attributes:
       has_generation: Whether the template has `{% generation %}` blocks.
-      variables: The names of the variables that the template reads.
 
     Raises:
       UserError: It is no Jinja template, or its compilation exceeds a limit.
@@ -58,7 +57,6 @@ class Renderer:
         except RenderingError as error:
             raise UserError(f"{where}: the chat template is not valid Jinja ({error})") from None
         self.has_generation: bool = answer["has_generation"]
-        self.variables: frozenset[str] = frozenset(answer["variables"])
 
     def render(
         self, groups: Sequence[Sequence[Mapping[str, Any]]], marks: Sequence[str]

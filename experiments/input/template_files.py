@@ -1,6 +1,7 @@
 """Where a chat template is found: in a checkpoint's files, or where a user says."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,10 @@ def load_template(
         return None
     if default not in named:
         raise UserError(f"{where}: chat templates {', '.join(named)}, none of them is named {default}")
+
+    for name in arguments or ():
+        if not any(re.search(rf"\b{re.escape(name)}\b", source) for source in named.values()):
+            raise UserError(f"template_arguments: the chat template of {where} reads no variable {name}")
 
     def made(name: str, other: Template | None = None) -> Template:
         options: Any = {"arguments": arguments, "control": control, "literal": literal, "with_tools": other}

@@ -151,7 +151,7 @@ def _marked(plan: Plan, renderings: Sequence[Marked | RenderingError], notes: Co
     said = "".join(whole.text[begin:end] for begin, end in spans)
     for number in plan.learned:
         _check(template, record.messages[number], said, f"{place}, message {number + 1}")
-    _note_calls(plan, whole.text, notes)
+    _note_tools(plan, whole.text, notes)
     example = Example(whole.text, spans, whole.literal)
     _note_end(template, example, notes)
     return example
@@ -195,7 +195,7 @@ def _everything(plan: Plan, renderings: Sequence[Marked | RenderingError], notes
         excluded = example.spans
     edges = [0, *(edge for span in excluded for edge in span), len(whole.text)]
     spans = [(begin, end) for begin, end in zip(edges[::2], edges[1::2]) if end > begin]
-    _note_calls(plan, whole.text, notes)
+    _note_tools(plan, whole.text, notes)
     return Example(whole.text, spans, whole.literal)
 
 
@@ -216,7 +216,7 @@ def _by_turns(plan: Plan, renderings: Sequence[Marked | RenderingError], notes: 
         _note_end(plan.template, example, notes)
         examples.append(example)
     if isinstance(whole, Marked):
-        _note_calls(plan, whole.text, notes)
+        _note_tools(plan, whole.text, notes)
         if len(examples) == len(plan.learned) and all(whole.text.startswith(one.text) for one in examples):
             spans = [span for one in examples for span in one.spans]
             return [Example(whole.text, spans, whole.literal)]
@@ -291,11 +291,14 @@ def _check(template: Template, message: Message, said: str, place: str) -> None:
             )
 
 
-def _note_calls(plan: Plan, text: str, notes: Counter[str]) -> None:
+def _note_tools(plan: Plan, text: str, notes: Counter[str]) -> None:
     learned = () if plan.everything else plan.learned
     others = [message for number, message in enumerate(plan.record.messages) if number not in learned]
     if any(not _appears(name, text) for message in others for name in _calls(message)):
         notes["tool_calls that are not learned are left out by the chat template"] += 1
+    functions = [tool.get("function", tool) for tool in plan.record.tools or ()]
+    if any(not _appears(str(function.get("name")), text) for function in functions):
+        notes["tools are left out by the chat template"] += 1
 
 
 def _calls(message: Message) -> list[str]:

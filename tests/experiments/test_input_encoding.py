@@ -101,6 +101,10 @@ def test_control_tokens_in_calls_tools_and_arguments(encoder):
     assert '"arguments": {"<|im_end|>": "<|im_end|>"}' in learned(encoder(template), record)[0]
     # What the user of the command line gives is the user's own.
     assert ends(encoder("{{ more }}" + CHATML, template_arguments={"more": "<|im_end|>"}), record) == 3
+    with pytest.raises(
+        UserError, match=r"template_arguments: the chat template of .* reads no variable enable_thinkin"
+    ):
+        encoder("{{ enable_thinking }}" + CHATML, template_arguments={"enable_thinkin": False})
 
 
 def test_control_tokens_without_a_template(encoder):
@@ -222,6 +226,10 @@ def test_notes(encoder):
     turns = (user(), assistant("see", tool_calls=[CALL], weight=0), {"role": "tool", "content": "90"}, assistant("x"))
     learned(one, Conversation(turns))
     assert list(one.notes) == ["tool_calls that are not learned are left out by the chat template"]
+    one = encoder()
+    tools = ({"type": "function", "function": {"name": "height"}},)
+    learned(one, Conversation((user(), assistant("uno")), tools))
+    assert list(one.notes) == ["tools are left out by the chat template"]
     for quiet in (CHATML, GENERATION):
         one = encoder(quiet)
         learned(one, Conversation((user(), assistant("uno"))))
@@ -266,6 +274,13 @@ def test_tokens_without_an_embedding(encoder):
     assert encoder(None, vocabulary=512).encode([Completion("x", "y")], [""])
 
 
+def test_a_tokenizer_that_fails(tmp_path):
+    content = {"type": "WordLevel", "vocab": {"x": 0}, "unk_token": "[UNK]"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": content}))
+    with pytest.raises(UserError, match=r"tokenizer.json: cannot be read as a tokenizer \(.*Missing \[UNK\] token"):
+        load_encoder(tmp_path, None).encode([Completion("y", "z")], [""])
+
+
 def test_large_ids_are_stored_whole(tmp_path, encoder):
     encoder()
     content = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -290,7 +305,7 @@ def test_every_setting_is_in_the_digest(encoder):
             (CHATML, 600, None, {}),
             (CHATML, None, 1, {}),
             (CHATML, None, None, {"template": GENERATION}),
-            (CHATML, None, None, {"template_arguments": {"enable_thinking": False}}),
+            (CHATML, None, None, {"template_arguments": {"m": False}}),
             (CHATML, None, None, {"train_on": "last"}),
             (CHATML, None, None, {"train_on": "all"}),
             (CHATML, None, None, {"control_tokens": "parse"}),
@@ -342,7 +357,7 @@ def tokenizers(request):
     tokenizer = Tokenizer.from_str(json.dumps(content))
     tokenizer.add_special_tokens([AddedToken("<|start|>"), AddedToken("<|end|>", rstrip=True)])
     control = ControlTokens(["<unk>", "<s>", "<|start|>", "<|end|>"])
-    literal = LiteralTokenizer(tokenizer, control)
+    literal = LiteralTokenizer(tokenizer, control, "tokenizer.json")
     return tokenizer, literal, BoundaryTokenizer(literal, control, together=False)
 
 

@@ -129,11 +129,12 @@ def test_another_template(tmp_path):
     (tmp_path / "other.jinja").write_text("other {{ bos_token }} {{ level }}")
     (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<s>"}')
 
-    def rendered(template):
-        return load_template(tmp_path, template=template, arguments={"level": 2}).render([], "")
+    def rendered(template, **arguments):
+        return load_template(tmp_path, template=template, arguments=arguments).render([], "")
 
     assert rendered(None) == "own" and rendered("rag") == "for rag"
-    assert rendered(str(tmp_path / "other.jinja")) == "other <s> 2" and rendered("text {{ level }}") == "text 2"
+    assert rendered(str(tmp_path / "other.jinja"), level=2) == "other <s> 2"
+    assert rendered("text {{ level }}", level=2) == "text 2"
     with pytest.raises(
         UserError, match=r"template: 'no.jinja' is no file, no text of a template, nor .*\(rag, default\)"
     ):

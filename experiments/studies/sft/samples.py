@@ -104,7 +104,10 @@ def ends(directory: Path) -> tuple[int, ...]:
         found = checkpoint.read_config(directory, _GENERATION).get("eos_token_id")
     if found is None:
         found = checkpoint.read_config(directory).get("eos_token_id")
-    return () if found is None else tuple(found) if isinstance(found, list) else (int(found),)
+    numbers = () if found is None else tuple(found) if isinstance(found, list) else (found,)
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise UserError(f"{directory}: eos_token_id is {found!r}, expected a token's number or a list of them")
+    return numbers
 
 
 def _prompts(encoder: Encoder, records: Records, count: int, length: int) -> Prompts:
