@@ -147,6 +147,20 @@ def test_programs_are_let_go_with_their_function_and_its_variables(base, delta, 
     assert [reference() for reference in held] == [None, None]
 
 
+def test_the_arguments_of_a_call_are_not_kept(base, delta, x):
+    adapted = lora.adapt(Counted())
+
+    def references(base, delta, x):
+        adapted(base, delta, x)
+        with jax.checking_leaks():
+            jax.grad(lambda x: adapted(base, delta, x).sum())(x)
+        return [weakref.ref(leaf) for leaf in jax.tree.leaves((base, delta, x))]
+
+    held = references(*jax.tree.map(jnp.array, (base, delta, x)))
+    gc.collect()
+    assert [reference() for reference in held] == [None] * len(held)
+
+
 def test_an_object_that_holds_its_function_is_let_go(base, delta, x):
     class Owner:
         def __init__(self):

@@ -79,7 +79,7 @@ def adapt(fn: Callable, *, flatten: bool = True) -> Callable:
             # A number that changes from call to call costs a trace each time, but no compilation.
             varies = lasts and any(other.kind == key.kind for other in programs.keys(read()))
             options = {"compiles": compiles and not varies, "later": compiles}
-            evaluation = Evaluation(call, Interpreter(flatten=flatten), leaves, name, **options)
+            evaluation = Evaluation(call, Interpreter(flatten=flatten), leaves.structure, name, **options)
             if lasts:
                 # Read again: while it was traced, the function may have bound variables itself.
                 programs.put(read(), key, evaluation)

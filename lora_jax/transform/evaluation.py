@@ -1,5 +1,6 @@
 """One traced call of a function on a base and a delta, evaluated as often as arguments of its kind come."""
 
+import dataclasses
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,34 +21,43 @@ class Key(NamedTuple):
     static: Hashable
 
 
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """A tree of arguments without its arrays."""
+
+    treedef: Any
+    leaves: list[Any]
+
+    def tree(self, arrays: Sequence[Any]) -> Any:
+        """The tree with these arrays."""
+        queue = iter(arrays)
+        return jax.tree.unflatten(self.treedef, [next(queue) if leaf is _ARRAY else leaf for leaf in self.leaves])
+
+
 class Leaves:
     """The leaves of a tree of arguments, arrays apart from the rest.
 
     Attributes:
+      structure: The tree without its arrays.
       arrays: The arrays, in order.
       key: Of a trace with them; None where the leaves that are no arrays cannot be hashed.
     """
 
     def __init__(self, tree: Any):
-        leaves, self._treedef = jax.tree.flatten(tree)
-        self.arrays, types, kinds = [], [], []
-        self._static = leaves  # in place: this runs at every call
-        for position, leaf in enumerate(leaves):
+        leaves, treedef = jax.tree.flatten(tree)
+        self.structure = Structure(treedef, leaves)
+        self.arrays, types, others = [], [], []
+        for position, leaf in enumerate(leaves):  # as little as can be: this runs at every call
             if type(leaf) is jaxprs.ConcreteArray:  # many times as fast as isinstance
                 types.append(leaf.aval)
             elif is_array(leaf):
                 types.append(jax.typeof(leaf))
             else:
-                kinds.append((position, type(leaf), leaf))
+                others.append((position, type(leaf), leaf))
                 continue
             self.arrays.append(leaf)
             leaves[position] = _ARRAY
-        self.key = _hashable(Key((self._treedef, tuple(types), jaxprs.trace_context()), tuple(kinds)))
-
-    def tree(self, arrays: Sequence[Any]) -> Any:
-        """The tree with other arrays."""
-        queue = iter(arrays)
-        return jax.tree.unflatten(self._treedef, [next(queue) if leaf is _ARRAY else leaf for leaf in self._static])
+        self.key = _hashable(Key((treedef, tuple(types), jaxprs.trace_context()), tuple(others)))
 
     def are_together(self) -> bool:
         """Whether one compiled program can take the arrays: none is bound to other devices than another."""
@@ -73,15 +83,17 @@ class Evaluation:
     Args:
       call: The traced call.
       interpreter: Evaluates it.
-      leaves: Of `(base, delta, args, kwargs, dropout_key)`; later ones differ in their arrays only.
+      structure: Of `(base, delta, args, kwargs, dropout_key)`.
       name: Of the compiled program.
       compiles: Whether the next call outside of transformations compiles.
       later: Whether calls after it do.
     """
 
-    def __init__(self, call: Call, interpreter: Interpreter, leaves: Leaves, name: str, *, compiles: bool, later: bool):
+    def __init__(
+        self, call: Call, interpreter: Interpreter, structure: Structure, name: str, *, compiles: bool, later: bool
+    ):
         def results(consts, arrays):
-            base, delta, args, kwargs, dropout_key = leaves.tree(arrays)
+            base, delta, args, kwargs, dropout_key = structure.tree(arrays)
             arguments = Arguments.of(base, args, kwargs).varying_with(delta)
             return call.results(interpreter, consts, entered(delta, arguments, dropout_key, interpreter))
 
