@@ -32,7 +32,8 @@ def functional(model: nnx.Module) -> tuple[Callable, dict[str, Any]]:
       Weights go back into the module by `nnx.update(model, lora.merge(base, delta))` or :func:`updated`.
 
     Raises:
-      TypeError: `model` is not an NNX module but, for example, a Linen module, a class or a function.
+      TypeError: `model` is not an NNX module but, for example, a Linen module, a class or a function. (From
+        `apply_fn`:) `rngs` is no key.
       ValueError: (from `apply_fn`) The call changes a variable, other than a parameter, that `mutable`
         does not name, or `base` does not fit the module.
 
@@ -68,6 +69,8 @@ def functional(model: nnx.Module) -> tuple[Callable, dict[str, Any]]:
             if parameter is not None and parameter.default is parameter.empty:
                 kwargs["rngs"] = None
         else:
+            if not isinstance(rngs, jax.Array):
+                raise TypeError(f"rngs takes a PRNG key, such as jax.random.key(0); got {type(rngs).__name__}.")
             _reseed(module, rngs)
             if parameter is not None:
                 kwargs["rngs"] = nnx.Rngs(rngs)

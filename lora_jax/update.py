@@ -14,6 +14,7 @@ from lora_jax.adapters.factored import compute_dtype
 from lora_jax.leaves import is_array
 from lora_jax.optim import join, partition
 from lora_jax.optim.extra import step_arguments, update_with
+from lora_jax.optim.offload import in_host_memory
 
 
 def update_of(
@@ -96,8 +97,15 @@ def update_of(
 
 
 def select(choice: jax.Array, new: Any, old: Any) -> Any:
-    """Each leaf of `new` where `choice` is true, of `old` elsewhere."""
-    return jax.tree.map(lambda one, other: jnp.where(choice, one, other), new, old)
+    """Each leaf of `new` where `choice` is true, of `old` elsewhere; what is in the host's memory stays there."""
+
+    def pick(one, other):
+        if not in_host_memory(other):
+            return jnp.where(choice, one, other)
+        one, other = jax.device_put((one, other), jax.memory.Space.Device)
+        return jax.device_put(jnp.where(choice, one, other), jax.memory.Space.Host)
+
+    return jax.tree.map(pick, new, old)
 
 
 def check_loss(loss_fn: Callable, out: Any, has_aux: bool) -> tuple[Any, Any, Any]:

@@ -180,6 +180,8 @@ def test_a_call_that_needs_rngs_is_given_none(x):
     for options in ({}, {"rngs": None}):
         assert (apply_fn(base, x, **options) != 0).all()
     assert (apply_fn(base, x, rngs=jax.random.key(1)) == 0).any()
+    with pytest.raises(TypeError, match=r"rngs takes a PRNG key, such as jax\.random\.key\(0\); got Rngs"):
+        apply_fn(base, x, rngs=nnx.Rngs(0))
     delta = lora.init(jax.random.key(0), base, {"kernel": lora.LoRA(2)}, apply_fn, x)
     np.testing.assert_array_equal(lora.adapt(apply_fn)(base, delta, x), apply_fn(base, x))
 

@@ -234,3 +234,16 @@ def test_in_a_jitted_init(params):
     state = jax.jit(host_offloaded(optax.sgd(0.1, momentum=0.9), min_size=LARGE).init)(params)
     assert kinds(state) == ({"pinned_host"}, {"device"})
     np.testing.assert_array_equal(jax.tree.leaves(state)[0], 0.0)
+
+
+def test_a_skipped_step_leaves_state_in_the_hosts_memory():
+    base, x = {"w": jnp.ones((512, 512))}, jnp.ones((4, 512))
+    delta = lora.init(jax.random.key(0), base, {"w": lora.Full()}, lambda p, x: x @ p["w"], x)
+    adapted, tx = lora.adapt(lambda p, x: x @ p["w"]), lora.optim.host_offloaded(optax.sgd(1e-3, momentum=0.9))
+    step = lora.train_step(lambda base, delta, x, key: adapted(base, delta, x).mean(), tx, skip_nonfinite=True)
+    state = lora.TrainState.create(base, delta, tx, jax.random.key(1))
+    for factor in (1.0, jnp.nan):
+        state, metrics = step(state, x * factor)
+        assert int(metrics["skipped"]) == (factor != 1)
+        assert jax.tree.leaves(state.opt_state)[0].sharding.memory_kind == "pinned_host"
+    assert jnp.isfinite(state.delta["w"].value).all()

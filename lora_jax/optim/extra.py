@@ -82,6 +82,8 @@ def check_serves(tx: optax.GradientTransformation, train: Any, frozen: Any, wher
         extra = step_arguments(jnp.zeros((), jnp.float32), train, frozen)
         return update_with(tx, train, tx.init(train), train, extra)
 
+    if not jax.tree.leaves(train):  # nothing trains, and some transforms take no empty tree
+        return
     # One adapter of each shape, for a trace of hundreds takes seconds; all of them where that is not enough, as for
     # transforms that look for paths.
     alike = {(jax.tree.structure(node), *map(jax.typeof, jax.tree.leaves(node))): path for path, node in train.items()}
