@@ -240,6 +240,8 @@ def _checkpointer() -> ocp.Checkpointer:
 
 def described(delta: Delta, base: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The manifest and the flat dict of arrays."""
+    if isinstance(delta, str | os.PathLike):
+        raise TypeError("save takes the directory first: lora.save(directory, delta).")
     if not isinstance(delta, Mapping) or not delta:
         raise ValueError("There is nothing to save: a delta is a dict with at least one adapter.")
     weights = None if base is None else paths.flatten(base).as_dict()
@@ -249,6 +251,8 @@ def described(delta: Delta, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
     for path, node in delta.items():
         if not is_adapter(node):
             raise ValueError(f"delta[{path!r}] is no adapter but {type(node).__name__}.")
+        if any(leaf is None for leaf in jax.tree.leaves(node, is_leaf=lambda leaf: leaf is None)):
+            raise ValueError(f"delta[{path!r}] is one half of partition(); save join(train, frozen).")
         leaves, structure = {}, {}
         for field in dataclasses.fields(node):  # pyrefly: ignore[bad-argument-type]
             value = getattr(node, field.name)

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from lora_jax import paths
-from lora_jax.adapters.protocol import Adapter
+from lora_jax.adapters.protocol import Adapter, check_adapters
 from lora_jax.optim import join, partition
 from lora_jax.optim.extra import check_serves, check_transform, init_for
 from lora_jax.optim.offload import in_host_memory
@@ -57,9 +57,11 @@ class TrainState:
           key: A PRNG key.
 
         Raises:
-          TypeError: `tx` is no Optax transform.
-          ValueError: A training step cannot call `tx`: it needs parameters of another form or a function of them.
+          TypeError: `delta` is no dict of adapters (but the base, say); `tx` is no Optax transform.
+          ValueError: `delta` is one half of :func:`lora_jax.partition`; a training step cannot call `tx`, which needs
+            parameters of another form or a function of them.
         """
+        check_adapters(delta)
         check_transform(tx, "TrainState.create")
         train, frozen = partition(delta)
         opt_state = init_for(tx, train, "TrainState.create")

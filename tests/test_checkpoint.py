@@ -110,7 +110,7 @@ def test_nothing_to_save(tmp_path, delta):
             lora.save(tmp_path / "x", nothing)
     with pytest.raises(ValueError, match=r"delta\['w'\] is no adapter"):
         lora.save(tmp_path / "x", {"w": jnp.ones(3)})
-    with pytest.raises(ValueError, match="is no array but NoneType"):
+    with pytest.raises(ValueError, match="one half of partition"):
         lora.save(tmp_path / "x", lora.partition(delta)[0])
     assert not (tmp_path / "x").exists()
 

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import lora_jax as lora
@@ -26,6 +27,10 @@ def halves():
     return lora.partition(delta())
 
 
+def create(base, delta):
+    return lora.TrainState.create(base, delta, optax.sgd(0.1), jax.random.key(1))
+
+
 EXCHANGED = "base and delta are exchanged, the base comes first"
 JOIN = r"join\(train, frozen\)"
 CALLS = {
@@ -44,6 +49,11 @@ CALLS = {
     "truncate, a half": (lambda: lora.truncate(halves()[0], 1), JOIN),
     "combine, a base": (lambda: lora.combine([BASE], [1.0]), r"'hidden'\] is no adapter"),
     "stack, one delta": (lambda: lora.stack(delta()), r"stack\(\[delta\]\)"),
+    "save, exchanged": (lambda: lora.save(delta(), "adapter"), r"lora\.save\(directory, delta\)"),  # pyrefly: ignore
+    "save, a half": (lambda: lora.save("adapter", halves()[0]), JOIN),
+    "TrainState.create, exchanged": (lambda: create(delta(), BASE), r"'hidden'\] is no adapter"),
+    "TrainState.create, a half": (lambda: create(BASE, halves()[0]), JOIN),
+    "route, exchanged": (lambda: lora.route(lora.adapt(fn))(BASE, [0, 1], delta(), X), "got list"),
     "adapted, a mask": (lambda: lora.adapt(fn)(BASE, lora.trainable_mask(delta()), X), "is a mask"),
     "a key that is a number": (lambda: lora.adapt(fn)(BASE, delta(), X, dropout_key=3), "PRNG key.*got int"),
 }

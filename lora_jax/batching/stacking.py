@@ -150,6 +150,7 @@ def unstack(stacked: Delta, deltas: Sequence[Delta]) -> list[dict[str, Adapter]]
 
 def count(stacked: Delta) -> int:
     """The number of members of a stack."""
+    check_adapters(stacked)
     sizes = {leaf.shape[0] if leaf.ndim else -1 for leaf in jax.tree.leaves(dict(stacked))}
     if len(sizes) != 1 or -1 in sizes:
         raise ValueError("Not a stack: its leaves have no leading axis of one size. stack([…]) makes one of deltas.")
