@@ -160,7 +160,7 @@ def test_another_config_is_refused_on_resuming(settings, tmp_path, monkeypatch, 
 
 
 def test_data_without_validation(settings, tmp_path, lenient):
-    data = f"{settings.data}/train.jsonl"
+    data = f"{settings.data[0]}/train.jsonl"
     config = dataclasses.replace(settings, out=tmp_path, data=data, steps=2, samples=1, batch=BatchSizes(8))
     report = study.run(config)
     assert report.evaluations == [] and len(report.losses) == 2 and len(report.texts) == 1
