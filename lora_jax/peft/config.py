@@ -91,12 +91,12 @@ class Config:
         return cls(**given)
 
     @functools.cached_property
-    def _ranks(self) -> "_Patterns":
-        return _Patterns(self.rank_pattern)
+    def _ranks(self) -> "Patterns":
+        return Patterns(self.rank_pattern)
 
     @functools.cached_property
-    def _alphas(self) -> "_Patterns":
-        return _Patterns(self.alpha_pattern)
+    def _alphas(self) -> "Patterns":
+        return Patterns(self.alpha_pattern)
 
     def rank(self, module: str) -> int:
         """The rank of a module's factors."""
@@ -151,13 +151,18 @@ class Config:
         }
 
 
+def exactly(label: str) -> str:
+    """A key of a pattern that means one module, and none whose path ends so: PEFT puts `(.*\\.)?` before it."""
+    return f"^{re.escape(label)}"
+
+
 def _named(module: str, wanted: Sequence[str] | str) -> bool:
     if isinstance(wanted, str):
         return bool(wanted) and re.fullmatch(wanted, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in wanted)
 
 
-class _Patterns:
+class Patterns:
     """Values by pattern: that of the first, in the file's order, which is the module's name or the end of it.
 
     Patterns are regular expressions. Most are plain names, and there may be one for each of thousands of modules,

@@ -148,13 +148,18 @@ def export(delta: Mapping[str, Adapter], names: Names) -> Exported:
                 offsets |= _offsets(place, node)
             else:
                 raise ValueError(f"{path!r}: PEFT's LoRA has no counterpart of {node.kind}")
-    known = {keys.split_name(re.sub(r"\d+", "0", name))[0] for weight in names.weights for name in weight.examples()}
-    of_factors = {re.sub(r"\d+", "0", module.module) for module in exported.modules}
-    exported.ends_alike = any(name.endswith(f".{module}") for name in known for module in of_factors)
+    exported.ends_alike = ends_alike(names, [module.module for module in exported.modules])
     exported.modules.sort(key=lambda module: row.get(module.name, 0))
     with exported.collecting():
         _attach(exported.modules, offsets)
     return exported
+
+
+def ends_alike(names: Names, modules: Iterable[str]) -> bool:
+    """Whether the name of one of these modules may be the end of another module's name."""
+    known = {keys.split_name(re.sub(r"\d+", "0", name))[0] for weight in names.weights for name in weight.examples()}
+    numbered = {re.sub(r"\d+", "0", module) for module in modules}
+    return any(name.endswith(f".{module}") for name in known for module in numbered)
 
 
 def _modules(place: Place, node: LowRank) -> Iterator[Module]:

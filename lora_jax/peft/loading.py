@@ -4,7 +4,7 @@ import collections
 import contextlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,14 @@ from lora_jax.peft.layout import adapter_tensors, located
 from lora_jax.peft.low_rank import joint, low_rank
 from lora_jax.peft.names import Names, Place
 from lora_jax.peft.stored import Module, Stored
+from lora_jax.peft.tensors import read_json
 
 
 def load(directory: str | os.PathLike, base: Any, names: Names, ignore: Sequence[str] = ()) -> dict[str, Adapter]:
-    """Reads an adapter that PEFT wrote (LoRA and its variants) as a delta for `base`.
+    """Reads an adapter that PEFT wrote as a delta for `base`.
+
+    Methods: LoRA and its variants, AdaLoRA, VeRA (with its projections), LoHa, LoKr, (IA)³, trainable tokens, and the
+    tuning of norms.
 
     Args:
       directory: With `adapter_config.json` and `adapter_model.safetensors`; or one with a single directory like that
@@ -54,17 +58,32 @@ def load(directory: str | os.PathLike, base: Any, names: Names, ignore: Sequence
     directory = located(given)
     if directory != given:
         warnings.warn(f"{given}: the adapter in {directory.relative_to(given)} is read.", stacklevel=2)
+    content = read_json(directory / CONFIG)
+    if (other := OTHER_METHODS.get(str(content.get("peft_type")))) is not None:
+        return other(directory, content, base, names, ignore)
     config = Config.read(directory)
     with adapter_tensors(directory, ignore) as tensors:
-        loader = _Loader(Stored(config, tensors), base, names)
-        delta = loader.delta()
+        loader = Loader(Stored(config, tensors), base, names)
+        return finished(directory, loader, loader.delta())
+
+
+OTHER_METHODS: dict[str, Callable[[Path, Mapping[str, Any], Any, Names, Sequence[str]], dict[str, Adapter]]] = {}
+"""By `peft_type`, what reads the adapters of methods other than LoRA; filled by :mod:`lora_jax.peft.methods`."""
+
+
+def finished(directory: Path, loader: "Loader", delta: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """The delta in the base's order.
+
+    Raises:
+      ValueError: The loader met problems, or there is no adapter.
+    """
     if loader.problems:
         listed = _listed(dict.fromkeys(loader.problems))
         count = f"{len(loader.problems)} problem{'s' if len(loader.problems) > 1 else ''}"
         raise ValueError(f"{directory}: the adapter does not fit ({count}):\n  {listed}")
     if not delta:
         raise ValueError(f"{directory}: holds no adapter.")
-    order = {path: number for number, path in enumerate(paths.flatten(base).paths)}
+    order = {path: number for number, path in enumerate(loader.leaves)}
     return dict(sorted(delta.items(), key=lambda item: order[item[0]]))
 
 
@@ -84,7 +103,9 @@ _PROBLEMS = 11  # lines of them that are printed
 _HINTS = 4  # how many unknown keys are told with the nearest names
 
 
-class _Loader:
+class Loader:
+    """Puts an adapter's tensors in terms of a base, and collects all that does not fit in `problems`."""
+
     def __init__(self, stored: Stored, base: Any, names: Names):
         self.stored = stored
         self.config = stored.config

@@ -8,6 +8,7 @@ from typing import Any
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.peft import experts
 from lora_jax.peft.exported import export
+from lora_jax.peft.methods import method_of, save_method
 from lora_jax.peft.names import Names
 from lora_jax.peft.targets import TARGETS
 from lora_jax.peft.whole import complete
@@ -27,8 +28,10 @@ def save(
 
     Args:
       directory: Where to; an adapter that is there is replaced when the new one is complete.
-      delta: Adapters of the kinds LoRA, DoRA, Offset, Full and Rows. What else adds a product of two factors (LoRA-FA,
-        AdaLoRA, VeRA, LoHa) is written as the LoRA that it equals.
+      delta: Adapters that are all of one method of PEFT, and leaves trained outright (`Full`). LoRA, DoRA, Offset and
+        Rows are PEFT's LoRA; AdaLoRA, VeRA, LoHa, LoKr and IA3, Rows alone and trained norms alone are its methods of
+        these names (target 'peft' only). Low-rank adapters of several methods, for other targets, or that their method
+        cannot hold (VeRA whose pairs differ by the weight's size), are written as the LoRA that they equal.
       names: Where the leaves stand in PyTorch.
       target: Who is to read it: 'peft'; 'vllm' and 'gguf' (llama.cpp's converter), which read PEFT's format in
         part: uneven scales are folded into B; or 'mlx' (mlx-lm), with files of its own.
@@ -68,6 +71,9 @@ def write(
     modules_to_save: Sequence[str] = (),
 ) -> None:
     """What :func:`save` does, of an adapter whose config names modules that are saved whole."""
+    if target == "peft" and (kind := method_of(delta, names)) is not None:
+        save_method(directory, kind, delta, names, base=base, base_model=base_model, task_type=task_type)
+        return
     if target != "peft":  # the others know checkpoint files, PEFT knows the running model
         names = names.in_files()
     exported = export(delta, names)

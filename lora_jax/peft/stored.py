@@ -10,6 +10,7 @@ import numpy as np
 from lora_jax.peft.config import Config
 from lora_jax.peft.keys import Key
 from lora_jax.peft.tensors import Tensors
+from lora_jax.peft.view import View
 
 _LAST = 4  # tensors that are kept
 
@@ -36,7 +37,7 @@ class Stored:
     """An adapter's config and its open tensors."""
 
     config: Config
-    tensors: Tensors
+    tensors: Tensors | View
     _last: collections.OrderedDict[str, np.ndarray] = dataclasses.field(default_factory=collections.OrderedDict)
 
     def described(self, key: Key) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_jax.files import replaced
 from lora_jax.peft import experts, keys
-from lora_jax.peft.config import CONFIG, Config
+from lora_jax.peft.config import CONFIG, Config, exactly
 from lora_jax.peft.exported import Exported, Module
 from lora_jax.peft.keys import ADAPTER
 from lora_jax.peft.tensors import write, written_here
@@ -136,7 +136,7 @@ def _write_gguf(directory: Path, exported: Exported, base_model: str | None, tas
     exported = dataclasses.replace(exported, modules=modules)
     ranks = collections.Counter(module.rank for module in modules)
     rank = ranks.most_common(1)[0][0]
-    pattern = {_exactly(m.label): m.rank for m in modules if m.rank != rank}
+    pattern = {exactly(m.label): m.rank for m in modules if m.rank != rank}
     shared = _shared(exported, base_model, task_type)
     _write(directory, exported, Config(**shared, r=rank, lora_alpha=alpha, rank_pattern=pattern))
 
@@ -200,14 +200,9 @@ def _scales(modules: Sequence[Module], ranks: dict[str, int]) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": use_rslora,
-        "rank_pattern": {_exactly(label): r for label, r in ranks.items() if r != rank},
-        "alpha_pattern": {_exactly(label): a for label, a in alphas.items() if a != alpha},
+        "rank_pattern": {exactly(label): r for label, r in ranks.items() if r != rank},
+        "alpha_pattern": {exactly(label): a for label, a in alphas.items() if a != alpha},
     }
-
-
-def _exactly(label: str) -> str:
-    """A key of a pattern that means one module, and none whose path ends so: PEFT puts `(.*\\.)?` before it."""
-    return f"^{re.escape(label)}"
 
 
 def _rounded(alpha: float, divisor: float) -> float:
@@ -248,9 +243,14 @@ def _shared(exported: Exported, base_model: str | None, task_type: str | None) -
 
 
 def _write(directory: Path, exported: Exported, config: Config) -> None:
+    write_files(directory, dict(_tensors(exported)), config.to_json())
+
+
+def write_files(directory: Path, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
+    """Writes the two files of an adapter of PEFT; an adapter that is there is replaced when they are complete."""
     with replaced(directory, CONFIG, what="adapter directory", owns=written_here({CONFIG}), keep=True) as fresh:
-        write(fresh / ADAPTER, dict(_tensors(exported)))
-        _write_json(fresh / CONFIG, config.to_json())
+        write(fresh / ADAPTER, tensors)
+        _write_json(fresh / CONFIG, config)
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from lora_jax.peft import keys
 from lora_jax.peft.config import Config
 from lora_jax.peft.keys import Key
 from lora_jax.peft.tensors import Tensors
+from lora_jax.peft.view import View
 
 _TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")
@@ -58,7 +59,7 @@ def tied_head(table: str, config: Mapping[str, Any], task: str | None = None) ->
     return f"{outer[1] if outer else ''}lm_head.weight"
 
 
-def parted(table: Iterable[Key], head: Iterable[Key], config: Config, tensors: Tensors) -> str:
+def parted(table: Iterable[Key], head: Iterable[Key], config: Config, tensors: Tensors | View) -> str:
     """What makes the two modules of a tied weight different ones; empty where they stay one weight.
 
     Args:

@@ -1,0 +1,64 @@
+"""(IA)³ in PEFT's form."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapters.ia3 import Rescaled
+from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
+from lora_jax.peft.factors import Fit
+from lora_jax.peft.methods.method import Method, Read, Settings, matrix_sizes, to_tensor, vector_from_tensor
+
+
+class Ia3(Method):
+    """`ia3_l`: [out, 1] multiplies a module's output, its bias included; [1, in] the input of a feed-forward module."""
+
+    peft_type: ClassVar[str] = "IA3"
+    title: ClassVar[str] = "(IA)³"
+    parts: ClassVar[tuple[str, ...]] = ("ia3_l",)
+    adapters: ClassVar[tuple[type[Adapter], ...]] = (Rescaled,)
+
+    def fields(self, fit: Fit, read: Read, module: str, settings: Settings) -> dict[str, np.ndarray]:
+        into, out = matrix_sizes(fit)
+        gain = read("ia3_l", None)
+        if gain.shape not in ((out, 1), (1, into)):
+            raise ValueError(f"shape: ia3_l of {module} is {gain.shape}, expected {(out, 1)} or {(1, into)}")
+        feed_forward = gain.shape == (1, into) and gain.shape != (out, 1)
+        role = IN if feed_forward else OUT
+        return {f"gain {role}": vector_from_tensor(fit, gain.reshape(-1), role)}
+
+    def neutral(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        return np.ones(shape)
+
+    def build(self, arrays: Mapping[str, np.ndarray], fit: Fit, settings: Settings) -> Rescaled:
+        if len(arrays) > 1:
+            path = fit.place.path
+            raise ValueError(f"cannot be held: {path!r} has gains of inputs in some layers, of outputs in others")
+        ((name, gain),) = arrays.items()
+        on = name.split()[1]
+        rest = fit.size(fit.labels(OUT if on == IN else IN))
+        return Rescaled(gain=jnp.asarray(gain), on=on, rest=tuple(rest), axes=fit.axes)
+
+    def arrays(self, node: Any) -> dict[str, np.ndarray]:
+        return {f"gain {node.on}": np.asarray(node.gain)}
+
+    def tensors(self, fields: Mapping[str, np.ndarray], fit: Fit) -> dict[str, np.ndarray]:
+        ((name, gain),) = fields.items()
+        on = name.split()[1]
+        vector = to_tensor(fit, gain, on, rank=False)
+        return {"ia3_l": vector[None] if on == IN else vector[:, None]}
+
+    def config(self, nodes: Mapping[str, Any], scales: Mapping[str, float]) -> dict[str, Any]:
+        return {"feedforward_modules": sorted(name for name, node in nodes.items() if node.on == IN)}
+
+
+def gain_of_bias(gain: np.ndarray, axes: tuple[str, ...]) -> Rescaled:
+    """The adapter of a bias that is multiplied like its module's output."""
+    return Rescaled(gain=jnp.asarray(gain), on=OUT, rest=(), axes=axes)
+
+
+def is_of_bias(node: Rescaled) -> bool:
+    """Whether a gain is one of a bias."""
+    return set(node.axes) <= {BATCH, OUT}

@@ -1,0 +1,188 @@
+"""Adapters of PEFT's other methods, as deltas."""
+
+import collections
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.adapters.protocol import BATCH, OUT, Adapter
+from lora_jax.peft import keys
+from lora_jax.peft.config import Config
+from lora_jax.peft.factors import Fit, pad_rank
+from lora_jax.peft.layout import adapter_tensors
+from lora_jax.peft.loading import OTHER_METHODS, Loader, finished
+from lora_jax.peft.methods.ia3 import Ia3, gain_of_bias
+from lora_jax.peft.methods.method import Method, Read, Settings, fit_of
+from lora_jax.peft.methods.table import METHODS
+from lora_jax.peft.methods.vera import PAIR
+from lora_jax.peft.names import Names, Place
+from lora_jax.peft.stored import Stored
+from lora_jax.peft.tensors import Tensors
+from lora_jax.peft.view import View
+
+_NORMS = ".ln_tuning_layers."
+_TOKENS = ".trainable_tokens_delta"
+
+
+def load_method(
+    directory: Path, content: Mapping[str, Any], base: Any, names: Names, ignore: Sequence[str] = ()
+) -> dict[str, Adapter]:
+    """The delta of an adapter of another method than LoRA.
+
+    Args:
+      directory: Of the adapter.
+      content: Of its `adapter_config.json`.
+      base: As for :func:`lora_jax.peft.load`.
+      names: Likewise.
+      ignore: Likewise.
+
+    Raises:
+      ValueError: As there.
+    """
+    kind, settings = content["peft_type"], Settings(content)
+    saved = settings.names("modules_to_save")
+    with adapter_tensors(directory, ignore) as tensors:
+        if kind == "LN_TUNING":
+            config = Config(modules_to_save=_listed(saved, settings.names("target_modules")))
+            view = View(tensors, {name.replace(_NORMS, "."): name for name in tensors})
+            return _rest(directory, config, view, base, names, {})
+        if kind == "TRAINABLE_TOKENS":
+            ids = content.get("token_indices") or []
+            modules = [_module(name, _TOKENS) for name in tensors if name.endswith(_TOKENS)]
+            config = Config(modules_to_save=_listed(saved), trainable_token_indices=dict.fromkeys(modules, ids))
+            renamed = {keys.rows_key(_module(name, _TOKENS)): name for name in tensors if name.endswith(_TOKENS)}
+            view = View(tensors, renamed | {name: name for name in tensors if not name.endswith(_TOKENS)})
+            return _rest(directory, config, view, base, names, {})
+        method, own = METHODS[kind](), _own(tensors, METHODS[kind].parts)
+        used = {key for parts in own.values() for key in parts.values()} | set(PAIR)
+        view = View(tensors, {name: name for name in tensors if name not in used})
+        loader = Loader(Stored(Config(modules_to_save=_listed(saved)), view), base, names)
+        if set(PAIR) <= set(tensors):
+            settings = Settings({**content, "pair": tuple(map(tensors.read, PAIR))})
+        delta = _adapters(method, own, Stored(loader.config, tensors), loader, settings)
+        return finished(directory, loader, delta | loader.delta())
+
+
+OTHER_METHODS.update(dict.fromkeys((*METHODS, "LN_TUNING", "TRAINABLE_TOKENS"), load_method))
+
+
+def _rest(
+    directory: Path, config: Config, view: View, base: Any, names: Names, delta: Mapping[str, Adapter]
+) -> dict[str, Adapter]:
+    loader = Loader(Stored(config, view), base, names)
+    return finished(directory, loader, {**delta, **loader.delta()})
+
+
+def _listed(*names: Sequence[str] | str) -> tuple[str, ...]:
+    """Names of modules; a regular expression names none."""
+    return tuple(name for some in names if not isinstance(some, str) for name in some)
+
+
+def _module(key: str, end: str) -> str:
+    return key.removeprefix(keys.PREFIX).removesuffix(end)
+
+
+def _own(tensors: Tensors, parts: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The keys of a method's tensors, by module and part."""
+    pattern = re.compile(rf"{re.escape(keys.PREFIX)}(?P<module>.+)\.(?P<part>{'|'.join(map(re.escape, parts))})")
+    found: dict[str, dict[str, str]] = collections.defaultdict(dict)
+    for key in tensors:
+        if match := pattern.fullmatch(key):
+            found[match["module"]][match["part"]] = key
+    return found
+
+
+def _adapters(
+    method: Method, own: Mapping[str, Mapping[str, str]], stored: Stored, loader: Loader, settings: Settings
+) -> dict[str, Adapter]:
+    by_leaf: dict[str, dict[tuple[int, ...], dict[str, np.ndarray]]] = collections.defaultdict(dict)
+    places: dict[str, Place] = {}
+    for module, parts in own.items():
+        name = loader.in_file(f"{module}.weight")
+        if name not in loader.where:
+            some = next(iter(parts.values()))
+            loader.problems.append(f"unused: {some} {stored.tensors[some]}: the base has no {name}")
+            continue
+        place, index = loader.where[name]
+        with loader.collecting():
+            read = _reader(stored, module, parts)
+            by_leaf[place.path][index] = method.fields(fit_of(method, place), read, module, settings)
+            places[place.path] = place
+    _check_targets(method, own, loader, settings)
+    delta: dict[str, Adapter] = {}
+    for path, place in places.items():
+        with loader.collecting():
+            fit = fit_of(method, place)
+            arrays = _stacked(method, fit, by_leaf[path])
+            delta[path] = method.build(arrays, fit, settings)
+            if isinstance(method, Ia3):
+                delta |= _gain_of_bias(arrays, fit, place, loader)
+    return delta
+
+
+def _reader(stored: Stored, module: str, parts: Mapping[str, str]) -> Read:
+    def read(part: str, shape: Sequence[int] | None) -> np.ndarray:
+        if part not in parts:
+            raise _Missing(f"missing: {keys.PREFIX}{module}.{part}")
+        key = keys.Key(parts[part], module, part)
+        return stored.read(key, stored.tensors[key.key] if shape is None else shape)
+
+    return read
+
+
+class _Missing(ValueError, KeyError):
+    """A part that is not there; methods that know another form catch it as a KeyError."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def _stacked(method: Method, fit: Fit, found: Mapping[tuple[int, ...], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The fields of all layers of a leaf."""
+    names = {name for fields in found.values() for name in fields}
+    lead, batch = fit.lead()[1], fit.size(fit.labels(BATCH))
+    arrays = {}
+    for name in sorted(names):
+        values = {index: fields[name] for index, fields in found.items() if name in fields}
+        if len(values) < len(found):
+            raise ValueError(f"cannot be held: the layers of {fit.place.path!r} have different parts")
+        if name in method.ranked:
+            rank = max(value.shape[0] for value in values.values())
+            values = {index: pad_rank(value, rank, 0) for index, value in values.items()}
+        shapes = {value.shape for value in values.values()}
+        if len(shapes) > 1:
+            raise ValueError(f"cannot be held: the layers of {fit.place.path!r} have parts of {len(shapes)} shapes")
+        dtype = np.result_type(*values.values())
+        (shape,) = shapes
+        whole = np.broadcast_to(method.neutral(name, shape), (*lead, *shape)).astype(dtype)
+        for index, value in values.items():
+            whole[fit.at(index)] = value
+        arrays[name] = whole.reshape((*batch, *shape))
+    return arrays
+
+
+def _gain_of_bias(arrays: Mapping[str, np.ndarray], fit: Fit, place: Place, loader: Loader) -> dict[str, Adapter]:
+    """PEFT multiplies a module's whole output: a bias, where the base has one, gets the same gains."""
+    if f"gain {OUT}" not in arrays:
+        return {}
+    first = next(iter(place.tensors))
+    bias = keys.split_name(loader.bare(first))[0] + ".bias"
+    if bias not in loader.where:
+        return {}
+    leaf = loader.where[bias][0]
+    gain = arrays[f"gain {OUT}"].reshape(leaf.shape)
+    axes = (BATCH,) * (len(leaf.shape) - len(leaf.right)) + (OUT,) * len(leaf.right)
+    return {leaf.path: gain_of_bias(gain, axes)}
+
+
+def _check_targets(method: Method, own: Mapping[str, Mapping[str, str]], loader: Loader, settings: Settings) -> None:
+    """What the config announces must be there."""
+    targets = Config(target_modules=settings.names("target_modules"), exclude_modules=settings.names("exclude_modules"))
+    for name, (place, _) in loader.where.items():
+        module, parameter = keys.split_name(loader.in_model.get(name, name))
+        saved = any(keys.inside(module, entry) for entry in loader.config.modules_to_save)
+        if parameter == "weight" and place.roles and not saved and targets.targets(module) and module not in own:
+            loader.problems.append(f"missing: {keys.PREFIX}{module}.{method.parts[0]}")

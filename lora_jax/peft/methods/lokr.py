@@ -1,0 +1,100 @@
+"""LoKr in PEFT's form."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapters.lokr import FullKronecker, LowRankKronecker
+from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
+from lora_jax.peft.factors import Fit
+from lora_jax.peft.methods.method import Method, Read, Settings, matrix_sizes, patterns_of
+
+
+class LoKr(Method):
+    """`lokr_w1` [out₁, in₁] or its factors, and `lokr_w2` [out₂, in₂] or `lokr_w2_a` [out₂, rank], `lokr_w2_b`."""
+
+    peft_type: ClassVar[str] = "LOKR"
+    title: ClassVar[str] = "LoKr"
+    parts: ClassVar[tuple[str, ...]] = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+    adapters: ClassVar[tuple[type[Adapter], ...]] = (LowRankKronecker, FullKronecker)
+    ranked: ClassVar[tuple[str, ...]] = ("a", "b")
+    kinds: ClassVar[tuple[str, ...]] = ("linear",)
+
+    def fields(self, fit: Fit, read: Read, module: str, settings: Settings) -> dict[str, np.ndarray]:
+        if len(fit.labels(IN)) > 1 or len(fit.labels(OUT)) > 1:
+            raise ValueError(f"cannot be held: LoKr divides the axes of {module}, which are several in this base")
+        into, out = matrix_sizes(fit)
+        rank = int(settings.by_module("r", "rank_pattern", module, 8))
+        alpha = settings.by_module("alpha", "alpha_pattern", module, 8)
+        first = _product(read, "lokr_w1", module)
+        rows, columns = first.shape
+        if out % rows or into % columns:
+            raise ValueError(f"shape: lokr_w1 of {module} is {first.shape}, which divides no weight of {(out, into)}")
+        rest = (out // rows, into // columns)
+        found = {"c": first.T, "scale": np.asarray(alpha / rank, np.float32)}
+        try:
+            return found | {"d": read("lokr_w2", rest).T}
+        except KeyError:
+            b, a = read("lokr_w2_a", (rest[0], rank)), read("lokr_w2_b", (rank, rest[1]))
+            return found | {"a": a, "b": b.T}
+
+    def neutral(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        return np.zeros(shape)
+
+    def build(self, arrays: Mapping[str, np.ndarray], fit: Fit, settings: Settings) -> Adapter:
+        scale = arrays["scale"].reshape(-1)
+        used = scale[scale != 0]  # a layer without adapter has none
+        c = arrays["c"]
+        if not (used == used[0]).all():
+            c = (c.reshape(len(scale), -1) * (scale / used[0])[:, None]).reshape(c.shape)
+        shared = {
+            "c": jnp.asarray(c),
+            "scale": jnp.asarray(used[0], jnp.float32),
+            "split": tuple(fit.axes.index(role) for role in (IN, OUT)),
+            "axes": fit.axes,
+        }
+        if "d" in arrays:
+            return FullKronecker(d=jnp.asarray(arrays["d"]), **shared)
+        return LowRankKronecker(a=jnp.asarray(arrays["a"]), b=jnp.asarray(arrays["b"]), **shared)
+
+    def arrays(self, node: Any) -> dict[str, np.ndarray]:
+        second = ("d",) if isinstance(node, FullKronecker) else ("a", "b")
+        return {name: np.asarray(getattr(node, name)) for name in ("c", *second, "scale")}
+
+    def tensors(self, fields: Mapping[str, np.ndarray], fit: Fit) -> dict[str, np.ndarray]:
+        del fit
+        if "d" in fields:
+            return {"lokr_w1": fields["c"].T, "lokr_w2": fields["d"].T}
+        return {"lokr_w1": fields["c"].T, "lokr_w2_a": fields["b"].T, "lokr_w2_b": fields["a"]}
+
+    def check(self, nodes: Mapping[str, Any]) -> list[str]:
+        problems = []
+        for name, node in nodes.items():
+            roles = [role for role in node.axes if role != BATCH]
+            if sorted(roles) != [IN, OUT]:
+                problems.append(f"{name}: LoKr is written of weights with one in and one out axis")
+            elif node.axes[node.split[0]] != IN:
+                problems.append(f"{name}: LoKr whose first matrix is (out, in)")
+        return problems
+
+    def config(self, nodes: Mapping[str, Any], scales: Mapping[str, float]) -> dict[str, Any]:
+        # A second matrix in full says nothing of a rank: PEFT decides by it, so it is its larger side.
+        ranks = {
+            name: max(node.d.shape[-2:]) if isinstance(node, FullKronecker) else node.rank
+            for name, node in nodes.items()
+        }
+        alphas = {name: scale * ranks[name] for name, scale in scales.items()}
+        return patterns_of(ranks, alphas) | {"decompose_both": False, "decompose_factor": -1}
+
+
+def _product(read: Read, part: str, module: str) -> np.ndarray:
+    """A matrix, or the product of its two factors."""
+    try:
+        matrix = read(part, None)
+    except KeyError:
+        matrix = read(f"{part}_a", None) @ read(f"{part}_b", None)
+    if matrix.ndim != 2:
+        raise ValueError(f"shape: {part} of {module} is {matrix.shape}, expected a matrix")
+    return matrix
