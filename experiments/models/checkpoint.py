@@ -18,7 +18,7 @@ import lora_jax as lora
 from experiments.errors import UserError
 from lora_jax import peft
 from lora_jax.files import replaced
-from lora_jax.quantize import Format, Plan, four_bit_tensors, from_bitsandbytes, shardings
+from lora_jax.quantize import Format, Plan, bitsandbytes_tensors, from_bitsandbytes, shardings
 
 M = TypeVar("M", bound=nnx.Module)
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
@@ -93,9 +93,9 @@ def load(
 ) -> M:
     """A model with the weights of a checkpoint; random initial values are computed of new weights only.
 
-    Weights that bitsandbytes quantised to four bits stay so, as leaves with the same codes. Each device gets its part
-    of a weight straight from the files: beside what is on the devices, the host's memory holds one such part at a
-    time, which is read once for all devices that share it.
+    Weights that bitsandbytes quantized to four or eight bits stay so, as leaves with the same codes. Each device gets
+    its part of a weight straight from the files: beside what is on the devices, the host's memory holds one such part
+    at a time, which is read once for all devices that share it.
 
     Args:
       build: Makes the model.
@@ -239,7 +239,7 @@ class _Stored:
         for name, like in copies.items():
             if (like := like.removeprefix(prefix)) in self._names:
                 self._names.setdefault(name.removeprefix(prefix), self._names[like])
-        self._four_bit = four_bit_tensors(self._names)
+        self._quantized = bitsandbytes_tensors(self._names)
 
     def any_of(self, place: peft.Place) -> bool:
         """Whether one of the weight's tensors is there."""
@@ -247,10 +247,10 @@ class _Stored:
 
     def leaf(self, place: peft.Place, dtype: Any, sharding: jax.sharding.Sharding | None, plan: Plan | None) -> Any:
         """The weight on its devices, quantised where the checkpoint or the plan has it so."""
-        if any(name.removeprefix(self._prefix) in self._four_bit for name in place.tensors):
+        if any(name.removeprefix(self._prefix) in self._quantized for name in place.tensors):
             if plan is not None and place.path in plan.chosen:
                 raise UserError(f"{place.path}: to be quantised, and quantised in the checkpoint already")
-            leaf = self._four_bits(place, dtype)
+            leaf = self._quantized_leaf(place, dtype)
             if leaf.shape != place.shape:
                 raise UserError(f"{place.path}: is {leaf.shape} in the checkpoint, the model wants {place.shape}")
             return leaf if sharding is None else jax.device_put(leaf, shardings(leaf, sharding))
@@ -261,18 +261,16 @@ class _Stored:
         parts = [jax.block_until_ready(plan(place.path, self._placed(place, dtype, sharding, at))) for at in layers]
         return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if by_layer else parts[0]
 
-    def _four_bits(self, place: peft.Place, dtype: Any) -> Any:
+    def _quantized_leaf(self, place: peft.Place, dtype: Any) -> Any:
         """A weight that is quantised in the checkpoint, with its codes."""
-        if place.weight.layout != peft.LINEAR or len(place.stacked) > 1:
-            raise UserError(
-                f"{place.path}: quantised to four bits in the checkpoint, which is read of linear layers only"
-            )
+        if (place.weight.layout != peft.LINEAR and place.weight.module != "conv1d") or len(place.stacked) > 1:
+            raise UserError(f"{place.path}: quantized in the checkpoint, which is read of linear layers only")
         leaves = []
         for name in place.tensors:
             usual = name.removeprefix(self._prefix)
-            if usual not in self._four_bit:
+            if usual not in self._quantized:
                 raise UserError(f"{name}: not quantised, and other layers of {place.path} are: unroll the layers")
-            tensors = {part: self._tensors.read(self._names[part]) for part in self._four_bit[usual]}
+            tensors = {part: self._tensors.read(self._names[part]) for part in self._quantized[usual]}
             leaf = from_bitsandbytes(tensors)[usual]
             leaves.append(dataclasses.replace(leaf, dtype=np.dtype(dtype or leaf.dtype)))
         return jax.tree.map(lambda *arrays: jnp.stack(arrays), *leaves) if place.stacked else leaves[0]
@@ -311,10 +309,10 @@ class _Stored:
         wanted = {name.removeprefix(self._prefix): shape for place in places for name, shape in place.shapes.items()}
         known = wanted.keys() | {name.removeprefix(self._prefix) for place in places for name in place.tied}
         known |= {name.removeprefix(self._prefix) for name in replaced}
-        parts = {part for weight, parts in self._four_bit.items() for part in parts if part != weight}
+        parts = {part for weight, parts in self._quantized.items() for part in parts if part != weight}
         given = {name: self._tensors[stored] for name, stored in self._names.items() if name not in parts}
         # What is packed has a shape of its own; that of the weight is compared when it is read.
-        given |= {name: wanted.get(name, given[name]) for name in self._four_bit if name in given}
+        given |= {name: wanted.get(name, given[name]) for name in self._quantized if name in given}
         problems = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in given]
         problems += [
             f"unexpected: {name} {given[name]}" for name in sorted(given.keys() - known) if not re.search(unused, name)

@@ -1,6 +1,6 @@
 """Quantised bases: weights as codes of four or eight bits, which `adapt` takes as they are."""
 
-from lora_jax.quantize.bitsandbytes import four_bit_tensors, from_bitsandbytes
+from lora_jax.quantize.bitsandbytes import bitsandbytes_tensors, from_bitsandbytes
 from lora_jax.quantize.formats import FP4, NF4, Format, Int4, Int8
 from lora_jax.quantize.leaf import Quantized
 from lora_jax.quantize.placement import gathered, shardings
@@ -16,8 +16,8 @@ __all__ = [
     "Plan",
     "Quantized",
     "Scales",
+    "bitsandbytes_tensors",
     "dequantize",
-    "four_bit_tensors",
     "from_bitsandbytes",
     "gathered",
     "quantize",

@@ -1,4 +1,4 @@
-"""Four-bit checkpoints as transformers and bitsandbytes write them."""
+"""Checkpoints in four and eight bits as transformers and bitsandbytes write them."""
 
 import json
 import math
@@ -9,30 +9,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.quantize import codebooks
-from lora_jax.quantize.formats import FP4, NF4
+from lora_jax.quantize.formats import FP4, NF4, Int8
 from lora_jax.quantize.leaf import Quantized
 from lora_jax.quantize.scales import SECOND_BLOCK, Scales
 
 _STATE = ".quant_state.bitsandbytes__"
 _FORMATS = {"nf4": (NF4, codebooks.NORMAL_FLOAT), "fp4": (FP4, codebooks.FLOAT)}
+_SCALES = ".SCB"
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
 def from_bitsandbytes(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights of a four-bit checkpoint, as it stands in safetensors files.
+    """The weights of a quantized checkpoint, as it stands in safetensors files.
 
     Args:
-      tensors: Names and arrays, with what bitsandbytes puts beside a weight: `NAME.absmax`, `NAME.quant_map`,
-        `NAME.quant_state.bitsandbytes__nf4` (or fp4) and, doubly quantised, `NAME.nested_absmax` and
-        `NAME.nested_quant_map`.
+      tensors: Names and arrays, with what bitsandbytes puts beside a weight: in four bits `NAME.absmax`,
+        `NAME.quant_map`, `NAME.quant_state.bitsandbytes__nf4` (or fp4) and, doubly quantized, `NAME.nested_absmax` and
+        `NAME.nested_quant_map`; in eight (LLM.int8) `SCB` and `weight_format`.
 
     Returns:
-      The tensors by name. A quantised weight, `[out, in]` in PyTorch, is a leaf for a kernel `[in, out]`: the same
-      codes and scales, so the same numbers. Other tensors are what they were.
+      The tensors by name. A quantized weight, `[out, in]` in PyTorch (of a Conv1D too: bitsandbytes turns it), is a
+      leaf for a kernel `[in, out]`: the same codes and scales, so the same numbers. Other tensors are what they were.
 
     Raises:
       ValueError: A weight's tensors are incomplete or do not fit each other, or hold what these leaves do not:
-        another type or codebook, rows of no whole number of blocks.
+        another type, codebook or layout.
 
     Example:
       >>> import safetensors.numpy
@@ -40,28 +41,65 @@ def from_bitsandbytes(tensors: Mapping[str, Any]) -> dict[str, Any]:
       >>> from_bitsandbytes(tensors)["layers.0.up.weight"]
       NF4[128, 16](dtype=bfloat16, block=64, double, 4.156 bits)
     """
-    found = four_bit_tensors(tensors)
-    parts = {name for names in found.values() for name in names}
+    listed = bitsandbytes_tensors(tensors)
+    parts = {name for names in listed.values() for name in names}
     rest = {name: tensor for name, tensor in tensors.items() if name not in parts}
-    return rest | {name: _leaf(tensors, name, names[-1]) for name, names in found.items()}
+    return rest | {name: _leaf(tensors, name, names[-1]) for name, names in listed.items()}
 
 
-def four_bit_tensors(names: Iterable[str]) -> dict[str, list[str]]:
-    """The quantised weights of a checkpoint by name, and the names of the tensors of each, its state last.
+def bitsandbytes_tensors(names: Iterable[str]) -> dict[str, list[str]]:
+    """The quantized weights of a checkpoint by name, and the names of the tensors of each, what tells its kind last.
 
     Example:
-      >>> four_bit_tensors(["a.weight", "a.weight.absmax", "a.weight.quant_state.bitsandbytes__nf4", "b.weight"])
+      >>> bitsandbytes_tensors(["a.weight", "a.weight.absmax", "a.weight.quant_state.bitsandbytes__nf4", "b.weight"])
       {'a.weight': ['a.weight', 'a.weight.absmax', 'a.weight.quant_state.bitsandbytes__nf4']}
+      >>> bitsandbytes_tensors(["a.weight", "a.SCB", "a.weight_format", "b.weight"])
+      {'a.weight': ['a.weight', 'a.weight_format', 'a.SCB']}
     """
     known = set(names)
     states = {name.rpartition(_STATE)[0]: name for name in known if _STATE in name}
-    return {
+    four = {
         weight: [name for name in (weight, *(f"{weight}.{part}" for part in _PARTS), state) if name in known]
         for weight, state in states.items()
     }
+    modules = [name.removesuffix(_SCALES) for name in known if name.endswith(_SCALES)]
+    eight = {
+        f"{module}.weight": [x for x in (f"{module}.weight", f"{module}.weight_format", module + _SCALES) if x in known]
+        for module in modules
+    }
+    return four | eight
 
 
-def _leaf(tensors: Mapping[str, Any], name: str, state_name: str) -> Quantized:
+def _leaf(tensors: Mapping[str, Any], name: str, last: str) -> Quantized:
+    return _eight_bits(tensors, name, last) if last.endswith(_SCALES) else _four_bits(tensors, name, last)
+
+
+def _eight_bits(tensors: Mapping[str, Any], name: str, scales_name: str) -> Quantized:
+    """LLM.int8: integers, and for each output the largest magnitude."""
+    if name not in tensors:
+        raise ValueError(f"{name}: missing beside {scales_name}.")
+    codes, scales = (np.asarray(tensors[x]) for x in (name, scales_name))
+    layout = np.asarray(tensors.get(f"{name}_format", 0))
+    if layout.any():
+        raise ValueError(f"{name}_format: {layout}; expected 0, the weight in rows.")
+    if codes.ndim != 2 or codes.dtype != np.int8 or scales.shape != codes.shape[:1] or scales.dtype != np.float32:
+        raise ValueError(
+            f"{name}: {codes.shape} × {codes.dtype} with SCB {scales.shape} × {scales.dtype}; expected int8[out, in] "
+            "with float32[out]."
+        )
+    if codes.shape[1] % 2:
+        raise ValueError(f"{name}: of shape {codes.shape}, an odd number of inputs.")
+    return Quantized(
+        codes=jnp.asarray((codes.T.astype(np.int16) + 128).astype(np.uint8)),
+        scales=jnp.asarray(scales[None]),
+        format=Int8(codes.shape[1], double=False),
+        blocked=(-2,),
+        sizes=(codes.shape[1],),
+        dtype=np.dtype(np.float32),
+    )
+
+
+def _four_bits(tensors: Mapping[str, Any], name: str, state_name: str) -> Quantized:
     try:
         state = json.loads(bytes(np.asarray(tensors[state_name])).decode())
         kind, block, shape = state["quant_type"], int(state["blocksize"]), tuple(map(int, state["shape"]))
@@ -71,8 +109,8 @@ def _leaf(tensors: Mapping[str, Any], name: str, state_name: str) -> Quantized:
     if kind not in _FORMATS:
         raise ValueError(f"{name}: of the type {kind!r}; expected one of {', '.join(map(repr, _FORMATS))}.")
     recipe, levels = _FORMATS[kind]
-    if len(shape) != 2 or shape[1] % block:
-        raise ValueError(f"{name}: of shape {shape} in blocks of {block}, which are no whole number of blocks a row.")
+    if len(shape) != 2 or block < 2 or block % 2 or shape[0] * shape[1] % 2:
+        raise ValueError(f"{name}: of shape {shape} in blocks of {block}; expected a matrix in blocks of an even size.")
     out, into = shape
     double = "nested_blocksize" in state
 
@@ -80,7 +118,9 @@ def _leaf(tensors: Mapping[str, Any], name: str, state_name: str) -> Quantized:
         full = f"{name}.{suffix}" if suffix else name
         if full not in tensors:
             raise ValueError(f"{full}: missing beside {state_name}.")
-        array = np.asarray(tensors[full]).reshape(-1)
+        array = np.ascontiguousarray(tensors[full]).reshape(-1)
+        if not suffix and array.dtype != dtype:  # bnb_4bit_quant_storage: the same bytes under another dtype
+            array = array.view(np.uint8)
         if array.size != size or array.dtype != dtype:
             raise ValueError(
                 f"{full}: {array.size} × {array.dtype}; a weight of shape {shape} needs {size} × {np.dtype(dtype)}."
@@ -90,11 +130,18 @@ def _leaf(tensors: Mapping[str, Any], name: str, state_name: str) -> Quantized:
     if not np.array_equal(part("quant_map", 16, np.float32), np.asarray(levels, np.float32)):
         raise ValueError(f"{name}.quant_map: not the levels of {kind}.")
     packed = part("", out * into // 2, np.uint8)
-    # bitsandbytes packs neighbours into a byte; here the halves of a block share their bytes.
-    codes = np.stack([packed >> 4, packed & 15], axis=-1).reshape(out, -1, 2, block // 2)
-    codes = ((codes[:, :, 0] << 4) | codes[:, :, 1]).reshape(out, into // 2).T
-    number = out * into // block
-    absmax = part("absmax", number, np.uint8 if double else np.float32).reshape(out, -1).T
+    number = math.ceil(out * into / block)
+    absmax = part("absmax", number, np.uint8 if double else np.float32)
+    # bitsandbytes packs neighbors into a byte; here the halves of a block share their bytes.
+    codes = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)
+    codes = np.pad(codes, (0, number * block - codes.size)).reshape(number, 2, block // 2)
+    codes = (codes[:, 0] << 4) | codes[:, 1]
+    blocked: tuple[int, ...]
+    if into % block:  # blocks cross rows, and the last may be in part
+        codes, blocked, sizes = codes.reshape(-1), (-1, -2), (out, into)
+    else:
+        codes, blocked, sizes = codes.reshape(out, into // 2).T, (-2,), (into,)
+        absmax = absmax.reshape(out, -1).T
     scales: Any = jnp.asarray(absmax)
     if double:
         if state["nested_blocksize"] != SECOND_BLOCK or not np.array_equal(
@@ -110,7 +157,7 @@ def _leaf(tensors: Mapping[str, Any], name: str, state_name: str) -> Quantized:
         codes=jnp.asarray(codes),
         scales=scales,
         format=recipe(block, double),
-        blocked=(-2,),
-        sizes=(into,),
+        blocked=blocked,
+        sizes=sizes,
         dtype=np.dtype(dtype),
     )

@@ -31,7 +31,7 @@ class Quantized:
         holds weight j in its upper half and weight j + block/2 in its lower half.
       scales: float32, or :class:`Scales`; along the blocked axis one for each block.
       format: What the codes stand for.
-      blocked: The weight's axes that blocks run along, as negative numbers, in order.
+      blocked: The weight's axes that blocks run along, as negative numbers, the slowest first.
       sizes: Their sizes. The last block is padded where they are no multiple of it.
       dtype: Of the weight.
       used: How the last axes of `codes` are divided over devices where the weight is used, if not as they are where it
@@ -98,7 +98,7 @@ class Quantized:
     @property
     def place(self) -> int:
         """The blocked axis of `codes` and scales, as a negative number."""
-        return self.blocked[0] + len(self.blocked) - 1
+        return min(self.blocked) + len(self.blocked) - 1
 
     @property
     def layers(self) -> int:
