@@ -66,6 +66,6 @@ def _dropout_rates(delta: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
         rate = getattr(node, "dropout", None)
         if isinstance(rate, jax.Array | np.ndarray) and not isinstance(rate, jax.core.Tracer):
             parts = [part.data for part in rate.addressable_shards] if isinstance(rate, jax.Array) else [rate]
-            largest = max(float(np.max(part)) for part in parts)
+            largest = max(float(np.max(np.asarray(part))) for part in parts)  # on the host, whatever mesh is current
             if largest > 0:
                 yield path, largest
