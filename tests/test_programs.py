@@ -85,8 +85,17 @@ def test_derivatives_and_maps_outside_of_jit_trace_once(base, delta, x):
     assert len(model.traces) == 1
 
 
-def test_numbers_that_change_from_call_to_call_are_not_compiled_each_time(base, delta, x):
-    adapted, compiled = lora.adapt(Counted()), []
+@pytest.mark.parametrize("closed_over", [False, True], ids=["argument", "closure"])
+def test_numbers_that_change_from_call_to_call_are_not_compiled_each_time(closed_over, base, delta, x):
+    adapted, compiled, factor = lora.adapt(Counted()), [], 1.0
+
+    if closed_over:
+        by_closure = lora.adapt(lambda base, x: x @ base["w"] * factor)
+
+        def adapted(base, delta, x, number):
+            nonlocal factor
+            factor = number
+            return by_closure(base, delta, x)
 
     def count(event, duration, **_):
         if event == "/jax/core/compile/backend_compile_duration":

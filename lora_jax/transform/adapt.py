@@ -76,8 +76,8 @@ def adapt(fn: Callable, *, flatten: bool = True) -> Callable:
                     raise ValueError(f"The delta adapts {path!r}, which the function never uses.")
             lasts = key is not None and not call.program.holds_tracers
             compiles = lasts and leaves.are_together()
-            # A number that changes from call to call costs a trace each time, but no compilation.
-            varies = lasts and any(other.kind == key.kind for other in programs.keys(read()))
+            # A number or a variable that changes from call to call costs a trace each time, but no compilation.
+            varies = lasts and any(other.kind == key.kind for other in programs.all_keys())
             options = {"compiles": compiles and not varies, "later": compiles}
             evaluation = Evaluation(call, Interpreter(flatten=flatten), leaves.structure, name, **options)
             if lasts:

@@ -6,7 +6,7 @@ import inspect
 import operator
 import types
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 BINDINGS = 8
@@ -79,9 +79,10 @@ class Programs:
         """The program, or None."""
         return self._bound(values).get(key)
 
-    def keys(self, values: tuple[Any, ...]) -> Iterable[Any]:
-        """The keys of the programs that are kept."""
-        return self._bound(values).keys()
+    def all_keys(self) -> Iterator[Any]:
+        """The keys of the programs that are kept, for whatever objects."""
+        for _, programs in list(self._by_binding.values()):
+            yield from list(programs)
 
     def _bound(self, values: tuple[Any, ...]) -> dict[Hashable, Any]:
         """The programs for these objects; none for others that had their identities before."""
