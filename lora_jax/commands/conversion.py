@@ -11,7 +11,7 @@ from lora_jax.commands.outputs import check_new
 from lora_jax.commands.reading import NEEDS_NAMES, check_directory, found, is_native, model_config, opened
 from lora_jax.commands.wording import few, kinds_of
 from lora_jax.files import replaced
-from lora_jax.peft import layout
+from lora_jax.peft import fitting, layout
 from lora_jax.peft.config import CONFIG, Config
 from lora_jax.peft.saving import write
 from lora_jax.peft.targets import TARGETS
@@ -50,9 +50,9 @@ def convert(
         if base is None:
             weights, names = layout.of_adapter(directory, ignore)
         else:
-            fitting = layout.of_checkpoint(stack.enter_context(opened(base)), directory, model_config(base), ignore)
-            weights, names = fitting.base, fitting.names
-            for head, (table, why) in fitting.untied.items() if target in _ONE_WEIGHT else ():
+            fit = fitting.of_checkpoint(stack.enter_context(opened(base)), directory, model_config(base), ignore)
+            weights, names = fit.base, fit.names
+            for head, (table, why) in fit.untied.items() if target in _ONE_WEIGHT else ():
                 raise ValueError(
                     f"{directory}: {why}, and {TARGETS[target].reader} has one weight for {table} and {head}; merge it "
                     "into the checkpoint instead (lora-jax merge)."

@@ -16,7 +16,7 @@ from lora_jax.commands.outputs import check_new
 from lora_jax.commands.reading import MODEL, NEEDS_NAMES, check_directory, found, is_native, model_config, opened
 from lora_jax.commands.wording import counted, few, progress_bar, shown
 from lora_jax.files import replaced
-from lora_jax.peft import layout, ties
+from lora_jax.peft import fitting, layout, ties
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.tensors import (
     INDEX,
@@ -53,10 +53,10 @@ def merge(
     check_new(out, MODEL, "checkpoint", owns, force, apart_from=(base, adapter))
     config = model_config(base)
     with opened(base) as tensors, replaced(out, MODEL, what="checkpoint", owns=owns) as fresh:
-        fitting = layout.of_checkpoint(tensors, adapter, config, ignore)
-        delta = peft.load(adapter, fitting.base, fitting.names, ignore=ignore)
+        fit = fitting.of_checkpoint(tensors, adapter, config, ignore)
+        delta = peft.load(adapter, fit.base, fit.names, ignore=ignore)
         ties.share_rows(delta, tensors, config)
-        tables = {head: table for head, (table, _) in fitting.untied.items()}
+        tables = {head: table for head, (table, _) in fit.untied.items()}
         for file in copied:
             shutil.copyfile(file, fresh / file.name)
         changed = dict.fromkeys(delta, False)
@@ -83,7 +83,7 @@ def merge(
         console.print("the merge changes nothing: every ΔW is zero, or lost in rounding to the base's dtype")
     elif same:
         console.print(f"{counted(len(same), 'adapted weight')} as before: {few(shown(x, False) for x in same)}")
-    for head, (table, why) in fitting.untied.items():
+    for head, (table, why) in fit.untied.items():
         console.print(f"untied: {why}; {table} and {head} are stored apart, with tie_word_embeddings false")
     for line in apart:
         console.print(line)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from lora_jax import checkpoint, peft
 from lora_jax.adapters.protocol import Adapter
-from lora_jax.peft import layout
+from lora_jax.peft import fitting, layout
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.tensors import (
     Tensors,
@@ -60,7 +60,7 @@ def fitted(
     """The delta of a PEFT adapter on a checkpoint.
 
     Returns:
-      The delta, and the heads that it unties: see :class:`lora_jax.peft.layout.Fitting`.
+      The delta, and the heads that it unties: see :class:`lora_jax.peft.fitting.Fitting`.
 
     Raises:
       ValueError: It is no adapter of PEFT, is damaged, or does not fit.
@@ -68,8 +68,8 @@ def fitted(
     if is_native(directory):
         raise ValueError(f"{directory}: {NEEDS_NAMES.format('its fit')}")
     with opened(base) as tensors:
-        fitting = layout.of_checkpoint(tensors, directory, model_config(base), ignore)
-        return peft.load(directory, fitting.base, fitting.names, ignore=ignore), fitting.untied
+        fit = fitting.of_checkpoint(tensors, directory, model_config(base), ignore)
+        return peft.load(directory, fit.base, fit.names, ignore=ignore), fit.untied
 
 
 def is_native(directory: Path) -> bool:

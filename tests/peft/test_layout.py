@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import lora_jax as lora
-from lora_jax.peft import layout
+from lora_jax.peft import fitting, layout
 from lora_jax.peft.tensors import Tensors
 from tests.peft.cases import CASES, PREFIX, write_adapter
 
@@ -22,7 +22,7 @@ def fit(tmp_path):
         write_adapter(tmp_path, stored, {"peft_type": "LORA", "r": 2, "target_modules": ["x"]} | (config or {}))
         save_file({name: np.zeros(shape, np.float32) for name, shape in base.items()}, tmp_path / "model.safetensors")
         with Tensors([tmp_path / "model.safetensors"]) as tensors:
-            weights, names, _ = layout.of_checkpoint(tensors, tmp_path, {"model_type": model_type})
+            weights, names, _ = fitting.of_checkpoint(tensors, tmp_path, {"model_type": model_type})
             delta = lora.peft.load(tmp_path, weights, names)
         return {row.name: row.module for row in names.weights if row.module}, delta
 
@@ -136,7 +136,7 @@ def test_a_tied_head(tmp_path):
         stored = {key.replace("embed_tokens", "model.embed_tokens"): value for key, value in tied(change).items()}
         write_adapter(tmp_path, stored, config)
         with Tensors([tmp_path / "model.safetensors"]) as tensors:
-            weights, names, untied = layout.of_checkpoint(tensors, tmp_path)
+            weights, names, untied = fitting.of_checkpoint(tensors, tmp_path)
             delta = lora.peft.load(tmp_path, weights, names)
             assert delta.keys() == {"model/embed_tokens/weight"} | ({"lm_head/weight"} if change else set())
             assert list(untied) == (["lm_head.weight"] if change else [])
