@@ -1,12 +1,19 @@
 """Checks of arguments: what is wrong with a number is said where it is given, with its name and its value."""
 
 import numbers
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+def path(owner: str, value: str | os.PathLike) -> None:
+    """Raises `TypeError` unless `value` is a path."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{owner}: the directory is a path; got a {type(value).__name__}.")
 
 
 def positive(owner: str, name: str, value: int) -> None:

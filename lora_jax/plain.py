@@ -4,6 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from lora_jax.adapters.consistency import check_adapters
 from lora_jax.adapters.lowrank import LowRank
 from lora_jax.adapters.protocol import BATCH, Adapter
 
@@ -43,6 +44,8 @@ def to_plain_lora(delta: Delta, start: Delta) -> Delta:
     References:
       Meng et al., `PiSSA <https://arxiv.org/abs/2404.02948>`_, 2024, appendix C
     """
+    check_adapters(delta)
+    check_adapters(start)
     if set(delta) != set(start):
         different = sorted(set(delta) ^ set(start))
         raise ValueError(f"to_plain_lora(delta, start): the deltas differ in their paths, {different[0]!r} for one.")
@@ -52,6 +55,7 @@ def to_plain_lora(delta: Delta, start: Delta) -> Delta:
 def _beside(path: str, node: Adapter, start: Adapter) -> Adapter:
     if not isinstance(node, LowRank) or not isinstance(start, LowRank):
         return node
+    node = dataclasses.replace(node, fingerprint=None)
     if (type(node), node.shape(), node.axes, node.blocks) != (type(start), start.shape(), start.axes, start.blocks):
         raise ValueError(
             f"{path!r}: the adapter and its start differ: {node.kind} for shape {node.shape()} with roles {node.axes} "

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
-from lora_jax import checkpoint, paths
+from lora_jax import checkpoint, manifest, paths
 from lora_jax.sharding import delta_shardings
 from lora_jax.state import TrainState
 
@@ -51,11 +51,11 @@ def save_state(directory: str | os.PathLike, state: TrainState) -> None:
         hint = "; lora.save writes a delta" if isinstance(state, dict) else ""
         hint = "; save each member of many by lora.unstack" if type(state).__name__ == "TrainStates" else hint
         raise TypeError(f"save_state(directory, state): state is a TrainState; got {type(state).__name__}{hint}.")
-    manifest, arrays = checkpoint.described(state.delta, state.base)
+    described, arrays = manifest.described(state.delta, state.base)
     entries: dict[str, dict[str, Any]] = {}
     for path, leaf in _rest(state).as_dict().items():
         name, entry = _PREFIX + path, {}
-        if not checkpoint.is_in_reach(leaf):
+        if not manifest.is_in_reach(leaf):
             raise ValueError(f"The state's {path!r} lies on several processes: gather it first.")
         if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int):
             raise ValueError(f"The state's {path!r} is no array but {type(leaf).__name__}.")
@@ -65,7 +65,7 @@ def save_state(directory: str | os.PathLike, state: TrainState) -> None:
             entry = {_WEAK: True}
         arrays[name] = np.asarray(leaf)
         entries[name] = {"shape": list(arrays[name].shape), "dtype": arrays[name].dtype.name, **entry}
-    checkpoint.write(directory, {**manifest, checkpoint.STATE: entries}, arrays)
+    checkpoint.write(directory, {**described, manifest.STATE: entries}, arrays)
 
 
 def restore_state(directory: str | os.PathLike, base: Any, tx: optax.GradientTransformation) -> TrainState:
@@ -88,8 +88,8 @@ def restore_state(directory: str | os.PathLike, base: Any, tx: optax.GradientTra
     Example:
       See :func:`save_state`.
     """
-    delta, manifest, stored = checkpoint.read(directory, base)
-    entries = manifest.get(checkpoint.STATE)
+    delta, described, stored = checkpoint.read(directory, base)
+    entries = described.get(manifest.STATE)
     if not entries:
         raise ValueError(f"{directory} holds an adapter and no training state: lora.load reads it.")
     on_mesh = [isinstance(getattr(leaf, "sharding", None), NamedSharding) for leaf in jax.tree.leaves(base)]

@@ -9,7 +9,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from lora_jax import paths
-from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
+from lora_jax.adapters.consistency import check_adapters
+from lora_jax.adapters.protocol import BATCH, IN, OUT, SCALAR, SPLIT, WEIGHT, Adapter
 from lora_jax.leaves import is_array, is_quantized
 from lora_jax.optim import partition, trainable_mask
 from lora_jax.optim.offload import HOST, KIND
@@ -19,7 +20,6 @@ if TYPE_CHECKING:  # which is placed by what is here
     from lora_jax.training import TrainState
 
 Delta = dict[str, Adapter]
-WEIGHT = "weight"
 
 
 def delta_shardings(base_shardings: Any, delta: Delta) -> Delta:
@@ -51,6 +51,7 @@ def delta_shardings(base_shardings: Any, delta: Delta) -> Delta:
       >>> made.a.spec, made.b.spec
       (P(None, 'fsdp'), P(None, 'tensor'))
     """
+    check_adapters(delta)
     leaves = paths.flatten(base_shardings).as_dict()
     made = {}
     for path, node in delta.items():
@@ -183,11 +184,14 @@ def _of_adapter(node: Adapter, sharding: Sharding) -> Adapter:
     shape = node.shape()
     entries = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
     by_role = {role: [e for e, r in zip(entries, node.axes) if r == role] for role in (BATCH, IN, OUT)}
-    by_role[WEIGHT] = list(entries)
+    by_role |= {SPLIT + role: [None] * len(by_role[role]) for role in (IN, OUT)}
+    by_role |= {WEIGHT: list(entries), SCALAR: []}
     changes = {}
     for field in dataclasses.fields(node):  # pyrefly: ignore[bad-argument-type]
         if "trained" in field.metadata:
             array = getattr(node, field.name)
+            if array is None:
+                continue
             named = [entry for word in node.layout(field.name).split() for entry in by_role.get(word, [None])]
             spec = [
                 entry if size % _ways(entry, sharding.mesh) == 0 else None for entry, size in zip(named, array.shape)

@@ -1,6 +1,7 @@
 """From a spec (path patterns and recipes) to a delta."""
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 
 from lora_jax import axes as axis_roles
 from lora_jax import paths
+from lora_jax.adapters.fingerprints import fingerprint
+from lora_jax.adapters.lowrank import LowRank
 from lora_jax.adapters.protocol import Adapter, Recipe, check_axes, is_inexact
 from lora_jax.capturing import capture
 from lora_jax.initializers import GRADIENT
@@ -126,7 +129,8 @@ def prepare(
       loss: `loss(base, *batch)`, a scalar, for initialisers that read gradients.
 
     Returns:
-      The adjusted base and the delta. Merged, they are the base that was given, to rounding in its dtype (but for
+      The adjusted base and the delta, whose adapters remember the weights that were moved: with another base they are
+      refused. Merged, they are the base that was given, to rounding in its dtype (but for
       LoftQ). Weights are moved one by one; those that are not adapted are the same arrays. EVA leaves weights out
       that get no rank.
 
@@ -178,8 +182,14 @@ def prepare(
         recipe = informed.pop(path)
         if recipe is not None:
             with _naming(path):
-                moved[path], delta[path] = recipe.prepare(*given)
-                if moved[path] is not given[1] and _is_finite(given[1]) and not _is_finite(moved[path]):
+                weight, node = recipe.prepare(*given)
+                delta[path] = node
+                if weight is given[1]:
+                    continue
+                moved[path] = weight
+                if isinstance(node, LowRank):
+                    delta[path] = dataclasses.replace(node, fingerprint=fingerprint(given[1], weight))
+                if _is_finite(given[1]) and not _is_finite(weight):
                     raise ValueError(f"{recipes[path]} makes a finite weight one with NaN or Inf.")
     return paths.flatten(base).map(lambda path, leaf: _placed(moved.get(path, leaf), leaf)), delta
 

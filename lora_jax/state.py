@@ -9,11 +9,13 @@ import optax
 from jax.sharding import NamedSharding
 
 from lora_jax import paths
-from lora_jax.adapters.protocol import Adapter, check_adapters
+from lora_jax.adapters.fingerprints import check_base
+from lora_jax.adapters.protocol import Adapter
 from lora_jax.optim import join, partition
 from lora_jax.optim.extra import check_serves, check_transform, init_for
 from lora_jax.optim.offload import in_host_memory
 from lora_jax.sharding import optimizer_shardings, whole_on
+from lora_jax.transform.call import Arguments, check_delta
 
 Delta = dict[str, Adapter]
 
@@ -58,11 +60,13 @@ class TrainState:
 
         Raises:
           TypeError: `delta` is no dict of adapters (but the base, say); `tx` is no Optax transform.
-          ValueError: `delta` is one half of :func:`lora_jax.partition`; a training step cannot call `tx`, which needs
+          ValueError: `delta` does not fit the base, is one half of :func:`lora_jax.partition`, or is from
+            :func:`lora_jax.prepare`, which returned another base with it; a training step cannot call `tx`, which needs
             parameters of another form or a function of them.
         """
-        check_adapters(delta)
         check_transform(tx, "TrainState.create")
+        check_delta(delta, Arguments.of(base, (), {}))
+        check_base(delta, base)
         train, frozen = partition(delta)
         opt_state = init_for(tx, train, "TrainState.create")
         check_serves(tx, train, frozen, "TrainState.create")

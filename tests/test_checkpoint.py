@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax as lora
-from lora_jax import checkpoint
+from lora_jax import manifest
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_failed_write_leaves_the_old_adapter(saved, delta, base, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_readable", fail)
+    monkeypatch.setattr(manifest, "readable", fail)
     with pytest.raises(OSError, match="No space"):
         lora.save(saved, lora.init(jax.random.key(9), base, SPEC))
     assert os.listdir(saved.parent) == ["adapter"]
@@ -108,10 +108,11 @@ def test_nothing_to_save(tmp_path, delta):
     for nothing in ({}, None):
         with pytest.raises(ValueError, match="nothing to save"):
             lora.save(tmp_path / "x", nothing)
-    with pytest.raises(ValueError, match=r"delta\['w'\] is no adapter"):
+    with pytest.raises(TypeError, match=r"delta\['w'\] is no adapter but f32\[3\]"):
         lora.save(tmp_path / "x", {"w": jnp.ones(3)})
-    with pytest.raises(ValueError, match="one half of partition"):
-        lora.save(tmp_path / "x", lora.partition(delta)[0])
+    for half in lora.partition(delta):
+        with pytest.raises(ValueError, match=r"None: it is one half of partition\(\); give join\(train, frozen\)"):
+            lora.save(tmp_path / "x", half)
     assert not (tmp_path / "x").exists()
 
 
@@ -130,6 +131,11 @@ def edit(saved, change):
         (lambda m: m["adapters"]["table"]["structure"].pop("count"), "has the fields"),
         (lambda m: m["adapters"]["table"]["arrays"]["rows"].update(shape=[2, 5]), "disagree on 'table:rows'"),
         (lambda m: m["adapters"].pop("table"), "disagree on 'table:ids'"),
+        (lambda m: m["base"].pop("table"), "'adapters' and 'base' name different paths, 'table'"),
+        (
+            lambda m: m["base"]["table"].update(shape=[5, 5]),
+            "'table' has one shape in 'adapters'",
+        ),
     ],
 )
 def test_a_manifest_that_contradicts(saved, change, message):

@@ -503,7 +503,7 @@ def test_prepare_refuses():
     with pytest.raises(ValueError, match=r"scalar float; it returned \(200, 28\)"):
         prepare("lora_ga", loss=fn)
     with pytest.raises(ValueError, match="positive scale"):
-        prepare("pissa", alpha=0.0)
+        prepare("pissa", alpha=-1.0)
     with pytest.raises(ValueError, match="quantizer made"):
         prepare(LoftQ(jnp.ravel))
     with pytest.raises(ValueError, match=r"init=LoftQ\(quantizer\)"):

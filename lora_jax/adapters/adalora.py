@@ -31,8 +31,8 @@ class SingularTriplets(Adapter):
     a: jax.Array = trained("batch block rank in")
     values: jax.Array = trained("batch block rank", vector=True)
     b: jax.Array = trained("batch block rank out")
-    scale: jax.Array = frozen("batch")
-    dropout: jax.Array = frozen()
+    scale: jax.Array = frozen("batch", leading=True)
+    dropout: jax.Array = frozen("scalar")
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
     blocks: tuple[bool, ...] = static()
 
@@ -109,6 +109,8 @@ class AdaLoRA(LoRA):
 
     def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, SingularTriplets]:  # pyrefly: ignore
         weight, pair = super()._make(key, weight, axes, moves)
-        fields = {field.name: getattr(pair, field.name) for field in dataclasses.fields(pair)}
+        fields = {
+            field.name: getattr(pair, field.name) for field in dataclasses.fields(pair) if field.name != "fingerprint"
+        }
         lead = pair.a.shape[: pair.a.ndim - pair.axes.count(IN)]
         return weight, SingularTriplets(**fields, values=jnp.zeros(lead, self.dtype))

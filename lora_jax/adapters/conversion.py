@@ -1,5 +1,6 @@
 """What an adapter adds to its weight, as an ordinary low-rank term."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -32,7 +33,7 @@ def as_low_rank(node: Adapter) -> LowRank:
     if isinstance(node, SingularTriplets):
         node = node.folded()
     if isinstance(node, LowRank):
-        return LowRank(node.a, node.b, node.scale, node.dropout, node.axes, node.blocks)
+        return LowRank(**{field.name: getattr(node, field.name) for field in dataclasses.fields(LowRank)})
     form = _form(node)
     if form is None or any(_spans(node, factor) for factor in form.factors):
         raise ValueError(f"what a {node.kind} adapter does to its weight is no product of two factors.")

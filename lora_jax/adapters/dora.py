@@ -32,7 +32,7 @@ class WeightDecomposed(LowRank):
     """
 
     magnitude: jax.Array = trained("batch kept", vector=True)
-    norm_over: str = static()
+    norm_over: str = static(choices=NORM_OVER)
     norm_gradient: bool = static()
 
     additive = False

@@ -93,7 +93,7 @@ class RowReplacement(Adapter):
     """
 
     rows: jax.Array = trained("row out")
-    ids: jax.Array = frozen()
+    ids: jax.Array = frozen("row")
     count: int = static()
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
 

@@ -24,7 +24,7 @@ class Rescaled(Adapter):
     """
 
     gain: jax.Array = trained("batch on", vector=True)
-    on: str = static()
+    on: str = static(choices=(OUT, IN))
     rest: tuple[int, ...] = static()
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
 

@@ -45,7 +45,7 @@ class HadamardProduct(Adapter):
     b1: jax.Array = trained("batch rank out")
     a2: jax.Array = trained("batch rank in")
     b2: jax.Array = trained("batch rank out")
-    scale: jax.Array = frozen()
+    scale: jax.Array = frozen("scalar")
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
 
     additive = True

@@ -38,14 +38,17 @@ class LowRankKronecker(Adapter):
       axes: The role of each axis of the weight.
     """
 
-    c: jax.Array = trained("batch")  # of divided axes neither part is one
-    a: jax.Array = trained("batch")
-    b: jax.Array = trained("batch")
-    scale: jax.Array = frozen()
+    c: jax.Array = trained("batch c_in c_out")
+    a: jax.Array = trained("batch rank split-in")
+    b: jax.Array = trained("batch rank split-out")
+    scale: jax.Array = frozen("scalar")
     split: tuple[int, ...] = static()
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
 
     additive = True
+
+    def contradiction(self) -> str | None:
+        return _wrong_split(self)
 
     @property
     def rank(self) -> int:
@@ -84,13 +87,16 @@ class FullKronecker(Adapter):
       axes: The role of each axis of the weight.
     """
 
-    c: jax.Array = trained("batch")
-    d: jax.Array = trained("batch")
-    scale: jax.Array = frozen()
+    c: jax.Array = trained("batch c_in c_out")
+    d: jax.Array = trained("batch split-in split-out")
+    scale: jax.Array = frozen("scalar")
     split: tuple[int, ...] = static()
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
 
     additive = True
+
+    def contradiction(self) -> str | None:
+        return _wrong_split(self)
 
     def shape(self) -> tuple[int, ...]:
         lead = self.axes.count(BATCH)
@@ -107,6 +113,13 @@ class FullKronecker(Adapter):
 
 
 Kronecker = LowRankKronecker | FullKronecker
+
+
+def _wrong_split(node: Kronecker) -> str | None:
+    roles_of_split = tuple(node.axes[axis] for axis in node.split if axis < len(node.axes))
+    if roles_of_split == (IN, OUT):
+        return None
+    return f"split={node.split} does not name an in and an out axis of {node.axes}."
 
 
 def _shape(node: Kronecker, into: Sequence[int], out: Sequence[int]) -> tuple[int, ...]:

@@ -48,14 +48,17 @@ class LowRank(Adapter):
       axes: The role of each axis of the weight.
       blocks: Which of the equal parts of the out axis are adapted; `(True,)` for the whole axis. `a` and
         `b` hold the adapted ones only.
+      fingerprint: Of the weight, where `prepare` moved a part of it into the factors; see
+        :mod:`lora_jax.adapters.fingerprints`.
     """
 
     a: jax.Array = trained("batch block rank in")
     b: jax.Array = trained("batch block rank out")
-    scale: jax.Array = frozen("batch")
-    dropout: jax.Array = frozen()
+    scale: jax.Array = frozen("batch", leading=True)
+    dropout: jax.Array = frozen("scalar")
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
     blocks: tuple[bool, ...] = static()
+    fingerprint: jax.Array | None = frozen("sketch", default=None, kw_only=True)
 
     additive = True
 
@@ -73,7 +76,8 @@ class LowRank(Adapter):
 
     def neutral(self, weight: jax.Array | None) -> Self:
         del weight
-        return dataclasses.replace(self, a=jnp.zeros_like(self.a), b=jnp.zeros_like(self.b))
+        a, b, fingerprint = jax.tree.map(jnp.zeros_like, (self.a, self.b, self.fingerprint))
+        return dataclasses.replace(self, a=a, b=b, fingerprint=fingerprint)
 
     def shape(self) -> tuple[int, ...]:
         lead, skip = self.axes.count(BATCH), self._rank_axis + 1

@@ -22,7 +22,7 @@ class Addition(Adapter):
     """
 
     value: jax.Array = trained("weight")
-    scale: jax.Array = frozen()
+    scale: jax.Array = frozen("weight", leading=True)
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
 
     additive = True

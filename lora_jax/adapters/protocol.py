@@ -15,6 +15,9 @@ BATCH, IN, OUT, LOOKUP = "batch", "in", "out", "lookup"
 """Axis roles. `lookup` is an in axis that is indexed (an embedding's vocabulary) instead of contracted."""
 ROLES = (BATCH, IN, OUT, LOOKUP)
 
+WEIGHT, SCALAR, SPLIT = "weight", "scalar", "split-"
+"""Other words of layouts: see :func:`trained`."""
+
 KINDS: dict[str, type["Adapter"]] = {}
 """Adapter classes by the name that checkpoints give them."""
 
@@ -24,26 +27,33 @@ def trained(layout: str = "", *, vector: bool = False) -> Any:
 
     Args:
       layout: What the axes of its array are, in words: 'batch', 'in' and 'out' are the weight's axes of that role,
-        'weight' all of its axes, and another word is an axis that the weight has not ('batch rank in'). Axes that are
-        not named at the end are none of the weight's. Shardings are made from it.
+        'weight' all of its axes, 'split-in' and 'split-out' axes of that role of which one is a part of the weight's,
+        and another word is an axis that the weight does not have ('batch rank in'). 'scalar' is none. Shardings are
+        made from it, and arrays that contradict it are refused. Empty says nothing.
       vector: Whether it holds a number for each output, input or rank, as a bias does, instead of a factor.
         Optimizers treat the two differently (:func:`lora_jax.optim.decay_mask`).
     """
-    return dataclasses.field(metadata={"trained": True, "vector": vector, "layout": layout})
+    return dataclasses.field(metadata={"trained": True, "vector": vector, "layout": layout, "leading": False})
 
 
-def frozen(layout: str = "") -> Any:
+def frozen(layout: str = "", *, leading: bool = False, **options: Any) -> Any:
     """Declares a field of an adapter whose leaves never train; may differ between adapters of one kind.
 
     Args:
       layout: As for :func:`trained`.
+      leading: Whether the array may have only the first of these axes.
+      **options: Of `dataclasses.field`. A field with `default=None, kw_only=True` may be absent, from checkpoints too.
     """
-    return dataclasses.field(metadata={"trained": False, "layout": layout})
+    return dataclasses.field(metadata={"trained": False, "layout": layout, "leading": leading}, **options)
 
 
-def static() -> Any:
-    """Declares a field that is part of the structure: strings, numbers, booleans and tuples of these."""
-    return dataclasses.field(metadata={"static": True})
+def static(*, choices: tuple[Any, ...] = ()) -> Any:
+    """Declares a field that is part of the structure: strings, numbers, booleans and tuples of these.
+
+    Args:
+      choices: The values that it may have; empty for any of its type.
+    """
+    return dataclasses.field(metadata={"static": True, "choices": choices})
 
 
 class Adapter:
@@ -64,8 +74,10 @@ class Adapter:
 
     def __repr__(self) -> str:
         fields = dataclasses.fields(self)  # pyrefly: ignore[bad-argument-type]
-        shown = {field.name: getattr(self, field.name) for field in fields if "trained" in field.metadata}
-        return f"{self.kind}({', '.join(f'{name}={_shapes(value)}' for name, value in shown.items())})"
+        values = {field.name: getattr(self, field.name) for field in fields if "trained" in field.metadata}
+        absent = {field.name for field in fields if field.kw_only and values.get(field.name) is None}
+        shown = ", ".join(f"{name}={_shapes(value)}" for name, value in values.items() if name not in absent)
+        return f"{self.kind}({shown})"
 
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight that the adapter fits."""
@@ -135,6 +147,10 @@ class Adapter:
         fields = {field.name: field for field in dataclasses.fields(self)}  # pyrefly: ignore[bad-argument-type]
         words = fields[name].metadata["layout"]
         return words if len(getattr(self, "blocks", ())) > 1 else words.replace(" block", "")
+
+    def contradiction(self) -> str | None:
+        """What contradicts in static fields, where their types and the layouts of arrays do not tell."""
+        return None
 
     def describe(self) -> dict[str, Any]:
         """What a reader wants to know of the adapter (rank, alpha, …), as JSON values."""
@@ -230,25 +246,6 @@ def _shapes(tree: Any) -> str:
 def is_adapter(node: Any) -> bool:
     """Whether a node of a tree is an adapter."""
     return isinstance(node, Adapter)
-
-
-def check_adapters(delta: Any, advice: str = "") -> None:
-    """Raises unless `delta` is a whole delta; `advice` ends the message about something else."""
-    if not isinstance(delta, Mapping):
-        given = short(delta) if hasattr(delta, "shape") else type(delta).__name__
-        raise TypeError(f"delta is a dict from paths to adapters; got {given}{advice}.")
-    for path, node in delta.items():
-        if not is_adapter(node):
-            given = short(node) if hasattr(node, "shape") else type(node).__name__
-            raise TypeError(f"delta[{path!r}] is no adapter but {given}{advice}.")
-        leaves = jax.tree.leaves(node, is_leaf=lambda leaf: leaf is None)
-        if any(leaf is None for leaf in leaves):
-            raise ValueError(
-                f"delta[{path!r}] has leaves that are None: it is one half of partition(); give join(train, frozen)."
-            )
-        for leaf in leaves:
-            if isinstance(leaf, bool):
-                raise TypeError(f"delta[{path!r}] is a mask, not an adapter: {node}.")
 
 
 def with_frozen_stopped(node: Adapter) -> Adapter:

@@ -60,8 +60,8 @@ class ScaledPair(Adapter):
     g: jax.Array = trained("batch out", vector=True)
     a: jax.Array = frozen("rank in")
     b: jax.Array = frozen("rank out")
-    scale: jax.Array = frozen()
-    dropout: jax.Array = frozen()
+    scale: jax.Array = frozen("scalar")
+    dropout: jax.Array = frozen("scalar")
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
 
     additive = True
@@ -112,7 +112,7 @@ class DecomposedPair(ScaledPair):
     """
 
     magnitude: jax.Array = trained("batch kept", vector=True)
-    norm_over: str = static()
+    norm_over: str = static(choices=NORM_OVER)
     norm_gradient: bool = static()
 
     additive = False

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapters.factored import Factor, Factored
+from lora_jax.adapters.fingerprints import check_base
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.batching.mapped import arrays_apart, check_sizes, each
 from lora_jax.batching.stacking import count
@@ -86,6 +87,7 @@ def route(adapted: Callable, *, in_axes: Any = 0, out_axes: Any = 0, grouped: bo
         (base, stacked, adapter_ids), args, kwargs = signatures.divided(name, signature, 3, args, kwargs)
         args, whole = arrays_apart(args)
         members = count(stacked)
+        check_base(stacked, base, warn=True)
         ids = _checked(adapter_ids, members)
         check_sizes(ids.shape[0], axes, args, f"adapter_ids has {ids.shape[0]} entries; the batch has {{}} examples.")
         keys = None if dropout_key is None else jax.random.split(dropout_key, ids.shape[0])

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import checks, paths
-from lora_jax.adapters.protocol import Adapter, check_adapters
+from lora_jax.adapters.consistency import check_adapters
+from lora_jax.adapters.fingerprints import with_room, without_room
+from lora_jax.adapters.protocol import Adapter
 from lora_jax.leaves import canonical
 
 Delta = Mapping[str, Adapter]
@@ -58,7 +60,7 @@ def stack(
     for delta in deltas:
         check_adapters(delta)
         for path, node in delta.items():
-            found.setdefault(path, node)
+            found[path] = with_room(found.get(path, node), node)
     if not found:
         raise ValueError("stack: no delta adapts anything; a stack of nothing has no members.")
     weights = _weights(base)
@@ -95,6 +97,7 @@ def swap(stacked: Delta, slot: int, delta: Delta, *, base: Any = None) -> dict[s
       >>> bool((swap(room, 1, two)["w"].a[1] == two["w"].a).all())
       True
     """
+    check_adapters(delta)
     slot, members = checks.integer("swap", "slot", slot), count(stacked)
     if not 0 <= slot < members:
         raise ValueError(f"swap(slot={slot}): the stack has {members} members, 0 to {members - 1}.")
@@ -133,8 +136,8 @@ def unstack(stacked: Delta, deltas: Sequence[Delta]) -> list[dict[str, Adapter]]
         like = deltas[member][path]
         if path not in stacked:
             raise ValueError(f"unstack: the stack lacks {path!r}; {paths.nearest(path, list(stacked))}.")
-
-        _check_alike(path, like, stacked[path])
+        whole = without_room(stacked[path], like)
+        _check_alike(path, like, whole)
 
         def cut(leaves, leaf):
             if leaves.ndim != len(leaf.shape) + 1 or any(n > m for n, m in zip(leaf.shape, leaves.shape[1:])):
@@ -143,14 +146,14 @@ def unstack(stacked: Delta, deltas: Sequence[Delta]) -> list[dict[str, Adapter]]
                 )
             return leaves[(member, *(slice(size) for size in leaf.shape))]
 
-        return jax.tree.map(cut, stacked[path], like)
+        return jax.tree.map(cut, whole, like)
 
     return [{path: part(path, member) for path in delta} for member, delta in enumerate(deltas)]
 
 
 def count(stacked: Delta) -> int:
     """The number of members of a stack."""
-    check_adapters(stacked)
+    check_adapters(stacked, stacked=True)
     sizes = {leaf.shape[0] if leaf.ndim else -1 for leaf in jax.tree.leaves(dict(stacked))}
     if len(sizes) != 1 or -1 in sizes:
         raise ValueError("Not a stack: its leaves have no leading axis of one size. stack([…]) makes one of deltas.")
@@ -172,6 +175,7 @@ def _padded(path: str, node: Adapter, rank: int) -> Adapter:
 
 def _fitted(path: str, node: Adapter, like: Adapter, rank: int) -> Adapter:
     """The adapter with the shapes of another one; raises where they do not stack."""
+    node = with_room(node, like)
     _check_alike(path, node, like)
     node = _padded(path, node, rank)
     for one, other in zip(jax.tree.leaves(node), jax.tree.leaves(like)):
@@ -186,6 +190,12 @@ def _fitted(path: str, node: Adapter, like: Adapter, rank: int) -> Adapter:
 def _check_alike(path: str, node: Adapter, like: Adapter) -> None:
     if type(node) is not type(like):
         raise ValueError(f"{path!r}: {node.kind} and {like.kind} adapters do not stack.")
+    if getattr(like, "fingerprint", None) is None and getattr(node, "fingerprint", None) is not None:
+        raise ValueError(
+            f"{path!r}: the adapter needs the base that lora_jax.prepare returned with it, and those of the stack do "
+            "not. Stack such adapters from the start, or lora_jax.to_plain_lora(delta, start), which needs no other "
+            "base than they."
+        )
     if jax.tree.structure(node) != jax.tree.structure(like):
         raise ValueError(f"{path!r}: unlike adapters do not stack: {_static(node)} and {_static(like)}.")
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lora_jax.adapters.fingerprints import check_base
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.batching.mapped import check_sizes, each
 from lora_jax.batching.stacking import stack
@@ -18,6 +19,7 @@ from lora_jax.optim.extra import check_serves, check_transform, init_for, update
 from lora_jax.state import replace_fields
 from lora_jax.training import Metrics, Static, check_batch, check_state, explaining_donation
 from lora_jax.transform import keyed
+from lora_jax.transform.call import Arguments, check_delta
 from lora_jax.update import select, update_of
 
 Delta = Mapping[str, Adapter]
@@ -77,7 +79,10 @@ class TrainStates:
           ValueError: The deltas do not stack; there are not as many keys or values as deltas; there are values, and
             `tx` is a transform.
         """
-        deltas = list(deltas)
+        deltas, arguments = list(deltas), Arguments.of(base, (), {})
+        for delta in deltas:
+            check_delta(delta, arguments)
+            check_base(delta, base)
         hyper = {name: jnp.asarray(values) for name, values in (hyper or {}).items()}
         for name, values in {"keys": keys, **hyper}.items():
             found = len(values) if isinstance(values, Sequence) or np.ndim(values) else "no vector of"

@@ -2,17 +2,21 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lora_jax import checks
+from lora_jax.adapters.consistency import check_adapters
 from lora_jax.adapters.conversion import as_low_rank, is_low_rank
 from lora_jax.adapters.factored import compute_dtype
+from lora_jax.adapters.fingerprints import needs_moved_base
 from lora_jax.adapters.lowrank import LowRank
 from lora_jax.adapters.offset import Addition
-from lora_jax.adapters.protocol import BATCH, Adapter, check_adapters
+from lora_jax.adapters.protocol import BATCH, Adapter
 
 Delta = Mapping[str, Adapter]
 
@@ -96,6 +100,8 @@ def combine(
     """
     if method not in METHODS:
         raise ValueError(f"combine(method={method!r}): expected one of {', '.join(map(repr, METHODS))}.")
+    if isinstance(deltas, Mapping):
+        raise TypeError("combine takes a list of deltas; got one dict. For one delta write combine([delta], [weight]).")
     if len(deltas) != len(weights) or not deltas:
         raise ValueError(f"combine: {len(deltas)} deltas and {len(weights)} weights; one for each, at least one.")
     for delta in deltas:
@@ -123,6 +129,7 @@ def combine(
         nodes = [(node, w) for node, w in found if isinstance(node, LowRank)]
         if len(nodes) < len(found) or len({(n.shape(), n.axes, n.blocks) for n, _ in nodes}) > 1:
             raise ValueError(f"{path!r}: the adapters to combine have different kinds, shapes, axes or blocks.")
+        _check_same_base(path, [node for node, _ in nodes])
         own = None if key is None else jax.random.fold_in(key, number)
         merge = _Merge(plain, density or 1.0, majority, own)
         try:
@@ -241,6 +248,18 @@ def _combined(nodes: list[tuple[LowRank, float]], method: str, rank: int | None,
             parts.append(merge(jnp.stack(arrays), jnp.stack(roots), first.axes.count(BATCH), part))
         whole = dataclasses.replace(first, a=parts[0], b=parts[1], scale=jnp.ones((), jnp.float32))
     return dataclasses.replace(whole, a=whole.a.astype(dtype), b=whole.b.astype(dtype))
+
+
+def _check_same_base(path: str, nodes: Sequence[LowRank]) -> None:
+    """Raises where adapters need different bases, so far as their values tell."""
+    needs: list[Any] = [node.fingerprint if needs_moved_base(node) else None for node in nodes]
+    if not any(isinstance(need, jax.core.Tracer) for need in needs) and any(
+        (one is None) != (needs[0] is None) or (one is not None and not np.array_equal(one, needs[0])) for one in needs
+    ):
+        raise ValueError(
+            f"{path!r}: the adapters to combine need different bases, for lora_jax.prepare changed the base of some. "
+            "lora_jax.to_plain_lora(delta, start) makes one for the original weights of each."
+        )
 
 
 def _common(dtypes: Sequence[jnp.dtype]) -> jnp.dtype:

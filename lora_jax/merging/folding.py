@@ -6,12 +6,20 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import paths
+from lora_jax.adapters.consistency import check_adapters
 from lora_jax.adapters.factored import compute_dtype
-from lora_jax.adapters.protocol import Adapter, check_adapters, with_frozen_stopped
-from lora_jax.leaves import canonical, dequantized
+from lora_jax.adapters.fingerprints import check_base
+from lora_jax.adapters.protocol import Adapter, with_frozen_stopped
+from lora_jax.leaves import canonical, dequantized, is_quantized
 from lora_jax.transform.call import Arguments, check_delta
 
 Delta = dict[str, Adapter]
+
+EXACT = 1e-5
+"""How far one merge in float32 may be from another, relative to the norm: products are summed in another order."""
+
+QUANTIZED = 0.25
+"""The same where the merged weight was quantized; four bits take less than half of it."""
 
 
 def merge(base: Any, delta: Delta) -> Any:
@@ -28,7 +36,8 @@ def merge(base: Any, delta: Delta) -> Any:
 
     Raises:
       ValueError: A delta names a path that `base` lacks (the message names the nearest ones) or fits
-        another shape; a merged weight is not finite where the base's is.
+        another shape; a merged weight is not finite where the base's is; the delta is from :func:`lora_jax.prepare`,
+        and the base is not the one that it returned.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -40,6 +49,7 @@ def merge(base: Any, delta: Delta) -> Any:
     References:
       Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, §4.1
     """
+    check_base(delta, base)
     return _changed(base, delta, lambda path, weight: with_frozen_stopped(delta[path]).merge(weight))
 
 
@@ -57,7 +67,8 @@ def unmerge(params: Any, delta: Delta, base: Any = None) -> Any:
 
     Raises:
       ValueError: Without `base`, for adapters that do not add a term of their own (`Full`, `Rows`,
-        DoRA): the weight that they replaced cannot be computed.
+        DoRA): the weight that they replaced cannot be computed. With it, where `params` are not `base` with the delta
+        merged, to rounding.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -69,7 +80,9 @@ def unmerge(params: Any, delta: Delta, base: Any = None) -> Any:
     if base is not None:
         return _restored(params, delta, base)
     _need_additive(delta, "unmerge")
-    return _changed(params, delta, lambda path, weight: _added(weight, delta[path], -1.0))
+    base = _changed(params, delta, lambda path, weight: _added(weight, delta[path], -1.0))
+    check_base(delta, base)
+    return base
 
 
 def switch_task(params: Any, old: Delta, new: Delta, base: Any = None) -> Any:
@@ -150,9 +163,38 @@ def _is_finite(array: Any) -> bool:
 
 
 def _restored(params: Any, delta: Delta, base: Any) -> Any:
-    original = paths.flatten(base).as_dict()
-    check_delta(delta, Arguments.of(base, (), {}))
-    return _changed(params, delta, lambda path, weight: jnp.asarray(dequantized(original[path]), weight.dtype))
+    arguments = Arguments.of(base, (), {})
+    check_delta(delta, arguments)
+    check_base(delta, base)
+    before, leaves = dict(zip(arguments.paths, arguments.arrays)), paths.flatten(params).as_dict()
+
+    def restore(path: str, weight: jax.Array) -> jax.Array:
+        original = jnp.asarray(dequantized(before[path]))
+        rounding = QUANTIZED if is_quantized(leaves[path]) else max(EXACT, _precision(weight), _precision(original))
+        if not _is_near(weight, delta[path].merge(original), original, rounding):
+            raise ValueError(
+                f"{path!r}: the parameters are not those of base with this delta merged: another base, another delta, "
+                "or nothing was merged."
+            )
+        return original.astype(weight.dtype)
+
+    return _changed(params, delta, restore)
+
+
+def _is_near(weight: jax.Array, merged: jax.Array, original: jax.Array, rounding: float) -> bool:
+    """Whether two weights are one but for rounding, relative to the norms; a tracer is near everything."""
+    dtype = compute_dtype(weight.dtype)
+    weight, merged, original = (array.astype(dtype) for array in (weight, merged, original))
+    near = _norm(weight - merged) <= rounding * jnp.maximum(_norm(merged), _norm(original))
+    return isinstance(near, jax.core.Tracer) or bool(near)
+
+
+def _norm(array: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(array))))
+
+
+def _precision(array: jax.Array) -> float:
+    return float(jnp.finfo(array.dtype).eps)
 
 
 def _need_additive(delta: Delta, function: str) -> None:

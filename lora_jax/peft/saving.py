@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_jax.adapters.consistency import check_adapters
+from lora_jax.adapters.fingerprints import needs_moved_base
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.peft import experts
 from lora_jax.peft.exported import export
@@ -41,7 +43,8 @@ def save(
       task_type: PEFT's name of the kind of model ('CAUSAL_LM', 'SEQ_CLS'), by which its Auto classes choose.
 
     Raises:
-      ValueError: The delta holds what the target cannot: all of it is named, and nothing is written.
+      ValueError: The delta holds what the target cannot: all of it is named, and nothing is written. It is from
+        :func:`lora_jax.prepare`, which changed the base: :func:`lora_jax.to_plain_lora` makes one for the original.
       FileExistsError: The directory exists and is no adapter.
 
     Example:
@@ -54,8 +57,9 @@ def save(
     """
     if target not in TARGETS:
         raise ValueError(f"target={target!r}; expected one of {', '.join(map(repr, TARGETS))}.")
-    if not isinstance(delta, Mapping) or not delta:
-        raise ValueError("There is nothing to save: a delta is a dict with at least one adapter.")
+    check_adapters(delta)
+    if not delta:
+        raise ValueError("There is nothing to save: the delta is empty.")
     write(Path(directory), delta, names, target, base=base, base_model=base_model, task_type=task_type)
 
 
@@ -71,6 +75,12 @@ def write(
     modules_to_save: Sequence[str] = (),
 ) -> None:
     """What :func:`save` does, of an adapter whose config names modules that are saved whole."""
+    if moved := [path for path, node in delta.items() if needs_moved_base(node)]:
+        raise ValueError(
+            f"{moved[0]!r} ({len(moved)} such paths): the adapter needs the base that lora_jax.prepare changed, and no "
+            "reader of this file has it. lora_jax.to_plain_lora(delta, start) makes an adapter for the original "
+            "weights, which can be written."
+        )
     if target == "peft" and (kind := method_of(delta, names)) is not None:
         save_method(directory, kind, delta, names, base=base, base_model=base_model, task_type=task_type)
         return

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from lora_jax.adapters.fingerprints import check_base
 from lora_jax.transform import signatures
 from lora_jax.transform.call import Arguments, Call, check_delta
 from lora_jax.transform.evaluation import Evaluation, Leaves
@@ -36,6 +37,10 @@ def adapt(fn: Callable, *, flatten: bool = True) -> Callable:
       `scan`, `remat`, `shard_map`; outside of them it compiles itself. `dropout_key` turns the adapters' dropout on: a
       mask depends on the key, the path and the index of the use within fn, not on `jit` or `jax.checkpoint` around it.
       Frozen leaves of the delta have no gradient.
+
+    Warns:
+      WrongBaseWarning: (from `adapted`, outside of `jit`) The delta is from :func:`lora_jax.prepare`, and the base is
+        not the one that it returned.
 
     Raises:
       TypeError: fn is not callable.
@@ -83,6 +88,7 @@ def adapt(fn: Callable, *, flatten: bool = True) -> Callable:
             if lasts:
                 # Read again: while it was traced, the function may have bound variables itself.
                 programs.put(read(), key, evaluation)
+        check_base(delta, base, warn=True)
         return evaluation(leaves)
 
     return signatures.describe(adapted, fn, signature)

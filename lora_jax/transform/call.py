@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import paths
-from lora_jax.adapters.protocol import Adapter, check_adapters, is_adapter, with_frozen_stopped
+from lora_jax.adapters.consistency import check_adapters
+from lora_jax.adapters.protocol import Adapter, is_adapter, with_frozen_stopped
 from lora_jax.leaves import canonical, dequantized, is_array, is_quantized
 from lora_jax.transform import jaxprs, keyed
 from lora_jax.transform.interpreter import Interpreter, Use
