@@ -156,12 +156,8 @@ class Template:
           UserError: The template has refused it.
         """
         if isinstance(rendering, RenderingError):
-            raise self.refusal(rendering, place)
+            raise UserError(f"{place}: the chat template of {self.where} refuses the messages ({rendering})")
         return rendering
-
-    def refusal(self, error: Exception, place: str) -> UserError:
-        """An error that names the template."""
-        return UserError(f"{place}: the chat template of {self.where} refuses the messages ({error})")
 
     def _values(self, call: Call, place: str, prepare: Callable[[Message], Message]) -> dict[str, Any]:
         """What the template is given of a record."""

@@ -185,7 +185,9 @@ class Encoder:
             if template is not None and own:
                 renderings = template.renderings_of([(one.calls, one.place) for one in own.values()])
                 for (number, one), texts in zip(own.items(), renderings):
-                    examples[number] = conversation_examples(one, texts, self.notes)
+                    notes: set[str] = set()
+                    examples[number] = conversation_examples(one, texts, notes)
+                    self.notes.update(notes)
         return examples
 
     def _as_document(self, record: Record) -> Example | None:

@@ -7,7 +7,6 @@ the last), every answer is an example of its own, behind the text with which the
 
 import json
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -84,23 +83,22 @@ def plan(template: Template, record: Conversation, place: str, train_on: TrainOn
     else:
         learned = [number for number in numbers if weights[number] and number >= record.learn_from]
         learned = learned[-1:] if train_on == "last" else learned
-    calls = []
+    rendered = numbers if template.marks_generation and learned else learned
+    calls = [whole_call(record, number) for number in rendered]
     if not template.marks_generation:
-        calls = [call for number in learned for call in (prompt_call(record, number), whole_call(record, number))]
-    if everything or (learned and (template.marks_generation or learned[-1] < len(record.messages) - 1)):
+        calls = [call for whole, number in zip(calls, learned) for call in (prompt_call(record, number), whole)]
+    if everything or (learned and rendered[-1] < len(record.messages) - 1):
         calls.append(whole_call(record))
     return Plan(record, template, place, learned, everything, calls)
 
 
-def conversation_examples(
-    plan: Plan, renderings: Sequence[Marked | RenderingError], notes: Counter[str]
-) -> list[Example]:
+def conversation_examples(plan: Plan, renderings: Sequence[Marked | RenderingError], notes: set[str]) -> list[Example]:
     """The examples of a conversation.
 
     Args:
       plan: Of the conversation.
       renderings: Of the plan's calls.
-      notes: Counts, by a sentence, the records about which a user should know something.
+      notes: Takes sentences on what a user should know about the record.
 
     Returns:
       One example where the template renders every answer after the text with which the model is prompted for it; else
@@ -112,9 +110,9 @@ def conversation_examples(
     if plan.everything:
         return [_everything(plan, renderings, notes)]
     if not plan.learned:
-        notes["nothing to learn: all their answers have weight 0"] += 1
+        notes.add("nothing to learn: all their answers have weight 0")
         return []
-    return [_marked(plan, renderings, notes)] if plan.template.marks_generation else _by_turns(plan, renderings, notes)
+    return (_marked if plan.template.marks_generation else _by_turns)(plan, renderings, notes)
 
 
 def answers(record: Conversation, place: str) -> list[int]:
@@ -136,36 +134,47 @@ def whole_call(record: Conversation, number: int | None = None) -> Call:
     return Call(record.messages[:end], record.tools, record.template_arguments)
 
 
-def _marked(plan: Plan, renderings: Sequence[Marked | RenderingError], notes: Counter[str]) -> Example:
-    """The example of a template with `{% generation %}` blocks."""
-    record, template, place = plan.record, plan.template, plan.place
-    whole = template.require(renderings[-1], place)
-    spans = whole.blocks
-    if plan.learned != (numbers := answers(record, place)):
-        by_number = _blocks_by_message(plan, numbers, whole)
-        spans = [span for number in plan.learned for span in by_number[number]]
-    if not spans:
+def _marked(plan: Plan, renderings: Sequence[Marked | RenderingError], notes: set[str]) -> list[Example]:
+    """The examples of a template with `{% generation %}` blocks: what these render of each answer."""
+    template, whole, numbers = plan.template, renderings[-1], answers(plan.record, plan.place)
+    upto = [one for one in renderings[: len(numbers)] if isinstance(one, Marked)]
+    if len(upto) == len(numbers):
+        firsts = [0, *(len(one.blocks) for one in upto)]
+        parts = [Example(one.text, one.blocks[first:], one.literal) for one, first in zip(upto, firsts)]
+    else:  # it refuses a conversation that ends earlier: the blocks of the whole one are its answers, in turn
+        text, blocks, literal = template.require(whole, plan.place)
+        if len(blocks) != len(numbers):
+            raise UserError(
+                f"{plan.place}: the chat template of {template.where} has {len(blocks)} {{% generation %}} blocks for "
+                f"{len(numbers)} answers, so that there is no telling which is which"
+            )
+        parts = [Example(text, [block], literal) for block in blocks]
+    examples = []
+    for number, part in zip(numbers, parts):
+        if number in plan.learned:
+            said = "".join(part.text[begin:end] for begin, end in part.spans)
+            _check(template, plan.record.messages[number], said, f"{plan.place}, message {number + 1}")
+            examples += [part] if part.spans else []
+    if not examples:
         raise UserError(
-            f"{place}: the {{% generation %}} blocks of {template.where} render nothing of what the assistant says"
+            f"{plan.place}: the {{% generation %}} blocks of {template.where} render nothing of what the assistant says"
         )
-    said = "".join(whole.text[begin:end] for begin, end in spans)
-    for number in plan.learned:
-        _check(template, record.messages[number], said, f"{place}, message {number + 1}")
+    return _joined(plan, whole, examples, notes)
+
+
+def _joined(plan: Plan, whole: Marked | RenderingError, examples: list[Example], notes: set[str]) -> list[Example]:
+    """The examples of some answers, or one for all where the whole conversation has the same texts."""
+    for one in examples:
+        _note_end(plan.template, one, notes)
+    if isinstance(whole, RenderingError):
+        return examples
     _note_tools(plan, whole.text, notes)
-    example = Example(whole.text, spans, whole.literal)
-    _note_end(template, example, notes)
-    return example
+    if not all(whole.text.startswith(one.text[: one.spans[-1][1]]) for one in examples):
+        return examples
+    return [Example(whole.text, [span for one in examples for span in one.spans], whole.literal)]
 
 
-def _blocks_by_message(plan: Plan, numbers: list[int], whole: Marked) -> dict[int, list[Span]]:
-    if len(whole.blocks) == len(numbers):
-        return {number: [block] for number, block in zip(numbers, whole.blocks)}
-    renderings = plan.template.renderings([whole_call(plan.record, number) for number in numbers], plan.place)
-    counts = [0, *(len(plan.template.require(rendering, plan.place).blocks) for rendering in renderings)]
-    return {number: whole.blocks[counts[i] : counts[i + 1]] for i, number in enumerate(numbers)}
-
-
-def _note_end(template: Template, example: Example, notes: Counter[str]) -> None:
+def _note_end(template: Template, example: Example, notes: set[str]) -> None:
     """Notes where no control token ends what is learned."""
     begin, end = example.spans[-1]
     tokens = template.control.tokens_in(example.text, example.literal)
@@ -176,30 +185,31 @@ def _note_end(template: Template, example: Example, notes: Counter[str]) -> None
         reason = f"the end of a turn, {behind[0]}, is outside the {{% generation %}} blocks of {template.where}"
     else:
         reason = f"no control token ends an answer in {template.where}"
-    notes[f"{reason}: the model never learns to stop"] += 1
+    notes.add(f"{reason}: the model never learns to stop")
 
 
-def _everything(plan: Plan, renderings: Sequence[Marked | RenderingError], notes: Counter[str]) -> Example:
+def _everything(plan: Plan, renderings: Sequence[Marked | RenderingError], notes: set[str]) -> Example:
     """The example whose whole text is learned, apart from some messages."""
     whole = plan.template.require(renderings[-1], plan.place)
     excluded = []
-    if plan.learned and plan.template.marks_generation:
-        excluded = _marked(plan, renderings, Counter()).spans
-    elif plan.learned:
-        (example, *others) = _by_turns(plan, renderings, Counter())
+    if plan.learned:
+        (example, *others) = (_marked if plan.template.marks_generation else _by_turns)(plan, renderings, set())
         if others or example.text != whole.text:
             raise UserError(
                 f"{plan.place}: the chat template of {plan.template.where} does not tell which text is that of a "
                 "message of weight 0, which is not learned where everything else is (train_on all)"
             )
         excluded = example.spans
+    for number in answers(plan.record, plan.place):
+        if number not in plan.learned:
+            _check(plan.template, plan.record.messages[number], whole.text, f"{plan.place}, message {number + 1}")
     edges = [0, *(edge for span in excluded for edge in span), len(whole.text)]
     spans = [(begin, end) for begin, end in zip(edges[::2], edges[1::2]) if end > begin]
     _note_tools(plan, whole.text, notes)
     return Example(whole.text, spans, whole.literal)
 
 
-def _by_turns(plan: Plan, renderings: Sequence[Marked | RenderingError], notes: Counter[str]) -> list[Example]:
+def _by_turns(plan: Plan, renderings: Sequence[Marked | RenderingError], notes: set[str]) -> list[Example]:
     """The examples of a template without blocks: what it renders more with an answer than to prompt for it."""
     whole, examples = renderings[-1], []
     for number, prompt, text in zip(plan.learned, renderings[::2], renderings[1::2]):
@@ -209,22 +219,16 @@ def _by_turns(plan: Plan, renderings: Sequence[Marked | RenderingError], notes: 
         except UserError:
             if number == plan.learned[-1]:
                 raise
-            notes[f"an answer before the last one is left out: {plan.template.where} cannot render it as the last"] += 1
+            notes.add(f"an answer before the last one is left out: {plan.template.where} cannot render it as the last")
             continue
         ((begin, end),) = example.spans
         _check(plan.template, message, example.text[begin:end], here)
-        _note_end(plan.template, example, notes)
         examples.append(example)
-    if isinstance(whole, Marked):
-        _note_tools(plan, whole.text, notes)
-        if len(examples) == len(plan.learned) and all(whole.text.startswith(one.text) for one in examples):
-            spans = [span for one in examples for span in one.spans]
-            return [Example(whole.text, spans, whole.literal)]
-    return examples
+    return _joined(plan, whole, examples, notes)
 
 
 def _turn_example(
-    plan: Plan, number: int, prompt: Marked | RenderingError, whole: Marked | RenderingError, notes: Counter[str]
+    plan: Plan, number: int, prompt: Marked | RenderingError, whole: Marked | RenderingError, notes: set[str]
 ) -> Example:
     """The example of one answer, behind what prompts for it."""
     here = f"{plan.place}, message {number + 1}"
@@ -234,7 +238,7 @@ def _turn_example(
     return _behind_its_header(plan, number, prompt, whole, notes)
 
 
-def _behind_its_header(plan: Plan, number: int, prompt: Marked, whole: Marked, notes: Counter[str]) -> Example:
+def _behind_its_header(plan: Plan, number: int, prompt: Marked, whole: Marked, notes: set[str]) -> Example:
     """The example of an answer that does not begin with its prompt."""
     template, place = plan.template, f"{plan.place}, message {number + 1}"
     before, call = plan.record.messages[:number], whole_call(plan.record, number)
@@ -244,10 +248,10 @@ def _behind_its_header(plan: Plan, number: int, prompt: Marked, whole: Marked, n
     if texts[0] != texts[1] and whole.text.startswith(header):
         if prompt.text.startswith(header):
             opened = prompt.text[len(header) :]
-            notes[
+            notes.add(
                 f"the prompt of {template.where} ends with {opened!r}, with which no answer begins: answers are "
                 "learned without it"
-            ] += 1
+            )
             return Example(whole.text, [(len(header), len(whole.text))], whole.literal)
         if header[-1:] == prompt.text[-1:]:
             # What stands before the answer depends on the messages behind: what prompts for it is what counts.
@@ -291,14 +295,14 @@ def _check(template: Template, message: Message, said: str, place: str) -> None:
             )
 
 
-def _note_tools(plan: Plan, text: str, notes: Counter[str]) -> None:
+def _note_tools(plan: Plan, text: str, notes: set[str]) -> None:
     learned = () if plan.everything else plan.learned
     others = [message for number, message in enumerate(plan.record.messages) if number not in learned]
     if any(not _appears(name, text) for message in others for name in _calls(message)):
-        notes["tool_calls that are not learned are left out by the chat template"] += 1
+        notes.add("tool_calls that are not learned are left out by the chat template")
     functions = [tool.get("function", tool) for tool in plan.record.tools or ()]
     if any(not _appears(str(function.get("name")), text) for function in functions):
-        notes["tools are left out by the chat template"] += 1
+        notes.add("tools are left out by the chat template")
 
 
 def _calls(message: Message) -> list[str]:

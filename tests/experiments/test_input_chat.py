@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from datetime import datetime
 from pathlib import Path
 
@@ -139,11 +138,10 @@ def test_what_a_template_refuses_is_said(text, reason):
         template(text).render([{"role": "user", "content": "?"}], "line 3")
 
 
-def examples_of(text, messages, *, notes=None, train_on="answers", **kwargs):
-    record = Conversation(tuple(messages), **kwargs)
-    planned = plan(template(text), record, "line 3", train_on)
+def examples_of(text, messages):
+    planned = plan(template(text), Conversation(tuple(messages)), "line 3", "answers")
     renderings = planned.template.renderings(planned.calls, "line 3")
-    return conversation_examples(planned, renderings, Counter() if notes is None else notes)
+    return conversation_examples(planned, renderings, set())
 
 
 def test_turns_that_cannot_be_told_apart_are_an_error():

@@ -127,6 +127,24 @@ def test_thinking_of_earlier_turns_is_learned_in_examples_of_their_own(encoders)
     assert len(encoders("qwen3_training").encode([record("thinking")], ["here"])) == 1
 
 
+def test_blocks_of_a_template_that_drops_earlier_thinking(tmp_path):
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+        "{% if loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+        "{{ m.content }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    (tmp_path / "chat_template.jinja").write_text(source)
+    tokenizer = Tokenizer.from_file(str(location.find("tiny-llama") / "tokenizer.json"))
+    tokenizer.add_special_tokens(STORED["special"]["qwen3"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    encoder = load_encoder(tmp_path, None)
+    said = [text for _, text in answers(encoder, encoder.encode([record("thinking")], ["here"]))]
+    assert said == ["<think>Two players.</think>A game.<|im_end|>", "<think>One more than one.</think>2<|im_end|>"]
+    assert len(encoder.encode([record("one")], ["here"])) == 1
+
+
 def test_a_prompt_that_opens_the_thinking(encoders):
     encoder = encoders("qwen3_5_think")
     found = answers(encoder, encoder.encode([record("thinking")], ["here"]))
