@@ -32,7 +32,7 @@ class Explanation(dict[str, tuple[Use, ...]]):
         return all(use.factored for uses in self.values() for use in uses)
 
     def __str__(self) -> str:
-        return "\n".join(f"{path}: {use}" for path, uses in self.items() for use in uses)
+        return "\n".join(f"{path}: {use}" for path, uses in self.items() for use in uses) or "no weight is adapted"
 
     __repr__ = __str__
 
