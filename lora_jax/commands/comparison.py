@@ -25,7 +25,7 @@ from lora_jax.commands.wording import (
 )
 from lora_jax.merging import distance, norm
 from lora_jax.peft import layout
-from lora_jax.peft.config import Config
+from lora_jax.peft.opening import config_of
 
 
 def diff(one: Path, other: Path, console: Console, progress: Console, *, ignore: Sequence[str] = ()) -> bool:
@@ -119,7 +119,7 @@ def _copies_apart(one: Path, other: Path, ignore: Sequence[str]) -> list[str]:
 def _configs_apart(one: Path, other: Path) -> list[str]:
     """Lines about what two configs make of the same tensors: as which modules PEFT saves them, and for which task."""
     lines = []
-    configs = [Config.read(directory) for directory in (one, other)]
+    configs = [config_of(directory) for directory in (one, other)]
     for name in ("modules_to_save", "task_type"):
         first, second = (getattr(config, name) for config in configs)
         if name == "modules_to_save":

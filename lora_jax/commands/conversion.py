@@ -12,7 +12,8 @@ from lora_jax.commands.reading import NEEDS_NAMES, check_directory, found, is_na
 from lora_jax.commands.wording import few, kinds_of
 from lora_jax.files import replaced
 from lora_jax.peft import fitting, layout
-from lora_jax.peft.config import CONFIG, Config
+from lora_jax.peft.config import CONFIG
+from lora_jax.peft.opening import config_of
 from lora_jax.peft.saving import write
 from lora_jax.peft.targets import TARGETS
 from lora_jax.peft.tensors import written_here
@@ -36,7 +37,7 @@ def convert(
     directory = found(directory, progress)
     if is_native(directory):
         raise ValueError(f"{directory}: {NEEDS_NAMES.format('a conversion')}")
-    config = Config.read(directory)
+    config = config_of(directory)
     if base is None and (names := layout.copies(directory, ignore)):
         raise ValueError(
             f"{directory}: holds {few(names)} whole, as PEFT does for embeddings; only the base tells whether it "

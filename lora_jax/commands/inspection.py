@@ -29,7 +29,7 @@ from lora_jax.commands.wording import (
 from lora_jax.merging import norm
 from lora_jax.optim import partition
 from lora_jax.peft import layout
-from lora_jax.peft.config import Config
+from lora_jax.peft.opening import config_of
 from lora_jax.peft.targets import MAX_LORA_RANKS
 from lora_jax.peft.tensors import (
     read_json,
@@ -86,7 +86,7 @@ def _about_base(directory: Path, base: Path | None, native: bool, ignore: Sequen
             f", {digests} of them known by digest" if digests else ""
         )
         return
-    named = Config.read(directory).base_model_name_or_path
+    named = config_of(directory).base_model_name_or_path
     yield f"base: {named}, says the adapter" if named else "base: not named"
     if base:
         yield f"fits {base}"
@@ -94,7 +94,7 @@ def _about_base(directory: Path, base: Path | None, native: bool, ignore: Sequen
     yield "fits a checkpoint with weights of the names and shapes below; --base tries one"
     if names := layout.copies(directory, ignore):
         yield f"also holds {few(names)} whole, as PEFT does for embeddings; --base tells whether it was trained"
-    targets = Config.read(directory).target_parameters
+    targets = config_of(directory).target_parameters
     if len({name.rpartition(".")[0] for name in targets}) < len(targets):
         yield "which parameter of a module has which factors is taken from the config's order; --base tells"
 

@@ -11,6 +11,7 @@ from lora_jax import checkpoint, peft
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.peft import fitting, layout
 from lora_jax.peft.config import CONFIG
+from lora_jax.peft.opening import single_file
 from lora_jax.peft.tensors import (
     Tensors,
     absent,
@@ -34,7 +35,8 @@ def found(directory: Path, console: Console) -> Path:
     Raises:
       ValueError: There are several inside.
     """
-    check_directory(directory)
+    if single_file(directory) is None:
+        check_directory(directory)
     if (directory / checkpoint.MANIFEST).is_file():
         return directory
     adapter = layout.located(directory)
@@ -78,10 +80,11 @@ def is_native(directory: Path) -> bool:
     Raises:
       ValueError: It is neither.
     """
-    check_directory(directory)
+    if single_file(directory) is None:
+        check_directory(directory)
     if (directory / checkpoint.MANIFEST).is_file():
         return True
-    if (directory / CONFIG).is_file():
+    if (directory / CONFIG).is_file() or single_file(directory) is not None:
         return False
     if (directory / CONFIG).is_symlink():
         raise ValueError(absent(directory / CONFIG))

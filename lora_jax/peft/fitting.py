@@ -16,7 +16,6 @@ from lora_jax.peft.layout import (
     Levels,
     Shape,
     Stored,
-    adapter_tensors,
     factor_shapes,
     leaf_path,
     parameters_of,
@@ -24,6 +23,7 @@ from lora_jax.peft.layout import (
     table_of,
 )
 from lora_jax.peft.names import Fused, Names
+from lora_jax.peft.opening import opened
 from lora_jax.peft.tensors import FLOATS, Tensors
 
 # What transformers' models do with a square tensor, where its shape does not tell.
@@ -61,10 +61,10 @@ def of_checkpoint(
       ValueError: As :func:`of_adapter`; a weight with factors is quantised; or what a square weight's axes are
         cannot be told.
     """
-    config, model = Config.read(directory), model or {}
+    model = model or {}
     model_type = str(model.get("model_type") or "")
     shapes = {name: checkpoint[name] for name in checkpoint}
-    with adapter_tensors(directory, ignore) as tensors:
+    with opened(directory, ignore, [keys.split_name(name)[0] for name in shapes]) as (config, tensors):
         parsed = parsed_keys(tensors)
         factors = factor_shapes(tensors, parsed)
         sizes = {key: tensors[key.key] for key in parsed}

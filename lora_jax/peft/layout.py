@@ -11,9 +11,11 @@ import numpy as np
 
 from lora_jax.peft import experts, keys, ties
 from lora_jax.peft.config import CONFIG, Config
-from lora_jax.peft.keys import ADAPTER, Key
+from lora_jax.peft.keys import Key
 from lora_jax.peft.names import Module, Names, Weight
-from lora_jax.peft.tensors import Tensors, absent, pickle_beside
+from lora_jax.peft.opening import opened, single_file
+from lora_jax.peft.tensors import Tensors
+from lora_jax.peft.view import View
 
 Shape = tuple[int, ...]
 Levels = list[tuple[Shape, Shape]]
@@ -27,7 +29,7 @@ def located(directory: Path) -> Path:
     Raises:
       ValueError: Several are inside.
     """
-    if (directory / CONFIG).exists() or (directory / CONFIG).is_symlink():
+    if (directory / CONFIG).exists() or (directory / CONFIG).is_symlink() or single_file(directory):
         return directory
     inside = sorted(path.parent for path in directory.glob(f"*/{CONFIG}"))
     inside = inside or sorted(path.parent for path in directory.glob(f"*/*/{CONFIG}"))
@@ -41,21 +43,6 @@ def located(directory: Path) -> Path:
 _LISTED = 8
 
 
-def adapter_tensors(directory: Path, ignore: Sequence[str] = ()) -> Tensors:
-    """The tensors of an adapter directory.
-
-    Args:
-      directory: The adapter's.
-      ignore: Tensors that are passed over; see :class:`Tensors`.
-
-    Raises:
-      ValueError: It has none in safetensors.
-    """
-    if not (directory / ADAPTER).is_file():
-        raise ValueError(f"{absent(directory / ADAPTER).removesuffix('.')}{pickle_beside(directory)}.")
-    return Tensors([directory / ADAPTER], ignore)
-
-
 def of_adapter(directory: Path, ignore: Sequence[str] = ()) -> tuple[dict[str, Any], Names]:
     """The weights that an adapter is for, as far as it tells: their names, and shapes in PyTorch's layout.
 
@@ -64,11 +51,10 @@ def of_adapter(directory: Path, ignore: Sequence[str] = ()) -> tuple[dict[str, A
     Raises:
       ValueError: The adapter's files are missing or damaged, or its factors do not go together.
     """
-    config = Config.read(directory)
     shapes: dict[str, Shape] = {}
     kinds: dict[str, Kind] = {}
     stored: dict[str, Stored] = {}
-    with adapter_tensors(directory, ignore) as tensors:
+    with opened(directory, ignore) as (config, tensors):
         parsed = parsed_keys(tensors)
         wrapped = {parent for key in parsed for parent in keys.wrapped_parents(key.key)}
         for (module, embedding), levels in factor_shapes(tensors, parsed).items():
@@ -95,7 +81,7 @@ def of_adapter(directory: Path, ignore: Sequence[str] = ()) -> tuple[dict[str, A
 
 
 def _twins(
-    parsed: Iterable[Key], kinds: Mapping[str, Kind], config: Config, tensors: Tensors
+    parsed: Iterable[Key], kinds: Mapping[str, Kind], config: Config, tensors: Tensors | View
 ) -> dict[str, tuple[str, ...]]:
     """Embeddings, and the heads that the adapter changes in the same way."""
     by_module: dict[str, list[Key]] = collections.defaultdict(list)
@@ -116,8 +102,7 @@ def copies(directory: Path, ignore: Sequence[str] = ()) -> list[str]:
     PEFT stores embeddings so, where they have factors or the vocabulary may have grown; only the base tells
     whether they changed.
     """
-    config = Config.read(directory)
-    with adapter_tensors(directory, ignore) as tensors:
+    with opened(directory, ignore) as (config, tensors):
         return [key.name for key in _copies(parsed_keys(tensors), config)]
 
 
@@ -152,24 +137,26 @@ def table_of(
     return Names(tuple(rows), prefix=prefix)
 
 
-def parsed_keys(tensors: Tensors) -> list[Key]:
+def parsed_keys(tensors: Tensors | View) -> list[Key]:
     return [key for name in tensors if not keys.is_repeated(name, tensors) and (key := keys.parse(name))]
 
 
-def factor_shapes(tensors: Tensors, parsed: Iterable[Key]) -> dict[tuple[str, bool], Levels]:
+def factor_shapes(tensors: Tensors | View, parsed: Iterable[Key]) -> dict[tuple[str, bool], Levels]:
     """Per module, and whether it is a lookup, the shapes of its factors, the outermost wrapper's first."""
     found: dict[tuple[str, bool], dict[int, dict[str, Shape]]] = {}
     for key in parsed:
         if key.part in ("a", "b"):
             shape = tensors[key.key]
             if len(shape) < 2:
-                raise ValueError(f"{tensors.files[0]}: {key.key} has the shape {shape}, expected two axes or more.")
+                file = tensors.file_of(key.key)
+                raise ValueError(f"{file}: {key.key} has the shape {shape}, expected two axes or more.")
             found.setdefault((key.module, key.embedding), {}).setdefault(key.depth, {})[key.part] = shape
     for (module, embedding), levels in found.items():
         for depth, parts in levels.items():
             if missing := {"a", "b"} - parts.keys():
                 key = keys.factor_keys(module, embedding=embedding, depth=depth)[missing.pop()]
-                raise ValueError(f"{tensors.files[0]}: {key} is missing beside the other factor of its module.")
+                file = tensors.file_of(next(iter(tensors)))
+                raise ValueError(f"{file}: {key} is missing beside the other factor of its module.")
     return {at: [(levels[d]["a"], levels[d]["b"]) for d in sorted(levels)] for at, levels in found.items()}
 
 
@@ -180,7 +167,7 @@ def _copies(parsed: Iterable[Key], config: Config) -> list[Key]:
 
 
 def _read(directory: Path, key: Key) -> np.ndarray:
-    with adapter_tensors(directory) as tensors:
+    with opened(directory) as (_, tensors):
         return tensors.read(key.key)
 
 

@@ -17,12 +17,13 @@ from lora_jax.adapters.offset import Addition
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
 from lora_jax.leaves import is_abstract
 from lora_jax.peft import experts, keys, ties
-from lora_jax.peft.config import CONFIG, Config
+from lora_jax.peft.config import CONFIG
 from lora_jax.peft.factors import Fit
 from lora_jax.peft.keys import Key
-from lora_jax.peft.layout import adapter_tensors, located
+from lora_jax.peft.layout import located
 from lora_jax.peft.low_rank import joint, low_rank
 from lora_jax.peft.names import Names, Place
+from lora_jax.peft.opening import opened
 from lora_jax.peft.stored import Module, Stored
 from lora_jax.peft.tensors import read_json
 
@@ -58,13 +59,20 @@ def load(directory: str | os.PathLike, base: Any, names: Names, ignore: Sequence
     directory = located(given)
     if directory != given:
         warnings.warn(f"{given}: the adapter in {directory.relative_to(given)} is read.", stacklevel=2)
-    content = read_json(directory / CONFIG)
-    if (other := OTHER_METHODS.get(str(content.get("peft_type")))) is not None:
-        return other(directory, content, base, names, ignore)
-    config = Config.read(directory)
-    with adapter_tensors(directory, ignore) as tensors:
+    if (directory / CONFIG).is_file():
+        content = read_json(directory / CONFIG)
+        if (other := OTHER_METHODS.get(str(content.get("peft_type")))) is not None:
+            return other(directory, content, base, names, ignore)
+    with opened(directory, ignore, _modules(base, names)) as (config, tensors):
         loader = Loader(Stored(config, tensors), base, names)
         return finished(directory, loader, loader.delta())
+
+
+def _modules(base: Any, names: Names) -> Iterator[str]:
+    """The modules of a base in PyTorch."""
+    for path, leaf in paths.flatten(base).as_dict().items():
+        if (place := names.place(path, leaf.shape) if hasattr(leaf, "shape") else None) is not None:
+            yield from (keys.split_name(name)[0] for name in place.in_model.values())
 
 
 OTHER_METHODS: dict[str, Callable[[Path, Mapping[str, Any], Any, Names, Sequence[str]], dict[str, Adapter]]] = {}

@@ -1,6 +1,6 @@
 """Some tensors of an adapter under other names."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,15 @@ class View(Mapping[str, tuple[int, ...]]):
     Args:
       tensors: The open files.
       names: The names to show, and those in the files.
+      transposed: Shown names of matrices whose axes are exchanged.
     """
 
-    def __init__(self, tensors: Tensors, names: Mapping[str, str]):
-        self._tensors, self._names = tensors, dict(names)
+    def __init__(self, tensors: Tensors, names: Mapping[str, str], transposed: Collection[str] = ()):
+        self._tensors, self._names, self._transposed = tensors, dict(names), frozenset(transposed)
 
     def __getitem__(self, name: str) -> tuple[int, ...]:
-        return self._tensors[self._names[name]]
+        shape = self._tensors[self._names[name]]
+        return shape[::-1] if name in self._transposed else shape
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -29,10 +31,15 @@ class View(Mapping[str, tuple[int, ...]]):
         return len(self._names)
 
     def read(self, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
-        return self._tensors.read(self._names[name], part)
+        """See :meth:`Tensors.read`."""
+        if name not in self._transposed:
+            return self._tensors.read(self._names[name], part)
+        return self._tensors.read(self._names[name], None if part is None else part[::-1]).T
 
     def dtype(self, name: str) -> str:
+        """See :meth:`Tensors.dtype`."""
         return self._tensors.dtype(self._names[name])
 
     def file_of(self, name: str) -> Path:
+        """See :meth:`Tensors.file_of`."""
         return self._tensors.file_of(self._names[name])

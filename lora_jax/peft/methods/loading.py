@@ -12,13 +12,13 @@ from lora_jax.adapters.protocol import BATCH, OUT, Adapter
 from lora_jax.peft import keys
 from lora_jax.peft.config import Config
 from lora_jax.peft.factors import Fit, pad_rank
-from lora_jax.peft.layout import adapter_tensors
 from lora_jax.peft.loading import OTHER_METHODS, Loader, finished
 from lora_jax.peft.methods.ia3 import Ia3, gain_of_bias
 from lora_jax.peft.methods.method import Method, Read, Settings, fit_of
 from lora_jax.peft.methods.table import METHODS
 from lora_jax.peft.methods.vera import PAIR
 from lora_jax.peft.names import Names, Place
+from lora_jax.peft.opening import adapter_tensors
 from lora_jax.peft.stored import Stored
 from lora_jax.peft.tensors import Tensors
 from lora_jax.peft.view import View

@@ -1,0 +1,95 @@
+"""An adapter of PEFT, kohya's scripts, diffusers or mlx-lm, opened: its config and its tensors, in PEFT's terms."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from lora_jax.peft import foreign
+from lora_jax.peft.config import CONFIG, Config
+from lora_jax.peft.keys import ADAPTER
+from lora_jax.peft.tensors import Tensors, absent, pickle_beside, read_json
+from lora_jax.peft.view import View
+
+SUFFIX = ".safetensors"
+
+
+@contextlib.contextmanager
+def opened(
+    path: Path, ignore: Sequence[str] = (), known: Iterable[str] = ()
+) -> Iterator[tuple[Config, Tensors | View]]:
+    """The config and the tensors of an adapter of LoRA.
+
+    Args:
+      path: A directory that PEFT or mlx-lm wrote; or a safetensors file of kohya's scripts or diffusers, or a directory
+        with a single one.
+      ignore: Tensors that are passed over; see :class:`Tensors`.
+      known: The modules of the base: kohya's names, in which dots are underscores, are told by them.
+
+    Raises:
+      ValueError: It is none of these, or is damaged.
+    """
+    if (file := single_file(path)) is not None:
+        with Tensors([file], ignore) as tensors:
+            adapter = foreign.of_file(tensors, _metadata(file), known)
+            if adapter is None:
+                raise ValueError(f"{file}: no LoRA of kohya's scripts or diffusers, and no {CONFIG} beside it.")
+            yield adapter
+        return
+    if is_mlx(path):
+        if not (path / foreign.MLX).is_file():
+            raise ValueError(f"{absent(path / foreign.MLX)}")
+        with Tensors([path / foreign.MLX], ignore) as tensors:
+            yield foreign.of_mlx(tensors, read_json(path / CONFIG))
+        return
+    config = Config.read(path)
+    with adapter_tensors(path, ignore) as tensors:
+        yield config, tensors
+
+
+def config_of(path: Path) -> Config:
+    """The config of an adapter of LoRA, as :func:`opened` gives it."""
+    with opened(path) as (config, _):
+        return config
+
+
+def adapter_tensors(directory: Path, ignore: Sequence[str] = ()) -> Tensors:
+    """The tensors of an adapter directory of PEFT.
+
+    Args:
+      directory: The adapter's.
+      ignore: Tensors that are passed over; see :class:`Tensors`.
+
+    Raises:
+      ValueError: It has none in safetensors.
+    """
+    if not (directory / ADAPTER).is_file():
+        raise ValueError(f"{absent(directory / ADAPTER).removesuffix('.')}{pickle_beside(directory)}.")
+    return Tensors([directory / ADAPTER], ignore)
+
+
+def single_file(path: Path) -> Path | None:
+    """The safetensors file that is an adapter by itself: this one, or the only one of a directory without a config."""
+    if path.is_file():
+        return path if path.suffix == SUFFIX else None
+    if not path.is_dir() or (path / CONFIG).exists() or (path / CONFIG).is_symlink():
+        return None
+    files = sorted(path.glob(f"*{SUFFIX}"))
+    return files[0] if len(files) == 1 and files[0].name != ADAPTER else None
+
+
+def is_mlx(path: Path) -> bool:
+    """Whether a directory is an adapter of mlx-lm, whose config has PEFT's name and other fields."""
+    if not (path / CONFIG).is_file():
+        return False
+    content = read_json(path / CONFIG)
+    return "peft_type" not in content and ("lora_parameters" in content or "fine_tune_type" in content)
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    try:
+        with safe_open(file, "np") as opened_file:
+            return opened_file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{file}: damaged ({error}).") from None
