@@ -3,12 +3,15 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 import lora_jax as lora
-from experiments.models import bert, gpt2, heads
+from experiments.models import bert, gpt2, heads, llama
+from experiments.models.options import Options
+from tests.experiments.decoders import FIXTURES
 
 ROBERTA = bert.BertConfig(
     vocab_size=50265,
@@ -69,3 +72,14 @@ def test_full_fine_tuning_is_a_spec():
     shapes = {"small": {"kernel": np.ones((4, 3), np.float32), "bias": np.ones(3, np.float32)}}
     delta = lora.init(jax.random.key(0), shapes, {"": lora.Full()})
     assert lora.summary(shapes, delta).trainable == 15
+
+
+@pytest.mark.parametrize("family", [llama, gpt2])
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_all_linear_is_every_kernel_of_the_layers(family, scan):
+    model = family.load(FIXTURES / family.__name__.rpartition(".")[2], Options(scan=scan))
+    apply_fn, base = lora.nnx.functional(model)
+    delta = lora.init(jax.random.key(0), base, lora.all_linear(lora.LoRA(2)), apply_fn, jnp.ones((1, 4), jnp.int32))
+    # PEFT's "all-linear": neither embeddings nor the head, which shares the embedding in GPT-2.
+    kernels = {path for path in lora.nnx.paths.flatten(base).paths if path.endswith("kernel")}
+    assert set(delta) == {path for path in kernels if path.startswith("layers/")} and delta
