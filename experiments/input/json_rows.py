@@ -155,7 +155,7 @@ class _Scanner:
             return iter([(begin, self._offset, line)])
         of_objects = {key: rows for key, rows in arrays.items() if len(rows) and self._data[rows[0, 0]] == ord("{")}
         if split not in of_objects and len(of_objects) != 1:
-            what = ", ".join(map(str, keys)) or "nothing"
+            what = ", ".join(map(str, keys[:10])) + (" and more" if len(keys) > 10 else "") or "nothing"
             raise UserError(f"{self._path}: an object with {what}; expected an array of records, or an object with one")
         return map(tuple, of_objects[split] if split in of_objects else next(iter(of_objects.values())))
 

@@ -39,16 +39,17 @@ def matching(pattern: str) -> list[Path]:
     return files
 
 
-def in_directory(directory: Path, split: str) -> list[Path]:
+def in_directory(directory: Path, split: str, *, beside: bool = False) -> list[Path]:
     """The files of a split in a directory, shard by shard.
 
     A split's files are named after it (`train.jsonl`, `valid.json.gz`, `train-00000-of-00002.parquet`), in the
-    directory or its `data`, or stand in a folder of its name. In a directory without such names all files are to
-    train on. Validation falls back to the test split.
+    directory or its `data`, or stand in a folder of its name. A directory without such names is one
+    split, whichever is asked for. Validation falls back to the test split.
 
     Args:
       directory: With files in one or several folders.
       split: `train`, `validation`, `test`, or another name that files have.
+      beside: Only what is there beside the files to train on: a directory that is one split has nothing.
 
     Returns:
       The files; none if the directory has other splits only.
@@ -70,7 +71,7 @@ def in_directory(directory: Path, split: str) -> list[Path]:
             f"{', '.join(SUFFIXES)}"
         )
     if split in SPLITS and not any(map(_split_of, by_name)):
-        return sorted(path for files in by_name.values() for path in files) if split == "train" else []
+        return [] if beside else sorted(path for files in by_name.values() for path in files)
     name = chosen(by_name, split, str(directory))
     return [] if name is None else _one(by_name[name], directory)
 

@@ -80,7 +80,8 @@ def resolve(data: str, split: str, form: FormName | None = None, *, beside: bool
     """
     path = Path(data)
     if data in examples.SHIPPED or (path / "labels.txt").exists():
-        return [Labelled(data, split)]
+        directory = examples.SHIPPED.get(data, path)
+        return [] if beside and not list(directory.glob(f"{split}.tsv*")) else [Labelled(data, split)]
     if path.is_dir():
         return _directory(path, split, form, beside)
     directory, _, name = data.rpartition(":")
@@ -108,7 +109,7 @@ def _directory(path: Path, split: str, form: FormName | None, beside: bool) -> l
         names = [folder.parent.name for folder in path.glob("*/state.json")]
         name = layout.chosen(names, split, str(path))
         return [] if name is None else _files(saved_files(path / name), split, form)
-    return _files(layout.in_directory(path, split), split, form)
+    return _files(layout.in_directory(path, split, beside=beside), split, form)
 
 
 def _files(paths: Sequence[Path], split: str, form: FormName | None) -> list[Source]:

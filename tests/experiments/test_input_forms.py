@@ -1,10 +1,13 @@
 """Rows of every format as the one record that each means."""
 
+import contextlib
 import json
+import random
 
 import pytest
 
 from experiments.errors import UserError
+from experiments.input import forms
 from experiments.input.forms import parse
 from experiments.input.records import Completion, Conversation, Preference, Problem, Rated, Text
 
@@ -237,3 +240,26 @@ def test_a_format_that_is_asked_for():
 def test_malformed_rows_are_named(row, message):
     with pytest.raises(UserError, match=message):
         parse(row, "x")
+
+
+def test_any_value_in_any_column_is_a_record_or_a_sentence():
+    rng = random.Random(0)
+    names = [*sorted(forms.COLUMNS), "role", "content", "from", "value", "function", "name", "arguments", "weight", "type"]
+
+    def value(depth):
+        leaves = [None, True, 0, 1.5, "", "a", "assistant", "[", "[1]", '{"name": "f"}', "null", "\ud800"]
+        if depth > 4 or rng.random() < 0.4:
+            return rng.choice(leaves)
+        if rng.random() < 0.5:
+            return [value(depth + 1) for _ in range(rng.randrange(3))]
+        return {rng.choice(names): value(depth + 1) for _ in range(rng.randrange(5))}
+
+    read = 0
+    for _ in range(5000):
+        required = rng.choice(list(forms.FORMS.values())).required
+        row = {**{name: value(0) for name in rng.sample(names, 3)}, **{name: value(1) for name in required}}
+        for form in (None, rng.choice(list(forms.FORMS))):
+            with contextlib.suppress(UserError):
+                parse(row, "x", form)
+                read += 1
+    assert 100 < read < 9900

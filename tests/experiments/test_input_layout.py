@@ -41,7 +41,7 @@ def tree(root, *names):
 def test_splits_of_a_directory(tmp_path, names, train, validation):
     tree(tmp_path, *names)
     assert [path.name for path in layout.in_directory(tmp_path, "train")] == train
-    assert [path.name for path in layout.in_directory(tmp_path, "validation")] == validation
+    assert [path.name for path in layout.in_directory(tmp_path, "validation", beside=True)] == validation
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,16 @@ def test_a_named_split_of_a_directory(tmp_path):
     assert len(train) == 2 and validation is None and train.place(0).endswith("train_gen.jsonl, line 1")
     with pytest.raises(UserError, match="no nothing among test_sft, train_gen, train_sft"):
         sources.splits(f"{tmp_path}:nothing")
+
+
+def test_a_directory_of_one_split_validates_if_asked_to(tmp_path):
+    tree(tmp_path, "a.jsonl", "others/part-0.jsonl", "others/part-1.jsonl")
+    train, validation = sources.splits(f"{tmp_path}/a.jsonl", f"{tmp_path}/others")
+    assert (len(train), len(validation)) == (1, 2)
+    tree(tmp_path, "labelled/labels.txt")
+    (tmp_path / "labelled" / "labels.txt").write_text("games\nmail\n")
+    (tmp_path / "labelled" / "train.tsv").write_text("label\ttext\nmail\thello\n")
+    assert sources.splits(f"{tmp_path}/labelled")[1] is None
 
 
 def test_globs(tmp_path):
