@@ -1,20 +1,16 @@
 """Files as bytes in memory maps, compressed ones decompressed once."""
 
-import gzip
 import hashlib
 import mmap
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import zstandard
-
 from experiments.errors import UserError, reading
 
 COMPRESSED = (".gz", ".zst", ".zstd")
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _CHUNK = 1 << 20
 
 
@@ -67,13 +63,12 @@ def open_content(path: Path) -> Content:
     Raises:
       UserError: It cannot be read, or the compressed data are damaged or incomplete.
     """
-    with reading(path, "compressed data" if path.suffix.lower() in COMPRESSED else ""), path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         head = file.read(4)
-        file.seek(0)
-        if head.startswith((_GZIP, _ZSTD)):
+        codec = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
+        if codec is not None:
             with tempfile.TemporaryFile() as spool:
-                for chunk in _gunzip(file) if head.startswith(_GZIP) else _unzstd(file):
-                    spool.write(chunk)
+                _decompress(path, codec, spool)
                 spool.flush()
                 return _mapped(path, spool)
         if path.suffix.lower() in COMPRESSED and head:
@@ -81,24 +76,12 @@ def open_content(path: Path) -> Content:
         return _mapped(path, file)
 
 
-def _gunzip(file: BinaryIO) -> Iterator[bytes]:
-    with gzip.open(file) as stream:
+def _decompress(path: Path, codec: str, spool: BinaryIO) -> None:
+    import pyarrow
+
+    with pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), codec) as stream:
         while chunk := stream.read(_CHUNK):
-            yield chunk
-
-
-def _unzstd(file: BinaryIO) -> Iterator[bytes]:
-    """By frames: the library's own stream reader takes a frame that is cut off for a whole one."""
-    frame = None
-    while data := file.read(_CHUNK):
-        while data:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            yield frame.decompress(data)
-            data = frame.unused_data
-            if frame.eof:
-                frame = None
-    if frame is not None:
-        raise EOFError("the last frame is incomplete")
+            spool.write(chunk)
 
 
 def _mapped(path: Path, file: BinaryIO) -> Content:

@@ -12,7 +12,6 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
 
 from experiments.errors import UserError
 from experiments.input import json_rows, sources
@@ -48,6 +47,13 @@ def parquet(rows, path):
     return path.read_bytes()
 
 
+def zstd(data):
+    buffer = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(buffer, "zstd") as stream:
+        stream.write(data)
+    return buffer.getvalue().to_pybytes()
+
+
 FILES = {
     "a.jsonl": lines(ROWS),
     "a.ndjson": lines(ROWS, "\r\n"),
@@ -77,14 +83,14 @@ def test_text_files(tmp_path, name, window, monkeypatch):
 @pytest.mark.parametrize("name", ["a.jsonl", "array.json", "a.csv"])
 def test_compressed_files(tmp_path, name, suffix):
     data = FILES[name].encode()
-    compress = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor().compress
+    compress = gzip.compress if suffix == ".gz" else zstd
     halves = compress(data[: len(data) // 2]) + compress(data[len(data) // 2 :])  # two frames, as pigz and pzstd write
     for number, compressed in enumerate((compress(data), halves)):
         path = tmp_path / f"{number}-{name}{suffix}"
         path.write_bytes(compressed)
         assert records_of(path) == RECORDS
         path.write_bytes(compressed[:-9])
-        with pytest.raises(UserError, match=f"{path.name}.*cannot be read as compressed data"):
+        with pytest.raises(UserError, match=f"{path.name}: cannot be read .*(Truncated|Error)"):
             records_of(path)
     path.write_bytes(data)
     with pytest.raises(UserError, match="not compressed by gzip or zstd, though it is named"):
@@ -197,7 +203,7 @@ def test_damaged_files_end_in_a_sentence(tmp_path):
         "a.json": FILES["nested.json"].encode()[:400] + b'"}]}',
         "a.csv": FILES["a.csv"].encode()[:300],
         "a.jsonl.gz": gzip.compress(lines(ROWS[:2]).encode()),
-        "a.jsonl.zst": zstandard.ZstdCompressor().compress(lines(ROWS[:2]).encode()),
+        "a.jsonl.zst": zstd(lines(ROWS[:2]).encode()),
     }
     read = 0
     for turn in range(280):

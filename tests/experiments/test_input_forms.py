@@ -244,7 +244,18 @@ def test_malformed_rows_are_named(row, message):
 
 def test_any_value_in_any_column_is_a_record_or_a_sentence():
     rng = random.Random(0)
-    names = [*sorted(forms.COLUMNS), "role", "content", "from", "value", "function", "name", "arguments", "weight", "type"]
+    names = [
+        *sorted(forms.COLUMNS),
+        "role",
+        "content",
+        "from",
+        "value",
+        "function",
+        "name",
+        "arguments",
+        "weight",
+        "type",
+    ]
 
     def value(depth):
         leaves = [None, True, 0, 1.5, "", "a", "assistant", "[", "[1]", '{"name": "f"}', "null", "\ud800"]
