@@ -11,7 +11,7 @@ from lora_jax.commands.outputs import check_new
 from lora_jax.commands.reading import NEEDS_NAMES, check_directory, found, is_native, model_config, opened
 from lora_jax.commands.wording import few, kinds_of
 from lora_jax.files import replaced
-from lora_jax.peft import fitting, layout
+from lora_jax.peft import layout, methods
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.opening import config_of
 from lora_jax.peft.saving import write
@@ -51,7 +51,7 @@ def convert(
         if base is None:
             weights, names = layout.of_adapter(directory, ignore)
         else:
-            fit = fitting.of_checkpoint(stack.enter_context(opened(base)), directory, model_config(base), ignore)
+            fit = methods.of_checkpoint(stack.enter_context(opened(base)), directory, model_config(base), ignore)
             weights, names = fit.base, fit.names
             for head, (table, why) in fit.untied.items() if target in _ONE_WEIGHT else ():
                 raise ValueError(

@@ -29,6 +29,7 @@ from lora_jax.commands.wording import (
 from lora_jax.merging import norm
 from lora_jax.optim import partition
 from lora_jax.peft import layout
+from lora_jax.peft.config import CONFIG
 from lora_jax.peft.opening import config_of
 from lora_jax.peft.targets import MAX_LORA_RANKS
 from lora_jax.peft.tensors import (
@@ -86,7 +87,7 @@ def _about_base(directory: Path, base: Path | None, native: bool, ignore: Sequen
             f", {digests} of them known by digest" if digests else ""
         )
         return
-    named = config_of(directory).base_model_name_or_path
+    named = read_json(directory / CONFIG).get("base_model_name_or_path") if (directory / CONFIG).is_file() else None
     yield f"base: {named}, says the adapter" if named else "base: not named"
     if base:
         yield f"fits {base}"

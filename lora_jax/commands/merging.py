@@ -16,7 +16,7 @@ from lora_jax.commands.outputs import check_new
 from lora_jax.commands.reading import MODEL, NEEDS_NAMES, check_directory, found, is_native, model_config, opened
 from lora_jax.commands.wording import counted, few, progress_bar, shown
 from lora_jax.files import replaced
-from lora_jax.peft import fitting, layout, ties
+from lora_jax.peft import layout, methods, ties
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.tensors import (
     INDEX,
@@ -53,7 +53,7 @@ def merge(
     check_new(out, MODEL, "checkpoint", owns, force, apart_from=(base, adapter))
     config = model_config(base)
     with opened(base) as tensors, replaced(out, MODEL, what="checkpoint", owns=owns) as fresh:
-        fit = fitting.of_checkpoint(tensors, adapter, config, ignore)
+        fit = methods.of_checkpoint(tensors, adapter, config, ignore)
         delta = peft.load(adapter, fit.base, fit.names, ignore=ignore)
         ties.share_rows(delta, tensors, config)
         tables = {head: table for head, (table, _) in fit.untied.items()}

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from lora_jax import checkpoint, peft
 from lora_jax.adapters.protocol import Adapter
-from lora_jax.peft import fitting, layout
+from lora_jax.peft import layout, methods
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.opening import single_file
 from lora_jax.peft.tensors import (
@@ -53,6 +53,8 @@ def read(directory: Path, ignore: Sequence[str] = ()) -> dict[str, Adapter]:
     """
     if is_native(directory):
         return checkpoint.load(directory)
+    if (kind := methods.method_in(directory)) is not None:
+        raise ValueError(f"{directory}: an adapter of PEFT's {kind} does not tell its weights' shapes; give --base.")
     return peft.load(directory, *layout.of_adapter(directory, ignore), ignore=ignore)
 
 
@@ -70,7 +72,7 @@ def fitted(
     if is_native(directory):
         raise ValueError(f"{directory}: {NEEDS_NAMES.format('its fit')}")
     with opened(base) as tensors:
-        fit = fitting.of_checkpoint(tensors, directory, model_config(base), ignore)
+        fit = methods.of_checkpoint(tensors, directory, model_config(base), ignore)
         return peft.load(directory, fit.base, fit.names, ignore=ignore), fit.untied
 
 

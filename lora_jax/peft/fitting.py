@@ -27,7 +27,7 @@ from lora_jax.peft.opening import opened
 from lora_jax.peft.tensors import FLOATS, Tensors
 
 # What transformers' models do with a square tensor, where its shape does not tell.
-_CONV1D_MODELS = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
+CONV1D_MODELS = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
 _TRANSPOSED_EXPERTS_MODELS = ("aria", "aria_text", "gpt_oss", "openai_privacy_filter")
 
 
@@ -70,7 +70,7 @@ def of_checkpoint(
         sizes = {key: tensors[key.key] for key in parsed}
         renamed = {new: name for name in shapes for new in renames.running(name)}
         known = {keys.split_name(name)[0] for name in (*shapes, *renamed)}
-        prefix = _prefix(known, {key.module for key in parsed})
+        prefix = prefix_of(known, {key.module for key in parsed})
         bare = {new.removeprefix(prefix): name for new, name in renamed.items()}
         bare |= {name.removeprefix(prefix): name for name in shapes}
         square = _Squares(config, model_type)
@@ -144,7 +144,7 @@ class _Squares:
 
     def __init__(self, config: Config, model_type: str):
         self._flag = config.fan_in_fan_out
-        self._conv1d_model = model_type in _CONV1D_MODELS
+        self._conv1d_model = model_type in CONV1D_MODELS
         self._open: list[str] = []
         self._told: dict[str, set[Kind]] = collections.defaultdict(set)
 
@@ -221,7 +221,7 @@ def _parameter_kind(shape: Shape, a: Shape, b: Shape, rank: int, transposed: boo
     return "experts" if shape[1:] == (b[0], a[1]) else ""
 
 
-def _prefix(known: set[str], adapted: set[str]) -> str:
+def prefix_of(known: set[str], adapted: set[str]) -> str:
     """What the checkpoint's modules or the adapter's have in front of the others' ('bert.')."""
     votes = collections.Counter({"": len(known & adapted)})
     for one, other in ((known, adapted), (adapted, known)):

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
+from lora_jax.__main__ import main
 from lora_jax.peft import LINEAR, Names, Weight
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "peft_methods"
@@ -175,3 +176,19 @@ def test_numbers_of_the_config_are_checked(field, value, stored, tmp_path):
     (tmp_path / "edited" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"{field} is"):
         lora.peft.load(tmp_path / "edited", base_of(stored, False), NAMES)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_command_line_merges_and_inspects_them(name, stored, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    weights = {key: value for key, value in stored.items() if key not in ("ids", "y", "versions")}
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    merge = ["merge", str(tmp_path / "model"), str(FIXTURES / name), str(tmp_path / "merged")]
+    assert main(merge) == 0, capsys.readouterr().err
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    expected = np.load(FIXTURES / name / "expected.npz")["y"]
+    np.testing.assert_allclose(model(base_of(merged, False), stored["ids"]), expected, atol=1e-5)
+    assert main(["inspect", str(FIXTURES / name), "--base", str(tmp_path / "model")]) == 0, capsys.readouterr().err
+    assert main(["inspect", str(FIXTURES / name)]) == 2
+    assert "give --base" in capsys.readouterr().err

@@ -23,8 +23,8 @@ from lora_jax.peft.stored import Stored
 from lora_jax.peft.tensors import Tensors
 from lora_jax.peft.view import View
 
-_NORMS = ".ln_tuning_layers."
-_TOKENS = ".trainable_tokens_delta"
+NORMS = ".ln_tuning_layers."
+TOKENS = ".trainable_tokens_delta"
 
 
 def load_method(
@@ -47,16 +47,16 @@ def load_method(
     with adapter_tensors(directory, ignore) as tensors:
         if kind == "LN_TUNING":
             config = Config(modules_to_save=_listed(saved, settings.names("target_modules")))
-            view = View(tensors, {name.replace(_NORMS, "."): name for name in tensors})
+            view = View(tensors, {name.replace(NORMS, "."): name for name in tensors})
             return _rest(directory, config, view, base, names, {})
         if kind == "TRAINABLE_TOKENS":
             ids = content.get("token_indices") or []
-            modules = [_module(name, _TOKENS) for name in tensors if name.endswith(_TOKENS)]
+            modules = [_module(name, TOKENS) for name in tensors if name.endswith(TOKENS)]
             config = Config(modules_to_save=_listed(saved), trainable_token_indices=dict.fromkeys(modules, ids))
-            renamed = {keys.rows_key(_module(name, _TOKENS)): name for name in tensors if name.endswith(_TOKENS)}
-            view = View(tensors, renamed | {name: name for name in tensors if not name.endswith(_TOKENS)})
+            renamed = {keys.rows_key(_module(name, TOKENS)): name for name in tensors if name.endswith(TOKENS)}
+            view = View(tensors, renamed | {name: name for name in tensors if not name.endswith(TOKENS)})
             return _rest(directory, config, view, base, names, {})
-        method, own = METHODS[kind](), _own(tensors, METHODS[kind].parts)
+        method, own = METHODS[kind](), modules_of(tensors, METHODS[kind].parts)
         used = {key for parts in own.values() for key in parts.values()} | set(PAIR)
         view = View(tensors, {name: name for name in tensors if name not in used})
         loader = Loader(Stored(Config(modules_to_save=_listed(saved)), view), base, names)
@@ -85,7 +85,7 @@ def _module(key: str, end: str) -> str:
     return key.removeprefix(keys.PREFIX).removesuffix(end)
 
 
-def _own(tensors: Tensors, parts: Sequence[str]) -> dict[str, dict[str, str]]:
+def modules_of(tensors: Tensors, parts: Sequence[str]) -> dict[str, dict[str, str]]:
     """The keys of a method's tensors, by module and part."""
     pattern = re.compile(rf"{re.escape(keys.PREFIX)}(?P<module>.+)\.(?P<part>{'|'.join(map(re.escape, parts))})")
     found: dict[str, dict[str, str]] = collections.defaultdict(dict)
