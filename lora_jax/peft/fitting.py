@@ -96,28 +96,49 @@ def of_checkpoint(
         for key in parsed:
             if key.part == "rows" and (name := bare.get(f"{key.module.removeprefix(prefix)}.weight")):
                 kinds[name] = "embedding"
-        by_module: dict[str, list[Key]] = collections.defaultdict(list)
-        for key in parsed:
-            by_module[key.module.removeprefix(prefix)].append(key)
         heads = _tied(sizes, bare, shapes, kinds, prefix)
-        for name in shapes:
-            head = ties.tied_head(name, model, config.task_type)
-            if name not in heads and head is not None and head not in shapes:
-                heads |= {name: head} if {_module(name, prefix), _module(head, prefix)} & by_module.keys() else {}
-        tied, untied = {}, {}
-        for table, head in heads.items():
-            one, other = (by_module[_module(name, prefix)] for name in (table, head))
-            if why := ties.parted(one, other, config, tensors):
-                untied[head] = table, why
-                kinds[head] = "embedding" if any(key.part == "rows" for key in other) else "linear"
-            else:
-                tied[table] = (head,)
+        heads = {x: head for x in shapes if (head := ties.tied_head(x, model, config.task_type))} | heads
+        tied, untied = _parted(
+            {x: head for x, head in heads.items() if head not in shapes}, parsed, config, tensors, prefix
+        )
+    kinds.update((head, kind) for head, (_, _, kind) in untied.items())
     shapes = {name: shapes[name] for name in dict.fromkeys((*order, *shapes))}
     base = {leaf_path(name): Stored(shape, lambda name=name: checkpoint.read(name)) for name, shape in shapes.items()}
-    base |= {leaf_path(head): base[leaf_path(table)] for head, (table, _) in untied.items()}
+    base |= {leaf_path(head): base[leaf_path(table)] for head, (table, _, _) in untied.items()}
     own = {bare.get(name.removeprefix(prefix), ""): name for name in _adapted(parsed, config)}
     names = table_of([*shapes, *untied], kinds, tied, prefix, own)
+    untied = {head: (table, why) for head, (table, why, _) in untied.items()}
     return Fitting(base, dataclasses.replace(names, fused=tuple(fused)), untied)
+
+
+def _parted(
+    heads: Mapping[str, str], parsed: Iterable[Key], config: Config, tensors: Tensors, prefix: str
+) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, str, Kind]]]:
+    """Of embeddings that are their model's heads too, those that an adapter leaves so, and those that it does not.
+
+    Args:
+      heads: By the embedding's tensor, the head's, which the checkpoint does not store.
+      parsed: The adapter's keys.
+      config: Its config.
+      tensors: Its tensors, open.
+      prefix: Of names on one side alone.
+
+    Returns:
+      By the embedding's tensor, the heads that are the same weight; by the head's tensor, the embedding's, why they are
+      two weights, and what the head is.
+    """
+    by_module: dict[str, list[Key]] = collections.defaultdict(list)
+    for key in parsed:
+        by_module[key.module.removeprefix(prefix)].append(key)
+    tied: dict[str, tuple[str, ...]] = {}
+    untied: dict[str, tuple[str, str, Kind]] = {}
+    for table, head in heads.items():
+        one, other = (by_module.get(_module(name, prefix), []) for name in (table, head))
+        if why := ties.parted(one, other, config, tensors):
+            untied[head] = table, why, "embedding" if any(key.part == "rows" for key in other) else "linear"
+        elif one or other:
+            tied[table] = (head,)
+    return tied, untied
 
 
 def _adapted(parsed: Iterable[Key], config: Config) -> Iterator[str]:
