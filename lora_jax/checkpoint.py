@@ -30,6 +30,7 @@ from lora_jax.adapters.protocol import Adapter
 from lora_jax.files import listed, naming, new_parents, replaced_file, resolved, sync_tree
 from lora_jax.locks import locked, matching
 from lora_jax.manifest import ARRAYS, FORMAT, MANIFEST, NAME
+from lora_jax.reading import quiet, reading
 
 Delta = dict[str, Adapter]
 
@@ -224,25 +225,21 @@ def _restored(folder: pathlib.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> 
     target = {
         name: jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=device) for name, struct in wanted.items()
     }
-    with _checkpointer() as checkpointer:
-        try:
-            stored = dict(checkpointer.metadata(folder).item_metadata.items())
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder} is damaged or no Orbax checkpoint: {error}") from error
+    with quiet(), _checkpointer() as checkpointer:
+        with reading(folder, said="{path} is damaged or no Orbax checkpoint: {reason}."):
+            stored = {
+                name: (tuple(array.shape), np.dtype(array.dtype))
+                for name, array in checkpointer.metadata(folder).item_metadata.items()
+            }
         wrong = sorted(set(stored) ^ set(wanted))
         wrong += sorted(
-            name
-            for name, struct in wanted.items()
-            if name in stored
-            and (tuple(stored[name].shape), np.dtype(stored[name].dtype)) != (struct.shape, struct.dtype)
+            name for name, struct in wanted.items() if name in stored and stored[name] != (struct.shape, struct.dtype)
         )
         if wrong:
             raise ValueError(
                 f"{folder.parent}: {MANIFEST} and {folder.name} disagree on {', '.join(map(repr, wrong[:5]))}."
             )
-        try:
+        with reading(folder, said="{path} cannot be read: {reason}."):
             restored = checkpointer.restore(folder, args=ocp.args.StandardRestore(target))
-        except Exception as error:
-            raise ValueError(f"{folder} cannot be read: {error}") from error
     # Not committed to a device, so that they go along with a base on any mesh.
     return {name: jnp.asarray(np.asarray(array)) for name, array in restored.items()}

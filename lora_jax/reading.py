@@ -1,10 +1,13 @@
 """The one place that knows what a reader may raise on a missing, damaged or malicious file."""
 
 import contextlib
+import gc
+import logging
 import os
 import struct
+import traceback
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 _RAISED = (
     OSError,
@@ -26,7 +29,9 @@ _LENGTH = 400
 
 
 @contextlib.contextmanager
-def reading(path: str | os.PathLike, form: str = "", *, error: type[ValueError] = ValueError) -> Iterator[None]:
+def reading(
+    path: str | os.PathLike, form: str = "", *, error: type[ValueError] = ValueError, said: str = ""
+) -> Generator[None]:
     """Turns whatever the `with` block raises because of a file's content into one error that names the file.
 
     An error that names the file already, and any instance of a narrower `error`, keeps its message. Interrupts and
@@ -36,6 +41,7 @@ def reading(path: str | os.PathLike, form: str = "", *, error: type[ValueError] 
       path: The file or directory that is read.
       form: The file format, for the message.
       error: What is raised.
+      said: The message in other words, with the fields `path` and `reason`.
 
     Raises:
       ValueError: The file cannot be read. The original error is its cause.
@@ -59,7 +65,26 @@ def reading(path: str | os.PathLike, form: str = "", *, error: type[ValueError] 
                 raise
             raise error(message) from raised
         as_form = f" as {form}" if form and not isinstance(raised, OSError) else ""
-        raise error(f"{printable(str(path))}: cannot be read{as_form} ({reason(raised)}).") from raised
+        said = said or f"{{path}}: cannot be read{as_form} ({{reason}})."
+        raise error(said.format(path=printable(str(path)), reason=reason(raised))) from raised
+
+
+@contextlib.contextmanager
+def quiet() -> Generator[None]:
+    """Keeps what Orbax and asyncio log about damaged files out of the `with` block's output: its error says that."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    disabled = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    except BaseException as raised:
+        traceback.clear_frames(raised.__traceback__)  # they hold unfinished reads, which complain when they are freed
+        gc.collect()
+        raise
+    finally:
+        for logger, before in zip(loggers, disabled):
+            logger.disabled = before
 
 
 def raised_by_reader(raised: BaseException) -> bool:

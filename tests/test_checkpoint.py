@@ -168,3 +168,35 @@ def test_damaged_manifests(saved, tmp_path):
     (saved / "adapter.json").write_text("{")
     with pytest.raises(ValueError, match=r"adapter\.json is damaged"):
         lora.load(saved)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[" * 100_000, r"adapter\.json is damaged: nested too deeply"),
+        ('{"format": "lora_jax adapter", "version": 1}', "'adapters' is missing"),
+        ('{"format": "lora_jax adapter", "version": 1, "adapters": {}, "base": {}, "arrays": "../x"}', r"'\.\./x'"),
+        ('{"format": "lora_jax adapter", "version": 1, "adapters": {}, "base": {}, "arrays": 3}', "'arrays' is 3"),
+        ('{"format": "lora_jax adapter", "version": ' + "9" * 5000 + "}", "is damaged"),
+    ],
+)
+def test_manifests_of_other_content(saved, text, message):
+    (saved / "adapter.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        lora.load(saved)
+    assert len(str(error.value)) < 800
+
+
+@pytest.mark.parametrize("size", [-1, 2**31, 1.5, "4", None])
+def test_shapes_that_are_none(saved, size):
+    edit(saved, lambda manifest: manifest["adapters"]["table"]["arrays"]["rows"].update(shape=[2, size]))
+    with pytest.raises(ValueError, match=r"adapter\.json"):
+        lora.load(saved)
+
+
+def test_nothing_is_printed_beside_the_error(saved, capfd):
+    for name in ("_METADATA", "manifest.ocdbt"):
+        (saved / "arrays" / name).write_bytes(b"")
+        with pytest.raises(ValueError, match="arrays is damaged or no Orbax checkpoint"):
+            lora.load(saved)
+    assert capfd.readouterr() == ("", "")

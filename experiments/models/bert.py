@@ -69,6 +69,7 @@ class BertConfig:
     model_type: str = "bert"
 
     @classmethod
+    @config_json.parsing
     def from_json(cls, config: Mapping[str, Any]) -> "BertConfig":
         """The shape that a `config.json` describes.
 

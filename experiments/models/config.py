@@ -1,14 +1,18 @@
 """A model's shape from Hugging Face's `config.json`: whatever a model does not compute is refused by name."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import reprlib
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from experiments.errors import UserError
+from experiments.errors import UserError, reading
 
 C = TypeVar("C")
+R = TypeVar("R")
+_LAYERS, _MOST_LAYERS = ("n_layer", "num_hidden_layers"), 10_000
 _KINDS: dict[Any, str] = {
-    int: "a whole number of at least 0",
+    int: "a whole number from 0 to 2,147,483,647",
     float: "a number",
     bool: "true or false",
     str: "a string",
@@ -29,18 +33,31 @@ def read(shape: type[C], config: Mapping[str, Any], supported: Mapping[str, tupl
     for name, values in supported.items():
         if config.get(name) is not None and config[name] not in values:
             wanted = " or ".join(map(repr, values))
-            raise UserError(f"config.json: {name} is {config[name]!r}, supported is {wanted}")
+            raise UserError(f"config.json: {name} is {reprlib.repr(config[name])}, supported is {wanted}")
     given: dict[str, Any] = {}
     for field in dataclasses.fields(shape):  # pyrefly: ignore[bad-argument-type]
         value = config.get(field.name)
         if value is None:
             if field.default is dataclasses.MISSING:
                 raise UserError(f"config.json: {field.name} is missing")
+        elif field.name in _LAYERS and _fits(value, int) and value > _MOST_LAYERS:
+            raise UserError(f"config.json: {field.name} is {value:,}, expected {_MOST_LAYERS:,} at most")
         elif not _fits(value, field.type):
-            raise UserError(f"config.json: {field.name} is {value!r}, expected {_KINDS[field.type]}")
+            raise UserError(f"config.json: {field.name} is {reprlib.repr(value)}, expected {_KINDS[field.type]}")
         else:
             given[field.name] = value
     return shape(**given)
+
+
+def parsing(parse: Callable[..., R]) -> Callable[..., R]:
+    """Makes a function that reads a `config.json`'s fields raise a UserError for whatever it meets there."""
+
+    @functools.wraps(parse)
+    def parsed(*args: Any) -> R:
+        with reading("config.json"):
+            return parse(*args)
+
+    return parsed
 
 
 def check_heads(config: Any) -> None:
@@ -52,6 +69,7 @@ def check_heads(config: Any) -> None:
         )
 
 
+@parsing
 def count_classes(config: Mapping[str, Any]) -> int:
     """How many outputs the head of a checkpoint has: `id2label` says it; 2 where it is left out."""
     labels = config.get("id2label")
@@ -62,5 +80,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if isinstance(value, bool):
         return kind is bool
     if kind is int:
-        return isinstance(value, int) and value >= 0
-    return isinstance(value, int | float) if kind is float else kind not in _KINDS or isinstance(value, kind)
+        return isinstance(value, int) and 0 <= value < 2**31
+    if kind is float:
+        return isinstance(value, int | float) and abs(value) < 1e38
+    return kind not in _KINDS or isinstance(value, kind)

@@ -57,6 +57,7 @@ class DebertaConfig:
     model_type: str = "deberta-v2"
 
     @classmethod
+    @config_json.parsing
     def from_json(cls, config: Mapping[str, Any]) -> "DebertaConfig":
         """The shape that a `config.json` describes.
 

@@ -22,7 +22,7 @@ from experiments.errors import UserError
 from experiments.models import cache as caches
 from experiments.models import checkpoint, stack
 from experiments.models.cache import Cache, Sight
-from experiments.models.config import read
+from experiments.models.config import parsing, read
 from experiments.models.decoder import Decoder
 from experiments.models.norm import LayerNorm
 from experiments.models.options import DEFAULT, Options
@@ -52,6 +52,7 @@ class Gpt2Config:
     tie_word_embeddings: bool = True
 
     @classmethod
+    @parsing
     def from_json(cls, config: Mapping[str, Any]) -> "Gpt2Config":
         """The shape that a `config.json` describes.
 

@@ -24,7 +24,7 @@ from experiments.errors import UserError
 from experiments.models import cache as caches
 from experiments.models import checkpoint, stack
 from experiments.models.cache import Cache, Sight
-from experiments.models.config import read
+from experiments.models.config import parsing, read
 from experiments.models.decoder import Decoder
 from experiments.models.options import DEFAULT, Options
 from experiments.models.rope import Rope, turn
@@ -72,6 +72,7 @@ class LlamaConfig:
     qk_norm: bool = False
 
     @classmethod
+    @parsing
     def from_json(cls, config: Mapping[str, Any]) -> "LlamaConfig":
         """The shape that a `config.json` describes.
 

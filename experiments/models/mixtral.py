@@ -16,6 +16,7 @@ from flax import nnx
 
 from experiments.errors import UserError
 from experiments.models import checkpoint, llama, stack
+from experiments.models.config import parsing
 from experiments.models.experts import SparseFeedForward
 from experiments.models.options import DEFAULT, Options
 from lora_jax.peft import LINEAR, Fused, Names, Weight
@@ -32,6 +33,7 @@ class MixtralConfig(llama.LlamaConfig):
     num_experts_per_tok: int = 2
 
     @classmethod
+    @parsing
     def from_json(cls, config: Mapping[str, Any]) -> "MixtralConfig":
         """The shape that a `config.json` describes.
 

@@ -40,6 +40,7 @@ class VitConfig:
     layer_norm_eps: float = 1e-12
 
     @classmethod
+    @config_json.parsing
     def from_json(cls, config: Mapping[str, Any]) -> "VitConfig":
         """The shape that a `config.json` describes.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments.errors import UserError
+from lora_jax import reading as readers
 from lora_jax.files import replaced_file
 
 T = TypeVar("T")
@@ -70,10 +71,9 @@ def read_json(path: Path, make: Callable[[Any], T]) -> T:
     Raises:
       UserError: It is damaged, or was written by another version.
     """
-    try:
+    said = "{path}: damaged, or of another version ({reason}); --fresh starts over"
+    with readers.reading(path, error=UserError, said=said):
         return make(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: damaged, or of another version ({error}); --fresh starts over") from None
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from experiments.errors import reading
 from experiments.training.processes import is_first
 from lora_jax.files import replaced_file
 
@@ -58,8 +59,10 @@ class Record:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`, but for one at the end that a killed process did not finish."""
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    with reading(path, "JSON lines with a step each"):
+        text = path.read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        return [line | {"step": int(line["step"])} for line in lines]
 
 
 def _line(values: Mapping[str, Any]) -> str:

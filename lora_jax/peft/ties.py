@@ -50,7 +50,7 @@ def tied_head(table: str, config: Mapping[str, Any], task: str | None = None) ->
     """
     if not table.endswith(_TABLES) or not is_tied(config):
         return None
-    classes = [str(name) for name in config.get("architectures") or ()]
+    classes = [str(name) for name in names] if isinstance(names := config.get("architectures"), list) else []
     if not any(name.endswith(_WITH_HEAD) for name in classes) and (classes or task not in _TASKS_WITH_HEAD):
         return None
     if any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in classes):
