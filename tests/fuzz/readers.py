@@ -213,7 +213,7 @@ def readers() -> dict[str, Reader]:
         "inspect, native": Reader(_adapter, _command("inspect", "{}/adapter"), 2),
         "inspect with base": Reader(_checkpoint, _command("inspect", "{}/adapter", "--base", "{}/base"), 4),
         "merge": Reader(_checkpoint, _command("merge", "{}/base", "{}/adapter", "{}/out"), 6),
-        "convert": Reader(_peft, _command("convert", "{}/adapter", "{}/out", "--target", "vllm"), 4),
+        "convert": Reader(_peft, _command("convert", "{}/adapter", "{}/out", "--target", "peft"), 4),
         "diff": Reader(_peft, _command("diff", "{}/adapter", "{}/adapter"), 2),
         "model": Reader(_model, _read_model, 2, skipped=("tokenizer.json",)),
         "config.json": Reader(_model, _read_shape, 8, skipped=("tokenizer.json", ".safetensors")),

@@ -116,6 +116,7 @@ def _work(seed: int, first: int, only: str | None, single: bool) -> int:
             name = rng.choice(names)
             reader = readers()[name]
             if name not in valid:
+                _say(output, {"start": f"{name}, valid files"})
                 valid[name] = _prepared(reader, folder / "valid")
             files, expected = valid[name]
             path = rng.choice(sorted(path for path in files if not path.endswith(reader.skipped)))
