@@ -79,7 +79,10 @@ def quiet() -> Generator[None]:
     try:
         yield
     except BaseException as raised:
-        traceback.clear_frames(raised.__traceback__)  # they hold unfinished reads, which complain when they are freed
+        error: BaseException | None = raised
+        while error is not None:  # frames hold unfinished reads, which complain when they are freed
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__
         gc.collect()
         raise
     finally:

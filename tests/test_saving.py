@@ -1,6 +1,7 @@
 """save(): whose files it replaces, and what processes that are killed or work at the same time leave."""
 
 import ast
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -12,15 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
+from lora_jax import files
 
 SCRIPT = pathlib.Path(__file__).with_name("saving_processes.py")
 
 
 def adapter(value):
     delta = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, {"w": lora.LoRA(2, axes=("in", "out"))})
-    return jax.tree.map(lambda leaf: jnp.full_like(leaf, value), delta)
+    node = delta["w"]
+    return {"w": dataclasses.replace(node, a=node.a * 0 + value, b=node.b * 0 + value, scale=node.scale * 0 + value)}
 
 
 @pytest.fixture
@@ -146,6 +150,47 @@ def test_threads(tmp_path):
     for thread in threads:
         thread.join()
     assert not errors
+
+
+NAMES = lora.peft.Names((lora.peft.Weight("w", "up.weight", lora.peft.LINEAR),))
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_a_peft_adapter_is_replaced_and_other_files_stay(tmp_path, monkeypatch, atomic):
+    if not atomic:
+        monkeypatch.setattr(files, "exchange", lambda one, other: False)
+    base, out = {"w": jnp.ones((4, 3))}, tmp_path / "adapter"
+    for value in (1, 2, 3):
+        lora.peft.save(out, adapter(value), NAMES)
+        (out / "README.md").write_text("mine")
+        if value == 2:
+            (out / "runs").mkdir()  # directories cannot be linked: files are replaced one by one
+    loaded = lora.peft.load(out, base, NAMES)["w"]
+    np.testing.assert_array_equal(loaded.a, adapter(3)["w"].a)
+    assert names(tmp_path) == ["adapter"]
+    assert names(out) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "runs"]
+
+
+def test_an_adapter_that_peft_wrote_stays(tmp_path):
+    lora.peft.save(tmp_path, adapter(1), NAMES)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt"})
+    before = file.read_bytes()
+    with pytest.raises(FileExistsError, match=r"lora_jax did not write \(adapter_config\.json\)"):
+        lora.peft.save(tmp_path, adapter(2), NAMES)
+    assert file.read_bytes() == before and len(names(tmp_path)) == 2
+
+
+def test_directories_are_exchanged(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if files.exchange(tmp_path / "one", tmp_path / "other"):
+        assert names(tmp_path / "one") == ["other"] and names(tmp_path / "other") == ["one"]
+    else:
+        assert names(tmp_path / "one") == ["one"] and names(tmp_path / "other") == ["other"]
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        files.exchange(tmp_path / "one", tmp_path / "nowhere")
 
 
 def processes(*args):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from experiments.command_line import main
 from experiments.errors import UserError
 from experiments.training import lock, outputs
 
@@ -182,3 +183,12 @@ def test_a_damaged_listing(tmp_path, study):
         (tmp_path / outputs.LISTING).write_text(text)
         with pytest.raises(UserError, match=r"\.lora_jax\.json: cannot be read"):
             study(tmp_path)
+
+
+@pytest.mark.parametrize("config", ["quickstart", "sweep", "analysis", "gpt2-tiny", "llama-tiny", "sft"])
+def test_every_study_takes_the_lock(tmp_path, config, capsys):
+    with lock.held(tmp_path):
+        assert main([config, "--out", str(tmp_path)]) == 2
+        said = f"error: {tmp_path}: another run is writing there (process {os.getpid()} on host {socket.gethostname()})"
+        assert capsys.readouterr().err.startswith(said)
+    assert not list(tmp_path.iterdir())

@@ -87,20 +87,22 @@ def _json(content: bytes, rng: random.Random) -> bytes:
     return _lines(content, rng, lambda value: json.dumps(_changed(value, rng), ensure_ascii=rng.random() < 0.5))
 
 
-def _places(value: Any) -> list[tuple[Any, Any]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    places = []
-    for key, inner in items:
-        places += [(value, key), *_places(inner)]
-    return places
+def _place(value: Any, rng: random.Random) -> tuple[Any, Any] | None:
+    """A container and a key in it: near the top as often as deep inside, however large a part is."""
+    place = None
+    while isinstance(value, dict | list) and value:
+        place = value, rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        if rng.random() < 0.35:
+            break
+        value = value[place[1]]
+    return place
 
 
 def _changed(value: Any, rng: random.Random) -> Any:
-    places = _places(value)
-    if not places or rng.random() < 0.03:
+    place = _place(value, rng)
+    if place is None or rng.random() < 0.03:
         return rng.choice(VALUES)
-    shallow = places if len(places) < 50 or rng.random() < 0.5 else places[:50]
-    parent, key = rng.choice(shallow)
+    parent, key = place
     match rng.randrange(5):
         case 0:
             del parent[key]
@@ -119,10 +121,10 @@ def _marked(content: bytes, rng: random.Random, text: str) -> bytes:
     """Puts a text that `json` would not write in the place of a value."""
 
     def change(value: Any) -> str:
-        places = _places(value)
-        if not places:
+        place = _place(value, rng)
+        if place is None:
             return text
-        parent, key = rng.choice(places)
+        parent, key = place
         parent[key] = "\x00 here"
         return json.dumps(value).replace(json.dumps("\x00 here"), text)
 
@@ -151,8 +153,18 @@ def _header(content: bytes, rng: random.Random) -> bytes:
     size = int.from_bytes(content[:8], "little")
     if size > len(content):
         return _bytes(content, rng)
-    header = rng.choice((_json, _json, _nested, _bytes))(content[8 : 8 + size], rng)
+    header = rng.choice((_json, _json, _nested, _bytes, _more_tensors))(content[8 : 8 + size], rng)
     return len(header).to_bytes(8, "little") + header + content[8 + size :]
+
+
+def _more_tensors(content: bytes, rng: random.Random) -> bytes:
+    """A header with 500 empty tensors that nobody expects."""
+
+    def change(value: Any) -> str:
+        entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+        return json.dumps({**{f"extra.{number}.weight": entry for number in range(500)}, **value})
+
+    return _lines(content, rng, change)
 
 
 def _template(content: bytes, rng: random.Random) -> bytes:

@@ -218,7 +218,7 @@ def readers() -> dict[str, Reader]:
         "model": Reader(_model, _read_model, 2, skipped=("tokenizer.json",)),
         "config.json": Reader(_model, _read_shape, 8, skipped=("tokenizer.json", ".safetensors")),
         "tokenizer": Reader(_tokenizer, _read_tokenizer, 12),
-        "checkpoints": Reader(_run, _read_run, 3, checked=True),
+        "checkpoints": Reader(_run, _read_run, 1, checked=True),
         "metrics.jsonl": Reader(_metrics, lambda d: len(read_metrics(d / "metrics.jsonl")), 2),
     }
     if hasattr(lora, "restore_state"):
