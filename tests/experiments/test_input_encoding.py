@@ -7,6 +7,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from experiments.errors import UserError
+from experiments.input import sources
 from experiments.input.boundaries import BoundaryTokenizer
 from experiments.input.control import ControlTokens, LiteralTokenizer
 from experiments.input.encoding import Options, load_encoder
@@ -289,8 +290,6 @@ def test_large_ids_are_stored_whole(tmp_path, encoder):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     (tmp_path / "tokenizer_config.json").unlink()
     one = load_encoder(tmp_path, 1)
-    from experiments.input import sources
-
     (tmp_path / "a.jsonl").write_text('{"prompt": "x", "completion": "y"}\n')
     data = tokenise(sources.read(str(tmp_path / "a.jsonl"), "train"), one, tmp_path / "tokens")
     assert data.tokens.dtype == np.uint32 and 70_000 in data.tokens

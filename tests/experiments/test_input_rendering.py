@@ -8,7 +8,11 @@ import pytest
 from experiments.errors import UserError
 from experiments.input import rendering
 from experiments.input.chat import Template
+from experiments.input.encoding import Options
 from experiments.input.template_files import load_template, parse_arguments, special_tokens
+from experiments.models import location
+from experiments.studies.sft.config import Config
+from experiments.studies.sft.samples import ends
 from experiments.tasks.text import load_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -111,8 +115,6 @@ def test_damaged_configs(tmp_path, content):
 
 
 def test_a_post_processor_that_uses_a_missing_token(tmp_path):
-    from experiments.models import location
-
     content = json.loads((location.find("tiny-llama") / "tokenizer.json").read_text())
     content["post_processor"]["processors"][1]["special_tokens"] = {}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
@@ -120,6 +122,14 @@ def test_a_post_processor_that_uses_a_missing_token(tmp_path):
         UserError, match=r"tokenizer.json: .*uses the token <\|begin_of_text\|>, which it does not define"
     ):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("number", ["2", [1, None], {"a": 1}, 2.5, -1, 1 << 40])
+def test_ends_of_the_wrong_type(tmp_path, number):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": number}))
+    with pytest.raises(UserError, match=r"eos_token_id is .*, expected a token's number or a list of them"):
+        ends(tmp_path)
 
 
 def test_another_template(tmp_path):
@@ -146,3 +156,8 @@ def test_arguments_of_a_command_line():
     for wrong in ("enable_thinking", "[1]", "3", "{", "[" * 100_000):
         with pytest.raises(ValueError, match="expected a JSON object or NAME=VALUE"):
             parse_arguments([wrong])
+        with pytest.raises(ValueError, match="expected a JSON object or NAME=VALUE"):
+            Config(template_arguments=(wrong,))
+    flags = {"train_on": "last", "control_tokens": "parse", "tokenize_together": True, "template": "x.jinja"}
+    expected = Options(**flags, template_arguments={"enable_thinking": False})
+    assert Config(**flags, template_arguments=("enable_thinking=false",)).encoding() == expected

@@ -105,7 +105,7 @@ def ends(directory: Path) -> tuple[int, ...]:
     if found is None:
         found = checkpoint.read_config(directory).get("eos_token_id")
     numbers = () if found is None else tuple(found) if isinstance(found, list) else (found,)
-    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+    if not all(isinstance(number, int) and 0 <= number < 1 << 31 for number in numbers):
         raise UserError(f"{directory}: eos_token_id is {found!r}, expected a token's number or a list of them")
     return numbers
 

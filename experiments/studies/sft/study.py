@@ -185,6 +185,7 @@ def _read(config: Config, directory: Path, console: Console) -> _Data:
         validation = sources.first(validation, min(config.validation_examples or sys.maxsize, len(validation)))
     end = ends(directory)
     vocabulary = checkpoint.read_config(directory).get("vocab_size")
+    vocabulary = vocabulary if isinstance(vocabulary, int) else None  # the model says what is wrong with it
     encoder = load_encoder(directory, end[0] if end else None, config.encoding(), vocabulary=vocabulary)
 
     def packed(records: sources.Records, seed: int | None, name: str) -> Packed:
