@@ -1,6 +1,5 @@
 """One traced call of a function on a base and a delta, evaluated as often as arguments of its kind come."""
 
-import dataclasses
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,8 +20,7 @@ class Key(NamedTuple):
     static: Hashable
 
 
-@dataclasses.dataclass(frozen=True)
-class Structure:
+class Structure(NamedTuple):
     """A tree of arguments without its arrays."""
 
     treedef: Any
