@@ -25,6 +25,7 @@ from lora_jax.peft.layout import (
 from lora_jax.peft.names import Fused, Names
 from lora_jax.peft.opening import opened
 from lora_jax.peft.tensors import FLOATS, Tensors
+from lora_jax.peft.view import View
 
 # What transformers' models do with a square tensor, where its shape does not tell.
 CONV1D_MODELS = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
@@ -112,7 +113,7 @@ def of_checkpoint(
 
 
 def _parted(
-    heads: Mapping[str, str], parsed: Iterable[Key], config: Config, tensors: Tensors, prefix: str
+    heads: Mapping[str, str], parsed: Iterable[Key], config: Config, tensors: Tensors | View, prefix: str
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, str, Kind]]]:
     """Of embeddings that are their model's heads too, those that an adapter leaves so, and those that it does not.
 

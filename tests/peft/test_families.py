@@ -1,4 +1,7 @@
-"""What PEFT's LoRA can hold of other families is written as LoRA; the rest is refused by name."""
+"""What a reader of LoRA can hold of other families is written as LoRA for it; the rest is refused by name.
+
+PEFT has forms of its own for most of them: see `test_methods.py`.
+"""
 
 import jax
 import numpy as np
@@ -29,9 +32,9 @@ def trained(recipe):
     ],
     ids=["LoRAFA", "AdaLoRA", "VeRA", "LoHa"],
 )
-def test_a_product_of_two_factors_is_written_as_lora(recipe, rank, tmp_path):
+def test_a_product_of_two_factors_is_written_as_lora(recipe, rank, tmp_path, capsys):
     delta = trained(recipe)
-    lora.peft.save(tmp_path / "adapter", delta, NAMES)
+    lora.peft.save(tmp_path / "adapter", delta, NAMES, target="vllm")
     loaded = lora.peft.load(tmp_path / "adapter", BASE, NAMES)
     assert loaded["up/kernel"].kind == "LoRA" and loaded["up/kernel"].rank == rank
     np.testing.assert_allclose(
@@ -51,5 +54,5 @@ def test_a_product_of_two_factors_is_written_as_lora(recipe, rank, tmp_path):
 )
 def test_what_it_cannot_hold_is_refused(recipe, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        lora.peft.save(tmp_path / "adapter", trained(recipe), NAMES)
+        lora.peft.save(tmp_path / "adapter", trained(recipe), NAMES, target="vllm")
     assert not list(tmp_path.iterdir())
