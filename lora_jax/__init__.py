@@ -7,6 +7,7 @@ becomes a function of (base, delta) without touching the model's code. See :func
 from lora_jax import analysis, initializers, merging, nnx, optim, peft
 from lora_jax.adapters.adalora import AdaLoRA
 from lora_jax.adapters.dora import DoRA
+from lora_jax.adapters.fingerprints import WrongBaseWarning
 from lora_jax.adapters.full import Full, Rows
 from lora_jax.adapters.ia3 import IA3
 from lora_jax.adapters.loha import LoHa
@@ -18,6 +19,7 @@ from lora_jax.adapters.vera import DVoRA, VeRA
 from lora_jax.batching import TrainStates, route, stack, swap, train_many, unstack
 from lora_jax.checkpoint import load, save
 from lora_jax.linear import all_linear
+from lora_jax.manifest import BasePrecisionWarning
 from lora_jax.merging import combine, merge, switch_task, truncate, unmerge
 from lora_jax.optim import join, optimizer, partition, trainable_mask
 from lora_jax.plain import to_plain_lora
@@ -36,6 +38,7 @@ __all__ = [
     "IA3",
     "NF4",
     "AdaLoRA",
+    "BasePrecisionWarning",
     "DVoRA",
     "DoRA",
     "Full",
@@ -50,6 +53,7 @@ __all__ = [
     "TrainState",
     "TrainStates",
     "VeRA",
+    "WrongBaseWarning",
     "adapt",
     "all_linear",
     "analysis",

@@ -31,7 +31,20 @@ SAME, STATE = "same_as", "state"
 
 
 class BasePrecisionWarning(UserWarning, ValueError):
-    """An adapter is loaded for its base in another precision. Where warnings are errors, a `ValueError`."""
+    """An adapter is loaded for its base in another precision. Where warnings are errors, a `ValueError`.
+
+    Example:
+      >>> import tempfile, warnings, jax, jax.numpy as jnp, lora_jax as lora
+      >>> base = {"w": jax.random.normal(jax.random.key(0), (64, 8))}
+      >>> small = lora.quantize(base, {"w": lora.NF4(axes=("in", "out"))})
+      >>> delta = lora.init(jax.random.key(1), small, {"w": lora.LoRA(2, axes=("in", "out"))})
+      >>> with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
+      ...     warnings.simplefilter("always")
+      ...     lora.save(folder, delta, base=small)
+      ...     delta = lora.load(folder, base)
+      >>> [warning.category.__name__ for warning in caught]
+      ['BasePrecisionWarning']
+    """
 
 
 def described(delta: Delta, base: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -83,7 +83,18 @@ def _scrambled(number: jax.Array) -> jax.Array:
 
 
 class WrongBaseWarning(UserWarning, ValueError):
-    """An adapter is called with another base than the one it needs. Where warnings are errors, a `ValueError`."""
+    """An adapter is called with another base than the one it needs. Where warnings are errors, a `ValueError`.
+
+    Example:
+      >>> import warnings, jax, jax.numpy as jnp, lora_jax as lora
+      >>> base, fn, x = {"w": jnp.eye(4)}, lambda base, x: x @ base["w"], jnp.ones((1, 4))
+      >>> _, delta = lora.prepare(jax.random.key(0), base, {"w": lora.LoRA(1, init="pissa")}, fn, [(x,)])
+      >>> with warnings.catch_warnings(record=True) as caught:
+      ...     warnings.simplefilter("always")
+      ...     out = lora.adapt(fn)(base, delta, x)
+      >>> [warning.category.__name__ for warning in caught]
+      ['WrongBaseWarning']
+    """
 
 
 def check_base(delta: Mapping[str, Adapter], base: Any, *, warn: bool = False) -> None:
