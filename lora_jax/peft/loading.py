@@ -283,7 +283,9 @@ class Loader:
                     place = self.where[name][0]
                     found[place.path][name] = self.stored.read(key, place.tensor_shape), self.config.scale(module.label)
             elif self.tensors.read(key.key).any():
-                self.problems.append(f"cannot be held: {key.key}, since the base has no {name} to add it to")
+                self.problems.append(
+                    f"cannot be held: {key.key}, since the base has no {name} to add it to (a bias of zeros would do)"
+                )
         delta: dict[str, Adapter] = {}
         for path, values in found.items():
             place = self.where[next(iter(values))][0]
