@@ -51,6 +51,14 @@ class Replacement(Adapter):
         return dataclasses.replace(self, value=dequantized(needed(weight, self.kind)).astype(self.value.dtype))
 
 
+def enlarges(node: Adapter, shape: tuple[int, ...]) -> bool:
+    """Whether an adapter replaces a weight of this shape by one that is larger along one axis: more tokens."""
+    if not isinstance(node, Replacement) or len(node.shape()) != len(shape):
+        return False
+    different = [(mine, its) for mine, its in zip(node.shape(), shape) if mine != its]
+    return len(different) == 1 and different[0][0] > different[0][1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Full(Recipe):
     """Trains a leaf outright, starting from its value: classifier heads, norms, biases.

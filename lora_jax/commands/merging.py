@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from lora_jax import peft
+from lora_jax.adapters.full import enlarges
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.commands.outputs import check_new
 from lora_jax.commands.reading import MODEL, NEEDS_NAMES, check_directory, found, is_native, model_config, opened
@@ -60,6 +61,11 @@ def merge(
         for file in copied:
             shutil.copyfile(file, fresh / file.name)
         changed = dict.fromkeys(delta, False)
+        larger = {
+            name: delta[path].shape()
+            for name in (*tensors, *tables)
+            if (path := layout.leaf_path(name)) in delta and enlarges(delta[path], tensors[tables.get(name, name)])
+        }
 
         def change(name: str) -> np.ndarray | None:
             path = layout.leaf_path(name)
@@ -74,8 +80,17 @@ def merge(
         with progress_bar(progress, "merging (MiB)", megabytes) as advance:
             for file in tensors.files:
                 heads = {head: table for head, table in tables.items() if tensors.file_of(table) == file}
-                rewrite(file, fresh / file.name, change, lambda size: advance(size / 2**20), heads, metadata=WRITTEN_BY)
+                rewrite(
+                    file,
+                    fresh / file.name,
+                    change,
+                    lambda size: advance(size / 2**20),
+                    heads,
+                    metadata=WRITTEN_BY,
+                    shapes=larger,
+                )
         total = len(tensors)
+        config = _enlarged(fresh, config, larger)
         apart = _untie(fresh, tensors, config, tables, set(changed))
     console.print(f"{out}: {base} with {sum(changed.values())} of {counted(total, 'tensor')} changed")
     same = [path for path, differs in changed.items() if not differs]
@@ -87,8 +102,22 @@ def merge(
         console.print(f"untied: {why}; {table} and {head} are stored apart, with tie_word_embeddings false")
     for line in apart:
         console.print(line)
+    for name, shape in larger.items():
+        console.print(f"enlarged: {name} has {shape[0]:,} rows, and so has vocab_size in {MODEL}")
     if left_out:
         console.print(f"not copied: {few(left_out)}")
+
+
+def _enlarged(directory: Path, config: dict[str, Any], larger: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The config of a written checkpoint, whose vocabulary is that of the adapter where it is larger."""
+    if not larger or not config:
+        return config
+    rows = max(shape[0] for shape in larger.values())
+    inner = [name for name in ("text_config",) if isinstance(config.get(name), dict)]
+    content = config | {name: config[name] | {"vocab_size": rows} for name in inner}
+    content |= {"vocab_size": rows} if "vocab_size" in config or not inner else {}
+    (directory / MODEL).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return content
 
 
 def _untie(

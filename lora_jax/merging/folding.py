@@ -30,9 +30,10 @@ def merge(base: Any, delta: Delta) -> Any:
       delta: From :func:`lora_jax.init`.
 
     Returns:
-      A new tree of floats with the shapes, dtypes and shardings of `base`. Each sum is computed in float32 and
-      rounded once. Quantised leaves are dequantised (:func:`lora_jax.merging.merge_quantized` keeps them so); others
-      that the delta does not name are the same arrays.
+      A new tree of floats with the shapes, dtypes and shardings of `base`; an embedding and a head that `Full` replaces
+      by larger ones (:func:`lora_jax.peft.load` of an adapter with an enlarged vocabulary) have the new shapes. Each
+      sum is computed in float32 and rounded once. Quantised leaves are dequantised
+      (:func:`lora_jax.merging.merge_quantized` keeps them so); others that the delta does not name are the same arrays.
 
     Raises:
       ValueError: A delta names a path that `base` lacks (the message names the nearest ones) or fits
@@ -50,7 +51,7 @@ def merge(base: Any, delta: Delta) -> Any:
       Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, §4.1
     """
     check_base(delta, base)
-    return _changed(base, delta, lambda path, weight: with_frozen_stopped(delta[path]).merge(weight))
+    return _changed(base, delta, lambda path, weight: with_frozen_stopped(delta[path]).merge(weight), enlarged=True)
 
 
 def unmerge(params: Any, delta: Delta, base: Any = None) -> Any:
@@ -130,8 +131,8 @@ def _added(weight: jax.Array, node: Adapter, sign: float) -> jax.Array:
     return (weight.astype(dtype) + sign * term).astype(weight.dtype)
 
 
-def _changed(params: Any, delta: Delta, change, also: Delta | None = None) -> Any:
-    check_delta(delta, Arguments.of(params, (), {}))
+def _changed(params: Any, delta: Delta, change, also: Delta | None = None, *, enlarged: bool = False) -> Any:
+    check_delta(delta, Arguments.of(params, (), {}), enlarged=enlarged)
     named = {*delta, *(also or {})}
 
     def of(path: str, leaf: Any) -> Any:
@@ -144,7 +145,8 @@ def _changed(params: Any, delta: Delta, change, also: Delta | None = None) -> An
             raise ValueError(
                 f"The merged weight {path!r} is not finite: the adapter holds NaN, Inf or values too large."
             )
-        if _is_placed(weight) and _is_placed(result) and result.sharding != weight.sharding:
+        same = weight.shape == result.shape
+        if same and _is_placed(weight) and _is_placed(result) and result.sharding != weight.sharding:
             result = jax.device_put(result, weight.sharding)
         return result
 

@@ -312,10 +312,11 @@ class Loader:
                 self.problems.append(self.unknown(key))
                 continue
             with self.collecting():
-                value = self.stored.read(key, self.where[primary][0].tensor_shape)
+                value = self.stored.read(key, self.value_shape(key, primary))
                 saved = any(keys.inside(key.module, entry) for entry in self.config.modules_to_save)
                 # PEFT stores an embedding beside its factors, or when it may have been resized.
-                if primary in modules or (keys.split_name(name)[1] == "weight" and not saved):
+                same = value.shape == self.where[primary][0].tensor_shape
+                if same and (primary in modules or (keys.split_name(name)[1] == "weight" and not saved)):
                     if self.is_in_base(primary, value):
                         continue
                     if primary in modules:
@@ -327,7 +328,19 @@ class Loader:
                 delta[path] = self.replacement(place, given)
         return delta
 
+    def value_shape(self, key: Key, primary: str) -> tuple[int, ...]:
+        """The shape that a replaced tensor must have: the base's, or that of a table with more tokens."""
+        place, stored = self.where[primary][0], self.tensors[key.key]
+        wanted = place.tensor_shape
+        vocabulary = place.weight.module == "embedding" or ties.has_tokens(key.name)
+        if vocabulary and len(place.tensors) == 1 and stored[1:] == wanted[1:] and stored[:1] > wanted[:1]:
+            return stored
+        return wanted
+
     def replacement(self, place: Place, given: Mapping[str, Key]) -> Adapter:
+        if len(place.tensors) == 1:
+            (name,) = map(self.bare, place.tensors)
+            place = place.resized(self.tensors[given[name].key])
         own = [self.bare(name) for name in place.tensors]
         dtype = joint([self.tensors.read(given[name].key).dtype for name in own if name in given])
         rest: dict[str, np.ndarray] = {}

@@ -291,6 +291,14 @@ class Place:
     def tensor_shape(self) -> tuple[int, ...]:
         return tuple(math.prod(self.sizes[label] for label in labels) for labels in self.right)
 
+    def resized(self, shape: Sequence[int]) -> "Place":
+        """The same place of a leaf whose tensor has another size along its first axis."""
+        if tuple(shape) == self.tensor_shape:
+            return self
+        first = self.right[0]
+        axis = next(i for i, labels in enumerate(self.left) if labels == first)
+        return dataclasses.replace(self, shape=(*self.shape[:axis], shape[0], *self.shape[axis + 1 :]))
+
     def _named(self, template: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         words = _placeholders(self.weight.path) | {k: v for k, v in _placeholders(self.weight.name).items() if v}
         for index in itertools.product(*(range(self.sizes[label]) for label in self.running)):

@@ -213,6 +213,7 @@ def rewrite(
     added: Mapping[str, str] | None = None,
     *,
     metadata: Mapping[str, str] | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
     """Copies a safetensors file, tensor by tensor, with the values of some of them changed.
 
@@ -221,10 +222,11 @@ def rewrite(
     Args:
       source: A file that :class:`Tensors` opens.
       target: The new file.
-      change: The new value of a tensor, of its shape and dtype; None to leave it.
+      change: The new value of a tensor, of its dtype; None to leave it.
       advance: Called with the number of bytes that have been written since the last call.
       added: New tensors behind the others, by name; each starts as a copy of the one that is named with it.
       metadata: Added to what the source has.
+      shapes: Of tensors whose new values have others.
 
     Raises:
       OSError: A file cannot be read or written.
@@ -234,12 +236,16 @@ def rewrite(
         start = old.tell()
         everything = {"format": "pt", **header.pop("__metadata__", {}), **(metadata or {})}
         copies = sorted(((name, name, entry) for name, entry in header.items()), key=lambda x: x[2]["data_offsets"])
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        for name, like in (added or {}).items():
-            first, last = header[like]["data_offsets"]
-            copies.append((name, like, header[like]))
-            header[name] = header[like] | {"data_offsets": [end, end := end + last - first]}
-        content = json.dumps({"__metadata__": everything, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+        copies += [(name, like, header[like]) for name, like in (added or {}).items()]
+        written, end = {}, 0
+        for name, _, entry in copies:
+            first, last = entry["data_offsets"]
+            shape, size = tuple(entry["shape"]), last - first
+            if shapes is not None and name in shapes:
+                shape, size = shapes[name], size * math.prod(shapes[name]) // math.prod(shape)
+            written[name] = entry | {"shape": list(shape), "data_offsets": [end, end := end + size]}
+        fields = {"__metadata__": everything, **written}
+        content = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
         content += b" " * (-len(content) % 8)
         new.write(len(content).to_bytes(8, "little") + content)
         for name, source_name, entry in copies:
@@ -247,8 +253,9 @@ def rewrite(
             value = change(name)
             if value is not None:
                 data = np.ascontiguousarray(value).tobytes()
-                if len(data) != end - begin:
-                    raise ValueError(f"{name!r}: {len(data)} bytes in the place of {end - begin}.")
+                first, last = written[name]["data_offsets"]
+                if len(data) != last - first:
+                    raise ValueError(f"{name!r}: {len(data)} bytes in the place of {last - first}.")
                 new.write(data)
                 advance(len(data))
                 continue

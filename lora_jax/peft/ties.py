@@ -18,6 +18,8 @@ from lora_jax.peft.keys import Key
 from lora_jax.peft.tensors import Tensors
 from lora_jax.peft.view import View
 
+_HEADS = ("lm_head.weight", "embed_out.weight")
+
 _TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")
 _TASKS_WITH_HEAD = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
@@ -26,6 +28,11 @@ _MASKED_HEADS = {
     "electra": "generator_lm_head.weight",
     **dict.fromkeys(("camembert", "roberta", "xlm-roberta"), "lm_head.decoder.weight"),
 }
+
+
+def has_tokens(name: str) -> bool:
+    """Whether a tensor has a row for each token: an embedding or the head of a language model, by its name."""
+    return name.endswith((*_TABLES, *_HEADS))
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:

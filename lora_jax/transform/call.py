@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax import paths
 from lora_jax.adapters.consistency import check_adapters
+from lora_jax.adapters.full import enlarges
 from lora_jax.adapters.protocol import Adapter, is_adapter, with_frozen_stopped
 from lora_jax.leaves import canonical, dequantized, is_array, is_quantized
 from lora_jax.transform import jaxprs, keyed
@@ -122,8 +123,14 @@ class Call:
         return jax.tree.unflatten(treedef, [next(queue) if leaf is _ABSENT else leaf for leaf in static])
 
 
-def check_delta(delta: Any, arguments: Arguments) -> None:
-    """Raises unless `delta` is a dict of adapters that fit the base's leaves."""
+def check_delta(delta: Any, arguments: Arguments, *, enlarged: bool = False) -> None:
+    """Raises unless `delta` is a dict of adapters that fit the base's leaves.
+
+    Args:
+      delta: What is checked.
+      arguments: Those of a call on the base.
+      enlarged: Whether leaves trained outright may have more entries along one axis than the base's.
+    """
     check_adapters(delta, _advice(delta, arguments))
     shapes = {path: tuple(leaf.shape) for path, leaf in zip(arguments.paths, arguments.arrays)}
     dtypes = {path: leaf.dtype for path, leaf in zip(arguments.paths, arguments.arrays)}
@@ -135,6 +142,14 @@ def check_delta(delta: Any, arguments: Arguments) -> None:
                 f"The delta adapts {path!r}, which has the dtype {dtypes[path]}: integers would round the update away."
             )
         if node.shape() != shapes[path]:
+            if enlarges(node, shapes[path]):
+                if enlarged:
+                    continue
+                raise ValueError(
+                    f"The adapter of {path!r} has the shape {node.shape()}, an enlarged vocabulary; the base has "
+                    f"{shapes[path]}. Put it into the base first: base = lora.merge(base, {{{path!r}: "
+                    f"delta.pop({path!r})}}), for a model of that size."
+                )
             raise ValueError(
                 f"The adapter of {path!r} is for a weight of shape {node.shape()}; the base has {shapes[path]}."
             )
