@@ -17,6 +17,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from experiments.errors import UserError
 from experiments.training import checksum, processes
+from lora_jax.reading import quiet
 
 S = TypeVar("S")
 SCORE = "score"
@@ -208,7 +209,8 @@ class Checkpoints:
 
     def _read(self, step: int, item: str, handler: Any, args: Any) -> Any:
         """Reads on this process alone: what it finds may be an error that the others do not have."""
-        with ocp.Checkpointer(handler(multiprocessing_options=_ALONE), multiprocessing_options=_ALONE) as checkpointer:
+        one = ocp.Checkpointer(handler(multiprocessing_options=_ALONE), multiprocessing_options=_ALONE)
+        with quiet(), one as checkpointer:
             return checkpointer.restore(self._directory / str(step) / item, args=args)
 
     def _base(self, state: Any) -> str:
