@@ -1,5 +1,6 @@
 """Records to tokens: control tokens in texts, where an answer begins, what is learned, and what is said about it."""
 
+import doctest
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from experiments.errors import UserError
-from experiments.input import sources
+from experiments.input import control, sources, template_files
 from experiments.input.boundaries import BoundaryTokenizer
 from experiments.input.control import ControlTokens, LiteralTokenizer
 from experiments.input.encoding import Options, load_encoder
@@ -409,3 +410,9 @@ def test_spellings_beside_control_tokens(tokenizers):
     assert (np.diff(some.offsets[:, 0]) >= 0).all() and some.offsets[-1].tolist() == [len(text) - 3, len(text)]
     none, (all_of_them,) = tokenizer.encode(text), literal.encode([(text, [(0, 0)])])
     assert all_of_them.ids.tolist() == none.ids and all_of_them.offsets.tolist() == [list(one) for one in none.offsets]
+
+
+@pytest.mark.parametrize("module", [control, template_files])
+def test_examples_in_docstrings(module):
+    results = doctest.testmod(module)
+    assert results.attempted and not results.failed
