@@ -19,7 +19,7 @@ def path(owner: str, value: str | os.PathLike) -> None:
 def positive(owner: str, name: str, value: int) -> None:
     """Raises `ValueError` unless `value` is a positive integer."""
     if not _is_integer(value) or value < 1:
-        raise ValueError(f"{owner}({name}={value!r}): the {name} is a positive integer.")
+        raise ValueError(f"{owner}({name}={value!r}): the {name} is a positive integer: at least 1.")
 
 
 def integer(owner: str, name: str, value: int) -> int:
