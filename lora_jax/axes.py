@@ -93,7 +93,8 @@ def _told(uses: Sequence[Use], ndim: int) -> list[tuple[Use, tuple[str, ...]]]:
 
 def _roles_of_use(use: Use, ndim: int) -> tuple[str, ...] | None:
     found = dict(use.roles)
-    if not use.factored or not {"in", "out", "indexed"} & set(found.values()):
+    telling = {"in", "out", "indexed"} if use.factored else {"out"}
+    if not telling & set(found.values()):
         return None
     if "in and out" in found.values():
         raise ValueError(f"one axis of this weight is contracted in part, in {use.operation} at {use.source}")

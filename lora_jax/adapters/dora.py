@@ -15,6 +15,7 @@ from lora_jax.adapters.factored import Factor, Factored, chain, compute_dtype, f
 from lora_jax.adapters.lowrank import LoRA, LowRank
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter, adapter, needed, static, trained
 from lora_jax.leaves import is_abstract, is_quantized
+from lora_jax.regions import region
 
 NORM_OVER = (IN, OUT)
 
@@ -89,7 +90,7 @@ def _kept(form: Factored, axes: Sequence[str], norm_over: str) -> tuple[str, ...
 def norms(weight: Any, form: Factored, labels: Sequence[str], batch: int) -> jax.Array:
     """The norm of W plus the product of the factors, over all axes but those of `labels`.
 
-    The sum of squares is ‖W‖² + 2·⟨W, ΔW⟩ + ‖ΔW‖², each part contracted factor by factor, so that
+    The sum of squares is ‖W‖² + 2·Re⟨W, ΔW⟩ + ‖ΔW‖², each part contracted factor by factor, so that
     nothing as large as the weight is formed. A quantised weight is dequantised for it, layer by layer.
 
     Args:
@@ -109,19 +110,19 @@ def norms(weight: Any, form: Factored, labels: Sequence[str], batch: int) -> jax
     out = [(label, sizes[label]) for label in labels]
     wide = Factor(weight.astype(dtype).reshape([size for _, size in pairs]), tuple(label for label, _ in pairs))
     factors = folded([Factor(factor.array.astype(dtype), factor.labels) for factor in form.factors])
-    # ΔW once more, with bonds of its own.
+    # ΔW once more, conjugated, with bonds of its own.
     twins = [
-        Factor(factor.array, tuple(label if label in sizes else f"{label}'" for label in factor.labels))
+        Factor(factor.array.conj(), tuple(label if label in sizes else f"{label}'" for label in factor.labels))
         for factor in factors
     ]
     exact = lax.Precision.HIGHEST
     summed = [i for i, (label, _) in enumerate(pairs) if label not in labels]
     order = [label for label, _ in pairs if label in labels]
-    squares = Factor(jnp.sum(jnp.square(wide.array), axis=summed), tuple(order)).transposed(labels).array
-    cross = chain(wide, factors, out, precision=exact)
+    squares = Factor(jnp.sum(jnp.square(jnp.abs(wide.array)), axis=summed), tuple(order)).transposed(labels).array
+    cross = chain(Factor(wide.array.conj(), wide.labels), factors, out, precision=exact).real
     # From the factor whose axes are summed: with its twin it gives rank × rank.
     start = min(range(len(factors)), key=lambda i: len(set(factors[i].labels) & set(labels)))
-    delta = chain(factors[start], [*factors[:start], *factors[start + 1 :], *twins], out, precision=exact)
+    delta = chain(factors[start], [*factors[:start], *factors[start + 1 :], *twins], out, precision=exact).real
     total = squares + 2.0 * cross + delta
     # The root has no gradient at zero.
     return jnp.where(total > 0.0, jnp.sqrt(jnp.where(total > 0.0, total, 1.0)), 0.0)
@@ -142,11 +143,10 @@ def _of_quantized(leaf: Any, factors: tuple[Factor, ...], axes: tuple[tuple[str,
     labels, batch = kept
     if not batch or not getattr(leaf, "layers", 0) or axes[0] != labels[:1]:
 
-        @jax.checkpoint
         def whole(leaf, factors):
             return norms(leaf.dequantize(), Factored(labels=axes, factors=factors), labels, batch)
 
-        return whole(leaf, factors)
+        return region(whole, leaf, factors)
     layer = labels[0]
     own = tuple(factor for factor in factors if layer in factor.labels)
     shared = tuple(factor for factor in factors if layer not in factor.labels)

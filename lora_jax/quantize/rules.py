@@ -146,6 +146,9 @@ def quantize(base: Any, rules: Mapping[str, Format | None], fn: Callable | None 
 def dequantize(base: Any) -> Any:
     """The tree with floats in the place of quantised leaves.
 
+    For those who have the memory and prefer the speed: a loop over the quantised base dequantises each weight in every
+    turn, one over this tree never does.
+
     Args:
       base: From :func:`quantize`.
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_jax.regions import region
 from lora_jax.transform import jaxprs
 
 ELEMENTWISE = ("convert_element_type", "copy", "copy_p", "name", "reduce_precision", "optimization_barrier")
@@ -29,6 +30,8 @@ class View:
 
     def __call__(self, value: jax.Array, others: Sequence[Any]) -> jax.Array:
         with jaxprs.context(self.equation):
+            if self.equation.primitive.name == "pvary":
+                return jaxprs.varying_over(value, self.equation.params["axes"])
             operands = [*others[: self.place], value, *others[self.place :]]
             return jaxprs.bind(self.equation, operands)[self.output]
 
@@ -143,3 +146,19 @@ def recomputed(function: Callable, *values: Any) -> Any:
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values)):
         return computed(*values)  # there is no backward pass
     return jax.checkpoint(computed, policy=jax.checkpoint_policies.nothing_saveable)(*values)
+
+
+def product(function: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, value: "jax.Array | Deferred") -> Any:
+    """`function(x, W)`, linear in x, of a weight that may be quantized: dequantized where it is used, in any loop.
+
+    The backward pass keeps the codes alone, and dequantizes again.
+    """
+    if not isinstance(value, Deferred):
+        return function(x, value)
+
+    def dequantizing(x, value):
+        return function(x, value.compute())
+
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((x, value))):
+        return dequantizing(x, value)
+    return region(dequantizing, x, value, linear=1)

@@ -145,10 +145,12 @@ class Interpreter:
         if weight.taps:
             where = "" if equation is None else f" ({equation.primitive.name} at {jaxprs.source(equation)})"
             raise ValueError(f"{weight.path!r}: its inputs cannot be read here: {reason}{where}.")
-        if _is_lookup(weight, equation):
-            present = {label for label, _ in weight.labels} - weight.cut
-            roles = dict.fromkeys(present, "out") | dict.fromkeys(weight.cut, "indexed")
+        present = {label for label, _ in weight.labels} - weight.cut
+        roles = dict.fromkeys(present, "out") | dict.fromkeys(weight.cut, "indexed")
+        if _is_lookup(weight):
             self.record(weight, equation, roles, "a lookup: only the rows in use are computed")
+        elif weight.cut and equation is not None and equation.primitive.name in ("add", "add_any", "sub"):
+            self.record(weight, equation, roles, "a part that is added: all of it is computed", factored=False)
         else:
             self.record(weight, equation, {}, reason, factored=False)
 
@@ -184,11 +186,10 @@ class Interpreter:
         self.uses.append(Use(weight.path, name, factored, reason, where, by_axis))
 
 
-def _is_lookup(weight: Weight, equation: jaxprs.Equation | None) -> bool:
-    """Whether the part of a weight that was taken is used as it is: rows by index, a row, a part that is added."""
+def _is_lookup(weight: Weight) -> bool:
+    """Whether the part of a weight that was taken is used as it is: rows by index, or a row."""
     is_row = sum(size > 1 for _, size in weight.labels) <= 1
-    is_added = equation is not None and equation.primitive.name in ("add", "add_any", "sub")
-    return bool(weight.cut) and (weight.looked_up or is_row or is_added)
+    return bool(weight.cut) and (weight.looked_up or is_row)
 
 
 def _addend(equation: jaxprs.Equation, values: Sequence[Any], finished: Sequence[Any]) -> Product | None:

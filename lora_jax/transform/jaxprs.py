@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -119,6 +119,11 @@ def read(environment: dict[Any, Any], atom: Any) -> Any:
     return atom.val if isinstance(atom, Literal) else environment[atom]
 
 
+def is_literal(atom: Any) -> bool:
+    """Whether an operand of an equation is a constant that is written in it."""
+    return isinstance(atom, Literal)
+
+
 def is_dropped(variable: Any) -> bool:
     """Whether an equation's output is not used at all."""
     return isinstance(variable, jax_core.DropVar)
@@ -181,16 +186,16 @@ def forwarded(jaxpr: Jaxpr) -> dict[int, int]:
 
 def varying_together(arrays: Sequence[Any], others: Any) -> list[Any]:
     """Inside `shard_map`: the arrays, varying over every mesh axis that a leaf of `others` varies over."""
-
     axes = _varying(others)
     if not axes:
         return list(arrays)
+    return jax.tree.map(lambda array: varying_over(array, axes), list(arrays))
 
-    def spread(array):
-        missing = tuple(axes - _varying(array))
-        return jax.lax.pcast(array, missing, to="varying") if missing else array
 
-    return jax.tree.map(spread, list(arrays))
+def varying_over(array: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """Inside `shard_map`: an array, varying over these mesh axes too."""
+    missing = tuple(axis for axis in axes if axis not in _varying(array))
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
 def varying_like(other: Any, shape: Sequence[int], dtype: Any) -> Any:
@@ -204,6 +209,21 @@ def varying_like(other: Any, shape: Sequence[int], dtype: Any) -> Any:
 def _varying(tree: Any) -> frozenset[str]:
     """The mesh axes that the arrays of a tree vary over, inside `shard_map`."""
     return frozenset().union(*(jax.typeof(array).mat.varying for array in jax.tree.leaves(tree)))
+
+
+def zeros(aval: Any) -> jax.Array:
+    """Zeros of a type: with its sharding on a mesh of explicit axes, and as varying as it is inside `shard_map`."""
+    with jax.sharding.use_abstract_mesh(aval.sharding.mesh):
+        array = jax.lax.full(aval.shape, 0, aval.dtype, sharding=None if aval.sharding.mesh.empty else aval.sharding)
+        return jax.lax.pcast(array, tuple(aval.mat.varying), to="varying") if aval.mat.varying else array
+
+
+def is_for_one_device(context: Any) -> bool:
+    """Whether what is lowered is the program of one device, and not divided by the compiler over several."""
+    axes = context.module_context.axis_context
+    if hasattr(axes, "manual_axes"):
+        return set(axes.manual_axes) == set(axes.mesh.axis_names)
+    return getattr(axes, "num_devices", 1) == 1
 
 
 def is_unspecified(sharding: Any) -> bool:

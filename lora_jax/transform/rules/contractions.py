@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.adapters.factored import Factor, Label, explicit_sharding, narrowed, placed, times
 from lora_jax.transform import jaxprs
-from lora_jax.transform.deferred import recomputed
+from lora_jax.transform.deferred import product
 from lora_jax.transform.members import chain, picked
 from lora_jax.transform.product import Product
 from lora_jax.transform.ragged import ragged_product
@@ -70,8 +70,10 @@ def _dot_general(interpreter, equation, values):
         check_whole(weight, summed)
         x = tapped(x, weight.taps, lambda x: moments(x.reshape([n for _, n in pairs]), pairs, weight.taps))
 
-    operands = [x, weight.value] if place == 1 else [weight.value, x]
-    (base,) = recomputed(lambda *operands: jaxprs.bind(equation, operands), *operands)
+    def with_base(x, value):
+        return jaxprs.bind(equation, [x, value] if place == 1 else [value, x])[0]
+
+    base = product(with_base, x, weight.value)
     token_dims, free_dims = [x_dims[axis] for axis in tokens], [weight.dims[axis] for axis in free_axes]
     out_dims = [weight.dims[axis] for axis in w_batch]
     out_dims += [*token_dims, *free_dims] if place == 1 else [*free_dims, *token_dims]
@@ -88,10 +90,10 @@ def _dot_general(interpreter, equation, values):
         out = [*shared, *token_pairs, *free] if place == 1 else [*shared, *free, *token_pairs]
         options = {"precision": params["precision"], "dtype": base.dtype, "reverse": place == 0, "places": places}
         delta = chain(start, weight.factors, out, **options)
-        product = Product(base, placed(delta, explicit_sharding(base), base.shape), equation)
+        pending = Product(base, placed(delta, explicit_sharding(base), base.shape), equation)
         if not after:
-            return [product]
-        total = product.total()
+            return [pending]
+        total = pending.total()
     for gain in after:
         total = times(total, gain, [pair for axis in out_dims for pair in axis])
     return [total]
@@ -134,11 +136,13 @@ def _ragged_dot(interpreter, equation, values):
     """Tokens sorted by group (expert), each group times its own weight."""
     x, weight, sizes = values[:3]
     params = equation.params
-    if not isinstance(weight, Weight) or isinstance(x, Weight) or len(values) > 3:
+    if not isinstance(weight, Weight) or len(values) > 3:
         raise CannotFactor("a ragged product whose weight is not its second operand")
     if not is_ragged_dot(equation):
         raise CannotFactor("a ragged product of another form than ragged_dot's")
     group, into, out = (weight.single(axis) for axis in range(3))
+    if isinstance(x, Weight):
+        x = interpreter.materialise(x, equation, "both operands are adapted weights")
     interpreter.record(
         weight,
         equation,
@@ -146,7 +150,7 @@ def _ragged_dot(interpreter, equation, values):
         "each group of x: x·W + (x·a)·b; under vmap over adapters one adapter at a time",
     )
 
-    def product(left, right, dtype):
+    def grouped(left, right, dtype):
         return ragged_product(left, right, sizes, params["precision"], dtype)
 
     def of_rows(factor: Factor, labels: Sequence[Label]):
@@ -162,7 +166,7 @@ def _ragged_dot(interpreter, equation, values):
     if weight.taps:
         check_whole(weight, [(into, x.shape[1])])
         x = tapped(x, weight.taps, lambda x: ragged_moments(x, sizes))
-    total = recomputed(lambda x, value: product(x, value, params["preferred_element_type"]), x, weight.value)
+    total = product(lambda x, value: grouped(x, value, params["preferred_element_type"]), x, weight.value)
     if weight.factors:
         result = Factor(interpreter.next_key(weight).drop_out(x), (TOKENS, into))
         pending = picked(weight.factors)  # rows sorted by group cannot be sorted by member too
@@ -186,7 +190,7 @@ def _ragged_dot(interpreter, equation, values):
             matrix = Factor(narrowed(factor.array, x.dtype), factor.labels)
             if group in factor.labels:
                 matrix = matrix.transposed([group, *shared, *own[id(factor)]])
-                result = Factor(product(result.array, matrix.array, None), (TOKENS, *own[id(factor)]))
+                result = Factor(grouped(result.array, matrix.array, None), (TOKENS, *own[id(factor)]))
             else:
                 target = [(TOKENS, x.shape[0]), *((label, matrix.sizes[label]) for label in own[id(factor)])]
                 result = Factor(

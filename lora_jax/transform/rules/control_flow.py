@@ -81,7 +81,12 @@ def _cond(interpreter, equation, values):
     index, *operands = values
     draws = []
     branches = [_plain_outputs(interpreter, equation, branch, draws) for branch in equation.params["branches"]]
-    outputs = lax.switch(index, branches, interpreter.numbers(operands), *operands)
+    platforms = equation.params.get("branches_platforms")
+    if platforms is None:
+        outputs = lax.switch(index, branches, interpreter.numbers(operands), *operands)
+    else:  # each is compiled for its own platforms only
+        named = {name: branch for names, branch in zip(platforms, branches) for name in names or ("default",)}
+        outputs = lax.platform_dependent(interpreter.numbers(operands), *operands, **named)
     interpreter.advance(Draws.most(draws))
     return list(outputs)
 
@@ -191,6 +196,7 @@ def _scan(interpreter, equation, values):
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
+        _split_transpose=params.get("_split_transpose", False),
     )
     interpreter.advance(Draws.most(draws).times(params["length"]))
     return [*_with_fixed(fixed, final), *ys]

@@ -7,7 +7,7 @@ from jax import lax
 
 from lora_jax.adapters.factored import Factor, chain, times
 from lora_jax.transform import jaxprs
-from lora_jax.transform.deferred import recomputed
+from lora_jax.transform.deferred import product
 from lora_jax.transform.product import Product
 from lora_jax.transform.taps import check_whole, moments, tapped
 from lora_jax.transform.weight import CannotFactor, Weight, split_label
@@ -18,7 +18,7 @@ TOKENS = "tokens"
 def _conv(interpreter, equation, values):
     x, weight = values
     params = equation.params
-    if not isinstance(weight, Weight) or isinstance(x, Weight):
+    if not isinstance(weight, Weight):
         raise CannotFactor("a convolution over a weight")
     if params["batch_group_count"] != 1:
         raise CannotFactor("a convolution with batch groups")
@@ -26,6 +26,8 @@ def _conv(interpreter, equation, values):
     out_axis, in_axis, *spatial = numbers.rhs_spec
     summed = [pair for axis in (in_axis, *spatial) for pair in weight.dims[axis]]
     roles = dict.fromkeys((x for x, _ in summed), "in") | dict.fromkeys((x for x, _ in weight.dims[out_axis]), "out")
+    if isinstance(x, Weight):
+        x = interpreter.materialise(x, equation, "both operands are adapted weights")
     interpreter.record(weight, equation, roles, "conv(x, W) + conv(x, a)·b")
 
     if weight.taps:
@@ -33,7 +35,7 @@ def _conv(interpreter, equation, values):
             raise CannotFactor("a grouped convolution has inputs of its own for each group")
         check_whole(weight, summed)
         x = tapped(x, weight.taps, lambda x: _patch_moments(x, equation, weight))
-    (base,) = recomputed(lambda *operands: jaxprs.bind(equation, operands), x, weight.value)
+    base = product(lambda *operands: jaxprs.bind(equation, operands)[0], x, weight.value)
     if not weight.is_adapted:
         return [base]
     if groups > 1 and weight.dims[out_axis][0][1] != groups:
@@ -85,10 +87,10 @@ def _conv(interpreter, equation, values):
             precision=params["precision"],
             dtype=base.dtype,
         )
-        product = Product(base, delta.reshape(base.shape), equation)
+        pending = Product(base, delta.reshape(base.shape), equation)
         if not weight.gains:
-            return [product]
-        total = product.total()
+            return [pending]
+        total = pending.total()
     for gain in weight.gains:
         result = [[pair] for pair in lead]
         result[feature_axis] = list(out)

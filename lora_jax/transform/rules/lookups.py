@@ -30,6 +30,9 @@ def _gather(interpreter, equation, values):
     label = weight.single(axis)
     if any(twin(label) in tap.labels for tap in weight.taps):
         raise CannotFactor("rows are looked up, of which the input is a count")
+    filling = params["fill_value"]
+    if filling is not None and filling != 0 and not np.isnan(filling) and any(not g.labels for g in weight.gains):
+        raise CannotFactor("rows out of range would be scaled")
     value = weight.value if isinstance(weight.value, Deferred) else viewed(equation, [weight.value, indices])[0]
     indices = indices[..., column : column + 1]
 
@@ -71,7 +74,6 @@ def _gather(interpreter, equation, values):
         in_front = (
             collapsed == [0] and not batching and offsets == list(range(len(index_dims), equation.outvars[0].aval.ndim))
         )
-        filling = params["fill_value"]
 
         def taken(array):
             # A row out of range gets its filling, zero or NaN, through its scales.

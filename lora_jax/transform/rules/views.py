@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.adapters.factored import Factor
+from lora_jax.adapters.factored import Factor, compute_dtype
 from lora_jax.transform import jaxprs
 from lora_jax.transform.deferred import Deferred, viewed
 from lora_jax.transform.weight import CannotFactor, Weight, fresh, permuted, reshaped, sliced, spec_by_label
@@ -127,19 +127,26 @@ def _dynamic_slice(interpreter, equation, values):
 
 
 def _scale(interpreter, equation, values):
-    """Multiplication or division by a scalar."""
+    """Multiplication or division by a scalar.
+
+    A constant scales the base and a factor. A scalar that the function computes is a gain, which multiplies outputs:
+    its gradient is then a sum over outputs, and not over the weight's gradient.
+    """
     name = equation.primitive.name
+    if len(values) == 2 and all(isinstance(value, Weight) for value in values):
+        values = _with_scalar(interpreter, equation, values)
     places = [place for place, value in enumerate(values) if isinstance(value, Weight)]
     if len(places) != 1 or (name == "div" and places == [1]):
         raise CannotFactor(f"{name} of or by weights")
     (place,) = places
     weight: Weight = values[place]
-    if len(values) == 1:
-        scalar: Any = -1.0
-    else:
-        scalar = values[1 - place]
-        if math.prod(jnp.shape(scalar)) != 1:
-            raise CannotFactor(f"{name} by an array of shape {jnp.shape(scalar)}")
+    scalar: Any = -1.0 if len(values) == 1 else values[1 - place]
+    if math.prod(jnp.shape(scalar)) != 1:
+        raise CannotFactor(f"{name} by an array of shape {jnp.shape(scalar)}")
+    is_constant = len(values) == 1 or jaxprs.is_literal(equation.invars[1 - place])
+    if not is_constant and weight.value.shape == tuple(equation.outvars[0].aval.shape):
+        gain = jnp.reshape(scalar, ()).astype(compute_dtype(weight.value.dtype))
+        return [weight.replace(gains=(*weight.gains, Factor(1.0 / gain if name == "div" else gain, ())))]
     bare = [value.value if isinstance(value, Weight) else value for value in values]
     (value,) = viewed(equation, bare)
 
@@ -148,6 +155,16 @@ def _scale(interpreter, equation, values):
         return array / factor if name == "div" else array * factor
 
     return [weight.scaled(value, act)]
+
+
+def _with_scalar(interpreter, equation, values: Sequence[Weight]) -> list:
+    """Two weights, of which one is a scalar: that one as an array."""
+    return [
+        interpreter.materialise(value, equation, "a scalar that scales another weight")
+        if math.prod(value.value.shape) == 1 < math.prod(other.value.shape)
+        else value
+        for value, other in zip(values, values[::-1])
+    ]
 
 
 def _reshard(interpreter, equation, values):

@@ -1,0 +1,185 @@
+"""How single operations treat an adapted weight, and that "factored" means it: no dense array, forward or backward."""
+
+import dataclasses
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+import lora_jax as lora
+from tests.contract.jaxpr_checks import equations
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+W, V, X = normal(0, 9, 7), normal(1, 9, 7), normal(2, 5, 9)
+
+
+def moved(delta):
+    """Away from the start, where one factor is zero."""
+
+    def move(leaf):
+        trains = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim > 0
+        return leaf + 0.2 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape).astype(leaf.dtype) if trains else leaf
+
+    return jax.tree.map(move, delta)
+
+
+def check(fn, base, spec, *args):
+    """Values and gradients are the merged model's; returns what explain says."""
+    delta = moved(lora.init(jax.random.key(0), base, spec, fn, *args))
+    train, frozen = lora.partition(delta)
+    adapted = lora.adapt(fn)
+    ours = lambda train: jnp.sum(jnp.sin(adapted(base, lora.join(train, frozen), *args)))  # noqa: E731
+    merged = lambda train: jnp.sum(jnp.sin(fn(lora.merge(base, lora.join(train, frozen)), *args)))  # noqa: E731
+    for one, other in zip(
+        jax.tree.leaves(jax.jit(jax.value_and_grad(ours))(train)),
+        jax.tree.leaves(jax.jit(jax.value_and_grad(merged))(train)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-4 * (1 + float(jnp.abs(other).max())))
+    return lora.explain(fn, base, delta, *args), jax.make_jaxpr(jax.grad(ours))(train)
+
+
+IDIOMS = {
+    "product": lambda p, x: x @ p["w"],
+    "transposed": lambda p, x: (p["w"].T @ x.T).T,
+    "constant": lambda p, x: x @ (0.5 * p["w"]),
+    "negated": lambda p, x: x @ -p["w"],
+    "trained scalar": lambda p, x: x @ (p["w"] * p["s"]),
+    "computed from a trained scalar": lambda p, x: x @ (p["w"] * jnp.exp(p["s"])),
+    "divided by a trained scalar": lambda p, x: x @ (p["w"] / p["s"]),
+    "divided by a norm": lambda p, x: x @ (p["w"] / jnp.linalg.norm(x @ p["v"])),
+    "divided by its own norm": lambda p, x: x @ (p["w"] / jnp.linalg.norm(p["w"])),
+    "scaled by an activation": lambda p, x: x @ (p["w"] * jnp.tanh(x @ p["v"]).mean()),
+    "a slice and another term": lambda p, x: x[:, :6] @ (p["w"][:6] + p["v"][:6]),
+    "the whole and another term": lambda p, x: x @ (p["w"] + p["v"]),
+    "masked": lambda p, x: x @ (p["w"] * (jnp.arange(63.0).reshape(9, 7) > 2).astype(jnp.float32)),
+    "two uses": lambda p, x: x @ p["w"] + jnp.tanh(x @ p["w"]) * p["s"],
+    "a row": lambda p, x: x @ p["v"] + p["w"][2][None],
+    "looked up": lambda p, x: x @ p["v"] + p["w"][jnp.arange(5)] * p["s"],
+}
+
+
+@pytest.mark.parametrize("idiom", IDIOMS)
+def test_factored_means_that_no_dense_array_depends_on_what_trains(idiom):
+    fn = IDIOMS[idiom]
+    base = {"w": W, "v": V, "s": jnp.float32(1.3)}
+    axes = ("in", "out")
+    spec = {"w|v": lora.LoRA(2, axes=axes), "s": lora.Full()}
+    used = "".join(name for name, use in zip("wvs", ('"w"', '"v"', '"s"')) if use in _source(idiom))
+    base = {name: leaf for name, leaf in base.items() if name in used}
+    spec = {pattern: recipe for pattern, recipe in spec.items() if set(pattern) & set(used)}
+    explained, gradient = check(fn, base, spec, X)
+    if all(use.factored for name in "wv" for use in explained.get(name, ())):
+        assert dense(gradient) == []
+    else:
+        assert idiom in MERGED
+
+
+MERGED = ("divided by its own norm", "a slice and another term", "the whole and another term", "masked")
+
+
+def _source(idiom):
+    return next(line for line in inspect.getsource(inspect.getmodule(_source)).splitlines() if f'"{idiom}": ' in line)
+
+
+def dense(closed):
+    """The outputs of the weights' shape, or its transpose, of equations that take something that trains."""
+    shapes = {(9, 7), (7, 9), (63,), (6, 7), (7, 6)}
+    return [
+        (equation.primitive.name, out.aval.shape)
+        for equation in equations(closed)
+        for out in equation.outvars
+        if getattr(out.aval, "shape", None) in shapes and equation.primitive.name not in ("transpose", "mul", "neg")
+    ]
+
+
+def test_a_trained_scalar_multiplies_an_adapted_weight():
+    explained, _ = check(
+        IDIOMS["trained scalar"], {"w": W, "s": jnp.float32(1.3)}, {"w": lora.LoRA(2), "s": lora.Full()}, X
+    )
+    assert [use.factored for use in explained["w"]] == [True]
+
+
+def test_products_of_looked_up_embeddings_are_factored():
+    base, ids = {"e": normal(0, 20, 8), "k": normal(1, 3, 8, 7), "r": normal(2, 2, 8, 7)}, jnp.arange(18).reshape(3, 6)
+
+    def convolution(p, ids):
+        return jax.lax.conv_general_dilated(p["e"][ids], p["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+
+    def grouped(p, ids):
+        return jax.lax.ragged_dot(p["e"][ids[0]], p["r"], jnp.array([2, 4], jnp.int32))
+
+    for fn, name in ((convolution, "k"), (grouped, "r")):
+        explained, _ = check(fn, {"e": base["e"], name: base[name]}, {"": lora.LoRA(2)}, ids)
+        assert explained.factored, str(explained)
+
+
+def test_a_branch_for_another_platform_is_not_compiled():
+    def kernel(x, w, out):
+        out[...] = x[...] @ w[...]
+
+    def fn(p, x):
+        shape = jax.ShapeDtypeStruct((x.shape[0], p["w"].shape[1]), x.dtype)
+        return jax.lax.platform_dependent(
+            x, p["w"], tpu=lambda x, w: pl.pallas_call(kernel, out_shape=shape)(x, w), default=lambda x, w: x @ w
+        )
+
+    base, x = {"w": normal(0, 16, 8)}, normal(1, 4, 16)
+    delta = lora.init(jax.random.key(0), base, {"w": lora.LoRA(2, init="orthogonal")}, fn, x)
+    adapted = lora.adapt(fn)
+    want = x @ lora.merge(base, delta)["w"]
+    np.testing.assert_allclose(adapted(base, delta, x), want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(adapted)(base, delta, x), want, rtol=1e-4, atol=1e-5)
+    names = {equation.primitive.name for equation in equations(jax.make_jaxpr(adapted)(base, delta, x))}
+    assert "platform_index" in names and "pallas_call" in names
+    uses = lora.explain(fn, base, delta, x)["w"]
+    assert {(use.operation, use.factored) for use in uses} == {("pallas_call", False), ("dot_general", True)}
+
+
+def test_a_scan_keeps_its_parameters():
+    def fn(p, x):
+        step = lambda x, w: (jnp.tanh(x @ w), x)  # noqa: E731
+        return jax.lax.scan(step, x, p["w"], reverse=True, unroll=2, _split_transpose=True)[0]
+
+    base, x = {"w": normal(0, 4, 8, 8)}, normal(1, 2, 8)
+    delta = lora.init(jax.random.key(0), base, {"w": lora.LoRA(2)}, fn, x)
+
+    def parameters(program):
+        (scan,) = [equation for equation in equations(program) if equation.primitive.name == "scan"]
+        return {name: scan.params.get(name) for name in ("reverse", "unroll", "length", "_split_transpose")}
+
+    assert parameters(jax.make_jaxpr(lora.adapt(fn))(base, delta, x)) == parameters(jax.make_jaxpr(fn)(base, x))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *(lora.LoRA(2), lora.DoRA(2), lora.DoRA(2, norm_over="out"), lora.DVoRA(2), lora.VeRA(2), lora.LoHa(2)),
+        *(lora.LoKr(2), lora.IA3(), lora.AdaLoRA(2), lora.LoRAFA(2), lora.Full()),
+    ],
+    ids=lambda recipe: type(recipe).__name__,
+)
+def test_complex_weights_start_from_the_base_and_merge_to_what_is_applied(recipe):
+    x = X.astype(jnp.complex64)
+    base, fn = {"w": jax.lax.complex(normal(0, 9, 7), normal(1, 9, 7))}, lambda p, x: x @ p["w"]
+    delta = lora.init(jax.random.key(0), base, {"w": recipe}, fn, x)
+    adapted = lora.adapt(fn)
+    np.testing.assert_allclose(adapted(base, delta, x), fn(base, x), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(lora.merge(base, delta)["w"], base["w"], rtol=1e-4, atol=1e-4)
+    delta = moved(delta)
+    np.testing.assert_allclose(adapted(base, delta, x), fn(lora.merge(base, delta), x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_complex_weight_s_magnitudes_are_its_norms():
+    base = {"w": jax.lax.complex(normal(0, 9, 7), normal(1, 9, 7))}
+    delta = lora.init(jax.random.key(0), base, {"w": lora.DoRA(2)}, lambda p, x: x @ p["w"], X.astype(jnp.complex64))
+    np.testing.assert_allclose(delta["w"].magnitude, jnp.linalg.norm(base["w"], axis=0), rtol=1e-5)
+    delta = {"w": dataclasses.replace(delta["w"], b=normal(3, *delta["w"].b.shape))}
+    np.testing.assert_allclose(jnp.linalg.norm(lora.merge(base, delta)["w"], axis=0), delta["w"].magnitude, rtol=1e-4)
