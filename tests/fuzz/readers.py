@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pyarrow
-import pyarrow.parquet
 
 import lora_jax as lora
 from experiments.input import sources
@@ -155,21 +153,13 @@ RECORDS: dict[str, list[Any]] = {
 def _data(form: str, ending: str) -> Callable[[Path], None]:
     def write(directory: Path) -> None:
         records, file = RECORDS[form], directory / f"data{ending}"
-        table, lines = pyarrow.Table.from_pylist(records), "".join(json.dumps(record) + "\n" for record in records)
         if ending == ".parquet":
-            pyarrow.parquet.write_table(table, file)
-        elif ending == ".arrow":
-            with pyarrow.OSFile(str(file), "wb") as stream, pyarrow.ipc.new_stream(stream, table.schema) as writer:
-                writer.write_table(table)
-        elif ending in (".gz", ".zst"):
-            file = directory / f"data.jsonl{ending}"
-            with pyarrow.output_stream(str(file), compression={".gz": "gzip", ".zst": "zstd"}[ending]) as stream:
-                stream.write(lines.encode())
-        elif ending == ".csv":
-            rows = [records[0], *(record.values() for record in records)]
-            file.write_text("".join(",".join(f'"{field}"' for field in row) + "\r\n" for row in rows))
+            import pyarrow
+            import pyarrow.parquet
+
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), file)
         else:
-            file.write_text(json.dumps(records, indent=1) if ending == ".json" else lines)
+            file.write_text("".join(json.dumps(record) + "\n" for record in records))
 
     return write
 
@@ -236,6 +226,4 @@ def readers() -> dict[str, Reader]:
     for form in RECORDS:
         for ending in (".jsonl", ".parquet"):
             found[f"data: {form}{ending}"] = Reader(_data(form, ending), _read_data, 2)
-    for ending in (".json", ".csv", ".arrow", ".gz", ".zst"):
-        found[f"data: completion{ending}"] = Reader(_data("completion", ending), _read_data, 2)
     return found
