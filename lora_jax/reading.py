@@ -84,10 +84,18 @@ def quiet() -> Generator[None]:
             traceback.clear_frames(error.__traceback__)
             error = error.__cause__
         gc.collect()
+        logging.getLogger("asyncio").addFilter(_is_not_orbax)  # other reads of the same files may fail later
         raise
     finally:
         for logger, before in zip(loggers, disabled):
             logger.disabled = before
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    """Whether a log record of asyncio is not about an error that one of Orbax's unfinished reads raised."""
+    error = record.exc_info[1] if record.exc_info else None
+    frames = traceback.extract_tb(error.__traceback__) if error is not None else []
+    return not any("orbax" in frame.filename for frame in frames)
 
 
 def raised_by_reader(raised: BaseException) -> bool:
