@@ -3,8 +3,9 @@
     scripts/fuzz [--minutes N | --cases N] [--seed S] [--reader NAME] [--case NUMBER]
 
 A finding is an exception other than ValueError and OSError, an error of many lines or without a sentence, a hang, a
-process that ends, more memory than a small file needs, output beside the error, or damage that changes a number
-without being detected. A case is reproduced by its seed and number. The exit status is 1 where there are findings.
+process that ends, more memory than a small file needs, or damage that changes a number without being detected. Cases
+in which a library prints a traceback beside the error are counted as noisy. A case is reproduced by its seed and
+number. The exit status is 1 where there are findings.
 """
 
 import argparse
@@ -138,7 +139,8 @@ def _work(seed: int, first: int, only: str | None, single: bool) -> int:
                 text = noise.read().decode("utf-8", "replace")
                 if any(word in text for word in _NOISE):
                     what = f"prints beside its error: {next(word for word in _NOISE if word in text)}"
-            outcome = {None: "read", "refused": "refused"}.get(what, "finding")
+            noisy = what is not None and what.startswith("prints beside")
+            outcome = "noisy" if noisy else {None: "read", "refused": "refused"}.get(what, "finding")
             _say(output, {"case": number, "outcome": outcome, "what": what})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
