@@ -178,7 +178,7 @@ class _Scanner:
                 if at_end and self._more():
                     continue
                 line = self._line + self._text.count("\n", self._index, error.pos)
-                raise UserError(f"{self._path}, line {line}: not JSON ({error.msg})") from None
+                raise UserError(f"{self._path}, line {line}: not JSON ({error.msg.removesuffix(' at')})") from None
             except RecursionError:
                 raise self._error("arrays or objects nested too deep") from None
             if end < len(self._text) or not self._more():  # else more digits may follow

@@ -31,7 +31,7 @@ def loads(text: str, where: str) -> Any:
     try:
         value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+        raise UserError(f"{where}: not JSON ({error.msg.removesuffix(' at')} at column {error.colno})") from None
     except _Invalid as error:
         raise UserError(f"{where}: {error}") from None
     except RecursionError:

@@ -102,6 +102,10 @@ def test_a_run_starts_from_an_adapter(settings, finished, tmp_path, form, lenien
 def test_what_a_run_cannot_start_from(settings, tmp_path):
     with pytest.raises(UserError, match=r"expected adapter\.json .* or adapter_config\.json"):
         program.abstract(dataclasses.replace(settings, rank=16, init_from=tmp_path))
+    (tmp_path / "adapter-best").mkdir()
+    (tmp_path / "adapter-best" / "adapter.json").touch()
+    with pytest.raises(UserError, match="adapters are in .*/adapter-best$"):  # the directory of a run
+        program.check(dataclasses.replace(settings, rank=16, init_from=tmp_path))
     with pytest.raises(ValueError, match="init_from: method, rank would be the adapter's"):
         dataclasses.replace(settings, init_from=tmp_path, method="dora")
 
@@ -113,8 +117,14 @@ def test_ranks_by_pattern(settings):
     assert ranks == {"query": 3, "value": 3, "key": 2, "output": 2, "gate": 2, "up": 2, "down": 5}
     scale = lora.init(jax.random.key(0), {"query": jnp.ones((8, 8))}, {"query": lora.LoRA(3, 32.0, axes=("in", "out"))})
     assert float(scale["query"].scale) == pytest.approx(32 / 3)
-    with pytest.raises(UserError, match="embedding"):
+    config = dataclasses.replace(settings, ranks=("attention=4", "feed_forward/down=1"))  # all of a target, as in --help
+    delta = program.abstract(config).delta
+    ranks = {path.split("/")[-2]: adapter.rank for path, adapter in delta.items()}
+    assert ranks == {"query": 4, "value": 4, "key": 4, "output": 4, "gate": 2, "up": 2, "down": 1}
+    with pytest.raises(UserError, match="ranks: 'embedding' matches no adapted weight; these are adapted: .*/key/ke"):
         program.abstract(dataclasses.replace(settings, ranks=("embedding=3",)))
+    with pytest.raises(UserError, match="ranks: 'query' matches only weights that an earlier pattern matches"):
+        program.abstract(dataclasses.replace(settings, ranks=("attention=3", "query=4")))
 
 
 def test_a_share_is_held_out(settings, tmp_path, lenient):
@@ -198,7 +208,7 @@ def test_a_loss_that_is_not_finite_names_its_cause():
         (["--decay", "0"], "decay is a share of the steps, above 0 and up to 1, not 0.0"),
         (["--validation-share", "0.1"], "validation_share 0.1: "),
         (["--length", "256"], "length 256: tiny-llama is made for sequences of up to 128 tokens"),
-        (["--init-from", "nowhere"], "init_from nowhere: expected adapter.json"),
+        (["--init-from", "nowhere"], "init_from nowhere: is no directory"),
     ],
 )
 def test_what_a_user_can_put_right(flags, message, tmp_path, capsys, monkeypatch):

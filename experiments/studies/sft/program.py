@@ -1,6 +1,7 @@
 """The training step of a config: the very same for arrays on a mesh, and for shapes on devices that are not here."""
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ LINEAR = {
 """Linear layers of all blocks, by the names of targets; a quantised base has all of them quantised."""
 
 OTHERS = {"embedding": r"^token/embedding$", "head": r"^output/kernel$"}
+_OURS, _PEFT = "adapter.json", "adapter_config.json"  # what marks an adapter's directory
 LARGE = 100_000
 """Elements from which on a leaf of the optimizer's state goes to the host."""
 
@@ -84,7 +86,7 @@ class Program:
         if self.start is not None:
             delta = jax.tree.map(lambda leaf, shape: jax.device_put(leaf, shape.sharding), self.start, self.delta)
         else:
-            spec, example = spec_of(self.config), _example(self.config)
+            spec, example = spec_of(self.config, self.base), _example(self.config)
             delta = meshes.made(
                 self.mesh, lambda key, base: lora.init(key, base, spec, self.apply, example), init_key, base
             )
@@ -182,8 +184,9 @@ def _new_adapter(config: Config, base: Any, apply: Callable, key: Any, tokens: A
         raise UserError(
             f"targets head: the head of {config.model} is its token embedding; --targets embedding adapts both"
         )
+    spec = spec_of(config, base)
     try:
-        return jax.eval_shape(lambda key, base: lora.init(key, base, spec_of(config), apply, tokens), key, base)
+        return jax.eval_shape(lambda key, base: lora.init(key, base, spec, apply, tokens), key, base)
     except ValueError as error:
         raise UserError(f"the adapter of {' and '.join(config.targets)}: {error}") from None
 
@@ -200,13 +203,12 @@ def read_adapter(directory: Path, base: Any, names: Any, dtype: jnp.dtype) -> An
     Raises:
       UserError: There is no adapter, or it does not fit the base.
     """
+    _check_adapter(directory)
     try:
-        if (directory / "adapter.json").exists():
+        if (directory / _OURS).exists():
             delta = lora.load(directory, base)
-        elif (directory / "adapter_config.json").exists():
-            delta = lora.peft.load(directory, base, names)
         else:
-            raise UserError(f"init_from {directory}: expected adapter.json (lora_jax) or adapter_config.json (PEFT)")
+            delta = lora.peft.load(directory, base, names)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -215,12 +217,26 @@ def read_adapter(directory: Path, base: Any, names: Any, dtype: jnp.dtype) -> An
     return lora.join(jax.tree.map(lambda leaf: leaf.astype(dtype), train), frozen)
 
 
+def _check_adapter(directory: Path) -> None:
+    """Raises `UserError` where a directory holds no adapter."""
+    if any((directory / name).exists() for name in (_OURS, _PEFT)):
+        return
+    if not directory.is_dir():
+        raise UserError(f"init_from {directory}: is no directory")
+    inside = [entry for entry in sorted(directory.iterdir()) if any((entry / name).exists() for name in (_OURS, _PEFT))]
+    hint = f"; adapters are in {', '.join(map(str, inside))}" if inside else ""
+    raise UserError(f"init_from {directory}: expected {_OURS} (lora_jax) or {_PEFT} (PEFT) in it{hint}")
+
+
 def check(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a config.
 
     Raises:
-      UserError: There are other devices than it has, or the batch or a sequence cannot be divided over it.
+      UserError: There are other devices than it has, the batch or a sequence cannot be divided over it, or there is
+        no adapter to start from.
     """
+    if config.init_from is not None:
+        _check_adapter(config.init_from)
     mesh = meshes.make(config.mesh, devices)
     meshes.check_batch(config.batch.global_, config.mesh, "batch.global", accumulate=config.batch.accumulate)
     if config.mesh.sequence and config.length % config.mesh.tensor:
@@ -267,8 +283,12 @@ def rules_of(config: Config) -> dict[str, Format | None]:
     return {} if found is None else {"|".join(LINEAR.values()): found}
 
 
-def spec_of(config: Config) -> dict[str, Any]:
-    """The recipe of each weight that is adapted."""
+def spec_of(config: Config, base: Any) -> dict[str, Any]:
+    """The recipe of each weight that is adapted.
+
+    Raises:
+      UserError: A pattern of `ranks` decides no weight's rank.
+    """
     recipe = {"lora": lora.LoRA, "dora": lora.DoRA}[config.method]
     dtype = jnp.dtype(config.adapter_dtype)
 
@@ -276,12 +296,19 @@ def spec_of(config: Config) -> dict[str, Any]:
         return recipe(rank, config.alpha, dropout=config.dropout, dtype=dtype)
 
     targets = [(LINEAR | OTHERS)[target] for target in config.targets]
-    every = "|".join(f"(?:{target})" for target in targets)
-    # Both have to match: what the config adapts, and the pattern that gives it another rank.
-    special = {f"^(?=.*(?:{every}))(?=.*(?:{pattern}))": rank for pattern, rank in config.rank_patterns().items()}
-    return {pattern: ranked(rank) for pattern, rank in special.items()} | {
-        target: ranked(config.rank) for target in targets
-    }
+    patterns = config.rank_patterns()
+    if not patterns:
+        return {target: ranked(config.rank) for target in targets}
+    adapted = [path for path in paths.flatten(base).paths if any(re.search(target, path) for target in targets)]
+    first = {path: next((one for one in patterns if re.search(one, path)), None) for path in adapted}
+    for pattern in patterns:
+        if pattern not in first.values():
+            earlier = any(re.search(pattern, path) for path in adapted)
+            why = "matches only weights that an earlier pattern matches" if earlier else "matches no adapted weight"
+            raise UserError(f"ranks: {pattern!r} {why}; these are adapted: {', '.join(adapted)}")
+    exact = {f"^{re.escape(path)}$": patterns.get(pattern, config.rank) for path, pattern in first.items()}
+    nothing = [target for target in targets if not any(re.search(target, path) for path in adapted)]
+    return {path: ranked(rank) for path, rank in exact.items()} | {target: ranked(config.rank) for target in nothing}
 
 
 def _base(config: Config, base: Any, apply: Callable, sharding: Callable) -> Any:
