@@ -155,7 +155,8 @@ def train(
       The last state and what was measured, as if the run had never been interrupted.
 
     Raises:
-      UserError: The loss or a gradient is not finite; a checkpoint cannot be read or written.
+      UserError: The loss or a gradient is not finite; a checkpoint cannot be read or written, or is of a later step
+        than the last one.
       KeyboardInterrupt: After a checkpoint was written.
       Preempted: Likewise, by SIGTERM.
     """
@@ -163,6 +164,11 @@ def train(
         state, found = checkpoints.restore(state)
         history = History(**found["history"]) if found else History(evaluations=[(0, score)] if due else [])
         start = len(history.losses)
+        if start > total:
+            raise UserError(
+                f"{run.directory}: holds a run that was interrupted at step {start:,}, beyond the {total:,} steps of "
+                "this one; ask for as many steps or more, or --fresh starts over"
+            )
         if found:
             bar.say(f"  resumed at step {start} of {total}")
             bar.start_at(sum(map(batches.examples, range(start))))

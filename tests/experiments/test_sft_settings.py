@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 
 import lora_jax as lora
 from experiments import run
@@ -68,6 +69,14 @@ def test_going_on_needs_checkpoints(settings, tmp_path, lenient):
         study.run(dataclasses.replace(config, steps=2))
 
 
+def test_an_interrupted_run_is_longer_than_what_is_asked_for(settings, tmp_path, lenient):
+    config = dataclasses.replace(settings, out=tmp_path)
+    study.run(config)
+    (tmp_path / "result.json").unlink()  # as if it had been killed before it wrote its result
+    with pytest.raises(UserError, match="interrupted at step 4, beyond the 2 steps of this one"):
+        study.run(dataclasses.replace(config, steps=2))
+
+
 def test_early_stopping_exports_the_best_step(settings, tmp_path, lenient):
     config = dataclasses.replace(settings, out=tmp_path, lr=0.5, warmup=0.0, epochs=20, eval_every=2, patience=2)
     report = study.run(config)
@@ -104,10 +113,26 @@ def test_what_a_run_cannot_start_from(settings, tmp_path):
         program.abstract(dataclasses.replace(settings, rank=16, init_from=tmp_path))
     (tmp_path / "adapter-best").mkdir()
     (tmp_path / "adapter-best" / "adapter.json").touch()
-    with pytest.raises(UserError, match="adapters are in .*/adapter-best$"):  # the directory of a run
+    with pytest.raises(UserError, match=r"adapters are in .*/adapter-best$"):  # the directory of a run
         program.check(dataclasses.replace(settings, rank=16, init_from=tmp_path))
     with pytest.raises(ValueError, match="init_from: method, rank would be the adapter's"):
         dataclasses.replace(settings, init_from=tmp_path, method="dora")
+
+
+def test_a_peft_adapter_that_parts_a_tied_head(settings, tmp_path):
+    numbers = np.random.default_rng(0)
+    factors = {"lora_A": numbers.normal(size=(2, 64)), "lora_B": numbers.normal(size=(512, 2))}
+    tensors = {f"base_model.model.lm_head.{name}.weight": factor.astype("float32") for name, factor in factors.items()}
+    safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    content = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["lm_head"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    config = dataclasses.replace(settings, model="tiny-gpt2", rank=16, init_from=tmp_path)
+    with pytest.raises(
+        UserError, match=r"changes lm_head alone, but head and embedding .* are one weight; merge the"
+    ) as e:
+        program.abstract(config)
+    assert "\n" not in str(e.value)
+    assert program.abstract(dataclasses.replace(config, model="tiny-llama")).delta.keys() == {"output/kernel"}
 
 
 def test_ranks_by_pattern(settings):
@@ -117,11 +142,12 @@ def test_ranks_by_pattern(settings):
     assert ranks == {"query": 3, "value": 3, "key": 2, "output": 2, "gate": 2, "up": 2, "down": 5}
     scale = lora.init(jax.random.key(0), {"query": jnp.ones((8, 8))}, {"query": lora.LoRA(3, 32.0, axes=("in", "out"))})
     assert float(scale["query"].scale) == pytest.approx(32 / 3)
-    config = dataclasses.replace(settings, ranks=("attention=4", "feed_forward/down=1"))  # all of a target, as in --help
+    # All of a target, as in the help text.
+    config = dataclasses.replace(settings, ranks=("attention=4", "feed_forward/down=1"))
     delta = program.abstract(config).delta
     ranks = {path.split("/")[-2]: adapter.rank for path, adapter in delta.items()}
     assert ranks == {"query": 4, "value": 4, "key": 4, "output": 4, "gate": 2, "up": 2, "down": 1}
-    with pytest.raises(UserError, match="ranks: 'embedding' matches no adapted weight; these are adapted: .*/key/ke"):
+    with pytest.raises(UserError, match=r"ranks: 'embedding' matches no adapted weight; these are adapted: .*/key/ke"):
         program.abstract(dataclasses.replace(settings, ranks=("embedding=3",)))
     with pytest.raises(UserError, match="ranks: 'query' matches only weights that an earlier pattern matches"):
         program.abstract(dataclasses.replace(settings, ranks=("attention=3", "query=4")))
@@ -207,11 +233,16 @@ def test_a_loss_that_is_not_finite_names_its_cause():
         (["--ranks", "(=8"], "ranks: '(' is no regular expression"),
         (["--decay", "0"], "decay is a share of the steps, above 0 and up to 1, not 0.0"),
         (["--validation-share", "0.1"], "validation_share 0.1: "),
+        (["--data", "PLAIN", "--patience", "1"], "patience: PLAIN has no validation examples; name some with"),
+        (["--data", "PLAIN", "--eval-every", "1"], "eval_every: PLAIN has no validation examples"),
         (["--length", "256"], "length 256: tiny-llama is made for sequences of up to 128 tokens"),
         (["--init-from", "nowhere"], "init_from nowhere: is no directory"),
     ],
 )
 def test_what_a_user_can_put_right(flags, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
-    assert run.main(["sft", "--out", str(tmp_path), "--train-examples", "8", "--samples", "0", *flags]) == 2
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text('{"prompt": "a", "completion": " b"}\n')
+    flags, message = [flag.replace("PLAIN", str(plain)) for flag in flags], message.replace("PLAIN", str(plain))
+    assert run.main(["sft", "--out", str(tmp_path / "out"), "--train-examples", "8", "--samples", "0", *flags]) == 2
     assert message in " ".join(capsys.readouterr().err.split())

@@ -204,15 +204,18 @@ def read_adapter(directory: Path, base: Any, names: Any, dtype: jnp.dtype) -> An
       UserError: There is no adapter, or it does not fit the base.
     """
     _check_adapter(directory)
+    ours = (directory / _OURS).exists()
     try:
-        if (directory / _OURS).exists():
-            delta = lora.load(directory, base)
-        else:
-            delta = lora.peft.load(directory, base, names)
+        delta = lora.load(directory, base) if ours else lora.peft.load(directory, base, names)
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"init_from {directory}: {error}") from None
+        if not ours and (apart := re.search(r"^ *tied: (.*?), so that", str(error), re.MULTILINE)):
+            raise UserError(
+                f"init_from {directory}: {apart[1]}, but head and embedding of this model are one weight; merge the "
+                "adapter with `lora-jax merge`, which stores both, and train on the merged model (--model)"
+            ) from None
+        raise UserError(
+            f"init_from: {error}" if str(directory) in str(error) else f"init_from {directory}: {error}"
+        ) from None
     train, frozen = lora.partition(delta)
     return lora.join(jax.tree.map(lambda leaf: leaf.astype(dtype), train), frozen)
 

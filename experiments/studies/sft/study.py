@@ -178,6 +178,12 @@ def _read(config: Config, directory: Path, console: Console) -> _Data:
                 "its own"
             )
         train, validation = sources.split(train, config.validation_share, config.seed)
+    needing = [name for name in ("patience", "eval_every") if getattr(config, name) is not None]
+    if validation is None and needing:
+        raise UserError(
+            f"{' and '.join(needing)}: {' and '.join(config.data)} has no validation examples; name some with "
+            "--validation, or hold some out with --validation-share"
+        )
     train, findings = checked(train, on_bad=config.on_bad, limit=config.train_examples)
     findings_of = {"train": findings}
     if validation is not None:
