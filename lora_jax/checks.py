@@ -9,11 +9,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.leaves import short
+
 
 def path(owner: str, value: str | os.PathLike) -> None:
     """Raises `TypeError` unless `value` is a path."""
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{owner}: the directory is a path; got a {type(value).__name__}.")
+
+
+def key(owner: str, value: Any) -> None:
+    """Raises unless `value` is one PRNG key, of `jax.random.key` or `jax.random.PRNGKey`.
+
+    Raises:
+      TypeError: It is no key.
+      ValueError: It is an array of keys.
+    """
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", ())
+    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed and (dtype != np.uint32 or not shape):
+        what = short(value) if dtype is not None else type(value).__name__
+        raise TypeError(f"{owner}: the key is a PRNG key, such as jax.random.key(0); got {what}.")
+    if len(shape) > (0 if typed else 1):
+        raise ValueError(f"{owner}: the key is one PRNG key; got an array of keys, {short(value)}.")
 
 
 def positive(owner: str, name: str, value: int) -> None:

@@ -12,6 +12,7 @@ import jax
 from lora_jax import paths
 from lora_jax.adapters.protocol import Adapter, is_inexact
 from lora_jax.axes import unique
+from lora_jax.functions import check_function
 from lora_jax.leaves import is_array, is_quantized
 from lora_jax.optim import partition
 from lora_jax.transform.call import Arguments, Call, check_delta, entered
@@ -53,6 +54,7 @@ def explain(fn: Callable, base: Any, delta: Delta, /, *args: Any, **kwargs: Any)
       `{path: (use, …)}`; a use has `factored`, `operation`, `reason` and `source`.
 
     Raises:
+      TypeError: fn is no function of parameters (but the result of :func:`lora_jax.adapt`, say).
       ValueError: The delta does not fit the base, or adapts a weight that the function never uses.
 
     Example:
@@ -63,6 +65,7 @@ def explain(fn: Callable, base: Any, delta: Delta, /, *args: Any, **kwargs: Any)
       >>> [(use.operation, use.factored) for use in explain(fn, base, delta, x)["w"]]
       [('dot_general', True)]
     """
+    check_function("explain", fn)
     arguments = Arguments.of(base, args, kwargs)
     check_delta(delta, arguments)
     call, found = Call.trace(fn, arguments), []
@@ -94,7 +97,7 @@ class Group:
     total: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Summary:
     """Figures of a delta on a base, all computed from the trees. Prints a table.
 
@@ -157,6 +160,8 @@ class Summary:
             ours, full = factor * self.train_bytes, factor * self.full_bytes
             costs.append((name, f"{ours:,}", f"{full:,}", f"{ours / full:.4f}" if full else ""))
         return "\n".join(lines + _table(costs, right={1, 2, 3}))
+
+    __repr__ = __str__
 
 
 def summary(base: Any, delta: Delta) -> Summary:

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from lora_jax import checkpoint, manifest, paths
 from lora_jax.sharding import delta_shardings
 from lora_jax.state import TrainState
+from lora_jax.training import explaining_donation
 
 _PREFIX = "@"  # of what is not an adapter's: '@step', '@opt_state/0/mu/…'
 _KEY, _WEAK = "prng", "weak_type"
@@ -35,6 +36,7 @@ def save_state(directory: str | os.PathLike, state: TrainState) -> None:
       TypeError: `state` is not a TrainState.
       ValueError: A leaf is no array or out of this process's reach.
       FileExistsError: `directory` holds something else.
+      RuntimeError: The state's buffers were donated to a step.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora, optax, tempfile
@@ -51,7 +53,8 @@ def save_state(directory: str | os.PathLike, state: TrainState) -> None:
         hint = "; lora.save writes a delta" if isinstance(state, dict) else ""
         hint = "; save each member of many by lora.unstack" if type(state).__name__ == "TrainStates" else hint
         raise TypeError(f"save_state(directory, state): state is a TrainState; got {type(state).__name__}{hint}.")
-    described, arrays = manifest.described(state.delta, state.base)
+    with explaining_donation(state, check=True):
+        described, arrays = manifest.described(state.delta, state.base)
     entries: dict[str, dict[str, Any]] = {}
     for path, leaf in _rest(state).as_dict().items():
         name, entry = _PREFIX + path, {}

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import axes as axis_roles
-from lora_jax import paths
+from lora_jax import checks, paths
 from lora_jax.adapters.fingerprints import fingerprint
 from lora_jax.adapters.lowrank import LowRank
 from lora_jax.adapters.protocol import Adapter, Recipe, check_axes, is_inexact
 from lora_jax.capturing import capture
+from lora_jax.functions import check_function
 from lora_jax.initializers import GRADIENT
 from lora_jax.leaves import canonical, is_array, short
 from lora_jax.linear import all_linear, linear_weights
@@ -210,6 +211,9 @@ def _placed(moved: Any, leaf: Any) -> Any:
 def _each(key, base, spec, fn, args, kwargs):
     """Per adapted path, in the base's order: the recipe, and the key, weight and axis roles it is given."""
     _check(spec)
+    checks.key("init(key, base, spec, fn, *args)", key)
+    if fn is not None:
+        check_function("init", fn)
     leaves = paths.flatten(base).as_dict()
     uses, linear = None, ()
     if all_linear in spec:

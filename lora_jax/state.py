@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from lora_jax import paths
+from lora_jax import checks, paths
 from lora_jax.adapters.fingerprints import check_base
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.optim import join, partition
@@ -59,12 +59,13 @@ class TrainState:
           key: A PRNG key.
 
         Raises:
-          TypeError: `delta` is no dict of adapters (but the base, say); `tx` is no Optax transform.
+          TypeError: `delta` is no dict of adapters (but the base, say); `tx` is no Optax transform; `key` is no key.
           ValueError: `delta` does not fit the base, is one half of :func:`lora_jax.partition`, or is from
             :func:`lora_jax.prepare`, which returned another base with it; a training step cannot call `tx`, which needs
             parameters of another form or a function of them.
         """
         check_transform(tx, "TrainState.create")
+        checks.key("TrainState.create(base, delta, tx, key)", key)
         check_delta(delta, Arguments.of(base, (), {}))
         check_base(delta, base)
         train, frozen = partition(delta)

@@ -52,7 +52,7 @@ def test_a_traced_alpha_is_read_later():
         (lambda x: EVA(rho=x), "rho"),
         (lambda x: LoRAGA(gamma=x), "gamma"),
         (lambda x: merging.scale({}, x), "factor"),
-        (lambda x: lora.combine([{}], [x]), "weights"),
+        (lambda x: lora.combine([{}], [x]), "weight"),
         (lambda x: lora.combine([{}], [1.0], method="ties", density=x), "density"),
     ],
 )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen, nnx
 
 import lora_jax as lora
 
@@ -31,6 +32,8 @@ def create(base, delta):
     return lora.TrainState.create(base, delta, optax.sgd(0.1), jax.random.key(1))
 
 
+KEY, LINEAR = jax.random.key(0), nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+ADAPTED = r"takes the function itself.*got a result of lora\.adapt"
 EXCHANGED = "base and delta are exchanged, the base comes first"
 JOIN = r"join\(train, frozen\)"
 CALLS = {
@@ -55,6 +58,37 @@ CALLS = {
     "TrainState.create, a half": (lambda: create(BASE, halves()[0]), JOIN),
     "route, exchanged": (lambda: lora.route(lora.adapt(fn))(BASE, [0, 1], delta(), X), "got list"),
     "adapted, a mask": (lambda: lora.adapt(fn)(BASE, lora.trainable_mask(delta()), X), "is a mask"),
+    "init, key and base": (lambda: lora.init(BASE, jax.random.key(0), {"hidden": lora.LoRA(2)}), "PRNG key.*got dict"),
+    "init, a seed": (lambda: lora.init(0, BASE, {"hidden": lora.LoRA(2)}, fn, X), "PRNG key.*got int"),  # pyrefly: ignore
+    "init, keys": (
+        lambda: lora.init(jax.random.split(jax.random.key(0)), BASE, {"hidden": lora.LoRA(2)}),
+        "array of keys",
+    ),
+    "TrainState.create, a seed": (
+        lambda: lora.TrainState.create(BASE, delta(), optax.sgd(0.1), 0),  # pyrefly: ignore
+        "PRNG key.*got int",
+    ),
+    "adapted, keys": (lambda: lora.adapt(fn)(BASE, delta(), X, dropout_key=jax.random.split(KEY)), "array of keys"),
+    "explain, adapted": (lambda: lora.explain(lora.adapt(fn), BASE, delta(), X), ADAPTED),
+    "explain, adapted and compiled": (lambda: lora.explain(jax.jit(lora.adapt(fn)), BASE, delta(), X), ADAPTED),
+    "init, adapted": (lambda: lora.init(KEY, BASE, {"hidden": lora.LoRA(2)}, lora.adapt(fn), X), ADAPTED),
+    "quantize, adapted": (lambda: lora.quantize(BASE, {"": lora.NF4()}, lora.adapt(fn), X), ADAPTED),
+    "adapt, adapted": (lambda: lora.adapt(lora.adapt(fn)), ADAPTED),
+    "adapt, a Linen module": (lambda: lora.adapt(linen.Dense(2)), r"Linen module \(Dense\): give its apply method"),
+    "init, an NNX module": (
+        lambda: lora.init(KEY, BASE, {"hidden": lora.LoRA(2)}, LINEAR, X),
+        r"nnx\.functional\(model\)",
+    ),
+    "explain, base first": (lambda: lora.explain(BASE, delta(), fn, X), r"explain takes a function.*got dict"),  # pyrefly: ignore
+    "quantize, fn first": (lambda: lora.quantize(fn, BASE, {"": lora.NF4()}, X), "no format but f32"),  # pyrefly: ignore
+    "quantize, a delta": (lambda: lora.quantize(delta(), {"": lora.NF4()}), "got adapters"),
+    "merge, a state": (lambda: lora.merge(BASE, create(BASE, delta())), r"give its delta, state\.delta"),  # pyrefly: ignore
+    "merge, a stack": (lambda: lora.merge(BASE, lora.stack([delta()] * 3)), "This is a stack: lora.route"),
+    "peft.save, no names": (lambda: lora.peft.save("adapter", delta(), {}), r"lora\.peft\.Names.*got dict"),  # pyrefly: ignore
+    "peft.load, exchanged": (
+        lambda: lora.peft.load(BASE, "adapter", lora.peft.Names(())),  # pyrefly: ignore
+        r"the directory is a path; got a dict",
+    ),
     "a key that is a number": (lambda: lora.adapt(fn)(BASE, delta(), X, dropout_key=3), "PRNG key.*got int"),
 }
 
@@ -64,7 +98,19 @@ def test_wrong_arguments_get_one_short_sentence(name):
     call, message = CALLS[name]
     with pytest.raises((TypeError, ValueError), match=message) as caught:
         call()
-    assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 220 and "\n" not in str(caught.value)
+
+
+def test_a_function_that_calls_an_adapted_one_is_a_function():
+    """`functools.wraps` copies the attributes of what it wraps."""
+    inner = lora.adapt(fn)
+
+    @functools.wraps(inner)
+    def outer(params, x):
+        return inner(params, delta(), x)
+
+    assert list(lora.init(KEY, BASE, {"hidden": lora.LoRA(2)}, outer, X)) == ["hidden"]
+    assert lora.explain(outer, BASE, delta(), X)["hidden"]
 
 
 def test_adapters_print_shapes():
@@ -81,6 +127,11 @@ def test_adapters_print_shapes():
     assert "ids=i32[2]" in repr(rows)
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), delta()["hidden"])
     assert repr(narrow).startswith("LoRA(a=bf16[2,64]")
+
+
+def test_summaries_print_a_table_in_an_interpreter():
+    table = lora.summary(BASE, delta())
+    assert repr(table) == str(table) and repr(table).startswith("weights  adapter")
 
 
 def test_explanations_print_a_line_for_each_use():

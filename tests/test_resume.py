@@ -162,3 +162,12 @@ def test_what_is_no_state(tmp_path):
     with pytest.raises(ValueError, match="'step' is no array but str"):
         lora.save_state(tmp_path / "state", state.replace(step="two"))
     assert not (tmp_path / "state").exists()
+
+
+def test_a_state_that_a_step_consumed_is_not_saved(tmp_path):
+    tx = optax.sgd(0.1)
+    state = start(floats(), tx, jax.random.key(2))
+    lora.train_step(loss, tx)(state, X)
+    with pytest.raises(RuntimeError, match="Go on with the state that the step returned"):
+        lora.save_state(tmp_path / "state", state)
+    assert not (tmp_path / "state").exists()

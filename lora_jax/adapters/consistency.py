@@ -28,6 +28,8 @@ def check_adapters(delta: Any, advice: str = "", *, stacked: bool = False) -> No
       ValueError: It is one half of `partition`, or the parts of an adapter contradict each other.
     """
     if not isinstance(delta, Mapping):
+        if isinstance(getattr(delta, "delta", None), Mapping):
+            advice = ": give its delta, state.delta"
         raise TypeError(f"delta is a dict from paths to adapters; got {_brief(delta)}{advice}.")
     for path, node in delta.items():
         if not is_adapter(node):
@@ -39,7 +41,8 @@ def check_adapters(delta: Any, advice: str = "", *, stacked: bool = False) -> No
             if not stacked:
                 check_adapter(node)
         except ValueError as error:
-            raise ValueError(f"delta[{path!r}]: {error}") from None
+            hint = " This is a stack: lora.route applies it, lora.unstack gives its members." if is_stack(node) else ""
+            raise ValueError(f"delta[{path!r}]: {error}{hint}") from None
 
 
 def check_whole(node: Adapter) -> None:
@@ -47,6 +50,18 @@ def check_whole(node: Adapter) -> None:
     for field in fields(node):  # pyrefly: ignore[bad-argument-type]
         if "trained" in field.metadata and not field.kw_only and getattr(node, field.name) is None:
             raise ValueError("it has leaves that are None: it is one half of partition(); give join(train, frozen).")
+
+
+def is_stack(node: Adapter) -> bool:
+    """Whether an adapter that is inconsistent in itself is consistent without the first axis of its arrays."""
+    leaves, structure = jax.tree.flatten(node)
+    if any(np.ndim(leaf) == 0 for leaf in leaves) or len({np.shape(leaf)[0] for leaf in leaves}) != 1:
+        return False
+    try:
+        _check(structure, tuple((tuple(np.shape(leaf)[1:]), getattr(leaf, "dtype", None)) for leaf in leaves))
+    except ValueError:
+        return False
+    return True
 
 
 def check_adapter(node: Adapter) -> None:

@@ -107,7 +107,7 @@ def combine(
     for delta in deltas:
         check_adapters(delta)
     for weight in weights:
-        checks.finite("combine", "weights", weight)
+        checks.finite("combine", "weight", weight)
     if rank is not None:
         checks.positive("combine", "rank", rank)
     if density is not None:

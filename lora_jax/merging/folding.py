@@ -50,8 +50,7 @@ def merge(base: Any, delta: Delta) -> Any:
     References:
       Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, §4.1
     """
-    check_base(delta, base)
-    return _changed(base, delta, lambda path, weight: with_frozen_stopped(delta[path]).merge(weight), enlarged=True)
+    return _changed(base, delta, lambda path, weight: with_frozen_stopped(delta[path]).merge(weight), merges=True)
 
 
 def unmerge(params: Any, delta: Delta, base: Any = None) -> Any:
@@ -131,8 +130,11 @@ def _added(weight: jax.Array, node: Adapter, sign: float) -> jax.Array:
     return (weight.astype(dtype) + sign * term).astype(weight.dtype)
 
 
-def _changed(params: Any, delta: Delta, change, also: Delta | None = None, *, enlarged: bool = False) -> Any:
-    check_delta(delta, Arguments.of(params, (), {}), enlarged=enlarged)
+def _changed(params: Any, delta: Delta, change, also: Delta | None = None, *, merges: bool = False) -> Any:
+    """The parameters with `change(path, weight)` of what the delta names; `merges` if they are its base."""
+    check_delta(delta, Arguments.of(params, (), {}), enlarged=merges)
+    if merges:
+        check_base(delta, params)
     named = {*delta, *(also or {})}
 
     def of(path: str, leaf: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import paths
+from lora_jax import checks, paths
 from lora_jax.adapters.full import Replacement, RowReplacement
 from lora_jax.adapters.offset import Addition
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
@@ -22,7 +22,7 @@ from lora_jax.peft.factors import Fit
 from lora_jax.peft.keys import Key
 from lora_jax.peft.layout import located
 from lora_jax.peft.low_rank import joint, low_rank
-from lora_jax.peft.names import Names, Place
+from lora_jax.peft.names import Names, Place, check_names
 from lora_jax.peft.opening import opened
 from lora_jax.peft.stored import Module, Stored
 from lora_jax.peft.tensors import read_json
@@ -55,6 +55,8 @@ def load(directory: str | os.PathLike, base: Any, names: Names, ignore: Sequence
     Example:
       See :func:`save`.
     """
+    checks.path("lora.peft.load(directory, base, names)", directory)
+    check_names("lora.peft.load(directory, base, names)", names)
     given = Path(directory)
     directory = located(given)
     if directory != given:

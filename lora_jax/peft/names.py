@@ -191,6 +191,15 @@ class Names:
         return place
 
 
+def check_names(where: str, names: Any) -> None:
+    """Raises `TypeError` unless `names` says where the leaves of a model stand in PyTorch."""
+    if not isinstance(names, Names):
+        raise TypeError(
+            f"{where}: names is a lora.peft.Names, which says where each leaf stands in PyTorch; got "
+            f"{type(names).__name__}."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
     """One leaf and the tensors that hold it.

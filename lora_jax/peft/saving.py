@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_jax import checks
 from lora_jax.adapters.consistency import check_adapters
 from lora_jax.adapters.fingerprints import needs_moved_base
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.peft import experts
 from lora_jax.peft.exported import export
 from lora_jax.peft.methods import method_of, save_method
-from lora_jax.peft.names import Names
+from lora_jax.peft.names import Names, check_names
 from lora_jax.peft.targets import TARGETS
 from lora_jax.peft.whole import complete
 
@@ -58,6 +59,8 @@ def save(
     if target not in TARGETS:
         raise ValueError(f"target={target!r}; expected one of {', '.join(map(repr, TARGETS))}.")
     check_adapters(delta)
+    checks.path("lora.peft.save(directory, delta, names)", directory)
+    check_names("lora.peft.save(directory, delta, names)", names)
     if not delta:
         raise ValueError("There is nothing to save: the delta is empty.")
     write(Path(directory), delta, names, target, base=base, base_model=base_model, task_type=task_type)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from lora_jax import axes as axis_roles
 from lora_jax import paths
-from lora_jax.adapters.protocol import BATCH, LOOKUP, check_axes
-from lora_jax.leaves import dequantized, is_array, is_quantized
+from lora_jax.adapters.protocol import BATCH, LOOKUP, check_axes, is_adapter
+from lora_jax.functions import check_function
+from lora_jax.leaves import dequantized, is_array, is_quantized, short
 from lora_jax.quantize.encoding import encoded
 from lora_jax.quantize.formats import Format, blocked_axes
 
@@ -42,12 +43,16 @@ class Plan:
     @classmethod
     def of(cls, base: Any, rules: Mapping[str, Format | None], fn: Callable | None = None, /, *args: Any) -> "Plan":
         """The plan for a base, whose leaves may be `jax.ShapeDtypeStruct`. Arguments are those of :func:`quantize`."""
+        if any(map(is_adapter, jax.tree.leaves(base, is_leaf=is_adapter))):
+            raise TypeError("quantize takes a base; got adapters, which stay floats.")
         if not isinstance(rules, Mapping):
             raise TypeError(f"Rules are a dict from path patterns to formats; got {type(rules).__name__}.")
         for pattern, form in rules.items():
             if form is not None and not isinstance(form, Format):
                 hint = f"; write {form.__name__}()" if isinstance(form, type) else ""
-                raise TypeError(f"The rule {pattern!r} has no format but {form!r}{hint}.")
+                raise TypeError(f"The rule {pattern!r} has no format but {short(form)}{hint}.")
+        if fn is not None:
+            check_function("quantize(base, rules, fn, *args)", fn)
         flat = paths.flatten(base)
         leaves = {path: leaf for path, leaf in zip(flat.paths, flat.leaves) if is_array(leaf)}
         matched: dict[str, list[str]] = {pattern: [] for pattern, form in rules.items() if form is not None}

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from lora_jax.adapters.fingerprints import check_base
+from lora_jax.functions import check_function, mark_adapted
 from lora_jax.transform import signatures
 from lora_jax.transform.call import Arguments, Call, check_delta
 from lora_jax.transform.evaluation import Evaluation, Leaves
@@ -43,7 +44,7 @@ def adapt(fn: Callable, *, flatten: bool = True) -> Callable:
         not the one that it returned.
 
     Raises:
-      TypeError: fn is not callable.
+      TypeError: fn is not callable, a module, or a result of `adapt`.
       ValueError: fn has a parameter `dropout_key`; (from `adapted`) the delta names a path that the base lacks, fits
         another shape, or adapts a weight that the function never uses.
 
@@ -59,8 +60,7 @@ def adapt(fn: Callable, *, flatten: bool = True) -> Callable:
     References:
       Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, §4.1
     """
-    if not callable(fn):
-        raise TypeError(f"adapt takes a function fn(base, *args, **kwargs); got {type(fn).__name__}.")
+    check_function("adapt", fn)
     if "dropout_key" in signatures.of(fn).parameters:
         raise ValueError("The function has an argument dropout_key, a name that adapted() takes for the adapters.")
     signature = signatures.replaced(fn, ("base", "delta"), skip=1, options=("dropout_key",))
@@ -91,4 +91,4 @@ def adapt(fn: Callable, *, flatten: bool = True) -> Callable:
         check_base(delta, base, warn=True)
         return evaluation(leaves)
 
-    return signatures.describe(adapted, fn, signature)
+    return mark_adapted(signatures.describe(adapted, fn, signature))

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import paths
+from lora_jax import checks, paths
 from lora_jax.adapters.consistency import check_adapters
 from lora_jax.adapters.full import enlarges
 from lora_jax.adapters.protocol import Adapter, is_adapter, with_frozen_stopped
@@ -177,8 +177,8 @@ def entered(
 ) -> list[Any]:
     """The inputs of a call, adapted weights in place of the base's."""
     keyed.note(dropout_key is not None)
-    if dropout_key is not None and not is_array(dropout_key):
-        raise TypeError(f"dropout_key is a PRNG key, from jax.random.key; got {type(dropout_key).__name__}.")
+    if dropout_key is not None:
+        checks.key("dropout_key", dropout_key)
     if dropout_key is not None and not jax.dtypes.issubdtype(dropout_key.dtype, jax.dtypes.prng_key):
         dropout_key = jax.random.wrap_key_data(dropout_key)
     inputs = list(arguments.arrays)
