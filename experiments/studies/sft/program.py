@@ -309,7 +309,7 @@ def spec_of(config: Config, base: Any) -> dict[str, Any]:
             earlier = any(re.search(pattern, path) for path in adapted)
             why = "matches only weights that an earlier pattern matches" if earlier else "matches no adapted weight"
             raise UserError(f"ranks: {pattern!r} {why}; these are adapted: {', '.join(adapted)}")
-    exact = {f"^{re.escape(path)}$": patterns.get(pattern, config.rank) for path, pattern in first.items()}
+    exact = {f"^{re.escape(path)}$": patterns[pattern] if pattern else config.rank for path, pattern in first.items()}
     nothing = [target for target in targets if not any(re.search(target, path) for path in adapted)]
     return {path: ranked(rank) for path, rank in exact.items()} | {target: ranked(config.rank) for target in nothing}
 
