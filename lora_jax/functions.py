@@ -45,4 +45,4 @@ def _is_adapted(fn: Callable) -> bool:
     mark = getattr(fn, _MARK, None)
     if mark is None:
         return False
-    return mark() is (fn.__wrapped__ if isinstance(fn, jax.stages.Wrapped) else fn)
+    return mark() is (getattr(fn, "__wrapped__", None) if isinstance(fn, jax.stages.Wrapped) else fn)
