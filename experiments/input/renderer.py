@@ -135,6 +135,9 @@ def main(seconds: float, memory: int) -> None:
       memory: Bytes that the process may map.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    # A parent that ignores or blocks the signal, as one does that has loaded a profiler, passes that on.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     with contextlib.suppress(ValueError):  # macOS has the name, but not the limit
         resource.setrlimit(resource.RLIMIT_AS, (memory if hard == resource.RLIM_INFINITY else min(memory, hard), hard))

@@ -314,7 +314,7 @@ class Loader:
                 self.problems.append(self.unknown(key))
                 continue
             with self.collecting():
-                value = self.stored.read(key, self.value_shape(key, primary))
+                value = self.stored.read(key, self.value_shape(key, primary, primary in modules))
                 saved = any(keys.inside(key.module, entry) for entry in self.config.modules_to_save)
                 # PEFT stores an embedding beside its factors, or when it may have been resized.
                 same = value.shape == self.where[primary][0].tensor_shape
@@ -330,12 +330,18 @@ class Loader:
                 delta[path] = self.replacement(place, given)
         return delta
 
-    def value_shape(self, key: Key, primary: str) -> tuple[int, ...]:
+    def value_shape(self, key: Key, primary: str, has_factors: bool) -> tuple[int, ...]:
         """The shape that a replaced tensor must have: the base's, or that of a table with more tokens."""
         place, stored = self.where[primary][0], self.tensors[key.key]
         wanted = place.tensor_shape
         vocabulary = place.weight.module == "embedding" or ties.has_tokens(key.name)
-        if vocabulary and len(place.tensors) == 1 and stored[1:] == wanted[1:] and stored[:1] > wanted[:1]:
+        if (
+            vocabulary
+            and not has_factors
+            and len(place.tensors) == 1
+            and stored[1:] == wanted[1:]
+            and stored[:1] > wanted[:1]
+        ):
             return stored
         return wanted
 

@@ -1,6 +1,7 @@
 """Chat templates as programs of strangers: bounded, and every failure in one sentence."""
 
 import json
+import signal
 import time
 
 import pytest
@@ -63,6 +64,16 @@ def test_a_template_that_has_exceeded_its_time_can_render_again():
         with pytest.raises(UserError, match=r"line 3: the chat template of here.jinja .*computes for more than 0.5 s"):
             template.render([{"role": "user", "content": "slow"}], "line 3")
         assert template.render(MESSAGES, "line 4") == "ok"
+
+
+def test_the_time_is_bounded_where_the_parent_ignores_the_signal():
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    try:
+        with pytest.raises(UserError, match=r"computes for more than 0\.5 s"):
+            Template(loop, {}, "here.jinja", seconds=0.5).render(MESSAGES, "line 1")
+    finally:
+        signal.signal(signal.SIGPROF, before)
 
 
 def test_large_records_are_rendered():

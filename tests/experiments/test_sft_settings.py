@@ -231,6 +231,7 @@ def test_a_loss_that_is_not_finite_names_its_cause():
     [
         (["--ranks", "attention"], "ranks are PATTERN=RANK, as in attention=8, not 'attention'"),
         (["--ranks", "(=8"], "ranks: '(' is no regular expression"),
+        (["--length", "1000000000000"], "length must be below 2**31"),
         (["--decay", "0"], "decay is a share of the steps, above 0 and up to 1, not 0.0"),
         (["--validation-share", "0.1"], "validation_share 0.1: "),
         (["--data", "PLAIN", "--patience", "1"], "patience: PLAIN has no validation examples; name some with"),

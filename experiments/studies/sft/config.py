@@ -225,6 +225,8 @@ class Config(Runtime):
         settings.positive(self, "max_minutes", "patience", "eval_every", "log_every")
         settings.not_negative(self, "lr", "weight_decay", "samples", "seed", "neftune")
         settings.share(self, "warmup", "dropout", "label_smoothing", "validation_share")
+        if self.length >= 2**31:
+            raise ValueError(f"length must be below 2**31, not {self.length}")
         if not 0 <= self.lr_floor <= 1:
             raise ValueError(f"lr_floor is a share of the peak, from 0 to 1, not {self.lr_floor}")
         if not 0 < self.decay <= 1:
