@@ -27,10 +27,11 @@ import orbax.checkpoint as ocp
 from lora_jax import checks, manifest
 from lora_jax.adapters.fingerprints import check_base
 from lora_jax.adapters.protocol import Adapter
+from lora_jax.array_store import read_arrays
 from lora_jax.files import listed, naming, new_parents, replaced_file, resolved, sync_tree
 from lora_jax.locks import locked, matching
 from lora_jax.manifest import ARRAYS, FORMAT, MANIFEST, NAME
-from lora_jax.reading import quiet, reading
+from lora_jax.reading import raised_by_reader, reason
 
 Delta = dict[str, Adapter]
 
@@ -212,34 +213,20 @@ def _is_left(path: pathlib.Path) -> bool:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    """Reads and writes from this process, whatever others do; unlike the asynchronous one, from several threads."""
+    """Writes from this process, whatever others do; unlike the asynchronous one, from several threads."""
     process = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(process, {process}, f"adapter{process}")
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
-def _restored(folder: pathlib.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """The arrays, after a comparison of what is stored with what the manifest says."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = {
-        name: jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=device) for name, struct in wanted.items()
-    }
-    with quiet(), _checkpointer() as checkpointer:
-        with reading(folder, said="{path} is damaged or no Orbax checkpoint: {reason}."):
-            stored = {
-                name: (tuple(array.shape), np.dtype(array.dtype))
-                for name, array in checkpointer.metadata(folder).item_metadata.items()
-            }
-        wrong = sorted(set(stored) ^ set(wanted))
-        wrong += sorted(
-            name for name, struct in wanted.items() if name in stored and stored[name] != (struct.shape, struct.dtype)
-        )
-        if wrong:
-            raise ValueError(
-                f"{folder.parent}: {MANIFEST} and {folder.name} disagree on {', '.join(map(repr, wrong[:5]))}."
-            )
-        with reading(folder, said="{path} cannot be read: {reason}."):
-            restored = checkpointer.restore(folder, args=ocp.args.StandardRestore(target))
+def _restored(folder: pathlib.Path, expected: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """The arrays, which have the shapes and dtypes that the manifest says."""
+    try:
+        restored = read_arrays(folder, expected, MANIFEST)
+    except BaseException as error:
+        if not raised_by_reader(error):
+            raise
+        raise ValueError(f"{folder} is damaged or no Orbax checkpoint: {reason(error)}.") from error
     # Not committed to a device, so that they go along with a base on any mesh.
-    return {name: jnp.asarray(np.asarray(array)) for name, array in restored.items()}
+    return {name: jnp.asarray(array) for name, array in restored.items()}

@@ -112,7 +112,7 @@ def reason(raised: BaseException) -> str:
         return "it asks for more memory than there is"
     if isinstance(raised, OSError) and raised.strerror:
         return raised.strerror
-    text = printable(str(raised)).strip().rstrip(".")
+    text = printable(str(raised)).partition(" [tensorstore_spec")[0].strip().rstrip(".")
     if not isinstance(raised, ValueError) and type(raised) is not Exception:
         text = f"{type(raised).__name__}: {text}" if text else type(raised).__name__
     text = " ".join(text.split()) or type(raised).__name__

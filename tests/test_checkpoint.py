@@ -1,5 +1,6 @@
 """save() and load(): what is on disk, what fits, what is refused."""
 
+import gc
 import json
 import os
 import re
@@ -195,8 +196,21 @@ def test_shapes_that_are_none(saved, size):
 
 
 def test_nothing_is_printed_beside_the_error(saved, capfd):
-    for name in ("_METADATA", "manifest.ocdbt"):
-        (saved / "arrays" / name).write_bytes(b"")
-        with pytest.raises(ValueError, match="arrays is damaged or no Orbax checkpoint"):
-            lora.load(saved)
+    """Also where many damaged adapters are read in one process."""
+    files = [saved / "arrays" / "manifest.ocdbt", *(saved / "arrays" / "d").iterdir()]
+    for file in files:
+        content = file.read_bytes()
+        for damaged in (b"", content[: len(content) // 2], bytes([content[0] ^ 1]) + content[1:], content[:-1] + b"?"):
+            file.write_bytes(damaged)
+            with pytest.raises(ValueError, match="arrays is damaged or no Orbax checkpoint"):
+                lora.load(saved)
+        file.write_bytes(content)
+    gc.collect()
     assert capfd.readouterr() == ("", "")
+    lora.load(saved)
+
+
+def test_arrays_that_are_missing(saved):
+    (saved / "arrays" / "manifest.ocdbt").unlink()
+    with pytest.raises(ValueError, match=r"arrays is damaged or no Orbax checkpoint: it has no manifest\.ocdbt"):
+        lora.load(saved)

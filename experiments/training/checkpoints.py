@@ -17,6 +17,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from experiments.errors import UserError
 from experiments.training import checksum, processes
+from lora_jax.array_store import read_arrays
 from lora_jax.reading import quiet
 
 S = TypeVar("S")
@@ -201,11 +202,19 @@ class Checkpoints:
         return None if stored_base == base else "was made on a base with other weights"
 
     def _check(self, step: int, described: list[Any], checksums: list[list[int]]) -> None:
-        target = {f"{i:05}": np.empty(shape, dtype) for i, (shape, dtype) in enumerate(described)}
-        arrays = self._read(step, "state", ocp.StandardCheckpointHandler, ocp.args.StandardRestore(target))
+        target = {
+            f"{i:05}": jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype)) for i, (shape, dtype) in enumerate(described)
+        }
+        arrays = read_arrays(self._directory / str(step) / "state", target, "content")
         for name, expected in zip(target, checksums, strict=True):
-            if checksum.on_host(np.asarray(arrays[name])) != expected:
+            if checksum.on_host(arrays[name]) != expected:
                 raise ValueError(f"array {name} is not what was written")
+        del arrays
+        for file in (self._directory / str(step) / "state" / "array_metadatas").glob("*"):
+            for entry in json.loads(file.read_text())["array_metadatas"]:
+                tuple(entry["array_metadata"][name] for name in ("param_name", "write_shape", "chunk_shape"))
+        # Orbax reads these files, too, and all devices restore by it.
+        self._read(step, "state", ocp.StandardCheckpointHandler, ocp.args.StandardRestore(target))
 
     def _read(self, step: int, item: str, handler: Any, args: Any) -> Any:
         """Reads on this process alone: what it finds may be an error that the others do not have."""
@@ -225,9 +234,10 @@ class Checkpoints:
 
     @contextmanager
     def _telling(self, what: str) -> Iterator[None]:
-        """Turns what a disk refuses into one sentence."""
+        """Turns what a disk refuses into one sentence, and keeps Orbax's own messages about it back."""
         try:
-            yield
+            with quiet():
+                yield
         except UserError:
             raise
         except (OSError, ValueError, RuntimeError) as error:

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pyarrow
+import pyarrow.parquet
 
 import lora_jax as lora
 from experiments.input import sources
@@ -94,7 +96,7 @@ def _command(*args: str) -> Callable[[Path], Any]:
         output, error = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
             status = main([arg.format(directory) for arg in args])
-        if status not in (0, 1, 2):
+        if status not in (0, 1, 2) or "Traceback" in error.getvalue():
             raise AssertionError(f"status {status}: {error.getvalue()}")
         if status == 2:
             raise ValueError(error.getvalue().rpartition("error: ")[2])
@@ -153,13 +155,21 @@ RECORDS: dict[str, list[Any]] = {
 def _data(form: str, ending: str) -> Callable[[Path], None]:
     def write(directory: Path) -> None:
         records, file = RECORDS[form], directory / f"data{ending}"
+        table, lines = pyarrow.Table.from_pylist(records), "".join(json.dumps(record) + "\n" for record in records)
         if ending == ".parquet":
-            import pyarrow
-            import pyarrow.parquet
-
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), file)
+            pyarrow.parquet.write_table(table, file)
+        elif ending == ".arrow":
+            with pyarrow.OSFile(str(file), "wb") as stream, pyarrow.ipc.new_stream(stream, table.schema) as writer:
+                writer.write_table(table)
+        elif ending in (".gz", ".zst"):
+            file = directory / f"data.jsonl{ending}"
+            with pyarrow.output_stream(str(file), compression={".gz": "gzip", ".zst": "zstd"}[ending]) as stream:
+                stream.write(lines.encode())
+        elif ending == ".csv":
+            rows = [records[0], *(record.values() for record in records)]
+            file.write_text("".join(",".join(f'"{field}"' for field in row) + "\r\n" for row in rows))
         else:
-            file.write_text("".join(json.dumps(record) + "\n" for record in records))
+            file.write_text(json.dumps(records, indent=1) if ending == ".json" else lines)
 
     return write
 
@@ -226,4 +236,6 @@ def readers() -> dict[str, Reader]:
     for form in RECORDS:
         for ending in (".jsonl", ".parquet"):
             found[f"data: {form}{ending}"] = Reader(_data(form, ending), _read_data, 2)
+    for ending in (".json", ".csv", ".arrow", ".gz", ".zst"):
+        found[f"data: completion{ending}"] = Reader(_data("completion", ending), _read_data, 2)
     return found
