@@ -32,7 +32,7 @@ def read_arrays(folder: pathlib.Path, expected: Mapping[str, Any], described_in:
     """
     if not (folder / _MANIFEST).is_file():
         raise ValueError(f"it has no {_MANIFEST}")
-    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
+    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}}
     keys = [key.decode() for key in ts.KvStore.open(store).result().list().result()]
     opened = {}
     for ending, driver in _DRIVERS.items():
