@@ -73,7 +73,7 @@ def check(config, report):
     assert record["result"]["losses"] == report.losses and record["directory"] == directory(config).name
     assert (config.out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert study.Report.load(directory(config) / "result.json") == report
-    left = {"merged", "peft", "result.json", "config.json", "metrics.jsonl", "tensorboard"}
+    left = {".lora_jax.json", "merged", "peft", "result.json", "config.json", "metrics.jsonl", "tensorboard"}
     assert {path.name for path in directory(config).iterdir()} == left
     settings = json.loads((directory(config) / "peft" / "adapter_config.json").read_text())
     assert settings["task_type"] == "CAUSAL_LM" and settings["base_model_name_or_path"] == config.model

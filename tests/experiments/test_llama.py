@@ -275,7 +275,7 @@ def test_four_bit_checkpoints_of_transformers_keep_their_codes(scan):
     want = np.load(FIXTURES / "llama_nf4" / "expected.npz")
     apply, base = lora.nnx.functional(llama.load(FIXTURES / "llama_nf4", Options(scan=scan)))
     layers = base["layers"]
-    down = (layers if scan else layers["1"])["feed_forward"]["down"]["kernel"]
+    down = (layers if scan else layers[1])["feed_forward"]["down"]["kernel"]
     assert down.format == lora.NF4() and down.dtype == jnp.float32
     values = np.asarray(down.dequantize())[1] if scan else np.asarray(down.dequantize())
     np.testing.assert_allclose(values.T, want["down"], rtol=3e-7)  # a compiler may fuse a product and a sum
