@@ -6,9 +6,10 @@ it: that compiler drops them first. A branch of a conditional stays whole, and i
 predicate is true, which the compiler does not find out: it is the result of a loop. It depends on no operand, so that
 `vmap` batches nothing more, and no value can reach another.
 
-Elsewhere the function stays as it is, behind a barrier: on other platforms, where the compilers hoist nothing that is
-larger than its operands, and in programs that the compiler divides over a mesh, where a conditional would keep it from
-adding up two products before it sums them over the devices. Inside `shard_map` a device's program is one of its own.
+Elsewhere the function stays as it is, under `jax.checkpoint`: on other platforms, where the compilers hoist nothing
+that is larger than its operands, and in programs that the compiler divides over a mesh, where a conditional would keep
+it from adding up two products before it sums them over the devices. Inside `shard_map` a device's program is one of its
+own.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +44,14 @@ def region(function: Callable[..., jax.Array], *operands: Any, linear: int = 0) 
     """
     leaves, treedef = jax.tree.flatten(operands)
     leaves = jaxprs.varying_together(leaves, leaves)
-    return _bind(lambda *leaves: [function(*treedef.unflatten(leaves))], leaves, linear)[0]
+    program, constants = jaxprs.lifted(lambda *leaves: [function(*treedef.unflatten(leaves))], leaves)
+
+    # Where the function is differentiated, the barriers of `checkpoint` keep its passes apart.
+    @jax.checkpoint
+    def bound(*operands):
+        return region_p.bind(*operands, jaxpr=program, linear=linear)[0]
+
+    return bound(*leaves, *constants)
 
 
 def _bind(function: Callable[..., Sequence[jax.Array]], operands: Sequence[Any], linear: int) -> list[jax.Array]:
@@ -55,11 +63,6 @@ def _evaluate(*operands, jaxpr, linear=0):
     return jaxpr_as_fun(jaxpr)(*operands)
 
 
-def _apart(*operands, **params):
-    """Behind a barrier: two passes do not share what they make of the same operands."""
-    return _evaluate(*lax.optimization_barrier(operands), **params)
-
-
 def _enclosed(*operands, jaxpr, linear):
     del linear
     true = lax.fori_loop(0, 2, lambda i, total: total + i, jnp.int32(0)) > 0
@@ -67,7 +70,7 @@ def _enclosed(*operands, jaxpr, linear):
 
 
 def _lowered(context, *operands, **params):
-    function = _enclosed if jaxprs.is_for_one_device(context) else _apart
+    function = _enclosed if jaxprs.is_for_one_device(context) else _evaluate
     return mlir.lower_fun(function, multiple_results=True)(context, *operands, **params)
 
 
@@ -117,7 +120,7 @@ def _batched(operands, axes, *, jaxpr, linear):
 region_p.multiple_results = True
 region_p.def_impl(_evaluate)
 region_p.def_abstract_eval(lambda *_, jaxpr, linear: jaxpr.out_avals)
-mlir.register_lowering(region_p, mlir.lower_fun(_apart, multiple_results=True))
+mlir.register_lowering(region_p, mlir.lower_fun(_evaluate, multiple_results=True))
 mlir.register_lowering(region_p, _lowered, platform="cpu")
 ad.primitive_jvps[region_p] = _tangents
 ad.primitive_transposes[region_p] = _transpose

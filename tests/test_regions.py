@@ -66,3 +66,15 @@ def test_what_does_not_depend_on_a_loop_stays_in_it_one_after_the_other():
     plain = lambda x, w: x @ jnp.sin(w.astype(jnp.float32))  # noqa: E731
     assert held(plain) > 5  # XLA moves all of them out of the loop
     assert held(lambda x, w: region(plain, x, w, linear=1)) < 2
+
+
+def test_on_other_platforms_it_is_a_checkpoint():
+    def program(function, platform):
+        gradient = jax.jit(jax.grad(lambda a, b: jnp.sum(jnp.cos(function(a, b)))))
+        return gradient.trace(A, B).lower(lowering_platforms=(platform,)).as_text()
+
+    assert "stablehlo.case" in program(linear, "cpu")
+    ours, plain = program(linear, "tpu"), program(jax.checkpoint(product), "tpu")
+    assert ours.count("optimization_barrier") == plain.count("optimization_barrier") > 0
+    for name in ("stablehlo.case", "stablehlo.while"):
+        assert name not in ours

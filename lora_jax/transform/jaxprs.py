@@ -70,6 +70,17 @@ def trace(function: Callable[..., Sequence[jax.Array]], arguments: Sequence[Any]
     )
 
 
+def lifted(function: Callable[..., Sequence[jax.Array]], arguments: Sequence[Any]) -> tuple[Jaxpr, Sequence[Any]]:
+    """A traced function whose constants are further inputs, after its own, and the constants."""
+    closed = jax.make_jaxpr(function)(*arguments)
+    count = len(arguments)
+
+    def opened(*values):
+        return jax_core.eval_jaxpr(closed.jaxpr, values[count:], *values[:count])
+
+    return jax.make_jaxpr(opened)(*arguments, *closed.consts), closed.consts
+
+
 def aval(leaf: Any) -> Any:
     """What is known of an array, or of the array that a quantised leaf stands for, when it is traced. Hashable."""
     if not is_quantized(leaf):
