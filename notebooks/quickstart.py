@@ -96,7 +96,7 @@ for label, synopsis in list(zip(found.labels, found.texts))[:5]:
 # %%
 apply_fn, base = lora.nnx.functional(classifier.load(directory, len(labels)))
 print(f"{sum(leaf.size for leaf in jax.tree.leaves(base)):,} parameters; apply_fn(base, tokens, mask)")
-print("attention of the first layer:", jax.tree.map(jnp.shape, base["encoder"]["encoder"]["layers"]["0"]["attention"]))
+print("attention of the first layer:", jax.tree.map(jnp.shape, base["encoder"]["encoder"]["layers"][0]["attention"]))
 
 # %% [markdown]
 # ## An honest baseline

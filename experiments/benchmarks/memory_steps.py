@@ -93,8 +93,9 @@ def make(problem: Problem, sharding: Sharding, platform: Platform, ballast: int 
 
     def create(key: jax.Array, base: Any) -> lora.TrainState:
         delta = lora.init(key, base, spec, apply, tokens)
+        state = lora.TrainState.create(base, delta, tx, key)
         # What is trained outright replaces the base, which nothing needs then.
-        return lora.TrainState.create({} if problem.method == "full" else base, delta, tx, key)
+        return state.replace(base={}) if problem.method == "full" else state
 
     state = jax.eval_shape(create, jax.eval_shape(lambda: jax.random.key(0)), base)
     batch: Any = tokens
@@ -140,14 +141,16 @@ def float32_moments(tx: optax.GradientTransformation) -> optax.GradientTransform
 
 
 def filled(shapes: Any) -> Any:
-    """Arrays of these shapes, in buffers of their own and written to, so that the memory is really taken."""
+    """Arrays of these shapes, in buffers of their own and written to, so that the memory is really taken.
+
+    Scalars, such as an adapter's rate of dropout, are zero.
+    """
 
     def fill(leaf: Any) -> jax.Array:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.device_put(jax.random.key(0), leaf.sharding)
-        made = jax.jit(
-            lambda: jnp.full(leaf.shape, 1e-2 if jnp.issubdtype(leaf.dtype, jnp.floating) else 1, leaf.dtype)
-        )
+        value = 1 if not jnp.issubdtype(leaf.dtype, jnp.floating) else 1e-2 if leaf.ndim else 0
+        made = jax.jit(lambda: jnp.full(leaf.shape, value, leaf.dtype))
         return jax.device_put(made(), leaf.sharding)
 
     return jax.block_until_ready(jax.tree.map(fill, shapes))
