@@ -31,7 +31,7 @@ class SingularTriplets(Adapter):
     a: jax.Array = trained("batch block rank in")
     values: jax.Array = trained("batch block rank", vector=True)
     b: jax.Array = trained("batch block rank out")
-    scale: jax.Array = frozen("batch", leading=True)
+    scale: jax.Array = frozen("batch block", leading=True)
     dropout: jax.Array = frozen("scalar")
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
     blocks: tuple[bool, ...] = static()

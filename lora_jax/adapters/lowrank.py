@@ -43,7 +43,7 @@ class LowRank(Adapter):
     Attributes:
       a: `[*batch, (blocks,) rank, *in]`.
       b: `[*batch, (blocks,) rank, *out]`; the out axis divided by the number of blocks.
-      scale: Scalar, or one for each batch element (layer, expert): `[*batch]` or its leading axes.
+      scale: Scalar, or one for each batch element (layer, expert) and block: `[*batch, (blocks,)]` or its leading axes.
       dropout: Scalar; the rate on the input of the low-rank product where a dropout key is given.
       axes: The role of each axis of the weight.
       blocks: Which of the equal parts of the out axis are adapted; `(True,)` for the whole axis. `a` and
@@ -54,7 +54,7 @@ class LowRank(Adapter):
 
     a: jax.Array = trained("batch block rank in")
     b: jax.Array = trained("batch block rank out")
-    scale: jax.Array = frozen("batch", leading=True)
+    scale: jax.Array = frozen("batch block", leading=True)
     dropout: jax.Array = frozen("scalar")
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
     blocks: tuple[bool, ...] = static()
