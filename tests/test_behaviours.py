@@ -271,7 +271,8 @@ def test_29_a_trained_pissa_is_a_plain_lora_of_twice_the_rank():
 
 def test_30_dora_is_the_identity_at_the_start():
     delta = lora.init(jax.random.key(0), BASE, {KERNELS: lora.DoRA(2, axes=IO)})
-    np.testing.assert_array_equal(lora.adapt(fn)(BASE, delta, IDS), fn(BASE, IDS))
+    # but for how XLA fuses a compiled program
+    np.testing.assert_allclose(lora.adapt(fn)(BASE, delta, IDS), fn(BASE, IDS), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("axes", [IO, ("out", "in")], ids="-".join)
