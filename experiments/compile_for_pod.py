@@ -42,30 +42,30 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
       The exit status: 0 where the step fits, 1 where it does not, 2 for what the user can put right.
     """
-    own, overrides = _parser().parse_known_args(args)
+    chosen, overrides = _parser().parse_known_args(args)
     console = Console(highlight=False, soft_wrap=True)
     try:
-        _check_file(own.json)  # before the minutes that compiling takes
-        config = config_of(own.config, overrides)
+        _check_file(chosen.json)  # before the minutes that compiling takes
+        config = config_of(chosen.config, overrides)
         _check_model(config.model)
-        slice_ = topology.describe(own.topology)
+        slice_ = topology.describe(chosen.topology)
         analysis = compiled(config, slice_)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except DoesNotFit as error:
-        print(f"does not fit {own.topology}: {error.advice}", file=sys.stderr)
+        print(f"does not fit {chosen.topology}: {error.advice}", file=sys.stderr)
         return 1
     batch = f"{config.batch.global_} sequences of {config.length} tokens"
-    console.print(f"{own.config} on {slice_.name}: {config.model}, mesh {config.mesh}, {batch}")
+    console.print(f"{chosen.config} on {slice_.name}: {config.model}, mesh {config.mesh}, {batch}")
     for part in report.tables(analysis, slice_):
         console.print(part)
-    if own.json is not None:
+    if chosen.json is not None:
         try:
-            with replaced_file(own.json) as file:
+            with replaced_file(chosen.json) as file:
                 file.write_text(json.dumps(report.as_json(analysis, slice_), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            print(f"error: {own.json}: {error.strerror}", file=sys.stderr)
+            print(f"error: {chosen.json}: {error.strerror}", file=sys.stderr)
             return 2
     return 0
 

@@ -150,8 +150,8 @@ def filled(shapes: Any) -> Any:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.device_put(jax.random.key(0), leaf.sharding)
         value = 1 if not jnp.issubdtype(leaf.dtype, jnp.floating) else 1e-2 if leaf.ndim else 0
-        made = jax.jit(lambda: jnp.full(leaf.shape, value, leaf.dtype))
-        return jax.device_put(made(), leaf.sharding)
+        array = jax.jit(lambda: jnp.full(leaf.shape, value, leaf.dtype))()
+        return jax.device_put(array, leaf.sharding)
 
     return jax.block_until_ready(jax.tree.map(fill, shapes))
 
