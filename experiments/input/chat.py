@@ -93,22 +93,22 @@ class Template:
         other = self.with_tools and self.with_tools.identity
         return [self.source, self.special_tokens, self.today.isoformat(), self.arguments, other]
 
-    def render(self, messages: Messages, place: str, *, prompt: bool = False) -> str:
+    def render(self, messages: Messages, location: str, *, prompt: bool = False) -> str:
         """Messages as the text that the checkpoint was trained on.
 
         Args:
           messages: In turn.
-          place: Where they stand, for errors.
+          location: Where they stand, for errors.
           prompt: End with what comes before an answer of the assistant's.
 
         Raises:
           UserError: The template refuses them, or exceeds a limit.
         """
-        return self.require(self.renderings([Call(messages, prompt=prompt)], place)[0], place).text
+        return self.require(self.renderings([Call(messages, prompt=prompt)], location)[0], location).text
 
-    def renderings(self, calls: Sequence[Call], place: str) -> list[Marked | RenderingError]:
+    def renderings(self, calls: Sequence[Call], location: str) -> list[Marked | RenderingError]:
         """What the template renders of each call of one record, as :meth:`renderings_of` does."""
-        return self.renderings_of([(calls, place)])[0]
+        return self.renderings_of([(calls, location)])[0]
 
     def renderings_of(self, groups: Sequence[tuple[Sequence[Call], str]]) -> list[list[Marked | RenderingError]]:
         """What the template renders of each call, or why it refuses it. Many records at a time take less time.
@@ -137,40 +137,40 @@ class Template:
         self, groups: Sequence[tuple[Sequence[Call], str]], prepare: Callable[[Message], Message]
     ) -> list[list[Marked | RenderingError]]:
         values, texts = [], list(self._own_texts)
-        for calls, place in groups:
-            with _nesting(place):
-                values.append([self._values(call, place, prepare) for call in calls])
+        for calls, location in groups:
+            with _nesting(location):
+                values.append([self._values(call, location, prepare) for call in calls])
                 texts.extend(strings(values[-1]))
         marks = Marks.absent_from(texts)
         if self._literal:
-            for number, (_, place) in enumerate(groups):
-                with _nesting(place):
+            for number, (_, location) in enumerate(groups):
+                with _nesting(location):
                     values[number] = self.control.marked(values[number], marks)
         rendered = self._renderer.render([[{**self._own, **one} for one in group] for group in values], marks)
         return [[_unmarked(one, marks) for one in group] for group in rendered]
 
-    def require(self, rendering: Marked | RenderingError, place: str) -> Marked:
+    def require(self, rendering: Marked | RenderingError, location: str) -> Marked:
         """A rendering.
 
         Raises:
           UserError: The template has refused it.
         """
         if isinstance(rendering, RenderingError):
-            raise UserError(f"{place}: the chat template of {self.where} refuses the messages ({rendering})")
+            raise UserError(f"{location}: the chat template of {self.where} refuses the messages ({rendering})")
         return rendering
 
-    def _values(self, call: Call, place: str, prepare: Callable[[Message], Message]) -> dict[str, Any]:
+    def _values(self, call: Call, location: str, prepare: Callable[[Message], Message]) -> dict[str, Any]:
         """What the template is given of a record."""
-        messages = [self._joined(prepare(message), place) for message in call.messages]
+        messages = [self._joined(prepare(message), location) for message in call.messages]
         tools = None if call.tools is None else list(call.tools)
         arguments = call.arguments or {}
         return {**arguments, "messages": messages, "tools": tools, "add_generation_prompt": call.prompt}
 
-    def _joined(self, message: Message, place: str) -> Message:
+    def _joined(self, message: Message, location: str) -> Message:
         """A message whose content parts are joined, where the template takes text."""
         content = message.get("content")
         if isinstance(content, list | tuple) and not self._takes_parts(message.get("role", "user")):
-            return {**message, "content": "".join(texts_of(content, place))}
+            return {**message, "content": "".join(texts_of(content, location))}
         return message
 
     def _takes_parts(self, role: str) -> bool:
@@ -189,7 +189,7 @@ class Template:
         return self._parts[role]
 
 
-def texts_of(content: Any, place: str) -> list[str]:
+def texts_of(content: Any, location: str) -> list[str]:
     """The texts of a message's content: text, a list of parts, or nothing.
 
     Raises:
@@ -202,16 +202,16 @@ def texts_of(content: Any, place: str) -> list[str]:
     texts = [part if isinstance(part, str) else part.get("text") for part in content]
     if wrong := [part for part, text in zip(content, texts) if not isinstance(text, str)]:
         kind = wrong[0].get("type", "unknown")
-        raise UserError(f"{place}: a content part of type {kind}; the text of messages alone can be learned here")
+        raise UserError(f"{location}: a content part of type {kind}; the text of messages alone can be learned here")
     return texts
 
 
 @contextlib.contextmanager
-def _nesting(place: str) -> Generator[None]:
+def _nesting(location: str) -> Generator[None]:
     try:
         yield
     except RecursionError:
-        raise UserError(f"{place}: the record is nested too deeply for a chat template") from None
+        raise UserError(f"{location}: the record is nested too deeply for a chat template") from None
 
 
 def _unmarked(text: str | RenderingError, marks: Marks) -> Marked | RenderingError:

@@ -129,12 +129,12 @@ class Encoder:
                 encoded[number].append(one)
         return encoded
 
-    def encode_prompt(self, record: Record, place: str) -> tuple[np.ndarray, str]:
+    def encode_prompt(self, record: Record, location: str) -> tuple[np.ndarray, str]:
         """The tokens with which a model is prompted, and what the record has in the place of its answer.
 
         Args:
           record: A conversation is cut at its last turn of the assistant's, a text in its middle.
-          place: Where it stands, for errors.
+          location: Where it stands, for errors.
 
         Returns:
           `int32[n]`, and the text of that turn, the completion, or the rest of the text.
@@ -148,18 +148,18 @@ class Encoder:
             prompt, answer, before = text[:middle], text[middle:], self.around[0]
             literal = self._literal(prompt)
         else:
-            conversation, template = self._conversation(record, place)
-            numbers = answers(conversation, place)
+            conversation, template = self._conversation(record, location)
+            numbers = answers(conversation, location)
             if not numbers:
                 count = len(conversation.messages)
-                raise UserError(f"{place}: none of the {count} messages is the assistant's: nothing to answer")
-            rendering = template.renderings([prompt_call(conversation, numbers[-1])], place)[0]
-            prompt, _, literal = template.require(rendering, place)
-            answer, before = "".join(texts_of(conversation.messages[numbers[-1]].get("content"), place)), []
-        _check_unicode(prompt, place)
+                raise UserError(f"{location}: none of the {count} messages is the assistant's: nothing to answer")
+            rendering = template.renderings([prompt_call(conversation, numbers[-1])], location)[0]
+            prompt, _, literal = template.require(rendering, location)
+            answer, before = "".join(texts_of(conversation.messages[numbers[-1]].get("content"), location)), []
+        _check_unicode(prompt, location)
         (tokens,) = self._tokenizer.encode([(prompt, literal)])
         ids = np.concatenate([np.array(before, np.int32), tokens.ids])
-        self._check_vocabulary(ids, place)
+        self._check_vocabulary(ids, location)
         return ids, answer
 
     @functools.cached_property
@@ -174,16 +174,16 @@ class Encoder:
         """The examples of each record."""
         examples: list[list[Example]] = [[] for _ in records]
         plans: dict[int, Plan] = {}
-        for number, (record, place) in enumerate(zip(records, places)):
+        for number, (record, location) in enumerate(zip(records, places)):
             if (document := self._as_document(record)) is not None:
                 examples[number] = [document]
             else:
-                conversation, template = self._conversation(record, place)
-                plans[number] = plan(template, conversation, place, self.options.train_on)
+                conversation, template = self._conversation(record, location)
+                plans[number] = plan(template, conversation, location, self.options.train_on)
         for template in (self.template, self.template and self.template.with_tools):
             own = {number: one for number, one in plans.items() if one.template is template}
             if template is not None and own:
-                renderings = template.renderings_of([(one.calls, one.place) for one in own.values()])
+                renderings = template.renderings_of([(one.calls, one.location) for one in own.values()])
                 for (number, one), texts in zip(own.items(), renderings):
                     notes: set[str] = set()
                     examples[number] = conversation_examples(one, texts, notes)
@@ -201,19 +201,19 @@ class Encoder:
         begin = 0 if self.options.train_on == "all" else begin
         return Example(text, [(begin, len(text))], self._literal(text), document=True)
 
-    def _conversation(self, record: Record, place: str) -> tuple[Conversation, Template]:
+    def _conversation(self, record: Record, location: str) -> tuple[Conversation, Template]:
         """A record as messages, and their template."""
         if isinstance(record, Completion):
             contents = {"user": record.prompt, "assistant": record.completion}
             record = Conversation(tuple({"role": role, "content": text} for role, text in contents.items()))
         if not isinstance(record, Conversation):
             raise UserError(
-                f"{place}: a {type(record).__name__.lower()} record; conversations, completions and texts can be "
+                f"{location}: a {type(record).__name__.lower()} record; conversations, completions and texts can be "
                 "learned from here"
             )
         if self.template is None:
             raise UserError(
-                f"{place}: a conversation, but the checkpoint {self.directory} has no chat template "
+                f"{location}: a conversation, but the checkpoint {self.directory} has no chat template "
                 "(chat_template.jinja, or chat_template in tokenizer_config.json): it can learn from prompt and "
                 "completion, or with another template (template)"
             )
@@ -236,14 +236,14 @@ class Encoder:
             targets[-1] = True
         return Encoded(tokens, targets)
 
-    def _check_vocabulary(self, ids: np.ndarray, place: str) -> None:
+    def _check_vocabulary(self, ids: np.ndarray, location: str) -> None:
         if self.vocabulary is None or not len(ids) or ids.max() < self.vocabulary:
             return
         token = int(ids.max())
         raise UserError(
-            f"{place}: the token {self.tokenizer.id_to_token(token)!r} has the id {token}, the model's embedding has "
-            f"{self.vocabulary} rows only: {self.directory / 'tokenizer.json'} belongs to another model, or the model "
-            "was not resized"
+            f"{location}: the token {self.tokenizer.id_to_token(token)!r} has the id {token}, the model's embedding "
+            f"has {self.vocabulary} rows only: {self.directory / 'tokenizer.json'} belongs to another model, or the "
+            "model was not resized"
         )
 
 
@@ -290,12 +290,12 @@ def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def _check_unicode(text: str, place: str) -> None:
+def _check_unicode(text: str, location: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         half, before = f"U+{ord(text[error.start]):04X}", text[max(0, error.start - 20) : error.start]
         raise UserError(
-            f"{place}: half of a surrogate pair ({half}) after {before!r}, which is not valid Unicode; a text that is "
-            "cut within an emoji has one"
+            f"{location}: half of a surrogate pair ({half}) after {before!r}, which is not valid Unicode; a text that "
+            "is cut within an emoji has one"
         ) from None

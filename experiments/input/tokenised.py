@@ -80,23 +80,23 @@ def tokenise(
     versions = {name: metadata.version(name) for name in ("tokenizers", "jinja2")}
     everything = json.dumps([_FORM, records.digest, encoder.digest, on_bad, versions], sort_keys=True)
     digest = hashlib.sha256(everything.encode()).hexdigest()
-    place = directory / digest[:16]
+    location = directory / digest[:16]
     dtypes = _dtypes(encoder.largest)
-    if not _whole(place, dtypes):
-        report(f"tokenising {len(records):,} records into {place}")
+    if not _whole(location, dtypes):
+        report(f"tokenising {len(records):,} records into {location}")
         unfinished = directory / f".{digest[:16]}-{process_index}"
         try:
             encoder.notes.clear()
             skipped = {}
             chunks = _encoded(records, encoder, None if on_bad == "error" else skipped)
             _write(unfinished, dtypes, chunks, encoder.notes, skipped)
-            _move(unfinished, place, dtypes)
+            _move(unfinished, location, dtypes)
         except OSError as error:
             raise UserError(f"{directory}: tokens cannot be written there ({error.strerror or error})") from None
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)  # what an error left: it is no use to anyone
-    arrays = {name: _mapped(place / f"{name}.bin", dtype) for name, dtype in dtypes.items()}
-    meta = json.loads((place / _META).read_text())
+    arrays = {name: _mapped(location / f"{name}.bin", dtype) for name, dtype in dtypes.items()}
+    meta = json.loads((location / _META).read_text())
     skipped = {int(number): reason for number, reason in meta["skipped"].items()}
     if len(skipped) == len(records):
         raise UserError(f"none of {len(records):,} records can be used; the first: {skipped[0]}")
@@ -144,16 +144,16 @@ def _encoded_singly(
 
 
 def _write(
-    place: Path,
+    location: Path,
     dtypes: dict[str, np.dtype],
     chunks: Iterator[dict[int, list[Encoded]]],
     notes: Mapping[str, int],
     skipped: Mapping[int, str],
 ) -> None:
-    shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
-    place.mkdir(parents=True)
+    shutil.rmtree(location, ignore_errors=True)  # of a process that was killed
+    location.mkdir(parents=True)
     with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context((place / f"{name}.bin").open("wb")) for name in dtypes}
+        files = {name: stack.enter_context((location / f"{name}.bin").open("wb")) for name in dtypes}
         for by_record in chunks:
             chunk = [example for examples in by_record.values() for example in examples]
             arrays = {
@@ -165,9 +165,9 @@ def _write(
             }
             for name, dtype in dtypes.items():
                 files[name].write(np.asarray(arrays[name], dtype).tobytes())
-    sizes = {name: (place / f"{name}.bin").stat().st_size for name in dtypes}
+    sizes = {name: (location / f"{name}.bin").stat().st_size for name in dtypes}
     meta = {"sizes": sizes, "notes": notes, "skipped": skipped}
-    (place / _META).write_text(json.dumps(meta))
+    (location / _META).write_text(json.dumps(meta))
 
 
 def _first(targets: np.ndarray) -> int:
@@ -175,20 +175,20 @@ def _first(targets: np.ndarray) -> int:
     return 1 + int(np.argmax(later)) if later.any() else len(targets)
 
 
-def _move(unfinished: Path, place: Path, dtypes: dict[str, np.dtype]) -> None:
-    if place.exists() and not _whole(place, dtypes):
-        shutil.rmtree(place)
+def _move(unfinished: Path, location: Path, dtypes: dict[str, np.dtype]) -> None:
+    if location.exists() and not _whole(location, dtypes):
+        shutil.rmtree(location)
     try:
-        os.rename(unfinished, place)
+        os.rename(unfinished, location)
     except OSError:
-        if not _whole(place, dtypes):  # else another process was faster
+        if not _whole(location, dtypes):  # else another process was faster
             raise
 
 
-def _whole(place: Path, dtypes: dict[str, np.dtype]) -> bool:
+def _whole(location: Path, dtypes: dict[str, np.dtype]) -> bool:
     """Whether the files are all there: they appear together, but a disk can lose the end of one."""
     try:
-        sizes = json.loads((place / _META).read_text())["sizes"]
-        return all((place / f"{name}.bin").stat().st_size == sizes[name] for name in dtypes)
+        sizes = json.loads((location / _META).read_text())["sizes"]
+        return all((location / f"{name}.bin").stat().st_size == sizes[name] for name in dtypes)
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -47,7 +47,7 @@ class Plan:
     Attributes:
       record: The conversation.
       template: That renders it.
-      place: Where it stands, for errors.
+      location: Where it stands, for errors.
       learned: The numbers of the messages that are learned; of those that are not, where everything else is.
       everything: Whether everything else is learned.
       calls: What is rendered.
@@ -55,28 +55,28 @@ class Plan:
 
     record: Conversation
     template: Template
-    place: str
+    location: str
     learned: list[int]
     everything: bool
     calls: list[Call]
 
 
-def plan(template: Template, record: Conversation, place: str, train_on: TrainOn) -> Plan:
+def plan(template: Template, record: Conversation, location: str, train_on: TrainOn) -> Plan:
     """What is to be learned of a conversation.
 
     Args:
       template: Of the checkpoint.
       record: With at least one message.
-      place: Where it stands, for errors.
+      location: Where it stands, for errors.
       train_on: What is learned. A message of weight 0 never is.
 
     Raises:
       UserError: No message is the assistant's.
     """
-    numbers = answers(record, place)
+    numbers = answers(record, location)
     if not numbers:
-        raise UserError(f"{place}: none of the {len(record.messages)} messages is the assistant's: nothing to learn")
-    weights = {number: _weight(record.messages[number], number, place) for number in numbers}
+        raise UserError(f"{location}: none of the {len(record.messages)} messages is the assistant's: nothing to learn")
+    weights = {number: _weight(record.messages[number], number, location) for number in numbers}
     everything = train_on == "all"
     if everything:
         learned = [number for number in numbers if not weights[number]]
@@ -89,7 +89,7 @@ def plan(template: Template, record: Conversation, place: str, train_on: TrainOn
         calls = [call for whole, number in zip(calls, learned) for call in (prompt_call(record, number), whole)]
     if everything or (learned and rendered[-1] < len(record.messages) - 1):
         calls.append(whole_call(record))
-    return Plan(record, template, place, learned, everything, calls)
+    return Plan(record, template, location, learned, everything, calls)
 
 
 def conversation_examples(plan: Plan, renderings: Sequence[Marked | RenderingError], notes: set[str]) -> list[Example]:
@@ -115,11 +115,11 @@ def conversation_examples(plan: Plan, renderings: Sequence[Marked | RenderingErr
     return (_marked if plan.template.marks_generation else _by_turns)(plan, renderings, notes)
 
 
-def answers(record: Conversation, place: str) -> list[int]:
+def answers(record: Conversation, location: str) -> list[int]:
     """The numbers of the messages that are the assistant's."""
     for number, message in enumerate(record.messages):
         if not isinstance(message.get("role"), str):
-            raise UserError(f"{place}, message {number + 1}: its role is {message.get('role')!r}, expected a text")
+            raise UserError(f"{location}, message {number + 1}: its role is {message.get('role')!r}, expected a text")
     return [number for number, message in enumerate(record.messages) if message["role"] == "assistant"]
 
 
@@ -136,28 +136,29 @@ def whole_call(record: Conversation, number: int | None = None) -> Call:
 
 def _marked(plan: Plan, renderings: Sequence[Marked | RenderingError], notes: set[str]) -> list[Example]:
     """The examples of a template with `{% generation %}` blocks: what these render of each answer."""
-    template, whole, numbers = plan.template, renderings[-1], answers(plan.record, plan.place)
+    template, whole, numbers = plan.template, renderings[-1], answers(plan.record, plan.location)
     upto = [one for one in renderings[: len(numbers)] if isinstance(one, Marked)]
     if len(upto) == len(numbers):
         firsts = [0, *(len(one.blocks) for one in upto)]
         parts = [Example(one.text, one.blocks[first:], one.literal) for one, first in zip(upto, firsts)]
     else:  # it refuses a conversation that ends earlier: the blocks of the whole one are its answers, in turn
-        text, blocks, literal = template.require(whole, plan.place)
+        text, blocks, literal = template.require(whole, plan.location)
         if len(blocks) != len(numbers):
             raise UserError(
-                f"{plan.place}: the chat template of {template.where} has {len(blocks)} {{% generation %}} blocks for "
-                f"{len(numbers)} answers, so that there is no telling which is which"
+                f"{plan.location}: the chat template of {template.where} has {len(blocks)} {{% generation %}} blocks "
+                f"for {len(numbers)} answers, so that there is no telling which is which"
             )
         parts = [Example(text, [block], literal) for block in blocks]
     examples = []
     for number, part in zip(numbers, parts):
         if number in plan.learned:
             said = "".join(part.text[begin:end] for begin, end in part.spans)
-            _check(template, plan.record.messages[number], said, f"{plan.place}, message {number + 1}")
+            _check(template, plan.record.messages[number], said, f"{plan.location}, message {number + 1}")
             examples += [part] if part.spans else []
     if not examples:
         raise UserError(
-            f"{plan.place}: the {{% generation %}} blocks of {template.where} render nothing of what the assistant says"
+            f"{plan.location}: the {{% generation %}} blocks of {template.where} render nothing of what the "
+            "assistant says"
         )
     return _joined(plan, whole, examples, notes)
 
@@ -190,19 +191,19 @@ def _note_end(template: Template, example: Example, notes: set[str]) -> None:
 
 def _everything(plan: Plan, renderings: Sequence[Marked | RenderingError], notes: set[str]) -> Example:
     """The example whose whole text is learned, apart from some messages."""
-    whole = plan.template.require(renderings[-1], plan.place)
+    whole = plan.template.require(renderings[-1], plan.location)
     excluded = []
     if plan.learned:
         (example, *others) = (_marked if plan.template.marks_generation else _by_turns)(plan, renderings, set())
         if others or example.text != whole.text:
             raise UserError(
-                f"{plan.place}: the chat template of {plan.template.where} does not tell which text is that of a "
+                f"{plan.location}: the chat template of {plan.template.where} does not tell which text is that of a "
                 "message of weight 0, which is not learned where everything else is (train_on all)"
             )
         excluded = example.spans
-    for number in answers(plan.record, plan.place):
+    for number in answers(plan.record, plan.location):
         if number not in plan.learned:
-            _check(plan.template, plan.record.messages[number], whole.text, f"{plan.place}, message {number + 1}")
+            _check(plan.template, plan.record.messages[number], whole.text, f"{plan.location}, message {number + 1}")
     edges = [0, *(edge for span in excluded for edge in span), len(whole.text)]
     spans = [(begin, end) for begin, end in zip(edges[::2], edges[1::2]) if end > begin]
     _note_tools(plan, whole.text, notes)
@@ -213,7 +214,7 @@ def _by_turns(plan: Plan, renderings: Sequence[Marked | RenderingError], notes: 
     """The examples of a template without blocks: what it renders more with an answer than to prompt for it."""
     whole, examples = renderings[-1], []
     for number, prompt, text in zip(plan.learned, renderings[::2], renderings[1::2]):
-        here, message = f"{plan.place}, message {number + 1}", plan.record.messages[number]
+        here, message = f"{plan.location}, message {number + 1}", plan.record.messages[number]
         try:
             example = _turn_example(plan, number, prompt, text, notes)
         except UserError:
@@ -231,7 +232,7 @@ def _turn_example(
     plan: Plan, number: int, prompt: Marked | RenderingError, whole: Marked | RenderingError, notes: set[str]
 ) -> Example:
     """The example of one answer, behind what prompts for it."""
-    here = f"{plan.place}, message {number + 1}"
+    here = f"{plan.location}, message {number + 1}"
     prompt, whole = plan.template.require(prompt, here), plan.template.require(whole, here)
     if whole.text.startswith(prompt.text):
         return Example(whole.text, [(len(prompt.text), len(whole.text))], whole.literal)
@@ -240,10 +241,10 @@ def _turn_example(
 
 def _behind_its_header(plan: Plan, number: int, prompt: Marked, whole: Marked, notes: set[str]) -> Example:
     """The example of an answer that does not begin with its prompt."""
-    template, place = plan.template, f"{plan.place}, message {number + 1}"
+    template, location = plan.template, f"{plan.location}, message {number + 1}"
     before, call = plan.record.messages[:number], whole_call(plan.record, number)
     calls = [replace(call, messages=[*before, {"role": "assistant", "content": probe}]) for probe in _PROBES]
-    texts = [template.require(one, place).text for one in template.renderings(calls, place)]
+    texts = [template.require(one, location).text for one in template.renderings(calls, location)]
     header = _shared(*texts)
     if texts[0] != texts[1] and whole.text.startswith(header):
         if prompt.text.startswith(header):
@@ -260,8 +261,8 @@ def _behind_its_header(plan: Plan, number: int, prompt: Marked, whole: Marked, n
             text = prompt.text + whole.text[len(header) :]
             return Example(text, [(len(prompt.text), len(text))], prompt.literal + moved)
     raise UserError(
-        f"{place}: the chat template of {template.where} renders the conversation differently up to here and with the "
-        "answer, so that there is no telling what the assistant says in it; a template that marks it with "
+        f"{location}: the chat template of {template.where} renders the conversation differently up to here and with "
+        "the answer, so that there is no telling what the assistant says in it; a template that marks it with "
         "{% generation %} blocks can be learned from"
     )
 
@@ -275,22 +276,22 @@ def _shared(first: str, second: str) -> str:
 _REASONING_END = re.compile(r"</[\w:]*think\w*>|\[/THINK\]|<channel\|>")
 
 
-def _check(template: Template, message: Message, said: str, place: str) -> None:
+def _check(template: Template, message: Message, said: str, location: str) -> None:
     """Raises a UserError where a template leaves out what the assistant says or calls.
 
     Templates trim texts, escape them as JSON and drop reasoning before an answer: the answer's last line is looked for.
     """
-    for text in texts_of(message.get("content"), place):
+    for text in texts_of(message.get("content"), location):
         lines = _REASONING_END.split(text)[-1].strip().splitlines()
         if lines and not _appears(lines[-1].strip(), said):
             raise UserError(
-                f"{place}: the chat template of {template.where} leaves out what the assistant says, "
+                f"{location}: the chat template of {template.where} leaves out what the assistant says, "
                 f"{_short(lines[-1])}; another template can be set (template)"
             )
     for name in _calls(message):
         if not _appears(name, said):
             raise UserError(
-                f"{place}: the chat template of {template.where} leaves out the assistant's call of {name}; another "
+                f"{location}: the chat template of {template.where} leaves out the assistant's call of {name}; another "
                 "template can be set (template)"
             )
 
@@ -320,10 +321,10 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:60]} …")
 
 
-def _weight(message: Message, number: int, place: str) -> bool:
+def _weight(message: Message, number: int, location: str) -> bool:
     weight = message.get("weight", 1)
     if weight is None:
         return True
     if isinstance(weight, str) or weight not in (0, 1):
-        raise UserError(f"{place}, message {number + 1}: its weight is {weight!r}, expected 0 or 1")
+        raise UserError(f"{location}, message {number + 1}: its weight is {weight!r}, expected 0 or 1")
     return bool(weight)
