@@ -9,6 +9,9 @@ from lora_jax import reading as readers
 class UserError(ValueError):
     """A missing file, an unknown name or malformed data; its message is one clear sentence. Exit status 2."""
 
+    def __init__(self, message: str):
+        super().__init__(readers.clipped(message))
+
 
 class Preempted(Exception):
     """The process was told to end (SIGTERM), and saved its state before; the same command resumes. Exit status 75."""

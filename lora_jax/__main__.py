@@ -12,7 +12,7 @@ from types import FrameType
 from rich.console import Console
 
 from lora_jax import __version__
-from lora_jax.reading import printable
+from lora_jax.reading import clipped, printable
 
 PROGRAM = "lora-jax"
 DIFFERENT, WRONG, INTERRUPTED, TERMINATED = 1, 2, 130, 143
@@ -110,7 +110,7 @@ def _said(error: Exception) -> str:
     """An error's message: an operating system's with the file first, a long list with its beginning."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or error.filename2 or 'output'}: {error.strerror}."
-    lines = printable(str(error)).splitlines() or [type(error).__name__]
+    lines = clipped(printable(str(error))).splitlines() or [type(error).__name__]
     more = len(lines) - 1 - _PROBLEMS
     return "\n".join(lines if more <= 0 else [*lines[: _PROBLEMS + 1], f"  … and {more} more"])
 

@@ -26,6 +26,7 @@ _RAISED = (
 )
 _LIBRARIES = {"jinja2", "orbax", "pyarrow", "pyo3_runtime", "safetensors", "safetensors_rust", "zstandard", "_zstd"}
 _LENGTH = 400
+_LINE = 1000
 
 
 @contextlib.contextmanager
@@ -61,9 +62,9 @@ def reading(
             raise
         message = str(raised)
         if isinstance(raised, ValueError) and str(path) in message:
-            if error is ValueError:
+            if error is ValueError and message == clipped(message):
                 raise
-            raise error(message) from raised
+            raise error(clipped(message)) from raised
         as_form = f" as {form}" if form and not isinstance(raised, OSError) else ""
         said = said or f"{{path}}: cannot be read{as_form} ({{reason}})."
         raise error(said.format(path=printable(str(path)), reason=reason(raised))) from raised
@@ -117,6 +118,18 @@ def reason(raised: BaseException) -> str:
         text = f"{type(raised).__name__}: {text}" if text else type(raised).__name__
     text = " ".join(text.split()) or type(raised).__name__
     return text if len(text) <= _LENGTH else f"{text[:_LENGTH]} …"
+
+
+def clipped(message: str) -> str:
+    """A message whose long lines have lost their middle: a value of any length may be quoted in it.
+
+    Example:
+      >>> clipped(f"x.json: bias is {'a' * 10_000!r}; expected 'none'.")[-60:]
+      "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa'; expected 'none'."
+    """
+    head, tail = 2 * _LINE // 3, _LINE // 3
+    lines = message.split("\n")
+    return "\n".join(line if len(line) <= _LINE else f"{line[:head]} … {line[-tail:]}" for line in lines)
 
 
 def printable(text: str) -> str:

@@ -67,6 +67,15 @@ def test_own_words_stay():
         raise UserError("record 3 has no answer")
 
 
+@pytest.mark.parametrize("context", [reading, reading_of_experiments])
+def test_a_long_value_loses_its_middle(context):
+    with pytest.raises(ValueError) as error, context("adapter.json"):
+        raise ValueError(f"adapter.json: bias is {'a' * 10_000!r}; expected 'none'.\nA second line.")
+    text = str(error.value)
+    assert text.startswith("adapter.json: bias is 'aaa") and text.endswith("aaa'; expected 'none'.\nA second line.")
+    assert len(text) < 1100
+
+
 @pytest.mark.parametrize("passing", [KeyboardInterrupt, SystemExit, Preempted, GeneratorExit])
 def test_what_no_reader_raises(passing):
     with pytest.raises(passing), reading_of_experiments("data.json"):

@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_jax.checks import unusable
 from lora_jax.peft.tensors import read_json
+from lora_jax.reading import reading
 
 CONFIG = "adapter_config.json"
 
@@ -66,28 +67,29 @@ class Config:
         """
         file = directory / CONFIG
         content = read_json(file)
-        kind = content.get("peft_type")
-        if kind != "LORA":
-            raise ValueError(f"{file}: peft_type is {kind!r}; expected 'LORA'.")
-        if used := [name for name in _REFUSED if content.get(name)]:
-            raise ValueError(f"{file}: {used[0]} = {content[used[0]]!r} is not supported.")
-        init = content.get("init_lora_weights")
-        if isinstance(init, str) and init.startswith(_MOVES_BASE):
-            raise ValueError(
-                f"{file}: init_lora_weights = {init!r} changed the base, by a part that no file holds; PEFT's "
-                "save_pretrained(path_initial_model_for_weight_conversion=…) writes an ordinary adapter."
-            )
-        if not content.get("target_modules") and not content.get("target_parameters"):
-            raise ValueError(f"{file}: has neither target_modules nor target_parameters.")
-        tokens = content.get("trainable_token_indices")
-        content["trainable_token_indices"] = {"": tokens} if isinstance(tokens, list) else tokens
-        known = {
-            field.name: field.default_factory if field.default is dataclasses.MISSING else field.default
-            for field in dataclasses.fields(cls)
-        }
-        given = {name: content[name] for name in known if content.get(name) is not None}
-        for name, value in given.items():
-            _check(file, name, value)
+        with reading(file):
+            kind = content.get("peft_type")
+            if kind != "LORA":
+                raise ValueError(f"{file}: peft_type is {kind!r}; expected 'LORA'.")
+            if used := [name for name in _REFUSED if content.get(name)]:
+                raise ValueError(f"{file}: {used[0]} = {content[used[0]]!r} is not supported.")
+            init = content.get("init_lora_weights")
+            if isinstance(init, str) and init.startswith(_MOVES_BASE):
+                raise ValueError(
+                    f"{file}: init_lora_weights = {init!r} changed the base, by a part that no file holds; PEFT's "
+                    "save_pretrained(path_initial_model_for_weight_conversion=…) writes an ordinary adapter."
+                )
+            if not content.get("target_modules") and not content.get("target_parameters"):
+                raise ValueError(f"{file}: has neither target_modules nor target_parameters.")
+            tokens = content.get("trainable_token_indices")
+            content["trainable_token_indices"] = {"": tokens} if isinstance(tokens, list) else tokens
+            known = {
+                field.name: field.default_factory if field.default is dataclasses.MISSING else field.default
+                for field in dataclasses.fields(cls)
+            }
+            given = {name: content[name] for name in known if content.get(name) is not None}
+            for name, value in given.items():
+                _check(file, name, value)
         return cls(**given)
 
     @functools.cached_property
