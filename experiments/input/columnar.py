@@ -61,6 +61,8 @@ class ParquetRows:
         number, table = self._group
         if group != number:
             table = self._file.read_row_group(group, columns=self._read)
+            if table.num_rows != self._starts[group + 1] - self._starts[group]:
+                raise ValueError(f"row group {group} holds {table.num_rows} rows, and its metadata says another number")
             self._group = group, table
         first = int(self._starts[group])
         offset = (index - first) // _ROWS * _ROWS
