@@ -1,9 +1,10 @@
 """Columnar files row by row: Parquet, Arrow as the `datasets` library saves it, and its tables in memory."""
 
+import abc
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,8 +15,8 @@ from experiments.input.opening import Content
 _ROWS = 1024  # that are Python objects at a time
 
 
-class ParquetRows:
-    """Rows of a Parquet file; a part of one row group are Python objects at a time.
+class _FileRows(abc.ABC):
+    """Rows of a columnar file; the rows of one block are Python objects at a time.
 
     Args:
       content: Of the file.
@@ -24,74 +25,13 @@ class ParquetRows:
       columns: All columns of the file. Rows have those that a format reads.
     """
 
-    def __init__(self, content: Content):
-        import pyarrow
-        import pyarrow.parquet
+    format: ClassVar[str]
 
+    def __init__(self, content: Content):
         self.name, self.digest = str(content.path), content.digest
-        with reading(content.path, "Parquet"):
-            self._file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(pyarrow.py_buffer(content.data)))
-            groups = range(self._file.num_row_groups)
-            sizes = [self._file.metadata.row_group(group).num_rows for group in groups]
-            self.columns = tuple(self._file.schema_arrow.names)
-            if sum(sizes) != self._file.metadata.num_rows or min(sizes, default=0) < 0:
-                raise ValueError("the sizes of row groups do not add up to the number of rows")
+        with reading(content.path, self.format):
+            self.columns, self._length = self._open(content.data)
         self._read = [name for name in self.columns if name in COLUMNS]
-        self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
-        self._group: tuple[int, Any] = (-1, None)
-        self._rows: tuple[int, list[Any]] = (0, [])
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getitem__(self, index: int) -> Any:
-        start, rows = self._rows
-        if not self._read:
-            return {}
-        if not start <= index < start + len(rows):
-            with reading(self.place(index), "Parquet"):
-                start, rows = self._rows = self._block(index)
-        return rows[index - start]
-
-    def place(self, index: int) -> str:
-        return f"{self.name}, row {index + 1}"
-
-    def _block(self, index: int) -> tuple[int, list[Any]]:
-        group = int(np.searchsorted(self._starts, index, side="right")) - 1
-        number, table = self._group
-        if group != number:
-            table = self._file.read_row_group(group, columns=self._read)
-            if table.num_rows != self._starts[group + 1] - self._starts[group]:
-                raise ValueError(f"row group {group} holds {table.num_rows} rows, and its metadata says another number")
-            self._group = group, table
-        first = int(self._starts[group])
-        offset = (index - first) // _ROWS * _ROWS
-        return first + offset, _rows(table.slice(offset, _ROWS))
-
-
-class ArrowRows:
-    """Rows of an Arrow file or stream, mapped into memory; some are Python objects at a time.
-
-    Args:
-      content: Of the file.
-
-    Attributes:
-      columns: All columns of the file. Rows have those that a format reads.
-    """
-
-    def __init__(self, content: Content):
-        import pyarrow
-
-        self.name, self.digest = str(content.path), content.digest
-        with reading(content.path, "Arrow"):
-            source = pyarrow.py_buffer(content.data)
-            in_file = content.data[:6] == b"ARROW1"
-            table = (pyarrow.ipc.open_file if in_file else pyarrow.ipc.open_stream)(source).read_all()
-            table.validate()
-            self.columns = tuple(table.column_names)
-            self._read = [name for name in self.columns if name in COLUMNS]
-            self._table = table.select(self._read)
-            self._length = table.num_rows
         self._rows: tuple[int, list[Any]] = (0, [])
 
     def __len__(self) -> int:
@@ -102,16 +42,75 @@ class ArrowRows:
         if not self._read:
             return {}
         if not start <= index < start + len(rows):
-            start = index // _ROWS * _ROWS
-            with reading(self.place(index), "Arrow"):
-                block = self._table.slice(start, _ROWS)
-                block.validate(full=True)  # offsets of a damaged file point anywhere
-                rows = _rows(block)
+            with reading(self.place(index), self.format):
+                start, table = self._block(index)
+                rows = [_without_none(row) for row in table.to_pylist()]
             self._rows = start, rows
         return rows[index - start]
 
     def place(self, index: int) -> str:
         return f"{self.name}, row {index + 1}"
+
+    @abc.abstractmethod
+    def _open(self, data: Any) -> tuple[tuple[str, ...], int]:
+        """The file's columns and its number of rows."""
+
+    @abc.abstractmethod
+    def _block(self, index: int) -> tuple[int, Any]:
+        """The first row of the block that holds a row, and the block as a table of the columns that are read."""
+
+
+class ParquetRows(_FileRows):
+    """Rows of a Parquet file, a part of one row group at a time."""
+
+    format = "Parquet"
+
+    def _open(self, data: Any) -> tuple[tuple[str, ...], int]:
+        import pyarrow
+        import pyarrow.parquet
+
+        self._file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(pyarrow.py_buffer(data)))
+        metadata = self._file.metadata
+        sizes = [metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
+        if sum(sizes) != metadata.num_rows or min(sizes, default=0) < 0:
+            raise ValueError("the sizes of row groups do not add up to the number of rows")
+        self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
+        self._group: tuple[int, Any] = (-1, None)
+        return tuple(self._file.schema_arrow.names), metadata.num_rows
+
+    def _block(self, index: int) -> tuple[int, Any]:
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        number, table = self._group
+        if group != number:
+            table = self._file.read_row_group(group, columns=self._read)
+            if table.num_rows != self._starts[group + 1] - self._starts[group]:
+                raise ValueError(f"row group {group} holds {table.num_rows} rows, and its metadata says another number")
+            self._group = group, table
+        first = int(self._starts[group])
+        offset = (index - first) // _ROWS * _ROWS
+        return first + offset, table.slice(offset, _ROWS)
+
+
+class ArrowRows(_FileRows):
+    """Rows of an Arrow file or stream, mapped into memory."""
+
+    format = "Arrow"
+
+    def _open(self, data: Any) -> tuple[tuple[str, ...], int]:
+        import pyarrow
+
+        is_file = data[:6] == b"ARROW1"
+        self._table = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(
+            pyarrow.py_buffer(data)
+        ).read_all()
+        self._table.validate()
+        return tuple(self._table.column_names), self._table.num_rows
+
+    def _block(self, index: int) -> tuple[int, Any]:
+        start = index // _ROWS * _ROWS
+        block = self._table.select(self._read).slice(start, _ROWS)
+        block.validate(full=True)  # offsets of a damaged file point anywhere
+        return start, block
 
 
 class TableRows:
@@ -158,10 +157,6 @@ def saved_files(directory: Path) -> list[Path]:
     if not names or any(Path(name).name != name for name in names):
         raise UserError(f"{state}: expected the names of Arrow files in the same directory")
     return [directory / name for name in names]
-
-
-def _rows(table: Any) -> list[Any]:
-    return [_without_none(row) for row in table.to_pylist()]
 
 
 def _without_none(value: Any) -> Any:
