@@ -124,8 +124,9 @@ def clipped(message: str) -> str:
     """A message whose long lines have lost their middle: a value of any length may be quoted in it.
 
     Example:
-      >>> clipped(f"x.json: bias is {'a' * 10_000!r}; expected 'none'.")[-60:]
-      "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa'; expected 'none'."
+      >>> message = clipped(f"x.json: bias is {'a' * 10_000!r}; expected 'none'.")
+      >>> message[:24], message[-24:]
+      ("x.json: bias is 'aaaaaaa", "aaaaa'; expected 'none'.")
     """
     head, tail = 2 * _LINE // 3, _LINE // 3
     lines = message.split("\n")

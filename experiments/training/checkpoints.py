@@ -213,8 +213,10 @@ class Checkpoints:
         for file in (self._directory / str(step) / "state" / "array_metadatas").glob("*"):
             for entry in json.loads(file.read_text())["array_metadatas"]:
                 tuple(entry["array_metadata"][name] for name in ("param_name", "write_shape", "chunk_shape"))
-        # Orbax reads these files, too, and all devices restore by it.
-        self._read(step, "state", ocp.StandardCheckpointHandler, ocp.args.StandardRestore(target))
+        # Orbax reads these files, too, and all devices restore by it. Arrays of NumPy: the devices that wrote them may
+        # not be here.
+        on_host = {name: np.empty(array.shape, array.dtype) for name, array in target.items()}
+        self._read(step, "state", ocp.StandardCheckpointHandler, ocp.args.StandardRestore(on_host))
 
     def _read(self, step: int, item: str, handler: Any, args: Any) -> Any:
         """Reads on this process alone: what it finds may be an error that the others do not have."""

@@ -137,8 +137,8 @@ def _work(seed: int, first: int, only: str | None, single: bool) -> int:
             if what is None or what == "refused":
                 noise.seek(0)
                 text = noise.read().decode("utf-8", "replace")
-                if any(word in text for word in _NOISE):
-                    what = f"prints beside its error: {next(word for word in _NOISE if word in text)}"
+                if noisy := [line for line in text.splitlines() if any(word in line for word in _NOISE)]:
+                    what = f"prints beside its error: {noisy[0][:100]} … {text.splitlines()[-1][:200]}"
             outcome = {None: "read", "refused": "refused"}.get(what, "finding")
             _say(output, {"case": number, "outcome": outcome, "what": what})
     finally:
