@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -115,6 +116,21 @@ def _said(error: Exception) -> str:
     return "\n".join(lines if more <= 0 else [*lines[: _PROBLEMS + 1], f"  … and {more} more"])
 
 
+class _CommandParser(argparse.ArgumentParser):
+    """The arguments of one command. Errors end with the form of the command."""
+
+    form: str
+
+    def parse_known_args(self, args=None, namespace=None):
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # otherwise the main parser reports them, which does not know the command
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed, unknown
+
+    def error(self, message: str) -> NoReturn:
+        super().error(f"{message}; the form is {self.form}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
@@ -122,44 +138,48 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"{PROGRAM} COMMAND --help has an example of each.",
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_CommandParser)
 
-    def add(name: str, summary: str, details: str, example: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
+    def add(name: str, form: str, summary: str, details: str, example: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
             name,
             help=summary,
-            description=f"{summary}\n\n{details}",
-            epilog=f"example:\n  {PROGRAM} {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            description=f"{summary} {details}",
+            epilog=f"example: {PROGRAM} {example}",
         )
+        command.form = f"{PROGRAM} {name} {form}"
+        return command
 
     inspect = add(
         "inspect",
+        "ADAPTER [--base BASE]",
         "What an adapter holds: ranks, scales, norms of ΔW, and which base it fits.",
         "With --base every tensor is checked against the checkpoint, and norms are compared with its weights'.",
         "inspect my-adapter --base llama",
     )
-    inspect.add_argument("adapter", type=Path, help="a directory that PEFT or lora_jax wrote")
+    inspect.add_argument("adapter", metavar="ADAPTER", type=Path, help="a directory that PEFT or lora_jax wrote")
     inspect.add_argument("--base", type=Path, help="the checkpoint directory that a PEFT adapter may be for")
 
     merge = add(
         "merge",
+        "BASE ADAPTER OUT",
         "Folds a PEFT adapter into a checkpoint that transformers loads.",
         "Sums are computed in float32 and rounded once to the stored dtype; files, shards and dtypes stay the base's.",
         "merge llama my-adapter merged",
     )
-    merge.add_argument("base", type=Path, help="a checkpoint directory: config.json and safetensors")
-    merge.add_argument("adapter", type=Path, help="a directory that PEFT wrote")
-    merge.add_argument("out", type=Path, help="the new checkpoint directory")
+    merge.add_argument("base", metavar="BASE", type=Path, help="a checkpoint directory: config.json and safetensors")
+    merge.add_argument("adapter", metavar="ADAPTER", type=Path, help="a directory that PEFT wrote")
+    merge.add_argument("out", metavar="OUT", type=Path, help="the new checkpoint directory")
 
     convert = add(
         "convert",
+        "ADAPTER OUT --target TARGET",
         "Writes a PEFT adapter for another reader.",
         "What the reader cannot hold is refused by name; uneven scales are folded into B where it has one for all.",
         "convert my-adapter for-vllm --target vllm",
     )
-    convert.add_argument("adapter", type=Path, help="a directory that PEFT wrote")
-    convert.add_argument("out", type=Path, help="the new adapter directory")
+    convert.add_argument("adapter", metavar="ADAPTER", type=Path, help="a directory that PEFT wrote")
+    convert.add_argument("out", metavar="OUT", type=Path, help="the new adapter directory")
     convert.add_argument(
         "--target",
         required=True,
@@ -174,12 +194,13 @@ def _parser() -> argparse.ArgumentParser:
 
     diff = add(
         "diff",
+        "ADAPTER OTHER",
         "How two adapters differ.",
         "The exit status is 0 if they hold the same, bit for bit, 1 if they differ, 2 if one cannot be read.",
         "diff before after",
     )
-    diff.add_argument("adapter", type=Path, help="a directory that PEFT or lora_jax wrote")
-    diff.add_argument("other", type=Path, help="another")
+    diff.add_argument("adapter", metavar="ADAPTER", type=Path, help="a directory that PEFT or lora_jax wrote")
+    diff.add_argument("other", metavar="OTHER", type=Path, help="another")
     for command in (inspect, merge, convert, diff):
         command.add_argument(
             "--ignore",

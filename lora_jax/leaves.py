@@ -51,3 +51,14 @@ def short(leaf: Any) -> str:
             name = brief + name.removeprefix(long)
             break
     return f"{name}[{','.join(map(str, leaf.shape))}]"
+
+
+class _Text(str):
+    """A string that represents itself without quotes."""
+
+    __repr__ = str.__str__
+
+
+def shapes(tree: Any) -> str:
+    """A tree's representation with the dtype and shape of each array in place of its values."""
+    return repr(jax.tree.map(lambda leaf: _Text(short(leaf)), tree))

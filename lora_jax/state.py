@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from lora_jax import checks, paths
 from lora_jax.adapters.fingerprints import check_base
 from lora_jax.adapters.protocol import Adapter
+from lora_jax.leaves import shapes
 from lora_jax.optim import join, partition
 from lora_jax.optim.extra import check_serves, check_transform, init_for
 from lora_jax.optim.offload import in_host_memory
@@ -96,6 +97,15 @@ class TrainState:
           5
         """
         return replace_fields(self, changes)
+
+    def __repr__(self) -> str:
+        return fields_with_shapes(self)
+
+
+def fields_with_shapes(state: Any) -> str:
+    """A dataclass's representation with shapes in place of arrays."""
+    fields = (f"{field.name}={shapes(getattr(state, field.name))}" for field in dataclasses.fields(state))
+    return f"{type(state).__name__}({', '.join(fields)})"
 
 
 def replace_fields(state: Any, changes: dict[str, Any]) -> Any:

@@ -919,7 +919,14 @@ def test_a_failing_exchange_restores_what_was_there(fails, run, monkeypatch, wri
 @pytest.mark.parametrize("command", ["inspect", "merge", "convert", "diff"])
 def test_every_command_has_an_example(run, command):
     status, out, err = run(command, "--help")
-    assert status == 0 and err == "" and f"example:\n  lora-jax {command} " in out
+    assert status == 0 and err == "" and f"example: lora-jax {command} " in out
+
+
+@pytest.mark.parametrize("command", ["", "inspect", "merge", "convert", "diff"])
+def test_help_fits_the_terminal(run, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, _ = run(*command.split(), "--help")
+    assert status == 0 and max(map(len, out.splitlines())) <= 80
 
 
 def test_the_examples_are_right(base, adapter, tmp_path, run, monkeypatch):
@@ -933,10 +940,25 @@ def test_the_examples_are_right(base, adapter, tmp_path, run, monkeypatch):
         assert run(*example)[0] == 0, example
 
 
-@pytest.mark.parametrize("args", [[], ["unmerge"], ["merge", "a"], ["convert", "a", "b", "--target", "onnx"]])
-def test_arguments_that_do_not_parse(run, args):
-    status, _, err = run(*args)
-    assert status == 2 and err.startswith("usage: lora-jax")
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ("", "required: command"),
+        ("unmerge", "'unmerge' (choose from 'inspect', 'merge', 'convert', 'diff')"),
+        ("merge a", "required: ADAPTER, OUT; the form is lora-jax merge BASE ADAPTER OUT"),
+        ("merge --base B", "required: ADAPTER, OUT; the form is lora-jax merge BASE ADAPTER OUT"),
+        ("merge a b c d", "unrecognized arguments: d; the form is lora-jax merge BASE ADAPTER OUT"),
+        ("inspect --bse B a", "unrecognized arguments: --bse a; the form is lora-jax inspect ADAPTER [--base BASE]"),
+        ("convert a b --target", "expected one argument; the form is lora-jax convert ADAPTER OUT --target TARGET"),
+        ("convert a b --target onnx", "'mlx'); the form is lora-jax convert ADAPTER OUT --target TARGET"),
+        ("diff a", "required: OTHER; the form is lora-jax diff ADAPTER OTHER"),
+    ],
+)
+def test_arguments_that_do_not_parse(run, args, message):
+    status, out, err = run(*args.split())
+    usage, error = err.rsplit("\n", 2)[:2]
+    assert status == 2 and out == "" and usage.startswith("usage: lora-jax")
+    assert error.startswith("lora-jax") and error.endswith(message), error
 
 
 def test_as_a_module_and_as_a_program(tmp_path):

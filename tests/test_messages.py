@@ -68,6 +68,11 @@ CALLS = {
         lambda: lora.TrainState.create(BASE, delta(), optax.sgd(0.1), 0),  # pyrefly: ignore
         "PRNG key.*got int",
     ),
+    "TrainStates.create, seeds": (
+        lambda: lora.TrainStates.create(BASE, [delta()] * 2, optax.sgd(0.1), [0, 1]),
+        "PRNG key.*got int",
+    ),
+    "partition, the base": (lambda: lora.partition(BASE), r"the tree holds no adapter, only leaves such as f32"),
     "adapted, keys": (lambda: lora.adapt(fn)(BASE, delta(), X, dropout_key=jax.random.split(KEY)), "array of keys"),
     "explain, adapted": (lambda: lora.explain(lora.adapt(fn), BASE, delta(), X), ADAPTED),
     "explain, adapted and compiled": (lambda: lora.explain(jax.jit(lora.adapt(fn)), BASE, delta(), X), ADAPTED),
@@ -127,6 +132,23 @@ def test_adapters_print_shapes():
     assert "ids=i32[2]" in repr(rows)
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), delta()["hidden"])
     assert repr(narrow).startswith("LoRA(a=bf16[2,64]")
+
+
+def test_states_print_shapes():
+    tx, adapter = optax.adam(0.1), delta()
+    state = lora.TrainState.create(BASE, adapter, tx, KEY)
+    assert repr(state) == (
+        "TrainState(base={'bias': f32[8], 'hidden': f32[64,8]}, "
+        f"delta={adapter}, opt_state=(ScaleByAdamState(count=i32[], mu={halves()[0]}, nu={halves()[0]}), "
+        "EmptyState()), step=i32[], key=key<fry>[])"
+    )
+    states = repr(lora.TrainStates.create(BASE, [adapter] * 3, tx, [KEY] * 3))
+    assert states.startswith(
+        "TrainStates(base={'bias': f32[8], 'hidden': f32[64,8]}, delta={'hidden': LoRA(a=f32[3,2,64]"
+    )
+    assert "active=bool[3]" in states and "\n" not in states
+    quantized = lora.quantize(BASE, {"hidden": lora.Int8()}, fn, X)
+    assert "Quantized(u8[64,8]" in repr(lora.TrainState.create(quantized, adapter, tx, KEY))
 
 
 def test_summaries_print_a_table_in_an_interpreter():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapters.factored import Factored, dense
 from lora_jax.initializers import Reading
-from lora_jax.leaves import short
+from lora_jax.leaves import shapes
 
 BATCH, IN, OUT, LOOKUP = "batch", "in", "out", "lookup"
 """Axis roles. `lookup` is an in axis that is indexed (an embedding's vocabulary) instead of contracted."""
@@ -76,7 +76,7 @@ class Adapter:
         fields = dataclasses.fields(self)  # pyrefly: ignore[bad-argument-type]
         values = {field.name: getattr(self, field.name) for field in fields if "trained" in field.metadata}
         absent = {field.name for field in fields if field.kw_only and values.get(field.name) is None}
-        shown = ", ".join(f"{name}={_shapes(value)}" for name, value in values.items() if name not in absent)
+        shown = ", ".join(f"{name}={shapes(value)}" for name, value in values.items() if name not in absent)
         return f"{self.kind}({shown})"
 
     def shape(self) -> tuple[int, ...]:
@@ -230,17 +230,6 @@ def pad_axis(array: jax.Array, axis: int, size: int) -> jax.Array:
     if size < array.shape[axis]:
         raise ValueError(f"An axis of size {array.shape[axis]} cannot be padded to {size}.")
     return jnp.pad(array, [(0, size - array.shape[axis] if i == axis else 0) for i in range(array.ndim)])
-
-
-class _Text(str):
-    """A string that represents itself without quotes."""
-
-    __repr__ = str.__str__
-
-
-def _shapes(tree: Any) -> str:
-    """A field's value with the type and shape of each array."""
-    return repr(jax.tree.map(lambda leaf: _Text(short(leaf)), tree, is_leaf=lambda leaf: leaf is None))
 
 
 def is_adapter(node: Any) -> bool:

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lora_jax import checks
 from lora_jax.adapters.fingerprints import check_base
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.batching.mapped import check_sizes, each
 from lora_jax.batching.stacking import stack
 from lora_jax.optim import partition
 from lora_jax.optim.extra import check_serves, check_transform, init_for, update_with
-from lora_jax.state import replace_fields
+from lora_jax.state import fields_with_shapes, replace_fields
 from lora_jax.training import Metrics, Static, check_batch, check_state, explaining_donation
 from lora_jax.transform import keyed
 from lora_jax.transform.call import Arguments, check_delta
@@ -76,6 +77,7 @@ class TrainStates:
           hyper: The arguments of `tx`, a value a member each.
 
         Raises:
+          TypeError: An entry of `keys` is no PRNG key.
           ValueError: The deltas do not stack; there are not as many keys or values as deltas; there are values, and
             `tx` is a transform.
         """
@@ -85,9 +87,11 @@ class TrainStates:
             check_base(delta, base)
         hyper = {name: jnp.asarray(values) for name, values in (hyper or {}).items()}
         for name, values in {"keys": keys, **hyper}.items():
-            found = len(values) if isinstance(values, Sequence) or np.ndim(values) else "no vector of"
-            if found != len(deltas):
-                raise ValueError(f"TrainStates: {len(deltas)} deltas and {found} {name}; one for each.")
+            count = len(values) if isinstance(values, Sequence) or np.ndim(values) else "no vector of"
+            if count != len(deltas):
+                raise ValueError(f"TrainStates: {len(deltas)} deltas and {count} {name}; one for each.")
+        for key in keys:
+            checks.key("TrainStates.create(base, deltas, tx, keys)", key)
         delta = stack(deltas, base=base)
         present = {path: jnp.array([path in mine for mine in deltas]) for path in delta}
         present = {path: has for path, has in present.items() if not has.all()}
@@ -117,6 +121,9 @@ class TrainStates:
     def replace(self, **changes: Any) -> "TrainStates":
         """The states with some fields replaced, as :meth:`TrainState.replace`."""
         return replace_fields(self, changes)
+
+    def __repr__(self) -> str:
+        return fields_with_shapes(self)
 
 
 def train_many(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax.adapters.protocol import Adapter, is_adapter
-from lora_jax.leaves import is_array
+from lora_jax.leaves import is_array, short
 from lora_jax.optim.extra import check_transform, update_with
 
 Delta = dict[str, Adapter]
@@ -46,6 +46,9 @@ def partition(delta: Delta) -> tuple[Delta, Delta]:
       `(train, frozen)`: two trees like `delta`, each with None in place of the other's leaves. Gradients
       and optimizer state see `train` only.
 
+    Raises:
+      TypeError: The tree has leaves, and no adapter is in it: it is the base, say.
+
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
       >>> delta = lora.init(jax.random.key(0), {"w": jnp.ones((4, 4))}, {"w": lora.LoRA(2, axes=("in", "out"))})
@@ -53,6 +56,12 @@ def partition(delta: Delta) -> tuple[Delta, Delta]:
       >>> len(jax.tree.leaves(train)), len(jax.tree.leaves(frozen))
       (2, 2)
     """
+    leaves = jax.tree.leaves(delta, is_leaf=is_adapter)
+    if leaves and not any(map(is_adapter, leaves)):
+        raise TypeError(
+            f"partition(delta): the tree holds no adapter, only leaves such as {short(leaves[0])}; give the "
+            "delta of lora_jax.init, not the base."
+        )
     mask = trainable_mask(delta)
     train = jax.tree.map(lambda trains, leaf: leaf if trains else None, mask, delta)
     frozen = jax.tree.map(lambda trains, leaf: None if trains else leaf, mask, delta)
