@@ -337,7 +337,8 @@ def test_swapping_compiles_nothing_again():
         for slot, delta in enumerate(deltas):
             stacked = lora.swap(stacked, slot, delta)
         chex.assert_trees_all_close(compiled(BASE, stacked, ids, X), each(fn, deltas, ids), rtol=1e-5, atol=1e-5)
-    assert len(traces) == 1 and compiled._cache_size() == 1
+    # One program, or none: JAX drops the oldest when all functions of a process together have too many.
+    assert len(traces) == 1 and compiled._cache_size() <= 1
 
 
 @pytest.mark.parametrize("name", MEMBERS)

@@ -315,7 +315,8 @@ def test_35_adapters_of_other_ranks_and_alphas_swap_without_a_retrace():
     other = made(5, {KERNELS: lora.LoRA(1, alpha=7, axes=IO)})
     for delta in (ONE, {path: node.padded(2) for path, node in other.items()}):
         close(run(BASE, delta, IDS), plain(merge(BASE, delta), IDS))
-    assert len(traces) == 1 and run._cache_size() == 1
+    # One program, or none: JAX drops the oldest when all functions of a process together have too many.
+    assert len(traces) == 1 and run._cache_size() <= 1
 
 
 def test_36_the_first_pattern_wins():

@@ -148,7 +148,8 @@ def check_jit(case):
     adapted(case.base, case.delta, *case.args)
     compiled = jax.jit(lambda delta, args: adapted(case.base, delta, *args))
     close(case, jnp.stack([compiled(delta, case.args) for delta in (case.delta, case.other)]), merged_outputs)
-    assert len(traces) == 1 and compiled._cache_size() == 1
+    # One program, or none: JAX drops the oldest when all functions of a process together have too many.
+    assert len(traces) == 1 and compiled._cache_size() <= 1
     equal(compiled(case.fresh, case.args), jax.jit(lambda args: case.fn(case.plain, *args))(case.args), exactly=False)
     arrays, rest = eqx.partition(case.base, eqx.is_array)
     jaxpr = jax.make_jaxpr(lambda arrays, delta, args: adapted(eqx.combine(arrays, rest), delta, *args))(
