@@ -61,6 +61,8 @@ def _beside(path: str, node: Adapter, start: Adapter) -> Adapter:
             f"{path!r}: the adapter and its start differ: {node.kind} for shape {node.shape()} with roles {node.axes} "
             f"and {start.kind} for {start.shape()} with {start.axes}."
         )
+    if start.bias is not None:
+        raise ValueError(f"{path!r}: the start has a bias, which none from lora_jax.prepare has.")
     if not (jnp.any(start.a) and jnp.any(start.b)):
         return node
     axis = node.axes.count(BATCH) + (len(node.blocks) > 1)

@@ -109,8 +109,6 @@ class AdaLoRA(LoRA):
 
     def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, SingularTriplets]:  # pyrefly: ignore
         weight, pair = super()._make(key, weight, axes, moves)
-        fields = {
-            field.name: getattr(pair, field.name) for field in dataclasses.fields(pair) if field.name != "fingerprint"
-        }
+        fields = {field.name: getattr(pair, field.name) for field in dataclasses.fields(pair) if not field.kw_only}
         lead = pair.a.shape[: pair.a.ndim - pair.axes.count(IN)]
         return weight, SingularTriplets(**fields, values=jnp.zeros(lead, self.dtype))

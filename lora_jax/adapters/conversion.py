@@ -59,6 +59,11 @@ def as_low_rank(node: Adapter) -> LowRank:
     )
 
 
+def without_bias(node: Adapter) -> Adapter:
+    """What an adapter does to its weight alone: a LoRA without the bias that it adds to outputs."""
+    return dataclasses.replace(node, bias=None) if isinstance(node, LowRank) else node
+
+
 def _form(node: Adapter) -> Factored | None:
     """The factored form of the term that an adapter adds to its weight, whatever the weight's values."""
     if not node.additive:

@@ -45,6 +45,9 @@ class WeightDecomposed(LowRank):
         form = super().factored(weight)
         return decomposed(form, weight, self.axes, self.magnitude, self.norm_over, self.norm_gradient)
 
+    def contradiction(self) -> str | None:
+        return None if self.bias is None else "a DoRA has no bias: it is of LoRA and LoRA-FA."
+
     def neutral(self, weight: jax.Array | None) -> Self:
         low = LowRank(**{field.name: getattr(self, field.name) for field in dataclasses.fields(LowRank)}).neutral(None)
         magnitude = magnitude_of(self.kind, low, needed(weight, self.kind), self.norm_over)

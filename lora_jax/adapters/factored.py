@@ -1,15 +1,15 @@
 """Labelled tensors: the factored form of an adapted weight, and its contraction without merging.
 
-An adapted weight is `gains ⊙ (W + factors[0] · factors[1] · …)`. Every axis of every factor carries a
-label. Labels that name an axis of W tie the factor to it, the others (the rank) are bonds that are
-summed. Slicing, transposing, reshaping or scanning over W then only renames or cuts labels, and a
-contraction with an input is a chain of small products that starts from the input.
+An adapted weight is `gains ⊙ (W + factors[0] · factors[1] · …)`. An offset, if there is one, is added to the product of
+an input with the sum. Every axis of every factor carries a label. Labels that name an axis of W tie the factor to it,
+the others (the rank) are bonds that are summed. Slicing, transposing, reshaping or scanning over W then only renames or
+cuts labels, and a contraction with an input is a chain of small products that starts from the input.
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +54,8 @@ class Factored:
         rule; a fused axis has several (`("block", "1")`).
       factors: Their product over the labels that no axis has is added to the weight. May be empty.
       gains: Multiply the sum; each factor's labels are all labels of axes.
+      offset: Added to each product of an input with the sum, before the gains that multiply outputs; its labels are
+        those of the axes that the product does not sum over. Only beside factors. A weight with one cannot be merged.
       dropout: Rate of the dropout on the input of the product with `factors`, a scalar; None for none.
     """
 
@@ -61,10 +63,16 @@ class Factored:
     factors: tuple[Factor, ...] = ()
     gains: tuple[Factor, ...] = ()
     dropout: jax.Array | None = None
+    offset: Factor | None = None
+
+    def __post_init__(self):
+        if self.offset is not None and not self.factors:
+            raise ValueError("An offset is added beside factors; this form has none.")
 
     def dims(self, shape: Sequence[int]) -> Dims:
         """The labels of each axis of a weight of this shape, with their sizes."""
-        known = {label: size for f in (*self.factors, *self.gains) for label, size in f.sizes.items()}
+        arrays = (*self.factors, *self.gains, *(() if self.offset is None else (self.offset,)))
+        known = {label: size for f in arrays for label, size in f.sizes.items()}
         dims = []
         for labels, size in zip(self.labels, shape):
             unknown = [label for label in labels if label not in known]
@@ -252,11 +260,25 @@ def times(array: jax.Array, gain: Factor, labels: Sequence[tuple[Label, int]]) -
     Multiplying costs nothing beside the product that made the array; in bfloat16 the gain's gradient, a sum over
     all tokens, would lose several of its eight bits.
     """
+    return _elementwise(jnp.multiply, array, gain, labels)
+
+
+def plus(array: jax.Array, offset: Factor, labels: Sequence[tuple[Label, int]]) -> jax.Array:
+    """An array whose axes are `labels`, grouped in any way, plus an offset: in at least float32, as :func:`times`."""
+    return _elementwise(jnp.add, array, offset, labels)
+
+
+def _elementwise(
+    operation: Callable[[jax.Array, jax.Array], jax.Array],
+    array: jax.Array,
+    factor: Factor,
+    labels: Sequence[tuple[Label, int]],
+) -> jax.Array:
     wide = compute_dtype(array.dtype)
     whole_axes = len(labels) == array.ndim
     sharding = explicit_sharding(array)
-    factor = placed(spread(gain, labels, wide, sharding if whole_axes else None), sharding, array.shape)
-    return (array.astype(wide) * factor).astype(array.dtype)
+    other = placed(spread(factor, labels, wide, sharding if whole_axes else None), sharding, array.shape)
+    return operation(array.astype(wide), other).astype(array.dtype)
 
 
 def spread(

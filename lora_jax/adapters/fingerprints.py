@@ -8,7 +8,6 @@ survives what is done to all leaves of a delta alike: stacks, averages, scaling 
 in another way (`jax.tree.map(lambda leaf: leaf + 1, delta)`), nothing is checked.
 """
 
-import dataclasses
 import functools
 import math
 import warnings
@@ -130,20 +129,6 @@ def needs_moved_base(node: Adapter) -> bool:
     """Whether an adapter needs a base that :func:`lora_jax.prepare` changed, as far as its values tell."""
     needs = getattr(node, "fingerprint", None)
     return needs is not None and (not _is_concrete(needs) or bool((np.asarray(needs)[..., 0] > 0).any()))
-
-
-def with_room(node: Adapter, like: Adapter) -> Adapter:
-    """The adapter with a fingerprint that asks for nothing, where it has none and another adapter has one."""
-    if getattr(like, "fingerprint", None) is None or getattr(node, "fingerprint", 0) is not None:
-        return node
-    return dataclasses.replace(node, fingerprint=jnp.zeros(len(UNIT) + 2 * SIZE, jnp.float32))  # pyrefly: ignore
-
-
-def without_room(stacked: Adapter, like: Adapter) -> Adapter:
-    """A stack without the fingerprints that :func:`with_room` made, for a member that had none."""
-    if getattr(stacked, "fingerprint", None) is None or getattr(like, "fingerprint", 0) is not None:
-        return stacked
-    return dataclasses.replace(stacked, fingerprint=None)  # pyrefly: ignore
 
 
 class _ByIdentity:

@@ -38,7 +38,7 @@ BLOCK, RANK = "block", "rank"
 
 @adapter("LoRA")
 class LowRank(Adapter):
-    """ΔW[in, out] = scale · Σᵣ a[r, in] · b[r, out].
+    """ΔW[in, out] = scale · Σᵣ a[r, in] · b[r, out], and scale · bias[out] added to the outputs where there is a bias.
 
     Attributes:
       a: `[*batch, (blocks,) rank, *in]`.
@@ -50,6 +50,8 @@ class LowRank(Adapter):
         `b` hold the adapted ones only.
       fingerprint: Of the weight, where `prepare` moved a part of it into the factors; see
         :mod:`lora_jax.adapters.fingerprints`.
+      bias: `[*batch, (blocks,) *out]`; of the second product, as PEFT's `lora_bias` has it, on a layer that has no bias
+        of its own; None for none. An adapter with one is not merged.
     """
 
     a: jax.Array = trained("batch block rank in")
@@ -59,6 +61,7 @@ class LowRank(Adapter):
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
     blocks: tuple[bool, ...] = static()
     fingerprint: jax.Array | None = frozen("sketch", default=None, kw_only=True)
+    bias: jax.Array | None = trained("batch block out", vector=True, default=None, kw_only=True)
 
     additive = True
 
@@ -76,8 +79,8 @@ class LowRank(Adapter):
 
     def neutral(self, weight: jax.Array | None) -> Self:
         del weight
-        a, b, fingerprint = jax.tree.map(jnp.zeros_like, (self.a, self.b, self.fingerprint))
-        return dataclasses.replace(self, a=a, b=b, fingerprint=fingerprint)
+        a, b, fingerprint, bias = jax.tree.map(jnp.zeros_like, (self.a, self.b, self.fingerprint, self.bias))
+        return dataclasses.replace(self, a=a, b=b, fingerprint=fingerprint, bias=bias)
 
     def shape(self) -> tuple[int, ...]:
         lead, skip = self.axes.count(BATCH), self._rank_axis + 1
@@ -86,7 +89,17 @@ class LowRank(Adapter):
 
     def factored(self, weight: jax.Array) -> Factored:
         del weight
-        return self.with_diagonal(self.scale)
+        form = self.with_diagonal(self.scale)
+        return form if self.bias is None else dataclasses.replace(form, offset=self._offset(self.bias))
+
+    def _offset(self, bias: jax.Array) -> Factor:
+        """The scaled bias, with the labels of the batch and out axes."""
+        batch, out = (roles.labels(self.axes, role) for role in (BATCH, OUT))
+        dtype = compute_dtype(bias.dtype)
+        scaled = bias.astype(dtype) * self.scale.astype(dtype).reshape(
+            self.scale.shape + (1,) * (bias.ndim - self.scale.ndim)
+        )
+        return Factor(self._spread_blocks(scaled), (*batch, *((BLOCK,) if len(self.blocks) > 1 else ()), *out))
 
     def with_diagonal(self, diagonal: jax.Array) -> Factored:
         """The factored form of Σᵣ a[r] · diagonal[r] · b[r].

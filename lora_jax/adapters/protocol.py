@@ -18,11 +18,17 @@ ROLES = (BATCH, IN, OUT, LOOKUP)
 WEIGHT, SCALAR, SPLIT = "weight", "scalar", "split-"
 """Other words of layouts: see :func:`trained`."""
 
+NO_BIAS = (
+    "the adapter adds a bias to the outputs, which no merged weight holds. Use the adapter unmerged, or load it on a "
+    "base whose layer has a bias (of zeros): lora_jax.peft.load then adds the adapter's bias to that one."
+)
+"""Why an adapter with an offset is not merged, and what to do."""
+
 KINDS: dict[str, type["Adapter"]] = {}
 """Adapter classes by the name that checkpoints give them."""
 
 
-def trained(layout: str = "", *, vector: bool = False) -> Any:
+def trained(layout: str = "", *, vector: bool = False, **options: Any) -> Any:
     """Declares a field of an adapter whose inexact leaves are trained.
 
     Args:
@@ -32,8 +38,10 @@ def trained(layout: str = "", *, vector: bool = False) -> Any:
         made from it, and arrays that contradict it are refused. Empty says nothing.
       vector: Whether it holds a number for each output, input or rank, as a bias does, instead of a factor.
         Optimizers treat the two differently (:func:`lora_jax.optim.decay_mask`).
+      **options: Of `dataclasses.field`. A field with `default=None, kw_only=True` may be absent, from checkpoints too.
     """
-    return dataclasses.field(metadata={"trained": True, "vector": vector, "layout": layout, "leading": False})
+    metadata = {"trained": True, "vector": vector, "layout": layout, "leading": False}
+    return dataclasses.field(metadata=metadata, **options)
 
 
 def frozen(layout: str = "", *, leading: bool = False, **options: Any) -> Any:
@@ -42,7 +50,7 @@ def frozen(layout: str = "", *, leading: bool = False, **options: Any) -> Any:
     Args:
       layout: As for :func:`trained`.
       leading: Whether the array may have only the first of these axes.
-      **options: Of `dataclasses.field`. A field with `default=None, kw_only=True` may be absent, from checkpoints too.
+      **options: As for :func:`trained`.
     """
     return dataclasses.field(metadata={"trained": False, "layout": layout, "leading": leading}, **options)
 
@@ -94,10 +102,16 @@ class Adapter:
         return None
 
     def merge(self, weight: jax.Array) -> jax.Array:
-        """The adapted weight: computed in at least float32, then cast to the dtype of `weight`."""
+        """The adapted weight: computed in at least float32, then cast to the dtype of `weight`.
+
+        Raises:
+          ValueError: The adapter adds an offset to the outputs, which no weight holds.
+        """
         form = self.factored(weight)
         if form is None:
             raise TypeError(f"{type(self).__name__} has neither a factored form nor its own merge().")
+        if form.offset is not None:
+            raise ValueError(NO_BIAS)
         return dense(weight, form.dims(weight.shape), form.factors, form.gains)
 
     @property

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.adapters.conversion import without_bias
 from lora_jax.analysis.decomposition import Axes, Delta, matrices_of, ratio, reading_of, weights_of, wide
 
 
@@ -50,7 +51,8 @@ def drift(delta: Delta, base: Any, *, axes: Axes | None = None) -> dict[str, Dri
     weights, found = weights_of(delta, base), {}
     for path, node in delta.items():
         reading = reading_of(path, node, axes)
-        before, after = matrices_of(weights[path], *reading), matrices_of(node.merge(wide(weights[path])), *reading)
+        merged = without_bias(node).merge(wide(weights[path]))
+        before, after = (matrices_of(weight, *reading) for weight in (weights[path], merged))
         norms = [np.linalg.norm(matrix, axis=-2) for matrix in (before, after)]
         cosine = ratio(np.sum(before * after, axis=-2), norms[0] * norms[1], 1.0)
         found[path] = Drift(

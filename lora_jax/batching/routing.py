@@ -174,11 +174,11 @@ class Chosen(Adapter):
         def arrays(node: Adapter):
             form = node.factored(weight)
             if form is None:
-                return (), (), None
+                return (), (), None, None
             forms.append(form)
-            return form.factors, form.gains, form.dropout
+            return form.factors, form.gains, form.dropout, form.offset
 
-        factors, gains, dropout = jax.vmap(arrays)(self.stacked)
+        factors, gains, dropout, offset = jax.vmap(arrays)(self.stacked)
         if not forms:
             return None
         if self.grouped:
@@ -193,6 +193,7 @@ class Chosen(Adapter):
             factors=tuple(factors),
             gains=tuple(self._picked(gain, 1) for gain in gains),
             dropout=None if dropout is None else self._part(dropout, 0),
+            offset=None if offset is None else self._picked(offset, 0),
         )
 
     def _picked(self, factor: Factor, fill: float) -> Factor:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from lora_jax import checks, paths
 from lora_jax.adapters.consistency import check_adapters
-from lora_jax.adapters.fingerprints import with_room, without_room
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.leaves import canonical
 
@@ -60,7 +59,7 @@ def stack(
     for delta in deltas:
         check_adapters(delta)
         for path, node in delta.items():
-            found[path] = with_room(found.get(path, node), node)
+            found[path] = _with_room(found.get(path, node), node)
     if not found:
         raise ValueError("stack: no delta adapts anything; a stack of nothing has no members.")
     weights = _weights(base)
@@ -136,7 +135,7 @@ def unstack(stacked: Delta, deltas: Sequence[Delta]) -> list[dict[str, Adapter]]
         like = deltas[member][path]
         if path not in stacked:
             raise ValueError(f"unstack: the stack lacks {path!r}; {paths.nearest(path, list(stacked))}.")
-        whole = without_room(stacked[path], like)
+        whole = _without_room(stacked[path], like)
         _check_alike(path, like, whole)
 
         def cut(leaves, leaf):
@@ -175,7 +174,7 @@ def _padded(path: str, node: Adapter, rank: int) -> Adapter:
 
 def _fitted(path: str, node: Adapter, like: Adapter, rank: int) -> Adapter:
     """The adapter with the shapes of another one; raises where they do not stack."""
-    node = with_room(node, like)
+    node = _with_room(node, like)
     _check_alike(path, node, like)
     node = _padded(path, node, rank)
     for one, other in zip(jax.tree.leaves(node), jax.tree.leaves(like)):
@@ -187,6 +186,26 @@ def _fitted(path: str, node: Adapter, like: Adapter, rank: int) -> Adapter:
     return node
 
 
+def _with_room(node: Adapter, like: Adapter) -> Adapter:
+    """The adapter with zeros, which change nothing, for the optional leaves that it lacks and another one has."""
+    lacking = [name for name in _optional(like) if getattr(node, name, 0) is None]
+    leaves = {name: getattr(like, name) for name in lacking}
+    zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+    return dataclasses.replace(node, **zeros)  # pyrefly: ignore[bad-specialization]
+
+
+def _without_room(stacked: Adapter, like: Adapter) -> Adapter:
+    """A stack without the optional leaves that a member lacks."""
+    lacking = [name for name in _optional(stacked) if getattr(like, name, 0) is None]
+    return dataclasses.replace(stacked, **dict.fromkeys(lacking))  # pyrefly: ignore[bad-specialization]
+
+
+def _optional(node: Adapter) -> list[str]:
+    """The leaves that an adapter has and another one of its kind may lack."""
+    fields = dataclasses.fields(node)  # pyrefly: ignore[bad-argument-type]
+    return [f.name for f in fields if f.kw_only and getattr(node, f.name) is not None]
+
+
 def _check_alike(path: str, node: Adapter, like: Adapter) -> None:
     if type(node) is not type(like):
         raise ValueError(f"{path!r}: {node.kind} and {like.kind} adapters do not stack.")
@@ -195,6 +214,11 @@ def _check_alike(path: str, node: Adapter, like: Adapter) -> None:
             f"{path!r}: the adapter needs the base that lora_jax.prepare returned with it, and those of the stack do "
             "not. Stack such adapters from the start, or lora_jax.to_plain_lora(delta, start), which needs no other "
             "base than they."
+        )
+    if getattr(like, "bias", None) is None and getattr(node, "bias", None) is not None:
+        raise ValueError(
+            f"{path!r}: the adapter adds a bias to the outputs, and the stack has no room for one: stack it from the "
+            "start."
         )
     if jax.tree.structure(node) != jax.tree.structure(like):
         raise ValueError(f"{path!r}: unlike adapters do not stack: {_static(node)} and {_static(like)}.")

@@ -247,7 +247,17 @@ def _combined(nodes: list[tuple[LowRank, float]], method: str, rank: int | None,
             # Blocks of one kernel are pruned together: they are one module.
             parts.append(merge(jnp.stack(arrays), jnp.stack(roots), first.axes.count(BATCH), part))
         whole = dataclasses.replace(first, a=parts[0], b=parts[1], scale=jnp.ones((), jnp.float32))
-    return dataclasses.replace(whole, a=whole.a.astype(dtype), b=whole.b.astype(dtype))
+    bias = _sum_of_biases(nodes, method)
+    return dataclasses.replace(whole, a=whole.a.astype(dtype), b=whole.b.astype(dtype), bias=bias)
+
+
+def _sum_of_biases(nodes: list[tuple[LowRank, float]], method: str) -> jax.Array | None:
+    biases = [(node.bias, node.scale, weight) for node, weight in nodes if node.bias is not None]
+    if not biases:
+        return None
+    if method not in ("cat", "svd"):
+        raise ValueError(f"combine(method={method!r}) takes no adapter with a bias; 'cat' and 'svd' add biases up.")
+    return jnp.asarray(sum(_by_scale(*term) for term in biases), _common([bias.dtype for bias, *_ in biases]))
 
 
 def _check_same_base(path: str, nodes: Sequence[LowRank]) -> None:

@@ -9,7 +9,7 @@ from lora_jax import paths
 from lora_jax.adapters.consistency import check_adapters
 from lora_jax.adapters.factored import compute_dtype
 from lora_jax.adapters.fingerprints import check_base
-from lora_jax.adapters.protocol import Adapter, with_frozen_stopped
+from lora_jax.adapters.protocol import NO_BIAS, Adapter, with_frozen_stopped
 from lora_jax.leaves import canonical, dequantized, is_quantized
 from lora_jax.transform.call import Arguments, check_delta
 
@@ -38,7 +38,8 @@ def merge(base: Any, delta: Delta) -> Any:
     Raises:
       ValueError: A delta names a path that `base` lacks (the message names the nearest ones) or fits
         another shape; a merged weight is not finite where the base's is; the delta is from :func:`lora_jax.prepare`,
-        and the base is not the one that it returned.
+        and the base is not the one that it returned; an adapter has a bias on B (PEFT's `lora_bias`) of a layer that
+        has none, so that no weight holds it.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -130,9 +131,18 @@ def _added(weight: jax.Array, node: Adapter, sign: float) -> jax.Array:
     return (weight.astype(dtype) + sign * term).astype(weight.dtype)
 
 
+def _check_no_bias(delta: Delta) -> None:
+    """Raises where an adapter adds a bias to outputs, for which the base has no leaf."""
+    for path, node in delta.items():
+        if getattr(node, "bias", None) is not None:
+            raise ValueError(f"{path!r}: {NO_BIAS}")
+
+
 def _changed(params: Any, delta: Delta, change, also: Delta | None = None, *, merges: bool = False) -> Any:
     """The parameters with `change(path, weight)` of what the delta names; `merges` if they are its base."""
     check_delta(delta, Arguments.of(params, (), {}), enlarged=merges)
+    _check_no_bias(delta)
+    _check_no_bias(also or {})
     if merges:
         check_base(delta, params)
     named = {*delta, *(also or {})}
@@ -169,6 +179,7 @@ def _is_finite(array: Any) -> bool:
 def _restored(params: Any, delta: Delta, base: Any) -> Any:
     arguments = Arguments.of(base, (), {})
     check_delta(delta, arguments)
+    _check_no_bias(delta)
     check_base(delta, base)
     before, leaves = dict(zip(arguments.paths, arguments.arrays)), paths.flatten(params).as_dict()
 

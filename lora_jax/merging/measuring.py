@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.conversion import as_low_rank
+from lora_jax.adapters.conversion import as_low_rank, without_bias
 from lora_jax.adapters.factored import Factored
 from lora_jax.adapters.lowrank import LowRank
 from lora_jax.adapters.protocol import Adapter
@@ -66,7 +66,7 @@ def _form(node: Adapter) -> Factored | None:
 
 def _dense(node: Adapter) -> np.ndarray:
     term = as_low_rank(node) if isinstance(node, LowRank) else node
-    return np.asarray(term.merge(jnp.zeros(node.shape(), jnp.float32))).astype(np.float64)
+    return np.asarray(without_bias(term).merge(jnp.zeros(node.shape(), jnp.float32))).astype(np.float64)
 
 
 def _inner(one: Factored, other: Factored) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_jax.adapters.protocol import NO_BIAS
 from lora_jax.transform import jaxprs
 from lora_jax.transform.deferred import recomputed
 from lora_jax.transform.draws import Draws, Numbers
@@ -143,8 +144,11 @@ class Interpreter:
     def _note(self, weight: Weight, equation: jaxprs.Equation | None, reason: str) -> None:
         """Records that a weight becomes an array; raises where its inputs are wanted."""
         if weight.taps:
-            where = "" if equation is None else f" ({equation.primitive.name} at {jaxprs.source(equation)})"
+            where = "" if equation is None else f" ({jaxprs.described(equation)})"
             raise ValueError(f"{weight.path!r}: its inputs cannot be read here: {reason}{where}.")
+        if weight.offset is not None:
+            where = "" if equation is None else f" ({jaxprs.described(equation)})"
+            raise ValueError(f"{weight.path!r}: the weight would be merged here: {reason}{where}; {NO_BIAS}")
         present = {label for label, _ in weight.labels} - weight.cut
         roles = dict.fromkeys(present, "out") | dict.fromkeys(weight.cut, "indexed")
         if _is_lookup(weight):

@@ -169,6 +169,11 @@ def source(equation: Equation) -> str:
     return f"{os.path.basename(file)}:{line}" + (f" ({name})" if name else "")
 
 
+def described(equation: Equation) -> str:
+    """The operation of an equation and where it comes from: `dot_general at model.py:12 (fn)`."""
+    return f"{equation.primitive.name} at {source(equation)}"
+
+
 def scan_counts(equation: Equation) -> tuple[int, int]:
     """The numbers of constants and carries of a scan."""
     params = equation.params

@@ -45,6 +45,8 @@ class Weight:
       looked_up: Whether rows were taken by an array of indices.
       scanned: Labels that a scan runs over.
       impl: The PRNG implementation of `key`.
+      offset: What a product with the whole weight adds to its result, or None; labels tie it to the axes of `value`.
+      inputs: How many elements of the weight such a product sums over for each output.
       taps: Zeros whose gradients are moments of the weight's input (:mod:`lora_jax.transform.taps`); labels tie
         them to the axes of `value`, in axes also by their :func:`twin`.
     """
@@ -61,6 +63,8 @@ class Weight:
     scanned: frozenset[Label] = dataclasses.field(default=frozenset(), metadata={"static": True})
     impl: str | None = dataclasses.field(default=None, metadata={"static": True})
     taps: tuple[Factor, ...] = ()
+    offset: Factor | None = None
+    inputs: int = dataclasses.field(default=1, metadata={"static": True})
 
     @property
     def labels(self) -> tuple[tuple[Label, int], ...]:
@@ -91,6 +95,7 @@ class Weight:
         return self.replace(
             factors=tuple(map(function, self.factors)),
             gains=tuple(map(function, self.gains)),
+            offset=self.offset if self.offset is None else function(self.offset),
             key=function(self.key) if key and self.key is not None else self.key,
             taps=tuple(map(function, self.taps)),
         )
@@ -98,7 +103,8 @@ class Weight:
     @property
     def labelled(self) -> tuple[Factor, ...]:
         """Every labelled array but the base weight itself, in the order of :meth:`map_factors`."""
-        return (*self.factors, *self.gains, *(() if self.key is None else (self.key,)), *self.taps)
+        optional = [factor for factor in (self.offset, self.key) if factor is not None]
+        return (*self.factors, *self.gains, *optional, *self.taps)
 
     def along(self, label: Label, function: Callable[[jax.Array, int], jax.Array]) -> "Weight":
         """Applies `function(array, axis)` to the labelled arrays that have the label."""
@@ -125,7 +131,8 @@ class Weight:
         if not self.factors:
             return self.replace(value=value)
         first, *rest = self.factors
-        return self.replace(value=value, factors=(Factor(factor(first.array), first.labels), *rest))
+        offset = None if self.offset is None else Factor(factor(self.offset.array), self.offset.labels)
+        return self.replace(value=value, factors=(Factor(factor(first.array), first.labels), *rest), offset=offset)
 
     def fold_in(self, number: Any) -> "Weight":
         """The weight with other dropout keys, one for each number."""
@@ -174,10 +181,13 @@ def carried(path: str, leaf: Any, form: Factored, dropout_key: jax.Array | None)
             Factor(keys, (*(label for label, _ in batch), KEY_DATA)),
             str(jax.random.key_impl(dropout_key)),
         )
+    kept = () if form.offset is None else form.offset.labels
     return Weight(
         value=Deferred.of(leaf) if is_quantized(leaf) else leaf,
         factors=form.factors,
         gains=form.gains,
+        offset=form.offset,
+        inputs=value_size([pair for axis in dims for pair in axis if pair[0] not in kept]),
         rate=form.dropout if key is not None else None,
         key=key,
         path=path,
@@ -204,6 +214,30 @@ def fresh(weight: Weight, count: int) -> list[Label]:
     used = {label for label, _ in weight.labels}
     names = (f"+{number}" for number in range(len(used) + count))
     return [name for name in names if name not in used][:count]
+
+
+def offset_of(weight: Weight, summed: Sequence[tuple[Label, int]], where: str) -> Factor | None:
+    """What a product adds to its result: the weight's offset, if the product sums over all inputs of the weight.
+
+    Args:
+      weight: The weight.
+      summed: The labels of the axes that are summed, with sizes.
+      where: The operation and its source line, for messages.
+
+    Raises:
+      ValueError: The product is over a part of the inputs: several of these would add the offset several times.
+    """
+    if weight.offset is None:
+        return None
+    others = [label for label, size in summed if size > 1 and (root(label) is None or label in weight.offset.labels)]
+    if others or value_size(summed) != weight.inputs:
+        raise ValueError(
+            f"{weight.path!r}: the adapter adds a bias to the outputs, so its weight takes a product over all of its "
+            f"{weight.inputs} inputs and nothing else; {where} sums over {value_size(summed)} elements"
+            f"{', of other axes too' if others else ''}. Multiply the whole weight with its input, or load the adapter "
+            "on a base whose layer has a bias (of zeros): lora_jax.peft.load then adds the adapter's bias to that one."
+        )
+    return weight.offset
 
 
 def permuted(weight: Weight, value: Value, order: Sequence[int]) -> Weight:

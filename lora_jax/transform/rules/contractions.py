@@ -7,14 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax.adapters.factored import Factor, Label, explicit_sharding, narrowed, placed, times
+from lora_jax.adapters.factored import Factor, Label, explicit_sharding, narrowed, placed, plus, times
 from lora_jax.transform import jaxprs
 from lora_jax.transform.deferred import product
 from lora_jax.transform.members import chain, picked
 from lora_jax.transform.product import Product
 from lora_jax.transform.ragged import ragged_product
 from lora_jax.transform.taps import check_whole, moments, ragged_moments, tapped
-from lora_jax.transform.weight import CannotFactor, Weight
+from lora_jax.transform.weight import CannotFactor, Weight, offset_of
 
 TOKENS = "tokens"
 """Label of the axes of an input that the product leaves alone."""
@@ -56,7 +56,9 @@ def _dot_general(interpreter, equation, values):
     if weight.is_adapted and not jnp.issubdtype(x.dtype, jnp.inexact):
         raise CannotFactor(f"the input has dtype {x.dtype}")
     before, after = split_gains(weight, {x for x, _ in (*summed, *shared)}, {x for x, _ in (*shared, *free)})
-    interpreter.record(weight, equation, dict.fromkeys((x for x, _ in free), "out") | roles, "x·W + (x·a)·b")
+    offset = offset_of(weight, summed, jaxprs.described(equation))
+    reason = "x·W + (x·a)·b" if offset is None else "x·W + (x·a)·b + bias"
+    interpreter.record(weight, equation, dict.fromkeys((x for x, _ in free), "out") | roles, reason)
     x_dims: list[list[tuple[Label, int]]] = [[] for _ in range(x.ndim)]
     for w_axis, x_axis in zip((*w_sum, *w_batch), (*x_sum, *x_batch)):
         x_dims[x_axis] = list(weight.dims[w_axis])
@@ -90,6 +92,8 @@ def _dot_general(interpreter, equation, values):
         out = [*shared, *token_pairs, *free] if place == 1 else [*shared, *free, *token_pairs]
         options = {"precision": params["precision"], "dtype": base.dtype, "reverse": place == 0, "places": places}
         delta = chain(start, weight.factors, out, **options)
+        if offset is not None:
+            delta = plus(delta, offset, out)
         pending = Product(base, placed(delta, explicit_sharding(base), base.shape), equation)
         if not after:
             return [pending]
@@ -143,11 +147,13 @@ def _ragged_dot(interpreter, equation, values):
     group, into, out = (weight.single(axis) for axis in range(3))
     if isinstance(x, Weight):
         x = interpreter.materialise(x, equation, "both operands are adapted weights")
+    offset = offset_of(weight, weight.dims[1], jaxprs.described(equation))
     interpreter.record(
         weight,
         equation,
         {group: "batch", into: "in", out: "out"},
-        "each group of x: x·W + (x·a)·b; under vmap over adapters one adapter at a time",
+        f"each group of x: x·W + (x·a)·b{'' if offset is None else ' + bias'}; under vmap over adapters one adapter at "
+        "a time",
     )
 
     def grouped(left, right, dtype):
@@ -197,6 +203,9 @@ def _ragged_dot(interpreter, equation, values):
                     chain(result, [matrix], target, precision=params["precision"]), (TOKENS, *own[id(factor)])
                 )
         total = total + result.array.astype(total.dtype)
+    if offset is not None:
+        rows = of_rows(offset, [out] if out in offset.labels else [])
+        total = (total.astype(rows.dtype) + rows.reshape(-1, offset.sizes.get(out, 1))).astype(total.dtype)
     for gain in after:
         rows = of_rows(gain, [out] if out in gain.labels else []).reshape(-1, gain.sizes.get(out, 1))
         total = total * jnp.broadcast_to(rows.astype(total.dtype), total.shape)

@@ -5,12 +5,12 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.adapters.factored import Factor, chain, times
+from lora_jax.adapters.factored import Factor, chain, plus, times
 from lora_jax.transform import jaxprs
 from lora_jax.transform.deferred import product
 from lora_jax.transform.product import Product
 from lora_jax.transform.taps import check_whole, moments, tapped
-from lora_jax.transform.weight import CannotFactor, Weight, split_label
+from lora_jax.transform.weight import CannotFactor, Weight, offset_of, split_label
 
 TOKENS = "tokens"
 
@@ -28,7 +28,8 @@ def _conv(interpreter, equation, values):
     roles = dict.fromkeys((x for x, _ in summed), "in") | dict.fromkeys((x for x, _ in weight.dims[out_axis]), "out")
     if isinstance(x, Weight):
         x = interpreter.materialise(x, equation, "both operands are adapted weights")
-    interpreter.record(weight, equation, roles, "conv(x, W) + conv(x, a)·b")
+    offset = offset_of(weight, summed, jaxprs.described(equation))
+    interpreter.record(weight, equation, roles, f"conv(x, W) + conv(x, a)·b{'' if offset is None else ' + bias'}")
 
     if weight.taps:
         if groups > 1:
@@ -40,6 +41,7 @@ def _conv(interpreter, equation, values):
         return [base]
     if groups > 1 and weight.dims[out_axis][0][1] != groups:
         weight = _split_groups(weight, out_axis, groups)
+        offset = weight.offset
     out = weight.dims[out_axis]
     names = {label for label, _ in summed}
     if any(names & set(gain.labels) for gain in weight.gains):
@@ -80,13 +82,10 @@ def _conv(interpreter, equation, values):
         start = Factor(hidden.reshape([n for _, n in flat]), tuple(label for label, _ in flat))
         result = [[pair] for pair in lead]
         result[feature_axis] = list(out)
-        delta = chain(
-            start,
-            others,
-            [pair for axis in result for pair in axis],
-            precision=params["precision"],
-            dtype=base.dtype,
-        )
+        pairs_out = [pair for axis in result for pair in axis]
+        delta = chain(start, others, pairs_out, precision=params["precision"], dtype=base.dtype)
+        if offset is not None:
+            delta = plus(delta, offset, pairs_out)
         pending = Product(base, delta.reshape(base.shape), equation)
         if not weight.gains:
             return [pending]

@@ -96,6 +96,7 @@ def _gather(interpreter, equation, values):
     looked_up = weight.replace(
         factors=tuple(look_up(factor, 0) for factor in weight.factors),
         gains=tuple(look_up(gain, 1) for gain in weight.gains),
+        offset=weight.offset if weight.offset is None else look_up(weight.offset, 0),
         key=None if weight.key is None else look_up(weight.key, 0),
         taps=tuple(look_up(tap, 0) for tap in weight.taps),
     )
