@@ -105,6 +105,8 @@ def _fused(parameter: str, modules: Mapping[tuple[int, int], Module], share: Sha
     """The factors of a parameter from those of some of the matrices that it holds."""
     if any(module.magnitude is not None for module in modules.values()):
         raise ValueError(f"{parameter}: PEFT has no DoRA on experts, whose matrices transformers 5 makes one parameter")
+    if any(module.offset is not None and module.offset.any() for module in modules.values()):
+        raise ValueError(f"{parameter}: PEFT has no bias on B of experts, which transformers 5 makes one parameter")
     first = next(iter(modules.values()))
     alike = all(np.float32(module.scale) == np.float32(first.scale) for module in modules.values())
     modules = {at: module if alike else module.folded(module.scale) for at, module in modules.items()}
@@ -132,6 +134,7 @@ def _fused(parameter: str, modules: Mapping[tuple[int, int], Module], share: Sha
         rank=rank,
         scale=first.scale if alike else 1.0,
         dropout=0.0,  # PEFT has none on parameters
+        offset=None,
     )
 
 

@@ -33,7 +33,7 @@ class Module:
       scale: What the product is multiplied by.
       dropout: Its rate.
       magnitude: DoRA's, or None.
-      offset: The bias on b, or None.
+      offset: The bias on b, which the scale multiplies too; or None.
       tied: Whether it is the second use of another module's weight.
     """
 
@@ -74,8 +74,10 @@ class Module:
 
     def folded(self, factor: float) -> "Module":
         """The same change of the weight with `factor` taken out of the scale and into b."""
-        b = self.b if factor == 1.0 else multiplied(self.b, factor)
-        return dataclasses.replace(self, b=b, scale=self.scale / factor)
+        if factor == 1.0:
+            return self
+        offset = None if self.offset is None else multiplied(self.offset, factor)
+        return dataclasses.replace(self, b=multiplied(self.b, factor), offset=offset, scale=self.scale / factor)
 
 
 def multiplied(array: np.ndarray, factor: float | np.ndarray) -> np.ndarray:
@@ -177,7 +179,8 @@ def _modules(place: Place, node: LowRank) -> Iterator[Module]:
         b = low.b.at(at).ordered((*lead, RANK, *out))
         used = a.shape[len(lead)]
         if any(label in low.a.labels for label in at):
-            used = _used_rank(a, b, len(lead)) or (a.shape[len(lead)] if low.magnitude is not None else 0)
+            whole = low.magnitude is not None or (low.bias is not None and low.bias.at(at).array.any())
+            used = _used_rank(a, b, len(lead)) or (a.shape[len(lead)] if whole else 0)
             if not used:
                 continue  # a layer that has no adapter
             a, b = (x.take(range(used), axis=len(lead)) for x in (a, b))
@@ -188,6 +191,10 @@ def _modules(place: Place, node: LowRank) -> Iterator[Module]:
         magnitude = None
         if low.magnitude is not None:
             magnitude = low.magnitude.at(at).ordered(out).reshape(-1)
+        offset = None if low.bias is None else low.bias.at(at).ordered((*lead, *out)).reshape(-1)
+        if offset is not None and offset.any() and (keys.is_parameter(name) or kind == "embedding"):
+            what = "an embedding" if kind == "embedding" else "a parameter"
+            raise ValueError(f"{place.path!r}: PEFT has no bias on B of {what}, which {name} is")
         yield Module(
             name=name,
             kind=kind,
@@ -197,6 +204,7 @@ def _modules(place: Place, node: LowRank) -> Iterator[Module]:
             scale=float(scales[0]),
             dropout=float(node.dropout),
             magnitude=magnitude,
+            offset=offset,
         )
 
 
@@ -213,6 +221,7 @@ class _Labelled:
     b: Labelled
     scale: Labelled
     magnitude: Labelled | None
+    bias: Labelled | None
     blocks: tuple[bool, ...]
     groups: int
 
@@ -230,16 +239,21 @@ def _labelled(fit: Fit, node: LowRank, kind: str) -> _Labelled:
         role: [x for labels, r in zip(place.left, node.axes) if r == role for x in labels] for role in (BATCH, IN, OUT)
     }
     a, b, scale = (np.asarray(x) for x in (node.a, node.b, node.scale))
+    bias = None if node.bias is None else np.asarray(node.bias)
     batch, number = node.axes.count(BATCH), len(node.blocks)
     lead, out, groups = of_role[BATCH], of_role[OUT], 1
     if number > 1 and fit.block and sizes[fit.block] == number:
         a, b = (_with_gaps(x, node.blocks, batch) for x in (a, b))
         scale = _with_gaps(scale, node.blocks, batch) if scale.ndim > batch else scale
+        bias = None if bias is None else _with_gaps(bias, node.blocks, batch)
         lead, out = [*lead, fit.block], [x for x in out if x != fit.block]
     elif number > 1 and kind == "conv" and all(node.blocks):
         lead, groups = [*lead, GROUPS], number
         sizes |= {GROUPS: groups, out[0]: sizes[out[0]] // groups}
     elif number > 1:
+        if bias is not None:
+            scales = scale.reshape(scale.shape + (1,) * (bias.ndim - scale.ndim))
+            bias = _with_gaps(bias if scale.ndim <= batch else multiplied(bias, scales), node.blocks, batch)
         a, b, scale = _block_diagonal(a, b, scale, node.blocks, batch)
     lead_sizes = [sizes[x] for x in lead]
     magnitude = None
@@ -251,6 +265,7 @@ def _labelled(fit: Fit, node: LowRank, kind: str) -> _Labelled:
         b=Labelled(b.reshape(*lead_sizes, -1, *(sizes[x] for x in out)), (*lead, RANK, *out)),
         scale=Labelled(scale.reshape([sizes[x] for x in lead[: scale.ndim]]), tuple(lead[: scale.ndim])),
         magnitude=magnitude,
+        bias=None if bias is None else Labelled(bias.reshape([sizes[x] for x in (*lead, *out)]), (*lead, *out)),
         blocks=node.blocks,
         groups=groups,
     )
@@ -353,8 +368,10 @@ def _attach(modules: list[Module], offsets: dict[str, tuple[np.ndarray, float]])
         number = by_bias[name]
         ratio = scale / modules[number].scale
         value = value if np.isclose(ratio, 1.0, rtol=1e-6) else multiplied(value, ratio)
+        if (own := modules[number].offset) is not None:
+            value = value + own
         modules[number] = dataclasses.replace(modules[number], offset=value)
-    if offsets:  # PEFT has it in all modules or in none
+    if any(module.offset is not None for module in modules):  # PEFT has it in all modules or in none
         for number, module in enumerate(modules):
             if module.offset is None:
                 modules[number] = dataclasses.replace(module, offset=np.zeros(module.b.shape[0], module.b.dtype))

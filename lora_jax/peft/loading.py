@@ -44,9 +44,10 @@ def load(directory: str | os.PathLike, base: Any, names: Names, ignore: Sequence
         between dots begins with: `ignore=("v_head",)`.
 
     Returns:
-      `{path: adapter}`: `LoRA` and `DoRA` from factors, `Offset` from biases on B, `Full` from saved modules
-      and biases, `Rows` from trainable tokens. Layers of a stacked leaf that the adapter leaves out get
-      factors of zeros; uneven ranks are padded with zeros, which training leaves at zero.
+      `{path: adapter}`: `LoRA` and `DoRA` from factors, `Offset` from biases on B, `Full` from saved modules and
+      biases, `Rows` from trainable tokens. Of a layer without a bias the bias on B is the `bias` of its LoRA, which
+      applies unmerged only. Layers of a stacked leaf that the adapter leaves out get factors of zeros; uneven ranks
+      are padded with zeros, which training leaves at zero.
 
     Raises:
       ValueError: A file is missing or damaged, or any tensors are missing, unused or of another shape, or
@@ -171,9 +172,8 @@ class Loader:
                 by_leaf[place.path][index] = module
         for path, found in by_leaf.items():
             with self.collecting():
-                delta[path] = low_rank(
-                    self.stored, self.where[next(iter(found.values())).name][0], found, self.leaves[path]
-                )
+                place = self.where[next(iter(found.values())).name][0]
+                delta[path] = low_rank(self.stored, place, found, self.leaves[path], self.biases)
         self.add(delta, self.offsets(modules))
         self.add(delta, self.replacements([key for key in values if self.in_file(key.name) not in apart], modules))
         for key in rows:
@@ -268,8 +268,18 @@ class Loader:
                 )
         return apart
 
+    def own_bias(self, module: Module) -> str | None:
+        """The name of the layer's own bias; None where the base has none."""
+        name = keys.split_name(module.name)[0] + ".bias"
+        return name if name in self.where else None
+
+    def biases(self, module: Module) -> Key | None:
+        """The key of a module's bias on B, if it is a part of the low-rank adapter: the layer has no bias."""
+        key = module.parts.get("b_bias") if self.config.lora_bias else None
+        return key if self.own_bias(module) is None else None
+
     def offsets(self, modules: Mapping[str, Module]) -> dict[str, Adapter]:
-        """The biases on B, as offsets of the layers' own biases."""
+        """The biases on B of layers that have a bias, as offsets of it."""
         found: dict[str, dict[str, tuple[np.ndarray, float]]] = collections.defaultdict(dict)
         for module in modules.values():
             key = module.parts.get("b_bias")
@@ -277,17 +287,15 @@ class Loader:
                 if self.config.lora_bias:
                     self.problems.append("missing: " + keys.factor_keys(module.label, embedding=False)["b_bias"])
                 continue
-            name = keys.split_name(module.name)[0] + ".bias"
+            name = self.own_bias(module)
             if not self.config.lora_bias:
                 self.problems.append(f"unused: {key.key}, since {CONFIG} has lora_bias false")
-            elif name in self.where:
+            elif name is not None:
                 with self.collecting():
                     place = self.where[name][0]
                     found[place.path][name] = self.stored.read(key, place.tensor_shape), self.config.scale(module.label)
-            elif self.tensors.read(key.key).any():
-                self.problems.append(
-                    f"cannot be held: {key.key}, since the base has no {name} to add it to (a bias of zeros would do)"
-                )
+            elif module.name in self.tied and self.tensors.read(key.key).any():
+                self.problems.append(f"cannot be held: {key.key}, since {module.name} is the embedding's weight (tied)")
         delta: dict[str, Adapter] = {}
         for path, values in found.items():
             place = self.where[next(iter(values))][0]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,14 +15,29 @@ from lora_jax.leaves import is_abstract
 from lora_jax.peft import experts, keys
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.factors import Fit, pad_rank
+from lora_jax.peft.keys import Key
 from lora_jax.peft.names import Place
 from lora_jax.peft.stored import Module, Stored
 
 
-def low_rank(stored: Stored, place: Place, found: Mapping[tuple[int, ...], Module], leaf: Any) -> LowRank:
+def low_rank(
+    stored: Stored,
+    place: Place,
+    found: Mapping[tuple[int, ...], Module],
+    leaf: Any,
+    biases: Callable[[Module], Key | None],
+) -> LowRank:
     """The adapter of a leaf from those of its tensors, each with its index in `place.running`.
 
     Layers that the adapter leaves out have factors of zeros, and with DoRA the magnitudes of the leaf itself.
+
+    Args:
+      stored: The adapter.
+      place: The leaf and its tensors.
+      found: What the adapter has for each of them.
+      leaf: The base's.
+      biases: The key of the bias on B that is a part of the adapter; None where there is none. Biases of zeros are left
+        out: PEFT has them on all modules or on none.
 
     Raises:
       ValueError: What is missing or does not fit, a line for each tensor.
@@ -31,7 +46,7 @@ def low_rank(stored: Stored, place: Place, found: Mapping[tuple[int, ...], Modul
     factors, problems = {}, []
     for index, module in found.items():
         try:
-            factors[index] = _factors(stored, module, fit)
+            factors[index] = _factors(stored, module, fit, biases(module))
         except ValueError as error:
             problems.append(str(error))
     if problems:
@@ -47,17 +62,20 @@ def low_rank(stored: Stored, place: Place, found: Mapping[tuple[int, ...], Modul
     scale = np.ones(lead, np.float32)
     given = np.zeros(lead, bool)
     axis = len(fit.experts) + (groups > 1)
+    bias = np.zeros(np.delete(b.shape, len(lead) + (groups > 1)), joint([f.b.dtype for f in factors.values()]))
     for index, factor in factors.items():
         a[fit.at(index)] = pad_rank(factor.a, rank, axis)
         b[fit.at(index)] = pad_rank(factor.b, rank, axis)
         scale[fit.at(index)] = factor.scale
         given[fit.at(index)] = True
+        if factor.bias is not None:
+            bias[fit.at(index)] = factor.bias
     blocks = (True,) * groups
     shape = fit.size(fit.labels(BATCH))
     if fit.block:
         blocks = tuple(np.any(given.reshape(-1, lead[-1]), axis=0).tolist())
         kept = np.flatnonzero(blocks)
-        a, b, scale = (np.take(x, kept, axis=len(lead) - 1) for x in (a, b, scale))
+        a, b, scale, bias = (np.take(x, kept, axis=len(lead) - 1) for x in (a, b, scale, bias))
         shape = [*shape, len(kept)] if len(blocks) > 1 else shape
     same = scale[given[..., np.flatnonzero(blocks)] if fit.block else given]
     fields: dict[str, Any] = {
@@ -67,6 +85,7 @@ def low_rank(stored: Stored, place: Place, found: Mapping[tuple[int, ...], Modul
         "dropout": jnp.asarray(stored.config.lora_dropout, jnp.float32),
         "axes": fit.axes,
         "blocks": blocks,
+        "bias": jnp.asarray(bias.reshape(*shape, *bias.shape[len(lead) :])) if bias.any() else None,
     }
     if not stored.config.use_dora:
         return LowRank(**fields)
@@ -93,8 +112,8 @@ def _norms(leaf: Any, axes: Sequence[str]) -> np.ndarray:
     return norms.transpose(order).astype(np.float32)
 
 
-def _factors(stored: Stored, module: Module, fit: Fit) -> "_Factors":
-    """A module's factors in the order of the leaf's labels."""
+def _factors(stored: Stored, module: Module, fit: Fit, of_bias: Key | None) -> "_Factors":
+    """A module's factors in the order of the leaf's labels, with the bias on B that a key names."""
     wanted = ["a", "b", *(["magnitude"] if stored.config.use_dora else [])]
     missing = [part for part in wanted if part not in module.parts]
     if missing:
@@ -124,11 +143,25 @@ def _factors(stored: Stored, module: Module, fit: Fit) -> "_Factors":
         key = module.parts["magnitude"]
         magnitude = stored.read(key, (1, *out, *ones) if ones else out).reshape(out)
         magnitude = fit.to_leaf(magnitude, OUT, rank=False)
+    bias = None if of_bias is None else _bias(stored, of_bias, fit, module, out)
     if groups == 1:
         a, b = fit.to_leaf(a, IN), fit.to_leaf(b, OUT)
     else:
         a = np.stack([fit.to_leaf(part, IN) for part in a])
-    return _Factors(a, b, magnitude, stored.config.scale(module.label), rank // groups, groups)
+        bias = None if bias is None else bias.reshape(groups, -1)
+    return _Factors(a, b, magnitude, bias, stored.config.scale(module.label), rank // groups, groups)
+
+
+def _bias(stored: Stored, key: Key, fit: Fit, module: Module, out: list[int]) -> np.ndarray:
+    """The bias on B, where PEFT has one."""
+    where = "DoRA" if stored.config.use_dora else None
+    if fit.place.weight.module == "embedding":
+        where = "an embedding"
+    elif fit.experts or module.share is not None:
+        where = "experts"
+    if where is not None and stored.tensors.read(key.key).any():
+        raise ValueError(f"cannot be held: {key.key}, since PEFT has no lora_bias with {where}")
+    return fit.to_leaf(stored.read(key, out), OUT, rank=False)
 
 
 def _grouped(stored: Stored, module: Module, rank: int, groups: int, into, out) -> tuple[np.ndarray, np.ndarray]:
@@ -154,11 +187,15 @@ def _grouped(stored: Stored, module: Module, rank: int, groups: int, into, out) 
 
 @dataclasses.dataclass(frozen=True)
 class _Factors:
-    """One module's factors: a `[*experts, (groups,) rank, *in]`, b `[…, rank, *out]`, axes as in the leaf."""
+    """One module's factors: a `[*experts, (groups,) rank, *in]`, b `[…, rank, *out]`, axes as in the leaf.
+
+    The bias is `[(groups,) *out]`.
+    """
 
     a: np.ndarray
     b: np.ndarray
     magnitude: np.ndarray | None
+    bias: np.ndarray | None
     scale: float
     rank: int
     groups: int

@@ -1,5 +1,6 @@
 """Deltas to directories that PEFT and other consumers of its adapters read."""
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,6 +93,8 @@ def write(
     exported = export(delta, names)
     experts.fuse(exported, names)
     complete(exported, names, base, task_type if target == "peft" else None, modules_to_save)
+    if target != "peft" and not any(m.offset is not None and m.offset.any() for m in exported.modules):
+        exported.modules = [dataclasses.replace(module, offset=None) for module in exported.modules]
     problems = [*exported.problems, *TARGETS[target].refuses(exported)]
     if problems:
         listed = "\n  ".join(dict.fromkeys(problems))

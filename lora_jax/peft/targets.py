@@ -49,6 +49,9 @@ def _refuses_for_peft(exported: Exported) -> list[str]:
     if len({module.magnitude is None for module in modules}) > 1:
         plain = [module.label for module in modules if module.magnitude is None]
         problems.append(f"DoRA on some modules only: {', '.join(plain)} {'is' if len(plain) == 1 else 'are'} LoRA")
+    if any(module.offset is not None for module in modules):
+        without = [m.label for m in modules if m.parameter or m.kind == "embedding" or m.magnitude is not None]
+        problems += [f"{label}: PEFT has no lora_bias beside DoRA, parameters or embeddings" for label in without]
     return problems
 
 

@@ -32,6 +32,7 @@ class Case:
       fn: `fn(base, *inputs)`; None where only tensors are compared.
       refused: Said in the error, where the adapter cannot be held.
       dropped: Tensors of the adapter that are the base's own, and need not come back.
+      merges: Whether the adapter can be merged.
     """
 
     fixture: str
@@ -40,6 +41,7 @@ class Case:
     fn: Callable | None = None
     refused: str = ""
     dropped: tuple[str, ...] = ()
+    merges: bool = True
 
     @property
     def directory(self) -> pathlib.Path:
@@ -318,7 +320,7 @@ def flat(x):
 
 
 def attend_fused(base, x):
-    qkv = affine(x, base["attn/qkv/kernel"], base["attn/qkv/bias"])
+    qkv = affine(x, base["attn/qkv/kernel"], base.get("attn/qkv/bias"))
     return dense("attn/out")(base, flat(attend(*jnp.split(qkv, 3, axis=-1))))
 
 
@@ -372,10 +374,19 @@ def parts_axis_case(fixture):
     leaves = FUSED_LEAVES | {"attn/qkv/kernel": (8, 3, 2, 4), "attn/qkv/bias": (3, 2, 4)}
 
     def fn(base, x):
-        qkv = jnp.einsum("bti,iphd->pbthd", x, base["attn/qkv/kernel"]) + base["attn/qkv/bias"][:, None, None]
+        qkv = jnp.einsum("bti,iphd->pbthd", x, base["attn/qkv/kernel"])
+        if "attn/qkv/bias" in base:
+            qkv += base["attn/qkv/bias"][:, None, None]
         return dense("attn/out")(base, flat(attend(*qkv)))
 
     return Case(fixture, rows, leaves, fn)
+
+
+def without(case, *paths):
+    """The same leaves without some biases, and an adapter with biases on B, which cannot be merged."""
+    rows = tuple(row for row in case.weights if row.path not in paths)
+    leaves = {path: size for path, size in case.leaves.items() if path not in paths}
+    return dataclasses.replace(case, weights=rows, leaves=leaves, merges=False)
 
 
 def heads_case(fixture):
@@ -487,7 +498,7 @@ def stacked_case(fixture):
 # Models of transformers: tensors only.
 
 
-def llama_case(stacked):
+def llama_case(stacked, fixture="llama", **options):
     sizes = {
         "attn/q": ("self_attn.q_proj", (8, 8)),
         "attn/k": ("self_attn.k_proj", (8, 4)),
@@ -510,7 +521,7 @@ def llama_case(stacked):
     for name in ("input_layernorm", "post_attention_layernorm"):
         rows.append(Weight(f"layers/{{layer}}/{name}/scale", f"{at}.{name}.weight"))
         leaves |= _layered(f"{name}/scale", (8,), stacked)
-    return Case("llama", tuple(rows), leaves)
+    return Case(fixture, tuple(rows), leaves, **options)
 
 
 def bert_case(stacked):
@@ -603,6 +614,19 @@ CASES = TRAINING | {
         shapes(fc=(8, 12), conv=(2, 3, 1, 10)),
         lora_bias,
     ),
+    "lora_bias_layers": dataclasses.replace(layers_case("lora_bias_layers"), merges=False),
+    "lora_bias_layers, stacked": dataclasses.replace(stacked_case("lora_bias_layers"), merges=False),
+    "lora_bias_parts": without(parts_case("lora_bias_parts"), "attn/qkv/bias"),
+    "lora_bias_parts, an axis for parts": without(parts_axis_case("lora_bias_parts"), "attn/qkv/bias"),
+    "lora_bias_convs": Case(
+        "lora_bias_convs",
+        (*linear_rows("conv", layout=CONV2D), *linear_rows("grouped", layout=CONV2D)),
+        shapes(conv=(2, 3, 3, 8, None), grouped=(3, 3, 4, 12, None)),
+        chained(convolution("conv", (1, 1), (0, 0)), convolution("grouped", (1, 1), (1, 1), 2)),
+        merges=False,
+    ),
+    "lora_bias_llama": llama_case(stacked=False, fixture="lora_bias_llama", merges=False),
+    "lora_bias_llama, stacked": llama_case(stacked=True, fixture="lora_bias_llama", merges=False),
     "bias_all": Case("bias_all", MLP_ROWS, MLP_LEAVES, mlp),
     "bias_lora_only": Case("bias_lora_only", MLP_ROWS, MLP_LEAVES, mlp),
     "modules_to_save": Case("modules_to_save", SAVED_ROWS, SAVED_LEAVES, mlp),

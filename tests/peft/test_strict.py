@@ -320,9 +320,16 @@ def test_magnitudes_without_the_option(edited):
     assert "fc.lora_magnitude_vector" in message(edited, "dora_linear", config={"use_dora": False})
 
 
-def test_a_bias_on_the_second_factor_without_one_in_the_base(edited):
-    text = message(edited, "linear_no_bias", {"fc.lora_B.bias": np.ones(12, np.float32)}, {"lora_bias": True})
-    assert "fc.lora_B.bias" in text
+def test_a_bias_on_the_second_factor_of_another_shape(edited):
+    text = message(edited, "linear_no_bias", {"fc.lora_B.bias": np.ones(11, np.float32)}, {"lora_bias": True})
+    assert "shape: base_model.model.fc.lora_B.bias (11,), expected (12,)" in text
+
+
+def test_a_bias_on_the_second_factor_where_peft_has_none(edited):
+    names = lora.peft.Names((lora.peft.Weight("fc/kernel", "fc.weight", lora.peft.LINEAR),))
+    options = {"base": {"fc": {"kernel": jnp.ones((8, 12))}}, "names": names}
+    text = message(edited, "dora_linear", {"fc.lora_B.bias": np.ones(12, np.float32)}, {"lora_bias": True}, **options)
+    assert "fc.lora_B.bias" in text and "DoRA" in text
 
 
 @pytest.mark.parametrize("alpha", [0, 0.0, 1e-50, 1e39, float("nan"), float("inf"), -float("inf")], ids=str)
