@@ -3,7 +3,9 @@
 import difflib
 import importlib
 import pkgutil
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -61,7 +63,7 @@ def main(args: Sequence[str] | None = None) -> int:
         status = _told(
             2,
             f"error: out of memory ({str(error).strip().splitlines()[0]}); smaller batches, more parts of the mesh or "
-            "more rematerialisation take less, and experiments.compile_for_pod says how much a step takes",
+            "more rematerialization take less, and experiments.compile_for_pod says how much a step takes",
         )
     except KeyboardInterrupt:
         status = _told(startup.INTERRUPTED, "interrupted: the same command resumes")
@@ -88,7 +90,9 @@ def usage() -> str:
         lines += ["", title]
         for name in config_names(package):
             summary = (find_config(name).__doc__ or "").strip().splitlines()[0]
-            lines.append(f"  {name:18} {summary}")
+            lines += textwrap.wrap(
+                f"  {name:18} {summary}", shutil.get_terminal_size().columns, subsequent_indent=" " * 21
+            )
     return "\n".join(lines)
 
 

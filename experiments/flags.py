@@ -3,6 +3,9 @@
 import dataclasses
 import inspect
 import re
+import shutil
+import sys
+import textwrap
 import typing
 from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
@@ -27,12 +30,14 @@ def parse(defaults: C, program: str, args: Sequence[str] | None = None, descript
     """
     kind = type(defaults)
     _document(kind)
-    about = reflowed(inspect.cleandoc(description or kind.__doc__ or ""))
-    return tyro.cli(kind, default=defaults, prog=program, args=args, description=about)
+    args = sys.argv[1:] if args is None else args
+    if "--help" in args or "-h" in args:  # tyro would print each paragraph of a description as one line
+        print(reflowed(inspect.cleandoc(description or kind.__doc__ or ""), shutil.get_terminal_size().columns) + "\n")
+    return tyro.cli(kind, default=defaults, prog=program, args=args, description="")
 
 
-def reflowed(text: str) -> str:
-    """Text with a line for each paragraph; indented lines, such as a table's, stay as they are.
+def reflowed(text: str, width: int = sys.maxsize) -> str:
+    """Text whose paragraphs are wrapped to a width; indented lines, such as a table's, stay as they are.
 
     Example:
       >>> reflowed("A sentence that\\ngoes on.\\n\\n  a  table\\n")
@@ -40,7 +45,11 @@ def reflowed(text: str) -> str:
     """
     paragraphs = re.split(r"\n\s*\n", text.strip("\n"))
     return "\n\n".join(
-        part.rstrip() if part.startswith(" ") else " ".join(part.split()) for part in paragraphs if part.strip()
+        part.rstrip()
+        if part.startswith(" ")
+        else textwrap.fill(" ".join(part.split()), width, break_long_words=False, break_on_hyphens=False)
+        for part in paragraphs
+        if part.strip()
     )
 
 
@@ -54,9 +63,15 @@ def _document(kind: type) -> None:
         for name, annotation in inspect.get_annotations(base).items():
             text = texts.get(name)
             if text is not None and not _has_help(annotation):
-                base.__annotations__[name] = Annotated[annotation, tyro.conf.arg(help=reflowed(inspect.cleandoc(text)))]
+                shown = tyro.conf.arg(help=reflowed(inspect.cleandoc(text)), help_behavior_hint=_default)
+                base.__annotations__[name] = Annotated[annotation, shown]
             if dataclasses.is_dataclass(nested := hints.get(name)):
                 _document(typing.cast(type, nested))
+
+
+def _default(value: str) -> str:
+    """How help shows a default; an empty list of values has none to show."""
+    return f"(default: {value})" if value else ""
 
 
 def _has_help(annotation: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What quantising a real model's weights takes from them: `python -m experiments.benchmarks.formats`.
+"""What quantizing a real model's weights takes from them: `python -m experiments.benchmarks.formats`.
 
 For each format and block, of all linear layers of an encoder:
 

@@ -1,8 +1,8 @@
 """What training steps of Llama-shaped models take: `python -m experiments.benchmarks.memory`.
 
 Compiles for one TPU v5p chip, without one and without running them, the training steps of LLaMA's four sizes (batch
-1 × 512, scanned layers, each rematerialised, rank 64 on all linear layers, AdamW with float32 moments): full
-fine-tuning, LoRA, and QLoRA on NF4 with double quantisation, the latter also with the optimizer's state in the host's
+1 × 512, scanned layers, each rematerialized, rank 64 on all linear layers, AdamW with float32 moments): full
+fine-tuning, LoRA, and QLoRA on NF4 with double quantization, the latter also with the optimizer's state in the host's
 memory and with the base dequantised as a whole before the model. A line a step, in GB (10⁹ bytes):
 
   base, delta, optimizer  by XLA's analysis of the arguments, padding of their layouts included

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from experiments import command_line, run
+from experiments import command_line, configs, run
 from experiments.configs import quickstart
 from experiments.errors import UserError
 from experiments.reports.results import Result
@@ -51,6 +51,14 @@ def test_help_of_a_language_model(capsys, monkeypatch, name):
     assert status == 0 and f"(default: runs/{name})" in out and "--family" not in out
     for field in dataclasses.fields(language_model.Config):
         assert field.name == "family" or "--" + field.name.replace("_", "-") in out
+
+
+@pytest.mark.parametrize("name", ["", *command_line.config_names(configs)])
+def test_help_fits_the_terminal(capsys, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, err = answer(capsys, *name.split(), "--help")
+    assert status == 0 and err == "" and max(map(len, out.splitlines())) <= 80
+    assert "(default: )" not in " ".join(out.replace("│", " ").split()) and "\n\n\n" not in out
 
 
 @pytest.mark.parametrize("config", [quickstart.Config, language_model.Config, sft.Config])

@@ -43,7 +43,7 @@ class BatchSizes:
 class Config(Runtime):
     """A decoder fine-tuned by LoRA or DoRA on conversations, from one CPU to a TPU pod.
 
-    Every worker of a pod runs the same command. The base is frozen, in bfloat16 or in four bits; what is learnt, and
+    Every worker of a pod runs the same command. The base is frozen, in bfloat16 or in four bits; what is learned, and
     what checkpoints hold, is the adapter. Conversations are put in the words of the checkpoint's own chat template,
     packed into sequences, and the loss is on what the assistant says. The study writes texts before and after, the
     adapter (and in PEFT's format), and what it measured under --out. Interrupted or preempted, the same command
@@ -104,7 +104,7 @@ class Config(Runtime):
     """Of the factors and of the optimizer's state."""
 
     quantize: Literal["none", "nf4", "int8"] = "none"
-    """The format of the base's linear layers; nf4 is QLoRA's, with double quantisation."""
+    """The format of the base's linear layers; nf4 is QLoRA's, with double quantization."""
 
     dtype: Float = "float32"
     """Of the base's other weights, and of activations."""
