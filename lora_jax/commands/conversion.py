@@ -8,7 +8,7 @@ from rich.console import Console
 
 from lora_jax import peft
 from lora_jax.commands.outputs import check_new
-from lora_jax.commands.reading import NEEDS_NAMES, check_directory, found, is_native, model_config, opened
+from lora_jax.commands.reading import check_directory, check_peft, found, model_config, opened
 from lora_jax.commands.wording import few, kinds_of
 from lora_jax.files import replaced
 from lora_jax.peft import layout, methods
@@ -35,8 +35,7 @@ def convert(
 ) -> None:
     """Writes a PEFT adapter again for another reader."""
     directory = found(directory, progress)
-    if is_native(directory):
-        raise ValueError(f"{directory}: {NEEDS_NAMES.format('a conversion')}")
+    check_peft(directory, "a conversion")
     config = config_of(directory)
     if base is None and (names := layout.copies(directory, ignore)):
         raise ValueError(

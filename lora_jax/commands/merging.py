@@ -14,7 +14,7 @@ from lora_jax import peft
 from lora_jax.adapters.full import enlarges
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.commands.outputs import check_new
-from lora_jax.commands.reading import MODEL, NEEDS_NAMES, check_directory, found, is_native, model_config, opened
+from lora_jax.commands.reading import MODEL, check_directory, check_peft, found, model_config, opened
 from lora_jax.commands.wording import counted, few, progress_bar, shown
 from lora_jax.files import replaced
 from lora_jax.peft import layout, methods, ties
@@ -46,8 +46,7 @@ def merge(
 ) -> None:
     """Writes a checkpoint with a PEFT adapter folded in, in the base's files and dtypes."""
     adapter = found(adapter, progress)
-    if is_native(adapter):
-        raise ValueError(f"{adapter}: {NEEDS_NAMES.format('a merge')}")
+    check_peft(adapter, "a merge")
     check_directory(base)
     copied, left_out = _others(base, model_files(base))
     owns = written_here({INDEX, *(file.name for file in copied)})

@@ -23,11 +23,6 @@ from lora_jax.peft.tensors import (
 
 MODEL = "config.json"
 
-NEEDS_NAMES = (
-    "{} takes a PEFT adapter; this one of lora_jax has the paths of a JAX model, and lora_jax.peft.save(…, names) "
-    "writes it for PyTorch."
-)
-
 
 def found(directory: Path, console: Console) -> Path:
     """The directory of an adapter, which may be the only one inside of what is given; a line says so.
@@ -69,11 +64,19 @@ def fitted(
     Raises:
       ValueError: It is no adapter of PEFT, is damaged, or does not fit.
     """
-    if is_native(directory):
-        raise ValueError(f"{directory}: {NEEDS_NAMES.format('its fit')}")
+    check_peft(directory, "its fit")
     with opened(base) as tensors:
         fit = methods.of_checkpoint(tensors, directory, model_config(base), ignore)
         return peft.load(directory, fit.base, fit.names, ignore=ignore), fit.untied
+
+
+def check_peft(directory: Path, task: str) -> None:
+    """Raises `ValueError` unless an adapter is of PEFT."""
+    if is_native(directory):
+        raise ValueError(
+            f"{directory}: {task} takes a PEFT adapter; this one of lora_jax has the paths of a JAX model, and "
+            "lora_jax.peft.save(…, names) writes it for PyTorch."
+        )
 
 
 def is_native(directory: Path) -> bool:
