@@ -1,7 +1,10 @@
 """Texts to token ids with a checkpoint's own tokenizer."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,32 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     path = directory / "tokenizer.json"
     if not path.exists():
         raise UserError(f"{path}: no such file")
-    with reading(path, "a tokenizer"):
+    with reading(path, "a tokenizer"), _panics_unprinted():
         text = path.read_text("utf-8")
         _check_post_processor(json.loads(text).get("post_processor"))
         tokenizer = Tokenizer.from_str(text)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+@contextlib.contextmanager
+def _panics_unprinted() -> Generator[None]:
+    """Drops what the `with` block prints on file descriptor 2 if it panics: Rust writes there what the error says."""
+    stderr, panicked = os.dup(2), False
+    with tempfile.TemporaryFile() as printed:
+        os.dup2(printed.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            panicked = type(error).__module__ == "pyo3_runtime"
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            if not panicked:
+                printed.seek(0)
+                os.write(2, printed.read())
 
 
 def _check_post_processor(content: Any) -> None:

@@ -1,6 +1,7 @@
 """BERT and RoBERTa: parity with transformers, forms of the encoder, heads, and spellings of checkpoints."""
 
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -248,6 +249,15 @@ def test_missing_and_damaged_files(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be read as a tokenizer"):
         text.load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_panics_prints_nothing(tmp_path, capfd):
+    model = {"type": "BPE", "continuing_subword_prefix": "####", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read as a tokenizer \(PanicException: "):
+        text.load_tokenizer(tmp_path)
+    os.write(2, b"later\n")
+    assert capfd.readouterr() == ("", "later\n")
 
 
 def test_places_of_models(tmp_path, monkeypatch):
