@@ -1,8 +1,9 @@
 """`merge`: a checkpoint with an adapter folded in."""
 
 import json
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lora_jax.commands.outputs import check_new
 from lora_jax.commands.reading import MODEL, check_directory, check_peft, found, model_config, opened
 from lora_jax.commands.wording import counted, few, progress_bar, shown
 from lora_jax.files import replaced
-from lora_jax.peft import layout, methods, ties
+from lora_jax.peft import biases, layout, methods, ties
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.tensors import (
     INDEX,
@@ -56,6 +57,7 @@ def merge(
         fit = methods.of_checkpoint(tensors, adapter, config, ignore)
         delta = peft.load(adapter, fit.base, fit.names, ignore=ignore)
         ties.share_rows(delta, tensors, config)
+        new = biases.separated(delta, tensors, config)
         tables = {head: table for head, (table, _) in fit.untied.items()}
         for file in copied:
             shutil.copyfile(file, fresh / file.name)
@@ -66,11 +68,19 @@ def merge(
             if (path := layout.leaf_path(name)) in delta and enlarges(delta[path], tensors[tables.get(name, name)])
         }
 
+        added = tables | new.weights
+        shapes = larger | {bias: tensors[weight][:1] for bias, weight in new.weights.items()}
+
+        def read(name: str) -> np.ndarray:
+            if (weight := new.weights.get(name)) is not None:
+                return np.zeros(shapes[name], tensors.read(weight, (slice(1),)).dtype)
+            return tensors.read(tables.get(name, name))
+
         def change(name: str) -> np.ndarray | None:
             path = layout.leaf_path(name)
             if path not in delta:
-                return None
-            before = tensors.read(tables.get(name, name))
+                return read(name) if name in new.weights else None
+            before = read(name)
             after = merged(name, before, delta.pop(path))
             changed[path] = not np.array_equal(before, after)
             return after
@@ -78,19 +88,21 @@ def merge(
         megabytes = sum(file.stat().st_size for file in tensors.files) // 2**20
         with progress_bar(progress, "merging (MiB)", megabytes) as advance:
             for file in tensors.files:
-                heads = {head: table for head, table in tables.items() if tensors.file_of(table) == file}
+                beside = {name: like for name, like in added.items() if tensors.file_of(like) == file}
                 rewrite(
                     file,
                     fresh / file.name,
                     change,
                     lambda size: advance(size / 2**20),
-                    heads,
+                    beside,
                     metadata=WRITTEN_BY,
-                    shapes=larger,
+                    shapes=shapes,
                 )
-        total = len(tensors)
+        total = len(tensors) + len(added)
         config = _enlarged(fresh, config, larger)
+        config = _flagged(fresh, config, new.flags)
         apart = _untie(fresh, tensors, config, tables, set(changed))
+        _list(fresh, tensors, added, shapes)
     console.print(f"{out}: {base} with {sum(changed.values())} of {counted(total, 'tensor')} changed")
     same = [path for path, differs in changed.items() if not differs]
     if len(same) == len(changed):
@@ -101,6 +113,9 @@ def merge(
         console.print(f"untied: {why}; {table} and {head} are stored apart, with tie_word_embeddings false")
     for line in apart:
         console.print(line)
+    if new.weights:
+        count = counted(len(new.weights), "bias tensor")
+        console.print(f"added: {count}, zeros where the adapter has none, with {' and '.join(new.flags)} true")
     for name, shape in larger.items():
         console.print(f"enlarged: {name} has {shape[0]:,} rows, and so has vocab_size in {MODEL}")
     if left_out:
@@ -119,10 +134,40 @@ def _enlarged(directory: Path, config: dict[str, Any], larger: dict[str, tuple[i
     return content
 
 
+def _flagged(directory: Path, config: dict[str, Any], flags: Sequence[str]) -> dict[str, Any]:
+    """The config of a written checkpoint with flags set."""
+    if not flags:
+        return config
+    content = config | dict.fromkeys(flags, True)
+    (directory / MODEL).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return content
+
+
+def _list(directory: Path, tensors: Tensors, added: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Lists added tensors in the index of a written checkpoint.
+
+    Args:
+      directory: Of the checkpoint.
+      tensors: Those of the base.
+      added: The names, each with that of a tensor in the same file, of the same dtype.
+      shapes: Of those whose shape is another.
+    """
+    index = directory / INDEX
+    if not added or not index.is_file():
+        return
+    content = read_json(index)
+    content["weight_map"] |= {name: tensors.file_of(like).name for name, like in added.items()}
+    if isinstance(size := content.get("metadata", {}).get("total_size"), int):
+        for name, like in added.items():
+            size += tensors.bytes(like) * math.prod(shapes.get(name, tensors[like])) // math.prod(tensors[like])
+        content["metadata"]["total_size"] = size
+    index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def _untie(
     directory: Path, tensors: Tensors, config: dict[str, Any], tables: dict[str, str], adapted: set[str]
 ) -> list[str]:
-    """Marks a written checkpoint whose head is not its embedding any more, and lists new heads in its index.
+    """Marks a written checkpoint whose head is not its embedding any more.
 
     Returns:
       What to say of heads that the base stores, as copies of the embedding.
@@ -138,12 +183,6 @@ def _untie(
         nested = {name: config[name] | {"tie_word_embeddings": False} for name in inner}
         content = config | nested | {"tie_word_embeddings": False}
         (directory / MODEL).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if tables and (index := directory / INDEX).is_file():
-        content = read_json(index)
-        content["weight_map"] |= {head: tensors.file_of(table).name for head, table in tables.items()}
-        if isinstance(size := content.get("metadata", {}).get("total_size"), int):
-            content["metadata"]["total_size"] = size + sum(tensors.bytes(table) for table in tables.values())
-        index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return [f"untied: {table} and {head} differ now; tie_word_embeddings is false" for table, head in stored]
 
 

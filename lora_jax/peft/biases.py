@@ -1,0 +1,92 @@
+"""Biases that a checkpoint does not have and its model can have, by a flag of the config."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.adapters.lowrank import LowRank
+from lora_jax.adapters.offset import Addition
+from lora_jax.adapters.protocol import Adapter
+from lora_jax.peft import keys
+from lora_jax.peft.layout import leaf_path
+
+_FLAGS = (
+    (
+        "attention_bias",
+        r"self_attn\.[qkvo]_proj",
+        "afmoe apertus apertus1p5_text arcee aria_text beam bitnet cohere cohere2 cohere2_moe diffllama dory exaone "
+        "falcon_h1 flex_olmo flint gemma gemma2 gemma3_text gemma4_text gemma4_unified_text granite granite_swa "
+        "granitemoe granitemoe_swa granitemoeshared hy_v3 hyperclovax iquestcoder laguna lara_mini llama llama4_text "
+        "mellum nanochat olmo olmo2 olmo3 olmo_hybrid olmoe phimoe qwen3 qwen3_moe smollm3 vaultgemma",
+    ),
+    ("attention_bias", r"self_attn\.[qkv]_proj", "glm4_moe helium mimo_v2_flash sarvam_moe solar_open"),
+    ("attention_out_bias", r"self_attn\.o_proj", "seed_oss"),
+    ("use_qkv_bias", r"self_attn\.[qkv]_proj", "stablelm"),
+    (
+        "mlp_bias",
+        r"mlp\.(gate|up|down)_proj",
+        "arcee cwm doge dory exaone granite granite_swa helium hyperclovax iquestcoder llama minicpm3 seed_oss smollm3",
+    ),
+)
+"""The flag, the modules of each layer that have a bias with it, and the model types, in transformers 5.24."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NewBiases:
+    """Biases to add to a checkpoint.
+
+    Attributes:
+      weights: By the bias's name, the weight's, in the checkpoint's files.
+      flags: Of the config, to be set.
+    """
+
+    weights: dict[str, str]
+    flags: tuple[str, ...]
+
+
+def separated(
+    delta: dict[str, Adapter], tensors: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+) -> NewBiases:
+    """Makes offsets of new biases from the biases of a delta's low-rank adapters.
+
+    Args:
+      delta: By the path of each tensor; changed in place.
+      tensors: The shapes of the checkpoint's tensors.
+      config: The checkpoint's `config.json`.
+
+    Returns:
+      The biases that the checkpoint then needs. A flag is for all layers: those without an adapter are among them.
+
+    Raises:
+      ValueError: The model has no bias where an adapter has one; the message names the modules.
+    """
+    weights = {leaf_path(name): name for name in tensors}
+    biased = {
+        weights[path]: (node, node.bias)
+        for path, node in delta.items()
+        if isinstance(node, LowRank) and node.bias is not None
+    }
+    model_type = str(config.get("model_type") or "")
+    flags = {
+        name: flag
+        for flag, modules, types in _FLAGS
+        for name in tensors
+        if model_type in types.split() and re.fullmatch(rf"(model\.)?layers\.\d+\.{modules}\.weight", name)
+    }
+    if lacking := [keys.split_name(name)[0] for name in biased if name not in flags]:
+        of = f"a model of type {model_type!r}" if model_type else "a model without a config.json"
+        raise ValueError(
+            f"{lacking[0]} ({len(lacking)} such modules): the adapter has a bias on B (lora_bias), which {of} cannot "
+            "have there: use the adapter unmerged."
+        )
+    for name, (node, bias) in biased.items():
+        delta[leaf_path(name)] = dataclasses.replace(node, bias=None)
+        delta[leaf_path(_bias_of(name))] = Addition(value=bias, scale=node.scale, axes=())
+    wanted = tuple(flag for flag in dict.fromkeys(flags.values()) if flag in {flags[name] for name in biased})
+    needed = {_bias_of(name): name for name, flag in flags.items() if flag in wanted}
+    return NewBiases({bias: name for bias, name in needed.items() if bias not in tensors}, wanted)
+
+
+def _bias_of(name: str) -> str:
+    return f"{keys.split_name(name)[0]}.bias"

@@ -1,0 +1,148 @@
+"""Biases on B of layers without a bias: a Llama of transformers, on which PEFT trained `lora_bias`.
+
+`fixtures/transformers/make_adapters.py` says what the fixtures are.
+"""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import lora_jax as lora
+from experiments.models import families
+from experiments.models.options import Options
+from lora_jax.__main__ import main
+
+FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "transformers"
+BASE, ADAPTER = FIXTURES / "models" / "llama", FIXTURES / "adapters" / "biased"
+
+
+def close(actual):
+    expected = load_file(ADAPTER / "adapted.safetensors")["adapted"]
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def program(directory, **how):
+    """A model of a directory as a function, its parameters and its names."""
+    family = families.of(json.loads((directory / "config.json").read_text()))
+    model = family.load(directory, **how)
+    return *lora.nnx.functional(model), family.names(model.config)
+
+
+def tokens():
+    return jnp.asarray(load_file(BASE / "io.safetensors")["x"], jnp.int32)
+
+
+def edited(tmp_path, change=None, config=None):
+    """The adapter and the base with changes of the adapter's tensors and of the base's config."""
+    adapter, base = tmp_path / "adapter", tmp_path / "base"
+    shutil.copytree(ADAPTER, adapter)
+    shutil.copytree(BASE, base)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {name: change(name, x) if change else x for name, x in tensors.items()}, adapter / "adapter_model.safetensors"
+    )
+    content = json.loads((base / "config.json").read_text()) | (config or {})
+    (base / "config.json").write_text(json.dumps(content))
+    return str(base), str(adapter)
+
+
+@pytest.mark.parametrize("how", [{}, {"options": Options(scan=True)}], ids=["layers", "stacked"])
+def test_applied_unmerged(how):
+    fn, params, names = program(BASE, **how)
+    delta = lora.peft.load(ADAPTER, params, names)
+    assert lora.explain(fn, params, delta, tokens()).factored
+    close(jax.jit(lora.adapt(fn))(params, delta, tokens()))
+    with pytest.raises(ValueError, match="no merged weight holds"):
+        lora.merge(params, delta)
+
+
+@pytest.mark.parametrize("how", [{}, {"options": Options(scan=True)}], ids=["layers", "stacked"])
+def test_written_again(how, tmp_path):
+    _, params, names = program(BASE, **how)
+    lora.peft.save(tmp_path, lora.peft.load(ADAPTER, params, names), names)
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (ADAPTER, tmp_path))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_bias"] is True
+
+
+def test_merged_into_a_model_that_can_have_biases(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["merge", str(BASE), str(ADAPTER), str(out)]) == 0
+    assert "28 of 34 tensors changed\nadded: 14 bias tensors, " in (said := capsys.readouterr().out)
+    assert "with attention_bias and mlp_bias true" in said
+    fn, params, _ = program(out)
+    close(fn(params, tokens()))
+
+
+def test_a_flag_is_for_all_layers(tmp_path, capsys):
+    """Biases of zeros where the adapter has none; the index of a sharded base lists them."""
+
+    def change(name, value):
+        return value if "layers.1.self_attn.v_proj" in name or not name.endswith("lora_B.bias") else 0 * value
+
+    base, adapter = edited(tmp_path, change)
+    tensors = load_file(pathlib.Path(base) / "model.safetensors")
+    (pathlib.Path(base) / "model.safetensors").unlink()
+    where = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(sorted(tensors))}
+    for file in set(where.values()):
+        save_file({name: x for name, x in tensors.items() if where[name] == file}, pathlib.Path(base) / file)
+    size = sum(x.nbytes for x in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": where}
+    (pathlib.Path(base) / "model.safetensors.index.json").write_text(json.dumps(index))
+    out = tmp_path / "out"
+    assert main(["merge", base, adapter, str(out)]) == 0
+    assert (
+        "added: 8 bias tensors, zeros where the adapter has none, with attention_bias true" in capsys.readouterr().out
+    )
+    config = json.loads((out / "config.json").read_text())
+    assert config["attention_bias"] is True and not config["mlp_bias"]
+    written = json.loads((out / "model.safetensors.index.json").read_text())
+    biases = {name for name in written["weight_map"] if name.endswith(".bias")}
+    assert len(biases) == 8 and written["metadata"]["total_size"] == size + 4 * 2 * (8 + 4 + 4 + 8)
+    stored = {file: load_file(out / file) for file in set(written["weight_map"].values())}
+    nonzero = [name for name in biases if stored[written["weight_map"][name]][name].any()]
+    assert nonzero == ["model.layers.1.self_attn.v_proj.bias"]
+    fn, params, names = program(BASE)
+    expected = lora.adapt(fn)(params, lora.peft.load(adapter, params, names), tokens())
+    fn, params, _ = program(out)
+    np.testing.assert_allclose(fn(params, tokens()), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        (
+            {"model_type": "mistral"},
+            r"layers.0.mlp.down_proj (14 such modules): the adapter has a bias on B (lora_bias)",
+        ),
+        ({"model_type": "qwen3"}, "layers.0.mlp.down_proj (6 such modules)"),
+    ],
+)
+def test_a_model_that_cannot(config, said, tmp_path, capsys):
+    base, adapter = edited(tmp_path, config=config)
+    assert main(["merge", base, adapter, str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "use the adapter unmerged" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target, reader", [("vllm", "vLLM"), ("gguf", "llama.cpp"), ("mlx", "mlx-lm")])
+def test_readers_without_biases(target, reader, tmp_path, capsys):
+    args = ["convert", ADAPTER, tmp_path / "out", "--target", target, "--base", BASE]
+    assert main([*map(str, args)]) == 2
+    assert f"model.layers.0.self_attn.q_proj: {reader} has no bias on B" in capsys.readouterr().err
+
+
+def test_converted_for_peft(tmp_path):
+    args = ["convert", ADAPTER, tmp_path / "out", "--target", "peft", "--base", BASE]
+    assert main([*map(str, args)]) == 0
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (ADAPTER, tmp_path / "out"))
+    assert before.keys() == after.keys() and all((after[name] == before[name]).all() for name in before)
