@@ -45,28 +45,28 @@ def main(args: Sequence[str] | None = None) -> int:
         with processes.joined() if joined else terminable():
             importlib.import_module(module.STUDY).run(config)
     except UserError as error:
-        status = _told(2, f"error: {error}")
+        status = _report(2, f"error: {error}")
     except BrokenPipeError:
         raise  # the standard output is the caller's
     except OSError as error:  # a full disk, a directory that may not be written
-        said = f"{error.filename or 'input or output'}: {error.strerror}" if error.strerror else str(error)
-        status = _told(2, f"error: {said}")
+        message = f"{error.filename or 'input or output'}: {error.strerror}" if error.strerror else str(error)
+        status = _report(2, f"error: {message}")
     except SystemExit as stop:  # --help, or flags that do not parse
         return stop.code if isinstance(stop.code, int) else 2
     except Preempted as error:
-        status = _told(startup.PREEMPTED, f"preempted {error}; the same command resumes")
+        status = _report(startup.PREEMPTED, f"preempted {error}; the same command resumes")
     except processes.LostProcess as error:
-        status = _told(_LOST, f"error: {error}; start all of them again, the run resumes")
+        status = _report(_LOST, f"error: {error}; start all of them again, the run resumes")
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        status = _told(
+        status = _report(
             2,
             f"error: out of memory ({str(error).strip().splitlines()[0]}); smaller batches, more parts of the mesh or "
             "more rematerialization take less, and experiments.compile_for_pod says how much a step takes",
         )
     except KeyboardInterrupt:
-        status = _told(startup.INTERRUPTED, "interrupted: the same command resumes")
+        status = _report(startup.INTERRUPTED, "interrupted: the same command resumes")
     if joined and status:
         processes.end(status)
     return status
@@ -78,7 +78,7 @@ def keep_compiled() -> None:
         jax.config.update("jax_compilation_cache_dir", str(_CACHE.expanduser()))
 
 
-def _told(status: int, line: str) -> int:
+def _report(status: int, line: str) -> int:
     print(line, file=sys.stderr)
     return status
 

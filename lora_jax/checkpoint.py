@@ -73,9 +73,9 @@ def save(directory: str | os.PathLike, delta: Delta, *, base: Any = None) -> Non
 
 def write(directory: str | os.PathLike, described: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a manifest and the arrays that it describes; see :func:`save`."""
-    given, directory = directory, resolved(directory)
+    path, directory = directory, resolved(directory)
     _check_replaceable(directory)
-    with naming(given, directory), new_parents(directory / MANIFEST), locked(directory) as alone:
+    with naming(path, directory), new_parents(directory / MANIFEST), locked(directory) as alone:
         old = _current(directory)
         if alone:
             _remove_stale(directory, old)

@@ -127,7 +127,7 @@ def blocks(owner: str, value: int | Sequence[bool]) -> None:
         raise ValueError(f"{owner}(blocks={value!r}): expected a positive integer, or a tuple of booleans.")
 
 
-def one_of(owner: str, name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raises `ValueError` unless `value` is known."""
-    if value not in known:
-        raise ValueError(f"{owner}({name}={value!r}): expected one of {', '.join(map(repr, known))}.")
+def one_of(owner: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises `ValueError` unless `value` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{owner}({name}={value!r}): expected one of {', '.join(map(repr, choices))}.")

@@ -12,7 +12,7 @@ import sys
 import uuid
 from collections.abc import Callable, Collection, Iterator
 
-from lora_jax.locks import made, matching, remove_abandoned
+from lora_jax.locks import created, matching, remove_abandoned
 
 _UNFINISHED = r"\.(.+\.)?[0-9a-f]{32}\.(writing|replaced)(\..+)?"
 _AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2  # from fcntl.h, linux/fs.h and sys/stdio.h
@@ -45,7 +45,7 @@ def replaced_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     fresh = path.with_name(f".{uuid.uuid4().hex}.writing.{path.name}")
     with naming(path, fresh):
         try:
-            with made(fresh, fresh.touch):
+            with created(fresh, fresh.touch):
                 yield fresh
                 sync(fresh)
                 os.replace(fresh, path)
@@ -91,7 +91,7 @@ def replaced(
     fresh = folder / f".{target.name}.{uuid.uuid4().hex}.writing"
     with naming(directory, fresh), new_parents(fresh):
         try:
-            with made(fresh, fresh.mkdir):
+            with created(fresh, fresh.mkdir):
                 yield fresh
                 sync_tree(fresh)
                 names = {entry.name for entry in fresh.iterdir()}
@@ -126,8 +126,8 @@ def check_replaceable(
         raise FileExistsError(f"{directory} exists and is no {what} (it has no {manifest}); nothing replaces it.")
     others = [entry for entry in entries if (names is None or entry.name in names) and not _owned(entry, owns)]
     if others:
-        said = listed([f"{entry.name}/" if entry.is_dir() else entry.name for entry in others])
-        raise FileExistsError(f"{directory} holds what lora_jax did not write ({said}); nothing replaces it.")
+        shown = listed([f"{entry.name}/" if entry.is_dir() else entry.name for entry in others])
+        raise FileExistsError(f"{directory} holds what lora_jax did not write ({shown}); nothing replaces it.")
 
 
 def resolved(directory: str | os.PathLike) -> pathlib.Path:
@@ -217,10 +217,10 @@ def _commit(
     if not target.exists():
         os.rename(fresh, target)
         return
-    own = {entry.name for entry in _entries(target) if _owned(entry, owns)}
-    others = [entry for entry in _entries(target) if entry.name not in own]
+    written = {entry.name for entry in _entries(target) if _owned(entry, owns)}
+    others = [entry for entry in _entries(target) if entry.name not in written]
     if inside or not _linked(others, fresh):
-        _move_in(fresh, target, manifest, own)
+        _move_in(fresh, target, manifest, written)
         return
     if exchange(fresh, target):
         old = fresh
@@ -234,7 +234,7 @@ def _commit(
             raise
     for entry in _entries(old):  # what appeared or changed in the meantime is not this program's to remove
         here = target / entry.name
-        if entry.name not in own and not (here.exists() and here.samefile(entry)):
+        if entry.name not in written and not (here.exists() and here.samefile(entry)):
             os.rename(entry, here)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -251,14 +251,14 @@ def _linked(entries: Collection[pathlib.Path], fresh: pathlib.Path) -> bool:
     return True
 
 
-def _move_in(fresh: pathlib.Path, target: pathlib.Path, manifest: str, own: set[str]) -> None:
+def _move_in(fresh: pathlib.Path, target: pathlib.Path, manifest: str, written: set[str]) -> None:
     """Replaces files one by one; without a manifest, a killed process leaves no mixture of two."""
-    if manifest in own:
+    if manifest in written:
         (target / manifest).unlink()
     new = sorted(fresh.iterdir(), key=lambda entry: entry.name == manifest)
     for entry in new:
         os.replace(entry, target / entry.name)
-    for name in own - {entry.name for entry in new} - {manifest}:
+    for name in written - {entry.name for entry in new} - {manifest}:
         (target / name).unlink()
 
 
@@ -268,8 +268,8 @@ def _owned(entry: pathlib.Path, owns: Callable[[pathlib.Path], bool]) -> bool:
 
 def _entries(directory: pathlib.Path) -> list[pathlib.Path]:
     """What is in a directory, folders first; unfinished work of this module does not count."""
-    found = [entry for entry in directory.iterdir() if not re.fullmatch(_UNFINISHED, entry.name)]
-    return sorted(found, key=lambda entry: (not entry.is_dir(), entry.name))
+    entries = [entry for entry in directory.iterdir() if not re.fullmatch(_UNFINISHED, entry.name)]
+    return sorted(entries, key=lambda entry: (not entry.is_dir(), entry.name))
 
 
 def _holds_working_directory(directory: pathlib.Path) -> bool:
@@ -278,14 +278,14 @@ def _holds_working_directory(directory: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def naming(given: str | os.PathLike, fresh: pathlib.Path) -> Iterator[None]:
-    """Errors of the operating system about a path within `fresh` name `given`, which is what the caller knows."""
+def naming(path: str | os.PathLike, fresh: pathlib.Path) -> Iterator[None]:
+    """Errors of the operating system about a path within `fresh` name `path`, which is what the caller knows."""
     try:
         yield
     except OSError as error:
         if error.errno is None or (error.filename is not None and not str(error.filename).startswith(str(fresh))):
             raise
-        raise OSError(error.errno, error.strerror, str(given)) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @functools.cache

@@ -50,10 +50,10 @@ def remove_abandoned(parent: pathlib.Path, pattern: str) -> None:
 
 
 @contextlib.contextmanager
-def made(path: pathlib.Path, make: Callable[[], object]) -> Iterator[None]:
-    """Makes a file or directory and holds a lock on it, by which :func:`remove_abandoned` knows that it is in use."""
+def created(path: pathlib.Path, create: Callable[[], object]) -> Iterator[None]:
+    """Creates a file or directory and holds a lock on it, by which :func:`remove_abandoned` knows that it is in use."""
     while True:
-        make()
+        create()
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(locked(path))

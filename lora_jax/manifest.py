@@ -55,7 +55,7 @@ def described(delta: Delta, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
     weights = None if base is None else paths.flatten(base).as_dict()
     adapters: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
-    known: dict[tuple, str] = {}  # a frozen matrix that several adapters hold (VeRA's pair) is written once
+    stored_names: dict[tuple, str] = {}  # a frozen matrix that several adapters hold (VeRA's pair) is written once
     for path, node in delta.items():
         leaves, structure = {}, {}
         for field in dataclasses.fields(node):  # pyrefly: ignore[bad-argument-type]
@@ -67,13 +67,13 @@ def described(delta: Delta, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
                     raise ValueError(f"delta[{path!r}].{field.name} lies on several processes: gather it first.")
                 name = f"{path}:{field.name}"
                 leaves[field.name] = {"shape": list(value.shape), "dtype": value.dtype.name}
-                own = name
+                stored_as = name
                 if not field.metadata["trained"] and value.ndim > 1:
-                    own = known.setdefault((value.shape, value.dtype, _digest(value)), name)
-                if own == name:
+                    stored_as = stored_names.setdefault((value.shape, value.dtype, _digest(value)), name)
+                if stored_as == name:
                     arrays[name] = np.asarray(value)
                 else:
-                    leaves[field.name][SAME] = own
+                    leaves[field.name][SAME] = stored_as
             elif value is not None or not field.kw_only:
                 raise ValueError(f"delta[{path!r}].{field.name} is no array but {type(value).__name__}.")
         adapters[path] = {
@@ -133,7 +133,7 @@ def readable(manifest: dict[str, Any]) -> str:
     """Indented JSON with lists of plain values (shapes, roles) on one line."""
     text = json.dumps(manifest, indent=2)
     return re.sub(
-        r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), text
+        r"\[[^\[\]{}]*\]", lambda match: " ".join(match[0].split()).replace("[ ", "[").replace(" ]", "]"), text
     )
 
 
@@ -168,10 +168,10 @@ def read(directory: pathlib.Path) -> dict[str, Any]:
 
 def _object(where: str, parent: Mapping[str, Any], name: str) -> dict[str, Any]:
     """An object in another; raises where it is missing or something else."""
-    found = parent.get(name)
-    if not isinstance(found, dict):
-        raise ValueError(f"{where}: {name!r} is {_short(found)}; expected an object.")
-    return found
+    value = parent.get(name)
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: {name!r} is {_short(value)}; expected an object.")
+    return value
 
 
 def _sizes(where: str, value: Any) -> tuple[int, ...]:
@@ -282,15 +282,15 @@ def check_fit(directory: pathlib.Path, manifest: Mapping[str, Any], base: Any) -
     """Raises where a base is not the one that a manifest's adapters were trained on; warns of another precision."""
     leaves = paths.flatten(base).as_dict()
     wrong, other = [], {}
-    for path, known in manifest["base"].items():
-        shape = tuple(known["shape"])
+    for path, entry in manifest["base"].items():
+        shape = tuple(entry["shape"])
         if path not in leaves:
             wrong.append(f"{path!r}: for shape {shape}, but the base lacks it ({paths.nearest(path, list(leaves))})")
         elif tuple(leaves[path].shape) != shape:
             wrong.append(f"{path!r}: for shape {shape}, but the base has {tuple(leaves[path].shape)}")
-        elif None not in (digests := (known.get("sha256"), _digest(leaves[path]))) and digests[0] != digests[1]:
-            before, now = (_precision(weight) for weight in (known, _identity(leaves[path])))
-            distance = _distance(known.get("sketch"), leaves[path])
+        elif None not in (digests := (entry.get("sha256"), _digest(leaves[path]))) and digests[0] != digests[1]:
+            before, now = (_precision(weight) for weight in (entry, _identity(leaves[path])))
+            distance = _distance(entry.get("sketch"), leaves[path])
             if before == now or distance is None or distance > fingerprints.FAR:
                 wrong.append(f"{path!r}: of shape {shape} in both, but trained on other values than the base's")
             elif distance > fingerprints.ROUNDING:
@@ -309,9 +309,9 @@ def check_fit(directory: pathlib.Path, manifest: Mapping[str, Any], base: Any) -
         )
 
 
-def _precision(known: Mapping[str, Any]) -> str:
+def _precision(entry: Mapping[str, Any]) -> str:
     """How a weight is stored, in words."""
-    return str(known.get("quantized") or known.get("dtype"))
+    return str(entry.get("quantized") or entry.get("dtype"))
 
 
 def _distance(sketch: Any, leaf: Any) -> float | None:

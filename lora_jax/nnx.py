@@ -127,12 +127,12 @@ def updated(target: Any, params: Any) -> Any:
     if isinstance(target, type) or callable(target):
         _check_module(target, "updated")
     flat, changes = paths.flatten(target), _leaves(params)
-    known = flat.as_dict()
+    variables = flat.as_dict()
     for path, leaf in changes.items():
-        if path not in known:
-            raise ValueError(f"The target has no variable {path!r}; {paths.nearest(path, list(known))}.")
-        if jnp.shape(leaf) != jnp.shape(known[path]):
-            raise ValueError(f"{path!r}: the shape {jnp.shape(leaf)} replaces {jnp.shape(known[path])}.")
+        if path not in variables:
+            raise ValueError(f"The target has no variable {path!r}; {paths.nearest(path, list(variables))}.")
+        if jnp.shape(leaf) != jnp.shape(variables[path]):
+            raise ValueError(f"{path!r}: the shape {jnp.shape(leaf)} replaces {jnp.shape(variables[path])}.")
     return flat.map(lambda path, leaf: _placed(changes[path], leaf) if path in changes else leaf)
 
 

@@ -31,7 +31,7 @@ _LINE = 1000
 
 @contextlib.contextmanager
 def reading(
-    path: str | os.PathLike, form: str = "", *, error: type[ValueError] = ValueError, said: str = ""
+    path: str | os.PathLike, form: str = "", *, error: type[ValueError] = ValueError, template: str = ""
 ) -> Generator[None]:
     """Turns whatever the `with` block raises because of a file's content into one error that names the file.
 
@@ -42,7 +42,7 @@ def reading(
       path: The file or directory that is read.
       form: The file format, for the message.
       error: What is raised.
-      said: The message in other words, with the fields `path` and `reason`.
+      template: The message in other words, with the fields `path` and `reason`.
 
     Raises:
       ValueError: The file cannot be read. The original error is its cause.
@@ -66,8 +66,8 @@ def reading(
                 raise
             raise error(clipped(message)) from raised
         as_form = f" as {form}" if form and not isinstance(raised, OSError) else ""
-        said = said or f"{{path}}: cannot be read{as_form} ({{reason}})."
-        raise error(said.format(path=printable(str(path)), reason=reason(raised))) from raised
+        template = template or f"{{path}}: cannot be read{as_form} ({{reason}})."
+        raise error(template.format(path=printable(str(path)), reason=reason(raised))) from raised
 
 
 @contextlib.contextmanager

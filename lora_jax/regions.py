@@ -76,40 +76,40 @@ def _lowered(context, *operands, **params):
 
 def _tangents(primals, tangents, *, jaxpr, linear):
     outs = region_p.bind(*primals, jaxpr=jaxpr, linear=linear)
-    moving = [place for place, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
-    if moving and moving[-1] < linear:
+    nonzero = [index for index, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
+    if nonzero and nonzero[-1] < linear:
         changes = [ad.instantiate_zeros(tangent) for tangent in tangents[:linear]]
         return outs, region_p.bind(*changes, *primals[linear:], jaxpr=jaxpr, linear=linear)
 
     def along(*operands):
-        changes, primals = operands[: len(moving)], operands[len(moving) :]
+        changes, primals = operands[: len(nonzero)], operands[len(nonzero) :]
 
         def moved(*parts):
-            whole = dict(enumerate(primals)) | dict(zip(moving, parts))
+            whole = dict(enumerate(primals)) | dict(zip(nonzero, parts))
             return jaxpr_as_fun(jaxpr)(*whole.values())
 
-        return jax.jvp(moved, [primals[place] for place in moving], list(changes))[1]
+        return jax.jvp(moved, [primals[index] for index in nonzero], list(changes))[1]
 
-    return outs, _bind(along, [*(tangents[place] for place in moving), *primals], len(moving))
+    return outs, _bind(along, [*(tangents[index] for index in nonzero), *primals], len(nonzero))
 
 
 def _transpose(cotangents, *operands, jaxpr, linear):
-    wanted = [place for place, operand in enumerate(operands) if ad.is_undefined_primal(operand)]
-    avals = [operands[place].aval for place in wanted]
+    wanted = [index for index, operand in enumerate(operands) if ad.is_undefined_primal(operand)]
+    avals = [operands[index].aval for index in wanted]
     count = len(cotangents)
 
     def backward(*operands):
         def forward(*parts):
             whole = [jaxprs.zeros(aval) for aval in jaxpr.in_avals[:linear]]
-            for place, part in zip(wanted, parts):
-                whole[place] = part
+            for index, part in zip(wanted, parts):
+                whole[index] = part
             return jaxpr_as_fun(jaxpr)(*whole, *operands[count:])
 
         return jax.linear_transpose(forward, *avals)(list(operands[:count]))
 
     fixed = [*map(ad.instantiate_zeros, cotangents), *operands[linear:]]
     results = dict(zip(wanted, _bind(backward, fixed, count)))
-    return [results.get(place) for place in range(len(operands))]
+    return [results.get(index) for index in range(len(operands))]
 
 
 def _batched(operands, axes, *, jaxpr, linear):

@@ -75,7 +75,7 @@ class TrainState:
         # Copies: some transforms keep the parameters themselves, and no buffer can be donated twice.
         train, opt_state, key = jax.tree.map(_copied, (train, opt_state, key))
         number = jnp.zeros((), jnp.int32)
-        meshes = [place.mesh for place in map(mesh_sharding, jax.tree.leaves(train)) if place is not None]
+        meshes = [sharding.mesh for sharding in map(mesh_sharding, jax.tree.leaves(train)) if sharding is not None]
         if meshes:  # where a step would put the rest too: it compiles once
             whole = whole_on(meshes[0])
             places = jax.tree.map(lambda leaf: mesh_sharding(leaf) or whole, train)

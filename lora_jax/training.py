@@ -202,8 +202,8 @@ def train_step(
             arrays, frozen, carry = _replicated((arrays, frozen, carry))
         return static, halves, arrays, frozen, carry, batch
 
-    def finish(state: TrainState, given: tuple[Any, ...], results: tuple[Any, ...]) -> tuple[TrainState, Metrics]:
-        static, halves, arrays, frozen, *_ = given
+    def finish(state: TrainState, args: tuple[Any, ...], results: tuple[Any, ...]) -> tuple[TrainState, Metrics]:
+        static, halves, arrays, frozen, *_ = args
         (train, opt_state, number, key), metrics, aux = results
         if has_aux:
             metrics["aux"] = aux
@@ -212,23 +212,23 @@ def train_step(
 
     def run(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         with explaining_donation(state, check=pmap):
-            given = arguments(state, batch)
-            results = compiled(given[4])(*given)
+            args = arguments(state, batch)
+            results = compiled(args[4])(*args)
         keyed.warn_without_key(calls, state.delta)
-        return finish(state, given, results)
+        return finish(state, args, results)
 
     def lower(state: TrainState, batch: Any) -> Lowered:
-        given = arguments(state, batch)
+        args = arguments(state, batch)
 
         def call(program: jax.stages.Compiled, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
             with explaining_donation(state, check=pmap):
                 now = arguments(state, batch)
-                if now[:2] != given[:2]:
+                if now[:2] != args[:2]:
                     raise TypeError("The compiled step was lowered for a base and delta of another structure.")
                 results = program(*now[2:])
             return finish(state, now, results)
 
-        return Lowered(compiled(given[4]).lower(*given), call)
+        return Lowered(compiled(args[4]).lower(*args), call)
 
     return Step(run, lower)
 

@@ -181,10 +181,10 @@ class Encoder:
                 conversation, template = self._conversation(record, location)
                 plans[number] = plan(template, conversation, location, self.options.train_on)
         for template in (self.template, self.template and self.template.with_tools):
-            own = {number: one for number, one in plans.items() if one.template is template}
-            if template is not None and own:
-                renderings = template.renderings_of([(one.calls, one.location) for one in own.values()])
-                for (number, one), texts in zip(own.items(), renderings):
+            group = {number: one for number, one in plans.items() if one.template is template}
+            if template is not None and group:
+                renderings = template.renderings_of([(one.calls, one.location) for one in group.values()])
+                for (number, one), texts in zip(group.items(), renderings):
                     notes: set[str] = set()
                     examples[number] = conversation_examples(one, texts, notes)
                     self.notes.update(notes)

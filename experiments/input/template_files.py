@@ -45,7 +45,7 @@ def load_template(
     if template is not None and template in named:
         default = template
     elif template is not None:
-        where, named = _given(template, named)
+        where, named = _from_setting(template, named)
     if not named:
         return None
     if default not in named:
@@ -55,11 +55,11 @@ def load_template(
         if not any(re.search(rf"\b{re.escape(name)}\b", source) for source in named.values()):
             raise UserError(f"template_arguments: the chat template of {where} reads no variable {name}")
 
-    def made(name: str, other: Template | None = None) -> Template:
+    def build(name: str, other: Template | None = None) -> Template:
         options: Any = {"arguments": arguments, "control": control, "literal": literal, "with_tools": other}
         return Template(named[name], tokens, where, **options)
 
-    return made(default, made("tool_use") if "tool_use" in named and template is None else None)
+    return build(default, build("tool_use") if "tool_use" in named and template is None else None)
 
 
 def special_tokens(directory: Path) -> dict[str, str]:
@@ -97,8 +97,8 @@ def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if equals and name.isidentifier():
             arguments[name] = _value(value)
-        elif isinstance(found := _value(text), dict):
-            arguments |= found
+        elif isinstance(parsed := _value(text), dict):
+            arguments |= parsed
         else:
             raise ValueError(f"template_arguments: {text!r}, expected a JSON object or NAME=VALUE")
     return arguments
@@ -137,7 +137,7 @@ def _templates(directory: Path) -> tuple[str, dict[str, str]]:
     return str(where), named
 
 
-def _given(template: str, named: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+def _from_setting(template: str, named: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     path = Path(template)
     if "{" in template:
         return "the setting template", {"default": template}

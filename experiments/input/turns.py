@@ -152,8 +152,8 @@ def _marked(plan: Plan, renderings: Sequence[Marked | RenderingError], notes: se
     examples = []
     for number, part in zip(numbers, parts):
         if number in plan.learned:
-            said = "".join(part.text[begin:end] for begin, end in part.spans)
-            _check(template, plan.record.messages[number], said, f"{plan.location}, message {number + 1}")
+            rendered = "".join(part.text[begin:end] for begin, end in part.spans)
+            _check(template, plan.record.messages[number], rendered, f"{plan.location}, message {number + 1}")
             examples += [part] if part.spans else []
     if not examples:
         raise UserError(
@@ -276,20 +276,20 @@ def _shared(first: str, second: str) -> str:
 _REASONING_END = re.compile(r"</[\w:]*think\w*>|\[/THINK\]|<channel\|>")
 
 
-def _check(template: Template, message: Message, said: str, location: str) -> None:
+def _check(template: Template, message: Message, rendered: str, location: str) -> None:
     """Raises a UserError where a template leaves out what the assistant says or calls.
 
     Templates trim texts, escape them as JSON and drop reasoning before an answer: the answer's last line is looked for.
     """
     for text in texts_of(message.get("content"), location):
         lines = _REASONING_END.split(text)[-1].strip().splitlines()
-        if lines and not _appears(lines[-1].strip(), said):
+        if lines and not _appears(lines[-1].strip(), rendered):
             raise UserError(
                 f"{location}: the chat template of {template.where} leaves out what the assistant says, "
                 f"{_short(lines[-1])}; another template can be set (template)"
             )
     for name in _calls(message):
-        if not _appears(name, said):
+        if not _appears(name, rendered):
             raise UserError(
                 f"{location}: the chat template of {template.where} leaves out the assistant's call of {name}; another "
                 "template can be set (template)"

@@ -307,20 +307,22 @@ class _Stored:
     def check(self, directory: Path, places: Sequence[peft.Place], replaced: set[str], unused: str) -> None:
         """Compares names and shapes; every difference is reported at once."""
         wanted = {name.removeprefix(self._prefix): shape for place in places for name, shape in place.shapes.items()}
-        known = wanted.keys() | {name.removeprefix(self._prefix) for place in places for name in place.tied}
-        known |= {name.removeprefix(self._prefix) for name in replaced}
+        expected = wanted.keys() | {name.removeprefix(self._prefix) for place in places for name in place.tied}
+        expected |= {name.removeprefix(self._prefix) for name in replaced}
         parts = {part for weight, parts in self._quantized.items() for part in parts if part != weight}
-        given = {name: self._tensors[stored] for name, stored in self._names.items() if name not in parts}
+        available = {name: self._tensors[stored] for name, stored in self._names.items() if name not in parts}
         # What is packed has a shape of its own; that of the weight is compared when it is read.
-        given |= {name: wanted.get(name, given[name]) for name in self._quantized if name in given}
-        problems = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in given]
+        available |= {name: wanted.get(name, available[name]) for name in self._quantized if name in available}
+        problems = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in available]
         problems += [
-            f"unexpected: {name} {given[name]}" for name in sorted(given.keys() - known) if not re.search(unused, name)
+            f"unexpected: {name} {available[name]}"
+            for name in sorted(available.keys() - expected)
+            if not re.search(unused, name)
         ]
         problems += [
-            f"shape: {name} is {given[name]}, the model wants {shape}"
+            f"shape: {name} is {available[name]}, the model wants {shape}"
             for name, shape in wanted.items()
-            if name in given and given[name] != shape
+            if name in available and available[name] != shape
         ]
         if problems:
             more = [f"… and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []

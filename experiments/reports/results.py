@@ -71,8 +71,8 @@ def read_json(path: Path, make: Callable[[Any], T]) -> T:
     Raises:
       UserError: It is damaged, or was written by another version.
     """
-    said = "{path}: damaged, or of another version ({reason}); --fresh starts over"
-    with readers.reading(path, error=UserError, said=said):
+    template = "{path}: damaged, or of another version ({reason}); --fresh starts over"
+    with readers.reading(path, error=UserError, template=template):
         return make(json.loads(path.read_text(encoding="utf-8")))
 
 

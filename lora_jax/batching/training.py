@@ -212,9 +212,9 @@ def train_many(
             return jax.vmap(member, in_axes=(0, 0, batch_axes))(carry, fixed, batch)
 
         def numbered(number):
-            own, its = jax.tree.map(lambda leaf: leaf[number], (carry, fixed))
+            member_carry, member_fixed = jax.tree.map(lambda leaf: leaf[number], (carry, fixed))
             part = each(lambda leaf, axis: jnp.moveaxis(leaf, axis, 0)[number], batch_axes, batch)
-            return member(own, its, part)
+            return member(member_carry, member_fixed, part)
 
         return jax.lax.map(numbered, jnp.arange(members), batch_size=at_once)
 

@@ -12,7 +12,7 @@ from lora_jax.adapters.full import Replacement, RowReplacement
 from lora_jax.adapters.lowrank import LowRank
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.commands.inspection import euclidean
-from lora_jax.commands.reading import found, is_native, read
+from lora_jax.commands.reading import adapter_directory, is_native, read
 from lora_jax.commands.wording import (
     counted,
     kinds_of,
@@ -30,7 +30,7 @@ from lora_jax.peft.opening import config_of
 
 def diff(one: Path, other: Path, console: Console, progress: Console, *, ignore: Sequence[str] = ()) -> bool:
     """Prints how two adapters differ; returns whether they do."""
-    one, other = found(one, progress), found(other, progress)
+    one, other = adapter_directory(one, progress), adapter_directory(other, progress)
     native = is_native(one), is_native(other)
     if native[0] != native[1]:
         raise ValueError(f"{one} and {other}: one is of PEFT, the other of lora_jax; their weights have other names.")

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from lora_jax import peft
 from lora_jax.commands.outputs import check_new
-from lora_jax.commands.reading import check_directory, check_peft, found, model_config, opened
+from lora_jax.commands.reading import adapter_directory, check_directory, check_peft, model_config, opened
 from lora_jax.commands.wording import few, kinds_of
 from lora_jax.files import replaced
 from lora_jax.peft import layout, methods
@@ -34,7 +34,7 @@ def convert(
     progress: Console,
 ) -> None:
     """Writes a PEFT adapter again for another reader."""
-    directory = found(directory, progress)
+    directory = adapter_directory(directory, progress)
     check_peft(directory, "a conversion")
     config = config_of(directory)
     if base is None and (names := layout.copies(directory, ignore)):

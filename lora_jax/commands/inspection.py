@@ -13,7 +13,7 @@ from rich.console import Console
 from lora_jax import checkpoint
 from lora_jax.adapters.lowrank import LowRank
 from lora_jax.adapters.protocol import Adapter
-from lora_jax.commands.reading import fitted, found, is_native, opened, read
+from lora_jax.commands.reading import adapter_directory, fitted, is_native, opened, read
 from lora_jax.commands.wording import (
     counted,
     few,
@@ -41,7 +41,7 @@ def inspect(
     directory: Path, base: Path | None, console: Console, progress: Console, *, ignore: Sequence[str] = ()
 ) -> None:
     """Prints what an adapter holds, and which base it fits."""
-    directory = found(directory, progress)
+    directory = adapter_directory(directory, progress)
     native = is_native(directory)
     delta, untied = fitted(directory, base, ignore) if base else (read(directory, ignore), {})
     sizes = _sizes(delta, base, {head: table for head, (table, _) in untied.items()}, progress)

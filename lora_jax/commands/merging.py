@@ -15,7 +15,7 @@ from lora_jax import peft
 from lora_jax.adapters.full import enlarges
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.commands.outputs import check_new
-from lora_jax.commands.reading import MODEL, check_directory, check_peft, found, model_config, opened
+from lora_jax.commands.reading import MODEL, adapter_directory, check_directory, check_peft, model_config, opened
 from lora_jax.commands.wording import counted, few, progress_bar, shown
 from lora_jax.files import replaced
 from lora_jax.peft import biases, layout, methods, ties
@@ -46,7 +46,7 @@ def merge(
     progress: Console,
 ) -> None:
     """Writes a checkpoint with a PEFT adapter folded in, in the base's files and dtypes."""
-    adapter = found(adapter, progress)
+    adapter = adapter_directory(adapter, progress)
     check_peft(adapter, "a merge")
     check_directory(base)
     copied, left_out = _others(base, model_files(base))

@@ -24,7 +24,7 @@ from lora_jax.peft.tensors import (
 MODEL = "config.json"
 
 
-def found(directory: Path, console: Console) -> Path:
+def adapter_directory(directory: Path, console: Console) -> Path:
     """The directory of an adapter, which may be the only one inside of what is given; a line says so.
 
     Raises:

@@ -83,14 +83,14 @@ class Config:
                 raise ValueError(f"{file}: has neither target_modules nor target_parameters.")
             tokens = content.get("trainable_token_indices")
             content["trainable_token_indices"] = {"": tokens} if isinstance(tokens, list) else tokens
-            known = {
+            defaults = {
                 field.name: field.default_factory if field.default is dataclasses.MISSING else field.default
                 for field in dataclasses.fields(cls)
             }
-            given = {name: content[name] for name in known if content.get(name) is not None}
-            for name, value in given.items():
+            values = {name: content[name] for name in defaults if content.get(name) is not None}
+            for name, value in values.items():
                 _check(file, name, value)
-        return cls(**given)
+        return cls(**values)
 
     @functools.cached_property
     def _ranks(self) -> "Patterns":

@@ -27,14 +27,14 @@ def shares(names: Names, tensors: Iterable[str]) -> dict[str, list[tuple[str, Sh
     listed = list(tensors)
     result: dict[str, list[tuple[str, Share]]] = {}
     for row in names.fused:
-        found: dict[str, dict[tuple[int, int], str]] = collections.defaultdict(dict)
+        matrices: dict[str, dict[tuple[int, int], str]] = collections.defaultdict(dict)
         for number, part in enumerate(row.parts):
             for match in filter(None, map(_pattern(part).fullmatch, listed)):
-                found[row.parameter.format(**match.groupdict())][int(match["expert"]), number] = match[0]
-        for parameter, by_place in found.items():
+                matrices[row.parameter.format(**match.groupdict())][int(match["expert"]), number] = match[0]
+        for parameter, by_place in matrices.items():
             experts = max(expert for expert, _ in by_place) + 1
             places = sorted(by_place.items())
-            result[parameter] = [(name, Share(*place, experts, len(row.parts))) for place, name in places]
+            result[parameter] = [(name, Share(*index, experts, len(row.parts))) for index, name in places]
     return result
 
 
@@ -46,13 +46,13 @@ def of_checkpoint(module: str, parameters: Iterable[str], tensors: Mapping[str, 
       parameters: Those of its parameters that have factors.
       tensors: By names of the running model, those in the checkpoint's files.
     """
-    found = []
+    fused = []
     for parameter in in_order(list(parameters)):
         for parts in _PARTS.get(parameter, ()):
             files = [tensors.get(f"{module}.0.{part}.weight") for part in parts]
             if None not in files:
-                found.append(Fused(f"{module}.{parameter}", tuple(_any_expert(name) for name in files if name)))
-    return found
+                fused.append(Fused(f"{module}.{parameter}", tuple(_any_expert(name) for name in files if name)))
+    return fused
 
 
 def _any_expert(name: str) -> str:
@@ -62,8 +62,8 @@ def _any_expert(name: str) -> str:
 
 def in_order(parameters: Sequence[str]) -> list[str]:
     """The parameters of one module in its own order, which transformers has for those of experts; others as given."""
-    known = list(_PARTS)
-    return sorted(parameters, key=known.index) if set(parameters) <= set(known) else list(parameters)
+    order = list(_PARTS)
+    return sorted(parameters, key=order.index) if set(parameters) <= set(order) else list(parameters)
 
 
 def read(
@@ -122,9 +122,9 @@ def _fused(parameter: str, modules: Mapping[tuple[int, int], Module], share: Sha
     a = np.zeros((share.experts, rank, into), dtype)
     b = np.zeros((share.parts, out, rank, share.experts), dtype)
     for (expert, part), module in modules.items():
-        own = slice(starts[part], starts[part] + ranks[part])
-        a[expert, own] = pad_rank(module.a, ranks[part], 0)
-        b[part, :, own, expert] = pad_rank(module.b, ranks[part], 1)
+        span = slice(starts[part], starts[part] + ranks[part])
+        a[expert, span] = pad_rank(module.a, ranks[part], 0)
+        b[part, :, span, expert] = pad_rank(module.b, ranks[part], 1)
     return dataclasses.replace(
         first,
         name=parameter,

@@ -70,8 +70,8 @@ def of_checkpoint(
         factors = factor_shapes(tensors, parsed)
         sizes = {key: tensors[key.key] for key in parsed}
         renamed = {new: name for name in shapes for new in renames.running(name)}
-        known = {keys.split_name(name)[0] for name in (*shapes, *renamed)}
-        prefix = prefix_of(known, {key.module for key in parsed})
+        modules = {keys.split_name(name)[0] for name in (*shapes, *renamed)}
+        prefix = prefix_of(modules, {key.module for key in parsed})
         bare = {new.removeprefix(prefix): name for new, name in renamed.items()}
         bare |= {name.removeprefix(prefix): name for name in shapes}
         square = _Squares(config, model_type)
@@ -80,15 +80,15 @@ def of_checkpoint(
         fused: list[Fused] = []
         for (module, embedding), levels in factors.items():
             module = module.removeprefix(prefix)
-            own = {f"{module}.{p}": shapes[bare[f"{module}.{p}"]] for p in parameters_of(module, config, bare)}
-            fused += experts.of_checkpoint(module, parameters_of(module, config), bare) if not own else []
-            if own:
-                found = _parameter_kinds(own, levels, config, model_type)
-                kinds |= {bare[name]: kind for name, kind in found.items()}
-                order += [bare[name] for name in found]
+            parameters = {f"{module}.{p}": shapes[bare[f"{module}.{p}"]] for p in parameters_of(module, config, bare)}
+            fused += experts.of_checkpoint(module, parameters_of(module, config), bare) if not parameters else []
+            if parameters:
+                parameter_kinds = _parameter_kinds(parameters, levels, config, model_type)
+                kinds |= {bare[name]: kind for name, kind in parameter_kinds.items()}
+                order += [bare[name] for name in parameter_kinds]
             elif (name := bare.get(f"{module}.weight")) and len(levels) == 1:
                 kinds[name] = "embedding" if embedding else square.kind(name, shapes[name], *levels[0])
-            adapted = [bare[name] for name in own] or [bare.get(f"{module}.{x}") for x in ("weight", "qweight")]
+            adapted = [bare[name] for name in parameters] or [bare.get(f"{module}.{x}") for x in ("weight", "qweight")]
             _check_floats(checkpoint, [name for name in adapted if name])
         kinds |= square.kinds()
         of_experts = [x for parts in experts.shares(Names((), fused=tuple(fused)), shapes).values() for x, _ in parts]
@@ -106,8 +106,8 @@ def of_checkpoint(
     shapes = {name: shapes[name] for name in dict.fromkeys((*order, *shapes))}
     base = {leaf_path(name): Stored(shape, lambda name=name: checkpoint.read(name)) for name, shape in shapes.items()}
     base |= {leaf_path(head): base[leaf_path(table)] for head, (table, _, _) in untied.items()}
-    own = {bare.get(name.removeprefix(prefix), ""): name for name in _adapted(parsed, config)}
-    names = table_of([*shapes, *untied], kinds, tied, prefix, own)
+    adapter_names = {bare.get(name.removeprefix(prefix), ""): name for name in _adapted(parsed, config)}
+    names = table_of([*shapes, *untied], kinds, tied, prefix, adapter_names)
     untied = {head: (table, why) for head, (table, why, _) in untied.items()}
     return Fitting(base, dataclasses.replace(names, fused=tuple(fused)), untied)
 
@@ -147,8 +147,8 @@ def _adapted(parsed: Iterable[Key], config: Config) -> Iterator[str]:
     for key in parsed:
         if key.part == "value":
             yield key.name
-        elif own := parameters_of(key.module, config):
-            yield from (f"{key.module}.{parameter}" for parameter in own)
+        elif parameters := parameters_of(key.module, config):
+            yield from (f"{key.module}.{parameter}" for parameter in parameters)
         else:
             yield from (f"{key.module}.{parameter}" for parameter in ("weight", "in_proj_weight", "bias"))
 
@@ -185,13 +185,13 @@ class _Squares:
         """What the modules of the square weights are."""
         stated: Kind = "conv1d" if self._flag else "linear"
         elsewhere = set().union(*self._told.values())
-        found: dict[str, Kind] = {}
+        kinds: dict[str, Kind] = {}
         for name in self._open:
             alike = self._told.get(_last(name), set())
             if len(alike) == 1:
-                (found[name],) = alike
+                (kinds[name],) = alike
             elif self._conv1d_model and re.search(r"\.\d+\.", name):
-                found[name] = "conv1d"
+                kinds[name] = "conv1d"
             elif elsewhere - {stated}:
                 raise ValueError(
                     f"{name!r} is square, and whether it is stored in × out or out × in cannot be told: the adapter's "
@@ -199,8 +199,8 @@ class _Squares:
                     "config.json would tell)."
                 )
             else:
-                found[name] = stated
-        return found
+                kinds[name] = stated
+        return kinds
 
 
 def _last(name: str) -> str:
@@ -220,14 +220,14 @@ def _parameter_kinds(shapes: dict[str, Shape], levels: Levels, config: Config, m
             if all(kinds.values()):
                 fitting.setdefault(tuple(kinds.items()), transposed)
     if len(set(fitting.values())) > 1 and model_type:
-        known = model_type in _TRANSPOSED_EXPERTS_MODELS
-        fitting = {kinds: transposed for kinds, transposed in fitting.items() if transposed == known}
+        expected = model_type in _TRANSPOSED_EXPERTS_MODELS
+        fitting = {kinds: transposed for kinds, transposed in fitting.items() if transposed == expected}
     if len(fitting) == 1:
         return dict(*fitting)
     listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
     if not fitting:
-        given = ", ".join(f"A {a} and B {b}" for a, b in levels)
-        raise ValueError(f"{listed}: no order of these parameters fits the adapter's factors {given}.")
+        factors = ", ".join(f"A {a} and B {b}" for a, b in levels)
+        raise ValueError(f"{listed}: no order of these parameters fits the adapter's factors {factors}.")
     hint = "" if model_type else " (the model_type of the base's config.json might tell)"
     raise ValueError(f"{listed}: these parameters fit the adapter's factors in more than one way{hint}.")
 
@@ -243,10 +243,10 @@ def _parameter_kind(shape: Shape, a: Shape, b: Shape, rank: int, transposed: boo
     return "experts" if shape[1:] == (b[0], a[1]) else ""
 
 
-def prefix_of(known: set[str], adapted: set[str]) -> str:
+def prefix_of(modules: set[str], adapted: set[str]) -> str:
     """What the checkpoint's modules or the adapter's have in front of the others' ('bert.')."""
-    votes = collections.Counter({"": len(known & adapted)})
-    for one, other in ((known, adapted), (adapted, known)):
+    votes = collections.Counter({"": len(modules & adapted)})
+    for one, other in ((modules, adapted), (adapted, modules)):
         for module in one:
             segments = module.split(".")
             for count in range(1, min(4, len(segments))):
@@ -274,9 +274,11 @@ def _tied(
         for name, shape in shapes.items():
             if kinds.get(name) == "embedding" or re.search(r"emb|wte|shared", _last(name)):
                 tables[shape].append(name)
-    for name, found in wanted.items():
+    for name, needed in wanted.items():
         # Of factors (r, in) and (out, r), in either order; or of the whole weight.
-        fitting = {x for x in tables if x in found or any(a and b and (b[0], a[-1]) == x for a in found for b in found)}
+        fitting = {
+            x for x in tables if x in needed or any(a and b and (b[0], a[-1]) == x for a in needed for b in needed)
+        }
         candidates = [table for shape in fitting for table in tables[shape]]
         chosen = [x for x in candidates if kinds.get(x) == "embedding"] or candidates
         if len(chosen) == 1 and not re.search(r"\.\d+\.", name):

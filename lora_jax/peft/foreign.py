@@ -56,17 +56,18 @@ class _Module:
     parts: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def of_file(tensors: Tensors, metadata: Mapping[str, str], known: Iterable[str]) -> tuple[Config, View] | None:
+def of_file(tensors: Tensors, metadata: Mapping[str, str], base_modules: Iterable[str]) -> tuple[Config, View] | None:
     """A file of kohya's scripts or of diffusers in PEFT's terms; None where it is neither.
 
     Args:
       tensors: The open file.
       metadata: Of the file.
-      known: The modules of the base, without a prefix, as far as they are known: kohya's names are told by them.
+      base_modules: The names of the base's modules, without a prefix, as far as they are known: they tell where the
+        underscores of kohya's names are dots.
     """
-    modules, rest = _kohya(tensors, known)
+    modules, rest = _kohya(tensors, base_modules)
     if not modules:
-        modules, rest = _diffusers(tensors, known)
+        modules, rest = _diffusers(tensors, base_modules)
     if not modules:
         return None
     stated = {name: module.parts["alpha"] for name, module in modules.items() if "alpha" in module.parts}
@@ -99,8 +100,8 @@ def of_mlx(tensors: Tensors, content: Mapping[str, Any]) -> tuple[Config, View]:
     return _in_peft(tensors, modules, alphas, rest, transposed=True, dropout=dropout)
 
 
-def _kohya(tensors: Tensors, known: Iterable[str]) -> tuple[dict[str, _Module], list[str]]:
-    dotted = {name.replace(".", "_"): name for name in known}
+def _kohya(tensors: Tensors, base_modules: Iterable[str]) -> tuple[dict[str, _Module], list[str]]:
+    dotted = {name.replace(".", "_"): name for name in base_modules}
     modules: dict[str, _Module] = {}
     rest = []
     for key in tensors:
@@ -113,12 +114,12 @@ def _kohya(tensors: Tensors, known: Iterable[str]) -> tuple[dict[str, _Module], 
     return modules, rest
 
 
-def _diffusers(tensors: Tensors, known: Iterable[str]) -> tuple[dict[str, _Module], list[str]]:
-    own = set(known)
+def _diffusers(tensors: Tensors, base_modules: Iterable[str]) -> tuple[dict[str, _Module], list[str]]:
+    base = set(base_modules)
     modules: dict[str, _Module] = {}
     rest = []
     for key in tensors:
-        match = next((found for pattern in _DIFFUSERS if (found := pattern.fullmatch(key))), None)
+        match = next(filter(None, (pattern.fullmatch(key) for pattern in _DIFFUSERS)), None)
         if match is None or key.startswith(keys.PREFIX):
             rest.append(key)
             continue
@@ -126,7 +127,7 @@ def _diffusers(tensors: Tensors, known: Iterable[str]) -> tuple[dict[str, _Modul
         if "to" in match.groupdict():
             module += f".{match['to']}" + (".0" if match["to"] == "to_out" else "")
         component, _, inside = module.partition(".")
-        if inside and module not in own and (inside in own or component in ("unet", "transformer", "text_encoder")):
+        if inside and module not in base and (inside in base or component in ("unet", "transformer", "text_encoder")):
             module = inside
         modules.setdefault(module, _Module()).parts[_PARTS[match["part"]]] = key
     return modules, rest

@@ -171,17 +171,19 @@ def _read(directory: Path, key: Key) -> np.ndarray:
         return tensors.read(key.key)
 
 
-def parameters_of(module: str, config: Config, known: Iterable[str] | None = None) -> list[str]:
+def parameters_of(module: str, config: Config, available: Iterable[str] | None = None) -> list[str]:
     """The parameters of a module that have factors of their own, as far as can be told in the module's order.
 
     A target without a module is the parameter of every module that has it.
     """
     targets = [keys.split_name(name) for name in config.target_parameters]
-    own = [parameter for outer, parameter in targets if outer and keys.matches(module, [outer])]
-    if not own and not config.targets(module):
-        own = [parameter for outer, parameter in targets if not outer]
-    own = experts.in_order(own)
-    return own if known is None else [parameter for parameter in own if f"{module}.{parameter}" in known]
+    parameters = [parameter for outer, parameter in targets if outer and keys.matches(module, [outer])]
+    if not parameters and not config.targets(module):
+        parameters = [parameter for outer, parameter in targets if not outer]
+    parameters = experts.in_order(parameters)
+    if available is None:
+        return parameters
+    return [parameter for parameter in parameters if f"{module}.{parameter}" in available]
 
 
 def _named(module: str, levels: Levels, config: Config, wrapped: bool) -> dict[str, tuple[Shape, Shape]]:
@@ -189,13 +191,13 @@ def _named(module: str, levels: Levels, config: Config, wrapped: bool) -> dict[s
 
     A module with factors that has modules with factors inside is PyTorch's attention.
     """
-    own = parameters_of(module, config)
-    if len(levels) != max(len(own), 1):
-        named = f"names {', '.join(own)}" if own else "names none of its parameters"
+    parameters = parameters_of(module, config)
+    if len(levels) != max(len(parameters), 1):
+        named = f"names {', '.join(parameters)}" if parameters else "names none of its parameters"
         raise ValueError(f"{module}: {len(levels)} pairs of factors, and target_parameters {named}.")
-    if not own:
+    if not parameters:
         return {f"{module}.{'in_proj_weight' if wrapped else 'weight'}": levels[0]}
-    return {f"{module}.{p}": shapes for p, shapes in zip(own, reversed(levels))}
+    return {f"{module}.{p}": shapes for p, shapes in zip(parameters, reversed(levels))}
 
 
 def _weight(config: Config, name: str, a: Shape, b: Shape, embedding: bool) -> tuple[Kind, Shape]:

@@ -17,7 +17,7 @@ SUFFIX = ".safetensors"
 
 @contextlib.contextmanager
 def opened(
-    path: Path, ignore: Sequence[str] = (), known: Iterable[str] = ()
+    path: Path, ignore: Sequence[str] = (), base_modules: Iterable[str] = ()
 ) -> Iterator[tuple[Config, Tensors | View]]:
     """The config and the tensors of an adapter of LoRA.
 
@@ -25,14 +25,14 @@ def opened(
       path: A directory that PEFT or mlx-lm wrote; or a safetensors file of kohya's scripts or diffusers, or a directory
         with a single one.
       ignore: Tensors that are passed over; see :class:`Tensors`.
-      known: The modules of the base: kohya's names, in which dots are underscores, are told by them.
+      base_modules: The names of the base's modules, which tell where the underscores of kohya's names are dots.
 
     Raises:
       ValueError: It is none of these, or is damaged.
     """
     if (file := single_file(path)) is not None:
         with Tensors([file], ignore) as tensors:
-            adapter = foreign.of_file(tensors, _metadata(file), known)
+            adapter = foreign.of_file(tensors, _metadata(file), base_modules)
             if adapter is None:
                 raise ValueError(f"{file}: no LoRA of kohya's scripts or diffusers, and no {CONFIG} beside it.")
             yield adapter

@@ -75,13 +75,13 @@ def parted(table: Iterable[Key], head: Iterable[Key], config: Config, tensors: T
       config: The adapter's.
       tensors: Its tensors, open.
     """
-    one, other = ({key.part: key for key in found} for found in (table, head))
+    one, other = ({key.part: key for key in group} for group in (table, head))
     values = [parts["value"] for parts in (one, other) if "value" in parts]
     saved = any(keys.inside(key.module, entry) for key in values for entry in config.modules_to_save)
     for parts in (one, other):
         if not saved or "a" in parts or "b" in parts:
             parts.pop("value", None)  # beside factors, or named by nothing: PEFT's copy of the base's weight
-    names = [next((key.module for key in found.values()), "") for found in (one, other)]
+    names = [next((key.module for key in parts.values()), "") for parts in (one, other)]
     if not one and not other:
         return ""
     if set(one) == {"rows"} and not other:

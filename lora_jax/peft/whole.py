@@ -38,8 +38,12 @@ def complete(exported: Exported, names: Names, base: Any, task_type: str | None,
     # What an entry names is saved as that module, however many layers it has.
     wholes = {*heads, *(entry for entry in entries if any(keys.inside(module, entry) for module in modules))}
     modules = {module for module in modules if not any(keys.inside(module, entry) for entry in wholes)}
-    wholes |= (found := _composites(modules, adapted, names))
-    exported.saved = {*wholes, *(x for x in modules if not any(keys.inside(x, entry) for entry in found)), *entries}
+    wholes |= (composites := _composites(modules, adapted, names))
+    exported.saved = {
+        *wholes,
+        *(x for x in modules if not any(keys.inside(x, entry) for entry in composites)),
+        *entries,
+    }
 
     def belongs(name: str) -> bool:
         module, _ = keys.split_name(name)
@@ -66,13 +70,13 @@ def complete(exported: Exported, names: Names, base: Any, task_type: str | None,
 
 def _composites(modules: Collection[str], adapted: Collection[str], names: Names) -> set[str]:
     """The outermost modules of several layers, such as a classification head, that are saved with all they have."""
-    found = set()
+    composites = set()
     for outer in {module.partition(".")[0] for module in modules if "." in module}:
         rows = [row for row in names.weights if (row.in_model or row.name).startswith(f"{outer}.")]
         parts = {keys.split_name(name)[0] for row in rows for name in row.examples()}
         if parts <= set(modules) and not any(keys.inside(module, outer) for module in adapted):
-            found.add(outer)
-    return found
+            composites.add(outer)
+    return composites
 
 
 def _is_declared(entry: str, names: Names) -> bool:
@@ -85,7 +89,7 @@ def _announced(exported: Exported, names: Names, adapted: set[str], wholes: Coll
     for row in names.weights:
         name = row.in_model or row.name
         if any(keys.inside(keys.split_name(name)[0], entry) for entry in wholes):
-            yield from (found for found in row.examples() if found not in exported.values)
+            yield from (example for example in row.examples() if example not in exported.values)
     for module in exported.saved:
         for parameter in {keys.split_name(row.in_model or row.name)[1] for row in names.weights}:
             name = f"{module}.{parameter}"

@@ -335,8 +335,8 @@ def _finished(stored: Path, settings: dict[str, Any]) -> Report:
     """
     report = Report.load(stored)
     before = {name: value for name, value in report.settings.items() if name not in _EXTENDED}
-    if told := differences(before, settings):
-        raise UserError(f"{stored.parent}: holds a finished run with {told}; --fresh starts over")
+    if difference := differences(before, settings):
+        raise UserError(f"{stored.parent}: holds a finished run with {difference}; --fresh starts over")
     return report
 
 

@@ -56,13 +56,13 @@ def load_method(
             renamed = {keys.rows_key(_module(name, TOKENS)): name for name in tensors if name.endswith(TOKENS)}
             view = View(tensors, renamed | {name: name for name in tensors if not name.endswith(TOKENS)})
             return _rest(directory, config, view, base, names, {})
-        method, own = METHODS[kind](), modules_of(tensors, METHODS[kind].parts)
-        used = {key for parts in own.values() for key in parts.values()} | set(PAIR)
+        method, by_module = METHODS[kind](), modules_of(tensors, METHODS[kind].parts)
+        used = {key for parts in by_module.values() for key in parts.values()} | set(PAIR)
         view = View(tensors, {name: name for name in tensors if name not in used})
         loader = Loader(Stored(Config(modules_to_save=_listed(saved)), view), base, names)
         if set(PAIR) <= set(tensors):
             settings = Settings({**content, "pair": tuple(map(tensors.read, PAIR))})
-        delta = _adapters(method, own, Stored(loader.config, tensors), loader, settings)
+        delta = _adapters(method, by_module, Stored(loader.config, tensors), loader, settings)
         return finished(directory, loader, delta | loader.delta())
 
 
@@ -88,19 +88,19 @@ def _module(key: str, end: str) -> str:
 def modules_of(tensors: Tensors, parts: Sequence[str]) -> dict[str, dict[str, str]]:
     """The keys of a method's tensors, by module and part."""
     pattern = re.compile(rf"{re.escape(keys.PREFIX)}(?P<module>.+)\.(?P<part>{'|'.join(map(re.escape, parts))})")
-    found: dict[str, dict[str, str]] = collections.defaultdict(dict)
+    by_module: dict[str, dict[str, str]] = collections.defaultdict(dict)
     for key in tensors:
         if match := pattern.fullmatch(key):
-            found[match["module"]][match["part"]] = key
-    return found
+            by_module[match["module"]][match["part"]] = key
+    return by_module
 
 
 def _adapters(
-    method: Method, own: Mapping[str, Mapping[str, str]], stored: Stored, loader: Loader, settings: Settings
+    method: Method, by_module: Mapping[str, Mapping[str, str]], stored: Stored, loader: Loader, settings: Settings
 ) -> dict[str, Adapter]:
     by_leaf: dict[str, dict[tuple[int, ...], dict[str, np.ndarray]]] = collections.defaultdict(dict)
     places: dict[str, Place] = {}
-    for module, parts in own.items():
+    for module, parts in by_module.items():
         name = loader.in_file(f"{module}.weight")
         if name not in loader.where:
             some = next(iter(parts.values()))
@@ -111,7 +111,7 @@ def _adapters(
             read = _reader(stored, module, parts)
             by_leaf[place.path][index] = method.fields(fit_of(method, place), read, module, settings)
             places[place.path] = place
-    _check_targets(method, own, loader, settings)
+    _check_targets(method, by_module, loader, settings)
     delta: dict[str, Adapter] = {}
     for path, place in places.items():
         with loader.collecting():
@@ -140,14 +140,16 @@ class _Missing(ValueError, KeyError):
         return str(self.args[0])
 
 
-def _stacked(method: Method, fit: Fit, found: Mapping[tuple[int, ...], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def _stacked(
+    method: Method, fit: Fit, layers: Mapping[tuple[int, ...], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
     """The fields of all layers of a leaf."""
-    names = {name for fields in found.values() for name in fields}
+    names = {name for fields in layers.values() for name in fields}
     lead, batch = fit.lead()[1], fit.size(fit.labels(BATCH))
     arrays = {}
     for name in sorted(names):
-        values = {index: fields[name] for index, fields in found.items() if name in fields}
-        if len(values) < len(found):
+        values = {index: fields[name] for index, fields in layers.items() if name in fields}
+        if len(values) < len(layers):
             raise ValueError(f"cannot be held: the layers of {fit.place.path!r} have different parts")
         if name in method.ranked:
             rank = max(value.shape[0] for value in values.values())
@@ -178,11 +180,13 @@ def _gain_of_bias(arrays: Mapping[str, np.ndarray], fit: Fit, place: Place, load
     return {leaf.path: gain_of_bias(gain, axes)}
 
 
-def _check_targets(method: Method, own: Mapping[str, Mapping[str, str]], loader: Loader, settings: Settings) -> None:
+def _check_targets(
+    method: Method, by_module: Mapping[str, Mapping[str, str]], loader: Loader, settings: Settings
+) -> None:
     """What the config announces must be there."""
     targets = Config(target_modules=settings.names("target_modules"), exclude_modules=settings.names("exclude_modules"))
     for name, (place, _) in loader.where.items():
         module, parameter = keys.split_name(loader.in_model.get(name, name))
         saved = any(keys.inside(module, entry) for entry in loader.config.modules_to_save)
-        if parameter == "weight" and place.roles and not saved and targets.targets(module) and module not in own:
+        if parameter == "weight" and place.roles and not saved and targets.targets(module) and module not in by_module:
             loader.problems.append(f"missing: {keys.PREFIX}{module}.{method.parts[0]}")

@@ -34,11 +34,11 @@ class LoHa(Method):
         into, out = matrix_sizes(fit)
         rank = int(settings.by_module("r", "rank_pattern", module, 8))
         alpha = settings.by_module("alpha", "alpha_pattern", module, 8)
-        found = {"scale": np.asarray(alpha / rank, np.float32)}
+        arrays = {"scale": np.asarray(alpha / rank, np.float32)}
         for number in (1, 2):
-            found[f"b{number}"] = from_tensor(fit, read(f"hada_w{number}_a", (out, rank)).T, OUT)
-            found[f"a{number}"] = from_tensor(fit, read(f"hada_w{number}_b", (rank, into)), IN)
-        return found
+            arrays[f"b{number}"] = from_tensor(fit, read(f"hada_w{number}_a", (out, rank)).T, OUT)
+            arrays[f"a{number}"] = from_tensor(fit, read(f"hada_w{number}_b", (rank, into)), IN)
+        return arrays
 
     def neutral(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.zeros(shape)
@@ -62,11 +62,11 @@ class LoHa(Method):
         return {name: np.asarray(getattr(node, name)) for name in (*self.ranked, "scale")}
 
     def tensors(self, fields: Mapping[str, np.ndarray], fit: Fit) -> dict[str, np.ndarray]:
-        found = {}
+        arrays = {}
         for number in (1, 2):
-            found[f"hada_w{number}_a"] = to_tensor(fit, fields[f"b{number}"], OUT).T
-            found[f"hada_w{number}_b"] = to_tensor(fit, fields[f"a{number}"], IN)
-        return found
+            arrays[f"hada_w{number}_a"] = to_tensor(fit, fields[f"b{number}"], OUT).T
+            arrays[f"hada_w{number}_b"] = to_tensor(fit, fields[f"a{number}"], IN)
+        return arrays
 
     def config(self, nodes: Mapping[str, Any], scales: Mapping[str, float]) -> dict[str, Any]:
         ranks = {name: node.rank for name, node in nodes.items()}

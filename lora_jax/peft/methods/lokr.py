@@ -33,12 +33,12 @@ class LoKr(Method):
         if out % rows or into % columns:
             raise ValueError(f"shape: lokr_w1 of {module} is {first.shape}, which divides no weight of {(out, into)}")
         rest = (out // rows, into // columns)
-        found = {"c": first.T, "scale": np.asarray(alpha / rank, np.float32)}
+        arrays = {"c": first.T, "scale": np.asarray(alpha / rank, np.float32)}
         try:
-            return found | {"d": read("lokr_w2", rest).T}
+            return arrays | {"d": read("lokr_w2", rest).T}
         except KeyError:
             b, a = read("lokr_w2_a", (rest[0], rank)), read("lokr_w2_b", (rank, rest[1]))
-            return found | {"a": a, "b": b.T}
+            return arrays | {"a": a, "b": b.T}
 
     def neutral(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.zeros(shape)

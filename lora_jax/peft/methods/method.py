@@ -42,10 +42,10 @@ class Settings:
 
     def by_module(self, name: str, patterns: str, module: str, default: float) -> float:
         """A number that a dict of patterns may give for a module."""
-        found = self.content.get(patterns) or {}
-        if not isinstance(found, Mapping):
-            raise ValueError(f"{CONFIG}: {patterns} is {found!r}; expected an object")
-        return Settings({name: Patterns(found).find(module, self.number(name, default))}).number(name, default)
+        values = self.content.get(patterns) or {}
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{CONFIG}: {patterns} is {values!r}; expected an object")
+        return Settings({name: Patterns(values).find(module, self.number(name, default))}).number(name, default)
 
     def names(self, name: str) -> Sequence[str] | str:
         """A field that is a list of names or a regular expression."""

@@ -85,13 +85,13 @@ def save_method(
         plan, problems = _planned(METHODS[kind](), delta, names, base)
         rest = {path: node for path, node in delta.items() if isinstance(node, Replacement)}
         exported = _exported(rest, names, base, task_type)
-        own: dict[str, Any] = {}
+        settings: dict[str, Any] = {}
         problems += exported.problems
         try:
-            own = plan.method.config(plan.nodes, plan.scales)
+            settings = plan.method.config(plan.nodes, plan.scales)
         except ValueError as error:
             problems.append(str(error))
-        content = {**_targets(list(plan.nodes), names), **own, "modules_to_save": sorted(exported.saved) or None}
+        content = {**_targets(list(plan.nodes), names), **settings, "modules_to_save": sorted(exported.saved) or None}
         tensors = plan.tensors | _values(exported)
     elif kind == "TRAINABLE_TOKENS":
         exported = export(delta, names)
@@ -144,8 +144,8 @@ def _are_norms(delta: Mapping[str, Adapter], names: Names) -> bool:
 
 
 def _fits(delta: Mapping[str, Adapter], names: Names, method: type[Method]) -> list[tuple[Any, Fit]]:
-    own = [(path, node) for path, node in delta.items() if isinstance(node, method.adapters)]
-    return [(node, Fit(names.find(path, node.shape()))) for path, node in own]
+    nodes = [(path, node) for path, node in delta.items() if isinstance(node, method.adapters)]
+    return [(node, Fit(names.find(path, node.shape()))) for path, node in nodes]
 
 
 def _planned(method: Method, delta: Mapping[str, Adapter], names: Names, base: Any) -> tuple[_Plan, list[str]]:
