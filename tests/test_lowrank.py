@@ -10,6 +10,8 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 
@@ -315,6 +317,44 @@ def test_members_with_and_without_a_bias(getkey):
     )
     with pytest.raises(ValueError, match=r"'w'.* bias .*no room"):
         lora.swap(lora.stack([without(one)]), 0, one)
+
+
+def test_vmap_over_members(getkey):
+    """Dense and sorted by group: a ragged product runs one member at a time."""
+    for fn, shape, axes in (
+        (lambda base, x: x @ base["w"], (4, 6), ("in", "out")),
+        (ragged, *CASES["ragged"][1::2][:2]),
+    ):
+        base, one = biased(getkey, shape, axes)
+        _, other = biased(getkey, shape, axes)
+        x = jax.random.normal(getkey(), (5, 4))
+        adapted = lora.adapt(fn)
+        out = jax.vmap(adapted, (None, 0, None))(base, lora.stack([one, other]), x)
+        np.testing.assert_allclose(out[1], adapted(base, other, x), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(out[0], adapted(base, one, x), rtol=1e-5, atol=1e-5)
+
+
+def test_shards(getkey):
+    """With the out axis divided each shard has its part of the bias; with an in axis each sum would have all of it."""
+    base, delta = biased(getkey, (4, 6), ("in", "out"))
+    mesh, x = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,)), jax.random.normal(getkey(), (5, 4))
+
+    def columns(base, x):
+        return jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P(), P(None, "tensor")), out_specs=P(None, "tensor"))(
+            x, base["w"]
+        )
+
+    def rows(base, x):
+        return jax.shard_map(
+            lambda x, w: lax.psum(x @ w, "tensor"), mesh=mesh, in_specs=(P(None, "tensor"), P("tensor")), out_specs=P()
+        )(x, base["w"])
+
+    expected = lora.adapt(lambda base, x: x @ base["w"])(base, delta, x)
+    np.testing.assert_allclose(lora.adapt(columns)(base, delta, x), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"^'w'.* all of its 4 inputs .* sums over 2 elements"):
+        lora.adapt(rows)(base, delta, x)
+    shardings = lora.delta_shardings({"w": jax.NamedSharding(mesh, P(None, "tensor"))}, delta)
+    assert shardings["w"].bias.spec == P("tensor")
 
 
 def test_combined_scaled_and_truncated(getkey):

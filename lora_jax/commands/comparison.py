@@ -83,6 +83,8 @@ def _said(one: Adapter | None, other: Adapter | None) -> tuple[str, str]:
 
 def _facts(node: Adapter) -> dict[str, str]:
     facts = {name: number_text(value) for name, value in node.describe().items()}
+    if (bias := getattr(node, "bias", None)) is not None:
+        facts["‖bias‖"] = f"{euclidean(bias):.4g}"
     arrays = [getattr(node, field) for field in ("a", "rows", "value") if hasattr(node, field)]
     return facts | {"shape": shape_text(node.shape()), "dtype": arrays[0].dtype.name if arrays else ""}
 

@@ -306,6 +306,11 @@ def lora_bias(base, x):
     return convolution("conv", (1, 1), (0, 0))(base, h).mean((2, 3))
 
 
+def lora_bias_convs(base, x):
+    h = chained(convolution("conv", (1, 1), (0, 0)), convolution("grouped", (1, 1), (1, 1), 2))(base, x)
+    return convolution("line", (2,), (1,))(base, jnp.tanh(h.reshape(*h.shape[:2], -1)))
+
+
 # Attention.
 
 
@@ -620,9 +625,9 @@ CASES = TRAINING | {
     "lora_bias_parts, an axis for parts": without(parts_axis_case("lora_bias_parts"), "attn/qkv/bias"),
     "lora_bias_convs": Case(
         "lora_bias_convs",
-        (*linear_rows("conv", layout=CONV2D), *linear_rows("grouped", layout=CONV2D)),
-        shapes(conv=(2, 3, 3, 8, None), grouped=(3, 3, 4, 12, None)),
-        chained(convolution("conv", (1, 1), (0, 0)), convolution("grouped", (1, 1), (1, 1), 2)),
+        (*linear_rows("conv", "grouped", layout=CONV2D), *linear_rows("line", layout=CONV1D)),
+        shapes(conv=(2, 3, 3, 8, None), grouped=(3, 3, 4, 12, None), line=(3, 12, 5, None)),
+        lora_bias_convs,
         merges=False,
     ),
     "lora_bias_llama": llama_case(stacked=False, fixture="lora_bias_llama", merges=False),

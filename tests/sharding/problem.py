@@ -97,6 +97,7 @@ MIXES = {  # each recipe where the axis that it sums over is divided, and where 
     "DoRA_VeRA_Full": {"up": lora.DoRA(RANK), "down": lora.VeRA(RANK), "head": lora.Full()},
     "blocks_LoKr_IA3": {"up": lora.LoRA(RANK, blocks=2), "down": lora.LoKr(RANK), "head": lora.IA3()},
     "DVoRA_blocks_LoRAFA": {"up": lora.DVoRA(RANK), "down": lora.LoRA(RANK, blocks=2), "head": lora.LoRAFA(RANK)},
+    "biases": {"up": lora.LoRA(RANK), "down": lora.LoRA(RANK, blocks=2), "head": lora.LoRAFA(RANK)},
     "AdaLoRA_DoRA_LoRA": {"up": lora.AdaLoRA(RANK), "down": lora.DoRA(RANK), "head": lora.LoRA(RANK)},
 }
 
@@ -132,6 +133,8 @@ def started(mix: str = "LoRA_Full", form: Any = None) -> tuple[Any, Any]:
     """The base, in a format, and a delta of it that changes something."""
     base = BASE if form is None else lora.quantize(BASE, {"layers": form}, model(), X)
     delta = lora.init(jax.random.key(0), base, MIXES[mix], model(), X)
+    if mix == "biases":
+        delta = {path: dataclasses.replace(node, bias=node.b[..., 0, :]) for path, node in delta.items()}
     train, frozen = lora.partition(delta)
     moved = jax.tree.map(lambda leaf: leaf + 0.02 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), train)
     return base, lora.join(moved, frozen)

@@ -35,9 +35,11 @@ CASES = {
     "all_NF4": ("all", "LoRA_Full", lora.NF4(8)),
     "all_recipes": ("all", "DoRA_VeRA_Full", None),
     "all_blocks": ("all", "blocks_LoKr_IA3", None),
+    "all_biases": ("all", "biases", None),
     "sequence_recipes": ("data_sequence_tensor", "AdaLoRA_DoRA_LoRA", None),
     "over_tensor": ("over_tensor", "LoRA_Full", None),
     "over_tensor_recipes": ("over_tensor", "DoRA_VeRA_Full", None),
+    "over_tensor_biases": ("over_tensor", "biases", None),
     "over_tensor_blocks": ("over_tensor", "DVoRA_blocks_LoRAFA", None),
 }
 
