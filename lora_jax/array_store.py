@@ -15,8 +15,8 @@ _DRIVERS = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
 _MANIFEST = "manifest.ocdbt"
 
 
-def read_arrays(folder: pathlib.Path, expected: Mapping[str, Any], described_in: str) -> dict[str, np.ndarray]:
-    """Reads the arrays of an Orbax checkpoint of a flat dict.
+def open_arrays(folder: pathlib.Path, expected: Mapping[str, Any], described_in: str) -> dict[str, ts.TensorStore]:
+    """Opens the arrays of an Orbax checkpoint of a flat dict; an index of one reads that part alone.
 
     Args:
       folder: The checkpoint's directory.
@@ -47,5 +47,10 @@ def read_arrays(folder: pathlib.Path, expected: Mapping[str, Any], described_in:
     )
     if wrong:
         raise ValueError(f"{described_in} and {folder.name} disagree on {', '.join(map(repr, wrong[:5]))}")
-    reads = {name: array.read() for name, array in stored.items()}
+    return stored
+
+
+def read_arrays(folder: pathlib.Path, expected: Mapping[str, Any], described_in: str) -> dict[str, np.ndarray]:
+    """Reads the arrays of an Orbax checkpoint of a flat dict, whole; see :func:`open_arrays`."""
+    reads = {name: array.read() for name, array in open_arrays(folder, expected, described_in).items()}
     return {name: future.result() for name, future in reads.items()}

@@ -13,12 +13,13 @@ from typing import Any, Literal, TypeVar
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from orbax.checkpoint import checkpoint_managers as managers
 
 from experiments.errors import UserError
 from experiments.training import checksum, processes
-from lora_jax.array_store import read_arrays
-from lora_jax.reading import quiet
+from lora_jax.array_store import open_arrays, read_arrays
+from lora_jax.reading import printable, quiet, raised_by_reader
 
 S = TypeVar("S")
 SCORE = "score"
@@ -166,19 +167,20 @@ class Checkpoints:
     def _at(self, step: int, state: S) -> tuple[S, dict[str, Any]]:
         """What the checkpoint of a step holds."""
         arrays = _arrays(state)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(arrays), content=ocp.args.JsonRestore())
         with self._telling(f"be read at step {step}"):
-            found = self._manager.restore(step, args=args)
+            content = self._manager.restore(step, args=ocp.args.Composite(content=ocp.args.JsonRestore()))["content"]
+            stored = open_arrays(self._arrays_of(step), arrays, "content")
+            plain = [_placed(stored[name], array) for name, array in arrays.items()]
         leaves, structure = jax.tree.flatten(_without_base(state))
-        restored = [_like(leaf, found["state"][name]) for leaf, name in zip(leaves, arrays)]
-        return _with_base(jax.tree.unflatten(structure, restored), state), found["content"]["content"]
+        restored = [_like(leaf, array) for leaf, array in zip(leaves, plain)]
+        return _with_base(jax.tree.unflatten(structure, restored), state), content["content"]
 
     def _newest(self, described: list[Any], base: str) -> int:
         """The step of the last whole checkpoint; `_NONE` where there is none at all."""
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step, before in zip(steps, [*steps[1:], None]):
             try:
-                everything = self._read(step, "content", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
+                everything = self._content(step)
                 found = everything["settings"], everything["base"], everything["arrays"]
                 problem = self._unfit(described, base, *found)
                 if problem is None:
@@ -205,24 +207,19 @@ class Checkpoints:
         target = {
             f"{i:05}": jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype)) for i, (shape, dtype) in enumerate(described)
         }
-        arrays = read_arrays(self._directory / str(step) / "state", target, "content")
+        arrays = read_arrays(self._arrays_of(step), target, "content")
         for name, expected in zip(target, checksums, strict=True):
             if checksum.on_host(arrays[name]) != expected:
                 raise ValueError(f"array {name} is not what was written")
-        del arrays
-        for file in (self._directory / str(step) / "state" / "array_metadatas").glob("*"):
-            for entry in json.loads(file.read_text())["array_metadatas"]:
-                tuple(entry["array_metadata"][name] for name in ("param_name", "write_shape", "chunk_shape"))
-        # Orbax reads these files, too, and all devices restore by it. Arrays of NumPy: the devices that wrote them may
-        # not be here.
-        on_host = {name: np.empty(array.shape, array.dtype) for name, array in target.items()}
-        self._read(step, "state", ocp.StandardCheckpointHandler, ocp.args.StandardRestore(on_host))
 
-    def _read(self, step: int, item: str, handler: Any, args: Any) -> Any:
-        """Reads on this process alone: what it finds may be an error that the others do not have."""
-        one = ocp.Checkpointer(handler(multiprocessing_options=_ALONE), multiprocessing_options=_ALONE)
-        with quiet(), one as checkpointer:
-            return checkpointer.restore(self._directory / str(step) / item, args=args)
+    def _arrays_of(self, step: int) -> Path:
+        return self._directory / str(step) / "state"
+
+    def _content(self, step: int) -> Any:
+        """The JSON of a step, read on this process alone: there may be an error that the others do not have."""
+        handler = ocp.JsonCheckpointHandler(multiprocessing_options=_ALONE)
+        with quiet(), ocp.Checkpointer(handler, multiprocessing_options=_ALONE) as checkpointer:
+            return checkpointer.restore(self._directory / str(step) / "content", args=ocp.args.JsonRestore())
 
     def _base(self, state: Any) -> str:
         if not self._fingerprint:
@@ -231,7 +228,7 @@ class Checkpoints:
 
     def _reason(self, error: BaseException) -> str:
         """What an error says, on one line, without the paths that are clear and the options of the file format."""
-        text = str(error).replace(f"{self._directory}/", "").partition("[tensorstore_spec")[0]
+        text = printable(str(error)).replace(f"{self._directory}/", "").partition("[tensorstore_spec")[0]
         return textwrap.shorten(text or type(error).__name__, 400, placeholder=" …")
 
     @contextmanager
@@ -242,8 +239,8 @@ class Checkpoints:
                 yield
         except UserError:
             raise
-        except (OSError, ValueError, RuntimeError) as error:
-            if processes.is_lost(error):
+        except Exception as error:
+            if processes.is_lost(error) or not raised_by_reader(error):
                 raise
             raise UserError(f"{self._directory}: a checkpoint cannot {what} ({self._reason(error)})") from error
 
@@ -281,6 +278,13 @@ def _plain(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.key_data(leaf)
     return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+
+
+def _placed(stored: ts.TensorStore, array: Any) -> Any:
+    """A stored array where another one of its shape and dtype is; a device's part alone is read for it."""
+    if not isinstance(array, jax.Array):
+        return stored.read().result()
+    return jax.make_array_from_callback(array.shape, array.sharding, lambda index: stored[index].read().result())
 
 
 def _like(leaf: Any, stored: Any) -> Any:

@@ -253,3 +253,12 @@ def test_a_damaged_checkpoint_prints_nothing_of_its_own(tmp_path, capfd):
         same(checkpoints.restore(state)[0], state)
     assert len(said) == 1 and "the checkpoint of step 2 is damaged" in said[0]
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"commit_timestamp_nsecs": 10**40}, {"\ud800": 1}], ids=["time", "surrogate"])
+def test_damaged_metadata_are_one_sentence(copied, change):
+    path = copied / "3" / "_CHECKPOINT_METADATA"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match="copy: a checkpoint cannot be opened") as raised:
+        opened(copied)
+    assert str(raised.value).encode("utf-8")
