@@ -255,7 +255,11 @@ def test_a_damaged_checkpoint_prints_nothing_of_its_own(tmp_path, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("change", [{"commit_timestamp_nsecs": 10**40}, {"\ud800": 1}], ids=["time", "surrogate"])
+@pytest.mark.parametrize(
+    "change",
+    [{"commit_timestamp_nsecs": 10**40}, {"custom_metadata": {"a": 1}, "\ud800": 1}],
+    ids=["time", "surrogate"],
+)
 def test_damaged_metadata_are_one_sentence(copied, change):
     path = copied / "3" / "_CHECKPOINT_METADATA"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
