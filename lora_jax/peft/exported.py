@@ -192,9 +192,8 @@ def _modules(place: Place, node: LowRank) -> Iterator[Module]:
         if low.magnitude is not None:
             magnitude = low.magnitude.at(at).ordered(out).reshape(-1)
         offset = None if low.bias is None else low.bias.at(at).ordered((*lead, *out)).reshape(-1)
-        if offset is not None and offset.any() and (keys.is_parameter(name) or kind == "embedding"):
-            what = "an embedding" if kind == "embedding" else "a parameter"
-            raise ValueError(f"{place.path!r}: PEFT has no bias on B of {what}, which {name} is")
+        if offset is not None and offset.any() and (kind == "embedding" or not name.endswith(".weight")):
+            raise ValueError(f"{place.path!r}: PEFT adds no bias on B of {name}")
         yield Module(
             name=name,
             kind=kind,

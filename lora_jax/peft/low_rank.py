@@ -159,8 +159,10 @@ def _bias(stored: Stored, key: Key, fit: Fit, module: Module, out: list[int]) ->
         where = "an embedding"
     elif fit.experts or module.share is not None:
         where = "experts"
+    elif keys.split_name(module.name)[1] == "in_proj_weight":
+        where = "the in_proj_weight of an attention"
     if where is not None and stored.tensors.read(key.key).any():
-        raise ValueError(f"cannot be held: {key.key}, since PEFT has no lora_bias with {where}")
+        raise ValueError(f"cannot be held: {key.key}, since PEFT applies no lora_bias to {where}")
     return fit.to_leaf(stored.read(key, out), OUT, rank=False)
 
 

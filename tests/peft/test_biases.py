@@ -8,34 +8,16 @@ import pathlib
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
-from experiments.models import families
 from experiments.models.options import Options
 from lora_jax.__main__ import main
+from tests.peft.test_ties import FIXTURES, close, program, tokens
 
-FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "transformers"
 BASE, ADAPTER = FIXTURES / "models" / "llama", FIXTURES / "adapters" / "biased"
-
-
-def close(actual):
-    expected = load_file(ADAPTER / "adapted.safetensors")["adapted"]
-    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-def program(directory, **how):
-    """A model of a directory as a function, its parameters and its names."""
-    family = families.of(json.loads((directory / "config.json").read_text()))
-    model = family.load(directory, **how)
-    return *lora.nnx.functional(model), family.names(model.config)
-
-
-def tokens():
-    return jnp.asarray(load_file(BASE / "io.safetensors")["x"], jnp.int32)
 
 
 def edited(tmp_path, change=None, config=None):
@@ -56,8 +38,8 @@ def edited(tmp_path, change=None, config=None):
 def test_applied_unmerged(how):
     fn, params, names = program(BASE, **how)
     delta = lora.peft.load(ADAPTER, params, names)
-    assert lora.explain(fn, params, delta, tokens()).factored
-    close(jax.jit(lora.adapt(fn))(params, delta, tokens()))
+    assert lora.explain(fn, params, delta, tokens(BASE)).factored
+    close(jax.jit(lora.adapt(fn))(params, delta, tokens(BASE)), ADAPTER)
     with pytest.raises(ValueError, match="no merged weight holds"):
         lora.merge(params, delta)
 
@@ -79,7 +61,7 @@ def test_merged_into_a_model_that_can_have_biases(tmp_path, capsys):
     assert "28 of 34 tensors changed\nadded: 14 bias tensors, " in (said := capsys.readouterr().out)
     assert "with attention_bias and mlp_bias true" in said
     fn, params, _ = program(out)
-    close(fn(params, tokens()))
+    close(fn(params, tokens(BASE)), ADAPTER)
 
 
 def test_a_flag_is_for_all_layers(tmp_path, capsys):
@@ -111,9 +93,9 @@ def test_a_flag_is_for_all_layers(tmp_path, capsys):
     nonzero = [name for name in biases if stored[written["weight_map"][name]][name].any()]
     assert nonzero == ["model.layers.1.self_attn.v_proj.bias"]
     fn, params, names = program(BASE)
-    expected = lora.adapt(fn)(params, lora.peft.load(adapter, params, names), tokens())
+    expected = lora.adapt(fn)(params, lora.peft.load(adapter, params, names), tokens(BASE))
     fn, params, _ = program(out)
-    np.testing.assert_allclose(fn(params, tokens()), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(fn(params, tokens(BASE)), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

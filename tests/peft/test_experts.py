@@ -3,6 +3,8 @@
 `fixtures/transformers/make_adapters.py` says what the fixtures are.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -116,6 +118,16 @@ def test_dora_on_experts_is_refused_for_peft(model, tmp_path):
     delta = lora.init(jax.random.key(0), base, {"feed_forward/down": lora.DoRA(2)}, fn, tokens(MIXTRAL))
     with pytest.raises(ValueError, match=r"experts\.down_proj: PEFT has no DoRA on experts"):
         lora.peft.save(tmp_path / "out", delta, names)
+
+
+@pytest.mark.parametrize("target", ["peft", "mlx", "vllm"])
+def test_biases_on_experts_are_refused(target, model, tmp_path):
+    fn, base, names = model
+    delta = trained(base, {"feed_forward/down": lora.LoRA(2)}, fn)
+    for path, node in delta.items():
+        delta[path] = dataclasses.replace(node, bias=node.b[..., 0, :])
+    with pytest.raises(ValueError, match=r"experts.*no bias on B"):
+        lora.peft.save(tmp_path / "out", delta, names, target=target, base=base)
 
 
 def test_a_last_expert_whose_factors_are_zero(model, tmp_path):

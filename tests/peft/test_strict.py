@@ -1,5 +1,6 @@
 """Loading uses every tensor and misses none, or says in one error all that is wrong."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -330,6 +331,21 @@ def test_a_bias_on_the_second_factor_where_peft_has_none(edited):
     options = {"base": {"fc": {"kernel": jnp.ones((8, 12))}}, "names": names}
     text = message(edited, "dora_linear", {"fc.lora_B.bias": np.ones(12, np.float32)}, {"lora_bias": True}, **options)
     assert "fc.lora_B.bias" in text and "DoRA" in text
+
+
+def test_a_bias_on_the_second_factor_that_peft_leaves_out(edited, tmp_path):
+    """Of the in_proj_weight of an attention PEFT merges the product alone."""
+    biases = {
+        "attn.lora_B.bias": np.ones(24, np.float32),
+        "attn.base_layer.out_proj.lora_B.bias": np.ones(8, np.float32),
+    }
+    text = message(edited, "multihead_attention", biases, {"lora_bias": True})
+    assert "attn.lora_B.bias" in text and "in_proj_weight" in text and "out_proj" not in text
+    case = CASES["multihead_attention"]
+    delta = lora.peft.load(case.adapter, case.base, case.names)
+    delta["attn/qkv/kernel"] = dataclasses.replace(delta["attn/qkv/kernel"], bias=jnp.ones(24))
+    with pytest.raises(ValueError, match=r"'attn/qkv/kernel': PEFT adds no bias on B of attn\.in_proj_weight"):
+        lora.peft.save(tmp_path / "out", delta, case.names)
 
 
 @pytest.mark.parametrize("alpha", [0, 0.0, 1e-50, 1e39, float("nan"), float("inf"), -float("inf")], ids=str)
