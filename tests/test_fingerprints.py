@@ -199,10 +199,10 @@ def test_algebra():
 def test_shardings():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     _, delta = prepare()
-    place = NamedSharding(mesh, PartitionSpec("data"))
-    made = lora.delta_shardings({"w": place}, delta)["w"]
-    assert made.a.spec == PartitionSpec(None, "data") and made.fingerprint.spec == PartitionSpec(None)
-    jax.device_put(delta, {"w": made})
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    shardings = lora.delta_shardings({"w": sharding}, delta)["w"]
+    assert shardings.a.spec == PartitionSpec(None, "data") and shardings.fingerprint.spec == PartitionSpec(None)
+    jax.device_put(delta, {"w": shardings})
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

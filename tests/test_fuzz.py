@@ -42,7 +42,7 @@ def fails(error):
 
 
 @pytest.mark.parametrize(
-    "read, found",
+    "read, outcome",
     [
         (fails(ValueError("a.json: cannot be read.")), "refused"),
         (fails(FileNotFoundError(2, "No such file", "a.json")), "refused"),
@@ -57,8 +57,8 @@ def fails(error):
         (lambda directory: 1, None),
     ],
 )
-def test_what_is_a_finding(read, found, tmp_path):
-    assert run._outcome(Reader(read), tmp_path, 1, single=False) == found
+def test_what_is_a_finding(read, outcome, tmp_path):
+    assert run._outcome(Reader(read), tmp_path, 1, single=False) == outcome
 
 
 def test_a_hang_is_found(tmp_path, monkeypatch):

@@ -118,9 +118,9 @@ def test_bytes_that_are_no_manifest(saved, edited):
         with pytest.raises(ValueError, match=r"adapter\.json"):
             edited(content)
     for _ in range(20):
-        place = draw.randrange(len(text))
+        index = draw.randrange(len(text))
         try:
-            edited(text[:place] + chr(draw.randrange(32, 127)) + text[place + 1 :])
+            edited(text[:index] + chr(draw.randrange(32, 127)) + text[index + 1 :])
         except ValueError as error:
             assert "adapter.json" in str(error) or "disagree" in str(error)
 

@@ -177,19 +177,19 @@ def test_numpy_float64_warns_no_more_than_the_function(recipe):
     """Warnings are errors here; JAX warns where code asks for float64 while x64 is off."""
     rng = np.random.default_rng(0)
     base, x = {"hidden": rng.normal(size=(6, 4))}, rng.normal(size=(3, 6))
-    made, changes = lora.prepare(jax.random.key(0), base, {"hidden": recipe}, fn, [(x,)])
+    prepared, changes = lora.prepare(jax.random.key(0), base, {"hidden": recipe}, fn, [(x,)])
     adapted = lora.adapt(fn)
     expected = fn(base, x)
     for function in (adapted, adapted, jax.jit(adapted)):
-        np.testing.assert_allclose(function(made, changes, x), expected, atol=1e-5)
-    merged = lora.merge(made, changes)
+        np.testing.assert_allclose(function(prepared, changes, x), expected, atol=1e-5)
+    merged = lora.merge(prepared, changes)
     assert merged["hidden"].dtype == expected.dtype == jnp.float32
-    lora.unmerge(merged, changes, made)
-    stacked = lora.stack([changes, {}], base=made)
-    lora.route(adapted)(made, stacked, [0, 1, 0], x)
-    str(lora.explain(fn, made, changes, x)), str(lora.summary(made, changes))
+    lora.unmerge(merged, changes, prepared)
+    stacked = lora.stack([changes, {}], base=prepared)
+    lora.route(adapted)(prepared, stacked, [0, 1, 0], x)
+    str(lora.explain(fn, prepared, changes, x)), str(lora.summary(prepared, changes))
     train, frozen = lora.partition(changes)
-    jax.grad(lambda train: adapted(made, lora.join(train, frozen), x).sum())(train)
+    jax.grad(lambda train: adapted(prepared, lora.join(train, frozen), x).sum())(train)
 
 
 def test_numpy_keeps_what_is_not_adapted():

@@ -106,13 +106,13 @@ def test_what_is_no_directory_for_an_adapter(tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
-    for where, said in {
+    for where, message in {
         "/": "is no adapter directory",
         tmp_path / "file": "is no directory",
         tmp_path / "nowhere": "leads nowhere",
         tmp_path / "circle": "in a circle",
     }.items():
-        with pytest.raises(FileExistsError, match=said) as error:
+        with pytest.raises(FileExistsError, match=message) as error:
             lora.save(where, adapter(1))
         assert len(str(error.value).splitlines()) == 1
     with pytest.raises(NotADirectoryError, match="file"):

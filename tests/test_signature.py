@@ -28,8 +28,8 @@ def x(getkey):
 
 @pytest.fixture
 def delta(base, x, getkey):
-    made = lora.init(getkey(), base, {"w": lora.LoRA(2)}, model, x)
-    return jax.tree.map(lambda leaf: leaf + 0.1 if leaf.ndim else leaf, made)
+    delta = lora.init(getkey(), base, {"w": lora.LoRA(2)}, model, x)
+    return jax.tree.map(lambda leaf: leaf + 0.1 if leaf.ndim else leaf, delta)
 
 
 @pytest.fixture

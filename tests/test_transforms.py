@@ -90,7 +90,7 @@ def test_transforms_that_take_parameters_as_they_are(name, base, delta, lenient,
     tree, one_tree = {"base": base, "delta": delta}, lora.optimizer(tx)
     opt_state = one_tree.init(tree)
     gradients = jax.tree.map(jnp.ones_like, tree)
-    updates, _ = jax.eval_shape(lambda *given: one_tree.update(*given, value=1.0), gradients, opt_state, tree)
+    updates, _ = jax.eval_shape(lambda *args: one_tree.update(*args, value=1.0), gradients, opt_state, tree)
     assert jax.tree.structure(updates) == jax.tree.structure(tree)
 
 
@@ -127,7 +127,7 @@ RECIPES = {
 NOISE = optax.stateless(lambda updates, params: jax.tree.map(lambda g, p: -0.1 * (g + p + 1), updates, params))
 
 
-def made(recipe):
+def build(recipe):
     arguments = {"rank": 2, "ids": (0, 2), "dropout": 0.1}
     return recipe(**{name: arguments[name] for name in inspect.signature(recipe).parameters if name in arguments})
 
@@ -146,7 +146,7 @@ def test_decay_and_noise_never_change_what_is_frozen(name, lenient):
         looked_up, x = (lambda p, ids: p["w"][ids]), jnp.arange(4)
     else:
         looked_up, x = (lambda p, x: x @ p["w"]), X
-    delta = lora.init(jax.random.key(1), base, {"w": made(RECIPES[name])}, looked_up, x)
+    delta = lora.init(jax.random.key(1), base, {"w": build(RECIPES[name])}, looked_up, x)
     model = lora.adapt(looked_up)
 
     def loss(base, delta, x, key):

@@ -46,7 +46,7 @@ def test_positions_that_are_not_added_to_words_may_be_stored(tmp_path):
     (tmp_path / "config.json").write_bytes((encoders.MODELS / "deberta_v3" / "config.json").read_bytes())
     extra = {"deberta.embeddings.position_embeddings.weight": np.zeros((24, 16), np.float32)}
     save_file(encoders.tensors(encoders.MODELS / "deberta_v3") | extra, tmp_path / "model.safetensors")
-    model, usual = (deberta.load(place) for place in (tmp_path, encoders.MODELS / "deberta_v3"))
+    model, usual = (deberta.load(directory) for directory in (tmp_path, encoders.MODELS / "deberta_v3"))
     np.testing.assert_array_equal(model.embeddings.word.embedding[...], usual.embeddings.word.embedding[...])
 
 

@@ -31,16 +31,16 @@ GENERATION = CHATML.replace(
 
 @pytest.fixture
 def encoder(tmp_path):
-    """Makes the encoder of a checkpoint with a template."""
+    """A function that makes the encoder of a checkpoint with a template."""
 
-    def made(own=CHATML, vocabulary=None, end=None, **options):
+    def build(chat_template=CHATML, vocabulary=None, end=None, **options):
         tokenizer = Tokenizer.from_file(str(location.find("tiny-llama") / "tokenizer.json"))
         tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
         tokenizer.save(str(tmp_path / "tokenizer.json"))
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": own}))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": chat_template}))
         return load_encoder(tmp_path, end, Options(**options), vocabulary=vocabulary)
 
-    return made
+    return build
 
 
 def learned(encoder, record):
@@ -82,11 +82,11 @@ def test_control_tokens_in_a_text_are_text(encoder, record, template):
     )
     # The tokens of the text between control tokens are those of a tokenizer that has none.
     text = literal.template.render(messages, "").split("<|im_start|>assistant\n")[1]
-    own = Tokenizer.from_file(str(literal.directory / "tokenizer.json"))
-    own.encode_special_tokens = True
-    said = own.encode(text.removesuffix("\n").removesuffix("<|im_end|>"), add_special_tokens=False).ids
+    plain = Tokenizer.from_file(str(literal.directory / "tokenizer.json"))
+    plain.encode_special_tokens = True
+    expected = plain.encode(text.removesuffix("\n").removesuffix("<|im_end|>"), add_special_tokens=False).ids
     (example,) = literal.encode([record], [""])
-    assert example.tokens[example.targets][: len(said)].tolist() == said
+    assert example.tokens[example.targets][: len(expected)].tolist() == expected
     assert literal.tokenizer.decode(example.tokens.tolist(), skip_special_tokens=False) == literal.template.render(
         messages, ""
     )

@@ -230,13 +230,13 @@ def test_each_byte_of_a_parquet_footer(tmp_path):
     """Two places of it say the number of rows: where both are wrong alike, the pages themselves contradict."""
     whole = parquet([{"text": "t" * 5}] * 3, tmp_path / "whole.parquet")
     start = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
-    rows = [place for place in range(start, len(whole)) if whole[place] == 6]  # 3, as a variable-length integer
-    damaged = [(place,) for place in range(start, len(whole) - 4)] + list(itertools.combinations(rows, 2))
+    rows = [index for index in range(start, len(whole)) if whole[index] == 6]  # 3, as a variable-length integer
+    damaged = [(index,) for index in range(start, len(whole) - 4)] + list(itertools.combinations(rows, 2))
     contradicted = 0
-    for places in damaged:
+    for indices in damaged:
         data = bytearray(whole)
-        for place in places:
-            data[place] += 4 if data[place] < 252 else -4
+        for index in indices:
+            data[index] += 4 if data[index] < 252 else -4
         (tmp_path / "a.parquet").write_bytes(data)
         try:
             records = list(sources.read(str(tmp_path / "a.parquet"), "train"))

@@ -22,7 +22,7 @@ def conversation(*messages, **others):
     return Conversation(messages, **others)
 
 
-def said(role, content):
+def turn(role, content):
     return {"role": role, "content": content}
 
 
@@ -39,7 +39,7 @@ def said(role, content):
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}, "you"]}, ASSISTANT]},
             "chat",
-            conversation(said("user", [{"type": "text", "text": "hi"}, {"type": "text", "text": "you"}]), ASSISTANT),
+            conversation(turn("user", [{"type": "text", "text": "hi"}, {"type": "text", "text": "you"}]), ASSISTANT),
         ),
         (
             {"messages": [USER, ASSISTANT], "tools": [TOOL], "chat_template_kwargs": {"enable_thinking": False}},
@@ -81,10 +81,10 @@ def said(role, content):
             "sharegpt",
             conversation(
                 SYSTEM,
-                said("user", "how tall?"),
+                turn("user", "how tall?"),
                 {"role": "assistant", "content": None, "tool_calls": [CALL]},
-                said("tool", "90"),
-                {**said("assistant", "90 m"), "weight": 1},
+                turn("tool", "90"),
+                {**turn("assistant", "90 m"), "weight": 1},
                 tools=(TOOL,),
             ),
         ),
@@ -92,7 +92,7 @@ def said(role, content):
         (
             {"instruction": "Add.", "input": "1 and 1", "output": "2"},
             "alpaca",
-            conversation(said("user", "Add.\n\n1 and 1"), said("assistant", "2")),
+            conversation(turn("user", "Add.\n\n1 and 1"), turn("assistant", "2")),
         ),
         (
             {"instruction": "hi", "input": "", "output": "ho", "text": "### Instruction: hi"},
@@ -102,7 +102,7 @@ def said(role, content):
         (
             {"instruction": "again", "output": "ha", "system": "be brief", "history": [["hi", "ho"]]},
             "alpaca",
-            conversation(SYSTEM, USER, ASSISTANT, said("user", "again"), said("assistant", "ha")),
+            conversation(SYSTEM, USER, ASSISTANT, turn("user", "again"), turn("assistant", "ha")),
         ),
         ({"prompt": "a ", "completion": " b\n"}, "prompt-completion", Completion("a ", " b\n")),
         ({"prompt": "a", "completion": "b", "label": "animals"}, "prompt-completion", Completion("a", "b")),
@@ -126,19 +126,19 @@ def said(role, content):
         ({"chosen": "Q: 1+1?\nA: 2", "rejected": "Q: 1+1?\nA: 3"}, "preference", Preference("Q: 1+1?\nA:", " 2", " 3")),
         ({"chosen": "yes", "rejected": "yesterday"}, "preference", Preference("", "yes", "yesterday")),
         (
-            {"chosen": [USER, ASSISTANT], "rejected": [USER, said("assistant", "hu")]},
+            {"chosen": [USER, ASSISTANT], "rejected": [USER, turn("assistant", "hu")]},
             "preference",
-            Preference((USER,), (ASSISTANT,), (said("assistant", "hu"),)),
+            Preference((USER,), (ASSISTANT,), (turn("assistant", "hu"),)),
         ),
         (
-            {"prompt": "hi", "chosen": [USER, ASSISTANT], "rejected": [USER, said("assistant", "hu")]},
+            {"prompt": "hi", "chosen": [USER, ASSISTANT], "rejected": [USER, turn("assistant", "hu")]},
             "preference",
-            Preference((USER,), (ASSISTANT,), (said("assistant", "hu"),)),
+            Preference((USER,), (ASSISTANT,), (turn("assistant", "hu"),)),
         ),
         (
-            {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [said("assistant", "hu")], "tools": [TOOL]},
+            {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [turn("assistant", "hu")], "tools": [TOOL]},
             "preference",
-            Preference((USER,), (ASSISTANT,), (said("assistant", "hu"),), (TOOL,)),
+            Preference((USER,), (ASSISTANT,), (turn("assistant", "hu"),), (TOOL,)),
         ),
         ({"prompt": "p", "completion": "c", "label": True}, "kto", Rated("p", "c", True)),
         ({"prompt": "p", "completion": "c", "label": "False"}, "kto", Rated("p", "c", False)),
@@ -173,7 +173,7 @@ def test_tool_calls_in_every_spelling(calls, missing):
 def test_a_call_keeps_its_id_and_may_have_no_arguments():
     call = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": ""}}
     message = {"role": "assistant", "content": None, "tool_calls": [call]}
-    _, record = parse({"messages": [USER, message, {**said("tool", "9"), "tool_call_id": "c1"}]}, "x")
+    _, record = parse({"messages": [USER, message, {**turn("tool", "9"), "tool_call_id": "c1"}]}, "x")
     assert record.messages[1]["tool_calls"] == [{**call, "function": {"name": "now", "arguments": {}}}]
     assert record.messages[2]["tool_call_id"] == "c1"
 

@@ -98,15 +98,15 @@ def test_renderings_and_answers(encoders, name, what):
     texts = [rendering.text for rendering in encoder.template.renderings(calls, "here")]
     assert texts == [expected["whole"], *(text for pair in turns.values() for text in pair)]
 
-    found = answers(encoder, encoder.encode([one], ["here"]))
-    assert len(found) == len(turns)
-    for (prompt, said), (turn, (expected_prompt, whole)) in zip(found, turns.items()):
+    pairs = answers(encoder, encoder.encode([one], ["here"]))
+    assert len(pairs) == len(turns)
+    for (prompt, completion), (turn, (expected_prompt, whole)) in zip(pairs, turns.items()):
         if whole.startswith(expected_prompt):
-            assert prompt + said == whole or expected["whole"].startswith(prompt + said)
+            assert prompt + completion == whole or expected["whole"].startswith(prompt + completion)
             assert prompt == expected_prompt or encoder.template.marks_generation
         message = one.messages[turn]
-        assert message.get("content", "height") in said
-        assert said.endswith(END[name]) or (name.startswith("phi") and said.endswith("<|end|>\n"))
+        assert message.get("content", "height") in completion
+        assert completion.endswith(END[name]) or (name.startswith("phi") and completion.endswith("<|end|>\n"))
     prompt, answer = encoder.encode_prompt(one, "here")
     last = max(turns)
     assert decoded(encoder, prompt) == turns[last][0] and answer == one.messages[last]["content"]
@@ -115,15 +115,15 @@ def test_renderings_and_answers(encoders, name, what):
 
 def test_thinking_of_earlier_turns_is_learned_in_examples_of_their_own(encoders):
     encoder = encoders("qwen3")
-    found = answers(encoder, encoder.encode([record("thinking")], ["here"]))
+    pairs = answers(encoder, encoder.encode([record("thinking")], ["here"]))
     question = "<|im_start|>user\nWhat is chess?<|im_end|>\n<|im_start|>assistant\n"
-    assert found[0] == (question, "<think>\nTwo players.\n</think>\n\nA game.<|im_end|>\n")
-    assert found[1] == (
+    assert pairs[0] == (question, "<think>\nTwo players.\n</think>\n\nA game.<|im_end|>\n")
+    assert pairs[1] == (
         f"{question}A game.<|im_end|>\n<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n",
         "<think>\nOne more than one.\n</think>\n\n2<|im_end|>\n",
     )
     (last,) = encoders("qwen3", train_on="last").encode([record("thinking")], ["here"])
-    assert answers(encoder, [last]) == found[1:]
+    assert answers(encoder, [last]) == pairs[1:]
     assert len(encoders("qwen3_training").encode([record("thinking")], ["here"])) == 1
 
 
@@ -140,22 +140,25 @@ def test_blocks_of_a_template_that_drops_earlier_thinking(tmp_path):
     tokenizer.add_special_tokens(STORED["special"]["qwen3"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     encoder = load_encoder(tmp_path, None)
-    said = [text for _, text in answers(encoder, encoder.encode([record("thinking")], ["here"]))]
-    assert said == ["<think>Two players.</think>A game.<|im_end|>", "<think>One more than one.</think>2<|im_end|>"]
+    completions = [text for _, text in answers(encoder, encoder.encode([record("thinking")], ["here"]))]
+    assert completions == [
+        "<think>Two players.</think>A game.<|im_end|>",
+        "<think>One more than one.</think>2<|im_end|>",
+    ]
     assert len(encoder.encode([record("one")], ["here"])) == 1
 
 
 def test_a_prompt_that_opens_the_thinking(encoders):
     encoder = encoders("qwen3_5_think")
-    found = answers(encoder, encoder.encode([record("thinking")], ["here"]))
-    assert [prompt.endswith("<|im_start|>assistant\n<think>\n") for prompt, _ in found] == [True, True]
-    assert [said for _, said in found] == [
+    pairs = answers(encoder, encoder.encode([record("thinking")], ["here"]))
+    assert [prompt.endswith("<|im_start|>assistant\n<think>\n") for prompt, _ in pairs] == [True, True]
+    assert [completion for _, completion in pairs] == [
         "Two players.\n</think>\n\nA game.<|im_end|>\n",
         "One more than one.\n</think>\n\n2<|im_end|>\n",
     ]
     assert not encoder.notes
-    ((prompt, said),) = answers(encoder, encoder.encode([record("no_thinking")], ["here"]))
-    assert prompt.endswith("<think>\n\n</think>\n\n") and said == f"{SAID['one']}<|im_end|>\n"
+    ((prompt, completion),) = answers(encoder, encoder.encode([record("no_thinking")], ["here"]))
+    assert prompt.endswith("<think>\n\n</think>\n\n") and completion == f"{SAID['one']}<|im_end|>\n"
     # The same argument for all records.
     off = encoders("qwen3_5_think", template_arguments={"enable_thinking": False})
     np.testing.assert_array_equal(
@@ -163,9 +166,9 @@ def test_a_prompt_that_opens_the_thinking(encoders):
     )
     # Its answers do not begin with what its prompt opens: learned without it, and said.
     encoder = encoders("deepseek_r1_distill")
-    ((prompt, said),) = answers(encoder, encoder.encode([record("one")], ["here"]))
+    ((prompt, completion),) = answers(encoder, encoder.encode([record("one")], ["here"]))
     assert prompt == "<|begin_of_text|><｜User｜>What is chess?<｜Assistant｜>"
-    assert said == f"{SAID['one']}<｜end▁of▁sentence｜>"
+    assert completion == f"{SAID['one']}<｜end▁of▁sentence｜>"
     (note,) = encoder.notes
     assert r"ends with '<think>\n', with which no answer begins: answers are learned without it" in note
 
@@ -173,19 +176,19 @@ def test_a_prompt_that_opens_the_thinking(encoders):
 def test_a_system_message_that_only_prompts_have(encoders):
     # Mistral's template renders it where a user's message is the last one.
     encoder = encoders("mistral_nemo")
-    ((prompt, said),) = answers(encoder, encoder.encode([record("system")], ["here"]))
+    ((prompt, completion),) = answers(encoder, encoder.encode([record("system")], ["here"]))
     assert prompt == "<|begin_of_text|>[INST]Answer in one line.\n\nWhat is chess?[/INST]"
-    assert said == f"{SAID['one']}<|end_of_text|>"
+    assert completion == f"{SAID['one']}<|end_of_text|>"
 
 
 def test_calls_are_learned_and_tools_are_rendered(encoders):
     encoder = encoders("qwen2_5")
     (example,) = encoder.encode([record("calls")], ["here"])
-    found = answers(encoder, [example])
-    assert found[0][1] == '<tool_call>\n{"name": "height", "arguments": {"of": "tower"}}\n</tool_call><|im_end|>\n'
-    assert '<tools>\n{"type": "function", "function": {"name": "height"' in found[0][0]
-    assert found[1][1] == "It is 90 m tall.<|im_end|>\n"
+    pairs = answers(encoder, [example])
+    assert pairs[0][1] == '<tool_call>\n{"name": "height", "arguments": {"of": "tower"}}\n</tool_call><|im_end|>\n'
+    assert '<tools>\n{"type": "function", "function": {"name": "height"' in pairs[0][0]
+    assert pairs[1][1] == "It is 90 m tall.<|im_end|>\n"
     encoder = encoders("deepseek_r1_distill")
-    found = answers(encoder, encoder.encode([record("calls")], ["here"]))
-    assert 'function<｜tool▁sep｜>height\n```json\n{"of": "tower"}\n```' in found[0][1]
-    assert found[1][1] == "It is 90 m tall.<｜end▁of▁sentence｜>"
+    pairs = answers(encoder, encoder.encode([record("calls")], ["here"]))
+    assert 'function<｜tool▁sep｜>height\n```json\n{"of": "tower"}\n```' in pairs[0][1]
+    assert pairs[1][1] == "It is 90 m tall.<｜end▁of▁sentence｜>"

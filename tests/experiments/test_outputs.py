@@ -57,8 +57,8 @@ def holder(tmp_path, kind):
 
 
 def test_one_run_at_a_time(tmp_path, holder):
-    said = f"another run is writing there \\(process {holder.pid} on host {socket.gethostname()}\\)"
-    with pytest.raises(UserError, match=said), lock.held(tmp_path):
+    message = f"another run is writing there \\(process {holder.pid} on host {socket.gethostname()}\\)"
+    with pytest.raises(UserError, match=message), lock.held(tmp_path):
         raise AssertionError("held twice")
     holder.kill()
     holder.wait()
@@ -153,8 +153,8 @@ def test_links_are_not_followed(tmp_path, study, fresh):
 def test_what_is_no_directory(tmp_path, study):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
-    for name, said in {"file": "is a file, not a directory", "nowhere": "is a link, not a directory"}.items():
-        with pytest.raises(UserError, match=said):
+    for name, message in {"file": "is a file, not a directory", "nowhere": "is a link, not a directory"}.items():
+        with pytest.raises(UserError, match=message):
             study(tmp_path / name)
     with pytest.raises(NotADirectoryError):
         study(tmp_path / "file" / "inside")
@@ -189,6 +189,8 @@ def test_a_damaged_listing(tmp_path, study):
 def test_every_study_takes_the_lock(tmp_path, config, capsys):
     with lock.held(tmp_path):
         assert main([config, "--out", str(tmp_path)]) == 2
-        said = f"error: {tmp_path}: another run is writing there (process {os.getpid()} on host {socket.gethostname()})"
-        assert capsys.readouterr().err.startswith(said)
+        message = (
+            f"error: {tmp_path}: another run is writing there (process {os.getpid()} on host {socket.gethostname()})"
+        )
+        assert capsys.readouterr().err.startswith(message)
     assert not list(tmp_path.iterdir())

@@ -84,8 +84,8 @@ def test_early_stopping_exports_the_best_step(settings, tmp_path, lenient):
     assert report.ended == "no better validation score in 2 evaluations"
     assert len(report.losses) == max(losses) < 80 and report.best_step == max(losses) - 4
     assert losses[report.best_step] == min(losses[step] for step in losses if step)
-    made = program.abstract(config)
-    base, names = made.load(location.find(config.model)), made.family.names(made.shape)
+    model = program.abstract(config)
+    base, names = model.load(location.find(config.model)), model.family.names(model.shape)
     for exported, stored in (("peft", "adapter-best"), ("peft-last", "adapter")):
         merged = lora.merge(base, lora.peft.load(tmp_path / exported, base, names))
         jax.tree.map(np.testing.assert_array_equal, merged, lora.merge(base, lora.load(tmp_path / stored)))
@@ -188,7 +188,7 @@ def test_noise_and_smoothing_act_in_training_alone(settings):
     batch["positions"] = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (2, 16))
     one, other = jax.random.key(1), jax.random.key(2)
     with jax.set_mesh(plain.mesh):
-        evaluated = [float(made.loss(base, delta, batch, None)[0]) for made in (noisy, plain)]
+        evaluated = [float(model.loss(base, delta, batch, None)[0]) for model in (noisy, plain)]
         noisy_losses = [float(noisy.loss(base, delta, batch, key)[0]) for key in (one, one, other)]
         plain_loss = float(plain.loss(base, delta, batch, one)[0])
     assert evaluated[0] == evaluated[1] == pytest.approx(plain_loss, rel=1e-6)

@@ -240,18 +240,18 @@ def test_a_full_disk(tmp_path):
 
 def test_a_damaged_checkpoint_prints_nothing_of_its_own(tmp_path, capfd):
     """What Orbax logs about a damaged file stays out of the output: the line on what is passed over says it."""
-    said = []
+    lines = []
     state = state_on(SAVED)
-    with Checkpoints(tmp_path, say=said.append) as checkpoints:
+    with Checkpoints(tmp_path, say=lines.append) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, state, {}, score=0.5)
     for file in (tmp_path / "2" / "state").rglob("*"):
         if file.is_file() and file.name in ("_METADATA", "manifest.ocdbt"):
             file.write_bytes(b"")
     capfd.readouterr()
-    with Checkpoints(tmp_path, say=said.append) as checkpoints:
+    with Checkpoints(tmp_path, say=lines.append) as checkpoints:
         same(checkpoints.restore(state)[0], state)
-    assert len(said) == 1 and "the checkpoint of step 2 is damaged" in said[0]
+    assert len(lines) == 1 and "the checkpoint of step 2 is damaged" in lines[0]
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -215,7 +215,7 @@ def _restored_state(directory: Path) -> Any:
 @cache
 def readers() -> dict[str, Reader]:
     """All readers; those of functions that a version lacks are left out."""
-    found = {
+    readers = {
         "load": Reader(_adapter, lambda d: _numbers(lora.load(d / "adapter")), 6, checked=True),
         "load with base": Reader(_adapter, lambda d: _numbers(lora.load(d / "adapter", BASE)), 6, checked=True),
         "peft.load": Reader(_peft, lambda d: len(lora.peft.load(d / "adapter", BASE, NAMES)), 10),
@@ -232,10 +232,10 @@ def readers() -> dict[str, Reader]:
         "metrics.jsonl": Reader(_metrics, lambda d: len(read_metrics(d / "metrics.jsonl")), 2),
     }
     if hasattr(lora, "restore_state"):
-        found["restore_state"] = Reader(_saved_state, _restored_state, 4, checked=True)
+        readers["restore_state"] = Reader(_saved_state, _restored_state, 4, checked=True)
     for form in RECORDS:
         for ending in (".jsonl", ".parquet"):
-            found[f"data: {form}{ending}"] = Reader(_data(form, ending), _read_data, 2)
+            readers[f"data: {form}{ending}"] = Reader(_data(form, ending), _read_data, 2)
     for ending in (".json", ".csv", ".arrow", ".gz", ".zst"):
-        found[f"data: completion{ending}"] = Reader(_data("completion", ending), _read_data, 2)
-    return found
+        readers[f"data: completion{ending}"] = Reader(_data("completion", ending), _read_data, 2)
+    return readers

@@ -48,12 +48,12 @@ def main() -> int:
     parser.add_argument("--reader")
     parser.add_argument("--case", type=int, help="run this one and print its traceback")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.worker is not None or given.case is not None:
-        first = given.worker if given.case is None else given.case
-        return _work(given.seed, first, given.reader, single=given.case is not None)
-    end = time.monotonic() + 60 * given.minutes if given.minutes else float("inf")
-    return _drive(given.seed, given.cases or (10**9 if given.minutes else 200), end, given.reader)
+    args = parser.parse_args()
+    if args.worker is not None or args.case is not None:
+        first = args.worker if args.case is None else args.case
+        return _work(args.seed, first, args.reader, single=args.case is not None)
+    end = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
+    return _drive(args.seed, args.cases or (10**9 if args.minutes else 200), end, args.reader)
 
 
 def _drive(seed: int, cases: int, end: float, reader: str | None) -> int:
@@ -74,14 +74,14 @@ def _drive(seed: int, cases: int, end: float, reader: str | None) -> int:
                     outcomes["finding"] += 1
                     done += 1
                     break
-                said = json.loads(line)
-                if "start" in said:
-                    current = said["start"]
+                report = json.loads(line)
+                if "start" in report:
+                    current = report["start"]
                     continue
                 done += 1
-                outcomes[said["outcome"]] += 1
-                if said["outcome"] == "finding":
-                    findings[f"{current}: {said['what']}"].append(said["case"])
+                outcomes[report["outcome"]] += 1
+                if report["outcome"] == "finding":
+                    findings[f"{current}: {report['what']}"].append(report["case"])
         finally:
             worker.kill()
             worker.communicate()

@@ -58,8 +58,8 @@ def test_written_again(how, tmp_path):
 def test_merged_into_a_model_that_can_have_biases(tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["merge", str(BASE), str(ADAPTER), str(out)]) == 0
-    assert "28 of 34 tensors changed\nadded: 14 bias tensors, " in (said := capsys.readouterr().out)
-    assert "with attention_bias and mlp_bias true" in said
+    assert "28 of 34 tensors changed\nadded: 14 bias tensors, " in (output := capsys.readouterr().out)
+    assert "with attention_bias and mlp_bias true" in output
     fn, params, _ = program(out)
     close(fn(params, tokens(BASE)), ADAPTER)
 
@@ -99,7 +99,7 @@ def test_a_flag_is_for_all_layers(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "config, said",
+    "config, message",
     [
         (
             {"model_type": "mistral"},
@@ -108,11 +108,11 @@ def test_a_flag_is_for_all_layers(tmp_path, capsys):
         ({"model_type": "qwen3"}, "layers.0.mlp.down_proj (6 such modules)"),
     ],
 )
-def test_a_model_that_cannot(config, said, tmp_path, capsys):
+def test_a_model_that_cannot(config, message, tmp_path, capsys):
     base, adapter = edited(tmp_path, config=config)
     assert main(["merge", base, adapter, str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert said in error and "use the adapter unmerged" in error and error.count("\n") == 1
+    assert message in error and "use the adapter unmerged" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -45,8 +45,8 @@ def expected(scale, *, conv=False):
 
 def check(delta, scale, *, conv=False):
     merged = lora.merge(BASE, delta)
-    found = merged["attention"]["query"]["kernel"], merged["attention"]["output"]["kernel"], merged["conv"]["kernel"]
-    for one, other in zip(found, expected(scale, conv=conv)):
+    weights = merged["attention"]["query"]["kernel"], merged["attention"]["output"]["kernel"], merged["conv"]["kernel"]
+    for one, other in zip(weights, expected(scale, conv=conv)):
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
@@ -63,8 +63,8 @@ def kohya(alpha=True):
 @pytest.mark.parametrize("alpha", [True, False])
 def test_kohya(alpha, tmp_path):
     save_file(kohya(alpha), tmp_path / "style.safetensors")
-    for place in (tmp_path / "style.safetensors", tmp_path):
-        check(lora.peft.load(place, BASE, NAMES), ALPHA / RANK if alpha else 1.0, conv=True)
+    for path in (tmp_path / "style.safetensors", tmp_path):
+        check(lora.peft.load(path, BASE, NAMES), ALPHA / RANK if alpha else 1.0, conv=True)
 
 
 def test_kohya_with_another_component(tmp_path):

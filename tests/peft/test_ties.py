@@ -75,9 +75,9 @@ def test_written_again(case, tmp_path):
     base, adapter = model_of(case), FIXTURES / "adapters" / case
     assert main(["convert", str(adapter), str(tmp_path / "out"), "--target", "peft", "--base", str(base)]) == 0
     before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, tmp_path / "out"))
-    kept = {name: value for name, value in before.items() if "base_layer" not in name}
-    assert kept.keys() == after.keys()
-    for name, value in kept.items():
+    expected = {name: value for name, value in before.items() if "base_layer" not in name}
+    assert expected.keys() == after.keys()
+    for name, value in expected.items():
         np.testing.assert_array_equal(after[name], value)
 
 
@@ -86,7 +86,7 @@ def test_written_again(case, tmp_path):
 def test_readers_with_one_weight_for_both(target, reader, case, tmp_path, capsys):
     args = ["convert", FIXTURES / "adapters" / case, tmp_path / "out", "--target", target, "--base", model_of(case)]
     assert main([*map(str, args)]) == 2
-    assert reader in (said := capsys.readouterr().err) and "one weight for model.embed_tokens.weight" in said
+    assert reader in (error := capsys.readouterr().err) and "one weight for model.embed_tokens.weight" in error
 
 
 def test_a_tied_pair_for_each_reader(tmp_path):
@@ -110,8 +110,8 @@ def test_a_stored_head_that_differs_from_the_embedding(name, tmp_path):
     shutil.copytree(FIXTURES / "models" / name, directory)
     tensors = load_file(directory / "model.safetensors")
     (table,) = [x for x in tensors if x.endswith(("embed_tokens.weight", "wte.weight"))]
-    own = tensors | {"lm_head.weight": 2 * tensors[table]}
-    save_file(own, directory / "model.safetensors", metadata={"format": "pt"})
+    untied = tensors | {"lm_head.weight": 2 * tensors[table]}
+    save_file(untied, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.warns(UserWarning, match="lm_head.weight differs from the embedding"):
         fn, params, names = program(directory)
     base = load_file(directory / "io.safetensors")["base"]
