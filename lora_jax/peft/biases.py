@@ -61,9 +61,8 @@ def separated(
     Raises:
       ValueError: The model has no bias where an adapter has one; the message names the modules.
     """
-    weights = {leaf_path(name): name for name in tensors}
     biased = {
-        weights[path]: (node, node.bias)
+        path.replace("/", "."): (node, node.bias)
         for path, node in delta.items()
         if isinstance(node, LowRank) and node.bias is not None
     }
@@ -75,10 +74,11 @@ def separated(
         if model_type in types.split() and re.fullmatch(rf"(model\.)?layers\.\d+\.{modules}\.weight", name)
     }
     if lacking := [keys.split_name(name)[0] for name in biased if name not in flags]:
-        of = f"a model of type {model_type!r}" if model_type else "a model without a config.json"
+        of = f"a model of type {model_type!r}" if model_type else "a model whose type no config.json tells"
+        more = f" ({len(lacking)} such modules)" if len(lacking) > 1 else ""
         raise ValueError(
-            f"{lacking[0]} ({len(lacking)} such modules): the adapter has a bias on B (lora_bias), which {of} cannot "
-            "have there: use the adapter unmerged."
+            f"{lacking[0]}{more}: the adapter has a bias on B (lora_bias), which {of} cannot have "
+            "there: use the adapter unmerged."
         )
     for name, (node, bias) in biased.items():
         delta[leaf_path(name)] = dataclasses.replace(node, bias=None)

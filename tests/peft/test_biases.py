@@ -3,11 +3,13 @@
 `fixtures/transformers/make_adapters.py` says what the fixtures are.
 """
 
+import dataclasses
 import json
 import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -15,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lora
 from experiments.models.options import Options
 from lora_jax.__main__ import main
+from lora_jax.peft.biases import separated
 from tests.peft.test_ties import FIXTURES, close, program, tokens
 
 BASE, ADAPTER = FIXTURES / "models" / "llama", FIXTURES / "adapters" / "biased"
@@ -114,6 +117,14 @@ def test_a_model_that_cannot(config, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error and "use the adapter unmerged" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_is_untied(getkey):
+    head = lora.init(getkey(), {"lm_head/weight": jnp.ones((16, 8))}, {".*": lora.LoRA(2, axes=("out", "in"))})
+    delta = {path: dataclasses.replace(node, bias=jnp.ones(16)) for path, node in head.items()}
+    tensors = {"model.embed_tokens.weight": (16, 8), "model.layers.0.self_attn.q_proj.weight": (8, 8)}
+    with pytest.raises(ValueError, match=r"^lm_head: the adapter has a bias on B .* type 'llama' cannot"):
+        separated(delta, tensors, {"model_type": "llama"})
 
 
 @pytest.mark.parametrize("target, reader", [("vllm", "vLLM"), ("gguf", "llama.cpp"), ("mlx", "mlx-lm")])
