@@ -58,6 +58,19 @@ def test_written_again(how, tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_bias"] is True
 
 
+def test_modules_without_a_bias_are_written_with_zeros(tmp_path):
+    """PEFT has `lora_bias` on all modules or on none."""
+    _, params, names = program(BASE)
+    delta = lora.peft.load(ADAPTER, params, names)
+    kept, *others = delta
+    delta |= {path: dataclasses.replace(delta[path], bias=None) for path in others}
+    lora.peft.save(tmp_path, delta, names)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    biases = {name: value.any() for name, value in stored.items() if name.endswith("lora_B.bias")}
+    assert len(biases) == 14 and sum(biases.values()) == 1
+    jax.tree.map(np.testing.assert_array_equal, lora.peft.load(tmp_path, params, names), delta)
+
+
 def test_merged_into_a_model_that_can_have_biases(tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["merge", str(BASE), str(ADAPTER), str(out)]) == 0
