@@ -62,7 +62,7 @@ def test_modules_without_a_bias_are_written_with_zeros(tmp_path):
     """PEFT has `lora_bias` on all modules or on none."""
     _, params, names = program(BASE)
     delta = lora.peft.load(ADAPTER, params, names)
-    kept, *others = delta
+    _, *others = delta
     delta |= {path: dataclasses.replace(delta[path], bias=None) for path in others}
     lora.peft.save(tmp_path, delta, names)
     stored = load_file(tmp_path / "adapter_model.safetensors")
