@@ -12,7 +12,7 @@ C = TypeVar("C")
 R = TypeVar("R")
 _LAYERS, _MOST_LAYERS = ("n_layer", "num_hidden_layers"), 10_000
 _KINDS: dict[Any, str] = {
-    int: "a whole number from 0 to 2,147,483,647",
+    int: "a whole number from {least} to 2,147,483,647",
     float: "a number",
     bool: "true or false",
     str: "a string",
@@ -37,13 +37,15 @@ def read(shape: type[C], config: Mapping[str, Any], supported: Mapping[str, tupl
     given: dict[str, Any] = {}
     for field in dataclasses.fields(shape):  # pyrefly: ignore[bad-argument-type]
         value = config.get(field.name)
+        least = 1 if field.default is dataclasses.MISSING else 0  # of what may be left out there may be none
         if value is None:
             if field.default is dataclasses.MISSING:
                 raise UserError(f"config.json: {field.name} is missing")
-        elif field.name in _LAYERS and _fits(value, int) and value > _MOST_LAYERS:
+        elif field.name in _LAYERS and _fits(value, int, least) and value > _MOST_LAYERS:
             raise UserError(f"config.json: {field.name} is {value:,}, expected {_MOST_LAYERS:,} at most")
-        elif not _fits(value, field.type):
-            raise UserError(f"config.json: {field.name} is {reprlib.repr(value)}, expected {_KINDS[field.type]}")
+        elif not _fits(value, field.type, least):
+            kind = _KINDS[field.type].format(least=least)
+            raise UserError(f"config.json: {field.name} is {reprlib.repr(value)}, expected {kind}")
         else:
             given[field.name] = value
     return shape(**given)
@@ -76,11 +78,11 @@ def count_classes(config: Mapping[str, Any]) -> int:
     return len(labels) if labels is not None else int(config.get("num_labels", 2))
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def _fits(value: Any, kind: Any, least: int) -> bool:
     if isinstance(value, bool):
         return kind is bool
     if kind is int:
-        return isinstance(value, int) and 0 <= value < 2**31
+        return isinstance(value, int) and least <= value < 2**31
     if kind is float:
         return isinstance(value, int | float) and abs(value) < 1e38
     return kind not in _KINDS or isinstance(value, kind)

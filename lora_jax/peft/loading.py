@@ -26,6 +26,7 @@ from lora_jax.peft.names import Names, Place, check_names
 from lora_jax.peft.opening import opened
 from lora_jax.peft.stored import Module, Stored
 from lora_jax.peft.tensors import read_json
+from lora_jax.reading import clipped
 
 
 def load(directory: str | os.PathLike, base: Any, names: Names, ignore: Sequence[str] = ()) -> dict[str, Adapter]:
@@ -91,7 +92,7 @@ def finished(directory: Path, loader: "Loader", delta: Mapping[str, Adapter]) ->
     if loader.problems:
         listed = _listed(dict.fromkeys(loader.problems))
         count = f"{len(loader.problems)} problem{'s' if len(loader.problems) > 1 else ''}"
-        raise ValueError(f"{directory}: the adapter does not fit ({count}):\n  {listed}")
+        raise ValueError(clipped(f"{directory}: the adapter does not fit ({count}):\n  {listed}"))
     if not delta:
         raise ValueError(f"{directory}: holds no adapter.")
     order = {path: number for number, path in enumerate(loader.leaves)}

@@ -25,7 +25,9 @@ def test_shapes(config):
 @pytest.mark.parametrize(
     "config, field, value, message",
     [
-        (GPT2, "n_layer", 2**31, "n_layer is 2147483648, expected a whole number from 0 to"),
+        (GPT2, "n_layer", 2**31, "n_layer is 2147483648, expected a whole number from 1 to"),
+        (GPT2, "n_inner", -1, "n_inner is -1, expected a whole number from 0 to"),
+        (LLAMA, "vocab_size", 0, "vocab_size is 0, expected a whole number from 1 to"),
         (GPT2, "n_layer", 2**31 - 1, "n_layer is 2,147,483,647, expected 10,000 at most"),
         (GPT2, "n_embd", -1, "n_embd is -1, expected a whole number"),
         (GPT2, "n_embd", 10**400, "expected a whole number"),

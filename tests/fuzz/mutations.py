@@ -162,7 +162,8 @@ def _more_tensors(content: bytes, rng: random.Random) -> bytes:
 
     def change(value: Any) -> str:
         entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-        return json.dumps({**{f"extra.{number}.weight": entry for number in range(500)}, **value})
+        tensors = value if isinstance(value, dict) else {}  # an earlier mutation may have left another value
+        return json.dumps({**{f"extra.{number}.weight": entry for number in range(500)}, **tensors})
 
     return _lines(content, rng, change)
 
