@@ -87,22 +87,22 @@ def _json(content: bytes, rng: random.Random) -> bytes:
     return _lines(content, rng, lambda value: json.dumps(_changed(value, rng), ensure_ascii=rng.random() < 0.5))
 
 
-def _place(value: Any, rng: random.Random) -> tuple[Any, Any] | None:
+def _entry(value: Any, rng: random.Random) -> tuple[Any, Any] | None:
     """A container and a key in it: near the top as often as deep inside, however large a part is."""
-    place = None
+    entry = None
     while isinstance(value, dict | list) and value:
-        place = value, rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        entry = value, rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
         if rng.random() < 0.35:
             break
-        value = value[place[1]]
-    return place
+        value = value[entry[1]]
+    return entry
 
 
 def _changed(value: Any, rng: random.Random) -> Any:
-    place = _place(value, rng)
-    if place is None or rng.random() < 0.03:
+    entry = _entry(value, rng)
+    if entry is None or rng.random() < 0.03:
         return rng.choice(VALUES)
-    parent, key = place
+    parent, key = entry
     match rng.randrange(5):
         case 0:
             del parent[key]
@@ -121,10 +121,10 @@ def _marked(content: bytes, rng: random.Random, text: str) -> bytes:
     """Puts a text that `json` would not write in the place of a value."""
 
     def change(value: Any) -> str:
-        place = _place(value, rng)
-        if place is None:
+        entry = _entry(value, rng)
+        if entry is None:
             return text
-        parent, key = place
+        parent, key = entry
         parent[key] = "\x00 here"
         return json.dumps(value).replace(json.dumps("\x00 here"), text)
 
