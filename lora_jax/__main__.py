@@ -110,7 +110,7 @@ def _terminable() -> Iterator[None]:
 def _said(error: Exception) -> str:
     """An error's message: an operating system's with the file first, a long list with its beginning."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or error.filename2 or 'output'}: {error.strerror}."
+        return clipped(f"{error.filename or error.filename2 or 'output'}: {error.strerror}.")
     lines = clipped(printable(str(error))).splitlines() or [type(error).__name__]
     more = len(lines) - 1 - _PROBLEMS
     return "\n".join(lines if more <= 0 else [*lines[: _PROBLEMS + 1], f"  … and {more} more"])

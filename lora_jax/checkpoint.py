@@ -31,7 +31,7 @@ from lora_jax.array_store import read_arrays
 from lora_jax.files import listed, naming, new_parents, replaced_file, resolved, sync_tree
 from lora_jax.locks import locked, matching
 from lora_jax.manifest import ARRAYS, FORMAT, MANIFEST, NAME
-from lora_jax.reading import raised_by_reader, reason
+from lora_jax.reading import clipped, raised_by_reader, reason
 
 Delta = dict[str, Adapter]
 
@@ -131,9 +131,12 @@ def read(directory: str | os.PathLike, base: Any) -> tuple[Delta, dict[str, Any]
             version = _version(directory)
             try:
                 return _loaded(directory, base)
-            except (ValueError, OSError):
-                if attempt + 1 == _ATTEMPTS or _version(directory) == version:
-                    raise
+            except (ValueError, OSError) as error:
+                if attempt + 1 < _ATTEMPTS and _version(directory) != version:
+                    continue
+                if isinstance(error, ValueError) and (message := clipped(str(error))) != str(error):
+                    raise ValueError(message) from error
+                raise
     raise AssertionError("unreachable")
 
 

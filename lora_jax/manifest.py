@@ -154,7 +154,7 @@ def read(directory: pathlib.Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{file} is not the manifest of a {FORMAT}.")
     if manifest.get("version") != VERSION or isinstance(manifest["version"], bool):
-        raise ValueError(f"{file} has format version {manifest.get('version')!r}; this release reads {VERSION}.")
+        raise ValueError(f"{file} has format version {_short(manifest.get('version'))}; this release reads {VERSION}.")
     name = manifest.get("arrays", ARRAYS)
     if not isinstance(name, str) or not re.fullmatch(NAME, name):
         raise ValueError(f"{file}: 'arrays' is {_short(name)}; expected the name of a directory of arrays beside it.")

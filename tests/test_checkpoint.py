@@ -179,6 +179,7 @@ def test_damaged_manifests(saved, tmp_path):
         ('{"format": "lora_jax adapter", "version": 1, "adapters": {}, "base": {}, "arrays": "../x"}', r"'\.\./x'"),
         ('{"format": "lora_jax adapter", "version": 1, "adapters": {}, "base": {}, "arrays": 3}', "'arrays' is 3"),
         ('{"format": "lora_jax adapter", "version": ' + "9" * 5000 + "}", "is damaged"),
+        ('{"format": "lora_jax adapter", "version": "' + "a" * 10_000 + '"}', "has format version 'aaa"),
     ],
 )
 def test_manifests_of_other_content(saved, text, message):
@@ -200,7 +201,8 @@ def test_nothing_is_printed_beside_the_error(saved, capfd):
     files = [saved / "arrays" / "manifest.ocdbt", *(saved / "arrays" / "d").iterdir()]
     for file in files:
         content = file.read_bytes()
-        for damaged in (b"", content[: len(content) // 2], bytes([content[0] ^ 1]) + content[1:], content[:-1] + b"?"):
+        first, last = (bytes([byte ^ 1]) for byte in (content[0], content[-1]))
+        for damaged in (b"", content[: len(content) // 2], first + content[1:], content[:-1] + last):
             file.write_bytes(damaged)
             with pytest.raises(ValueError, match="arrays is damaged or no Orbax checkpoint"):
                 lora.load(saved)
@@ -208,6 +210,13 @@ def test_nothing_is_printed_beside_the_error(saved, capfd):
     gc.collect()
     assert capfd.readouterr() == ("", "")
     lora.load(saved)
+
+
+def test_long_names_lose_their_middle(saved):
+    edit(saved, lambda manifest: manifest["adapters"].update({"w" * 10_000: {"kind": "none"}}))
+    with pytest.raises(ValueError, match=r"adapter\.json: 'www.* … .*is of the kind 'none'") as error:
+        lora.load(saved)
+    assert len(str(error.value)) < 1200
 
 
 def test_arrays_that_are_missing(saved):

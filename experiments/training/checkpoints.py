@@ -168,12 +168,13 @@ class Checkpoints:
         """What the checkpoint of a step holds."""
         arrays = _arrays(state)
         with self._telling(f"be read at step {step}"):
-            content = self._manager.restore(step, args=ocp.args.Composite(content=ocp.args.JsonRestore()))["content"]
+            everything = self._manager.restore(step, args=ocp.args.Composite(content=ocp.args.JsonRestore()))["content"]
+            content = everything["content"]
             stored = open_arrays(self._arrays_of(step), arrays, "content")
             plain = [_placed(stored[name], array) for name, array in arrays.items()]
         leaves, structure = jax.tree.flatten(_without_base(state))
         restored = [_like(leaf, array) for leaf, array in zip(leaves, plain)]
-        return _with_base(jax.tree.unflatten(structure, restored), state), content["content"]
+        return _with_base(jax.tree.unflatten(structure, restored), state), content
 
     def _newest(self, described: list[Any], base: str) -> int:
         """The step of the last whole checkpoint; `_NONE` where there is none at all."""
@@ -181,8 +182,9 @@ class Checkpoints:
         for step, before in zip(steps, [*steps[1:], None]):
             try:
                 everything = self._content(step)
-                found = everything["settings"], everything["base"], everything["arrays"]
-                problem = self._unfit(described, base, *found)
+                if not isinstance(everything["content"], dict):
+                    raise ValueError("its content is no JSON object")
+                problem = self._unfit(described, base, everything["settings"], everything["base"], everything["arrays"])
                 if problem is None:
                     self._check(step, described, everything["checksums"])
                     return step
