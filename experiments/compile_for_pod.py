@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments import flags
+from experiments import flags, startup
 from experiments.ahead import fitting, report, topology
 from experiments.ahead.analysis import Analysis, DoesNotFit, analyse
 from experiments.ahead.model import step_flops
@@ -164,4 +164,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(startup.run("python -m experiments.compile_for_pod", main))

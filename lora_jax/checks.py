@@ -41,7 +41,9 @@ def positive(owner: str, name: str, value: int) -> None:
 
 
 def integer(owner: str, name: str, value: int) -> int:
-    """The value as a Python integer; raises `ValueError` unless it is one."""
+    """The value as a Python integer; raises `ValueError` unless it is one, or a concrete scalar array of integers."""
+    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and value.ndim == 0:
+        value = value.item()
     if not _is_integer(value):
         raise ValueError(f"{owner}({name}={value!r}): expected an integer.")
     return int(value)
@@ -90,9 +92,9 @@ def unusable(value: Any, nonzero: bool) -> str | None:
 
 
 def rate(owner: str, name: str, value: float) -> None:
-    """Raises unless `value` is a dropout rate."""
+    """Raises unless `value` is a dropout rate, as float32 has it too."""
     finite(owner, name, value)
-    if not isinstance(value, jax.core.Tracer) and not 0.0 <= value < 1.0:
+    if not isinstance(value, jax.core.Tracer) and not 0.0 <= np.float32(value) < 1.0:
         raise ValueError(f"{owner}({name}={value}): a rate is at least 0 and below 1.")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
-from lora_jax import checkpoint, manifest, paths
+from lora_jax import checkpoint, checks, manifest, paths
 from lora_jax.sharding import delta_shardings
 from lora_jax.state import TrainState
 from lora_jax.training import explaining_donation
@@ -91,6 +91,7 @@ def restore_state(directory: str | os.PathLike, base: Any, tx: optax.GradientTra
     Example:
       See :func:`save_state`.
     """
+    checks.path("lora.restore_state(directory, base, tx)", directory)
     delta, described, stored = checkpoint.read(directory, base)
     entries = described.get(manifest.STATE)
     if not entries:

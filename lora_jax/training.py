@@ -108,6 +108,7 @@ def train_step(
       scalars: `loss`; `grad_norm`, the global norm of the gradients; `weight`, the total weight; `invalid_weights`,
       the number of microbatches whose weight is negative or not finite; and `nonfinite`, per path the number of
       gradient elements that are NaN or infinite. :func:`check_finite` raises on the last two.
+      Where the total weight is zero, as for padding alone, sums are not divided.
       `step.lower(state, batch)` is the same without running it, for a compiler's analyses; without pmap, leaves may be
       `jax.ShapeDtypeStruct`, on devices that are not here. Its `compile()` is called like the step.
 

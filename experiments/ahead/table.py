@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import startup
 from experiments.ahead import report, topology
 from experiments.ahead.analysis import DoesNotFit
 from experiments.ahead.chips import GIB
@@ -171,4 +172,4 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(startup.run("python -m experiments.ahead.table", main))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lora
-from experiments import flags, settings
+from experiments import flags, settings, startup
 from experiments.errors import UserError
 from experiments.studies.problem import Problem, answers, load
 from lora_jax import paths
@@ -112,4 +112,5 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(flags.parse(Config(), "python -m experiments.benchmarks.formats", description=__doc__)))
+    program = "python -m experiments.benchmarks.formats"
+    sys.exit(startup.run(program, lambda: main(flags.parse(Config(), program, description=__doc__))))

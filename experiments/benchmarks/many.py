@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 import lora_jax as lora
-from experiments import flags, settings
+from experiments import flags, settings, startup
 from experiments.benchmarks import gpt2_step_model as model
 from experiments.benchmarks.step import rotations
 from experiments.configs import quickstart
@@ -239,4 +239,5 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(flags.parse(Config(), "python -m experiments.benchmarks.many", description=__doc__)))
+    program = "python -m experiments.benchmarks.many"
+    sys.exit(startup.run(program, lambda: main(flags.parse(Config(), program, description=__doc__))))

@@ -36,7 +36,7 @@ from typing import Any, Literal
 import jax
 from jax.experimental import topologies
 
-from experiments import flags, settings
+from experiments import flags, settings, startup
 from experiments.benchmarks.memory_arithmetic import Problem
 from experiments.benchmarks.memory_process import Figures, analysed, apart
 from experiments.benchmarks.memory_shapes import SIZES, SMALL, Shape
@@ -301,4 +301,5 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(flags.parse(Config(), "python -m experiments.benchmarks.memory", description=__doc__)))
+    program = "python -m experiments.benchmarks.memory"
+    sys.exit(startup.run(program, lambda: main(flags.parse(Config(), program, description=__doc__))))

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import optax
 
-from experiments import flags
+from experiments import flags, startup
 from experiments.benchmarks import gpt2_step_model as model
 from experiments.benchmarks import step_variants
 
@@ -209,4 +209,5 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(flags.parse(Config(), "python -m experiments.benchmarks.step", description=__doc__)))
+    program = "python -m experiments.benchmarks.step"
+    sys.exit(startup.run(program, lambda: main(flags.parse(Config(), program, description=__doc__))))

@@ -51,7 +51,7 @@ class Leaves:
             elif is_array(leaf):
                 types.append(jax.typeof(leaf))
             else:
-                others.append((position, type(leaf), leaf))
+                others.append((position, type(leaf), _distinct(leaf)))
                 continue
             self.arrays.append(leaf)
             leaves[position] = _ARRAY
@@ -65,6 +65,15 @@ class Leaves:
             if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.committed
         }
         return len(places) <= 1
+
+
+def _distinct(leaf: Any) -> Any:
+    """A leaf as a part of a key: 0.0 and -0.0 are equal, and NaN does not equal itself."""
+    if type(leaf) is float:
+        return leaf.hex()
+    if type(leaf) is complex:
+        return leaf.real.hex(), leaf.imag.hex()
+    return leaf
 
 
 def _hashable(key: Key) -> Key | None:

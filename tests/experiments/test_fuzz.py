@@ -12,7 +12,7 @@ import pytest
 from tests.fuzz import run
 from tests.fuzz.mutations import mutated
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_200_cases():
