@@ -172,6 +172,8 @@ def test_slots_of_a_stack():
     for slot in (1.0, True, "1", None):
         with pytest.raises(ValueError, match=rf"swap\(slot={slot!r}\): expected an integer"):
             lora.swap(stacked, slot, delta)
+    for slot in (1, np.int32(1), jnp.int32(1)):
+        assert set(lora.swap(stacked, slot, {})) == {"w"}
     for slot in (-1, 2):
         with pytest.raises(ValueError, match="2 members, 0 to 1"):
             lora.swap(stacked, slot, delta)

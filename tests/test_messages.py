@@ -94,6 +94,10 @@ CALLS = {
         lambda: lora.peft.load(BASE, "adapter", lora.peft.Names(())),  # pyrefly: ignore
         r"the directory is a path; got a dict",
     ),
+    "restore_state, exchanged": (
+        lambda: lora.restore_state(optax.sgd(0.1), BASE, "state"),  # pyrefly: ignore
+        r"restore_state.*the directory is a path; got a Gradient",
+    ),
     "a key that is a number": (lambda: lora.adapt(fn)(BASE, delta(), X, dropout_key=3), "PRNG key.*got int"),
 }
 

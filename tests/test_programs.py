@@ -199,3 +199,14 @@ def test_arrays_on_different_devices(base, delta, x):
         out = adapted(two, delta, jax.device_put(x, first))
     assert out.devices() == {second}
     chex.assert_trees_all_close(np.asarray(out[:, 0]), np.asarray(x @ lora.merge(base, delta)["w"]).sum(-1), atol=1e-4)
+
+
+def test_signed_zeros_are_different_arguments_and_nan_is_one(base, delta, x):
+    model = Counted()
+    adapted = lora.adapt(lambda base, x, sign: jnp.copysign(model(base, x), sign))
+    for sign in (0.0, -0.0, 0.0, -0.0):
+        assert np.all(np.signbit(adapted(base, delta, x, sign)) == np.signbit(sign))
+    assert len(model.traces) == 2
+    for _ in range(2):
+        adapted(base, delta, x, float("nan"))
+    assert len(model.traces) == 3

@@ -33,6 +33,7 @@ MEMORY = 3 * 2**30
 """Bytes that a process may use beyond those after its start."""
 
 _LINES, _LENGTH = 20, 4000
+_PACKAGES = [Path(__file__).parents[2] / name for name in ("lora_jax", "experiments")]
 _NOISE = ("Traceback", "Exception ignored", "never retrieved", "never awaited", "panicked", "absl")
 
 
@@ -170,8 +171,12 @@ def _outcome(reader: Any, directory: Path, expected: Any, single: bool) -> str |
     except BaseException as error:
         if single:
             traceback.print_exc()
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/lora_jax/" in frame.filename]
-        frames += [frame for frame in traceback.extract_tb(error.__traceback__) if "/experiments/" in frame.filename]
+        frames = [
+            frame
+            for package in _PACKAGES
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename).is_relative_to(package)
+        ]
         where = f" in {Path(frames[-1].filename).name}:{frames[-1].name}" if frames else ""
         return f"{type(error).__name__}{where}"
     finally:
