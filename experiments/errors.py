@@ -13,8 +13,11 @@ class UserError(ValueError):
         super().__init__(readers.clipped(message))
 
 
-class Preempted(Exception):
-    """The process was told to end (SIGTERM), and saved its state before; the same command resumes. Exit status 75."""
+class Preempted(BaseException):
+    """The process was told to end (SIGTERM), and saved its state before; the same command resumes. Exit status 75.
+
+    As a `KeyboardInterrupt`, it is no `Exception`: what catches any error on the way lets it pass.
+    """
 
 
 def reading(path: str | os.PathLike, form: str = "") -> contextlib.AbstractContextManager[None]:

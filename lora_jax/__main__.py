@@ -1,18 +1,14 @@
 """Adapters on disk: `python -m lora_jax inspect | merge | convert | diff`."""
 
 import argparse
-import contextlib
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 from rich.console import Console
 
-from lora_jax import __version__
+from lora_jax import __version__, termination
 from lora_jax.reading import clipped, printable
 
 PROGRAM = "lora-jax"
@@ -34,7 +30,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     try:
         given = _parser().parse_args(args)
-        with _terminable():
+        with termination.raising(_Terminated):
             return _run(given)
     except SystemExit as stop:  # argparse's own (--help, or arguments that do not parse), or a closed pipe
         return stop.code if isinstance(stop.code, int) else WRONG
@@ -89,22 +85,6 @@ def _console(*, stderr: bool = False) -> Console:
 
 class _Terminated(BaseException):
     """A termination signal, as an exception: what is half-written is removed on the way out."""
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only there are signals to be had
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _said(error: Exception) -> str:

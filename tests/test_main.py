@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 
 import ml_dtypes
 import numpy as np
@@ -896,6 +897,23 @@ def test_a_signal_in_the_middle(run, monkeypatch, base, adapter, tmp_path, numbe
     before, handler = listing(tmp_path), signal.getsignal(signal.SIGTERM)
     assert run("merge", base, adapter, tmp_path / "new" / "out") == (status, "", "interrupted: nothing was written\n")
     assert listing(tmp_path) == before and signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_a_signal_whose_exception_python_drops(run, monkeypatch, base, adapter, tmp_path):
+    class Signaling:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def interrupted(*args):
+        Signaling()
+        time.sleep(1)
+        return merged(*args)
+
+    merged = merge_command.merged
+    monkeypatch.setattr(merge_command, "merged", interrupted)
+    before = listing(tmp_path)
+    assert run("merge", base, adapter, tmp_path / "new" / "out") == (143, "", "interrupted: nothing was written\n")
+    assert listing(tmp_path) == before
 
 
 def test_a_failing_exchange_restores_what_was_there(fails, run, monkeypatch, writer, base, adapter, tmp_path):

@@ -4,13 +4,14 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
 
 from experiments.errors import Preempted
+from lora_jax import termination
 
 
 class Interrupt:
@@ -30,21 +31,9 @@ class Interrupt:
         return KeyboardInterrupt() if self.signal == signal.SIGINT else Preempted(f"at step {step}: saved")
 
 
-@contextmanager
-def terminable() -> Iterator[None]:
+def terminable() -> AbstractContextManager[None]:
     """Makes SIGTERM inside the `with` block raise :class:`Preempted`, but for what :func:`deferred` has within."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        raise Preempted("outside of the steps: nothing to save")
-
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return termination.raising(lambda: Preempted("outside of the steps: nothing to save"))
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """The quickstart study end to end, on a tiny model: what it writes, and that a resumed run is the same run."""
 
 import dataclasses
+import gc
 import json
 import os
 import re
 import shutil
 import signal
+import time
 
 import jax
 import numpy as np
@@ -239,6 +241,22 @@ def test_preempted_before_the_steps(config, capsys, monkeypatch):
     monkeypatch.setattr(quickstart, "load", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
     assert run.main(["quickstart"]) == 75
     assert capsys.readouterr().err.startswith("preempted outside of the steps")
+
+
+def test_preempted_while_python_collects_garbage(config, capsys, monkeypatch):
+    def once(phase, info):
+        gc.callbacks.remove(once)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def load(*args, **kwargs):
+        gc.callbacks.append(once)
+        gc.collect()
+        time.sleep(10)
+
+    monkeypatch.setattr("tyro.cli", lambda *args, **kwargs: config)
+    monkeypatch.setattr(quickstart, "load", load)
+    assert run.main(["quickstart"]) == 75
+    assert capsys.readouterr().err == "preempted outside of the steps: nothing to save; the same command resumes\n"
 
 
 def test_out_of_memory_in_one_sentence(config, capsys, monkeypatch):
