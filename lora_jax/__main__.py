@@ -1,6 +1,7 @@
 """Adapters on disk: `python -m lora_jax inspect | merge | convert | diff`."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,7 +92,8 @@ def _said(error: Exception) -> str:
     """An error's message: an operating system's with the file first, a long list with its beginning."""
     if isinstance(error, OSError) and error.strerror:
         return clipped(f"{error.filename or error.filename2 or 'output'}: {error.strerror}.")
-    lines = clipped(printable(str(error))).splitlines() or [type(error).__name__]
+    text = re.sub(r"ignore=\('([^']+)',\)", r"--ignore \1", str(error))  # the library's argument, as the option
+    lines = clipped(printable(text)).splitlines() or [type(error).__name__]
     more = len(lines) - 1 - _PROBLEMS
     return "\n".join(lines if more <= 0 else [*lines[: _PROBLEMS + 1], f"  … and {more} more"])
 

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ def merge(
     with opened(base) as tensors, replaced(out, MODEL, what="checkpoint", owns=owns) as fresh:
         fit = methods.of_checkpoint(tensors, adapter, config, ignore)
         delta = peft.load(adapter, fit.base, fit.names, ignore=ignore)
+        heads = [(table, head) for head, (table, _) in fit.untied.items()]
+        ties.check_shared(delta, [*_parted(tensors, config, delta), *heads], tensors, config)
         ties.share_rows(delta, tensors, config)
         new = biases.separated(delta, tensors, config)
         tables = {head: table for head, (table, _) in fit.untied.items()}
@@ -172,18 +174,23 @@ def _untie(
     Returns:
       What to say of heads that the base stores, as copies of the embedding.
     """
-    stored = [
-        (table, head)
-        for table in tensors
-        if (head := ties.tied_head(table, config)) in tensors
-        and (layout.leaf_path(table) in adapted) != (layout.leaf_path(head) in adapted)
-    ]
+    stored = _parted(tensors, config, adapted)
     if (tables or stored) and config:
         inner = [name for name in ("text_config",) if isinstance(config.get(name), dict)]
         nested = {name: config[name] | {"tie_word_embeddings": False} for name in inner}
         content = config | nested | {"tie_word_embeddings": False}
         (directory / MODEL).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return [f"untied: {table} and {head} differ now; tie_word_embeddings is false" for table, head in stored]
+
+
+def _parted(tensors: Tensors, config: dict[str, Any], adapted: Collection[str]) -> list[tuple[str, str]]:
+    """Embeddings and heads that a base stores as copies, and of which one is adapted."""
+    return [
+        (table, head)
+        for table in tensors
+        if (head := ties.tied_head(table, config)) in tensors
+        and (layout.leaf_path(table) in adapted) != (layout.leaf_path(head) in adapted)
+    ]
 
 
 def merged(name: str, value: np.ndarray, node: Adapter) -> np.ndarray:

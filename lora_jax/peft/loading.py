@@ -164,6 +164,7 @@ class Loader:
     def delta(self) -> dict[str, Adapter]:
         """The delta; meaningless where there are problems."""
         modules, values, rows = self.sorted_keys()
+        self.check_shared([*(k for m in modules.values() for k in m.parts.values()), *values])
         apart = self.check_tied([*(k for m in modules.values() for k in m.parts.values()), *values, *rows])
         delta: dict[str, Adapter] = {}
         by_leaf: dict[str, dict[tuple[int, ...], Module]] = collections.defaultdict(dict)
@@ -268,6 +269,21 @@ class Loader:
                     "the adapter into the checkpoint (lora-jax merge)"
                 )
         return apart
+
+    def check_shared(self, adapted: Sequence[Key]) -> None:
+        """What is wrapped where PyTorch's model calls other modules of the same weight is a problem."""
+        for module in dict.fromkeys(key.module for key in adapted):
+            name = self.in_file(f"{module}.weight")
+            if name not in self.where or is_abstract(self.leaves[self.where[name][0].path]):
+                continue  # the base tells of no other modules
+            copied = [key.part for key in adapted if key.module == module] == ["value"] and not any(
+                keys.inside(module, entry) for entry in self.config.modules_to_save
+            )
+            if not copied and ties.is_shared(name, self.where):
+                self.problems.append(
+                    f"no effect in PEFT: {module} is wrapped, and the model calls encoder.embed_tokens and "
+                    f"decoder.embed_tokens, which have its weight; ignore=({self.bare(module)!r},) passes it over"
+                )
 
     def own_bias(self, module: Module) -> str | None:
         """The name of the layer's own bias; None where the base has none."""
@@ -412,27 +428,33 @@ class Loader:
         for name in (*matrices, *self.tied):
             module = keys.split_name(self.in_model.get(name, name))[0]
             whole = any(keys.inside(module, entry) for entry in self.config.modules_to_save)
-            if name not in modules and not whole and self.config.targets(module):
+            if name not in modules and not whole and self.config.targets(module) and not self.tensors.ignores(module):
                 if name in self.tied and not self.config.ensure_weight_tying:
                     continue
                 embedding = name in self.where and self.where[name][0].weight.module == "embedding"
                 known = keys.factor_keys(module, embedding=embedding)
                 self.problems.append(f"missing: {known['a']}, {known['b']}")
         for target in self.config.target_parameters:
-            if not any(keys.matches(module.label, [target]) for module in modules.values()):
+            if not self.tensors.ignores(target) and not any(
+                keys.matches(module.label, [target]) for module in modules.values()
+            ):
                 self.problems.append(f"missing: the factors of the parameter {target}")
         saved = {self.in_file(key.name) for key in values}
         for name in self.where:
             module, parameter = keys.split_name(self.in_model[name])
-            if name in saved or parameter != "bias":
+            if name in saved or parameter != "bias" or self.tensors.ignores(self.in_model[name]):
                 continue
             adapted = self.in_file(f"{module}.weight") in modules
             if self.config.bias == "all" or (self.config.bias == "lora_only" and adapted):
                 self.problems.append("missing: " + keys.value_key(module, parameter, wrapped=adapted))
         for entry in self.config.modules_to_save:
             for name, shown in self.in_model.items():
-                if name not in saved and keys.inside(keys.split_name(shown)[0], entry):
+                if name in saved or self.tensors.ignores(shown):
+                    continue
+                if keys.inside(keys.split_name(shown)[0], entry):
                     self.problems.append("missing: " + keys.value_key(*keys.split_name(shown), wrapped=False))
         for module in self.config.trainable_token_indices:
-            if not any(not module or keys.matches(key.module, [module]) for key in rows):
+            if not self.tensors.ignores(module) and not any(
+                not module or keys.matches(key.module, [module]) for key in rows
+            ):
                 self.problems.append(f"missing: the trained tokens of {module or 'the embedding'}")

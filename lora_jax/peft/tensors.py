@@ -57,7 +57,7 @@ class Tensors(Mapping[str, tuple[int, ...]]):
         with contextlib.ExitStack() as opened:
             for path in self.files:
                 file = opened.enter_context(_open(path))
-                names = [name for name in list(file.keys()) if not any(x in f".{name}" for x in self._ignore)]
+                names = [name for name in list(file.keys()) if not self.ignores(name)]
                 if twice := sorted(self._where.keys() & names):
                     raise ValueError(f"{path}: {twice[0]!r} is in another file of the same model too.")
                 self._where |= dict.fromkeys(names, (path, file))
@@ -76,6 +76,10 @@ class Tensors(Mapping[str, tuple[int, ...]]):
 
     def __len__(self) -> int:
         return len(self._where)
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor of this name is passed over."""
+        return any(beginning in f".{name}" for beginning in self._ignore)
 
     def read(self, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
         """A tensor, or a part of it, as a NumPy array (bfloat16 through ml_dtypes).

@@ -5,7 +5,7 @@ alike; where one is changed alone, or both differently, its model has two weight
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,19 @@ _HEADS = ("lm_head.weight", "embed_out.weight")
 _TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")
 _TASKS_WITH_HEAD = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-_MASKED_HEADS = {
+_MASKED_HEAD = "cls.predictions.decoder.weight"
+# By model_type, in transformers 5.24; other models have `lm_head`, or the head of BERT.
+_HEADS_OF = {
+    "albert": "predictions.decoder.weight",
+    "bert": _MASKED_HEAD,
     "distilbert": "vocab_projector.weight",
-    "electra": "generator_lm_head.weight",
-    **dict.fromkeys(("camembert", "roberta", "xlm-roberta"), "lm_head.decoder.weight"),
+    "gpt_neox_japanese": "embed_out.weight",
+    **dict.fromkeys(("biogpt", "trocr"), "output_projection.weight"),
+    **dict.fromkeys(("convbert", "electra"), "generator_lm_head.weight"),
+    **dict.fromkeys(("moonshine", "moonshine_streaming", "whisper"), "proj_out.weight"),
+    **dict.fromkeys(("bert-generation", "data2vec-text", "esm", "longformer", "mpnet"), "lm_head.decoder.weight"),
+    **dict.fromkeys(("camembert", "roberta", "roberta-prelayernorm", "xmod"), "lm_head.decoder.weight"),
+    **dict.fromkeys(("xlm-roberta", "xlm-roberta-xl"), "lm_head.decoder.weight"),
 }
 
 
@@ -42,6 +51,59 @@ def is_tied(config: Mapping[str, Any]) -> bool:
     if stated is None and isinstance(inner, Mapping):
         stated = inner.get("tie_word_embeddings")
     return stated is not False
+
+
+def is_shared(table: str, names: Iterable[str]) -> bool:
+    """Whether an encoder and a decoder have modules of their own for a table, as in T5 and BART.
+
+    transformers calls `encoder.embed_tokens` and `decoder.embed_tokens`, which have the weight of `shared`, and never
+    `shared` itself: what PEFT wraps there changes nothing, except for trained rows, which PEFT shares.
+
+    Args:
+      table: The name of a tensor.
+      names: Those of all tensors of the model.
+    """
+    parent, _, last = keys.split_name(table)[0].rpartition(".")
+    if last == "shared":
+        return True
+    beside = f"{parent}." if parent else ""
+    return table.endswith(_TABLES) and all(
+        any(name.startswith(f"{beside}{part}.") for name in names) for part in ("encoder", "decoder")
+    )
+
+
+def check_shared(
+    delta: Mapping[str, Adapter], apart: Iterable[tuple[str, str]], names: Collection[str], config: Mapping[str, Any]
+) -> None:
+    """Checks that a checkpoint whose encoder and decoder share a table can hold an adapter.
+
+    Args:
+      delta: For the checkpoint's tensors.
+      apart: Tables and heads that are tied in the checkpoint, and two weights with the adapter.
+      names: Those of the checkpoint's tensors.
+      config: The content of its `config.json`.
+
+    Raises:
+      ValueError: The head must be stored apart, with tie_word_embeddings false: BART's encoder and decoder would lose
+        their table by it, and T5 would scale its logits in another way. Or PEFT does not share trained rows: Marian's
+        input embedding is its encoder's.
+    """
+    for table, head in apart:
+        if is_shared(table, names):
+            module = keys.split_name(head)[0]
+            raise ValueError(
+                f"the adapter changes {module} alone, and the encoder, the decoder and {module} of this base are one "
+                f"table ({table}), which transformers cannot load with tie_word_embeddings false: keep the adapter "
+                f"beside the base; ignore=({module!r},) merges the rest."
+            )
+    for path, node in delta.items():
+        name = path.replace("/", ".")
+        if isinstance(node, RowReplacement) and config.get("model_type") == "marian" and is_shared(name, names):
+            module = keys.split_name(name)[0]
+            raise ValueError(
+                f"the adapter trains rows of {module}, which PEFT does not share with the encoder and the decoder of "
+                f"Marian: they change nothing there; ignore=({module!r},) passes them over."
+            )
 
 
 def tied_head(table: str, config: Mapping[str, Any], task: str | None = None) -> str | None:
@@ -60,8 +122,10 @@ def tied_head(table: str, config: Mapping[str, Any], task: str | None = None) ->
     classes = [str(name) for name in names] if isinstance(names := config.get("architectures"), list) else []
     if not any(name.endswith(_WITH_HEAD) for name in classes) and (classes or task not in _TASKS_WITH_HEAD):
         return None
+    if (head := _HEADS_OF.get(str(config.get("model_type")))) is not None:
+        return head
     if any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in classes):
-        return _MASKED_HEADS.get(str(config.get("model_type")), "cls.predictions.decoder.weight")
+        return _MASKED_HEAD
     outer = re.match(r"(language_model\.)", table)
     return f"{outer[1] if outer else ''}lm_head.weight"
 

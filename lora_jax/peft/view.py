@@ -36,6 +36,10 @@ class View(Mapping[str, tuple[int, ...]]):
             return self._tensors.read(self._names[name], part)
         return self._tensors.read(self._names[name], None if part is None else part[::-1]).T
 
+    def ignores(self, name: str) -> bool:
+        """See :meth:`Tensors.ignores`."""
+        return self._tensors.ignores(name)
+
     def dtype(self, name: str) -> str:
         """See :meth:`Tensors.dtype`."""
         return self._tensors.dtype(self._names[name])
