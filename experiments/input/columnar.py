@@ -159,6 +159,18 @@ def saved_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
+def saved_split(directory: Path) -> str | None:
+    """The name of the split that a directory of :func:`saved_files` was, if it was one of a data set.
+
+    Raises:
+      UserError: The directory's own description cannot be read.
+    """
+    state = directory / "state.json"
+    with reading(state, "the state of a saved data set"):
+        name = json.loads(state.read_text("utf-8")).get("_split")
+    return name if isinstance(name, str) else None
+
+
 def _without_none(value: Any) -> Any:
     """Without what is missing: in a column every object has the keys of all others, as null."""
     if isinstance(value, dict):

@@ -1,5 +1,6 @@
 """JSON files row by row: an object a line, an array of objects, or an object that holds such an array."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ class JsonRows:
         if self._is_one_value(content):
             self._begins, self._ends, self._lines = np.fromiter(_Scanner(content, begin).rows(split), _SPAN).T
             self._unit = "item"
+            self.digest = hashlib.sha256(content.digest.encode() + self._begins.tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._begins)

@@ -39,23 +39,25 @@ def matching(pattern: str) -> list[Path]:
     return files
 
 
-def in_directory(directory: Path, split: str, *, beside: bool = False) -> list[Path]:
+def in_directory(directory: Path, split: str, *, beside: bool = False, named: bool = False) -> list[Path]:
     """The files of a split in a directory, shard by shard.
 
     A split's files are named after it (`train.jsonl`, `valid.json.gz`, `train-00000-of-00002.parquet`), in the
     directory or its `data`, or stand in a folder of its name. A directory without such names is one
-    split, whichever is asked for. Validation falls back to the test split.
+    split, whichever is asked for; where the user named the split, it is `train`. Validation falls back to the test
+    split, but not where the user named it.
 
     Args:
       directory: With files in one or several folders.
       split: `train`, `validation`, `test`, or another name that files have.
       beside: Only what is there beside the files to train on: a directory that is one split has nothing.
+      named: The user named the split, so it has to exist.
 
     Returns:
       The files; none if the directory has other splits only.
 
     Raises:
-      UserError: The directory has no data files, a split is there twice, or a shard is missing.
+      UserError: The directory has no data files, a split is there twice or not at all, or a shard is missing.
     """
     by_name: dict[str, list[Path]] = {}
     for folder in (directory / name for name in _FOLDERS):
@@ -70,14 +72,20 @@ def in_directory(directory: Path, split: str, *, beside: bool = False) -> list[P
             f"{directory}: no data files; expected train and validation files, or any, that end in "
             f"{', '.join(SUFFIXES)}"
         )
-    if split in SPLITS and not any(map(_split_of, by_name)):
+    if split in SPLITS and not any(map(_split_of, by_name)) and (split == "train" or not named):
         return [] if beside else sorted(path for files in by_name.values() for path in files)
-    name = chosen(by_name, split, str(directory))
+    name = chosen(by_name, split, str(directory), named=named)
     return [] if name is None else _one(by_name[name], directory)
 
 
-def chosen(names: Collection[str], split: str, where: str) -> str | None:
+def chosen(names: Collection[str], split: str, where: str, *, named: bool = False) -> str | None:
     """The name that stands for a split among those of files or of a data set's splits; None for no validation.
+
+    Args:
+      names: Of files or splits.
+      split: What is asked for. Validation falls back to the test split.
+      where: The directory or the data set, for errors.
+      named: The user named the split: nothing stands in for it.
 
     Raises:
       UserError: None does, or several do.
@@ -88,14 +96,14 @@ def chosen(names: Collection[str], split: str, where: str) -> str | None:
     """
     if split in names:
         return split
-    for wanted in (split, "test") if split == "validation" else (split,):
+    for wanted in (split, "test") if split == "validation" and not named else (split,):
         similar = [name for name in SPLITS.get(wanted, ()) if name in names]
         similar = similar or [name for name in names if _split_of(name) == wanted]
         if len(similar) > 1:
             raise UserError(f"{where}: {' and '.join(similar)} for {split}; {where}:{similar[0]} takes one of them")
         if similar:
             return similar[0]
-    if split == "validation":
+    if split == "validation" and not named:
         return None
     raise UserError(f"{where}: no {split} among {', '.join(sorted(names))}")
 

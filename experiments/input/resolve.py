@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from experiments.errors import UserError
 from experiments.input import layout
-from experiments.input.columnar import ArrowRows, ParquetRows, TableRows, saved_files
+from experiments.input.columnar import ArrowRows, ParquetRows, TableRows, saved_files, saved_split
 from experiments.input.delimited import DELIMITERS, DelimitedRows
 from experiments.input.forms import FormName, parse
 from experiments.input.json_rows import JsonRows
@@ -79,14 +79,11 @@ def resolve(data: str, split: str, form: FormName | None = None, *, beside: bool
       UserError: There is nothing of that name, it cannot be read, or it has no records.
     """
     path = Path(data)
-    if data in examples.SHIPPED or (path / "labels.txt").exists():
-        directory = examples.SHIPPED.get(data, path)
-        return [] if beside and not list(directory.glob(f"{split}.tsv*")) else [Labelled(data, split)]
-    if path.is_dir():
-        return _directory(path, split, form, beside)
+    if _is_directory(data):
+        return _directory(data, split, form, beside=beside)
     directory, _, name = data.rpartition(":")
-    if directory and Path(directory).is_dir():
-        return [] if beside else _directory(Path(directory), name, form, beside)
+    if directory and _is_directory(directory) and not path.exists():
+        return [] if beside else _directory(directory, name, form, named=True)
     if path.is_file():
         return [] if beside else _files([path], split, form)
     if path.exists():
@@ -102,14 +99,25 @@ def resolve(data: str, split: str, form: FormName | None = None, *, beside: bool
     return [] if beside and ":" in data else hub(data, split, form)
 
 
-def _directory(path: Path, split: str, form: FormName | None, beside: bool) -> list[Source]:
+def _is_directory(data: str) -> bool:
+    return data in examples.SHIPPED or Path(data).is_dir()
+
+
+def _directory(
+    data: str, split: str, form: FormName | None, *, beside: bool = False, named: bool = False
+) -> list[Source]:
+    path = examples.SHIPPED.get(data, Path(data))
+    if (path / "labels.txt").exists():
+        return [] if beside and not list(path.glob(f"{split}.tsv*")) else [Labelled(data, split)]
     if (path / "state.json").is_file():  # of one split, saved by the datasets library
+        if named:
+            layout.chosen([saved_split(path) or "train"], split, data, named=True)
         return [] if beside else _files(saved_files(path), split, form)
     if (path / "dataset_dict.json").is_file():
         names = [folder.parent.name for folder in path.glob("*/state.json")]
-        name = layout.chosen(names, split, str(path))
+        name = layout.chosen(names, split, data, named=named)
         return [] if name is None else _files(saved_files(path / name), split, form)
-    return _files(layout.in_directory(path, split, beside=beside), split, form)
+    return _files(layout.in_directory(path, split, beside=beside, named=named), split, form)
 
 
 def _files(paths: Sequence[Path], split: str, form: FormName | None) -> list[Source]:
@@ -204,7 +212,8 @@ def hub(name: str, split: str, form: FormName | None = None) -> list[Source]:
             f"{':'.join([dataset, *rest[:-1], split])}: no such file, and not to be had from the hub as "
             f"ORGANISATION/DATASET:SPLIT or ORGANISATION/DATASET:CONFIG:SPLIT ({reason(error)})"
         ) from None
-    chosen = layout.chosen([str(name) for name in tables], split, ":".join([dataset, *rest[:-1]]))
+    names = [str(name) for name in tables]
+    chosen = layout.chosen(names, split, ":".join([dataset, *rest[:-1]]), named=bool(rest))
     if chosen is None:
         return []
     return [File(TableRows(tables[chosen], ":".join([dataset, *rest[:-1], chosen])), form)]

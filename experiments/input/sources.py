@@ -79,7 +79,7 @@ def splits(
         - a glob of files, all of which are to train on;
         - a directory with train and validation files, see :func:`experiments.input.layout.in_directory`, that
           `datasets` saved, or in the form of :func:`experiments.tasks.examples.load`;
-        - a split of a directory, `DIRECTORY:SPLIT`;
+        - a split of a directory, `DIRECTORY:SPLIT`, which has to exist;
         - a data set of the hub: `ORG/NAME`, `ORG/NAME:SPLIT` or `ORG/NAME:CONFIG:SPLIT`;
         - `debian_sections`, which is shipped.
       validation: Other names; None takes what the data have for it, which may be nothing.
@@ -95,6 +95,23 @@ def splits(
         return train, joined([_weighted(name, "validation", form) for name in others])
     beside = [source for name in names for source in resolve(_weight(name)[0], "validation", form, beside=True)]
     return train, _all(beside) if beside else None
+
+
+def shared(train: Records, validation: Records) -> list[str]:
+    """A line for each source to validate with whose content is trained on too.
+
+    Args:
+      train: From :func:`splits`.
+      validation: Likewise.
+    """
+    names = {source.digest: source.name for source in train.sources}
+    lines = []
+    for source in validation.sources:
+        name = names.get(source.digest)
+        if name is not None:
+            same = "is" if name == source.name else f"has the same content as {name}, which is"
+            lines.append(f"{source.name} {same} trained on too; its loss does not tell how well the model generalizes")
+    return lines
 
 
 def read(data: str, split: str, form: FormName | None = None) -> Records:

@@ -99,7 +99,7 @@ def show(console: Console, splits: Mapping[str, Sequence[Usage]], length: int) -
         table.add_column(name, justify="right")
     for split, files in splits.items():
         table.add_row(Text(split, style="bold"))
-        names = [Path(row.name).name if Path(row.name).exists() else row.name for row in files]
+        names = [_short(row.name) for row in files]
         for row, full, name in zip(_condensed(files), files, names):
             numbers = [row.records, row.used, *([row.passes] if repeated else [])]
             numbers += [row.truncated, row.malformed + row.unused]
@@ -109,6 +109,14 @@ def show(console: Console, splits: Mapping[str, Sequence[Usage]], length: int) -
     for split, files in splits.items():
         for line in _notes(files, length):
             console.print(f"{split}: {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _short(name: str) -> str:
+    """A file's name without its directories, but for what `datasets` calls data-00000-of-00001 in a split's."""
+    path = Path(name)
+    if not path.exists():
+        return name
+    return f"{path.parent.name}/{path.name}" if path.suffix == ".arrow" else path.name
 
 
 def _condensed(files: Sequence[Usage]) -> list[Usage]:

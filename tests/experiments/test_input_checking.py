@@ -4,6 +4,7 @@ import io
 import json
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 from rich.console import Console
@@ -125,3 +126,18 @@ def test_many_files_in_one_table(tmp_path):
     lines = text.getvalue().splitlines()
     assert len(lines) == 2 + 12 and lines[2].split()[0] == names[0]
     assert lines[-1].split() == ["9", "more", "files", "prompt-completion", "9", "9", "0", "0"]
+
+
+def test_saved_splits_in_the_table(tmp_path):
+    split = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(tmp_path)
+    records, findings = checked(sources.splits([f"{tmp_path}:train", f"{tmp_path}:test"])[0])
+    none, data = np.zeros(2, bool), SimpleNamespace(owners=np.arange(2), skipped={})
+    text = io.StringIO()
+    rows = usage(records, findings, SimpleNamespace(data=data, truncated=none, unused=none))
+    show(Console(file=text, width=120), {"train": rows}, 64)
+    lines = text.getvalue().splitlines()
+    assert [line.split()[0] for line in lines[2:]] == [
+        "train/data-00000-of-00001.arrow",
+        "test/data-00000-of-00001.arrow",
+    ]

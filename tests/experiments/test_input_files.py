@@ -124,10 +124,19 @@ def test_data_sets_saved_to_disk(tmp_path):
     table.save_to_disk(tmp_path / "one", num_shards=2)
     assert records_of(tmp_path / "one") == RECORDS
     assert sources.splits(str(tmp_path / "one"))[1] is None
-    datasets.DatasetDict({"train": table, "test": datasets.Dataset.from_list(ROWS[:1])}).save_to_disk(tmp_path / "two")
+    datasets.DatasetDict({"train": table, "test": datasets.Dataset.from_list(ROWS[:1], split="test")}).save_to_disk(
+        tmp_path / "two"
+    )
     train, validation = sources.splits(str(tmp_path / "two"))
     assert list(train) == RECORDS and list(validation) == RECORDS[:1]
     assert train.place(2).endswith("two/train/data-00000-of-00001.arrow, row 3")
+    with pytest.raises(UserError, match=r"two: no validation among test, train"):
+        sources.splits(str(tmp_path / "two"), f"{tmp_path / 'two'}:validation")
+    assert list(sources.splits(f"{tmp_path / 'one'}:train")[0]) == RECORDS
+    with pytest.raises(UserError, match=r"one: no test among train"):
+        sources.splits(str(tmp_path / "one"), f"{tmp_path / 'one'}:test")
+    with pytest.raises(UserError, match=r"test: no train among test"):
+        sources.splits(f"{tmp_path / 'two' / 'test'}:train")
     (tmp_path / "one" / "data-00001-of-00002.arrow").write_bytes(b"ARROW1 and no more")
     with pytest.raises(UserError, match=r"data-00001-of-00002.arrow: cannot be read as Arrow"):
         records_of(tmp_path / "one")

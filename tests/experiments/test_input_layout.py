@@ -68,6 +68,58 @@ def test_a_named_split_of_a_directory(tmp_path):
         sources.splits(f"{tmp_path}:nothing")
 
 
+@pytest.mark.parametrize(
+    ("names", "split", "message"),
+    [
+        (["train.jsonl", "test.jsonl"], "validation", "no validation among test, train"),
+        (["a.jsonl", "b.jsonl"], "test", "no test among a, b"),
+        (["a.jsonl", "b.jsonl"], "validation", "no validation among a, b"),
+        (["train/a.jsonl", "test/a.jsonl"], "dev", "no dev among test, train"),
+    ],
+)
+def test_a_named_split_has_to_exist(tmp_path, names, split, message):
+    tree(tmp_path, *names)
+    with pytest.raises(UserError, match=f"{tmp_path}: {message}"):
+        sources.splits(f"{tmp_path}:{split}")
+    with pytest.raises(UserError, match=f"{tmp_path}: {message}"):
+        sources.splits("debian_sections", [f"{tmp_path}:{split}"])
+
+
+def test_a_named_split_by_another_word(tmp_path):
+    tree(tmp_path, "train_sft.jsonl", "dev.jsonl", "one/a.jsonl")
+    train, validation = sources.splits(f"{tmp_path}:train", f"{tmp_path}:validation")
+    assert train.place(0).endswith("train_sft.jsonl, line 1") and validation.place(0).endswith("dev.jsonl, line 1")
+    assert len(sources.splits(f"{tmp_path}/one:train")[0]) == 1  # files without splits are to train on
+
+
+def test_named_splits_of_labelled_texts(tmp_path):
+    train, validation = sources.splits("debian_sections:validation", "debian_sections:test")
+    assert train.place(0).startswith("debian_sections, validation") and validation[0].prompt.endswith(":")
+    tree(tmp_path, "labels.txt")
+    (tmp_path / "labels.txt").write_text("games\nmail\n")
+    (tmp_path / "train.tsv").write_text("label\ttext\nmail\thello\n")
+    assert sources.splits(f"{tmp_path}:train")[0][0] == sources.splits(f"{tmp_path}")[0][0]
+    with pytest.raises(UserError, match=r"no test.tsv or test.tsv.gz"):
+        sources.splits(f"{tmp_path}:test")
+
+
+def test_sources_that_are_trained_on_too(tmp_path):
+    tree(tmp_path, "a.jsonl", "b/copy.jsonl")
+    (tmp_path / "c.jsonl").write_text(ROW + ROW)
+    rows = f"[{ROW}]"
+    (tmp_path / "both.json").write_text(f'{{"train": {rows}, "validation": {rows}}}')
+
+    def lines(data, validation):
+        train, others = sources.splits(f"{tmp_path}/{data}", f"{tmp_path}/{validation}")
+        return [line.replace(f"{tmp_path}/", "") for line in sources.shared(train, others)]
+
+    why = "trained on too; its loss does not tell how well the model generalizes"
+    assert lines("a.jsonl:2", "a.jsonl") == [f"a.jsonl is {why}"]
+    assert lines("a.jsonl", "b") == [f"b/copy.jsonl has the same content as a.jsonl, which is {why}"]
+    assert lines("*.jsonl", "c.jsonl") == [f"c.jsonl is {why}"]
+    assert lines("a.jsonl", "c.jsonl") == lines("both.json", "both.json") == []
+
+
 def test_a_directory_of_one_split_validates_if_asked_to(tmp_path):
     tree(tmp_path, "a.jsonl", "others/part-0.jsonl", "others/part-1.jsonl")
     train, validation = sources.splits(f"{tmp_path}/a.jsonl", f"{tmp_path}/others")

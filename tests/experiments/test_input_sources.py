@@ -79,6 +79,8 @@ def test_data_sets_of_the_hub(monkeypatch):
     assert sources.read("org/name", "train").digest == digest != sources.read("org/name:other", "train").digest
     train, validation = sources.splits("org/name:config:other")
     assert len(train) == 1 and validation is None
+    with pytest.raises(UserError, match=r"org/name: no validation among other, test_sft, train_sft"):
+        sources.splits("org/name", "org/name:validation")
     tables["train_gen"] = table(ROWS)
     with pytest.raises(UserError, match=r"train_sft and train_gen for train; org/name:train_sft takes one of them"):
         sources.read("org/name", "train")

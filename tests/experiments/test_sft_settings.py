@@ -1,6 +1,7 @@
 """The settings of supervised fine-tuning that decide where a run starts, how long it goes on, and its loss."""
 
 import dataclasses
+import io
 import json
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
+from rich.console import Console
 
 import lora_jax as lora
 from experiments import run
@@ -59,6 +61,14 @@ def test_a_finished_run_goes_on(settings, finished, tmp_path, lenient):
     assert study.run(config) == longer  # a shorter run is part of it
     lines = [line["step"] for line in record.read(tmp_path / "metrics.jsonl") if "loss" in line]
     assert lines == list(range(1, 9))
+
+
+def test_validating_with_what_is_trained_on(settings, tmp_path):
+    console = Console(file=io.StringIO(), width=80)
+    config = dataclasses.replace(settings, out=tmp_path, validation=settings.data)
+    study._read(config, location.find(config.model), console)
+    (line,) = [line for line in console.file.getvalue().splitlines() if "trained on too" in line]
+    assert line.startswith(f"validation: {settings.data[0]} is trained on too; its loss does not tell")
 
 
 def test_going_on_needs_checkpoints(settings, tmp_path, lenient):

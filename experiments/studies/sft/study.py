@@ -171,6 +171,8 @@ class _Data:
 
 def _read(config: Config, directory: Path, console: Console) -> _Data:
     train, validation = sources.splits(config.data, config.validation, config.data_form)
+    for line in [] if validation is None else sources.shared(train, validation):
+        console.print(f"validation: {line}", highlight=False, markup=False, soft_wrap=True)
     if config.validation_share:
         if validation is not None:
             raise UserError(
