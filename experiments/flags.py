@@ -7,7 +7,7 @@ import shutil
 import sys
 import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, TypeVar
 
 import docstring_parser
@@ -18,6 +18,8 @@ C = TypeVar("C")
 
 def parse(defaults: C, program: str, args: Sequence[str] | None = None, description: str | None = None) -> C:
     """A config with what the command line says in place of its defaults.
+
+    A flag that takes several values may be repeated, as in `--data a b` or `--data a --data b`.
 
     Args:
       defaults: A dataclass; each of its fields has a docstring.
@@ -30,7 +32,7 @@ def parse(defaults: C, program: str, args: Sequence[str] | None = None, descript
     """
     kind = type(defaults)
     _document(kind)
-    args = sys.argv[1:] if args is None else args
+    args = _joined(sys.argv[1:] if args is None else args, _of_several_values(kind))
     if "--help" in args or "-h" in args:  # tyro would print each paragraph of a description as one line
         print(reflowed(inspect.cleandoc(description or kind.__doc__ or ""), shutil.get_terminal_size().columns) + "\n")
     return tyro.cli(kind, default=defaults, prog=program, args=args, description="")
@@ -51,6 +53,40 @@ def reflowed(text: str, width: int = sys.maxsize) -> str:
         for part in paragraphs
         if part.strip()
     )
+
+
+def _of_several_values(kind: type, prefix: str = "--") -> set[str]:
+    """The flags whose fields are tuples of any length."""
+    flags = set()
+    for name, hint in typing.get_type_hints(kind).items():
+        flag = prefix + name.strip("_").replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            flags |= _of_several_values(typing.cast(type, hint), f"{flag}.")
+        elif any(Ellipsis in typing.get_args(option) for option in (hint, *typing.get_args(hint))):
+            flags.add(flag)
+    return flags
+
+
+def _joined(args: Sequence[str], flags: Collection[str]) -> list[str]:
+    """Arguments where all values of a repeated flag follow its first occurrence."""
+    groups: list[list[str]] = [[]]
+    first: dict[str, list[str]] = {}
+    group = groups[0]
+    for arg in args:
+        flag, equals, value = arg.partition("=")
+        flag = flag.replace("_", "-")
+        if flag in first:
+            group = first[flag]
+        elif arg.startswith("--"):
+            group = [flag if flag in flags else arg]
+            groups.append(group)
+        else:
+            group.append(arg)
+            continue
+        if flag in flags:
+            first[flag] = group
+            group.extend([value] if equals else [])
+    return [arg for group in groups for arg in group]
 
 
 def _document(kind: type) -> None:

@@ -31,7 +31,7 @@ def parse_methods(text: Sequence[str]) -> tuple[str, ...]:
 Methods = Annotated[
     tuple[str, ...],
     PrimitiveConstructorSpec(
-        nargs=1,
+        nargs="*",
         metavar="METHOD,METHOD",
         instance_from_str=parse_methods,
         is_instance=lambda value: isinstance(value, tuple) and all(isinstance(part, str) for part in value),
