@@ -13,6 +13,9 @@ from lora_jax.peft.tensors import read_json
 from lora_jax.reading import reading
 
 CONFIG = "adapter_config.json"
+TOKENS = "TRAINABLE_TOKENS"
+"""PEFT's method of trained rows alone, which is read as LoRA without factors."""
+_OF_TOKENS = ("base_model_name_or_path", "modules_to_save", "task_type", "trainable_token_indices")
 
 # Fields that change what an adapter computes and that have no counterpart here.
 _REFUSED = (
@@ -69,7 +72,7 @@ class Config:
         content = read_json(file)
         with reading(file):
             kind = content.get("peft_type")
-            if kind != "LORA":
+            if kind not in ("LORA", TOKENS):
                 raise ValueError(f"{file}: peft_type is {kind!r}; expected 'LORA'.")
             if used := [name for name in _REFUSED if content.get(name)]:
                 raise ValueError(f"{file}: {used[0]} = {content[used[0]]!r} is not supported.")
@@ -79,15 +82,16 @@ class Config:
                     f"{file}: init_lora_weights = {init!r} changed the base, by a part that no file holds; PEFT's "
                     "save_pretrained(path_initial_model_for_weight_conversion=…) writes an ordinary adapter."
                 )
-            if not content.get("target_modules") and not content.get("target_parameters"):
+            if kind != TOKENS and not content.get("target_modules") and not content.get("target_parameters"):
                 raise ValueError(f"{file}: has neither target_modules nor target_parameters.")
-            tokens = content.get("trainable_token_indices")
+            tokens = content.get("token_indices" if kind == TOKENS else "trainable_token_indices")
             content["trainable_token_indices"] = {"": tokens} if isinstance(tokens, list) else tokens
             defaults = {
                 field.name: field.default_factory if field.default is dataclasses.MISSING else field.default
                 for field in dataclasses.fields(cls)
             }
-            values = {name: content[name] for name in defaults if content.get(name) is not None}
+            used = _OF_TOKENS if kind == TOKENS else defaults
+            values = {name: content[name] for name in used if content.get(name) is not None}
             for name, value in values.items():
                 _check(file, name, value)
         return cls(**values)

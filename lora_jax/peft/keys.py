@@ -17,6 +17,7 @@ _PARTS = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",  # releases before 0.12
     "token_adapter.trainable_tokens_delta": "rows",
+    "trainable_tokens_delta": "rows",  # of trained rows alone
 }
 _KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+?)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
 

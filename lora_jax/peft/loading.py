@@ -182,7 +182,8 @@ class Loader:
             if (name := self.in_file(f"{key.module}.weight")) in apart or name in self.tied:
                 continue
             with self.collecting():
-                self.add(delta, self.rows(key))
+                if not self.is_copy(key, rows):
+                    self.add(delta, self.rows(key))
         self.check_expected(modules, values, rows)
         return delta
 
@@ -396,6 +397,18 @@ class Loader:
         place, index = self.where[name]
         stored = {at: tensor for tensor, at in place.tensors.items()}[index]
         return bool((place.split(self.value(place.path))[stored].astype(value.dtype) == value).all())
+
+    def is_copy(self, key: Key, rows: Sequence[Key]) -> bool:
+        """Whether rows repeat others: those of the base's table, for another module that PyTorch ties to it.
+
+        PEFT writes them for each module where one list of rows is for all.
+        """
+        if self.in_file(f"{key.module}.weight") in self.where or "" not in self.config.trainable_token_indices:
+            return False
+        tables = [other for other in rows if self.in_file(f"{other.module}.weight") in self.where]
+        for other in tables:
+            ties.check_equal_rows(other, key, self.tensors)
+        return bool(tables)
 
     def rows(self, key: Key) -> dict[str, Adapter]:
         """Trainable tokens."""

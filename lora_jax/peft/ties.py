@@ -138,6 +138,9 @@ def parted(table: Iterable[Key], head: Iterable[Key], config: Config, tensors: T
       head: Those of the head's.
       config: The adapter's.
       tensors: Its tensors, open.
+
+    Raises:
+      ValueError: The file has other rows for the head than for the embedding, where the config has one list for both.
     """
     one, other = ({key.part: key for key in group} for group in (table, head))
     values = [parts["value"] for parts in (one, other) if "value" in parts]
@@ -158,6 +161,8 @@ def parted(table: Iterable[Key], head: Iterable[Key], config: Config, tensors: T
     for part, twin in (("a", "b"), ("b", "a"), ("value", "value"), ("rows", "rows")):
         if part not in one:
             continue
+        if part == "rows" and "" in config.trainable_token_indices:
+            check_equal_rows(one[part], other[part], tensors)
         first, second = tensors.read(one[part].key), tensors.read(other[twin].key)
         if part in ("a", "b"):
             second = second.T
@@ -167,6 +172,15 @@ def parted(table: Iterable[Key], head: Iterable[Key], config: Config, tensors: T
     if "a" in one and config.scale(names[0]) != config.scale(names[1]):
         return f"the scales of {names[0]} and {names[1]} differ"
     return ""
+
+
+def check_equal_rows(one: Key, other: Key, tensors: Tensors | View) -> None:
+    """Raises `ValueError` unless the rows of two modules of one weight are equal, as PEFT writes them."""
+    if not np.array_equal(tensors.read(one.key), tensors.read(other.key)):
+        raise ValueError(
+            f"{one.key} and {other.key} differ, and {one.module} and {other.module} are one weight of this base: PEFT "
+            "trains the same rows for both, so that the file is another base's, or was edited."
+        )
 
 
 def share_rows(delta: dict[str, Adapter], checkpoint: Tensors, config: Mapping[str, Any]) -> None:

@@ -190,5 +190,6 @@ def test_the_command_line_merges_and_inspects_them(name, stored, tmp_path, capsy
     expected = np.load(FIXTURES / name / "expected.npz")["y"]
     np.testing.assert_allclose(model(base_of(merged, False), stored["ids"]), expected, atol=1e-5)
     assert main(["inspect", str(FIXTURES / name), "--base", str(tmp_path / "model")]) == 0, capsys.readouterr().err
-    assert main(["inspect", str(FIXTURES / name)]) == 2
-    assert "give --base" in capsys.readouterr().err
+    told = name == "tokens"  # whose shapes the file has
+    assert main(["inspect", str(FIXTURES / name)]) == (0 if told else 2)
+    assert told or "give --base" in capsys.readouterr().err

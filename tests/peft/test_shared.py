@@ -104,3 +104,62 @@ def test_the_head_is_named_as_its_model_does():
     assert lora.peft.tied_head("model.decoder.embed_tokens.weight", config) == "proj_out.weight"
     config = {"model_type": "biogpt", "architectures": ["BioGptForCausalLM"]}
     assert lora.peft.tied_head("biogpt.embed_tokens.weight", config) == "output_projection.weight"
+
+
+@pytest.fixture
+def tokens_alone(tmp_path):
+    """A tied model, and trainable tokens alone as PEFT 0.21.2 writes them: for each module of the weight."""
+    table = np.arange(24, dtype=np.float32).reshape(6, 4)
+    weights = {"model.embed_tokens.weight": table, "model.layers.0.q_proj.weight": table[:4]}
+    config = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True}
+    base = written(tmp_path / "base", "config.json", "model.safetensors", weights | {"config": config})
+    settings = {"peft_type": "TRAINABLE_TOKENS", "target_modules": ["embed_tokens"], "token_indices": [0, 5]}
+
+    def adapter(name, head):
+        keys = ("model.embed_tokens", "lm_head")
+        rows = {f"base_model.model.{x}.trainable_tokens_delta": np.full((2, 4), v) for x, v in zip(keys, (7, head))}
+        rows = {key: value.astype(np.float32) for key, value in rows.items()}
+        return written(tmp_path / name, "adapter_config.json", "adapter_model.safetensors", rows | {"config": settings})
+
+    return base, adapter
+
+
+def test_trained_rows_of_each_module_of_a_tied_weight(tokens_alone, tmp_path, capsys):
+    base, adapter_named = tokens_alone
+    adapter, out, again = adapter_named("adapter", head=7), tmp_path / "out", tmp_path / "again"
+    assert main(["inspect", adapter]) == 0
+    assert main(["inspect", adapter, "--base", base]) == 0
+    assert main(["merge", base, adapter, str(out)]) == 0
+    merged = load_file(out / "model.safetensors")
+    assert "lm_head.weight" not in merged and (merged["model.embed_tokens.weight"][[0, 5]] == 7).all()
+    assert main(["convert", adapter, str(again), "--target", "peft", "--base", base]) == 0
+    assert (
+        load_file(again / "adapter_model.safetensors").keys()
+        == load_file(f"{adapter}/adapter_model.safetensors").keys()
+    )
+    assert json.loads((again / "adapter_config.json").read_text())["target_modules"] == ["model.embed_tokens"]
+    leaves = {"embed": np.zeros((6, 4), np.float32)}
+    for tied in ((), ("lm_head.weight",)):
+        row = lora.peft.Weight("embed", "model.embed_tokens.weight", module="embedding", tied=tied)
+        assert lora.peft.load(adapter, leaves, lora.peft.Names((row,)))["embed"].kind == "Rows"
+    capsys.readouterr()
+    differs = adapter_named("differs", head=8)
+    for command in (["merge", base, differs, str(tmp_path / "x")], ["inspect", differs, "--base", base]):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert "base_model.model.lm_head.trainable_tokens_delta differ" in error and "token_adapter" not in error
+    with pytest.raises(ValueError, match=r"lm_head\.trainable_tokens_delta differ"):
+        lora.peft.load(differs, leaves, lora.peft.Names((row,)))
+
+
+@pytest.mark.parametrize("model", ["t5", "bart"])
+def test_trained_rows_of_each_module_of_a_shared_table(base, model, tmp_path, capsys):
+    prefix, out = MODELS[model][0], tmp_path / "out"
+    settings = {"peft_type": "TRAINABLE_TOKENS", "target_modules": ["shared"], "token_indices": [1, 5]}
+    modules = [f"{prefix}{x}" for x in ("shared", "encoder.embed_tokens", "decoder.embed_tokens")] + ["lm_head"]
+    rows = {f"base_model.model.{x}.trainable_tokens_delta": np.full((2, 4), 7, np.float32) for x in modules}
+    name = tmp_path / "adapter"
+    adapter = written(name, "adapter_config.json", "adapter_model.safetensors", rows | {"config": settings})
+    assert main(["merge", base, adapter, str(out)]) == 0, capsys.readouterr().err
+    merged = load_file(out / "model.safetensors")
+    assert (merged[f"{prefix}shared.weight"][[1, 5]] == 7).all() and "lm_head.weight" not in merged

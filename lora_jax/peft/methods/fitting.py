@@ -9,7 +9,7 @@ from lora_jax.peft.config import CONFIG
 from lora_jax.peft.fitting import CONV1D_MODELS, Fitting, prefix_of
 from lora_jax.peft.layout import Kind, Stored, leaf_path, table_of
 from lora_jax.peft.loading import OTHER_METHODS
-from lora_jax.peft.methods.loading import NORMS, TOKENS, modules_of
+from lora_jax.peft.methods.loading import NORMS, modules_of
 from lora_jax.peft.methods.table import METHODS
 from lora_jax.peft.opening import adapter_tensors
 from lora_jax.peft.tensors import Tensors, read_json
@@ -27,8 +27,7 @@ def of_checkpoint(
         if kind in METHODS:
             adapted = set(modules_of(tensors, METHODS[kind].parts))
         else:
-            end = TOKENS if kind == "TRAINABLE_TOKENS" else NORMS
-            adapted = {key.removeprefix(keys.PREFIX).partition(end)[0] for key in tensors if end in key}
+            adapted = {key.removeprefix(keys.PREFIX).partition(NORMS)[0] for key in tensors if NORMS in key}
     shapes = {name: checkpoint[name] for name in checkpoint}
     prefix = prefix_of({keys.split_name(name)[0] for name in shapes}, adapted | modules)
     matrix: Kind = "conv1d" if (model or {}).get("model_type") in CONV1D_MODELS else "linear"
@@ -37,7 +36,7 @@ def of_checkpoint(
         name = next((n for n in (f"{module}.weight", f"{prefix}{module}.weight") if n in shapes), None)
         name = name or f"{module.removeprefix(prefix)}.weight"
         if name in shapes and len(shapes[name]) > 1:
-            kinds[name] = "embedding" if kind == "TRAINABLE_TOKENS" else matrix if len(shapes[name]) == 2 else "conv"
+            kinds[name] = matrix if len(shapes[name]) == 2 else "conv"
     base = {leaf_path(name): Stored(shape, lambda name=name: checkpoint.read(name)) for name, shape in shapes.items()}
     return Fitting(base, table_of(shapes, kinds, {}, prefix), {})
 

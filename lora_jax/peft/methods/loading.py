@@ -24,7 +24,6 @@ from lora_jax.peft.tensors import Tensors
 from lora_jax.peft.view import View
 
 NORMS = ".ln_tuning_layers."
-TOKENS = ".trainable_tokens_delta"
 
 
 def load_method(
@@ -48,14 +47,8 @@ def load_method(
         if kind == "LN_TUNING":
             config = Config(modules_to_save=_listed(saved, settings.names("target_modules")))
             view = View(tensors, {name.replace(NORMS, "."): name for name in tensors})
-            return _rest(directory, config, view, base, names, {})
-        if kind == "TRAINABLE_TOKENS":
-            ids = content.get("token_indices") or []
-            modules = [_module(name, TOKENS) for name in tensors if name.endswith(TOKENS)]
-            config = Config(modules_to_save=_listed(saved), trainable_token_indices=dict.fromkeys(modules, ids))
-            renamed = {keys.rows_key(_module(name, TOKENS)): name for name in tensors if name.endswith(TOKENS)}
-            view = View(tensors, renamed | {name: name for name in tensors if not name.endswith(TOKENS)})
-            return _rest(directory, config, view, base, names, {})
+            loader = Loader(Stored(config, view), base, names)
+            return finished(directory, loader, loader.delta())
         method, by_module = METHODS[kind](), modules_of(tensors, METHODS[kind].parts)
         used = {key for parts in by_module.values() for key in parts.values()} | set(PAIR)
         view = View(tensors, {name: name for name in tensors if name not in used})
@@ -66,23 +59,12 @@ def load_method(
         return finished(directory, loader, delta | loader.delta())
 
 
-OTHER_METHODS.update(dict.fromkeys((*METHODS, "LN_TUNING", "TRAINABLE_TOKENS"), load_method))
-
-
-def _rest(
-    directory: Path, config: Config, view: View, base: Any, names: Names, delta: Mapping[str, Adapter]
-) -> dict[str, Adapter]:
-    loader = Loader(Stored(config, view), base, names)
-    return finished(directory, loader, {**delta, **loader.delta()})
+OTHER_METHODS.update(dict.fromkeys((*METHODS, "LN_TUNING"), load_method))
 
 
 def _listed(*names: Sequence[str] | str) -> tuple[str, ...]:
     """Names of modules; a regular expression names none."""
     return tuple(name for some in names if not isinstance(some, str) for name in some)
-
-
-def _module(key: str, end: str) -> str:
-    return key.removeprefix(keys.PREFIX).removesuffix(end)
 
 
 def modules_of(tensors: Tensors, parts: Sequence[str]) -> dict[str, dict[str, str]]:

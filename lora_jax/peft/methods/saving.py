@@ -13,7 +13,7 @@ from lora_jax.adapters.full import Replacement, RowReplacement
 from lora_jax.adapters.ia3 import Rescaled
 from lora_jax.adapters.protocol import BATCH, OUT, Adapter
 from lora_jax.peft import keys
-from lora_jax.peft.config import exactly
+from lora_jax.peft.config import TOKENS, exactly
 from lora_jax.peft.exported import Exported, ends_alike, export, multiplied
 from lora_jax.peft.factors import Fit
 from lora_jax.peft.methods.ia3 import Ia3, is_of_bias
@@ -55,7 +55,7 @@ def method_of(delta: Mapping[str, Adapter], names: Names) -> str | None:
         return "LN_TUNING" if _are_norms(delta, names) else None
     if all(isinstance(node, RowReplacement) for node in delta.values()):
         ids = {tuple(np.asarray(node.ids).tolist()) for node in delta.values() if isinstance(node, RowReplacement)}
-        return "TRAINABLE_TOKENS" if len(ids) == 1 else None
+        return TOKENS if len(ids) == 1 else None
     for kind, method in METHODS.items():
         if all(isinstance(node, method.adapters) for node in others):
             fits = not method().check({path: node for path, node in delta.items() if not isinstance(node, Replacement)})
@@ -93,10 +93,17 @@ def save_method(
             problems.append(str(error))
         content = {**_targets(list(plan.nodes), names), **settings, "modules_to_save": sorted(exported.saved) or None}
         tensors = plan.tensors | _values(exported)
-    elif kind == "TRAINABLE_TOKENS":
+    elif kind == TOKENS:
         exported = export(delta, names)
         problems = exported.problems
-        tensors = {f"{keys.PREFIX}{name}.trainable_tokens_delta": rows for name, (_, rows) in exported.rows.items()}
+        rows = exported.rows | {
+            keys.split_name(other)[0]: exported.rows[keys.split_name(name)[0]]
+            for path, node in delta.items()
+            if (place := names.place(path, node.shape())) is not None
+            for other, name in place.tied.items()
+            if keys.split_name(name)[0] in exported.rows
+        }
+        tensors = {f"{keys.PREFIX}{name}.trainable_tokens_delta": values for name, (_, values) in rows.items()}
         ids = next(iter(exported.rows.values()))[0] if exported.rows else []
         content = {"target_modules": sorted(exported.rows), "token_indices": ids}
     else:
