@@ -239,7 +239,7 @@ class LiteralTokenizer:
             if renamed.token_to_id(name) != self._tokenizer.token_to_id(spelling):
                 raise UserError(
                     f"{self._where}: the tokenizer cannot keep {spelling!r} in a message's text apart from its control "
-                    'token; control_tokens "parse" reads it as the token'
+                    "token; --control-tokens parse reads it as the token"
                 )
         return renamed, names
 

@@ -215,7 +215,7 @@ class Encoder:
             raise UserError(
                 f"{location}: a conversation, but the checkpoint {self.directory} has no chat template "
                 "(chat_template.jinja, or chat_template in tokenizer_config.json): it can learn from prompt and "
-                "completion, or with another template (template)"
+                "completion, or with another template (--template FILE)"
             )
         with_tools = self.template.with_tools
         return record, with_tools if with_tools is not None and record.tools else self.template

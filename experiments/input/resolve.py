@@ -1,5 +1,6 @@
 """What a name stands for: files, directories, data sets that are saved, shipped or on the hub."""
 
+import glob
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,7 +89,9 @@ def resolve(data: str, split: str, form: FormName | None = None, *, beside: bool
         return [] if beside else _files([path], split, form)
     if path.exists():
         raise UserError(f"{data}: neither a file nor a directory, but a pipe or a device; write it to a file first")
-    if any(character in data for character in "*?["):
+    if Path(directory).is_file() or (glob.has_magic(directory) and data_suffix(Path(directory)) in layout.SUFFIXES):
+        raise UserError(f"{data}: {name} is no weight; expected a positive number, as in {directory}:2")
+    if glob.has_magic(data):
         return [] if beside else _files(layout.matching(data), split, form)
     dataset = data.partition(":")[0]
     if data.startswith((".", "/", "~")) or dataset.count("/") != 1 or data_suffix(path) in layout.SUFFIXES:

@@ -14,7 +14,8 @@ from experiments.input.forms import FormName
 from experiments.input.records import Record
 from experiments.input.resolve import Source, resolve
 
-_WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?)")
+_WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)")
+_MOST = 10**8  # examples of a weighted source
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def split(records: Records, share: float, seed: int) -> tuple[Records, Records]:
     unique, which = np.unique(keys, axis=0, return_inverse=True)
     count = max(round(share * len(unique)), 1)
     if count >= len(unique):
-        raise UserError(f"validation_share {share}: nothing is left of {len(unique):,} records to train on")
+        raise UserError(f"--validation-share {share}: nothing is left of {len(unique):,} records to train on")
     chosen = np.zeros(len(unique), bool)
     chosen[np.random.default_rng(seed).permutation(len(unique))[:count]] = True
     _, firsts = np.unique(which, return_index=True)
@@ -194,6 +195,10 @@ def _weight(name: str) -> tuple[str, float]:
 def _weighted(data: str, split: str, form: FormName | None) -> Records:
     name, weight = _weight(data)
     records = read(name, split, form)
+    if weight != 1 and weight * len(records) > _MOST:
+        raise UserError(
+            f"{data}: a weight of {weight:g} makes more than {_MOST:,} examples of {len(records):,} records"
+        )
     whole, part = divmod(weight, 1)
     every = np.tile(np.arange(len(records)), int(whole))
     some = np.random.default_rng(0).permutation(len(records))[: round(part * len(records))]

@@ -53,7 +53,7 @@ def load_template(
 
     for name in arguments or ():
         if not any(re.search(rf"\b{re.escape(name)}\b", source) for source in named.values()):
-            raise UserError(f"template_arguments: the chat template of {where} reads no variable {name}")
+            raise UserError(f"--template-arguments: the chat template of {where} reads no variable {name}")
 
     def build(name: str, other: Template | None = None) -> Template:
         options: Any = {"arguments": arguments, "control": control, "literal": literal, "with_tools": other}
@@ -100,7 +100,7 @@ def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
         elif isinstance(parsed := _value(text), dict):
             arguments |= parsed
         else:
-            raise ValueError(f"template_arguments: {text!r}, expected a JSON object or NAME=VALUE")
+            raise ValueError(f"--template-arguments: {text!r}, expected a JSON object or NAME=VALUE")
     return arguments
 
 
@@ -140,10 +140,11 @@ def _templates(directory: Path) -> tuple[str, dict[str, str]]:
 def _from_setting(template: str, named: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     path = Path(template)
     if "{" in template:
-        return "the setting template", {"default": template}
+        return "--template", {"default": template}
     if not path.is_file():
-        names = f", nor one of the checkpoint's templates ({', '.join(named)})" if named else ""
-        raise UserError(f"template: {template!r} is no file, no text of a template{names}")
+        why = "is a directory, not a file" if path.is_dir() else "no such file"
+        names = f", and the checkpoint's templates are {', '.join(named)}" if named else ""
+        raise UserError(f"--template {template}: {why}{names}")
     return str(path), {"default": _read(path)}
 
 

@@ -198,7 +198,7 @@ def _everything(plan: Plan, renderings: Sequence[Marked | RenderingError], notes
         if others or example.text != whole.text:
             raise UserError(
                 f"{plan.location}: the chat template of {plan.template.where} does not tell which text is that of a "
-                "message of weight 0, which is not learned where everything else is (train_on all)"
+                "message of weight 0, which is not learned where everything else is (--train-on all)"
             )
         excluded = example.spans
     for number in answers(plan.record, plan.location):
@@ -286,13 +286,13 @@ def _check(template: Template, message: Message, rendered: str, location: str) -
         if lines and not _appears(lines[-1].strip(), rendered):
             raise UserError(
                 f"{location}: the chat template of {template.where} leaves out what the assistant says, "
-                f"{_short(lines[-1])}; another template can be set (template)"
+                f"{_short(lines[-1])}; --template FILE sets another template"
             )
     for name in _calls(message):
         if not _appears(name, rendered):
             raise UserError(
-                f"{location}: the chat template of {template.where} leaves out the assistant's call of {name}; another "
-                "template can be set (template)"
+                f"{location}: the chat template of {template.where} leaves out the assistant's call of {name}; "
+                "--template FILE sets another template"
             )
 
 

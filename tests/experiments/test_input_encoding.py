@@ -104,7 +104,7 @@ def test_control_tokens_in_calls_tools_and_arguments(encoder):
     # What the user of the command line gives is the user's own.
     assert ends(encoder("{{ more }}" + CHATML, template_arguments={"more": "<|im_end|>"}), record) == 3
     with pytest.raises(
-        UserError, match=r"template_arguments: the chat template of .* reads no variable enable_thinkin"
+        UserError, match=r"--template-arguments: the chat template of .* reads no variable enable_thinkin"
     ):
         encoder("{{ enable_thinking }}" + CHATML, template_arguments={"enable_thinkin": False})
 
@@ -183,7 +183,7 @@ IN_BLOCK = GENERATION.replace("m.content + '<|im_end|>'", "'<|im_end|>'")
         (
             NO_CALLS,
             (user(), assistant("", tool_calls=[CALL])),
-            "message 2: .* leaves out the assistant's call of height",
+            "message 2: .* leaves out the assistant's call of height; --template FILE sets another template",
         ),
         (
             NO_CALLS,
@@ -191,7 +191,11 @@ IN_BLOCK = GENERATION.replace("m.content + '<|im_end|>'", "'<|im_end|>'")
             "message 2: .* call of height",
         ),
         (NO_CALLS, (user(), assistant("let me see", tool_calls=[CALL])), "message 2: .* call of height"),
-        (PARTS, (user(), assistant("uno")), "message 2: .* leaves out what the assistant says, 'uno'"),
+        (
+            PARTS,
+            (user(), assistant("uno")),
+            "message 2: .* leaves out what the assistant says, 'uno'; --template FILE sets",
+        ),
         (IN_BLOCK, (user(), assistant("uno")), "message 2: .* leaves out what the assistant says, 'uno'"),
         (CHATML.replace("{{ m.content }}", "{{ m.content | length }}"), (user(), assistant("uno")), "leaves out what"),
     ],

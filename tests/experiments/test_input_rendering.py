@@ -167,7 +167,7 @@ def test_another_template(tmp_path):
     assert rendered(str(tmp_path / "other.jinja"), level=2) == "other <s> 2"
     assert rendered("text {{ level }}", level=2) == "text 2"
     with pytest.raises(
-        UserError, match=r"template: 'no.jinja' is no file, no text of a template, nor .*\(rag, default\)"
+        UserError, match=r"--template no.jinja: no such file, and the checkpoint's templates are rag, default"
     ):
         rendered("no.jinja")
 

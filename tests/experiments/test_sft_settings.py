@@ -125,7 +125,7 @@ def test_what_a_run_cannot_start_from(settings, tmp_path):
     (tmp_path / "adapter-best" / "adapter.json").touch()
     with pytest.raises(UserError, match=r"adapters are in .*/adapter-best$"):  # the directory of a run
         program.check(dataclasses.replace(settings, rank=16, init_from=tmp_path))
-    with pytest.raises(ValueError, match="init_from: method, rank would be the adapter's"):
+    with pytest.raises(ValueError, match="--init-from: method, rank would be the adapter's"):
         dataclasses.replace(settings, init_from=tmp_path, method="dora")
 
 
@@ -243,11 +243,14 @@ def test_a_loss_that_is_not_finite_names_its_cause():
         (["--ranks", "(=8"], "ranks: '(' is no regular expression"),
         (["--length", "1000000000000"], "length must be below 2**31"),
         (["--decay", "0"], "decay is a share of the steps, above 0 and up to 1, not 0.0"),
-        (["--validation-share", "0.1"], "validation_share 0.1: "),
-        (["--data", "PLAIN", "--patience", "1"], "patience: PLAIN has no validation examples; name some with"),
-        (["--data", "PLAIN", "--eval-every", "1"], "eval_every: PLAIN has no validation examples"),
+        (["--validation-share", "0.1"], "--validation-share 0.1: "),
+        (["--data", "PLAIN", "--patience", "1"], "--patience: PLAIN has no validation examples; name some with"),
+        (["--data", "PLAIN", "--eval-every", "1"], "--eval-every: PLAIN has no validation examples"),
         (["--length", "256"], "length 256: tiny-llama is made for sequences of up to 128 tokens"),
-        (["--init-from", "nowhere"], "init_from nowhere: is no directory"),
+        (["--data", "PLAIN:nan"], "PLAIN:nan: nan is no weight; expected a positive number, as in PLAIN:2"),
+        (["--template", "no.jinja"], "--template no.jinja: no such file"),
+        (["--template-arguments", "1"], "--template-arguments: '1', expected a JSON object or NAME=VALUE"),
+        (["--init-from", "nowhere"], "--init-from nowhere: is no directory"),
     ],
 )
 def test_what_a_user_can_put_right(flags, message, tmp_path, capsys, monkeypatch):

@@ -241,7 +241,7 @@ class Config(Runtime):
             defaults = {field.name: field.default for field in dataclasses.fields(Config)}
             changed = [name for name in OF_ADAPTER if getattr(self, name) != defaults[name]]
             if changed:
-                raise ValueError(f"init_from: {', '.join(changed)} would be the adapter's; leave out one of the two")
+                raise ValueError(f"--init-from: {', '.join(changed)} would be the adapter's; leave out one of the two")
 
     def encoding(self) -> Options:
         """How records become tokens."""

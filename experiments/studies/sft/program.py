@@ -182,7 +182,7 @@ def _new_adapter(config: Config, base: Any, apply: Callable, key: Any, tokens: A
     tied = "output/kernel" not in paths.flatten(base).paths
     if "head" in config.targets and tied:
         raise UserError(
-            f"targets head: the head of {config.model} is its token embedding; --targets embedding adapts both"
+            f"--targets head: the head of {config.model} is its token embedding; --targets embedding adapts both"
         )
     spec = spec_of(config, base)
     try:
@@ -210,11 +210,11 @@ def read_adapter(directory: Path, base: Any, names: Any, dtype: jnp.dtype) -> An
     except (OSError, ValueError) as error:
         if not ours and (apart := re.search(r"^ *tied: (.*?), so that", str(error), re.MULTILINE)):
             raise UserError(
-                f"init_from {directory}: {apart[1]}, but head and embedding of this model are one weight; merge the "
+                f"--init-from {directory}: {apart[1]}, but head and embedding of this model are one weight; merge the "
                 "adapter with `lora-jax merge`, which stores both, and train on the merged model (--model)"
             ) from None
         raise UserError(
-            f"init_from: {error}" if str(directory) in str(error) else f"init_from {directory}: {error}"
+            f"--init-from: {error}" if str(directory) in str(error) else f"--init-from {directory}: {error}"
         ) from None
     train, frozen = lora.partition(delta)
     return lora.join(jax.tree.map(lambda leaf: leaf.astype(dtype), train), frozen)
@@ -225,10 +225,10 @@ def _check_adapter(directory: Path) -> None:
     if any((directory / name).exists() for name in (_OURS, _PEFT)):
         return
     if not directory.is_dir():
-        raise UserError(f"init_from {directory}: is no directory")
+        raise UserError(f"--init-from {directory}: is no directory")
     inside = [entry for entry in sorted(directory.iterdir()) if any((entry / name).exists() for name in (_OURS, _PEFT))]
     hint = f"; adapters are in {', '.join(map(str, inside))}" if inside else ""
-    raise UserError(f"init_from {directory}: expected {_OURS} (lora_jax) or {_PEFT} (PEFT) in it{hint}")
+    raise UserError(f"--init-from {directory}: expected {_OURS} (lora_jax) or {_PEFT} (PEFT) in it{hint}")
 
 
 def check(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -67,7 +67,7 @@ class Writer:
             self._model.check_length(slots)
         except ValueError:
             raise UserError(
-                f"new_tokens {config.new_tokens}: with prompts they are {slots} tokens, {config.model} has "
+                f"--new-tokens {config.new_tokens}: with prompts they are {slots} tokens, {config.model} has "
                 f"{self._model.longest} positions"
             ) from None
         apply, _ = lora.nnx.functional(self._model)

@@ -176,11 +176,12 @@ def _read(config: Config, directory: Path, console: Console) -> _Data:
     if config.validation_share:
         if validation is not None:
             raise UserError(
-                f"validation_share {config.validation_share}: {' and '.join(config.data)} has validation examples of "
+                f"--validation-share {config.validation_share}: {' and '.join(config.data)} has validation examples of "
                 "its own"
             )
         train, validation = sources.split(train, config.validation_share, config.seed)
-    needing = [name for name in ("patience", "eval_every") if getattr(config, name) is not None]
+    needing = {"--patience": config.patience, "--eval-every": config.eval_every}
+    needing = [flag for flag, value in needing.items() if value is not None]
     if validation is None and needing:
         raise UserError(
             f"{' and '.join(needing)}: {' and '.join(config.data)} has no validation examples; name some with "
