@@ -174,7 +174,7 @@ def test_weights_and_shares(tmp_path):
             with pytest.raises(UserError, match=rf"jsonl:{weight}: {weight} is no weight; expected a positive number"):
                 sources.splits(f"{name}:{weight}")
     assert len(sources.splits(f"{a}:2e0")[0]) == 10
-    with pytest.raises(UserError, match=r"a.jsonl:1e9: a weight of 1e\+09 makes over 100,000,000 examples of 5"):
+    with pytest.raises(UserError, match=r"a.jsonl:1e9: a weight of 1e\+09 makes more than 100,000,000 examples of 5"):
         sources.splits(f"{a}:1e9")
     named = write_lines(tmp_path / "c.jsonl:3", ROWS)
     with pytest.raises(UserError, match=r"c.jsonl:3: expected a name that ends in"):  # the file, not c.jsonl thrice
