@@ -8,7 +8,7 @@ matrices of each expert, one behind the other along `out`, these share A, and ea
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -160,6 +160,40 @@ def switched(modules: Iterable[Module]) -> list[tuple[str, Module, np.ndarray, n
             factors.append(np.stack(every))
         plain.append((name, first, *factors))
     return plain
+
+
+def separate(module: str, count: int, base_modules: Collection[str]) -> list[str]:
+    """The modules of the experts that mlx-lm has as one, as a checkpoint names them.
+
+    Args:
+      module: `….switch_mlp.down_proj`.
+      count: How many experts there are.
+      base_modules: Of the checkpoint, as far as they are known.
+    """
+    outer, _, part = module.rpartition(".switch_mlp.")
+    named = [f"{outer}.experts.{{}}.{name}" for name, switched in _SWITCHED.items() if switched == part]
+    if not outer or not named:
+        return [f"{module}.{expert}" for expert in range(count)]
+    usual = 0 if outer.endswith("block_sparse_moe") else -1  # Mixtral's w1, or gate_proj
+    template = next((name for name in named if name.format(0) in base_modules), named[usual])
+    return [template.format(expert) for expert in range(count)]
+
+
+def of_matrices(modules: Iterable[str]) -> list[Fused]:
+    """The parameters of transformers 5 that the matrices of experts are parts of, from the names of these."""
+    adapted: dict[str, set[str]] = collections.defaultdict(set)
+    for match in filter(None, map(_MATRIX.fullmatch, modules)):
+        adapted[match[1]].add(match[3])
+    return [
+        Fused(
+            f"{outer.replace('.block_sparse_moe', '.mlp')}.experts.{parameter}",
+            tuple(f"{outer}.experts.{{expert}}.{part}.weight" for part in parts),
+        )
+        for outer, matrices in adapted.items()
+        for parameter, alternatives in _PARTS.items()
+        for parts in alternatives
+        if matrices.intersection(parts)
+    ]
 
 
 _MATRIX = re.compile(r"(.+)\.experts\.([0-9]+)\.(w[123]|(?:gate|up|down)_proj)")

@@ -23,7 +23,7 @@ from lora_jax.peft.layout import (
     table_of,
 )
 from lora_jax.peft.names import Fused, Names
-from lora_jax.peft.opening import opened
+from lora_jax.peft.opening import is_mlx, opened
 from lora_jax.peft.tensors import FLOATS, Tensors
 from lora_jax.peft.view import View
 
@@ -90,6 +90,8 @@ def of_checkpoint(
                 kinds[name] = "embedding" if embedding else square.kind(name, shapes[name], *levels[0])
             adapted = [bare[name] for name in parameters] or [bare.get(f"{module}.{x}") for x in ("weight", "qweight")]
             _check_floats(checkpoint, [name for name in adapted if name])
+        if is_mlx(directory):
+            fused += experts.of_matrices(keys.split_name(name)[0] for name in kinds)
         kinds |= square.kinds()
         of_experts = [x for parts in experts.shares(Names((), fused=tuple(fused)), shapes).values() for x, _ in parts]
         _check_floats(checkpoint, of_experts)

@@ -5,7 +5,8 @@ kohya      `lora_unet_down_blocks_0_…_to_q.lora_down.weight`, `.lora_up.weight
            dots are underscores. The scale is alpha / rank, 1 without alpha.
 diffusers  `unet.down_blocks.0.….to_q.lora_A.weight` and `.lora_B.weight`; in older files `lora.down.weight` or
            `….processor.to_q_lora.down.weight`. Alphas are tensors, or in the file's metadata; 1 is the scale without.
-mlx-lm     `….q_proj.lora_a` [in, rank], `.lora_b` [rank, out], `.m`; `adapter_config.json` states the scale itself.
+mlx-lm     `….q_proj.lora_a` [in, rank], `.lora_b` [rank, out], `.m`; of experts `….switch_mlp.up_proj.lora_a`
+           [experts, rank, in] and `.lora_b` [experts, out, rank]. `adapter_config.json` states the scale itself.
 =========  ===========================================================================================================
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.checks import unusable
-from lora_jax.peft import keys
+from lora_jax.peft import experts, keys
 from lora_jax.peft.config import CONFIG, Config, exactly
 from lora_jax.peft.tensors import Tensors
 from lora_jax.peft.view import View
@@ -51,9 +52,10 @@ _TABLES = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared")
 
 @dataclasses.dataclass
 class _Module:
-    """The keys of one module's tensors, by part."""
+    """The keys of one module's tensors, by part; `expert` is its index in tensors of all experts."""
 
     parts: dict[str, str] = dataclasses.field(default_factory=dict)
+    expert: int | None = None
 
 
 def of_file(tensors: Tensors, metadata: Mapping[str, str], base_modules: Iterable[str]) -> tuple[Config, View] | None:
@@ -77,8 +79,14 @@ def of_file(tensors: Tensors, metadata: Mapping[str, str], base_modules: Iterabl
     return _in_peft(tensors, modules, alphas, rest)
 
 
-def of_mlx(tensors: Tensors, content: Mapping[str, Any]) -> tuple[Config, View]:
+def of_mlx(tensors: Tensors, content: Mapping[str, Any], base_modules: Iterable[str] = ()) -> tuple[Config, View]:
     """An adapter of mlx-lm in PEFT's terms.
+
+    Args:
+      tensors: The open file.
+      content: Of the config.
+      base_modules: The names of the base's modules, as far as they are known: they tell what an expert's matrices are
+        called.
 
     Raises:
       ValueError: Its config states no scale.
@@ -88,14 +96,17 @@ def of_mlx(tensors: Tensors, content: Mapping[str, Any]) -> tuple[Config, View]:
     if isinstance(scale, bool) or not isinstance(scale, int | float) or unusable(scale, nonzero=True):
         raise ValueError(f"{CONFIG}: lora_parameters.scale is {scale!r}; expected a finite number other than zero.")
     modules: dict[str, _Module] = {}
-    rest = []
+    rest, base = [], set(base_modules)
     for key in tensors:
         module, _, part = key.rpartition(".")
-        if part in ("lora_a", "lora_b", "m"):
+        if part in ("lora_a", "lora_b", "m") and len(shape := tensors[key]) == 3:
+            for expert, name in enumerate(experts.separate(module, shape[0], base)):
+                modules.setdefault(name, _Module(expert=expert)).parts[_PARTS[part]] = key
+        elif part in ("lora_a", "lora_b", "m"):
             modules.setdefault(module, _Module()).parts[_PARTS[part]] = key
         else:
             rest.append(key)
-    alphas = {name: scale * tensors[x.parts["a"]][-1] for name, x in modules.items() if "a" in x.parts}
+    alphas = {name: scale * _rank(x, tensors, True) for name, x in modules.items() if "a" in x.parts}
     dropout = parameters.get("dropout", 0.0) if isinstance(parameters, Mapping) else 0.0
     return _in_peft(tensors, modules, alphas, rest, transposed=True, dropout=dropout)
 
@@ -143,17 +154,19 @@ def _in_peft(
     dropout: float = 0.0,
 ) -> tuple[Config, View]:
     names = {key: key for key in rest}  # the loader names what it has no use for
-    turned = []
+    turned, slices = [], {}
     ranks, of_modules = {}, {}
     for name, module in modules.items():
         shown = keys.factor_keys(name, embedding=name.rpartition(".")[2] in _TABLES)
         for part, key in module.parts.items():
             if part != "alpha":
                 names[shown[part]] = key
-                turned += [shown[part]] if transposed and part in ("a", "b") else []
+                if module.expert is not None:
+                    slices[shown[part]] = module.expert
+                elif transposed and part in ("a", "b"):
+                    turned.append(shown[part])
         if "a" in module.parts:
-            shape = tensors[module.parts["a"]]
-            ranks[name] = (shape[::-1] if transposed else shape)[0]
+            ranks[name] = _rank(module, tensors, transposed)
             of_modules[name] = alphas.get(name, ranks[name])
     rank, alpha = next(iter(ranks.values()), 1), next(iter(of_modules.values()), 1)
     config = Config(
@@ -165,7 +178,12 @@ def _in_peft(
         alpha_pattern={exactly(name): a for name, a in of_modules.items() if a != alpha},
         target_modules=tuple(modules),
     )
-    return config, View(tensors, names, turned)
+    return config, View(tensors, names, turned, slices)
+
+
+def _rank(module: _Module, tensors: Tensors, transposed: bool) -> int:
+    shape = tensors[module.parts["a"]]
+    return shape[1] if module.expert is not None else shape[-1] if transposed else shape[0]
 
 
 def _number(tensors: Tensors, key: str) -> float:

@@ -1,6 +1,7 @@
 """Names for PyTorch's own tensors: leaves that are the tensors of a checkpoint, or of an adapter, as they are."""
 
 import collections
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from lora_jax.peft import experts, keys, ties
 from lora_jax.peft.config import CONFIG, Config
 from lora_jax.peft.keys import Key
 from lora_jax.peft.names import Module, Names, Weight
-from lora_jax.peft.opening import opened, single_file
+from lora_jax.peft.opening import is_mlx, opened, single_file
 from lora_jax.peft.tensors import Tensors
 from lora_jax.peft.view import View
 
@@ -77,7 +78,8 @@ def of_adapter(directory: Path, ignore: Sequence[str] = ()) -> tuple[dict[str, A
         for name, shape in shapes.items()
         if (name,) not in tied.values()
     }
-    return base, table_of(shapes, kinds, tied)
+    fused = experts.of_matrices(keys.split_name(name)[0] for name in shapes) if is_mlx(directory) else ()
+    return base, dataclasses.replace(table_of(shapes, kinds, tied), fused=tuple(fused))
 
 
 def _twins(

@@ -25,7 +25,8 @@ def opened(
       path: A directory that PEFT or mlx-lm wrote; or a safetensors file of kohya's scripts or diffusers, or a directory
         with a single one.
       ignore: Tensors that are passed over; see :class:`Tensors`.
-      base_modules: The names of the base's modules, which tell where the underscores of kohya's names are dots.
+      base_modules: The names of the base's modules, which tell where the underscores of kohya's names are dots, and
+        what mlx-lm's experts are called.
 
     Raises:
       ValueError: It is none of these, or is damaged.
@@ -41,7 +42,7 @@ def opened(
         if not (path / foreign.MLX).is_file():
             raise ValueError(f"{absent(path / foreign.MLX)}")
         with Tensors([path / foreign.MLX], ignore) as tensors:
-            yield foreign.of_mlx(tensors, read_json(path / CONFIG))
+            yield foreign.of_mlx(tensors, read_json(path / CONFIG), base_modules)
         return
     config = Config.read(path)
     with adapter_tensors(path, ignore) as tensors:

@@ -15,13 +15,23 @@ class View(Mapping[str, tuple[int, ...]]):
       tensors: The open files.
       names: The names to show, and those in the files.
       transposed: Shown names of matrices whose axes are exchanged.
+      slices: By shown name of an expert's matrix, its index along the first axis of the stored tensor.
     """
 
-    def __init__(self, tensors: Tensors, names: Mapping[str, str], transposed: Collection[str] = ()):
+    def __init__(
+        self,
+        tensors: Tensors,
+        names: Mapping[str, str],
+        transposed: Collection[str] = (),
+        slices: Mapping[str, int] | None = None,
+    ):
         self._tensors, self._names, self._transposed = tensors, dict(names), frozenset(transposed)
+        self._slices = dict(slices or {})
 
     def __getitem__(self, name: str) -> tuple[int, ...]:
         shape = self._tensors[self._names[name]]
+        if name in self._slices:
+            return shape[1:]
         return shape[::-1] if name in self._transposed else shape
 
     def __iter__(self) -> Iterator[str]:
@@ -32,6 +42,8 @@ class View(Mapping[str, tuple[int, ...]]):
 
     def read(self, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
         """See :meth:`Tensors.read`."""
+        if (index := self._slices.get(name)) is not None:
+            return self._tensors.read(self._names[name], (slice(index, index + 1), *(part or ())))[0]
         if name not in self._transposed:
             return self._tensors.read(self._names[name], part)
         return self._tensors.read(self._names[name], None if part is None else part[::-1]).T

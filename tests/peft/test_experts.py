@@ -158,6 +158,34 @@ def test_mlx_has_one_module_for_all_experts(model, tmp_path):
     assert set(parameters["keys"]) == {f"block_sparse_moe.switch_mlp.{x}_proj" for x in ("gate", "up", "down")}
 
 
+@pytest.mark.parametrize("case", [*CASES, *QWEN])
+@pytest.mark.parametrize("based", [True, False])
+def test_experts_of_mlx_are_read_again(case, based, tmp_path, capsys):
+    base, adapter = str(FIXTURES / "models" / case.partition("_")[0]), str(FIXTURES / "adapters" / case)
+    mlx, again = str(tmp_path / "mlx"), str(tmp_path / "again")
+    assert main(["convert", adapter, mlx, "--target", "mlx", "--base", base]) == 0, capsys.readouterr().err
+    options = ["--base", base] if based else []
+    assert main(["inspect", mlx, *options]) == 0, capsys.readouterr().err
+    assert main(["convert", mlx, again, "--target", "peft", *options]) == 0, capsys.readouterr().err
+    assert {name for name in load_file(f"{again}/adapter_model.safetensors") if "experts" in name} == {
+        name for name in load_file(f"{adapter}/adapter_model.safetensors") if "experts" in name
+    }
+    merged = []
+    for number, directory in enumerate((adapter, mlx, again)):
+        assert main(["merge", base, directory, str(tmp_path / str(number))]) == 0, capsys.readouterr().err
+        merged.append(load_file(tmp_path / str(number) / "model.safetensors"))
+    for other in merged[1:]:
+        for name, value in merged[0].items():
+            np.testing.assert_allclose(other[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_experts_of_mlx_are_loaded(model, tmp_path):
+    fn, base, names = model
+    delta = trained(base, SPECS["all"], fn)
+    lora.peft.save(tmp_path / "out", delta, names, target="mlx")
+    jax.tree.map(np.testing.assert_array_equal, lora.peft.load(tmp_path / "out", base, names), delta)
+
+
 def lora_parameters(directory):
     return read_config(directory)["lora_parameters"]
 
