@@ -7,7 +7,7 @@ import os
 import struct
 import traceback
 import zlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 
 _RAISED = (
     OSError,
@@ -27,6 +27,8 @@ _RAISED = (
 _LIBRARIES = {"jinja2", "orbax", "pyarrow", "pyo3_runtime", "safetensors", "safetensors_rust", "zstandard", "_zstd"}
 _LENGTH = 400
 _LINE = 1000
+_SHOWN = 11  # problems
+BREAK = "\n  "  # between the problems of one message
 
 
 @contextlib.contextmanager
@@ -131,6 +133,25 @@ def clipped(message: str) -> str:
     head, tail = 2 * _LINE // 3, _LINE // 3
     lines = message.split("\n")
     return "\n".join(line if len(line) <= _LINE else f"{line[:head]} … {line[-tail:]}" for line in lines)
+
+
+def counted(problems: Iterable[str]) -> str:
+    """How many problems there are, and the first of them, a line each.
+
+    Args:
+      problems: Of one line each, or of several that :data:`BREAK` separates. Equal ones count once.
+
+    Example:
+      >>> print("b.json does not fit", counted(["no x", f"no y{BREAK}no z", "no x"]))
+      b.json does not fit (3 problems):
+        no x
+        no y
+        no z
+    """
+    lines = list(dict.fromkeys(BREAK.join(problems).split(BREAK)))
+    more = [f"… and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    number = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
+    return BREAK.join([f"({number}):", *lines[:_SHOWN], *more])
 
 
 def printable(text: str) -> str:

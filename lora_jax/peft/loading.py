@@ -4,7 +4,7 @@ import collections
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from lora_jax.peft.names import Names, Place, check_names
 from lora_jax.peft.opening import opened
 from lora_jax.peft.stored import Module, Stored
 from lora_jax.peft.tensors import read_json
-from lora_jax.reading import clipped
+from lora_jax.reading import clipped, counted
 
 
 def load(directory: str | os.PathLike, base: Any, names: Names, ignore: Sequence[str] = ()) -> dict[str, Adapter]:
@@ -90,20 +90,11 @@ def finished(directory: Path, loader: "Loader", delta: Mapping[str, Adapter]) ->
       ValueError: The loader met problems, or there is no adapter.
     """
     if loader.problems:
-        listed = _listed(dict.fromkeys(loader.problems))
-        count = f"{len(loader.problems)} problem{'s' if len(loader.problems) > 1 else ''}"
-        raise ValueError(clipped(f"{directory}: the adapter does not fit ({count}):\n  {listed}"))
+        raise ValueError(clipped(f"{directory}: the adapter does not fit {counted(loader.problems)}"))
     if not delta:
         raise ValueError(f"{directory}: holds no adapter.")
     order = {path: number for number, path in enumerate(loader.leaves)}
     return dict(sorted(delta.items(), key=lambda item: order[item[0]]))
-
-
-def _listed(problems: Iterable[str]) -> str:
-    """The first of some problems, a line each, and how many more there are."""
-    lines = "\n  ".join(problems).split("\n  ")
-    more = [f"… and {len(lines) - _PROBLEMS} more"] if len(lines) > _PROBLEMS else []
-    return "\n  ".join([*lines[:_PROBLEMS], *more])
 
 
 def _ignoring(name: str) -> str:
@@ -111,7 +102,6 @@ def _ignoring(name: str) -> str:
     return f"; ignore=({name.removeprefix(keys.PREFIX).partition('.')[0]!r},) passes it over"
 
 
-_PROBLEMS = 11  # lines of them that are printed
 _HINTS = 4  # how many unknown keys are told with the nearest names
 
 

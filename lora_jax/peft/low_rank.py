@@ -18,6 +18,7 @@ from lora_jax.peft.factors import Fit, pad_rank
 from lora_jax.peft.keys import Key
 from lora_jax.peft.names import Place
 from lora_jax.peft.stored import Module, Stored
+from lora_jax.reading import BREAK
 
 
 def low_rank(
@@ -50,7 +51,7 @@ def low_rank(
         except ValueError as error:
             problems.append(str(error))
     if problems:
-        raise ValueError("\n  ".join(problems))
+        raise ValueError(BREAK.join(problems))
     groups = next(iter(factors.values())).groups
     if any(factor.groups != groups for factor in factors.values()):
         raise ValueError(f"{place.path!r}: its tensors have different numbers of groups")

@@ -16,6 +16,7 @@ from lora_jax.peft.methods import method_of, save_method
 from lora_jax.peft.names import Names, check_names
 from lora_jax.peft.targets import TARGETS
 from lora_jax.peft.whole import complete
+from lora_jax.reading import counted
 
 
 def save(
@@ -97,6 +98,5 @@ def write(
         exported.modules = [dataclasses.replace(module, offset=None) for module in exported.modules]
     problems = [*exported.problems, *TARGETS[target].refuses(exported)]
     if problems:
-        listed = "\n  ".join(dict.fromkeys(problems))
-        raise ValueError(f"The delta cannot be written for {TARGETS[target].reader}:\n  {listed}")
+        raise ValueError(f"The delta cannot be written for {TARGETS[target].reader} {counted(problems)}")
     TARGETS[target].write(directory, exported, base_model, task_type)

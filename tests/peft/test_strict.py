@@ -491,6 +491,24 @@ def test_hundreds_of_tensors_of_something_else_are_counted(tmp_path):
     assert len(lines) == 13 and lines[-1] == "  … and 489 more"
 
 
+def test_problems_of_one_leaf_are_counted_each(tmp_path):
+    case = CASES["stacked_dora"]
+    factors = read(case.adapter / "adapter_model.safetensors")
+    cut = {name: value[..., :-1] if "lora_A" in name else value for name, value in factors.items()}
+    write_adapter(tmp_path, cut, read_config(case.adapter))
+    with pytest.raises(ValueError, match=r"the adapter does not fit \(6 problems\):") as caught:
+        lora.peft.load(tmp_path, case.base, case.names)
+    lines = str(caught.value).splitlines()[1:]
+    assert sorted(line.split()[1].rstrip(":") for line in lines) == sorted(name for name in cut if "lora_A" in name)
+
+
+def test_problems_of_a_delta_are_counted(tmp_path):
+    case = CASES["stacked_dora"]
+    delta = lora.peft.load(case.adapter, case.base, case.names)
+    with pytest.raises(ValueError, match=r"cannot be written for vLLM \(\d+ problems\):\n  .*: vLLM has no DoRA"):
+        lora.peft.save(tmp_path / "out", delta, case.names, target="vllm")
+
+
 def test_an_adapter_in_a_directory_inside(tmp_path):
     case = CASES["linear"]
     shutil.copytree(case.adapter, tmp_path / "default")

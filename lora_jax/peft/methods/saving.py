@@ -23,6 +23,7 @@ from lora_jax.peft.methods.vera import VeRA, shared_pair
 from lora_jax.peft.names import Names
 from lora_jax.peft.targets import write_files
 from lora_jax.peft.whole import complete
+from lora_jax.reading import counted
 
 
 @dataclasses.dataclass
@@ -115,8 +116,7 @@ def save_method(
         }
         content = _targets(sorted(exported.saved), names)
     if problems:
-        listed = "\n  ".join(dict.fromkeys(problems))
-        raise ValueError(f"The delta cannot be written for PEFT's {kind}:\n  {listed}")
+        raise ValueError(f"The delta cannot be written for PEFT's {kind} {counted(problems)}")
     write_files(directory, tensors, {**shared, **content, "peft_type": kind})
 
 
