@@ -169,7 +169,10 @@ def _parser() -> argparse.ArgumentParser:
         help="vllm and gguf (llama.cpp's converter) read PEFT's format in part, mlx (mlx-lm) has its own",
     )
     convert.add_argument(
-        "--base", type=Path, help="the checkpoint directory: tells embeddings that are stored but were not trained"
+        "--base",
+        type=Path,
+        help="the checkpoint directory: tells embeddings that are stored but were not trained, and the shapes of "
+        "weights, which adapters of ADALORA, IA3, LN_TUNING, LOHA, LOKR and VERA do not tell",
     )
     for command in (merge, convert):
         command.add_argument("--force", action="store_true", help="replace an existing output of the same kind")
@@ -178,7 +181,8 @@ def _parser() -> argparse.ArgumentParser:
         "diff",
         "ADAPTER OTHER",
         "How two adapters differ.",
-        "The exit status is 0 if they hold the same, bit for bit, 1 if they differ, 2 if one cannot be read.",
+        "Adapters of lora_jax, and of PEFT's LORA and TRAINABLE_TOKENS. The exit status is 0 if they hold the same, "
+        "bit for bit, 1 if they differ, 2 if one cannot be read.",
         "diff before after",
     )
     diff.add_argument("adapter", metavar="ADAPTER", type=Path, help="a directory that PEFT or lora_jax wrote")

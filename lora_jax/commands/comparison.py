@@ -25,7 +25,10 @@ from lora_jax.commands.wording import (
 )
 from lora_jax.merging import distance, norm
 from lora_jax.peft import layout
+from lora_jax.peft.config import TOKENS
 from lora_jax.peft.opening import config_of
+
+_WITHOUT_SHAPES = f"diff compares adapters of lora_jax and of PEFT's LORA and {TOKENS}"
 
 
 def diff(one: Path, other: Path, console: Console, progress: Console, *, ignore: Sequence[str] = ()) -> bool:
@@ -34,7 +37,7 @@ def diff(one: Path, other: Path, console: Console, progress: Console, *, ignore:
     native = is_native(one), is_native(other)
     if native[0] != native[1]:
         raise ValueError(f"{one} and {other}: one is of PEFT, the other of lora_jax; their weights have other names.")
-    first, second = read(one, ignore), read(other, ignore)
+    first, second = (read(directory, ignore, _WITHOUT_SHAPES) for directory in (one, other))
     paths = sorted({*first, *second}, key=numbered)
     table = table_of("weight", "first", "second", "‖difference‖", "relative")
     different = 0

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from lora_jax import peft
 from lora_jax.commands.outputs import check_new
-from lora_jax.commands.reading import adapter_directory, check_directory, check_peft, model_config, opened
+from lora_jax.commands.reading import adapter_directory, check_directory, check_peft, check_shapes, model_config, opened
 from lora_jax.commands.wording import few, kinds_of
 from lora_jax.files import replaced
 from lora_jax.peft import layout, methods
@@ -37,6 +37,8 @@ def convert(
     directory = adapter_directory(directory, progress)
     check_peft(directory, "a conversion")
     config = config_of(directory)
+    if base is None:
+        check_shapes(directory)
     if base is None and (names := layout.copies(directory, ignore)):
         raise ValueError(
             f"{directory}: holds {few(names)} whole, as PEFT does for embeddings; only the base tells whether it "

@@ -40,17 +40,27 @@ def adapter_directory(directory: Path, console: Console) -> Path:
     return adapter
 
 
-def read(directory: Path, ignore: Sequence[str] = ()) -> dict[str, Adapter]:
+def read(directory: Path, ignore: Sequence[str] = (), otherwise: str = "give --base") -> dict[str, Adapter]:
     """The delta in a directory, of this library or of PEFT; PEFT's is given PyTorch's names and orientation.
+
+    Args:
+      directory: The adapter's.
+      ignore: Tensors that are passed over.
+      otherwise: What the user can do where an adapter alone does not tell the shapes of its weights.
 
     Raises:
       ValueError: It is neither, or is damaged.
     """
     if is_native(directory):
         return checkpoint.load(directory)
-    if (kind := methods.method_in(directory)) is not None:
-        raise ValueError(f"{directory}: an adapter of PEFT's {kind} does not tell its weights' shapes; give --base.")
+    check_shapes(directory, otherwise)
     return peft.load(directory, *layout.of_adapter(directory, ignore), ignore=ignore)
+
+
+def check_shapes(directory: Path, otherwise: str = "give --base") -> None:
+    """Raises `ValueError` for an adapter of a method of PEFT that does not tell the shapes of its weights."""
+    if (kind := methods.method_in(directory)) is not None:
+        raise ValueError(f"{directory}: an adapter of PEFT's {kind} does not tell its weights' shapes; {otherwise}.")
 
 
 def fitted(

@@ -15,7 +15,9 @@ from lora_jax.reading import reading
 CONFIG = "adapter_config.json"
 TOKENS = "TRAINABLE_TOKENS"
 """PEFT's method of trained rows alone, which is read as LoRA without factors."""
-_OF_TOKENS = ("base_model_name_or_path", "modules_to_save", "task_type", "trainable_token_indices")
+METHODS = ("LORA", "ADALORA", "IA3", "LN_TUNING", "LOHA", "LOKR", TOKENS, "VERA")
+"""The values of `peft_type` that are read."""
+_OF_ALL = ("base_model_name_or_path", "modules_to_save", "task_type", "trainable_token_indices")
 
 # Fields that change what an adapter computes and that have no counterpart here.
 _REFUSED = (
@@ -62,18 +64,18 @@ class Config:
 
     @classmethod
     def read(cls, directory: Path) -> "Config":
-        """The config of an adapter directory.
+        """The config of an adapter directory: of other methods than LoRA, the fields that they have in common.
 
         Raises:
-          ValueError: It is missing or damaged, is of another method than LoRA, or uses a variant of it that is not
+          ValueError: It is missing or damaged, is of a method that is not read, or uses a variant of LoRA that is not
             supported; the message names the field.
         """
         file = directory / CONFIG
         content = read_json(file)
         with reading(file):
             kind = content.get("peft_type")
-            if kind not in ("LORA", TOKENS):
-                raise ValueError(f"{file}: peft_type is {kind!r}; expected 'LORA'.")
+            if kind not in METHODS:
+                raise ValueError(f"{file}: peft_type is {kind!r}; expected one of {', '.join(map(repr, METHODS))}.")
             if used := [name for name in _REFUSED if content.get(name)]:
                 raise ValueError(f"{file}: {used[0]} = {content[used[0]]!r} is not supported.")
             init = content.get("init_lora_weights")
@@ -82,7 +84,7 @@ class Config:
                     f"{file}: init_lora_weights = {init!r} changed the base, by a part that no file holds; PEFT's "
                     "save_pretrained(path_initial_model_for_weight_conversion=…) writes an ordinary adapter."
                 )
-            if kind != TOKENS and not content.get("target_modules") and not content.get("target_parameters"):
+            if kind == "LORA" and not content.get("target_modules") and not content.get("target_parameters"):
                 raise ValueError(f"{file}: has neither target_modules nor target_parameters.")
             tokens = content.get("token_indices" if kind == TOKENS else "trainable_token_indices")
             content["trainable_token_indices"] = {"": tokens} if isinstance(tokens, list) else tokens
@@ -90,8 +92,8 @@ class Config:
                 field.name: field.default_factory if field.default is dataclasses.MISSING else field.default
                 for field in dataclasses.fields(cls)
             }
-            used = _OF_TOKENS if kind == TOKENS else defaults
-            values = {name: content[name] for name in used if content.get(name) is not None}
+            fields = defaults if kind == "LORA" else _OF_ALL
+            values = {name: content[name] for name in fields if content.get(name) is not None}
             for name, value in values.items():
                 _check(file, name, value)
         return cls(**values)

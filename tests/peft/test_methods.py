@@ -13,6 +13,8 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lora
 from lora_jax.__main__ import main
 from lora_jax.peft import LINEAR, Names, Weight
+from lora_jax.peft.config import METHODS
+from lora_jax.peft.loading import OTHER_METHODS
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "peft_methods"
 WRITTEN = ["adalora", "vera", "loha", "loha_uneven", "lokr", "lokr_full", "ia3", "tokens", "norms"]
@@ -193,3 +195,34 @@ def test_the_command_line_merges_and_inspects_them(name, stored, tmp_path, capsy
     told = name == "tokens"  # whose shapes the file has
     assert main(["inspect", str(FIXTURES / name)]) == (0 if told else 2)
     assert told or "give --base" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", READ)
+def test_converted_on_the_command_line(name, stored, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    weights = {key: value for key, value in stored.items() if key not in ("ids", "y", "versions")}
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    args = ["convert", str(FIXTURES / name), str(tmp_path / "out"), "--target", "peft"]
+    assert main([*args, "--base", str(tmp_path / "model")]) == 0, capsys.readouterr().err
+    before, after = (
+        json.loads((path / "adapter_config.json").read_text()) for path in (FIXTURES / name, tmp_path / "out")
+    )
+    assert after["peft_type"] == before["peft_type"] and after["task_type"] == before["task_type"]
+    assert main(["merge", str(tmp_path / "model"), str(tmp_path / "out"), str(tmp_path / "merged")]) == 0
+    expected = np.load(FIXTURES / name / "expected.npz")["y"]
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    np.testing.assert_allclose(model(base_of(merged, False), stored["ids"]), expected, atol=1e-5)
+    if name != "tokens":  # whose shapes the file has
+        capsys.readouterr()
+        assert main([*args, "--force"]) == 2 and "give --base" in capsys.readouterr().err
+        assert main(["diff", args[1], args[1]]) == 2
+        error = capsys.readouterr().err
+        assert "diff compares" in error and "--base" not in error
+
+
+def test_a_method_that_is_not_read_is_told_from_those_that_are(tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "OFT"}')
+    assert main(["inspect", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "'OFT'" in error and all(repr(kind) in error for kind in METHODS)
+    assert set(METHODS) == {"LORA", "TRAINABLE_TOKENS", *OTHER_METHODS}
