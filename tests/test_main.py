@@ -639,6 +639,14 @@ def test_an_adapter_inside_of_the_directory(run, base, adapter, tmp_path, inside
         assert status == 0 and f"the adapter in {inside} is read" in err
 
 
+def test_parts_of_the_model_itself_are_not_to_be_ignored(fails, base, adapter):
+    """Nor is what stands in a part of the base that the adapter's other tensors are in."""
+    inside = next(iter(read(adapter / "adapter_model.safetensors"))).removeprefix(PREFIX).split(".")[0]
+    edit_adapter(adapter, {f"{inside}.9.other.weight": np.ones((1, 8), np.float32)})
+    text = fails("inspect", adapter, "--base", base)
+    assert "the base has no such weight" in text and "ignore" not in text
+
+
 def test_several_adapters_inside_of_the_directory(fails, adapter, tmp_path):
     for number in range(10):
         shutil.copytree(adapter, tmp_path / "run" / f"checkpoint-{number}")
@@ -649,6 +657,7 @@ def test_several_adapters_inside_of_the_directory(fails, adapter, tmp_path):
 def test_tensors_of_something_else(run, fails, base, adapter, tmp_path):
     edit_adapter(adapter, {"v_head.summary.weight": np.ones((1, 8), np.float32)})
     assert "--ignore v_head passes it over" in fails("inspect", adapter, "--base", base)
+    assert "give that directory" in fails("inspect", adapter / "adapter_model.safetensors")
     for args in (
         ("inspect", adapter, "--base", base),
         ("merge", base, adapter, tmp_path / "merged"),

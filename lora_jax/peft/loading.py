@@ -97,11 +97,6 @@ def finished(directory: Path, loader: "Loader", delta: Mapping[str, Adapter]) ->
     return dict(sorted(delta.items(), key=lambda item: order[item[0]]))
 
 
-def _ignoring(name: str) -> str:
-    """What to say of a tensor that may have nothing to do with the adapter."""
-    return f"; ignore=({name.removeprefix(keys.PREFIX).partition('.')[0]!r},) passes it over"
-
-
 _HINTS = 4  # how many unknown keys are told with the nearest names
 
 
@@ -192,7 +187,7 @@ class Loader:
             if key := keys.parse(name):
                 parsed.append(key)
             else:
-                self.problems.append(f"unused: {name!r} is no key of PEFT's LoRA{_ignoring(name)}")
+                self.problems.append(f"unused: {name!r} is no key of PEFT's LoRA{self.ignoring(name)}")
         deepest: dict[str, int] = {}
         for key in parsed:
             deepest[key.module] = max(key.depth, deepest.get(key.module, 0))
@@ -214,9 +209,16 @@ class Loader:
         if self.hints < 0:  # in a base of another kind all keys are unknown, and each search sees all names
             return text
         if key.part == "value":
-            return f"{text}; {paths.nearest(self.bare(key.name), list(self.where))}{_ignoring(key.name)}"
+            return f"{text}; {paths.nearest(self.bare(key.name), list(self.where))}{self.ignoring(key.name)}"
         known = dict.fromkeys(keys.split_name(name)[0] for name in (*self.where, *self.tied))
         return f"{text}; {paths.nearest(self.bare(key.module), list(known))}"
+
+    def ignoring(self, name: str) -> str:
+        """What to say of a tensor that may have nothing to do with the adapter: no part of the base begins so."""
+        first = name.removeprefix(keys.PREFIX).partition(".")[0]
+        if any(f".{first}" in f".{tensor}" for tensor in (*self.where, *self.in_model.values(), *self.tied)):
+            return ""
+        return f"; ignore=({first!r},) passes it over"
 
     def targets(self, key: Key, deepest: int) -> list[Module]:
         """The base's tensors that a factor adapts: one, or those of all experts."""

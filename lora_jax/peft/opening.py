@@ -34,6 +34,8 @@ def opened(
     if (file := single_file(path)) is not None:
         with Tensors([file], ignore) as tensors:
             adapter = foreign.of_file(tensors, _metadata(file), base_modules)
+            if adapter is None and (file.parent / CONFIG).is_file():
+                raise ValueError(f"{file}: is one file of the adapter in {file.parent}; give that directory.")
             if adapter is None:
                 raise ValueError(f"{file}: no LoRA of kohya's scripts or diffusers, and no {CONFIG} beside it.")
             yield adapter
