@@ -14,13 +14,15 @@ import pytest
 
 from lora_jax.termination import raising
 
+sent = signal.SIGTERM
+
 
 class Terminated(BaseException):
     pass
 
 
 def send(*_):
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), sent)
 
 
 def in_a_collection():
@@ -64,14 +66,16 @@ WHERE = [send, in_a_collection, in_a_finalizer, in_a_weak_reference, in_a_block_
 
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("rest", [0, 30], ids=["at the end", "before the end"])
-def test_the_block_ends_by_the_exception(where, rest, capsys):
-    before, hook, threads = signal.getsignal(signal.SIGTERM), sys.unraisablehook, threading.active_count()
+@pytest.mark.parametrize("number, error", [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
+def test_the_block_ends_by_the_exception(where, rest, number, error, capsys, monkeypatch):
+    monkeypatch.setitem(globals(), "sent", number)
+    before, hook, threads = signal.getsignal(number), sys.unraisablehook, threading.active_count()
     began = time.monotonic()
-    with pytest.raises(Terminated), raising(Terminated):
+    with pytest.raises(error), raising(Terminated):
         where()
         time.sleep(rest)
     assert time.monotonic() - began < 20
-    assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == (before, hook)
+    assert (signal.getsignal(number), sys.unraisablehook) == (before, hook)
     assert threading.active_count() == threads
     assert capsys.readouterr() == ("", "")
     time.sleep(0.1)  # the exception is dropped by its catcher: no other signal comes
@@ -110,3 +114,13 @@ def test_other_threads_have_no_handler():
     thread.start()
     thread.join()
     assert handlers == [before]
+
+
+def test_an_ignored_interrupt_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts a command in the background
+    try:
+        with raising(Terminated):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -105,12 +105,11 @@ def shared(train: Records, validation: Records) -> list[str]:
       train: From :func:`splits`.
       validation: Likewise.
     """
-    names = {source.digest: source.name for source in train.sources}
     lines = []
     for source in validation.sources:
-        name = names.get(source.digest)
-        if name is not None:
-            same = "is" if name == source.name else f"has the same content as {name}, which is"
+        names = [other.name for other in train.sources if other.digest == source.digest]
+        if names:
+            same = "is" if source.name in names else f"has the same content as {names[0]}, which is"
             lines.append(f"{source.name} {same} trained on too; its loss does not tell how well the model generalizes")
     return lines
 

@@ -116,6 +116,7 @@ def test_sources_that_are_trained_on_too(tmp_path):
     why = "trained on too; its loss does not tell how well the model generalizes"
     assert lines("a.jsonl:2", "a.jsonl") == [f"a.jsonl is {why}"]
     assert lines("a.jsonl", "b") == [f"b/copy.jsonl has the same content as a.jsonl, which is {why}"]
+    assert lines("a.jsonl", "a.jsonl") == lines("**/*.jsonl", "a.jsonl") == [f"a.jsonl is {why}"]
     assert lines("*.jsonl", "c.jsonl") == [f"c.jsonl is {why}"]
     assert lines("a.jsonl", "c.jsonl") == lines("both.json", "both.json") == []
 
