@@ -208,8 +208,24 @@ def test_an_embedding_stored_whole(run, fails, tmp_path):
     assert run("convert", case.adapter, tmp_path / "out", "--target", "vllm", "--base", base)[0] == 0
     assert not any("base_layer" in key for key in read(tmp_path / "out" / "adapter_model.safetensors"))
     assert run("diff", case.adapter, case.adapter)[0] == 0
+    status, out, _ = run("diff", case.adapter, tmp_path / "out")  # the copy of the base's is beside factors
+    assert status == 0 and "the same: 2 weights" in out and "whole" not in out
+    edit_adapter(tmp_path / "out", {"embed_tokens.base_layer.weight": np.ones((14, 8), np.float32)})
     status, out, _ = run("diff", case.adapter, tmp_path / "out")
-    assert status == 1 and "the same: 2 weights" in out and "embed_tokens.weight is stored whole" in out
+    assert status == 1 and "embed_tokens.weight, stored whole in both, differs" in out
+
+
+def test_a_module_that_is_saved_by_the_end_of_its_name(run, base, adapter, tmp_path):
+    """PEFT wraps whatever ends so: `norm` is `post_attention_layernorm`, and one name or two are the same."""
+    norm = "model.layers.0.post_attention_layernorm"
+    edit_adapter(adapter, {f"{norm}.weight": np.ones(8, np.float32)}, {"modules_to_save": ["norm", "norm"]})
+    shutil.copytree(adapter, tmp_path / "other")
+    edit_adapter(tmp_path / "other", {}, {"modules_to_save": [norm]})
+    status, out, _ = run("diff", adapter, tmp_path / "other")
+    assert status == 0 and "modules_to_save" not in out and "whole" not in out
+    edit_adapter(tmp_path / "other", {}, {"modules_to_save": None})
+    status, out, _ = run("diff", adapter, tmp_path / "other")
+    assert status == 1 and f"{tmp_path / 'other'} holds {norm}.weight whole" in out
 
 
 def native(directory, change=0.0):

@@ -1,7 +1,7 @@
 """`diff`: how two adapters differ."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lora_jax.commands.wording import (
     table_of,
 )
 from lora_jax.merging import distance, norm
-from lora_jax.peft import layout
+from lora_jax.peft import keys, layout
 from lora_jax.peft.config import TOKENS
 from lora_jax.peft.opening import config_of
 
@@ -48,7 +48,14 @@ def diff(one: Path, other: Path, console: Console, progress: Console, *, ignore:
                 different += 1
                 table.add_row(shown(path, native[0]), *_said(x, y), *_apart(x, y))
             advance(1)
-    stored = [] if any(native) else [*_copies_apart(one, other, ignore), *_configs_apart(one, other)]
+    stored = (
+        []
+        if any(native)
+        else [
+            *_copies_apart((one, other), (first, second), ignore),
+            *_configs_apart((one, other), {*first, *second}),
+        ]
+    )
     if different:
         console.print(table)
         console.print()
@@ -107,30 +114,41 @@ def _apart(one: Adapter | None, other: Adapter | None) -> tuple[str, str]:
     return f"{gap:.4g}", f"{gap / size:.2%}" if size else ""
 
 
-def _copies_apart(one: Path, other: Path, ignore: Sequence[str]) -> list[str]:
-    """Lines about embeddings that only one of two PEFT adapters holds whole, or that differ."""
+def _copies_apart(
+    directories: tuple[Path, Path], deltas: tuple[Mapping[str, Adapter], Mapping[str, Adapter]], ignore: Sequence[str]
+) -> list[str]:
+    """Lines about matrices that only one of two PEFT adapters holds whole, or that differ.
+
+    What only one holds beside factors is the base's: :func:`lora_jax.peft.load` takes nothing else there.
+    """
     lines = []
-    bases = [layout.of_adapter(directory, ignore)[0] for directory in (one, other)]
-    held = [layout.copies(directory, ignore) for directory in (one, other)]
+    bases = [layout.of_adapter(directory, ignore)[0] for directory in directories]
+    held = [layout.copies(directory, ignore) for directory in directories]
     for name in dict.fromkeys((*held[0], *held[1])):
-        where = [name in names for names in held]
-        if not all(where):
-            lines.append(f"{name} is stored whole in {one if where[0] else other} only")
-        elif not np.array_equal(bases[0][layout.leaf_path(name)], bases[1][layout.leaf_path(name)]):
-            lines.append(f"{name}, stored whole in both, differs")
+        where, path = [name in names for names in held], layout.leaf_path(name)
+        if all(where):
+            if not np.array_equal(bases[0][path], bases[1][path]):
+                lines.append(f"{name}, stored whole in both, differs")
+        elif path not in deltas[where.index(True)]:
+            lines.append(
+                f"{directories[where.index(True)]} holds {name} whole without modules_to_save: only the base tells "
+                "whether it was trained"
+            )
     return lines
 
 
-def _configs_apart(one: Path, other: Path) -> list[str]:
+def _configs_apart(directories: tuple[Path, Path], paths: Collection[str]) -> list[str]:
     """Lines about what two configs make of the same tensors: as which modules PEFT saves them, and for which task."""
     lines = []
-    configs = [config_of(directory) for directory in (one, other)]
-    for name in ("modules_to_save", "task_type"):
-        first, second = (getattr(config, name) for config in configs)
-        if name == "modules_to_save":
-            first, second = sorted(first), sorted(second)
-        if first != second:
-            lines.append(f"{name} is {first} in {one}, {second} in {other}")
+    one, other = directories
+    first, second = (config_of(directory) for directory in directories)
+    modules = [keys.split_name(path.replace("/", "."))[0] for path in paths]
+    saved = [[keys.saved_as(x, config.modules_to_save) for x in modules] for config in (first, second)]
+    if saved[0] != saved[1]:
+        lists = [sorted(set(config.modules_to_save)) for config in (first, second)]
+        lines.append(f"modules_to_save is {lists[0]} in {one}, {lists[1]} in {other}")
+    if first.task_type != second.task_type:
+        lines.append(f"task_type is {first.task_type} in {one}, {second.task_type} in {other}")
     return lines
 
 

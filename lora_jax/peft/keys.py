@@ -135,3 +135,17 @@ def inside(module: str, target: str) -> bool:
     """Whether a module is, or is inside, one that a target names."""
     segments = module.split(".")
     return any(matches(".".join(segments[:count]), [target]) for count in range(1, len(segments) + 1))
+
+
+def saved_as(module: str, entries: Sequence[str]) -> str:
+    """The module that PEFT wraps for `modules_to_save`: this one or one that it is in; empty where there is none.
+
+    PEFT compares ends of paths as text: `norm` names `post_attention_layernorm` too.
+
+    Example:
+      >>> saved_as("layers.0.input_layernorm", ["norm"]), saved_as("score.out", ["score"]), saved_as("up", ["norm"])
+      ('layers.0.input_layernorm', 'score', '')
+    """
+    segments = module.split(".")
+    outer = (".".join(segments[:count]) for count in range(1, len(segments) + 1))
+    return next((name for name in outer if name.endswith(tuple(entries))), "")

@@ -165,7 +165,7 @@ def factor_shapes(tensors: Tensors | View, parsed: Iterable[Key]) -> dict[tuple[
 def _copies(parsed: Iterable[Key], config: Config) -> list[Key]:
     """The keys of whole matrices that PEFT stores without being told to."""
     found = [key for key in parsed if key.part == "value" and keys.split_name(key.name)[1] == "weight"]
-    return [key for key in found if not any(keys.inside(key.module, entry) for entry in config.modules_to_save)]
+    return [key for key in found if not keys.saved_as(key.module, config.modules_to_save)]
 
 
 def _read(directory: Path, key: Key) -> np.ndarray:

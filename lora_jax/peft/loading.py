@@ -269,9 +269,8 @@ class Loader:
             name = self.in_file(f"{module}.weight")
             if name not in self.where or is_abstract(self.leaves[self.where[name][0].path]):
                 continue  # the base tells of no other modules
-            copied = [key.part for key in adapted if key.module == module] == ["value"] and not any(
-                keys.inside(module, entry) for entry in self.config.modules_to_save
-            )
+            parts = [key.part for key in adapted if key.module == module]
+            copied = parts == ["value"] and not keys.saved_as(module, self.config.modules_to_save)
             if not copied and ties.is_shared(name, self.where):
                 self.problems.append(
                     f"no effect in PEFT: {module} is wrapped, and the model calls encoder.embed_tokens and "
@@ -333,7 +332,7 @@ class Loader:
                 continue
             with self.collecting():
                 value = self.stored.read(key, self.value_shape(key, primary, primary in modules))
-                saved = any(keys.inside(key.module, entry) for entry in self.config.modules_to_save)
+                saved = keys.saved_as(key.module, self.config.modules_to_save)
                 # PEFT stores an embedding beside its factors, or when it may have been resized.
                 same = value.shape == self.where[primary][0].tensor_shape
                 if same and (primary in modules or (keys.split_name(name)[1] == "weight" and not saved)):

@@ -144,7 +144,7 @@ def parted(table: Iterable[Key], head: Iterable[Key], config: Config, tensors: T
     """
     one, other = ({key.part: key for key in group} for group in (table, head))
     values = [parts["value"] for parts in (one, other) if "value" in parts]
-    saved = any(keys.inside(key.module, entry) for key in values for entry in config.modules_to_save)
+    saved = any(keys.saved_as(key.module, config.modules_to_save) for key in values)
     for parts in (one, other):
         if not saved or "a" in parts or "b" in parts:
             parts.pop("value", None)  # beside factors, or named by nothing: PEFT's copy of the base's weight
