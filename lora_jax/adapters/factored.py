@@ -72,14 +72,14 @@ class Factored:
     def dims(self, shape: Sequence[int]) -> Dims:
         """The labels of each axis of a weight of this shape, with their sizes."""
         arrays = (*self.factors, *self.gains, *(() if self.offset is None else (self.offset,)))
-        known = {label: size for f in arrays for label, size in f.sizes.items()}
+        sizes = {label: size for f in arrays for label, size in f.sizes.items()}
         dims = []
         for labels, size in zip(self.labels, shape):
-            unknown = [label for label in labels if label not in known]
+            unknown = [label for label in labels if label not in sizes]
             if len(unknown) == 1:
-                rest = math.prod(known[label] for label in labels if label in known)
-                known[unknown[0]] = size // rest
-            dims.append(tuple((label, known[label]) for label in labels))
+                rest = math.prod(sizes[label] for label in labels if label in sizes)
+                sizes[unknown[0]] = size // rest
+            dims.append(tuple((label, sizes[label]) for label in labels))
         return tuple(dims)
 
 

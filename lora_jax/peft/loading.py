@@ -157,10 +157,10 @@ class Loader:
             if module.name not in self.tied:
                 place, index = self.where[module.name]
                 by_leaf[place.path][index] = module
-        for path, found in by_leaf.items():
+        for path, adapted in by_leaf.items():
             with self.collecting():
-                place = self.where[next(iter(found.values())).name][0]
-                delta[path] = low_rank(self.stored, place, found, self.leaves[path], self.biases)
+                first = next(iter(adapted.values()))
+                delta[path] = low_rank(self.stored, self.where[first.name][0], adapted, self.leaves[path], self.biases)
         self.add(delta, self.offsets(modules))
         self.add(delta, self.replacements([key for key in values if self.in_file(key.name) not in apart], modules))
         for key in rows:

@@ -24,7 +24,7 @@ from lora_jax.reading import BREAK
 def low_rank(
     stored: Stored,
     place: Place,
-    found: Mapping[tuple[int, ...], Module],
+    modules: Mapping[tuple[int, ...], Module],
     leaf: Any,
     biases: Callable[[Module], Key | None],
 ) -> LowRank:
@@ -35,7 +35,7 @@ def low_rank(
     Args:
       stored: The adapter.
       place: The leaf and its tensors.
-      found: What the adapter has for each of them.
+      modules: What the adapter has for each of them.
       leaf: The base's.
       biases: The key of the bias on B that is a part of the adapter; None where there is none. Biases of zeros are left
         out: PEFT has them on all modules or on none.
@@ -45,7 +45,7 @@ def low_rank(
     """
     fit = Fit(place)
     factors, problems = {}, []
-    for index, module in found.items():
+    for index, module in modules.items():
         try:
             factors[index] = _factors(stored, module, fit, biases(module))
         except ValueError as error:
@@ -75,9 +75,9 @@ def low_rank(
     shape = fit.size(fit.labels(BATCH))
     if fit.block:
         blocks = tuple(np.any(given.reshape(-1, lead[-1]), axis=0).tolist())
-        kept = np.flatnonzero(blocks)
-        a, b, scale, bias = (np.take(x, kept, axis=len(lead) - 1) for x in (a, b, scale, bias))
-        shape = [*shape, len(kept)] if len(blocks) > 1 else shape
+        adapted = np.flatnonzero(blocks)
+        a, b, scale, bias = (np.take(x, adapted, axis=len(lead) - 1) for x in (a, b, scale, bias))
+        shape = [*shape, len(adapted)] if len(blocks) > 1 else shape
     same = scale[given[..., np.flatnonzero(blocks)] if fit.block else given]
     fields: dict[str, Any] = {
         "a": jnp.asarray(a.reshape(*shape, *a.shape[len(lead) :])),

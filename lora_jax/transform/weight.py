@@ -181,13 +181,13 @@ def carried(path: str, leaf: Any, form: Factored, dropout_key: jax.Array | None)
             Factor(keys, (*(label for label, _ in batch), KEY_DATA)),
             str(jax.random.key_impl(dropout_key)),
         )
-    kept = () if form.offset is None else form.offset.labels
+    outputs = () if form.offset is None else form.offset.labels
     return Weight(
         value=Deferred.of(leaf) if is_quantized(leaf) else leaf,
         factors=form.factors,
         gains=form.gains,
         offset=form.offset,
-        inputs=value_size([pair for axis in dims for pair in axis if pair[0] not in kept]),
+        inputs=value_size([pair for axis in dims for pair in axis if pair[0] not in outputs]),
         rate=form.dropout if key is not None else None,
         key=key,
         path=path,
