@@ -19,10 +19,10 @@ from typing import Any
 from rich.console import Console
 
 from experiments import flags, startup
-from experiments.ahead import fitting, report, topology
-from experiments.ahead.analysis import Analysis, DoesNotFit, analyse
-from experiments.ahead.model import step_flops
-from experiments.ahead.topology import Topology
+from experiments.aot import fitting, report, topology
+from experiments.aot.analysis import Analysis, DoesNotFit, analyse
+from experiments.aot.model import step_flops
+from experiments.aot.topology import Topology
 from experiments.command_line import find_config
 from experiments.errors import UserError
 from experiments.models import location, shapes

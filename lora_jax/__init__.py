@@ -18,12 +18,12 @@ from lora_jax.adapters.offset import Offset
 from lora_jax.adapters.vera import DVoRA, VeRA
 from lora_jax.batching import TrainStates, route, stack, swap, train_many, unstack
 from lora_jax.checkpoint import load, save
+from lora_jax.conversion import to_plain_lora
 from lora_jax.linear import all_linear
 from lora_jax.manifest import BasePrecisionWarning
 from lora_jax.merging import combine, merge, switch_task, truncate, unmerge
 from lora_jax.optim import join, optimizer, partition, trainable_mask
-from lora_jax.plain import to_plain_lora
-from lora_jax.quantize import FP4, NF4, Int4, Int8, dequantize, quantize
+from lora_jax.quantization import FP4, NF4, Int4, Int8, dequantize, quantize
 from lora_jax.report import explain, summary
 from lora_jax.resume import restore_state, save_state
 from lora_jax.sharding import delta_shardings

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from lora_jax import axes as axis_roles
 from lora_jax import paths
 from lora_jax.adapters.protocol import IN, OUT, Recipe
-from lora_jax.quantize.rules import HEAD
+from lora_jax.quantization.rules import HEAD
 from lora_jax.transform.interpreter import Use
 
 _PRODUCTS = ("dot_general", "ragged_dot_general")

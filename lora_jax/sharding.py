@@ -14,7 +14,7 @@ from lora_jax.adapters.protocol import BATCH, IN, OUT, SCALAR, SPLIT, WEIGHT, Ad
 from lora_jax.leaves import is_array, is_quantized
 from lora_jax.optim import partition, trainable_mask
 from lora_jax.optim.offload import HOST, KIND
-from lora_jax.quantize.placement import shardings as of_quantized
+from lora_jax.quantization.placement import shardings as of_quantized
 
 if TYPE_CHECKING:  # which is placed by what is here
     from lora_jax.training import TrainState

@@ -24,7 +24,7 @@ from experiments.errors import UserError
 from experiments.studies.problem import Problem, answers, load
 from lora_jax import paths
 from lora_jax.leaves import is_quantized
-from lora_jax.quantize import Format
+from lora_jax.quantization import Format
 
 LINEAR = r"(attention|feed_forward)/.*kernel"
 FORMATS = (lora.NF4, lora.FP4, lora.Int4, lora.Int8)

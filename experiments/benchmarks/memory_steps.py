@@ -15,7 +15,7 @@ import lora_jax as lora
 from experiments.benchmarks.memory_arithmetic import Problem
 from experiments.models.llama import Llama, LlamaConfig
 from experiments.models.options import Options, Platform
-from lora_jax.quantize import Quantized
+from lora_jax.quantization import Quantized
 
 KERNELS = r"^layers/.*/kernel$"
 """The paths of the linear layers of all blocks: what is adapted, and what is quantised."""

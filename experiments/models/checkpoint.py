@@ -18,7 +18,7 @@ import lora_jax as lora
 from experiments.errors import UserError
 from lora_jax import peft
 from lora_jax.files import replaced
-from lora_jax.quantize import Format, Plan, bitsandbytes_tensors, from_bitsandbytes, shardings
+from lora_jax.quantization import Format, Plan, bitsandbytes_tensors, from_bitsandbytes, shardings
 
 M = TypeVar("M", bound=nnx.Module)
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]

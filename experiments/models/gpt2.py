@@ -27,7 +27,7 @@ from experiments.models.decoder import Decoder
 from experiments.models.norm import LayerNorm
 from experiments.models.options import DEFAULT, Options
 from lora_jax.peft import LINEAR, Names, Weight
-from lora_jax.quantize import Format
+from lora_jax.quantization import Format
 
 _SUPPORTED = {
     "model_type": ("gpt2",),

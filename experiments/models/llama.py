@@ -29,7 +29,7 @@ from experiments.models.decoder import Decoder
 from experiments.models.options import DEFAULT, Options
 from experiments.models.rope import Rope, turn
 from lora_jax.peft import LINEAR, Names, Weight
-from lora_jax.quantize import Format
+from lora_jax.quantization import Format
 
 M = TypeVar("M", bound=Decoder)
 

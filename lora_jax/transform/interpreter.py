@@ -9,8 +9,8 @@ import numpy as np
 
 from lora_jax.adapters.protocol import NO_BIAS
 from lora_jax.transform import jaxprs
-from lora_jax.transform.deferred import recomputed
 from lora_jax.transform.draws import Draws, Numbers
+from lora_jax.transform.lazy_dequantized import recomputed
 from lora_jax.transform.product import Product
 from lora_jax.transform.rules import RULES
 from lora_jax.transform.rules.contractions import on_arrays

@@ -10,7 +10,7 @@ from jax import lax
 
 from lora_jax.adapters.factored import Dims, Factor, Factored, Label, dense
 from lora_jax.leaves import is_quantized
-from lora_jax.transform.deferred import Deferred
+from lora_jax.transform.lazy_dequantized import Deferred
 
 Value = jax.Array | Deferred
 """The base weight under a view, or what it takes to compute it."""
@@ -77,7 +77,7 @@ class Weight:
         return bool(self.factors or self.gains)
 
     def merged(self) -> jax.Array:
-        """The adapted weight under the view, as an array. (Within :func:`~lora_jax.transform.deferred.recomputed`.)"""
+        """The adapted weight under the view, as an array. (Within :func:`recomputed`.)"""
         value = self.value.compute() if isinstance(self.value, Deferred) else self.value
         return dense(value, self.dims, self.factors, self.gains) if self.is_adapted else value
 

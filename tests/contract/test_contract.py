@@ -17,7 +17,7 @@ import pytest
 import lora_jax as lora
 from contract import cases
 from contract.jaxpr_checks import CONTRACTIONS, constants, equations, weight_gradients
-from lora_jax.quantize.codebooks import dynamic_map
+from lora_jax.quantization.codebooks import dynamic_map
 
 CHECKS = {}
 

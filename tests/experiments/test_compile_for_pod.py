@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from experiments import compile_for_pod, pods
-from experiments.ahead import fitting, table, topology
-from experiments.ahead.chips import GIB, TPUS, named
-from experiments.ahead.cost import Cost, Exchange
-from experiments.ahead.model import multiplied, step_flops
-from experiments.ahead.roofline import links, roofline
-from experiments.ahead.topology import Topology
-from experiments.ahead.traffic import Traffic
+from experiments.aot import fitting, table, topology
+from experiments.aot.chips import GIB, TPUS, named
+from experiments.aot.cost import Cost, Exchange
+from experiments.aot.model import multiplied, step_flops
+from experiments.aot.roofline import links, roofline
+from experiments.aot.topology import Topology
+from experiments.aot.traffic import Traffic
 from experiments.command_line import config_names
 from experiments.errors import UserError
 from experiments.models import shapes

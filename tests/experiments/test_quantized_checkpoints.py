@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lora
 from experiments.errors import UserError
 from experiments.models import families
-from lora_jax.quantize import from_bitsandbytes
+from lora_jax.quantization import from_bitsandbytes
 
 QUANTIZED = pathlib.Path(__file__).parents[1] / "fixtures" / "transformers" / "quantized"
 CASES = sorted(path.name for path in QUANTIZED.iterdir())

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
-from lora_jax.quantize import gathered, shardings
+from lora_jax.quantization import gathered, shardings
 from sharding.collectives import collectives
 from sharding.problem import (
     HIDDEN,

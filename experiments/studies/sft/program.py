@@ -22,7 +22,7 @@ from experiments.studies.sft.config import Config
 from experiments.training import mesh as meshes
 from experiments.training.optimizer import adam
 from lora_jax import paths
-from lora_jax.quantize import Format, Plan, gathered, shardings
+from lora_jax.quantization import Format, Plan, gathered, shardings
 
 LINEAR = {
     "attention": r"attention/(query|key|value|qkv|output)/kernel$",

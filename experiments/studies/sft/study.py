@@ -14,8 +14,8 @@ import numpy as np
 from rich.console import Console
 
 import lora_jax as lora
-from experiments.ahead import chips
-from experiments.ahead.model import step_flops
+from experiments.aot import chips
+from experiments.aot.model import step_flops
 from experiments.errors import UserError
 from experiments.input import pipeline, sources
 from experiments.input.checking import checked

@@ -20,9 +20,9 @@ from lora_jax.peft.methods.ia3 import Ia3, is_of_bias
 from lora_jax.peft.methods.method import Method, fit_of
 from lora_jax.peft.methods.table import METHODS
 from lora_jax.peft.methods.vera import VeRA, shared_pair
+from lora_jax.peft.modules_to_save import complete
 from lora_jax.peft.names import Names
 from lora_jax.peft.targets import write_files
-from lora_jax.peft.whole import complete
 from lora_jax.reading import counted
 
 

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.adapters.factored import Factor, Label, explicit_sharding, narrowed, placed, plus, times
 from lora_jax.transform import jaxprs
-from lora_jax.transform.deferred import product
+from lora_jax.transform.lazy_dequantized import product
 from lora_jax.transform.members import chain, picked
 from lora_jax.transform.product import Product
 from lora_jax.transform.ragged import ragged_product

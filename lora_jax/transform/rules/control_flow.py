@@ -7,8 +7,8 @@ from jax import lax
 
 from lora_jax.adapters.factored import Factor
 from lora_jax.transform import jaxprs
-from lora_jax.transform.deferred import Deferred, recomputed
 from lora_jax.transform.draws import Draws
+from lora_jax.transform.lazy_dequantized import Deferred, recomputed
 from lora_jax.transform.weight import CannotFactor, Weight, spec_by_label
 
 

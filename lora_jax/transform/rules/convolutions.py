@@ -7,7 +7,7 @@ from jax import lax
 
 from lora_jax.adapters.factored import Factor, chain, plus, times
 from lora_jax.transform import jaxprs
-from lora_jax.transform.deferred import product
+from lora_jax.transform.lazy_dequantized import product
 from lora_jax.transform.product import Product
 from lora_jax.transform.taps import check_whole, moments, tapped
 from lora_jax.transform.weight import CannotFactor, Weight, offset_of, split_label

@@ -5,7 +5,7 @@ import numpy as np
 from jax import lax
 
 from lora_jax.adapters.factored import Factor
-from lora_jax.transform.deferred import Deferred, viewed
+from lora_jax.transform.lazy_dequantized import Deferred, viewed
 from lora_jax.transform.weight import CannotFactor, Weight, fresh, twin
 
 

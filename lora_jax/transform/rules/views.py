@@ -10,7 +10,7 @@ from jax import lax
 
 from lora_jax.adapters.factored import Factor, compute_dtype
 from lora_jax.transform import jaxprs
-from lora_jax.transform.deferred import Deferred, viewed
+from lora_jax.transform.lazy_dequantized import Deferred, viewed
 from lora_jax.transform.weight import CannotFactor, Weight, fresh, permuted, reshaped, sliced, spec_by_label
 
 

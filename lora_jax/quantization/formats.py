@@ -8,8 +8,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from lora_jax.quantize import codebooks
-from lora_jax.quantize.leaf import Quantized
+from lora_jax.quantization import codebooks
+from lora_jax.quantization.leaf import Quantized
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.quantize import codebooks
-from lora_jax.quantize.formats import FP4, NF4, Int8
-from lora_jax.quantize.leaf import Quantized
-from lora_jax.quantize.scales import SECOND_BLOCK, Scales
+from lora_jax.quantization import codebooks
+from lora_jax.quantization.formats import FP4, NF4, Int8
+from lora_jax.quantization.leaf import Quantized
+from lora_jax.quantization.scales import SECOND_BLOCK, Scales
 
 _STATE = ".quant_state.bitsandbytes__"
 _FORMATS = {"nf4": (NF4, codebooks.NORMAL_FLOAT), "fp4": (FP4, codebooks.FLOAT)}
@@ -37,7 +37,7 @@ def from_bitsandbytes(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
     Example:
       >>> import safetensors.numpy
-      >>> tensors = safetensors.numpy.load_file("tests/fixtures/quantize/four_bits.safetensors")
+      >>> tensors = safetensors.numpy.load_file("tests/fixtures/quantization/four_bits.safetensors")
       >>> from_bitsandbytes(tensors)["layers.0.up.weight"]
       NF4[128, 16](dtype=bfloat16, block=64, double, 4.156 bits)
     """

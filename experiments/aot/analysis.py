@@ -8,11 +8,11 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh
 
-from experiments.ahead import cost, hlo
-from experiments.ahead.chips import GIB
-from experiments.ahead.cost import Cost
-from experiments.ahead.roofline import Roofline, roofline
-from experiments.ahead.topology import Topology
+from experiments.aot import cost, hlo
+from experiments.aot.chips import GIB
+from experiments.aot.cost import Cost
+from experiments.aot.roofline import Roofline, roofline
+from experiments.aot.topology import Topology
 from experiments.benchmarks.memory_steps import argument_bytes
 
 _SIZE = r"([\d.]+)([KMGT]?)"

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from experiments.ahead import chips
-from experiments.ahead.chips import Chip
+from experiments.aot import chips
+from experiments.aot.chips import Chip
 from experiments.errors import UserError
 
 _NAME = re.compile(r"^(v\d+[a-z]*):(\d+(?:x\d+)+)$")

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lora_jax.quantize.scales import SECOND_BLOCK, Scales, divided
+from lora_jax.quantization.scales import SECOND_BLOCK, Scales, divided
 
 if TYPE_CHECKING:  # formats make leaves
-    from lora_jax.quantize.formats import Format
+    from lora_jax.quantization.formats import Format
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +35,7 @@ class Quantized:
       sizes: Their sizes. The last block is padded where they are no multiple of it.
       dtype: Of the weight.
       used: How the last axes of `codes` are divided over devices where the weight is used, if not as they are where it
-        lies; see :func:`~lora_jax.quantize.placement.gathered`.
+        lies; see :func:`~lora_jax.quantization.placement.gathered`.
     """
 
     codes: jax.Array

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from experiments.ahead.hlo import DEVICE, HOST, Array, Computation, Instruction, Module
+from experiments.aot.hlo import DEVICE, HOST, Array, Computation, Instruction, Module
 
 # What moves nothing of itself: names for what is there, and what runs other computations.
 _FREE = frozenset(

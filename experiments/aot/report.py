@@ -5,8 +5,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from experiments.ahead.analysis import Analysis
-from experiments.ahead.topology import Topology
+from experiments.aot.analysis import Analysis
+from experiments.aot.topology import Topology
 from experiments.reports.table import size
 
 _LIMITS = {"compute": "compute", "memory": "HBM bandwidth", "links": "chip-to-chip links"}

@@ -3,7 +3,7 @@
 import math
 import re
 
-from experiments.ahead.hlo import Computation, Instruction
+from experiments.aot.hlo import Computation, Instruction
 
 # Targets that move, allocate, synchronise or promise, and compute nothing.
 _NO_PRODUCTS = re.compile(

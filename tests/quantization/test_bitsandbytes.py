@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import lora_jax as lora
-from lora_jax.quantize import from_bitsandbytes
+from lora_jax.quantization import from_bitsandbytes
 
-FILE = pathlib.Path(__file__).parents[1] / "fixtures/quantize/four_bits.safetensors"
+FILE = pathlib.Path(__file__).parents[1] / "fixtures/quantization/four_bits.safetensors"
 NAME = "layers.0.up.weight"
 
 

@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import lora_jax as lora
-from lora_jax.quantize.scales import Scales
+from lora_jax.quantization.scales import Scales
 
 AXES = {
     "kernel": ("in", "out"),

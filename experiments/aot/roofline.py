@@ -11,8 +11,8 @@ import dataclasses
 
 import numpy as np
 
-from experiments.ahead.cost import Cost, Exchange
-from experiments.ahead.topology import Topology
+from experiments.aot.cost import Cost, Exchange
+from experiments.aot.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ from lora_jax import paths
 from lora_jax.adapters.protocol import BATCH, LOOKUP, check_axes, is_adapter
 from lora_jax.functions import check_function
 from lora_jax.leaves import dequantized, is_array, is_quantized, short
-from lora_jax.quantize.encoding import encoded
-from lora_jax.quantize.formats import Format, blocked_axes
+from lora_jax.quantization.encoding import encoded
+from lora_jax.quantization.formats import Format, blocked_axes
 
 HEAD = r"^((params|model)/)?(output|head|classifier|score|logits)(/|$)|(^|/)(lm_head|unembed\w*)(/|$)"
 """Paths of weights that make a model's output."""

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lora_jax.quantize.formats import Format
-from lora_jax.quantize.leaf import Quantized
-from lora_jax.quantize.placement import shardings
+from lora_jax.quantization.formats import Format
+from lora_jax.quantization.leaf import Quantized
+from lora_jax.quantization.placement import shardings
 
 
 def encoded(weight: Any, form: Format, axes: tuple[str, ...]) -> tuple[Quantized, bool]:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
-from lora_jax.quantize import codebooks
+from lora_jax.quantization import codebooks
 
-BITSANDBYTES = np.load(pathlib.Path(__file__).parents[1] / "fixtures/quantize/bitsandbytes.npz")
+BITSANDBYTES = np.load(pathlib.Path(__file__).parents[1] / "fixtures/quantization/bitsandbytes.npz")
 CASES = sorted({name.split("/")[0] for name in BITSANDBYTES if "/" in name})
 FORMATS = {"nf4": lora.NF4, "fp4": lora.FP4}
 ALL = (lora.NF4, lora.FP4, lora.Int8, lora.Int4)

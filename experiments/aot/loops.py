@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from experiments.ahead.hlo import Computation, Instruction, Module
+from experiments.aot.hlo import Computation, Instruction, Module
 
 LONGEST = 1_000_000
 """Runs after which a loop is taken for one that does not end."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from experiments.ahead.chips import GIB
+from experiments.aot.chips import GIB
 from experiments.errors import UserError
 from experiments.studies.sft import program
 from experiments.studies.sft.config import Config

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from experiments.ahead import loops, traffic
-from experiments.ahead.groups import pairs, replica_groups
-from experiments.ahead.hlo import Computation, Instruction, Module
-from experiments.ahead.kernels import kernel_flops
-from experiments.ahead.traffic import Traffic
+from experiments.aot import loops, traffic
+from experiments.aot.groups import pairs, replica_groups
+from experiments.aot.hlo import Computation, Instruction, Module
+from experiments.aot.kernels import kernel_flops
+from experiments.aot.traffic import Traffic
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 UNCOUNTED = ("ragged-all-to-all", "collective-broadcast", "send", "recv")

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from lora_jax.leaves import is_quantized
-from lora_jax.quantize.leaf import Quantized
+from lora_jax.quantization.leaf import Quantized
 
 
 def shardings(leaf: Quantized, sharding: Sharding) -> Any:

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lora_jax.quantize import codebooks
+from lora_jax.quantization import codebooks
 
 SECOND_BLOCK = 256
 """How many scales share a scale of the second level."""

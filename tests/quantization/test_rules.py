@@ -9,7 +9,7 @@ from flax import nnx
 import lora_jax as lora
 from lora_jax import paths
 from lora_jax.leaves import is_quantized
-from lora_jax.quantize import Plan, Quantized
+from lora_jax.quantization import Plan, Quantized
 
 
 def model(base, tokens):

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
-from lora_jax.quantize import encoding
+from lora_jax.quantization import encoding
 
 FORM = lora.NF4(axes=("in", "out"))
 WEIGHT = jax.random.normal(jax.random.key(0), (512, 256)) / 20

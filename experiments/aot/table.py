@@ -1,4 +1,4 @@
-"""Prints the table of `experiments/pods/README.md`: `python -m experiments.ahead.table [--rows N …] [--out DIR]`.
+"""Prints the table of `experiments/pods/README.md`: `python -m experiments.aot.table [--rows N …] [--out DIR]`.
 
 Compiles, one after another, the steps of the pod configs for slices of TPUs, some with flags of their own, and one step
 for slices of 16 to 256 chips with the same batch per chip. A row takes one to four minutes on two CPU cores; with
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments import startup
-from experiments.ahead import report, topology
-from experiments.ahead.analysis import DoesNotFit
-from experiments.ahead.chips import GIB
+from experiments.aot import report, topology
+from experiments.aot.analysis import DoesNotFit
+from experiments.aot.chips import GIB
 from experiments.compile_for_pod import compiled, config_of
 from experiments.errors import UserError
 from experiments.studies.sft.config import Config
@@ -172,4 +172,4 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(startup.run("python -m experiments.ahead.table", main))
+    sys.exit(startup.run("python -m experiments.aot.table", main))

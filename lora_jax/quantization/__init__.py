@@ -1,0 +1,25 @@
+"""Quantised bases: weights as codes of four or eight bits, which `adapt` takes as they are."""
+
+from lora_jax.quantization.bitsandbytes import bitsandbytes_tensors, from_bitsandbytes
+from lora_jax.quantization.formats import FP4, NF4, Format, Int4, Int8
+from lora_jax.quantization.leaf import Quantized
+from lora_jax.quantization.placement import gathered, shardings
+from lora_jax.quantization.rules import Plan, dequantize, quantize
+from lora_jax.quantization.scales import Scales
+
+__all__ = [
+    "FP4",
+    "NF4",
+    "Format",
+    "Int4",
+    "Int8",
+    "Plan",
+    "Quantized",
+    "Scales",
+    "bitsandbytes_tensors",
+    "dequantize",
+    "from_bitsandbytes",
+    "gathered",
+    "quantize",
+    "shardings",
+]
