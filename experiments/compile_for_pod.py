@@ -20,7 +20,7 @@ from rich.console import Console
 
 from experiments import flags, startup
 from experiments.aot import fitting, report, topology
-from experiments.aot.analysis import Analysis, DoesNotFit, analyse
+from experiments.aot.analysis import Analysis, DoesNotFit, analyze
 from experiments.aot.model import step_flops
 from experiments.aot.topology import Topology
 from experiments.command_line import find_config
@@ -85,7 +85,7 @@ def compiled(config: Config, slice_: Topology) -> Analysis:
     made = program.abstract(config, slice_.devices, "tpu")
     needs = step_flops(made.base, made.delta, made.shape, made.tokens, config.length)
     try:
-        analysis = analyse(made, slice_, needs)
+        analysis = analyze(made, slice_, needs)
         if analysis.memory.total > analysis.memory.capacity:
             raise DoesNotFit(analysis.memory.total, analysis.memory.capacity)
     except DoesNotFit as error:

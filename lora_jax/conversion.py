@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from lora_jax.adapters.consistency import check_adapters
-from lora_jax.adapters.lowrank import LowRank
+from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.protocol import BATCH, Adapter
 
 Delta = dict[str, Adapter]
@@ -16,7 +16,7 @@ def to_plain_lora(delta: Delta, start: Delta) -> Delta:
 
     PiSSA and its like take :math:`s\,a_0^\top b_0` out of the weight. What they trained, on the weight as it was, is
     :math:`s\,a^\top b - s\,a_0^\top b_0`: the factors side by side. It can be exported and used with the original
-    weights, which the moved base cannot. (After LoftQ the quantised base is the one to use: it differs from the
+    weights, which the moved base cannot. (After LoftQ the quantized base is the one to use: it differs from the
     original by more than low rank.)
 
     Args:
@@ -53,7 +53,7 @@ def to_plain_lora(delta: Delta, start: Delta) -> Delta:
 
 
 def _beside(path: str, node: Adapter, start: Adapter) -> Adapter:
-    if not isinstance(node, LowRank) or not isinstance(start, LowRank):
+    if not isinstance(node, LoRAAdapter) or not isinstance(start, LoRAAdapter):
         return node
     node = dataclasses.replace(node, fingerprint=None)
     if (type(node), node.shape(), node.axes, node.blocks) != (type(start), start.shape(), start.axes, start.blocks):

@@ -1,4 +1,4 @@
-"""What a leaf of a base may be: an array, or a pytree node that stands for one (a quantised weight)."""
+"""What a leaf of a base may be: an array, or a pytree node that stands for one (a quantized weight)."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def is_abstract(leaf: Any) -> bool:
 
 
 def dequantized(leaf: Any) -> Any:
-    """The array that a leaf stands for: itself, unless it is quantised."""
+    """The array that a leaf stands for: itself, unless it is quantized."""
     return leaf.dequantize() if is_quantized(leaf) else leaf
 
 

@@ -11,6 +11,7 @@ from flax import nnx
 from flax.core import meta
 
 from lora_jax.leaves import is_quantized
+from lora_jax.renamed import module_getattr
 
 PyTree = Any
 
@@ -33,7 +34,7 @@ class FlatTree:
 
     Attributes:
       paths: One '/'-joined path a leaf; a box (`nnx.Variable`, Linen's `Partitioned`) adds no segment.
-      leaves: The leaves, in the tree's own order; a quantised weight is one.
+      leaves: The leaves, in the tree's own order; a quantized weight is one.
       treedef: The structure, boxes included.
     """
 
@@ -61,7 +62,7 @@ def flatten(tree: PyTree) -> FlatTree:
       tree: Any pytree: dicts, lists, dataclasses, Equinox modules, `nnx.State`, Linen variables.
 
     Returns:
-      The flat form; leaves are what `jax.tree.leaves` gives, in that order, and quantised weights.
+      The flat form; leaves are what `jax.tree.leaves` gives, in that order, and quantized weights.
 
     Raises:
       ValueError: Two leaves print the same path, so that neither could be named.
@@ -93,7 +94,7 @@ def search(pattern: str, path: str) -> bool:
     return re.search(pattern, path) is not None
 
 
-def compiles(pattern: str) -> None:
+def check_pattern(pattern: str) -> None:
     """Raises `ValueError` where a pattern is not a regular expression."""
     try:
         re.compile(pattern)
@@ -101,7 +102,7 @@ def compiles(pattern: str) -> None:
         raise ValueError(f"Pattern {pattern!r} is not a regular expression: {error}.") from error
 
 
-def assigned(
+def match_patterns(
     patterns: Iterable[Any], leaves: Sequence[str], selected: Mapping[Any, Collection[str]] | None = None
 ) -> dict[str, Any]:
     """Which pattern each path gets: of those that occur in it, the first.
@@ -115,7 +116,7 @@ def assigned(
       ValueError: A pattern is no regular expression, or matches nothing, or nothing that an earlier one leaves.
 
     Example:
-      >>> assigned(["query", "kernel"], ["query/kernel", "key/kernel", "norm/scale"])
+      >>> match_patterns(["query", "kernel"], ["query/kernel", "key/kernel", "norm/scale"])
       {'query/kernel': 'query', 'key/kernel': 'kernel'}
     """
     taken: dict[str, str] = {}
@@ -123,7 +124,7 @@ def assigned(
         if selected is not None and pattern in selected:
             matched = [path for path in leaves if path in selected[pattern]]
         else:
-            compiles(pattern)
+            check_pattern(pattern)
             matched = [path for path in leaves if search(pattern, path)]
         if not matched:
             raise ValueError(f"The pattern {pattern!r} matches no path of the base; {nearest(str(pattern), leaves)}.")
@@ -154,3 +155,6 @@ def nearest(wanted: str, candidates: Sequence[str], limit: int = 3) -> str:
 
     best = sorted(candidates, key=likeness, reverse=True)[:limit]
     return "nearest: " + ", ".join(map(repr, best))
+
+
+__getattr__ = module_getattr(__name__, compiles="check_pattern", assigned="match_patterns")

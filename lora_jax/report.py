@@ -41,7 +41,7 @@ class Explanation(dict[str, tuple[Use, ...]]):
 def explain(fn: Callable, base: Any, delta: Delta, /, *args: Any, **kwargs: Any) -> Explanation:
     """Tells, per weight and use, whether the adapter is applied factored or the weight is merged, and why.
 
-    Quantised weights are shown with or without an adapter: merged ones are dequantised there for good.
+    Quantized weights are shown with or without an adapter: merged ones are dequantized there for good.
 
     Args:
       fn: The function that :func:`lora_jax.adapt` is given (not its result).
@@ -107,8 +107,8 @@ class Summary:
       total: Parameters of the base and the adapters together (a `Full` copy counts once).
       base_parameters: Parameters of the base.
       base_bytes: Of the base.
-      float_bytes: Of the base with floats in the place of quantised leaves: what full fine-tuning has.
-      formats: By format of quantised leaves, how many there are and their bits a parameter.
+      float_bytes: Of the base with floats in the place of quantized leaves: what full fine-tuning has.
+      formats: By format of quantized leaves, how many there are and their bits a parameter.
       delta_bytes: Of the delta, frozen leaves included.
       train_bytes: Of the trained leaves: what their gradients take, and each copy in optimizer state.
       full_bytes: The same for full fine-tuning of the base.
@@ -151,7 +151,7 @@ class Summary:
         lines.append("")
         lines.append(f"trainable parameters  {self.trainable:,} of {self.total:,} ({self.percent:.3f} %)")
         for name, (count, bits) in self.formats.items():
-            lines.append(f"quantised weights     {count} in {name}, {bits:.3f} bits a parameter")
+            lines.append(f"quantized weights     {count} in {name}, {bits:.3f} bits a parameter")
         lines.append("")
         costs: list[tuple[str, ...]] = [("bytes", "this delta", "full fine-tuning", "ratio")]
         costs += [("base", f"{self.base_bytes:,}", f"{self.float_bytes:,}", "")]
@@ -229,7 +229,7 @@ def _bytes(tree: Any) -> int:
 
 
 def _formats(leaves: Iterable[Any]) -> dict[str, tuple[int, float]]:
-    """How many quantised leaves have each format, and their bits a parameter."""
+    """How many quantized leaves have each format, and their bits a parameter."""
     by_name: dict[str, list[Any]] = collections.defaultdict(list)
     for leaf in filter(is_quantized, leaves):
         by_name[leaf.format.name if hasattr(leaf, "format") else type(leaf).__name__].append(leaf)

@@ -30,7 +30,7 @@ def delta_shardings(base_shardings: Any, delta: Delta) -> Delta:
     placed delta (`TrainState.create`) lies where the delta does.
 
     Args:
-      base_shardings: A tree like the base, of shardings, or the base itself where its arrays are placed. A quantised
+      base_shardings: A tree like the base, of shardings, or the base itself where its arrays are placed. A quantized
         weight's is the leaf, or the tree of shardings in its place.
       delta: Its arrays may be `jax.ShapeDtypeStruct`.
 
@@ -150,7 +150,7 @@ def _types(opt_state: Any, tx: optax.GradientTransformation, train: Delta) -> An
 
 
 def _of_base(base_shardings: Any, base: Any) -> Any:
-    """The sharding of every array of a base, those of quantised weights included."""
+    """The sharding of every array of a base, those of quantized weights included."""
     leaves = paths.flatten(base_shardings).as_dict()
 
     def of(path: str, leaf: Any) -> Any:

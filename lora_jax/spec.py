@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from lora_jax import axes as axis_roles
 from lora_jax import checks, paths
 from lora_jax.adapters.fingerprints import fingerprint
-from lora_jax.adapters.lowrank import LowRank
+from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.protocol import Adapter, Recipe, check_axes, is_inexact
-from lora_jax.capturing import capture
+from lora_jax.capturing import collect_stats
 from lora_jax.functions import check_function
 from lora_jax.initializers import GRADIENT
 from lora_jax.leaves import canonical, is_array, short
@@ -41,7 +41,7 @@ def assign(base: Any, spec: Spec, linear: Collection[str] = ()) -> dict[str, Any
     """
     flat = paths.flatten(base)
     leaves = [path for path, leaf in zip(flat.paths, flat.leaves) if is_array(leaf)]
-    patterns = paths.assigned(spec, leaves, {all_linear: linear})
+    patterns = paths.match_patterns(spec, leaves, {all_linear: linear})
     return {path: pattern for path, pattern in patterns.items() if spec[pattern] is not None}
 
 
@@ -95,7 +95,7 @@ def init(
     delta = {}
     for path, recipe, given in _each(key, base, spec, fn, args, kwargs):
         with _naming(path):
-            delta[path] = recipe.make(*given)
+            delta[path] = recipe.create(*given)
     return delta
 
 
@@ -109,7 +109,7 @@ def prepare(
     *,
     loss: Callable | None = None,
 ) -> tuple[Any, dict[str, Adapter]]:
-    """Like :func:`init`, for initialisers that read data or move a part of the weights into the adapters.
+    """Like :func:`init`, for initializers that read data or move a part of the weights into the adapters.
 
     PiSSA, OLoRA and LoftQ read the weights; EVA and CorDA read the inputs that the weights have in `fn`; LoRA-GA reads
     the gradient of `loss`. Inputs are read by differentiating the outputs of `fn`: a use that acts on no float output,
@@ -126,8 +126,8 @@ def prepare(
       spec: As for :func:`init`.
       fn: `fn(base, *batch)`.
       batches: The function's other arguments, a tuple a batch (or the one argument itself). The first
-        is traced for axis roles; all are read, once, where an initialiser reads data. Tokens that pad them count.
-      loss: `loss(base, *batch)`, a scalar, for initialisers that read gradients.
+        is traced for axis roles; all are read, once, where an initializer reads data. Tokens that pad them count.
+      loss: `loss(base, *batch)`, a scalar, for initializers that read gradients.
 
     Returns:
       The adjusted base and the delta, whose adapters remember the weights that were moved: with another base they are
@@ -168,16 +168,16 @@ def prepare(
         if what == GRADIENT and loss is None:
             raise ValueError(f"{path!r}: {recipes[path]} reads the gradient of a loss: give prepare(…, loss=…).")
     if loss is not None and GRADIENT not in reading.values():
-        raise ValueError("prepare(loss=…): no recipe of the spec has an initialiser that reads gradients.")
+        raise ValueError("prepare(loss=…): no recipe of the spec has an initializer that reads gradients.")
     informed: dict[str, Recipe | None] = dict(recipes)
     if reading:
         wanted = {path: (reading[path], axes) for path, _, (_, _, axes) in adapted if path in reading}
-        readings = capture(fn, loss, base, wanted, itertools.chain([first], rest))
+        readings = collect_stats(fn, loss, base, wanted, itertools.chain([first], rest))
         while readings:
             recipe = recipes[next(iter(readings))]
             alike = [path for path in readings if recipes[path] == recipe]
             # A reading is held by the recipe that it informs, until that recipe has made its adapter.
-            informed |= recipe.informed({path: readings.pop(path) for path in alike})
+            informed |= recipe.with_calibration({path: readings.pop(path) for path in alike})
     moved, delta = {}, {}
     for path, _, given in adapted:
         recipe = informed.pop(path)
@@ -188,7 +188,7 @@ def prepare(
                 if weight is given[1]:
                     continue
                 moved[path] = weight
-                if isinstance(node, LowRank):
+                if isinstance(node, LoRAAdapter):
                     delta[path] = dataclasses.replace(node, fingerprint=fingerprint(given[1], weight))
                 if _is_finite(given[1]) and not _is_finite(weight):
                     raise ValueError(f"{recipes[path]} makes a finite weight one with NaN or Inf.")

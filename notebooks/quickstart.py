@@ -110,8 +110,8 @@ frozen = jax.jit(apply_fn)
 features = {
     name: answers(lambda tokens, mask: frozen(base, tokens, mask)[1], split, LENGTHS) for name, split in splits.items()
 }
-labelled = {name: (features[name], split.labels) for name, split in splits.items()}
-fitted = head.fit(labelled["train"], labelled["validation"], len(labels))
+labeled = {name: (features[name], split.labels) for name, split in splits.items()}
+fitted = head.fit(labeled["train"], labeled["validation"], len(labels))
 base = {**base, "classifier": {"kernel": jnp.asarray(fitted.kernel), "bias": jnp.asarray(fitted.bias)}}
 head_accuracy = accuracy(features["test"] @ fitted.kernel + fitted.bias, splits["test"])
 print(f"head only: {head_accuracy:.1%} of the test examples")
@@ -226,7 +226,7 @@ assert all(jax.tree.leaves(equal))
 # ## Try it
 
 # %%
-questions = ["chess engine that plays over the internet", "morse code trainer", "colour palette editor for icons"]
+questions = ["chess engine that plays over the internet", "morse code trainer", "color palette editor for icons"]
 sequences = text.encode(tokenizer, questions, LENGTHS[-1])
 asked = Split(sequences, np.zeros(len(questions), np.int32))
 logits = answers(lambda *inputs: frozen(params, *inputs)[0], asked, LENGTHS)

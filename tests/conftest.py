@@ -4,7 +4,7 @@ import itertools
 import os
 
 # Virtual CPU devices wherever the tests run, so that none skips for want of devices and numbers do not depend
-# on the machine. Compiled code runs once or twice here: without LLVM's optimisations the suite takes a quarter
+# on the machine. Compiled code runs once or twice here: without LLVM's optimizations the suite takes a quarter
 # less time.
 FLAGS = (
     "--xla_force_host_platform_device_count=8",

@@ -21,7 +21,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import numpy as np
 
 import lora_jax as lora
-from lora_jax.adapters.lowrank import LowRank
+from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.checkpoint import MANIFEST
 
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate"}
@@ -31,7 +31,7 @@ def delta(value):
     """An adapter whose arrays hold one value; the scale tells a mixture of two."""
     a, b = np.full((4, 64), value, np.float32), np.full((4, 32), value, np.float32)
     scale, rate = np.array(value, np.float32), np.zeros((), np.float32)
-    return {"w": LowRank(a=a, b=b, scale=scale, dropout=rate, axes=("in", "out"), blocks=(True,))}
+    return {"w": LoRAAdapter(a=a, b=b, scale=scale, dropout=rate, axes=("in", "out"), blocks=(True,))}
 
 
 def save(directory, kill_at):

@@ -129,7 +129,7 @@ def test_the_penalty_is_pefts():
     np.testing.assert_allclose(lora.optim.orthogonality(delta), STORED["allocation.penalty"], rtol=1e-5)
     # Layers that are stacked count as layers; orthonormal factors cost nothing and have a gradient.
     rows = jnp.eye(3)[:2]
-    made = lora.AdaLoRA(2).make(jax.random.key(0), jnp.zeros((4, 3, 3)), ("batch", "in", "out"))
+    made = lora.AdaLoRA(2).create(jax.random.key(0), jnp.zeros((4, 3, 3)), ("batch", "in", "out"))
     tiled = jnp.broadcast_to(rows, (4, 2, 3))
     whole = dataclasses.replace(made, a=tiled, b=tiled)
     value, gradient = jax.value_and_grad(lambda a: lora.optim.orthogonality({"w": dataclasses.replace(whole, a=a)}))(
@@ -142,8 +142,10 @@ def test_the_penalty_is_pefts():
 
 def test_stacked_layers_share_the_budget_of_separate_ones():
     key = jax.random.key(3)
-    apart = {str(i): lora.AdaLoRA(3).make(jax.random.fold_in(key, i), jnp.zeros((5, 4)), ("in", "out")) for i in (0, 1)}
-    stacked = lora.AdaLoRA(3).make(key, jnp.zeros((2, 5, 4)), ("batch", "in", "out"))
+    apart = {
+        str(i): lora.AdaLoRA(3).create(jax.random.fold_in(key, i), jnp.zeros((5, 4)), ("in", "out")) for i in (0, 1)
+    }
+    stacked = lora.AdaLoRA(3).create(key, jnp.zeros((2, 5, 4)), ("batch", "in", "out"))
     leaves = {name: jnp.stack([getattr(node, name) for node in apart.values()]) for name in ("a", "values", "b")}
     stacked = {"w": dataclasses.replace(stacked, **leaves)}
     tx = lora.optim.allocate_ranks(optax.sgd(0.1), 1, steps=6, final=2)
@@ -242,16 +244,16 @@ def test_padding_and_the_adapter_that_changes_nothing():
     fn = lambda base, x: jnp.sin(x @ base["w"])  # noqa: E731
     delta = lora.init(jax.random.key(0), base, {"w": lora.AdaLoRA(2, alpha=3)}, fn, x)
     node = dataclasses.replace(delta["w"], values=jnp.array([2.0, -1.0]))
-    wide = node.padded(4)
+    wide = node.pad_rank(4)
     assert (wide.rank, wide.a.shape, wide.b.shape) == (4, (4, 6), (4, 5))
     np.testing.assert_allclose(wide.merge(base["w"]), node.merge(base["w"]), rtol=1e-6)
-    np.testing.assert_array_equal(node.neutral(None).merge(base["w"]), base["w"])
+    np.testing.assert_array_equal(node.identity_like(None).merge(base["w"]), base["w"])
     train, frozen = lora.partition({"w": wide})
     adapted = lora.adapt(fn)
     gradients = jax.grad(lambda train: jnp.sum(adapted(base, lora.join(train, frozen), x)))(train)["w"]
     assert all((leaf[2:] == 0).all() for leaf in jax.tree.leaves(gradients))
     with pytest.raises(ValueError, match="cannot be padded to 1"):
-        node.padded(1)
+        node.pad_rank(1)
 
 
 def test_a_saved_adapter_is_read_back(tmp_path):
@@ -261,7 +263,7 @@ def test_a_saved_adapter_is_read_back(tmp_path):
 
 
 def test_equal_scores_keep_to_the_budget():
-    node = lora.AdaLoRA(4).make(jax.random.key(0), jnp.zeros((5, 5)), ("in", "out"))
+    node = lora.AdaLoRA(4).create(jax.random.key(0), jnp.zeros((5, 5)), ("in", "out"))
     train, _ = lora.partition({"w": node})
     tx = lora.optim.allocate_ranks(optax.sgd(0.1), 2, steps=1)
     still = jax.tree.map(jnp.zeros_like, train)

@@ -174,7 +174,7 @@ def test_magnitudes_and_directions_apart():
     np.testing.assert_allclose(found.magnitude, (0 + 2 + 0) / 3, rtol=1e-12)
 
 
-def test_what_cannot_be_analysed():
+def test_what_cannot_be_analyzed():
     base, delta = made(lora.Full())
     with pytest.raises(ValueError, match=r"'w': the Full adapter has the axis roles \(\)"):
         analysis.decompose(delta, base)

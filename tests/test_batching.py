@@ -23,7 +23,7 @@ def fn(base, x):
 
 
 def layers(base, x):
-    """A model of two layers in a scan, rematerialised, with a jit inside."""
+    """A model of two layers in a scan, rematerialized, with a jit inside."""
 
     @jax.checkpoint
     def layer(x, w):

@@ -36,7 +36,9 @@ def test_a_scale_that_float32_rounds_to_zero():
 def test_a_traced_alpha_is_read_later():
     def scale(alpha):
         return (
-            lora.LoRA(2, alpha=alpha, axes=("in", "out")).make(jax.random.key(0), jnp.ones((4, 4)), ("in", "out")).scale
+            lora.LoRA(2, alpha=alpha, axes=("in", "out"))
+            .create(jax.random.key(0), jnp.ones((4, 4)), ("in", "out"))
+            .scale
         )
 
     assert jax.jit(scale)(6.0) == 3.0
@@ -158,7 +160,7 @@ def test_integer_tables_and_moved_weights():
         lora.prepare(jax.random.key(0), whole, {"w": lora.LoRA(2, init="pissa")}, fn, [(X,)])
 
 
-def test_quantised_weights_have_integer_leaves():
+def test_quantized_weights_have_integer_leaves():
     base = {"w": jax.random.normal(jax.random.key(0), (64, 64))}
     small = lora.quantize(base, {"w": lora.Int8(axes=("in", "out"))})
     delta = lora.init(jax.random.key(0), small, {"w": lora.LoRA(2)}, lambda base, x: x @ base["w"], jnp.ones((1, 64)))

@@ -9,7 +9,7 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import merging
-from lora_jax.adapters.lowrank import LowRank
+from lora_jax.adapters.lowrank import LoRAAdapter
 
 FIXTURE = np.load(pathlib.Path(__file__).parent / "fixtures" / "adapters" / "combinations.npz")
 RANKS = {"one": 3, "two": 3, "three": 2}
@@ -24,7 +24,7 @@ def of_fixture(name):
     def node(module):
         scale = jnp.float32(ALPHAS[name] / RANKS[name])
         a, b = (jnp.asarray(FIXTURE[f"{name}.{module}.{part}"]) for part in "ab")
-        return LowRank(a=a, b=b.T, scale=scale, dropout=jnp.float32(0), axes=("in", "out"), blocks=(True,))
+        return LoRAAdapter(a=a, b=b.T, scale=scale, dropout=jnp.float32(0), axes=("in", "out"), blocks=(True,))
 
     return {"up": node("up"), "embed": node("embed")}
 
@@ -140,7 +140,7 @@ def test_offsets_add():
 def test_what_cannot_be_combined():
     one = made(1)
     with pytest.raises(ValueError, match="'w': the Full adapter"):
-        merging.scale({"w": lora.Full().make(jax.random.key(0), jnp.ones(3), ())}, 2.0)
+        merging.scale({"w": lora.Full().create(jax.random.key(0), jnp.ones(3), ())}, 2.0)
     with pytest.raises(ValueError, match="equal rank"):
         merging.combine([one, made(2, 3)], [1.0, 1.0], method="linear")
     with pytest.raises(ValueError, match="different kinds, shapes"):
@@ -181,12 +181,12 @@ def moved(node, seed):
 @pytest.mark.parametrize("recipe", FAMILIES.values(), ids=FAMILIES)
 def test_terms_of_other_families_become_low_rank(recipe, shape, axes):
     weight = jnp.zeros(shape)
-    node = moved(recipe.make(jax.random.key(0), weight, axes), 1)
-    other = moved(lora.LoRA(2, alpha=5).make(jax.random.key(2), weight, axes), 3)
+    node = moved(recipe.create(jax.random.key(0), weight, axes), 1)
+    other = moved(lora.LoRA(2, alpha=5).create(jax.random.key(2), weight, axes), 3)
     close = {"rtol": 1e-5, "atol": 1e-5}
     if node.rank > 1:
         truncated = merging.truncate({"w": node}, 1)["w"]
-        assert type(truncated) is LowRank and truncated.rank == 1
+        assert type(truncated) is LoRAAdapter and truncated.rank == 1
         truncated = merging.truncate({"w": node}, node.rank**2)["w"]
         np.testing.assert_allclose(added(truncated), added(node), **close)
     np.testing.assert_allclose(added(merging.scale({"w": node}, -2.0)["w"]), -2 * added(node), **close)

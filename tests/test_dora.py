@@ -143,7 +143,7 @@ def test_an_offset_along_layers_has_a_scale_a_layer(tmp_path):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rounded:
-    """A quantised leaf."""
+    """A quantized leaf."""
 
     codes: jax.Array
 
@@ -151,7 +151,7 @@ class Rounded:
         return self.codes.astype(jnp.float32) / 3
 
 
-def test_magnitudes_over_a_quantised_leaf_are_those_of_what_it_stands_for():
+def test_magnitudes_over_a_quantized_leaf_are_those_of_what_it_stands_for():
     base, x = {"w": jax.random.normal(jax.random.key(1), (6, 5))}, jnp.ones((2, 6))
     fn = lambda base, x: x @ base["w"]  # noqa: E731
     init = lora.initializers.LoftQ(lambda w: Rounded(jnp.round(w * 3).astype(jnp.int8)))

@@ -143,7 +143,7 @@ WEIGHT = jax.random.normal(jax.random.key(7), (24, 36))
 
 
 def made(recipe, shape=None, axes=("in", "out")):
-    return recipe.make(jax.random.key(0), WEIGHT if shape is None else jnp.ones(shape), axes)
+    return recipe.create(jax.random.key(0), WEIGHT if shape is None else jnp.ones(shape), axes)
 
 
 def test_vera_shares_one_pair_among_weights_of_a_size_and_lets_go_of_it():
@@ -259,7 +259,7 @@ def test_arguments_that_no_recipe_takes(make, message):
 @pytest.mark.parametrize("recipe", [lora.DVoRA(2), lora.DoRA(2)], ids=["DVoRA", "DoRA"])
 def test_magnitudes_need_the_weights_values(recipe):
     with pytest.raises(ValueError, match="starts from the weight's norms; the base has its shape only"):
-        recipe.make(jax.random.key(0), jax.ShapeDtypeStruct((4, 8), jnp.float32), ("in", "out"))
+        recipe.create(jax.random.key(0), jax.ShapeDtypeStruct((4, 8), jnp.float32), ("in", "out"))
 
 
 def test_a_shared_pair_is_saved_and_counted_once(tmp_path):

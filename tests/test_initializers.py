@@ -1,4 +1,4 @@
-"""Initialisers: PEFT's results where PEFT has the method, what they promise of the first output, what they read."""
+"""Initializers: PEFT's results where PEFT has the method, what they promise of the first output, what they read."""
 
 import dataclasses
 import gc
@@ -12,7 +12,7 @@ from jax import lax
 from scipy import stats
 
 import lora_jax as lora
-from lora_jax.capturing import capture
+from lora_jax.capturing import collect_stats
 from lora_jax.initializers import EVA, INPUTS, CorDA, Initializer, LoftQ, LoRAGA, PiSSA, decomposition
 
 FIXTURE = np.load(pathlib.Path(__file__).parent / "fixtures" / "adapters" / "initializers.npz")
@@ -128,7 +128,7 @@ def rounded(weight):
 
 
 def drawn(init, rank=8, shape=(400, 100), axes=("in", "out")):
-    return lora.LoRA(rank, init=init).make(jax.random.key(3), jnp.zeros(shape), axes)
+    return lora.LoRA(rank, init=init).create(jax.random.key(3), jnp.zeros(shape), axes)
 
 
 def test_kaiming_uniform_is_uniform_with_b_zero():
@@ -243,7 +243,7 @@ def test_blocks_start_by_themselves(init):
         np.testing.assert_allclose(moved["qkv"][:, 8:], alone["qkv"], atol=1e-5)
 
 
-def test_loftq_starts_nearer_to_the_weight_than_quantising_alone():
+def test_loftq_starts_nearer_to_the_weight_than_quantizing_alone():
     base, (alone, once, more) = published(), (rounded(published()["up"]), 1, 4)
     errors = [float(jnp.linalg.norm(alone - base["up"]))]
     for iterations in (once, more):
@@ -255,7 +255,7 @@ def test_loftq_starts_nearer_to_the_weight_than_quantising_alone():
     assert errors[2] < errors[1] < 0.8 * errors[0]
 
 
-def test_loftq_keeps_the_quantised_leaf():
+def test_loftq_keeps_the_quantized_leaf():
     @jax.tree_util.register_dataclass
     @dataclasses.dataclass
     class Codes:
@@ -308,7 +308,7 @@ def test_eva_pads_the_layers_of_a_stack_and_leaves_out_what_gets_no_rank():
 
 
 def read(function, base, axes, *batches):
-    found = capture(function, None, base, {path: (INPUTS, roles) for path, roles in axes.items()}, batches)
+    found = collect_stats(function, None, base, {path: (INPUTS, roles) for path, roles in axes.items()}, batches)
     return {path: reading.inputs for path, reading in found.items()}
 
 
@@ -493,7 +493,7 @@ def test_prepare_refuses():
 
     with pytest.raises(ValueError, match=r"'up'.*reads the gradient of a loss"):
         prepare("lora_ga")
-    with pytest.raises(ValueError, match="no recipe of the spec has an initialiser that reads gradients"):
+    with pytest.raises(ValueError, match="no recipe of the spec has an initializer that reads gradients"):
         prepare("eva", loss=loss)
     with pytest.raises(ValueError, match="at least one batch"):
         prepare("eva", ())

@@ -365,7 +365,7 @@ def test_the_layout_of_the_hubs_cache(run, base, adapter, tmp_path):
 
 
 def test_what_is_not_adapted_may_be_of_any_dtype(run, tmp_path):
-    """Quantised tensors, integers and scalars are copied as they are."""
+    """Quantized tensors, integers and scalars are copied as they are."""
     exact(tmp_path, np.float16)
     others = {
         "other.weight": np.arange(16, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn),
@@ -386,18 +386,18 @@ def test_what_is_not_adapted_may_be_of_any_dtype(run, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, ml_dtypes.float8_e4m3fn])
-def test_an_adapted_weight_that_is_quantised(fails, tmp_path, dtype):
+def test_an_adapted_weight_that_is_quantized(fails, tmp_path, dtype):
     exact(tmp_path, np.float32)
     save_file({"fc.weight": np.ones((24, 16)).astype(dtype)}, tmp_path / "base" / "model.safetensors")
     text = fails("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    assert "'fc.weight' is quantised" in text
+    assert "'fc.weight' is quantized" in text
 
 
 def test_an_adapted_weight_of_gptq(fails, tmp_path):
     exact(tmp_path, np.float32)
     save_file({"fc.qweight": np.ones((2, 24), np.int32)}, tmp_path / "base" / "model.safetensors")
     text = fails("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    assert "'fc.qweight' is quantised" in text
+    assert "'fc.qweight' is quantized" in text
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -182,7 +182,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("recipe", FAMILIES.values(), ids=FAMILIES)
 def test_terms_of_every_family_are_measured(recipe, getkey):
-    node = recipe.make(getkey(), jnp.zeros((6, 3, 8)), ("in", "batch", "out"))
+    node = recipe.create(getkey(), jnp.zeros((6, 3, 8)), ("in", "batch", "out"))
     train, frozen = lora.partition({"w": node})
     one, other = (
         lora.join(jax.tree.map(lambda leaf, by=by: leaf + by * jnp.cos(leaf), train), frozen)["w"] for by in (0.5, -0.3)
@@ -196,6 +196,6 @@ def test_terms_of_every_family_are_measured(recipe, getkey):
 
 @pytest.mark.parametrize("recipe", [lora.IA3(), lora.Full(), lora.DVoRA(2)], ids=lambda recipe: type(recipe).__name__)
 def test_what_adds_no_term_has_no_norm(recipe, getkey):
-    node = recipe.make(getkey(), jnp.ones((6, 8)), ("in", "out"))
+    node = recipe.create(getkey(), jnp.ones((6, 8)), ("in", "out"))
     with pytest.raises(ValueError, match="adds no term of its own"):
         norm(node)

@@ -22,7 +22,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
 
 class Step(Protocol):
-    """What can be analysed."""
+    """What can be analyzed."""
 
     @property
     def mesh(self) -> Mesh: ...
@@ -93,7 +93,7 @@ class Analysis:
     seconds: float
 
 
-def analyse(step: Step, topology: Topology, model_flops: float) -> Analysis:
+def analyze(step: Step, topology: Topology, model_flops: float) -> Analysis:
     """Compiles a step and counts.
 
     Args:

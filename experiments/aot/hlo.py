@@ -1,4 +1,4 @@
-"""The optimised HLO that XLA prints, as computations of instructions."""
+"""The optimized HLO that XLA prints, as computations of instructions."""
 
 import dataclasses
 import functools
@@ -155,7 +155,7 @@ def parse(text: str) -> Module:
     """Reads what `jax.stages.Compiled.as_text()` gives.
 
     Args:
-      text: The optimised HLO of one module.
+      text: The optimized HLO of one module.
 
     Raises:
       ValueError: It is no HLO, or has an instruction of an unknown form.

@@ -5,7 +5,7 @@ import re
 
 from experiments.aot.hlo import Computation, Instruction
 
-# Targets that move, allocate, synchronise or promise, and compute nothing.
+# Targets that move, allocate, synchronize or promise, and compute nothing.
 _NO_PRODUCTS = re.compile(
     r"^(AllocateBuffer|AssumeGatherIndicesInBound|Async\w+|ConcatBitcast|Sharding|SPMD\w+|MoveTo\w+|PinnedTo\w+|"
     r"annotate_device_placement|X64\w+|TopK|ProduceTrashBuffer|xla_ffi_python_cpu_callback|SliceToDynamic|PadToStatic)$"

@@ -83,8 +83,8 @@ def fit(
 def _measure(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     """Mean cross-entropy and accuracy."""
     largest = logits.max(axis=-1)
-    normaliser = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=-1))
-    loss = np.mean(normaliser - logits[np.arange(len(labels)), labels])
+    normalizer = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=-1))
+    loss = np.mean(normalizer - logits[np.arange(len(labels)), labels])
     return float(loss), float(np.mean(logits.argmax(axis=-1) == labels))
 
 

@@ -3,7 +3,7 @@
 Compiles for one TPU v5p chip, without one and without running them, the training steps of LLaMA's four sizes (batch
 1 × 512, scanned layers, each rematerialized, rank 64 on all linear layers, AdamW with float32 moments): full
 fine-tuning, LoRA, and QLoRA on NF4 with double quantization, the latter also with the optimizer's state in the host's
-memory and with the base dequantised as a whole before the model. A line a step, in GB (10⁹ bytes):
+memory and with the base dequantized as a whole before the model. A line a step, in GB (10⁹ bytes):
 
   base, delta, optimizer  by XLA's analysis of the arguments, padding of their layouts included
   temporaries             XLA's `temp_size_in_bytes`
@@ -38,7 +38,7 @@ from jax.experimental import topologies
 
 from experiments import flags, settings, startup
 from experiments.benchmarks.memory_arithmetic import Problem
-from experiments.benchmarks.memory_process import Figures, analysed, apart
+from experiments.benchmarks.memory_process import Figures, analyzed, apart
 from experiments.benchmarks.memory_shapes import SIZES, SMALL, Shape
 from experiments.benchmarks.memory_steps import make, only
 from experiments.errors import UserError
@@ -50,7 +50,7 @@ CHIP = 102_800_000_000
 """Bytes of a v5p that a program may have: XLA says 95.74 GiB."""
 
 FULL, LORA, QLORA = "full fine-tuning", "LoRA", "QLoRA"
-HOST, PLAIN = "QLoRA, state on the host", "QLoRA, dequantised before"
+HOST, PLAIN = "QLoRA, state on the host", "QLoRA, dequantized before"
 VARIANTS: dict[str, dict[str, Any]] = {
     FULL: {"method": "full"},
     LORA: {"method": "lora"},
@@ -124,7 +124,7 @@ def compiled(config: Config, report: Callable[[str], None]) -> dict[Row, Figures
                 continue
             start = time.perf_counter()
             with contextlib.suppress(DoesNotFit), refusals():
-                found[size, variant] = analysed(make(problem, sharding, "tpu"), "tpu")
+                found[size, variant] = analyzed(make(problem, sharding, "tpu"), "tpu")
             report(f"{size}, {variant}: {time.perf_counter() - start:.0f} s")
     return found
 
@@ -174,7 +174,7 @@ def table(config: Config, found: Mapping[Row, Figures | None]) -> str:
 
 def items(config: Config, found: Mapping[Row, Figures | None]) -> str:
     """QLoRA's temporaries by item beside XLA's, in GB."""
-    names = ("inputs", "logits", "a block", "sum", "gradients", "sum", "XLA's", "at its peak", "dequantised")
+    names = ("inputs", "logits", "a block", "sum", "gradients", "sum", "XLA's", "at its peak", "dequantized")
     lines = [f"{'GB':6}" + "".join(f"{name:>12}" for name in names)]
     for size in config.sizes:
         figures, plain = found.get((size, QLORA)), found.get((size, PLAIN))
@@ -212,7 +212,7 @@ def verdicts(config: Config, found: Mapping[Row, Figures | None]) -> bool:
         if figures is None:
             continue
         each = figures.quantized / (shape.layers * shape.block)
-        held.append(verdict(f"{size}: quantised leaves, a parameter", each, 0.53, "bytes"))
+        held.append(verdict(f"{size}: quantized leaves, a parameter", each, 0.53, "bytes"))
         parts = config.problem(shape, QLORA).items
         bound, gradients = needed(parts) / 1e9, parts["gradients"] / 1e9
         held.append(verdict(f"{size}: temporaries / inputs + logits + a block", figures.temporaries / 1e9, bound))

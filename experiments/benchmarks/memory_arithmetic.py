@@ -20,7 +20,7 @@ class Problem:
       adapter_bytes: Of a number of an adapter.
       rank: Of every adapter.
       tokens: Of the only sequence of the batch.
-      plain: The quantised base is dequantised as a whole, outside of the model.
+      plain: The quantized base is dequantized as a whole, outside of the model.
       on_host: Adam's moments are in the host's memory.
     """
 
@@ -40,7 +40,7 @@ class Problem:
 
     @property
     def quantized(self) -> int:
-        """Bytes of the quantised weights: codes, scales in eight bits, scales of these, and their mean."""
+        """Bytes of the quantized weights: codes, scales in eight bits, scales of these, and their mean."""
         shape = self.shape
         number = sum(math.ceil(n_in / NF4_BLOCK) * n_out for n_in, n_out in shape.linears)
         second = sum(math.ceil(math.ceil(i / NF4_BLOCK) * o / SECOND_BLOCK) for i, o in shape.linears)

@@ -38,7 +38,7 @@ class Figures:
       peak: What is held on the device at the worst moment (`peak_memory_in_bytes`, less `host`); 0 where XLA does not
         say.
       host: Of arguments in the host's memory.
-      quantized: Of the quantised leaves of the base.
+      quantized: Of the quantized leaves of the base.
       measured: Of the running step; 0 where it did not run.
       seconds: Of the fastest step; 0 likewise.
     """
@@ -60,7 +60,7 @@ class Figures:
         return max(self.peak - (self.device - self.temporaries), 0)
 
 
-def analysed(made: Made, platform: str) -> Figures:
+def analyzed(made: Made, platform: str) -> Figures:
     """What XLA says of a step for the devices of its shapes. Compiles it."""
     memory = analysis(made.lower())
     parts = {name: argument_bytes(tree) for name, tree in made.parts().items()}
@@ -85,7 +85,7 @@ def ran(problem: Problem, steps: int = 3) -> Figures:
     """
     device = jax.devices()[0]
     made = make(problem, only(device), device.platform)  # pyrefly: ignore[bad-argument-type]
-    figures = analysed(made, device.platform)
+    figures = analyzed(made, device.platform)
     if device.platform == "cpu":
         _run(made, 1)  # compiles, and starts the threads
         before = _resident(trim=True)

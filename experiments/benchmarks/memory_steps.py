@@ -18,7 +18,7 @@ from experiments.models.options import Options, Platform
 from lora_jax.quantization import Quantized
 
 KERNELS = r"^layers/.*/kernel$"
-"""The paths of the linear layers of all blocks: what is adapted, and what is quantised."""
+"""The paths of the linear layers of all blocks: what is adapted, and what is quantized."""
 
 LARGE = 100_000
 """Elements from which on a leaf of the optimizer's state goes to the host."""
@@ -173,7 +173,7 @@ def argument_bytes(tree: Any) -> tuple[int, int]:
 
 
 def quantized(base: Any) -> list[Quantized]:
-    """The quantised leaves of a base."""
+    """The quantized leaves of a base."""
     leaves = jax.tree.leaves(base, is_leaf=lambda node: isinstance(node, Quantized))
     return [leaf for leaf in leaves if isinstance(leaf, Quantized)]
 

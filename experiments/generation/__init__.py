@@ -1,7 +1,7 @@
 """Text from a decoder: greedy, sampled, or the best of several beams.
 
 All take `step(params, tokens_BL, mask_BL, cache) -> (logits_BV, cache)`, which gives the logits of the last place.
-The parameters are one argument, whatever they are: a base, a base with its delta, a quantised base.
+The parameters are one argument, whatever they are: a base, a base with its delta, a quantized base.
 """
 
 from experiments.generation.beams import Beams, beam_search

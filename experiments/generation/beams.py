@@ -69,7 +69,7 @@ def beam_search(
       cache: An empty one of as many rows, with slots for the prompts and the new tokens.
       new_tokens: The most tokens to add.
       beams: How many texts are kept for each prompt.
-      length_penalty: Log-probabilities are divided by the number of new tokens to this power: above 0 favours long
+      length_penalty: Log-probabilities are divided by the number of new tokens to this power: above 0 favors long
         texts, below 0 short ones.
       early_stopping: When a prompt is finished that has as many ended texts as beams. True: at once. False: when the
         best running beam, scored at its present length, is worse than all of them. 'never': when it could not

@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from experiments.errors import UserError
-from experiments.input.tokenised import Tokenised
+from experiments.input.tokenized import Tokenized
 from experiments.tasks.batching import NO_LABEL, Batch
 
 
@@ -94,7 +94,7 @@ class Packed:
       UserError: That is all of them.
     """
 
-    def __init__(self, data: Tokenised, *, length: int, batch_size: int, seed: int | None, pack: bool = True):
+    def __init__(self, data: Tokenized, *, length: int, batch_size: int, seed: int | None, pack: bool = True):
         self.data, self._length, self.batch_size, self._seed = data, length, batch_size, seed
         self._begins = np.cumsum(data.lengths, dtype=np.int64) - data.lengths
         self._sizes = np.minimum(data.lengths - 1, length)
@@ -131,12 +131,12 @@ class Packed:
         positions = _counted(sizes)
         sources = np.repeat(self._begins[examples], sizes) + positions
         places = np.repeat(np.repeat(np.arange(len(numbers)) * self._length, counts) + offsets, sizes) + positions
-        tokens, learnt = self.data.tokens, self.data.targets[sources + 1]
+        tokens, learned = self.data.tokens, self.data.targets[sources + 1]
         values = {
             "tokens": tokens[sources],
             "segments": np.repeat(within + 1, sizes),
             "positions": positions,
-            "labels": np.where(learnt, tokens[sources + 1].astype(np.int32), NO_LABEL),
+            "labels": np.where(learned, tokens[sources + 1].astype(np.int32), NO_LABEL),
         }
         batch = {}
         for name, value in values.items():

@@ -14,7 +14,7 @@ from experiments.input.checking import OnBad
 from experiments.input.encoding import Encoder
 from experiments.input.packing import Packed
 from experiments.input.sources import Records
-from experiments.input.tokenised import tokenise
+from experiments.input.tokenized import tokenize
 from experiments.tasks.batching import Batch
 
 _AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
@@ -58,7 +58,7 @@ def batches(
     Args:
       records: From :func:`experiments.input.sources.splits`.
       encoder: From :func:`experiments.input.encoding.load_encoder`.
-      directory: Where tokens are kept, see :func:`experiments.input.tokenised.tokenise`.
+      directory: Where tokens are kept, see :func:`experiments.input.tokenized.tokenize`.
       length: Of a row.
       global_batch: Rows of a batch, over all processes.
       seed: Of the order; None keeps the records' own.
@@ -70,7 +70,7 @@ def batches(
     Raises:
       UserError: A record is malformed, tokens cannot be written, or there is nothing to learn.
     """
-    data = tokenise(records, encoder, directory, on_bad=on_bad, process_index=process_index, report=report)
+    data = tokenize(records, encoder, directory, on_bad=on_bad, process_index=process_index, report=report)
     packed = Packed(data, length=length, batch_size=global_batch, seed=seed, pack=pack)
     notes = [f"{packed.cut:,} cut to {length:,} tokens"] if packed.cut else []
     notes += [f"{packed.left_out:,} left out with nothing to learn within that"] if packed.left_out else []

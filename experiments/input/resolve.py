@@ -97,7 +97,7 @@ def resolve(data: str, split: str, form: FormName | None = None, *, beside: bool
     if data.startswith((".", "/", "~")) or dataset.count("/") != 1 or data_suffix(path) in layout.SUFFIXES:
         shipped = ", ".join(examples.SHIPPED)
         raise UserError(
-            f"{data}: no such file or directory, and neither {shipped} nor a data set's name (ORGANISATION/DATASET)"
+            f"{data}: no such file or directory, and neither {shipped} nor a data set's name (ORGANIZATION/DATASET)"
         )
     return [] if beside and ":" in data else hub(data, split, form)
 
@@ -111,7 +111,7 @@ def _directory(
 ) -> list[Source]:
     path = examples.SHIPPED.get(data, Path(data))
     if (path / "labels.txt").exists():
-        return [] if beside and not list(path.glob(f"{split}.tsv*")) else [Labelled(data, split)]
+        return [] if beside and not list(path.glob(f"{split}.tsv*")) else [Labeled(data, split)]
     if (path / "state.json").is_file():  # of one split, saved by the datasets library
         if named:
             layout.chosen([saved_split(path) or "train"], split, data, named=True)
@@ -171,8 +171,8 @@ class File:
         return self._rows.place(index)
 
 
-class Labelled:
-    """Labelled texts of :mod:`experiments.tasks.examples`: a text is asked for by the name of its label."""
+class Labeled:
+    """Labeled texts of :mod:`experiments.tasks.examples`: a text is asked for by the name of its label."""
 
     def __init__(self, data: str, split: str):
         loaded = examples.load(data, split)
@@ -213,7 +213,7 @@ def hub(name: str, split: str, form: FormName | None = None) -> list[Source]:
     except Exception as error:  # whatever the library, the network and a data set's own files raise
         raise UserError(
             f"{':'.join([dataset, *rest[:-1], split])}: no such file, and not to be had from the hub as "
-            f"ORGANISATION/DATASET:SPLIT or ORGANISATION/DATASET:CONFIG:SPLIT ({reason(error)})"
+            f"ORGANIZATION/DATASET:SPLIT or ORGANIZATION/DATASET:CONFIG:SPLIT ({reason(error)})"
         ) from None
     names = [str(name) for name in tables]
     chosen = layout.chosen(names, split, ":".join([dataset, *rest[:-1]]), named=bool(rest))

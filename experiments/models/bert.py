@@ -119,7 +119,7 @@ class BertConfig:
 
 
 class Embeddings(nnx.Module):
-    """Word, position and segment vectors, summed and normalised."""
+    """Word, position and segment vectors, summed and normalized."""
 
     def __init__(self, config: BertConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
         self.config = config
@@ -197,7 +197,7 @@ class FeedForward(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention, then feed-forward; each adds to its input and the sum is normalised."""
+    """Attention, then feed-forward; each adds to its input and the sum is normalized."""
 
     def __init__(self, config: BertConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
         self.attention = Attention(config, options, dropout=dropout, rngs=rngs)

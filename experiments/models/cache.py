@@ -57,7 +57,7 @@ def empty(layers: int, batch: int, slots: int, groups: int, width: int, options:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Sight:
+class AttentionContext:
     """What the tokens of one call see; the same for all layers.
 
     Attributes:
@@ -112,7 +112,7 @@ class Sight:
 
 def look(
     shape_BL: tuple[int, ...], segments_BL: jax.Array | None, positions_BL: jax.Array | None, cache: Cache | None
-) -> Sight:
+) -> AttentionContext:
     """What the tokens of a call see.
 
     Args:
@@ -129,7 +129,7 @@ def look(
     if cache is None:
         if positions_BL is None:
             positions_BL = _places(segments_BL, shape_BL)
-        return Sight(positions_BL, segments_BL)
+        return AttentionContext(positions_BL, segments_BL)
     if length > cache.slots:
         raise ValueError(f"{length} tokens, {cache.slots} slots in the cache.")
     mask_BL = jnp.ones(shape_BL, bool) if segments_BL is None else segments_BL.astype(bool)
@@ -139,13 +139,13 @@ def look(
     new_BL = jnp.where(mask_BL, positions_BL, -1)
     slots_BT = jax.lax.dynamic_update_slice_in_dim(cache.positions_BT, new_BL, cache.used, axis=1)
     segments_BL = None if segments_BL is None else mask_BL.astype(jnp.int32)
-    return Sight(positions_BL, segments_BL, slots_BT, cache.used, cache.fresh)
+    return AttentionContext(positions_BL, segments_BL, slots_BT, cache.used, cache.fresh)
 
 
-def kept(cache: Cache, sight: Sight, layers: Any) -> Cache:
+def kept(cache: Cache, context: AttentionContext, layers: Any) -> Cache:
     """The cache after a call: what its layers keep, and where its tokens are."""
-    assert sight.slots_BT is not None
-    return Cache(layers, sight.slots_BT, cache.used + sight.positions_BL.shape[1], False)
+    assert context.slots_BT is not None
+    return Cache(layers, context.slots_BT, cache.used + context.positions_BL.shape[1], False)
 
 
 def _places(segments_BL: jax.Array | None, shape_BL: tuple[int, ...]) -> jax.Array:

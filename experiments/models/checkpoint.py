@@ -106,10 +106,10 @@ def load(
       spellings: (pattern, replacement) that bring other spellings of a tensor's name to the usual one.
       unused: Pattern of tensors that the model does without, in the names of the bare model. They are lost:
         what :func:`save` writes lacks them (an encoder's pooler, a head for masked words).
-      fresh: Pattern of paths of weights that are initialised, whatever the checkpoint holds (a new head).
-      optional: Pattern of paths of weights that are initialised where the checkpoint lacks all of their tensors.
-      seed: Of the initialised weights.
-      rules: Weights to quantise as they come, for :func:`lora_jax.quantize`. They do so layer by layer where layers are
+      fresh: Pattern of paths of weights that are initialized, whatever the checkpoint holds (a new head).
+      optional: Pattern of paths of weights that are initialized where the checkpoint lacks all of their tensors.
+      seed: Of the initialized weights.
+      rules: Weights to quantize as they come, for :func:`lora_jax.quantize`. They do so layer by layer where layers are
         stacked: beside the codes no more than one layer's weight is held in floats.
       example: Arguments of a call of the model, which is traced for `rules`; shapes will do.
       copies: Tensors that start as copies of others where the checkpoint lacks them: a head that is untied.
@@ -246,10 +246,10 @@ class _Stored:
         return any(name.removeprefix(self._prefix) in self._names for name in place.tensors)
 
     def leaf(self, place: peft.Place, dtype: Any, sharding: jax.sharding.Sharding | None, plan: Plan | None) -> Any:
-        """The weight on its devices, quantised where the checkpoint or the plan has it so."""
+        """The weight on its devices, quantized where the checkpoint or the plan has it so."""
         if any(name.removeprefix(self._prefix) in self._quantized for name in place.tensors):
             if plan is not None and place.path in plan.chosen:
-                raise UserError(f"{place.path}: to be quantised, and quantised in the checkpoint already")
+                raise UserError(f"{place.path}: to be quantized, and quantized in the checkpoint already")
             leaf = self._quantized_leaf(place, dtype)
             if leaf.shape != place.shape:
                 raise UserError(f"{place.path}: is {leaf.shape} in the checkpoint, the model wants {place.shape}")
@@ -262,14 +262,14 @@ class _Stored:
         return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if by_layer else parts[0]
 
     def _quantized_leaf(self, place: peft.Place, dtype: Any) -> Any:
-        """A weight that is quantised in the checkpoint, with its codes."""
+        """A weight that is quantized in the checkpoint, with its codes."""
         if (place.weight.layout != peft.LINEAR and place.weight.module != "conv1d") or len(place.stacked) > 1:
             raise UserError(f"{place.path}: quantized in the checkpoint, which is read of linear layers only")
         leaves = []
         for name in place.tensors:
             usual = name.removeprefix(self._prefix)
             if usual not in self._quantized:
-                raise UserError(f"{name}: not quantised, and other layers of {place.path} are: unroll the layers")
+                raise UserError(f"{name}: not quantized, and other layers of {place.path} are: unroll the layers")
             tensors = {part: self._tensors.read(self._names[part]) for part in self._quantized[usual]}
             leaf = from_bitsandbytes(tensors)[usual]
             leaves.append(dataclasses.replace(leaf, dtype=np.dtype(dtype or leaf.dtype)))

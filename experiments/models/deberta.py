@@ -37,7 +37,7 @@ class DebertaConfig:
       pos_att_type: 'c2p' lets contents attend to positions, 'p2c' positions to contents.
       position_buckets: How many relative positions of each sign are told apart, distant ones roughly; 0: all.
       max_relative_positions: The largest distance.
-      norm_rel_ebd: 'layer_norm' normalises the vectors of relative positions, 'none' does not.
+      norm_rel_ebd: 'layer_norm' normalizes the vectors of relative positions, 'none' does not.
     """
 
     vocab_size: int
@@ -126,7 +126,7 @@ def relative_rows(length: int, config: DebertaConfig) -> np.ndarray:
 
 
 class Embeddings(nnx.Module):
-    """Word vectors, with absolute positions and segments where the config asks for them, normalised."""
+    """Word vectors, with absolute positions and segments where the config asks for them, normalized."""
 
     def __init__(self, config: DebertaConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
         width, dtype = config.hidden_size, options.dtype
@@ -200,7 +200,7 @@ class FeedForward(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention, then feed-forward; each adds to its input and the sum is normalised."""
+    """Attention, then feed-forward; each adds to its input and the sum is normalized."""
 
     def __init__(self, config: DebertaConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
         self.attention = Attention(config, options, dropout=dropout, rngs=rngs)

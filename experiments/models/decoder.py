@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from experiments.models import cache as caches
-from experiments.models.cache import Cache, Sight
+from experiments.models.cache import AttentionContext, Cache
 from experiments.models.options import Options
 from experiments.training.chunked_loss import cross_entropy
 
@@ -65,17 +65,17 @@ class Decoder(nnx.Module):
         References:
           Jain et al., `NEFTune <https://arxiv.org/abs/2310.05914>`_, 2023, Algorithm 1
         """
-        sight, x_BLD = self._embedded(tokens_BL, segments_BL, positions_BL, cache)
+        context, x_BLD = self._embedded(tokens_BL, segments_BL, positions_BL, cache)
         if noise is not None:
             key, scale = noise
             bound = scale / math.sqrt(x_BLD.shape[1] * x_BLD.shape[2])
             x_BLD = x_BLD + jax.random.uniform(key, x_BLD.shape, x_BLD.dtype, -bound, bound)
-        x_BLD, kept = self.run(x_BLD, sight, None if cache is None else cache.layers)
+        x_BLD, kept = self.run(x_BLD, context, None if cache is None else cache.layers)
         if labels_BL is not None:
             out = cross_entropy(self.head, x_BLD, labels_BL, chunk=self.options.loss_chunk, smoothing=label_smoothing)
         else:
             out = self.head(x_BLD[:, -1] if last else x_BLD)
-        return out if cache is None else (out, caches.kept(cache, sight, kept))
+        return out if cache is None else (out, caches.kept(cache, context, kept))
 
     def hidden(self, tokens_BL: jax.Array, mask_BL: jax.Array | None = None) -> jax.Array:
         """The last hidden states, normalized, `float[batch, length, width]`: what goes into the head.
@@ -87,8 +87,8 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: There are more tokens than positions.
         """
-        sight, x_BLD = self._embedded(tokens_BL, mask_BL, None, None)
-        return self.run(x_BLD, sight, None)[0]
+        context, x_BLD = self._embedded(tokens_BL, mask_BL, None, None)
+        return self.run(x_BLD, context, None)[0]
 
     def _embedded(
         self,
@@ -96,18 +96,18 @@ class Decoder(nnx.Module):
         segments_BL: jax.Array | None,
         positions_BL: jax.Array | None,
         cache: Cache | None,
-    ) -> tuple[Sight, jax.Array]:
+    ) -> tuple[AttentionContext, jax.Array]:
         self.check_length(tokens_BL.shape[1])
-        sight = caches.look(tokens_BL.shape, segments_BL, positions_BL, cache)
-        return sight, self.embed(tokens_BL, sight)
+        context = caches.look(tokens_BL.shape, segments_BL, positions_BL, cache)
+        return context, self.embed(tokens_BL, context)
 
     @abc.abstractmethod
-    def embed(self, tokens_BL: jax.Array, sight: Sight) -> jax.Array:
+    def embed(self, tokens_BL: jax.Array, context: AttentionContext) -> jax.Array:
         """What goes into the first layer."""
 
     @abc.abstractmethod
-    def run(self, x_BLD: jax.Array, sight: Sight, kept: Any) -> tuple[jax.Array, Any]:
-        """The last hidden states, normalised, and what the layers keep."""
+    def run(self, x_BLD: jax.Array, context: AttentionContext, kept: Any) -> tuple[jax.Array, Any]:
+        """The last hidden states, normalized, and what the layers keep."""
 
     @abc.abstractmethod
     def head(self, x_BLD: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ from flax import nnx
 from experiments.errors import UserError
 from experiments.models import cache as caches
 from experiments.models import checkpoint, stack
-from experiments.models.cache import Cache, Sight
+from experiments.models.cache import AttentionContext, Cache
 from experiments.models.config import parsing, read
 from experiments.models.decoder import Decoder
 from experiments.models.norm import LayerNorm
@@ -78,11 +78,11 @@ class Attention(nnx.Module):
         self.qkv = nnx.Linear(config.n_embd, 3 * config.n_embd, dtype=options.dtype, rngs=rngs)
         self.output = nnx.Linear(config.n_embd, config.n_embd, dtype=options.dtype, rngs=rngs)
 
-    def __call__(self, x_BLD: jax.Array, kept: Any, sight: Sight) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BLD: jax.Array, kept: Any, context: AttentionContext) -> tuple[jax.Array, Any]:
         shape_BLHK = (*x_BLD.shape[:2], self.heads, -1)
         q_BLHK, k_BLHK, v_BLHK = (part.reshape(shape_BLHK) for part in jnp.split(self.qkv(x_BLD), 3, axis=-1))
-        kept = sight.write(kept, k_BLHK, v_BLHK)
-        mixed_BLHK = sight.attend(q_BLHK, k_BLHK, v_BLHK, kept, None, self.options)
+        kept = context.write(kept, k_BLHK, v_BLHK)
+        mixed_BLHK = context.attend(q_BLHK, k_BLHK, v_BLHK, kept, None, self.options)
         return self.output(mixed_BLHK.reshape(x_BLD.shape)), kept
 
 
@@ -99,7 +99,7 @@ class FeedForward(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention, then feed-forward; each is given its normalised input and adds to it."""
+    """Attention, then feed-forward; each is given its normalized input and adds to it."""
 
     def __init__(self, config: Gpt2Config, options: Options, *, dropout: float, rngs: nnx.Rngs):
         self.attention_norm = LayerNorm(config.n_embd, config.layer_norm_epsilon, rngs=rngs)
@@ -108,8 +108,8 @@ class Layer(nnx.Module):
         self.feed_forward = FeedForward(config, options, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
-    def __call__(self, x_BLD: jax.Array, kept: Any, sight: Sight) -> tuple[jax.Array, Any]:
-        mixed_BLD, kept = self.attention(self.attention_norm(x_BLD), kept, sight)
+    def __call__(self, x_BLD: jax.Array, kept: Any, context: AttentionContext) -> tuple[jax.Array, Any]:
+        mixed_BLD, kept = self.attention(self.attention_norm(x_BLD), kept, context)
         x_BLD = x_BLD + self.dropout(mixed_BLD)
         return x_BLD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BLD))), kept
 
@@ -136,11 +136,11 @@ class Gpt2(Decoder):
         if not config.tie_word_embeddings:
             self.output = nnx.Linear(config.n_embd, config.vocab_size, use_bias=False, dtype=options.dtype, rngs=rngs)
 
-    def embed(self, tokens_BL: jax.Array, sight: Sight) -> jax.Array:
-        return self.dropout(self.token(tokens_BL) + self.position(sight.positions_BL))
+    def embed(self, tokens_BL: jax.Array, context: AttentionContext) -> jax.Array:
+        return self.dropout(self.token(tokens_BL) + self.position(context.positions_BL))
 
-    def run(self, x_BLD: jax.Array, sight: Sight, kept: Any) -> tuple[jax.Array, Any]:
-        x_BLD, kept = stack.run(self.layers, x_BLD, sight, each=kept, options=self.options)
+    def run(self, x_BLD: jax.Array, context: AttentionContext, kept: Any) -> tuple[jax.Array, Any]:
+        x_BLD, kept = stack.run(self.layers, x_BLD, context, each=kept, options=self.options)
         return self.norm(x_BLD), kept
 
     def head(self, x_BLD: jax.Array) -> jax.Array:
@@ -221,7 +221,7 @@ def load(
       dropout: See :class:`Gpt2`.
       dtype: Of the weights; None keeps what is stored.
       sharding: See :func:`experiments.models.checkpoint.load`.
-      rules: Weights to quantise as they are read; likewise.
+      rules: Weights to quantize as they are read; likewise.
       untied: Whether a head that is the embedding becomes a weight of its own, with the embedding's values.
 
     Raises:

@@ -23,11 +23,11 @@ from flax import nnx
 from experiments.errors import UserError
 from experiments.models import cache as caches
 from experiments.models import checkpoint, stack
-from experiments.models.cache import Cache, Sight
+from experiments.models.cache import AttentionContext, Cache
 from experiments.models.config import parsing, read
 from experiments.models.decoder import Decoder
 from experiments.models.options import DEFAULT, Options
-from experiments.models.rope import Rope, turn
+from experiments.models.rope import Rope, apply_rope
 from lora_jax.peft import LINEAR, Names, Weight
 from lora_jax.quantization import Format
 
@@ -49,7 +49,7 @@ class LlamaConfig:
     Attributes:
       qkv_bias: Whether query, key and value have a bias.
       output_bias: Whether attention's output has one.
-      qk_norm: Whether queries and keys are normalised.
+      qk_norm: Whether queries and keys are normalized.
       rope: How positions turn queries and keys.
       sliding: Of each layer, whether it sees the last `sliding_window` tokens only.
     """
@@ -151,7 +151,7 @@ class Attention(nnx.Module):
         self.key_norm = RMSNorm(head, config, rngs=rngs) if config.qk_norm else None
 
     def __call__(
-        self, x_BLD: jax.Array, sliding: jax.Array | None, kept: Any, sight: Sight, turns: Any
+        self, x_BLD: jax.Array, sliding: jax.Array | None, kept: Any, context: AttentionContext, turns: Any
     ) -> tuple[jax.Array, Any]:
         (batch, length, _), (heads, groups, head) = x_BLD.shape, self.shape
         q_BLHK = self.query(x_BLD).reshape(batch, length, heads, head)
@@ -159,11 +159,11 @@ class Attention(nnx.Module):
         v_BLGK = self.value(x_BLD).reshape(batch, length, groups, head)
         if self.query_norm is not None and self.key_norm is not None:
             q_BLHK, k_BLGK = self.query_norm(q_BLHK), self.key_norm(k_BLGK)
-        q_BLHK, k_BLGK = turn(q_BLHK, turns), turn(k_BLGK, turns)
-        kept = sight.write(kept, k_BLGK, v_BLGK)
+        q_BLHK, k_BLGK = apply_rope(q_BLHK, turns), apply_rope(k_BLGK, turns)
+        kept = context.write(kept, k_BLGK, v_BLGK)
 
         def mix(window: int | None) -> jax.Array:
-            return sight.attend(q_BLHK, k_BLGK, v_BLGK, kept, window, self.options)
+            return context.attend(q_BLHK, k_BLGK, v_BLGK, kept, window, self.options)
 
         if sliding is None:
             mixed_BLHK = mix(self.window)
@@ -186,7 +186,7 @@ class FeedForward(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention, then feed-forward; each is given its normalised input and adds to it."""
+    """Attention, then feed-forward; each is given its normalized input and adds to it."""
 
     def __init__(self, config: LlamaConfig, options: Options, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.hidden_size, config, rngs=rngs)
@@ -194,9 +194,9 @@ class Layer(nnx.Module):
         self.feed_forward_norm = RMSNorm(config.hidden_size, config, rngs=rngs)
         self.feed_forward = FeedForward(config, options, rngs=rngs)
 
-    def __call__(self, x_BLD: jax.Array, own: Any, sight: Sight, turns: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BLD: jax.Array, own: Any, context: AttentionContext, turns: Any) -> tuple[jax.Array, Any]:
         sliding, kept = own
-        mixed_BLD, kept = self.attention(self.attention_norm(x_BLD), sliding, kept, sight, turns)
+        mixed_BLD, kept = self.attention(self.attention_norm(x_BLD), sliding, kept, context, turns)
         x_BLD = x_BLD + mixed_BLD
         return x_BLD + self.feed_forward(self.feed_forward_norm(x_BLD)), kept
 
@@ -226,18 +226,18 @@ class Llama(Decoder):
                 config.hidden_size, config.vocab_size, use_bias=False, dtype=options.dtype, rngs=rngs
             )
 
-    def embed(self, tokens_BL: jax.Array, sight: Sight) -> jax.Array:
+    def embed(self, tokens_BL: jax.Array, context: AttentionContext) -> jax.Array:
         return self.token(tokens_BL)
 
-    def run(self, x_BLD: jax.Array, sight: Sight, kept: Any) -> tuple[jax.Array, Any]:
+    def run(self, x_BLD: jax.Array, context: AttentionContext, kept: Any) -> tuple[jax.Array, Any]:
         sliding = self.config.sliding
         if self.options.scan:
             # One body serves all layers: where they differ, each is told whether it has a window.
             each = (jnp.asarray(sliding) if len(set(sliding)) > 1 else None, kept)
         else:
             each = tuple((None, one) for one in (kept or [None] * len(sliding)))
-        turns = self.config.rope.turns(sight.positions_BL)
-        x_BLD, kept = stack.run(self.layers, x_BLD, sight, turns, each=each, options=self.options)
+        turns = self.config.rope.turns(context.positions_BL)
+        x_BLD, kept = stack.run(self.layers, x_BLD, context, turns, each=each, options=self.options)
         return self.norm(x_BLD), kept
 
     def head(self, x_BLD: jax.Array) -> jax.Array:
@@ -317,7 +317,7 @@ def load(
       options: How to compute.
       dtype: Of the weights; None keeps what is stored.
       sharding: See :func:`experiments.models.checkpoint.load`.
-      rules: Weights to quantise as they are read; likewise.
+      rules: Weights to quantize as they are read; likewise.
       untied: Whether a head that is the embedding becomes a weight of its own, with the embedding's values.
 
     Raises:

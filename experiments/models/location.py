@@ -26,7 +26,7 @@ def find(model: str) -> Path:
     Args:
       model: A local directory in Hugging Face layout; `all-MiniLM-L6-v2`, whose files an installed
         package carries; `tiny-llama` or `tiny-gpt2`, random weights that are shipped; or a name on the hub,
-        `ORGANISATION/MODEL`, which is downloaded.
+        `ORGANIZATION/MODEL`, which is downloaded.
 
     Raises:
       UserError: It is none of these, or it cannot be had.
@@ -39,7 +39,7 @@ def find(model: str) -> Path:
         return _packaged()
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         known = ", ".join((MINILM, *SHIPPED))
-        raise UserError(f"{model}: no such directory, and neither one of {known} nor a hub name (ORGANISATION/MODEL)")
+        raise UserError(f"{model}: no such directory, and neither one of {known} nor a hub name (ORGANIZATION/MODEL)")
     return _downloaded(model)
 
 

@@ -54,7 +54,7 @@ class MixtralConfig(llama.LlamaConfig):
 
 
 class Layer(llama.Layer):
-    """Attention, then a mixture of experts; each is given its normalised input and adds to it."""
+    """Attention, then a mixture of experts; each is given its normalized input and adds to it."""
 
     def __init__(self, config: MixtralConfig, options: Options, *, rngs: nnx.Rngs):
         width = config.hidden_size

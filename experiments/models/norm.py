@@ -1,4 +1,4 @@
-"""Layer normalisation, computed in float32 whatever the activations are."""
+"""Layer normalization, computed in float32 whatever the activations are."""
 
 import jax
 import jax.numpy as jnp

@@ -95,7 +95,7 @@ class Rope:
         return self.factor * jnp.cos(angles_BLP), self.factor * jnp.sin(angles_BLP)
 
 
-def turn(x_BLHK: jax.Array, turns: tuple[jax.Array, jax.Array]) -> jax.Array:
+def apply_rope(x_BLHK: jax.Array, turns: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Turns each pair of features (k, k + width / 2) by the angle of its position, in float32."""
     cos_BL1P, sin_BL1P = (part[:, :, None] for part in turns)
     first_BLHP, second_BLHP = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)

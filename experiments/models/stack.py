@@ -1,4 +1,4 @@
-"""Equal layers one after another: unrolled, or stacked and scanned; with or without rematerialisation."""
+"""Equal layers one after another: unrolled, or stacked and scanned; with or without rematerialization."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,7 +46,7 @@ def run(layers: Layers, x: Any, *shared: Any, each: Any = None, options: Options
       x: What goes from layer to layer.
       *shared: What every layer is given.
       each: What each layer is given of its own (its keys and values), from :func:`per_layer`; None is None for all.
-      options: Whether to scan and what to rematerialise.
+      options: Whether to scan and what to rematerialize.
 
     Returns:
       What the last layer gives, and what the layers give to keep, in the form of `each`: unrolled layers have

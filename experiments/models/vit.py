@@ -129,7 +129,7 @@ class FeedForward(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention, then feed-forward; each reads its input normalised and adds to it."""
+    """Attention, then feed-forward; each reads its input normalized and adds to it."""
 
     def __init__(self, config: VitConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
         self.attention_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
@@ -144,7 +144,7 @@ class Layer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """The layers, one after another, and a last normalisation."""
+    """The layers, one after another, and a last normalization."""
 
     def __init__(self, config: VitConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
         self.options = options

@@ -18,20 +18,20 @@ _WINDOW = 25  # steps that a point of the smooth loss averages
 def draw(path: Path, results: Sequence[Result], title: str) -> None:
     """Writes a PNG with the training loss on the left and validation accuracy on the right.
 
-    Seeds of one method share its colour; their mean is drawn on top. A method without steps (a head that is
+    Seeds of one method share its color; their mean is drawn on top. A method without steps (a head that is
     fitted, not trained) is a horizontal line.
     """
     figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    for colour, (method, runs) in zip(_COLOURS, by_method(results).items()):
+    for color, (method, runs) in zip(_COLOURS, by_method(results).items()):
         test = 100 * np.mean([run.test_accuracy for run in runs])
         label = f"{method} (test {test:.1f} %)"
         if not runs[0].losses:
-            right.axhline(100 * runs[0].validation_accuracy, color=colour, linestyle="--", label=label)
+            right.axhline(100 * runs[0].validation_accuracy, color=color, linestyle="--", label=label)
             continue
-        _losses(left, colour, method, [np.array(run.losses) for run in runs])
-        _accuracies(right, colour, label, runs)
+        _losses(left, color, method, [np.array(run.losses) for run in runs])
+        _accuracies(right, color, label, runs)
     left.set(xlabel="step", ylabel="training loss", title="loss")
     right.set(xlabel="step", ylabel="validation accuracy, %", title="accuracy")
     _finish(path, figure, (left, right), title)
@@ -61,18 +61,18 @@ def _finish(path: Path, figure: Figure, panels: Sequence[Axes], title: str) -> N
     figure.savefig(path)
 
 
-def _losses(axes: Axes, colour: str, label: str, losses: list[np.ndarray]) -> None:
+def _losses(axes: Axes, color: str, label: str, losses: list[np.ndarray]) -> None:
     mean = np.mean(losses, axis=0)
     window = min(_WINDOW, len(mean))
     smooth = np.convolve(mean, np.ones(window) / window, mode="valid")
     for loss in losses:
-        axes.plot(np.arange(1, len(loss) + 1), loss, color=colour, alpha=0.2, linewidth=0.6)
-    axes.plot(np.arange(len(smooth)) + (window + 1) / 2, smooth, color=colour, label=label)
+        axes.plot(np.arange(1, len(loss) + 1), loss, color=color, alpha=0.2, linewidth=0.6)
+    axes.plot(np.arange(len(smooth)) + (window + 1) / 2, smooth, color=color, label=label)
 
 
-def _accuracies(axes: Axes, colour: str, label: str, runs: Sequence[Result]) -> None:
+def _accuracies(axes: Axes, color: str, label: str, runs: Sequence[Result]) -> None:
     steps = [step for step, _ in runs[0].evaluations]
     accuracies = 100 * np.array([[accuracy for _, accuracy in run.evaluations] for run in runs])
     if len(runs) > 1:
-        axes.plot(steps, accuracies.T, color=colour, alpha=0.3, linewidth=0.8)
-    axes.plot(steps, accuracies.mean(axis=0), color=colour, marker="o", markersize=4, label=label)
+        axes.plot(steps, accuracies.T, color=color, alpha=0.3, linewidth=0.8)
+    axes.plot(steps, accuracies.mean(axis=0), color=color, marker="o", markersize=4, label=label)

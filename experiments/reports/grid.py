@@ -54,10 +54,10 @@ def draw_grid(
     middle = (np.nanmin(percent) + np.nanmax(percent)) / 2
     for row, column in np.ndindex(*percent.shape):
         value = percent[row, column]
-        text, colour = ("diverged", "black") if np.isnan(value) else (f"{value:.1f}", "white")
+        text, color = ("diverged", "black") if np.isnan(value) else (f"{value:.1f}", "white")
         if not np.isnan(value) and value > middle:
-            colour = "black"
-        axes.text(column, row, text, ha="center", va="center", color=colour)
+            color = "black"
+        axes.text(column, row, text, ha="center", va="center", color=color)
     row, column = chosen
     axes.add_patch(
         Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#e45756", linewidth=3, clip_on=False)

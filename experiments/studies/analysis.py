@@ -67,7 +67,7 @@ def run(config: Config) -> Findings:
         problem, provenance.directory(config.out, "head", _shared(config, problem), fresh=config.fresh), console
     )
     runs = [_trained(start, method, seed, list(axes), config, console) for method, seed in _methods(config)]
-    findings = _analysed(config, start, runs, axes)
+    findings = _analyzed(config, start, runs, axes)
     figures.similarities(config.out / "subspaces.png", {path: findings.similarities[path] for path in drawn})
     figures.amplifications(config.out / "amplification.png", findings.amplifications)
     figures.drifts(config.out / "direction-magnitude.png", findings.drifts, findings.correlations)
@@ -78,7 +78,7 @@ def run(config: Config) -> Findings:
 
 
 def _watched(problem: Problem, config: Config) -> dict[str, tuple[str, ...]]:
-    """The paths that are analysed, with the roles of their axes, which full fine-tuning does not know."""
+    """The paths that are analyzed, with the roles of their axes, which full fine-tuning does not know."""
     spec = {_WATCHED: lora.LoRA(config.rank)}
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), problem.base)
     found = problem.delta(jax.random.key(0), shapes, spec)
@@ -125,7 +125,7 @@ def _trained(start: Start, method: Method, seed: int, watched: list[str], config
     return trained(start, method, seed, watched, directory=directory, checkpoint_every=every, console=console)
 
 
-def _analysed(config: Config, start: Start, runs: list[Run], axes: dict[str, tuple[str, ...]]) -> Findings:
+def _analyzed(config: Config, start: Start, runs: list[Run], axes: dict[str, tuple[str, ...]]) -> Findings:
     by_run = {(run.name, run.seed): run for run in runs}
     small, large = _lora(config.rank), _lora(config.large_rank)
     first = [run for run in runs if run.seed == 0]

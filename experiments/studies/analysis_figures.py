@@ -38,17 +38,17 @@ def similarities(path: Path, found: Mapping[str, Mapping[str, np.ndarray]]) -> N
 def amplifications(path: Path, found: Mapping[str, Mapping[str, Amplification]]) -> None:
     """Writes the amplification of every weight, and what W does in ΔW's directions beside others."""
     figure, ((left, right),) = _panels(1, 2, (5.6, 4.2))
-    for colour, weights in zip(_COLOURS, found.values()):
+    for color, weights in zip(_COLOURS, found.values()):
         for part, chosen in _by_part(weights).items():
             layers = range(len(chosen))
             values = [float(amplified.factor) for amplified in chosen]
-            left.plot(layers, values, color=colour, marker=_MARKERS[part], markersize=5, linewidth=1)
+            left.plot(layers, values, color=color, marker=_MARKERS[part], markersize=5, linewidth=1)
     method, weights = next(iter(found.items()))
     kinds = {f"ΔW of {method}": "projected", "W, the largest": "largest", "random": "random"}
-    for colour, field in zip(_COLOURS, kinds.values()):
+    for color, field in zip(_COLOURS, kinds.values()):
         for part, chosen in _by_part(weights).items():
             values = [float(getattr(amplified, field)) for amplified in chosen]
-            right.plot(range(len(chosen)), values, color=colour, marker=_MARKERS[part], markersize=5, linewidth=1)
+            right.plot(range(len(chosen)), values, color=color, marker=_MARKERS[part], markersize=5, linewidth=1)
     left.set(xlabel="layer", ylabel="‖ΔW‖ / ‖UᵀWVᵀ‖", yscale="log", title="amplification")
     right.set(xlabel="layer", ylabel="‖UᵀWVᵀ‖", yscale="log", title="what W does in as many directions of …")
     for axes in (left, right):
@@ -66,9 +66,9 @@ def drifts(
     """Writes ΔM over ΔD, a panel a method, a point a weight and step."""
     figure, (row,) = _panels(1, len(found), (3.4, 3.6))
     for axes, (method, steps) in zip(row, found.items()):
-        for colour, weights in zip(_COLOURS, steps.values()):
+        for color, weights in zip(_COLOURS, steps.values()):
             for weight, drift in weights.items():
-                axes.scatter(drift.direction, drift.magnitude, color=colour, marker=_MARKERS[_part(weight)], s=22)
+                axes.scatter(drift.direction, drift.magnitude, color=color, marker=_MARKERS[_part(weight)], s=22)
         said = ", ".join(f"{part} {value:+.2f}" for part, value in correlations[method].items())
         axes.set(xlabel="ΔD, change of direction")
         axes.set_title(f"{method}\ncorrelation: {said}", fontsize=10, pad=16)
@@ -85,9 +85,9 @@ def _panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure,
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _legend(axes: Axes, coloured: Sequence[str]) -> None:
-    """Colours by name, markers by part of the attention."""
-    entries = [Line2D([], [], color=colour, label=name) for colour, name in zip(_COLOURS, coloured)]
+def _legend(axes: Axes, colored: Sequence[str]) -> None:
+    """Colors by name, markers by part of the attention."""
+    entries = [Line2D([], [], color=color, label=name) for color, name in zip(_COLOURS, colored)]
     entries += [
         Line2D([], [], color="grey", marker=marker, linestyle="", label=part) for part, marker in _MARKERS.items()
     ]

@@ -70,7 +70,7 @@ def export(
     """Writes `peft/`, and beside it what a check by hand compares it with.
 
     Args:
-      problem: What was learnt.
+      problem: What was learned.
       delta: LoRA on the encoder, and the classifier.
       model: The base, as `experiments.models.location.find` knows it.
       directory: Of the run.

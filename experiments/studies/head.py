@@ -21,7 +21,7 @@ class Start:
     """Where every trained method starts.
 
     Attributes:
-      problem: What is learnt.
+      problem: What is learned.
       base: Its base with the converged head.
       result: What is known of that head.
     """
@@ -39,8 +39,8 @@ def run(problem: Problem, directory: Path, console: Console) -> Start:
         return Start(problem, base, Result.load(result))
     began = time.perf_counter()
     features = _features(problem, console)
-    labelled = {name: (features[name], split.labels) for name, split in problem.splits.items()}
-    fitted = baseline.fit(labelled["train"], labelled["validation"], len(problem.names))
+    labeled = {name: (features[name], split.labels) for name, split in problem.splits.items()}
+    fitted = baseline.fit(labeled["train"], labeled["validation"], len(problem.names))
     seconds = time.perf_counter() - began
     base = problem.with_head(fitted.kernel, fitted.bias)
     lora.save(adapter, problem.delta(jax.random.key(0), base, {HEAD: lora.Full()}), base=problem.base)

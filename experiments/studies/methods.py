@@ -36,7 +36,7 @@ class Method:
       warmup: Share of the steps in which the learning rate rises.
       clip: Largest global norm of the gradients.
       label_smoothing: Share of the target that is spread over all classes.
-      rules: Patterns of paths and the format of each, where the base is quantised.
+      rules: Patterns of paths and the format of each, where the base is quantized.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Sentence classification made ready: a pretrained classifier as a pure function, and tokenised splits."""
+"""Sentence classification made ready: a pretrained classifier as a pure function, and tokenized splits."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ HEAD = r"^classifier/"
 
 @dataclass(frozen=True)
 class Split:
-    """Tokenised examples: token ids, an array each, and `int32[examples]` labels."""
+    """Tokenized examples: token ids, an array each, and `int32[examples]` labels."""
 
     sequences: list[np.ndarray]
     labels: np.ndarray
@@ -34,7 +34,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is learnt and from where.
+    """What is learned and from where.
 
     Attributes:
       apply: `apply(base, tokens, mask) -> (logits, sentence vectors)`.
@@ -74,7 +74,7 @@ class Problem:
             raise UserError(f"{name}: {error}") from None
 
     def quantized(self, base: Mapping[str, Any], rules: Mapping[str, Any]) -> Any:
-        """The base with quantised weights."""
+        """The base with quantized weights."""
         return lora.quantize(base, rules, self.apply, *self._shapes())
 
     def _shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:

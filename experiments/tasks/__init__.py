@@ -1,1 +1,1 @@
-"""Data: what is learnt from, how it is read, tokenised and cut into batches."""
+"""Data: what is learned from, how it is read, tokenized and cut into batches."""

@@ -11,7 +11,7 @@ from experiments.tasks.batching import NO_LABEL
 
 @dataclass(frozen=True)
 class Continuations:
-    """Tokenised examples.
+    """Tokenized examples.
 
     Attributes:
       sequences: Token ids, an array an example: the prompt and the text but for its last token.
@@ -28,7 +28,7 @@ class Continuations:
 def encode(
     tokenizer: Tokenizer, prompts: Sequence[str], texts: Sequence[str], max_length: int, end: int | None
 ) -> Continuations:
-    """Tokenises `PROMPT TEXT`, with a space between them, as one string each.
+    """Tokenizes `PROMPT TEXT`, with a space between them, as one string each.
 
     Args:
       tokenizer: With its special tokens, which are the prompt's where they come first.

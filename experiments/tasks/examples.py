@@ -1,4 +1,4 @@
-"""Labelled texts read from a directory: `labels.txt` and one table a split."""
+"""Labeled texts read from a directory: `labels.txt` and one table a split."""
 
 import gzip
 import zlib

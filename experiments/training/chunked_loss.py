@@ -18,7 +18,7 @@ def cross_entropy(
 
     The logits of `chunk` tokens of every sequence exist at a time, in the forward pass and, computed again, in
     the backward pass. The head is a function, so that the product with its weight stays a product where the
-    weight carries an adapter, is tied to an embedding, or is quantised.
+    weight carries an adapter, is tied to an embedding, or is quantized.
 
     Args:
       head: `[batch, tokens, width] -> [batch, tokens, vocabulary]`, closing over its weights.

@@ -27,7 +27,7 @@ def adam(
       steps: Steps of the whole run.
       warmup: Share of the steps in which the learning rate rises linearly from 0.
       clip: Largest global norm of a step's gradients; None does not clip.
-      weight_decay: 0 makes it Adam. Factors decay towards the base; magnitudes and gains, whose zero is no model, do
+      weight_decay: 0 makes it Adam. Factors decay toward the base; magnitudes and gains, whose zero is no model, do
         not (:func:`lora_jax.optim.decay_mask`).
       schedule: See :func:`learning_rate`.
       floor: Likewise.

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters.factored import Factored, compute_dtype
-from lora_jax.adapters.lowrank import LoRA, LowRank
+from lora_jax.adapters.lowrank import LoRA, LoRAAdapter
 from lora_jax.adapters.protocol import IN, Adapter, adapter, frozen, pad_axis, static, trained
 from lora_jax.initializers import Drawn, Initializer
+from lora_jax.renamed import module_getattr
 
 
 @adapter("AdaLoRA")
-class SingularTriplets(Adapter):
+class AdaLoRAAdapter(Adapter):
     """ΔW[in, out] = scale · Σᵣ values[r] · a[r, in] · b[r, out].
 
     A value of zero prunes its triplet; shapes stay. :func:`lora_jax.optim.allocate_ranks` decides which.
@@ -22,7 +23,7 @@ class SingularTriplets(Adapter):
       a: `[*batch, (blocks,) rank, *in]`; the paper's Q.
       values: `[*batch, (blocks,) rank]`; the paper's Λ.
       b: `[*batch, (blocks,) rank, *out]`; the paper's P, transposed.
-      scale: Scalar, or one for each batch element, as in :class:`lora_jax.adapters.lowrank.LowRank`.
+      scale: Scalar, or one for each batch element, as in :class:`lora_jax.adapters.lowrank.LoRAAdapter`.
       dropout: Scalar; the rate on the input of the low-rank product where a dropout key is given.
       axes: The role of each axis of the weight.
       blocks: Which of the equal parts of the out axis are adapted.
@@ -38,14 +39,14 @@ class SingularTriplets(Adapter):
 
     additive = True
 
-    def folded(self) -> LowRank:
+    def folded(self) -> LoRAAdapter:
         """The same term as a plain pair, with the values in `b`: what combining, exporting and measuring take."""
         dtype = compute_dtype(self.b.dtype)
         values = self.values.reshape(self.values.shape + (1,) * (self.b.ndim - self.values.ndim))
         return self._pair(self.b.astype(dtype) * values.astype(dtype))
 
-    def _pair(self, b: jax.Array) -> LowRank:
-        return LowRank(a=self.a, b=b, scale=self.scale, dropout=self.dropout, axes=self.axes, blocks=self.blocks)
+    def _pair(self, b: jax.Array) -> LoRAAdapter:
+        return LoRAAdapter(a=self.a, b=b, scale=self.scale, dropout=self.dropout, axes=self.axes, blocks=self.blocks)
 
     @property
     def rank(self) -> int:
@@ -60,12 +61,12 @@ class SingularTriplets(Adapter):
         scale = self.scale.astype(dtype).reshape(self.scale.shape + (1,) * (self.values.ndim - self.scale.ndim))
         return self._pair(self.b).with_diagonal(self.values.astype(dtype) * scale)
 
-    def padded(self, rank: int) -> Self:
+    def pad_rank(self, rank: int) -> Self:
         axis = self.values.ndim - 1
         a, values, b = (pad_axis(x, axis, rank) for x in (self.a, self.values, self.b))
         return dataclasses.replace(self, a=a, values=values, b=b)
 
-    def neutral(self, weight: jax.Array | None) -> Self:
+    def identity_like(self, weight: jax.Array | None) -> Self:
         del weight
         a, values, b = (jnp.zeros_like(x) for x in (self.a, self.values, self.b))
         return dataclasses.replace(self, a=a, values=values, b=b)
@@ -97,7 +98,7 @@ class AdaLoRA(LoRA):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> made = AdaLoRA(rank=12, alpha=24).make(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
+      >>> made = AdaLoRA(rank=12, alpha=24).create(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
       >>> made.a.shape, made.values.shape, made.b.shape, float(made.scale)
       ((12, 16), (12,), (12, 32), 2.0)
 
@@ -107,8 +108,11 @@ class AdaLoRA(LoRA):
 
     init: Initializer = dataclasses.field(default=NORMAL, init=False, repr=False)  # pyrefly: ignore[bad-override]
 
-    def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, SingularTriplets]:  # pyrefly: ignore
+    def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, AdaLoRAAdapter]:  # pyrefly: ignore
         weight, pair = super()._make(key, weight, axes, moves)
         fields = {field.name: getattr(pair, field.name) for field in dataclasses.fields(pair) if not field.kw_only}
         lead = pair.a.shape[: pair.a.ndim - pair.axes.count(IN)]
-        return weight, SingularTriplets(**fields, values=jnp.zeros(lead, self.dtype))
+        return weight, AdaLoRAAdapter(**fields, values=jnp.zeros(lead, self.dtype))
+
+
+__getattr__ = module_getattr(__name__, SingularTriplets="AdaLoRAAdapter")

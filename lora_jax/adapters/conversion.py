@@ -8,21 +8,21 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters import roles
-from lora_jax.adapters.adalora import SingularTriplets
+from lora_jax.adapters.adalora import AdaLoRAAdapter
 from lora_jax.adapters.factored import Factor, Factored, Label, compute_dtype, spread
-from lora_jax.adapters.lowrank import LowRank
+from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
 
 
 def is_low_rank(node: Adapter) -> bool:
     """Whether an adapter adds a product of two factors, so that :func:`as_low_rank` has it."""
-    if isinstance(node, LowRank | SingularTriplets):
+    if isinstance(node, LoRAAdapter | AdaLoRAAdapter):
         return True
     form = _form(node)
     return form is not None and not any(_spans(node, factor) for factor in form.factors)
 
 
-def as_low_rank(node: Adapter) -> LowRank:
+def as_low_rank(node: Adapter) -> LoRAAdapter:
     """The term that an adapter adds, as factors `a` and `b`: of a LoRA itself (of a DoRA, before its magnitudes).
 
     AdaLoRA's values and VeRA's vectors are multiplied into the factors; LoHa's rank becomes its square.
@@ -30,10 +30,10 @@ def as_low_rank(node: Adapter) -> LowRank:
     Raises:
       ValueError: The adapter adds no term of its own, or none that is a product of two factors.
     """
-    if isinstance(node, SingularTriplets):
+    if isinstance(node, AdaLoRAAdapter):
         node = node.folded()
-    if isinstance(node, LowRank):
-        return LowRank(**{field.name: getattr(node, field.name) for field in dataclasses.fields(LowRank)})
+    if isinstance(node, LoRAAdapter):
+        return LoRAAdapter(**{field.name: getattr(node, field.name) for field in dataclasses.fields(LoRAAdapter)})
     form = _form(node)
     if form is None or any(_spans(node, factor) for factor in form.factors):
         raise ValueError(f"what a {node.kind} adapter does to its weight is no product of two factors.")
@@ -49,7 +49,7 @@ def as_low_rank(node: Adapter) -> LowRank:
         shape = [sizes[label] for label in batch]
         return math.prod(wide[1:], start=wide[0]).reshape(*shape, -1, *(sizes[label] for label in ends))
 
-    return LowRank(
+    return LoRAAdapter(
         a=product(left, into),
         b=product(right, out),
         scale=jnp.ones((), jnp.float32),
@@ -61,7 +61,7 @@ def as_low_rank(node: Adapter) -> LowRank:
 
 def without_bias(node: Adapter) -> Adapter:
     """What an adapter does to its weight alone: a LoRA without the bias that it adds to outputs."""
-    return dataclasses.replace(node, bias=None) if isinstance(node, LowRank) else node
+    return dataclasses.replace(node, bias=None) if isinstance(node, LoRAAdapter) else node
 
 
 def _form(node: Adapter) -> Factored | None:

@@ -12,10 +12,11 @@ from jax import lax
 from lora_jax import checks
 from lora_jax.adapters import roles
 from lora_jax.adapters.factored import Factor, Factored, chain, compute_dtype, folded
-from lora_jax.adapters.lowrank import LoRA, LowRank
+from lora_jax.adapters.lowrank import LoRA, LoRAAdapter
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter, adapter, needed, static, trained
 from lora_jax.leaves import is_abstract, is_quantized
 from lora_jax.regions import region
+from lora_jax.renamed import module_getattr
 
 NORM_OVER = (IN, OUT)
 
@@ -23,7 +24,7 @@ Kept = tuple[tuple[str, ...], int]
 
 
 @adapter("DoRA")
-class WeightDecomposed(LowRank):
+class DoRAAdapter(LoRAAdapter):
     """W' = magnitude / ‖V‖ · V with V = W + scale · Σᵣ a[r] · b[r], a norm for each output (or input).
 
     Attributes:
@@ -48,8 +49,10 @@ class WeightDecomposed(LowRank):
     def contradiction(self) -> str | None:
         return None if self.bias is None else "a DoRA has no bias: it is of LoRA and LoRA-FA."
 
-    def neutral(self, weight: jax.Array | None) -> Self:
-        low = LowRank(**{field.name: getattr(self, field.name) for field in dataclasses.fields(LowRank)}).neutral(None)
+    def identity_like(self, weight: jax.Array | None) -> Self:
+        low = LoRAAdapter(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(LoRAAdapter)}
+        ).identity_like(None)
         magnitude = magnitude_of(self.kind, low, needed(weight, self.kind), self.norm_over)
         return dataclasses.replace(self, a=low.a, b=low.b, magnitude=magnitude.astype(self.magnitude.dtype))
 
@@ -94,10 +97,10 @@ def norms(weight: Any, form: Factored, labels: Sequence[str], batch: int) -> jax
     """The norm of W plus the product of the factors, over all axes but those of `labels`.
 
     The sum of squares is ‖W‖² + 2·Re⟨W, ΔW⟩ + ‖ΔW‖², each part contracted factor by factor, so that
-    nothing as large as the weight is formed. A quantised weight is dequantised for it, layer by layer.
+    nothing as large as the weight is formed. A quantized weight is dequantized for it, layer by layer.
 
     Args:
-      weight: An array or a quantised leaf.
+      weight: An array or a quantized leaf.
       form: Its adapter's.
       labels: Those of the batch axes first.
       batch: How many these are.
@@ -133,7 +136,7 @@ def norms(weight: Any, form: Factored, labels: Sequence[str], batch: int) -> jax
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _of_quantized(leaf: Any, factors: tuple[Factor, ...], axes: tuple[tuple[str, ...], ...], kept: Kept) -> jax.Array:
-    """The norms of a quantised weight: no more than one layer is dequantised at a time, nor kept.
+    """The norms of a quantized weight: no more than one layer is dequantized at a time, nor kept.
 
     Compiled once for each kind of weight, outside of `jit` too.
 
@@ -179,7 +182,7 @@ class DoRA(LoRA):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> made = DoRA(rank=2, alpha=4).make(jax.random.key(0), jnp.full((3, 5), 2.0), ("in", "out"))
+      >>> made = DoRA(rank=2, alpha=4).create(jax.random.key(0), jnp.full((3, 5), 2.0), ("in", "out"))
       >>> made.magnitude.shape, float(made.magnitude[0]).__round__(4)
       ((5,), 3.4641)
 
@@ -195,10 +198,13 @@ class DoRA(LoRA):
         checks.one_of("DoRA", "norm_over", self.norm_over, NORM_OVER)
         checks.flag("DoRA", "norm_gradient", self.norm_gradient)
 
-    def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, WeightDecomposed]:
+    def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, DoRAAdapter]:
         weight, low = super()._make(key, weight, axes, moves)
         fields = {field.name: getattr(low, field.name) for field in dataclasses.fields(low)}
         magnitude = magnitude_of("DoRA", low, weight, self.norm_over)
-        return weight, WeightDecomposed(
+        return weight, DoRAAdapter(
             **fields, magnitude=magnitude, norm_over=self.norm_over, norm_gradient=self.norm_gradient
         )
+
+
+__getattr__ = module_getattr(__name__, WeightDecomposed="DoRAAdapter")

@@ -1,4 +1,4 @@
-"""Labelled tensors: the factored form of an adapted weight, and its contraction without merging.
+"""Labeled tensors: the factored form of an adapted weight, and its contraction without merging.
 
 An adapted weight is `gains ⊙ (W + factors[0] · factors[1] · …)`. An offset, if there is one, is added to the product of
 an input with the sum. Every axis of every factor carries a label. Labels that name an axis of W tie the factor to it,
@@ -47,7 +47,7 @@ class Factor:
 
 @dataclasses.dataclass(frozen=True)
 class Factored:
-    """What an adapter makes of its weight, as labelled tensors.
+    """What an adapter makes of its weight, as labeled tensors.
 
     Attributes:
       labels: Per axis of the weight, the labels that make it up, the slowest first. One label is the

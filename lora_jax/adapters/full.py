@@ -25,10 +25,11 @@ from lora_jax.adapters.protocol import (
     trained,
 )
 from lora_jax.leaves import dequantized, is_abstract
+from lora_jax.renamed import module_getattr
 
 
 @adapter("Full")
-class Replacement(Adapter):
+class FullAdapter(Adapter):
     """A leaf trained outright.
 
     Attributes:
@@ -47,13 +48,13 @@ class Replacement(Adapter):
     def merge(self, weight: jax.Array) -> jax.Array:
         return self.value.astype(weight.dtype)
 
-    def neutral(self, weight: jax.Array | None) -> Self:
+    def identity_like(self, weight: jax.Array | None) -> Self:
         return dataclasses.replace(self, value=dequantized(needed(weight, self.kind)).astype(self.value.dtype))
 
 
 def enlarges(node: Adapter, shape: tuple[int, ...]) -> bool:
     """Whether an adapter replaces a weight of this shape by one that is larger along one axis: more tokens."""
-    if not isinstance(node, Replacement) or len(node.shape()) != len(shape):
+    if not isinstance(node, FullAdapter) or len(node.shape()) != len(shape):
         return False
     different = [(mine, its) for mine, its in zip(node.shape(), shape) if mine != its]
     return len(different) == 1 and different[0][0] > different[0][1]
@@ -69,7 +70,7 @@ class Full(Recipe):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> Full().make(jax.random.key(0), jnp.ones(3, jnp.bfloat16), ()).value.dtype.name
+      >>> Full().create(jax.random.key(0), jnp.ones(3, jnp.bfloat16), ()).value.dtype.name
       'float32'
     """
 
@@ -81,16 +82,16 @@ class Full(Recipe):
         if self.dtype is not None:
             checks.floating("Full", self.dtype, jnp.inexact)
 
-    def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> Replacement:
+    def create(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> FullAdapter:
         del key, axes
         if is_abstract(weight):
             raise ValueError("Full() starts from the leaf's value; the base has its shape only.")
         weight = dequantized(weight)
-        return Replacement(value=jnp.array(weight, dtype=self.dtype or compute_dtype(weight.dtype), copy=True), axes=())
+        return FullAdapter(value=jnp.array(weight, dtype=self.dtype or compute_dtype(weight.dtype), copy=True), axes=())
 
 
 @adapter("Rows")
-class RowReplacement(Adapter):
+class RowsAdapter(Adapter):
     """Chosen rows of a lookup table trained outright.
 
     Attributes:
@@ -128,7 +129,7 @@ class RowReplacement(Adapter):
         table = jnp.moveaxis(weight, axis, 0)
         return jnp.moveaxis(table.at[self.ids].set(self.rows.astype(weight.dtype)), 0, axis)
 
-    def neutral(self, weight: jax.Array | None) -> Self:
+    def identity_like(self, weight: jax.Array | None) -> Self:
         rows = jnp.take(dequantized(needed(weight, self.kind)), self.ids, axis=self.axes.index(IN))
         return dataclasses.replace(self, rows=jnp.moveaxis(rows, self.axes.index(IN), 0).astype(self.rows.dtype))
 
@@ -147,7 +148,7 @@ class Rows(Recipe):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> Rows([0, 5]).make(jax.random.key(0), jnp.ones((8, 4)), ("lookup", "out")).rows.shape
+      >>> Rows([0, 5]).create(jax.random.key(0), jnp.ones((8, 4)), ("lookup", "out")).rows.shape
       (2, 4)
     """
 
@@ -170,7 +171,7 @@ class Rows(Recipe):
         if self.dtype is not None:
             checks.floating("Rows", self.dtype, jnp.inexact)
 
-    def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> RowReplacement:
+    def create(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> RowsAdapter:
         del key
         check_axes(axes, weight.shape)
         rows = [i for i, role in enumerate(axes) if role in (IN, LOOKUP)]
@@ -182,9 +183,12 @@ class Rows(Recipe):
             raise ValueError(f"Rows(ids=…) names row {max(self.ids)}; the table has {count} rows.")
         ids = jnp.asarray(self.ids, jnp.int32)
         old = jnp.moveaxis(jnp.take(dequantized(weight), ids, axis=axis), axis, 0)
-        return RowReplacement(
+        return RowsAdapter(
             rows=old.astype(self.dtype or compute_dtype(weight.dtype)),
             ids=ids,
             count=count,
             axes=tuple(IN if i == axis else OUT for i in range(len(axes))),
         )
+
+
+__getattr__ = module_getattr(__name__, Replacement="FullAdapter", RowReplacement="RowsAdapter")

@@ -10,10 +10,11 @@ from lora_jax import checks
 from lora_jax.adapters import roles
 from lora_jax.adapters.factored import Factor, Factored
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter, Recipe, adapter, check_axes, static, trained
+from lora_jax.renamed import module_getattr
 
 
 @adapter("IA3")
-class Rescaled(Adapter):
+class IA3Adapter(Adapter):
     """W times a gain for each output, or for each input.
 
     Attributes:
@@ -41,7 +42,7 @@ class Rescaled(Adapter):
         labels = (*roles.labels(self.axes, BATCH), *roles.labels(self.axes, self.on))
         return Factored(labels=tuple((str(axis),) for axis in range(weight.ndim)), gains=(Factor(self.gain, labels),))
 
-    def neutral(self, weight: jax.Array | None) -> Self:
+    def identity_like(self, weight: jax.Array | None) -> Self:
         del weight
         return dataclasses.replace(self, gain=jnp.ones_like(self.gain))
 
@@ -63,7 +64,7 @@ class IA3(Recipe):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> IA3().make(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out")).gain.shape
+      >>> IA3().create(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out")).gain.shape
       (32,)
 
     References:
@@ -79,7 +80,7 @@ class IA3(Recipe):
         checks.one_of("IA3", "on", self.on, (OUT, IN))
         checks.floating("IA3", self.dtype)
 
-    def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> Rescaled:
+    def create(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> IA3Adapter:
         del key
         check_axes(axes, weight.shape)
         axes = roles.contracted(axes)
@@ -91,4 +92,7 @@ class IA3(Recipe):
         batch, scaled, rest = (
             roles.sizes(weight.shape, axes, role) for role in (BATCH, self.on, IN if self.on == OUT else OUT)
         )
-        return Rescaled(gain=jnp.ones((*batch, *scaled), self.dtype), on=self.on, rest=rest, axes=axes)
+        return IA3Adapter(gain=jnp.ones((*batch, *scaled), self.dtype), on=self.on, rest=rest, axes=axes)
+
+
+__getattr__ = module_getattr(__name__, Rescaled="IA3Adapter")

@@ -23,10 +23,11 @@ from lora_jax.adapters.protocol import (
     static,
     trained,
 )
+from lora_jax.renamed import module_getattr
 
 
 @adapter("LoHa")
-class HadamardProduct(Adapter):
+class LoHaAdapter(Adapter):
     """ΔW = scale · (Σᵣ a1[r] · b1[r]) ⊙ (Σᵣ a2[r] · b2[r]).
 
     ΔW is of rank rank² at most: its factors are the products of each row of a1 with each of a2, and likewise of b1
@@ -92,12 +93,12 @@ class HadamardProduct(Adapter):
         change = self.scale.astype(dtype) * term(self.a1, self.b1) * term(self.a2, self.b2)
         return (weight.astype(dtype) + change).astype(weight.dtype)
 
-    def padded(self, rank: int) -> Self:
+    def pad_rank(self, rank: int) -> Self:
         lead = self.axes.count(BATCH)
         wide = {name: pad_axis(getattr(self, name), lead, rank) for name in ("a1", "b1", "a2", "b2")}
         return dataclasses.replace(self, **wide)
 
-    def neutral(self, weight: jax.Array | None) -> Self:
+    def identity_like(self, weight: jax.Array | None) -> Self:
         del weight
         return dataclasses.replace(self, b2=jnp.zeros_like(self.b2))
 
@@ -117,7 +118,7 @@ class LoHa(Recipe):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> made = LoHa(rank=4, alpha=4).make(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
+      >>> made = LoHa(rank=4, alpha=4).create(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
       >>> made.a1.shape, made.b2.shape, float(made.scale)
       ((4, 16), (4, 32), 1.0)
 
@@ -140,7 +141,7 @@ class LoHa(Recipe):
     def _scale(self) -> float:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
-    def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> HadamardProduct:
+    def create(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> LoHaAdapter:
         axes = roles.in_and_out("LoHa", axes, weight.shape)
         batch, into, out = (roles.sizes(weight.shape, axes, role) for role in (BATCH, IN, OUT))
         roles.rank_of("LoHa", self.rank, weight.shape, axes)
@@ -149,7 +150,7 @@ class LoHa(Recipe):
         def normal(key: jax.Array, sizes: tuple[int, ...], deviation: float) -> jax.Array:
             return (deviation * jax.random.normal(key, (*batch, self.rank, *sizes), jnp.float32)).astype(self.dtype)
 
-        return HadamardProduct(
+        return LoHaAdapter(
             a1=normal(one, into, 1.0),
             b1=normal(two, out, 0.1),
             a2=normal(three, into, 1.0),
@@ -157,3 +158,6 @@ class LoHa(Recipe):
             scale=jnp.asarray(self._scale(), jnp.float32),
             axes=axes,
         )
+
+
+__getattr__ = module_getattr(__name__, HadamardProduct="LoHaAdapter")

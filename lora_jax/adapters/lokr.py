@@ -23,10 +23,11 @@ from lora_jax.adapters.protocol import (
     static,
     trained,
 )
+from lora_jax.renamed import module_getattr
 
 
 @adapter("LoKr")
-class LowRankKronecker(Adapter):
+class LoKrAdapter(Adapter):
     """ΔW = scale · c ⊗ Σᵣ a[r] · b[r]; c spans the slow part of one in and of one out axis, a and b all the rest.
 
     Attributes:
@@ -63,11 +64,11 @@ class LowRankKronecker(Adapter):
         a, b = Factor(self.a, (*batch, "rank", *into)), Factor(self.b, (*batch, "rank", *out))
         return _form(self, weight.ndim, (a, b))
 
-    def padded(self, rank: int) -> Self:
+    def pad_rank(self, rank: int) -> Self:
         lead = self.axes.count(BATCH)
         return dataclasses.replace(self, a=pad_axis(self.a, lead, rank), b=pad_axis(self.b, lead, rank))
 
-    def neutral(self, weight: jax.Array | None) -> Self:
+    def identity_like(self, weight: jax.Array | None) -> Self:
         del weight
         return dataclasses.replace(self, c=jnp.zeros_like(self.c))
 
@@ -76,7 +77,7 @@ class LowRankKronecker(Adapter):
 
 
 @adapter("LoKr.full")
-class FullKronecker(Adapter):
+class LoKrFullAdapter(Adapter):
     """ΔW = scale · c ⊗ d.
 
     Attributes:
@@ -107,12 +108,12 @@ class FullKronecker(Adapter):
         batch, into, out = _second_labels(self)
         return _form(self, weight.ndim, (Factor(self.d, (*batch, *into, *out)),))
 
-    def neutral(self, weight: jax.Array | None) -> Self:
+    def identity_like(self, weight: jax.Array | None) -> Self:
         del weight
         return dataclasses.replace(self, c=jnp.zeros_like(self.c))
 
 
-Kronecker = LowRankKronecker | FullKronecker
+Kronecker = LoKrAdapter | LoKrFullAdapter
 
 
 def _wrong_split(node: Kronecker) -> str | None:
@@ -168,7 +169,7 @@ class LoKr(Recipe):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> made = LoKr(rank=2, alpha=4).make(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
+      >>> made = LoKr(rank=2, alpha=4).create(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
       >>> made.c.shape, made.a.shape, made.b.shape
       ((4, 4), (2, 4), (2, 8))
 
@@ -194,7 +195,7 @@ class LoKr(Recipe):
     def _scale(self) -> float:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
-    def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> Kronecker:
+    def create(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> Kronecker:
         axes = roles.in_and_out("LoKr", axes, weight.shape)
         split = tuple(_largest(weight.shape, axes, role) for role in (IN, OUT))
         first = tuple(_divisor(weight.shape[axis], self.factor) for axis in split)
@@ -214,8 +215,8 @@ class LoKr(Recipe):
         }
         divided = [inner[axis] for axis in split]
         if self.rank >= max(divided) / 2:
-            return FullKronecker(d=uniform(one, (*batch, *into, *out), fan_in), **common)
-        return LowRankKronecker(
+            return LoKrFullAdapter(d=uniform(one, (*batch, *into, *out), fan_in), **common)
+        return LoKrAdapter(
             a=uniform(one, (*batch, self.rank, *into), fan_in),
             b=uniform(two, (*batch, self.rank, *out), self.rank),
             **common,
@@ -231,3 +232,6 @@ def _divisor(size: int, limit: int | None) -> int:
     """The largest divisor of a size up to its square root and up to a limit."""
     largest = math.isqrt(size) if limit is None else min(limit, math.isqrt(size))
     return max(divisor for divisor in range(1, largest + 1) if size % divisor == 0)
+
+
+__getattr__ = module_getattr(__name__, LowRankKronecker="LoKrAdapter", FullKronecker="LoKrFullAdapter")

@@ -4,12 +4,13 @@ import dataclasses
 
 import jax
 
-from lora_jax.adapters.lowrank import LoRA, LowRank
+from lora_jax.adapters.lowrank import LoRA, LoRAAdapter
 from lora_jax.adapters.protocol import LOOKUP, adapter, frozen
+from lora_jax.renamed import module_getattr
 
 
 @adapter("LoRA-FA")
-class FrozenA(LowRank):
+class LoRAFAAdapter(LoRAAdapter):
     """A low-rank term of which `b` alone trains."""
 
     a: jax.Array = frozen("batch block rank in")
@@ -32,7 +33,7 @@ class LoRAFA(LoRA):
       Zhang et al., `LoRA-FA <https://arxiv.org/abs/2308.03303>`_, 2023, §3
     """
 
-    def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, FrozenA]:
+    def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, LoRAFAAdapter]:
         weight, low = super()._make(key, weight, axes, moves)
         drawn = isinstance(low.a, jax.core.Tracer)  # whose values nobody knows yet
         zero = self.init == "zero_a" or (self.init == "kaiming_uniform" and LOOKUP in axes)
@@ -41,4 +42,7 @@ class LoRAFA(LoRA):
                 f"LoRAFA(init={self.init!r}) starts this weight from a zero a, which stays zero: choose an init that "
                 "draws a, such as 'gaussian'."
             )
-        return weight, FrozenA(**{field.name: getattr(low, field.name) for field in dataclasses.fields(low)})
+        return weight, LoRAFAAdapter(**{field.name: getattr(low, field.name) for field in dataclasses.fields(low)})
+
+
+__getattr__ = module_getattr(__name__, FrozenA="LoRAFAAdapter")

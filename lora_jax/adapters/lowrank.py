@@ -27,6 +27,7 @@ from lora_jax.adapters.protocol import (
 )
 from lora_jax.initializers import Reading
 from lora_jax.leaves import dequantized, is_abstract, is_quantized
+from lora_jax.renamed import module_getattr
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
     "alpha/r": lambda alpha, rank: alpha / rank,
@@ -37,7 +38,7 @@ BLOCK, RANK = "block", "rank"
 
 
 @adapter("LoRA")
-class LowRank(Adapter):
+class LoRAAdapter(Adapter):
     """ΔW[in, out] = scale · Σᵣ a[r, in] · b[r, out], and scale · bias[out] added to the outputs where there is a bias.
 
     Attributes:
@@ -73,11 +74,11 @@ class LowRank(Adapter):
     def rank(self) -> int:
         return self.a.shape[self._rank_axis]
 
-    def padded(self, rank: int) -> Self:
+    def pad_rank(self, rank: int) -> Self:
         a, b = (pad_axis(factor, self._rank_axis, rank) for factor in (self.a, self.b))
         return dataclasses.replace(self, a=a, b=b)
 
-    def neutral(self, weight: jax.Array | None) -> Self:
+    def identity_like(self, weight: jax.Array | None) -> Self:
         del weight
         a, b, fingerprint, bias = jax.tree.map(jnp.zeros_like, (self.a, self.b, self.fingerprint, self.bias))
         return dataclasses.replace(self, a=a, b=b, fingerprint=fingerprint, bias=bias)
@@ -168,7 +169,7 @@ class LoRA(Recipe):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> made = LoRA(rank=4, alpha=8).make(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
+      >>> made = LoRA(rank=4, alpha=8).create(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
       >>> made.a.shape, made.b.shape, float(made.scale)
       ((4, 16), (4, 32), 2.0)
 
@@ -198,7 +199,7 @@ class LoRA(Recipe):
         checks.rate(self._name, "dropout", self.dropout)
         checks.floating(self._name, self.dtype)
         checks.blocks(self._name, self.blocks)
-        initializers.find(self.init)
+        initializers.get_initializer(self.init)
 
     def _block_mask(self) -> tuple[bool, ...]:
         return tuple(map(bool, self.blocks)) if isinstance(self.blocks, Sequence) else (True,) * self.blocks
@@ -207,20 +208,20 @@ class LoRA(Recipe):
         """The number that multiplies a·b."""
         return 1.0 if self.alpha is None else SCALINGS[self.scaling](self.alpha, self.rank)
 
-    def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> LowRank:
-        """A new adapter whose term is zero (for initialisers that are)."""
+    def create(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> LoRAAdapter:
+        """A new adapter whose term is zero (for initializers that are)."""
         return self._make(key, weight, axes, moves=False)[1]
 
-    def prepare(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, LowRank]:
-        """The weight without the part that the initialiser moved into the factors, and the adapter."""
+    def prepare(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, LoRAAdapter]:
+        """The weight without the part that the initializer moved into the factors, and the adapter."""
         return self._make(key, weight, axes, moves=True)
 
     @property
     def reads(self) -> str | None:  # pyrefly: ignore[bad-override]
-        return initializers.find(self.init).reads
+        return initializers.get_initializer(self.init).reads
 
-    def informed(self, readings: Mapping[str, Reading]) -> dict[str, Recipe | None]:
-        initializer = initializers.find(self.init)
+    def with_calibration(self, readings: Mapping[str, Reading]) -> dict[str, Recipe | None]:
+        initializer = initializers.get_initializer(self.init)
         split = {path: self._matrices(reading.shape, reading.axes) for path, reading in readings.items()}
         limits = {path: min(matrices.fan_in, matrices.fan_out) for path, matrices in split.items()}
         ranks = initializer.distributed(self.rank, readings, limits, sum(self._block_mask()))
@@ -236,12 +237,12 @@ class LoRA(Recipe):
                 rank=rank,
                 # The scale is that of the recipe, whatever the rank.
                 alpha=None if self.alpha is None else self.scale() / SCALINGS[self.scaling](1.0, rank),
-                init=initializers.Informed(initializer, found, own),
+                init=initializers.Calibrated(initializer, found, own),
             )
         return recipes
 
-    def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, LowRank]:
-        initializer = initializers.find(self.init)
+    def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, LoRAAdapter]:
+        initializer = initializers.get_initializer(self.init)
         if initializer.reads or (initializer.moves_weight and not moves):
             does = (
                 f"reads the {initializer.reads}" if initializer.reads else "moves a part of the weight into its factors"
@@ -257,8 +258,8 @@ class LoRA(Recipe):
             raise ValueError(f"{self._name}(alpha={self.alpha}, init={self.init!r}) divides by a positive scale.")
         matrices = self._matrices(weight.shape, axes)
 
-        def term(a: jax.Array, b: jax.Array, scale: float) -> LowRank:
-            return LowRank(
+        def term(a: jax.Array, b: jax.Array, scale: float) -> LoRAAdapter:
+            return LoRAAdapter(
                 a=a.reshape(*matrices.batch, self.rank, *matrices.into).astype(self.dtype),
                 b=b.reshape(*matrices.batch, self.rank, *matrices.out).astype(self.dtype),
                 scale=jnp.asarray(scale, jnp.float32),
@@ -309,3 +310,6 @@ class LoRA(Recipe):
                 f"{axes} is at most of rank {limit}."
             )
         return found
+
+
+__getattr__ = module_getattr(__name__, LowRank="LoRAAdapter")

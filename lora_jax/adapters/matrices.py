@@ -1,4 +1,4 @@
-"""A weight of any axes as matrices, which is how initialisers see it."""
+"""A weight of any axes as matrices, which is how initializers see it."""
 
 import dataclasses
 import math

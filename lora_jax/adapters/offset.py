@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from lora_jax import checks
 from lora_jax.adapters.factored import compute_dtype
 from lora_jax.adapters.protocol import Adapter, Recipe, adapter, frozen, static, trained
+from lora_jax.renamed import module_getattr
 
 
 @adapter("Offset")
-class Addition(Adapter):
+class OffsetAdapter(Adapter):
     """w + scale · value.
 
     Attributes:
@@ -36,7 +37,7 @@ class Addition(Adapter):
         scale = self.scale.astype(dtype).reshape(self.scale.shape + (1,) * (self.value.ndim - self.scale.ndim))
         return (weight.astype(dtype) + scale * self.value.astype(dtype)).astype(weight.dtype)
 
-    def neutral(self, weight: jax.Array | None) -> Self:
+    def identity_like(self, weight: jax.Array | None) -> Self:
         del weight
         return dataclasses.replace(self, value=jnp.zeros_like(self.value))
 
@@ -57,7 +58,7 @@ class Offset(Recipe):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> Offset(scale=2.0).make(jax.random.key(0), jnp.ones(3), ()).merge(jnp.ones(3)).tolist()
+      >>> Offset(scale=2.0).create(jax.random.key(0), jnp.ones(3), ()).merge(jnp.ones(3)).tolist()
       [1.0, 1.0, 1.0]
     """
 
@@ -70,6 +71,11 @@ class Offset(Recipe):
         checks.finite("Offset", "scale", self.scale, nonzero=True)
         checks.floating("Offset", self.dtype)
 
-    def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> Addition:
+    def create(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> OffsetAdapter:
         del key, axes
-        return Addition(value=jnp.zeros(weight.shape, self.dtype), scale=jnp.asarray(self.scale, jnp.float32), axes=())
+        return OffsetAdapter(
+            value=jnp.zeros(weight.shape, self.dtype), scale=jnp.asarray(self.scale, jnp.float32), axes=()
+        )
+
+
+__getattr__ = module_getattr(__name__, Addition="OffsetAdapter")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lora_jax.adapters.factored import Factored, dense
 from lora_jax.initializers import Reading
 from lora_jax.leaves import shapes
+from lora_jax.renamed import RenamedMethod
 
 BATCH, IN, OUT, LOOKUP = "batch", "in", "out", "lookup"
 """Axis roles. `lookup` is an in axis that is indexed (an embedding's vocabulary) instead of contracted."""
@@ -79,6 +80,11 @@ class Adapter:
     kind: ClassVar[str]
     additive: ClassVar[bool] = False
     merged_because: ClassVar[str] = "the adapter has no factored form"
+    padded = RenamedMethod("pad_rank")
+    neutral = RenamedMethod("identity_like")
+
+    def __init_subclass__(cls) -> None:
+        RenamedMethod.check(cls)
 
     def __repr__(self) -> str:
         fields = dataclasses.fields(self)  # pyrefly: ignore[bad-argument-type]
@@ -92,10 +98,10 @@ class Adapter:
         raise TypeError(f"{type(self).__name__} does not say the shape of its weight: define shape().")
 
     def factored(self, weight: Any) -> Factored | None:
-        """The adapted weight as labelled tensors, or None where only :meth:`merge` exists.
+        """The adapted weight as labeled tensors, or None where only :meth:`merge` exists.
 
         Args:
-          weight: An array, or a quantised leaf: its `shape`, `ndim` and `dtype` are the weight's, and
+          weight: An array, or a quantized leaf: its `shape`, `ndim` and `dtype` are the weight's, and
             :func:`lora_jax.leaves.dequantized` gives its values.
         """
         del weight
@@ -116,10 +122,10 @@ class Adapter:
 
     @property
     def rank(self) -> int | None:
-        """The size that :meth:`padded` raises; None for kinds without one."""
+        """The size that :meth:`pad_rank` raises; None for kinds without one."""
         return None
 
-    def padded(self, rank: int) -> Self:
+    def pad_rank(self, rank: int) -> Self:
         """The same adapter with a larger rank, so that adapters of different ranks stack.
 
         What is added are zeros behind the present entries. They change neither the weight nor the gradients of
@@ -130,7 +136,7 @@ class Adapter:
         """
         raise TypeError(f"{type(self).__name__} has no rank to pad to {rank}.")
 
-    def neutral(self, weight: jax.Array | None) -> Self:
+    def identity_like(self, weight: jax.Array | None) -> Self:
         """An adapter with the structure, shapes and dtypes of this one that leaves its weight as it is.
 
         It stands for this path in members of a stack that do not adapt it.
@@ -142,7 +148,9 @@ class Adapter:
           ValueError: The kind needs the weight, and there is none.
         """
         del weight
-        raise TypeError(f"{type(self).__name__} does not say which of its adapters changes nothing: define neutral().")
+        raise TypeError(
+            f"{type(self).__name__} does not say which of its adapters changes nothing: define identity_like()."
+        )
 
     def trainable(self) -> Self:
         """The adapter with each leaf replaced by whether it trains. Integers never do."""
@@ -210,30 +218,35 @@ class Recipe:
     axes: tuple[str, ...] | None = None
     needs_axes: ClassVar[bool] = True
     reads: str | None = None
+    make = RenamedMethod("create")
+    informed = RenamedMethod("with_calibration")
 
-    def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> Adapter:
+    def __init_subclass__(cls) -> None:
+        RenamedMethod.check(cls)
+
+    def create(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> Adapter:
         """A new adapter.
 
         Args:
           key: A PRNG key.
-          weight: The weight, an array or a quantised leaf; recipes that only need its shape also take a
+          weight: The weight, an array or a quantized leaf; recipes that only need its shape also take a
             `jax.ShapeDtypeStruct`.
           axes: The role of each of its axes: 'batch', 'in', 'out', or 'lookup' for an in axis that
             is indexed.
         """
-        raise TypeError(f"{type(self).__name__} makes no adapter: define make().")
+        raise TypeError(f"{type(self).__name__} makes no adapter: define create().")
 
     def prepare(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, Adapter]:
         """The weight and its adapter, for inits that move part of the weight into the adapter."""
-        return weight, self.make(key, weight, axes)
+        return weight, self.create(key, weight, axes)
 
-    def informed(self, readings: Mapping[str, Reading]) -> dict[str, "Recipe | None"]:
+    def with_calibration(self, readings: Mapping[str, Reading]) -> dict[str, "Recipe | None"]:
         """The recipe for each path that gets this one, with what was read of the data; None leaves a path out."""
-        raise TypeError(f"{type(self).__name__} reads {self.reads}: define informed().")
+        raise TypeError(f"{type(self).__name__} reads {self.reads}: define with_calibration().")
 
 
 def needed(weight: jax.Array | None, kind: str) -> jax.Array:
-    """The weight that :meth:`Adapter.neutral` cannot do without; raises where there is none."""
+    """The weight that :meth:`Adapter.identity_like` cannot do without; raises where there is none."""
     if weight is None:
         raise ValueError(f"A {kind} adapter that changes nothing is made from the weight: give base=.")
     return weight

@@ -25,6 +25,7 @@ from lora_jax.adapters.protocol import (
     static,
     trained,
 )
+from lora_jax.renamed import module_getattr
 
 _SHARED: weakref.WeakValueDictionary[tuple, jax.Array] = weakref.WeakValueDictionary()
 
@@ -43,7 +44,7 @@ def shared(seed: int, part: int, shape: tuple[int, ...], fan: int, dtype: jax.ty
 
 
 @adapter("VeRA")
-class ScaledPair(Adapter):
+class VeRAAdapter(Adapter):
     """ΔW[i, o] = scale · Σᵣ a[r, i] · d[r] · b[r, o] · g[o].
 
     Attributes:
@@ -87,13 +88,13 @@ class ScaledPair(Adapter):
     def rank(self) -> int:
         return self.d.shape[-1]
 
-    def padded(self, rank: int) -> Self:
+    def pad_rank(self, rank: int) -> Self:
         axis = self.d.ndim - 1
         return dataclasses.replace(
             self, d=pad_axis(self.d, axis, rank), a=pad_axis(self.a, 0, rank), b=pad_axis(self.b, 0, rank)
         )
 
-    def neutral(self, weight: jax.Array | None) -> Self:
+    def identity_like(self, weight: jax.Array | None) -> Self:
         del weight
         return dataclasses.replace(self, g=jnp.zeros_like(self.g))
 
@@ -102,7 +103,7 @@ class ScaledPair(Adapter):
 
 
 @adapter("DVoRA")
-class DecomposedPair(ScaledPair):
+class DVoRAAdapter(VeRAAdapter):
     """The same on the direction of the weight, with a trained magnitude, as in DoRA.
 
     Attributes:
@@ -124,8 +125,8 @@ class DecomposedPair(ScaledPair):
         form = super().factored(weight)
         return decomposed(form, weight, self.axes, self.magnitude, self.norm_over, self.norm_gradient)
 
-    def neutral(self, weight: jax.Array | None) -> Self:
-        zero = super().neutral(weight)
+    def identity_like(self, weight: jax.Array | None) -> Self:
+        zero = super().identity_like(weight)
         magnitude = magnitude_of(self.kind, zero, needed(weight, self.kind), self.norm_over)
         return dataclasses.replace(zero, magnitude=magnitude.astype(self.magnitude.dtype))
 
@@ -144,7 +145,7 @@ class VeRA(Recipe):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> made = VeRA(rank=64).make(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
+      >>> made = VeRA(rank=64).create(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
       >>> made.d.shape, made.g.shape, made.a.shape
       ((64,), (32,), (64, 16))
 
@@ -168,11 +169,11 @@ class VeRA(Recipe):
         checks.rate(name, "dropout", self.dropout)
         checks.floating(name, self.dtype)
 
-    def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> ScaledPair:
+    def create(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> VeRAAdapter:
         del key
         axes = roles.in_and_out(type(self).__name__, axes, weight.shape)
         batch, into, out = (roles.sizes(weight.shape, axes, role) for role in (BATCH, IN, OUT))
-        return ScaledPair(
+        return VeRAAdapter(
             d=jnp.full((*batch, self.rank), self.d, self.dtype),
             g=jnp.zeros((*batch, *out), self.dtype),
             a=shared(self.seed, 0, (self.rank, *into), math.prod(into), self.dtype),
@@ -195,7 +196,7 @@ class DVoRA(VeRA):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> DVoRA(rank=64).make(jax.random.key(0), jnp.full((4, 8), 2.0), ("in", "out")).magnitude.tolist()[:2]
+      >>> DVoRA(rank=64).create(jax.random.key(0), jnp.full((4, 8), 2.0), ("in", "out")).magnitude.tolist()[:2]
       [4.0, 4.0]
 
     References:
@@ -210,8 +211,11 @@ class DVoRA(VeRA):
         checks.one_of("DVoRA", "norm_over", self.norm_over, NORM_OVER)
         checks.flag("DVoRA", "norm_gradient", self.norm_gradient)
 
-    def make(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> DecomposedPair:
-        pair = super().make(key, weight, axes)
+    def create(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> DVoRAAdapter:
+        pair = super().create(key, weight, axes)
         fields = {field.name: getattr(pair, field.name) for field in dataclasses.fields(pair)}
         magnitude = magnitude_of("DVoRA", pair, weight, self.norm_over)
-        return DecomposedPair(**fields, magnitude=magnitude, norm_over=self.norm_over, norm_gradient=self.norm_gradient)
+        return DVoRAAdapter(**fields, magnitude=magnitude, norm_over=self.norm_over, norm_gradient=self.norm_gradient)
+
+
+__getattr__ = module_getattr(__name__, ScaledPair="VeRAAdapter", DecomposedPair="DVoRAAdapter")

@@ -169,7 +169,7 @@ def _padded(path: str, node: Adapter, rank: int) -> Adapter:
         return node
     if node.rank > rank:
         raise ValueError(f"{path!r}: an adapter is of rank {node.rank}; the stack has rank {rank}.")
-    return node.padded(rank)
+    return node.pad_rank(rank)
 
 
 def _fitted(path: str, node: Adapter, like: Adapter, rank: int) -> Adapter:
@@ -231,7 +231,7 @@ def _static(node: Adapter) -> str:
 
 def _neutral(path: str, like: Adapter, weights: Mapping[str, Any]) -> Adapter:
     try:
-        return like.neutral(canonical(weights.get(path)))
+        return like.identity_like(canonical(weights.get(path)))
     except ValueError as error:
         if weights and path not in weights:
             raise ValueError(f"base lacks {path!r}; {paths.nearest(path, list(weights))}.") from None

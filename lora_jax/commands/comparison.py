@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from lora_jax.adapters.full import Replacement, RowReplacement
-from lora_jax.adapters.lowrank import LowRank
+from lora_jax.adapters.full import FullAdapter, RowsAdapter
+from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.commands.inspection import euclidean
 from lora_jax.commands.reading import adapter_directory, is_native, read
@@ -103,11 +103,11 @@ def _apart(one: Adapter | None, other: Adapter | None) -> tuple[str, str]:
     """The norm of the difference of two adapters, and relative to the first's."""
     if one is None or other is None or one.shape() != other.shape():
         return "", ""
-    if all(node.additive or isinstance(node, LowRank) for node in (one, other)) and one.axes == other.axes:
+    if all(node.additive or isinstance(node, LoRAAdapter) for node in (one, other)) and one.axes == other.axes:
         gap, size = distance(one, other), norm(one)
-    elif isinstance(one, Replacement) and isinstance(other, Replacement):
+    elif isinstance(one, FullAdapter) and isinstance(other, FullAdapter):
         gap, size = euclidean(_float64(one.value) - _float64(other.value)), euclidean(one.value)
-    elif isinstance(one, RowReplacement) and isinstance(other, RowReplacement) and np.array_equal(one.ids, other.ids):
+    elif isinstance(one, RowsAdapter) and isinstance(other, RowsAdapter) and np.array_equal(one.ids, other.ids):
         gap, size = euclidean(_float64(one.rows) - _float64(other.rows)), euclidean(one.rows)
     else:
         return "", ""

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from lora_jax import checkpoint
-from lora_jax.adapters.lowrank import LowRank
+from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.commands.reading import adapter_directory, fitted, is_native, opened, read
 from lora_jax.commands.wording import (
@@ -67,10 +67,10 @@ def inspect(
     console.print(table)
     console.print()
     console.print(f"{sum(map(_trained, delta.values())):,} trained numbers")
-    ranks = [node.rank for node in delta.values() if isinstance(node, LowRank)]
+    ranks = [node.rank for node in delta.values() if isinstance(node, LoRAAdapter)]
     if ranks:
         console.print(f"rank {span(ranks)}{_for_vllm(delta, max(ranks))}")
-    if not base and any(isinstance(node, LowRank) and not node.additive for node in delta.values()):
+    if not base and any(isinstance(node, LoRAAdapter) and not node.additive for node in delta.values()):
         console.print("‖ΔW‖ of a DoRA adapter is that of its low-rank term; with --base also its magnitudes count")
     still = [path for path, (change, _) in sizes.items() if change == 0 and _is_whole(delta[path], base)]
     if len(still) == len(delta):
@@ -125,7 +125,7 @@ def _sizes(
         stored = {layout.leaf_path(name): name for name in tensors} if tensors else {}
         stored |= {layout.leaf_path(name): like for name, like in copies.items()}
         for path, node in delta.items():
-            change = norm(node) if node.additive or isinstance(node, LowRank) else None
+            change = norm(node) if node.additive or isinstance(node, LoRAAdapter) else None
             weight = None
             if tensors:
                 value = tensors.read(stored[path]).astype(np.float32)

@@ -1,6 +1,6 @@
 """How the factors of a low-rank term start.
 
-Some initialisers draw factors whose product is zero, so that training starts from the base function. Others make them
+Some initializers draw factors whose product is zero, so that training starts from the base function. Others make them
 from a part of the weight, which then leaves the base, or from what data tells of the weight; they go through
 :func:`lora_jax.prepare`. A recipe's `init` is one of these, or its name where it needs no argument.
 """
@@ -11,8 +11,8 @@ from lora_jax.initializers.gradients import LoRAGA
 from lora_jax.initializers.initializer import (
     GRADIENT,
     INPUTS,
+    Calibrated,
     Given,
-    Informed,
     Initializer,
     Inputs,
     Reading,
@@ -20,16 +20,17 @@ from lora_jax.initializers.initializer import (
 )
 from lora_jax.initializers.parts import OLoRA, PiSSA
 from lora_jax.initializers.quantized import LoftQ
+from lora_jax.renamed import module_getattr
 
 __all__ = [
     "EVA",
     "GRADIENT",
     "INITIALIZERS",
     "INPUTS",
+    "Calibrated",
     "CorDA",
     "Drawn",
     "Given",
-    "Informed",
     "Initializer",
     "Inputs",
     "LoRAGA",
@@ -38,7 +39,7 @@ __all__ = [
     "PiSSA",
     "Reading",
     "Start",
-    "find",
+    "get_initializer",
 ]
 
 INITIALIZERS: dict[str, Initializer] = {
@@ -55,14 +56,14 @@ INITIALIZERS: dict[str, Initializer] = {
 }
 
 
-def find(init: str | Initializer) -> Initializer:
-    """The initialiser of a name; an :class:`Initializer` is itself.
+def get_initializer(init: str | Initializer) -> Initializer:
+    """The initializer of a name; an :class:`Initializer` is itself.
 
     Raises:
       ValueError: No such name.
 
     Example:
-      >>> find("pissa")
+      >>> get_initializer("pissa")
       PiSSA(niter=None)
     """
     if isinstance(init, Initializer):
@@ -73,3 +74,6 @@ def find(init: str | Initializer) -> Initializer:
             f"init={init!r}: expected one of {', '.join(map(repr, INITIALIZERS))} or an Initializer.{hint}"
         )
     return INITIALIZERS[init]
+
+
+__getattr__ = module_getattr(__name__, find="get_initializer")

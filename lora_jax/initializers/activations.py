@@ -24,7 +24,7 @@ class EVA(Initializer):
     a component is left out.
 
     The covariance is a difference of float32 sums about zero. With means 50 times the deviation of a direction it is
-    found to a cosine of 0.999999, 150 times to 0.9999, 500 times to 0.995; beyond, centre the inputs.
+    found to a cosine of 0.999999, 150 times to 0.9999, 500 times to 0.995; beyond, center the inputs.
 
     Args:
       rho: The largest rank as a multiple of the recipe's; 1 gives every matrix the same.

@@ -1,4 +1,4 @@
-"""What an initialiser is, what it may read, and what it gives."""
+"""What an initializer is, what it may read, and what it gives."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lora_jax.leaves import dequantized
 
 INPUTS, GRADIENT = "inputs", "gradient"
-"""What an initialiser may read of the data: the inputs of the weight, the gradient of a loss."""
+"""What an initializer may read of the data: the inputs of the weight, the gradient of a loss."""
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +58,7 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """What an initialiser makes factors from; batch, in and out axes are flattened to one each.
+    """What an initializer makes factors from; batch, in and out axes are flattened to one each.
 
     Attributes:
       key: A PRNG key.
@@ -68,12 +68,12 @@ class Given:
       fan_out: The size of the out axes.
       lookup: Whether the weight is indexed, not contracted.
       scale: What multiplies the product of the factors.
-      leaf: The weight as the base has it, an array or quantised.
+      leaf: The weight as the base has it, an array or quantized.
       axes: The role of each of its axes.
       matrices: Makes `[batch, in, out]`, at least float32, of an array of the shape of `leaf`.
       without: `leaf` without scale·aᵀb, for factors a and b.
-      inputs: The moments of the inputs of each matrix; None unless the initialiser reads them.
-      gradient: `[batch, in, out]`, float32; None unless the initialiser reads it.
+      inputs: The moments of the inputs of each matrix; None unless the initializer reads them.
+      gradient: `[batch, in, out]`, float32; None unless the initializer reads it.
       ranks: Of each matrix, where ranks were distributed: rows of its factors after these are zero.
     """
 
@@ -144,11 +144,11 @@ class Initializer:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Informed(Initializer):
-    """An initialiser with what it read of one weight.
+class Calibrated(Initializer):
+    """An initializer with what it read of one weight.
 
     Attributes:
-      initializer: The initialiser.
+      initializer: The initializer.
       reading: As it was read; it is laid out for each matrix when the factors are made, one weight at a time.
       ranks: Of each matrix, or None.
     """

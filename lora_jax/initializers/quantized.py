@@ -1,4 +1,4 @@
-"""Factors that make up for what quantisation takes: LoftQ."""
+"""Factors that make up for what quantization takes: LoftQ."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,15 +15,15 @@ from lora_jax.leaves import dequantized, is_quantized
 
 @dataclasses.dataclass(frozen=True)
 class LoftQ(Initializer):
-    r"""A quantised base and factors that are nearest to the weight together: :math:`W \approx Q + s\,a^\top b`.
+    r"""A quantized base and factors that are nearest to the weight together: :math:`W \approx Q + s\,a^\top b`.
 
-    Alternates Q = quantizer(W − s·aᵀb) with the best a, b for W − Q. Unlike the other initialisers it changes the
-    function, by less than quantising alone does. The product is divided by the scale, so that this holds for any
+    Alternates Q = quantizer(W − s·aᵀb) with the best a, b for W − Q. Unlike the other initializers it changes the
+    function, by less than quantizing alone does. The product is divided by the scale, so that this holds for any
     alpha (PEFT does not divide: its start is near the weight for alpha = rank only).
 
     Args:
       quantizer: A format (`lora_jax.NF4()`), whose leaf takes the weight's place in the base. Or a function of an array
-        of the shape and dtype of the weight: the array that its quantised form stands for, or a pytree node with
+        of the shape and dtype of the weight: the array that its quantized form stands for, or a pytree node with
         `dequantize()`, `shape` and `dtype`.
       iterations: How often.
 
@@ -54,8 +54,8 @@ class LoftQ(Initializer):
     def start(self, given: Given) -> Start:
         if is_quantized(given.leaf):
             raise ValueError(
-                "LoftQ makes up for what quantising takes, and this weight is quantised already: give prepare the base "
-                "in floats; it returns the quantised one."
+                "LoftQ makes up for what quantizing takes, and this weight is quantized already: give prepare the base "
+                "in floats; it returns the quantized one."
             )
         leaf, a, b = self._step(given, given.leaf)
         for _ in range(1, self.iterations):
@@ -63,7 +63,7 @@ class LoftQ(Initializer):
         return Start(a, b, leaf)
 
     def _step(self, given: Given, target: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
-        """The quantised target, and the factors that bring it nearest to the weight."""
+        """The quantized target, and the factors that bring it nearest to the weight."""
         # A format is told which axes are contracted; a function knows what it does.
         form: Any = self.quantizer
         leaf = form.quantize(target, given.axes) if hasattr(form, "quantize") else form(target)

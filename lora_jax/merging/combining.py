@@ -14,8 +14,8 @@ from lora_jax.adapters.consistency import check_adapters
 from lora_jax.adapters.conversion import as_low_rank, is_low_rank
 from lora_jax.adapters.factored import compute_dtype
 from lora_jax.adapters.fingerprints import needs_moved_base
-from lora_jax.adapters.lowrank import LowRank
-from lora_jax.adapters.offset import Addition
+from lora_jax.adapters.lowrank import LoRAAdapter
+from lora_jax.adapters.offset import OffsetAdapter
 from lora_jax.adapters.protocol import BATCH, Adapter
 
 Delta = Mapping[str, Adapter]
@@ -123,10 +123,10 @@ def combine(
     combined: dict[str, Adapter] = {}
     for number, path in enumerate(dict.fromkeys(path for delta in deltas for path in delta)):
         found = [(_term(path, delta[path]), weight) for delta, weight in zip(deltas, weights) if path in delta]
-        if all(isinstance(node, Addition) for node, _ in found):
-            combined[path] = _sum_of_offsets([(node, w) for node, w in found if isinstance(node, Addition)])
+        if all(isinstance(node, OffsetAdapter) for node, _ in found):
+            combined[path] = _sum_of_offsets([(node, w) for node, w in found if isinstance(node, OffsetAdapter)])
             continue
-        nodes = [(node, w) for node, w in found if isinstance(node, LowRank)]
+        nodes = [(node, w) for node, w in found if isinstance(node, LoRAAdapter)]
         if len(nodes) < len(found) or len({(n.shape(), n.axes, n.blocks) for n, _ in nodes}) > 1:
             raise ValueError(f"{path!r}: the adapters to combine have different kinds, shapes, axes or blocks.")
         _check_same_base(path, [node for node, _ in nodes])
@@ -172,7 +172,7 @@ def truncate(delta: Delta, rank: int) -> dict[str, Adapter]:
             term = as_low_rank(node)
             if term.rank > rank:
                 truncated[path] = _truncated(term, rank)
-        elif (node.rank or 0) > rank or (node.additive and not isinstance(node, Addition)):
+        elif (node.rank or 0) > rank or (node.additive and not isinstance(node, OffsetAdapter)):
             raise ValueError(
                 f"{path!r}: what a {node.kind} adapter does to its weight cannot be brought to rank {rank} by its "
                 "factors. Leave it out, or merge it."
@@ -215,7 +215,7 @@ def _largest(array: jax.Array, density: float) -> jax.Array:
     return jnp.zeros_like(flat).at[kept].set(flat[kept]).reshape(array.shape)
 
 
-def _combined(nodes: list[tuple[LowRank, float]], method: str, rank: int | None, merge: _Merge) -> LowRank:
+def _combined(nodes: list[tuple[LoRAAdapter, float]], method: str, rank: int | None, merge: _Merge) -> LoRAAdapter:
     first, lead = nodes[0][0], _lead(nodes[0][0])
     dtype = _common([node.a.dtype for node, _ in nodes])
     if method in ("cat", "svd"):
@@ -251,7 +251,7 @@ def _combined(nodes: list[tuple[LowRank, float]], method: str, rank: int | None,
     return dataclasses.replace(whole, a=whole.a.astype(dtype), b=whole.b.astype(dtype), bias=bias)
 
 
-def _sum_of_biases(nodes: list[tuple[LowRank, float]], method: str) -> jax.Array | None:
+def _sum_of_biases(nodes: list[tuple[LoRAAdapter, float]], method: str) -> jax.Array | None:
     biases = [(node.bias, node.scale, weight) for node, weight in nodes if node.bias is not None]
     if not biases:
         return None
@@ -260,7 +260,7 @@ def _sum_of_biases(nodes: list[tuple[LowRank, float]], method: str) -> jax.Array
     return jnp.asarray(sum(_by_scale(*term) for term in biases), _common([bias.dtype for bias, *_ in biases]))
 
 
-def _check_same_base(path: str, nodes: Sequence[LowRank]) -> None:
+def _check_same_base(path: str, nodes: Sequence[LoRAAdapter]) -> None:
     """Raises where adapters need different bases, so far as their values tell."""
     needs: list[Any] = [node.fingerprint if needs_moved_base(node) else None for node in nodes]
     if not any(isinstance(need, jax.core.Tracer) for need in needs) and any(
@@ -278,7 +278,7 @@ def _common(dtypes: Sequence[jnp.dtype]) -> jnp.dtype:
     return widest if len(set(dtypes)) == 1 else compute_dtype(widest)
 
 
-def _lead(node: LowRank) -> int:
+def _lead(node: LoRAAdapter) -> int:
     """The number of axes before the rank."""
     return node.axes.count(BATCH) + (len(node.blocks) > 1)
 
@@ -288,19 +288,19 @@ def _by_scale(array: jax.Array, scale: jax.Array, factor: float = 1.0) -> jax.Ar
     return array.astype(jnp.float32) * total
 
 
-def _matrices(node: LowRank) -> tuple[jax.Array, jax.Array]:
+def _matrices(node: LoRAAdapter) -> tuple[jax.Array, jax.Array]:
     """The factors as `[*lead, rank, in]` and `[*lead, rank, out]`, in float32."""
     lead = _lead(node)
     return tuple(x.astype(jnp.float32).reshape(*x.shape[: lead + 1], -1) for x in (node.a, node.b))  # pyrefly: ignore[bad-return]
 
 
-def _product(node: LowRank) -> jax.Array:
+def _product(node: LoRAAdapter) -> jax.Array:
     """ΔW, `[*lead, in, out]`."""
     a, b = _matrices(node)
     return _by_scale(jnp.matmul(a.mT, b, precision=lax.Precision.HIGHEST), node.scale)
 
 
-def _truncated(node: LowRank, rank: int) -> LowRank:
+def _truncated(node: LoRAAdapter, rank: int) -> LoRAAdapter:
     a, b = _matrices(node)
     exact = lax.Precision.HIGHEST
     (qa, ra), (qb, rb) = jnp.linalg.qr(a.mT), jnp.linalg.qr(b.mT)
@@ -312,7 +312,7 @@ def _truncated(node: LowRank, rank: int) -> LowRank:
     return _with_factors(node, new_a, new_b, node.scale)
 
 
-def _nearest(like: LowRank, product: jax.Array, rank: int) -> LowRank:
+def _nearest(like: LoRAAdapter, product: jax.Array, rank: int) -> LoRAAdapter:
     """The nearest low-rank adapter to a given ΔW, `[*lead, in, out]`."""
     u, s, vt = jnp.linalg.svd(product, full_matrices=False)
     rank = min(rank, s.shape[-1])
@@ -320,7 +320,7 @@ def _nearest(like: LowRank, product: jax.Array, rank: int) -> LowRank:
     return _with_factors(like, root * u[..., :rank].mT, root * vt[..., :rank, :], jnp.ones((), jnp.float32))
 
 
-def _with_factors(node: LowRank, a: jax.Array, b: jax.Array, scale: jax.Array) -> LowRank:
+def _with_factors(node: LoRAAdapter, a: jax.Array, b: jax.Array, scale: jax.Array) -> LoRAAdapter:
     lead = _lead(node)
     a, b = (
         new.reshape(*new.shape[: lead + 1], *old.shape[lead + 1 :]).astype(old.dtype)
@@ -329,18 +329,18 @@ def _with_factors(node: LowRank, a: jax.Array, b: jax.Array, scale: jax.Array) -
     return dataclasses.replace(node, a=a, b=b, scale=scale)
 
 
-def _sum_of_offsets(nodes: list[tuple[Addition, float]]) -> Addition:
+def _sum_of_offsets(nodes: list[tuple[OffsetAdapter, float]]) -> OffsetAdapter:
     first = nodes[0][0]
     dtype = _common([node.value.dtype for node, _ in nodes])
     value = sum(_by_scale(node.value, node.scale, weight) for node, weight in nodes)
     return dataclasses.replace(first, value=jnp.asarray(value, dtype), scale=jnp.ones((), jnp.float32))
 
 
-def _term(path: str, node: Adapter) -> LowRank | Addition:
+def _term(path: str, node: Adapter) -> LoRAAdapter | OffsetAdapter:
     """What an adapter adds, as a term that can be combined."""
     _need_term(path, node)
     try:
-        return node if isinstance(node, Addition) else as_low_rank(node)
+        return node if isinstance(node, OffsetAdapter) else as_low_rank(node)
     except ValueError as error:
         raise ValueError(f"{path!r}: {error}") from None
 

@@ -32,7 +32,7 @@ def merge(base: Any, delta: Delta) -> Any:
     Returns:
       A new tree of floats with the shapes, dtypes and shardings of `base`; an embedding and a head that `Full` replaces
       by larger ones (:func:`lora_jax.peft.load` of an adapter with an enlarged vocabulary) have the new shapes. Each
-      sum is computed in float32 and rounded once. Quantised leaves are dequantised
+      sum is computed in float32 and rounded once. Quantized leaves are dequantized
       (:func:`lora_jax.merging.merge_quantized` keeps them so); others that the delta does not name are the same arrays.
 
     Raises:

@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_jax.adapters.conversion import as_low_rank, without_bias
 from lora_jax.adapters.factored import Factored
-from lora_jax.adapters.lowrank import LowRank
+from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.protocol import Adapter
 
 
@@ -57,7 +57,7 @@ def distance(one: Adapter, other: Adapter, *, sign: float = -1.0) -> float:
 
 def _form(node: Adapter) -> Factored | None:
     """The factors of an adapter's term; None where it has none."""
-    if isinstance(node, LowRank):
+    if isinstance(node, LoRAAdapter):
         node = as_low_rank(node)
     if not node.additive:
         raise ValueError(f"A {node.kind} adapter adds no term of its own to its weight.")
@@ -65,7 +65,7 @@ def _form(node: Adapter) -> Factored | None:
 
 
 def _dense(node: Adapter) -> np.ndarray:
-    term = as_low_rank(node) if isinstance(node, LowRank) else node
+    term = as_low_rank(node) if isinstance(node, LoRAAdapter) else node
     return np.asarray(without_bias(term).merge(jnp.zeros(node.shape(), jnp.float32))).astype(np.float64)
 
 

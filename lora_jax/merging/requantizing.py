@@ -1,4 +1,4 @@
-"""Deltas folded into quantised weights that stay quantised."""
+"""Deltas folded into quantized weights that stay quantized."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from lora_jax.transform.call import Arguments, check_delta
 
 
 class RoundingError(NamedTuple):
-    """What quantising a merged weight took from it.
+    """What quantizing a merged weight took from it.
 
     Attributes:
       weight: The norm of the difference over the norm of the merged weight.
@@ -25,18 +25,18 @@ class RoundingError(NamedTuple):
 
 
 def merge_quantized(base: Any, delta: Delta) -> tuple[Any, dict[str, RoundingError]]:
-    r"""Folds a delta into a quantised base, and quantises the sums again.
+    r"""Folds a delta into a quantized base, and quantizes the sums again.
 
     Each sum is rounded to the levels of its blocks, which may take more than the adapter added: look at the errors
     before using the result. :func:`lora_jax.merge` gives floats, rounded once.
 
     Args:
-      base: Parameters, from :func:`lora_jax.quantize`. Not changed, not donated. One weight at a time is dequantised.
+      base: Parameters, from :func:`lora_jax.quantize`. Not changed, not donated. One weight at a time is dequantized.
       delta: From :func:`lora_jax.init`.
 
     Returns:
-      The merged parameters, quantised leaves in the formats they had and other weights as `merge` gives them; and the
-      error of each quantised weight that the delta names.
+      The merged parameters, quantized leaves in the formats they had and other weights as `merge` gives them; and the
+      error of each quantized weight that the delta names.
 
     Raises:
       ValueError: The delta does not fit the base; a merged weight is not finite.

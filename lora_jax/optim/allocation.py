@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from lora_jax import paths
-from lora_jax.adapters.adalora import SingularTriplets
+from lora_jax.adapters.adalora import AdaLoRAAdapter
 from lora_jax.adapters.protocol import is_adapter, is_inexact
 from lora_jax.optim.extra import check_transform, update_with
 
@@ -27,8 +27,8 @@ class AllocationState(NamedTuple):
 
     step: jax.Array
     kept: dict[str, jax.Array]
-    sensitivity: dict[str, SingularTriplets]
-    uncertainty: dict[str, SingularTriplets]
+    sensitivity: dict[str, AdaLoRAAdapter]
+    uncertainty: dict[str, AdaLoRAAdapter]
     inner: Any
 
 
@@ -224,13 +224,13 @@ def allocate_ranks(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _triplets(tree: Any, function: str) -> dict[str, SingularTriplets]:
+def _triplets(tree: Any, function: str) -> dict[str, AdaLoRAAdapter]:
     """The AdaLoRA adapters of a tree by path; those that another transform masks are left out."""
     nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_adapter)
     found = {
         _path(keys): node
         for keys, node in nodes
-        if isinstance(node, SingularTriplets) and all(map(is_inexact, (node.a, node.values, node.b)))
+        if isinstance(node, AdaLoRAAdapter) and all(map(is_inexact, (node.a, node.values, node.b)))
     }
     if not found:
         kinds = sorted({node.kind for _, node in nodes if is_adapter(node)})
@@ -242,13 +242,13 @@ def _path(keys: Any) -> str:
     return "/".join(map(paths.segment, keys))
 
 
-def _sizes(nodes: dict[str, SingularTriplets], target_rank: int) -> tuple[int, int]:
+def _sizes(nodes: dict[str, AdaLoRAAdapter], target_rank: int) -> tuple[int, int]:
     """The budgets to begin and to end with."""
     initial = sum(node.values.size for node in nodes.values())
     return initial, target_rank * sum(node.values.size // node.rank for node in nodes.values())
 
 
-def _score(importance: SingularTriplets) -> jax.Array:
+def _score(importance: AdaLoRAAdapter) -> jax.Array:
     """The score of each triplet from the importance of its elements."""
     shape = importance.values.shape
     rows = [jnp.mean(x.reshape(*shape, -1), axis=-1) for x in (importance.a, importance.b)]

@@ -9,8 +9,8 @@ import jax
 import optax
 
 from lora_jax import paths
-from lora_jax.adapters.adalora import SingularTriplets
-from lora_jax.adapters.lowrank import LowRank
+from lora_jax.adapters.adalora import AdaLoRAAdapter
+from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.protocol import Adapter, is_adapter
 
 Label = Callable[[str, Any, Adapter | None], Any]
@@ -67,7 +67,7 @@ def by_path(transforms: Mapping[str, optax.GradientTransformation]) -> optax.Gra
       (-0.01, -1.0)
     """
     for pattern in transforms:
-        paths.compiles(pattern)
+        paths.check_pattern(pattern)
 
     def grouped(tree):
         taken = dict.fromkeys(transforms, 0)
@@ -126,7 +126,7 @@ def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
 
     def group(tree):
         is_b = labels(
-            tree, lambda path, leaf, adapter: isinstance(adapter, LowRank | SingularTriplets) and _name(path) == "b"
+            tree, lambda path, leaf, adapter: isinstance(adapter, LoRAAdapter | AdaLoRAAdapter) and _name(path) == "b"
         )
         if not any(jax.tree.leaves(is_b)):
             known = jax.tree.leaves(labels(tree, lambda path, leaf, adapter: path))

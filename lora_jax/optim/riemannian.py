@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from lora_jax.adapters.factored import compute_dtype
-from lora_jax.adapters.lowrank import LowRank
+from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.protocol import IN, OUT, is_adapter, is_inexact
 
 
@@ -86,7 +86,7 @@ def scale_by_riemannian(damping: float = 1e-6) -> optax.GradientTransformationEx
 
 def _is_pair(node: Any) -> bool:
     """Whether a node is a low-rank pair of which at least `b` is here (neither frozen nor masked)."""
-    return isinstance(node, LowRank) and is_inexact(node.b)
+    return isinstance(node, LoRAAdapter) and is_inexact(node.b)
 
 
 def _solved(factor: jax.Array, count: int, gradient: jax.Array, other_count: int, damping: float) -> jax.Array:

@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.adapters.lowrank import LowRank
-from lora_jax.adapters.offset import Addition
+from lora_jax.adapters.lowrank import LoRAAdapter
+from lora_jax.adapters.offset import OffsetAdapter
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.peft import keys
 from lora_jax.peft.layout import leaf_path
@@ -64,7 +64,7 @@ def separated(
     biased = {
         path.replace("/", "."): (node, node.bias)
         for path, node in delta.items()
-        if isinstance(node, LowRank) and node.bias is not None
+        if isinstance(node, LoRAAdapter) and node.bias is not None
     }
     model_type = str(config.get("model_type") or "")
     flags = {
@@ -82,7 +82,7 @@ def separated(
         )
     for name, (node, bias) in biased.items():
         delta[leaf_path(name)] = dataclasses.replace(node, bias=None)
-        delta[leaf_path(_bias_of(name))] = Addition(value=bias, scale=node.scale, axes=())
+        delta[leaf_path(_bias_of(name))] = OffsetAdapter(value=bias, scale=node.scale, axes=())
     wanted = tuple(flag for flag in dict.fromkeys(flags.values()) if flag in {flags[name] for name in biased})
     needed = {_bias_of(name): name for name, flag in flags.items() if flag in wanted}
     return NewBiases({bias: name for bias, name in needed.items() if bias not in tensors}, wanted)

@@ -29,7 +29,7 @@ _REFUSED = (
     "use_bdlora",
     "use_qalora",
 )
-# Initialisers that change the base too: PEFT repeats that when it loads the adapter on the original base.
+# Initializers that change the base too: PEFT repeats that when it loads the adapter on the original base.
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 

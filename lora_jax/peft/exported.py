@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from lora_jax.adapters.conversion import as_low_rank, is_low_rank
-from lora_jax.adapters.dora import WeightDecomposed
-from lora_jax.adapters.full import Replacement, RowReplacement
-from lora_jax.adapters.lowrank import RANK, LowRank
-from lora_jax.adapters.offset import Addition
+from lora_jax.adapters.dora import DoRAAdapter
+from lora_jax.adapters.full import FullAdapter, RowsAdapter
+from lora_jax.adapters.lowrank import RANK, LoRAAdapter
+from lora_jax.adapters.offset import OffsetAdapter
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
 from lora_jax.peft import keys
-from lora_jax.peft.factors import Fit, Labelled, pad_rank
+from lora_jax.peft.factors import Fit, Labeled, pad_rank
 from lora_jax.peft.names import Names, Place
 
 GROUPS = "groups"
@@ -62,7 +62,7 @@ class Module:
         """What PEFT matches patterns with."""
         return self.name if self.parameter else self.module
 
-    def padded(self, rank: int) -> "Module":
+    def pad_rank(self, rank: int) -> "Module":
         """The same product with rows of zeros up to a rank."""
         if self.kind in ("experts", "transposed_experts"):
             experts = self.a.shape[0] // self.rank
@@ -131,22 +131,22 @@ def export(delta: Mapping[str, Adapter], names: Names) -> Exported:
             new = place.in_model
             exported.tensors += place.tensors
             row |= dict.fromkeys(new.values(), numbers[id(place.weight)])
-            if isinstance(node, WeightDecomposed) and node.norm_over != IN:
+            if isinstance(node, DoRAAdapter) and node.norm_over != IN:
                 raise ValueError(
                     f"{path!r}: PEFT's DoRA has a magnitude for each output, this adapter "
                     f"(norm_over={node.norm_over!r}) one for each input"
                 )
             if is_low_rank(node):
-                node = node if isinstance(node, LowRank) else as_low_rank(node)
+                node = node if isinstance(node, LoRAAdapter) else as_low_rank(node)
                 modules = _with_tied(place, _modules(place, node))
                 exported.modules += [dataclasses.replace(m, name=new.get(m.name, m.name)) for m in modules]
-            elif isinstance(node, Replacement):
+            elif isinstance(node, FullAdapter):
                 values = place.split(np.asarray(node.value))
                 exported.values |= {new[name]: value for name, value in values.items()}
                 exported.values |= {other: values[name] for other, name in place.tied.items()}
-            elif isinstance(node, RowReplacement):
+            elif isinstance(node, RowsAdapter):
                 exported.rows |= _rows(place, node)
-            elif isinstance(node, Addition):
+            elif isinstance(node, OffsetAdapter):
                 offsets |= _offsets(place, node)
             else:
                 raise ValueError(f"{path!r}: PEFT's LoRA has no counterpart of {node.kind}")
@@ -164,11 +164,11 @@ def ends_alike(names: Names, modules: Iterable[str]) -> bool:
     return any(name.endswith(f".{module}") for name in known for module in numbered)
 
 
-def _modules(place: Place, node: LowRank) -> Iterator[Module]:
+def _modules(place: Place, node: LoRAAdapter) -> Iterator[Module]:
     """The modules of one leaf."""
     fit = Fit(place)
     kind = place.weight.module or ("linear" if len(place.right) == 2 else "conv")
-    low = _labelled(fit, node, kind)
+    low = _labeled(fit, node, kind)
     for name, index in place.tensors.items():
         at = dict(zip(place.running, index))
         if fit.block in at and not low.blocks[at[fit.block]]:
@@ -208,7 +208,7 @@ def _modules(place: Place, node: LowRank) -> Iterator[Module]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Labelled:
+class _Labeled:
     """A leaf's factors with a label for each axis; zeros where a block has no adapter.
 
     Attributes:
@@ -216,16 +216,16 @@ class _Labelled:
       groups: Of a grouped convolution.
     """
 
-    a: Labelled
-    b: Labelled
-    scale: Labelled
-    magnitude: Labelled | None
-    bias: Labelled | None
+    a: Labeled
+    b: Labeled
+    scale: Labeled
+    magnitude: Labeled | None
+    bias: Labeled | None
     blocks: tuple[bool, ...]
     groups: int
 
 
-def _labelled(fit: Fit, node: LowRank, kind: str) -> _Labelled:
+def _labeled(fit: Fit, node: LoRAAdapter, kind: str) -> _Labeled:
     place, sizes = fit.place, dict(fit.place.sizes)
     running = {label for label in place.running if label != fit.block}
     # An axis that runs over tensors may also be taken for an out axis: factors a that all tensors share.
@@ -256,15 +256,15 @@ def _labelled(fit: Fit, node: LowRank, kind: str) -> _Labelled:
         a, b, scale = _block_diagonal(a, b, scale, node.blocks, batch)
     lead_sizes = [sizes[x] for x in lead]
     magnitude = None
-    if isinstance(node, WeightDecomposed):
+    if isinstance(node, DoRAAdapter):
         labels = [*of_role[BATCH], *of_role[OUT]]
-        magnitude = Labelled(np.asarray(node.magnitude).reshape([place.sizes[x] for x in labels]), tuple(labels))
-    return _Labelled(
-        a=Labelled(a.reshape(*lead_sizes, -1, *(sizes[x] for x in of_role[IN])), (*lead, RANK, *of_role[IN])),
-        b=Labelled(b.reshape(*lead_sizes, -1, *(sizes[x] for x in out)), (*lead, RANK, *out)),
-        scale=Labelled(scale.reshape([sizes[x] for x in lead[: scale.ndim]]), tuple(lead[: scale.ndim])),
+        magnitude = Labeled(np.asarray(node.magnitude).reshape([place.sizes[x] for x in labels]), tuple(labels))
+    return _Labeled(
+        a=Labeled(a.reshape(*lead_sizes, -1, *(sizes[x] for x in of_role[IN])), (*lead, RANK, *of_role[IN])),
+        b=Labeled(b.reshape(*lead_sizes, -1, *(sizes[x] for x in out)), (*lead, RANK, *out)),
+        scale=Labeled(scale.reshape([sizes[x] for x in lead[: scale.ndim]]), tuple(lead[: scale.ndim])),
         magnitude=magnitude,
-        bias=None if bias is None else Labelled(bias.reshape([sizes[x] for x in (*lead, *out)]), (*lead, *out)),
+        bias=None if bias is None else Labeled(bias.reshape([sizes[x] for x in (*lead, *out)]), (*lead, *out)),
         blocks=node.blocks,
         groups=groups,
     )
@@ -331,7 +331,7 @@ def _with_tied(place: Place, modules: Iterable[Module]) -> Iterator[Module]:
             yield dataclasses.replace(module, name=other, kind="linear", a=module.b.T, b=module.a.T, tied=True)
 
 
-def _rows(place: Place, node: RowReplacement) -> dict[str, tuple[list[int], np.ndarray]]:
+def _rows(place: Place, node: RowsAdapter) -> dict[str, tuple[list[int], np.ndarray]]:
     fit = Fit(place)
     by_row, others = fit.rows()
     if len(place.tensors) > 1 or tuple(IN if role == by_row else OUT for role in fit.axes) != node.axes:
@@ -345,13 +345,13 @@ def _rows(place: Place, node: RowReplacement) -> dict[str, tuple[list[int], np.n
     }
 
 
-def _offsets(place: Place, node: Addition) -> dict[str, tuple[np.ndarray, float]]:
+def _offsets(place: Place, node: OffsetAdapter) -> dict[str, tuple[np.ndarray, float]]:
     """Per bias, the term and its scale."""
     scale = np.asarray(node.scale, np.float32)
     labels = [x for group in place.left for x in group][: scale.ndim]
     if not set(labels) <= set(place.running) or any(len(group) > 1 for group in place.left[: scale.ndim]):
         raise ValueError(f"{place.path!r}: a scale along axes that PyTorch keeps in one tensor")
-    scales = Labelled(scale, tuple(labels))
+    scales = Labeled(scale, tuple(labels))
     return {
         place.in_model[name]: (value, float(scales.at(dict(zip(place.running, place.tensors[name]))).array))
         for name, value in place.split(np.asarray(node.value)).items()

@@ -13,16 +13,16 @@ from lora_jax.peft.names import Place
 
 
 @dataclasses.dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """An array with a label for each of its axes."""
 
     array: np.ndarray
     labels: tuple[str, ...]
 
-    def at(self, index: Mapping[str, int]) -> "Labelled":
+    def at(self, index: Mapping[str, int]) -> "Labeled":
         """The part at one place of some labels; those that it has not are passed over."""
         picked = self.array[tuple(index.get(label, slice(None)) for label in self.labels)]
-        return Labelled(picked, tuple(label for label in self.labels if label not in index))
+        return Labeled(picked, tuple(label for label in self.labels if label not in index))
 
     def ordered(self, labels: Sequence[str]) -> np.ndarray:
         """The array with its axes in the order of `labels`."""

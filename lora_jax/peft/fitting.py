@@ -59,7 +59,7 @@ def of_checkpoint(
       ignore: Tensors of the adapter that are passed over; see :class:`Tensors`.
 
     Raises:
-      ValueError: As :func:`of_adapter`; a weight with factors is quantised; or what a square weight's axes are
+      ValueError: As :func:`of_adapter`; a weight with factors is quantized; or what a square weight's axes are
         cannot be told.
     """
     model = model or {}
@@ -292,6 +292,6 @@ def _check_floats(checkpoint: Tensors, names: Iterable[str]) -> None:
     for name in names:
         if checkpoint.dtype(name) not in FLOATS:
             raise ValueError(
-                f"{checkpoint.file_of(name)}: {name!r} is quantised (stored as {checkpoint.dtype(name)}); an adapter "
+                f"{checkpoint.file_of(name)}: {name!r} is quantized (stored as {checkpoint.dtype(name)}); an adapter "
                 "fits the original floats, not these."
             )

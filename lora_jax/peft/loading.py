@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import checks, paths
-from lora_jax.adapters.full import Replacement, RowReplacement
-from lora_jax.adapters.offset import Addition
+from lora_jax.adapters.full import FullAdapter, RowsAdapter
+from lora_jax.adapters.offset import OffsetAdapter
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
 from lora_jax.leaves import is_abstract
 from lora_jax.peft import experts, keys, ties
@@ -318,7 +318,7 @@ class Loader:
                 )[part],
                 next(iter(values.values()))[0].dtype,
             )
-            delta[path] = Addition(value=jnp.asarray(whole), scale=jnp.asarray(scale, jnp.float32), axes=())
+            delta[path] = OffsetAdapter(value=jnp.asarray(whole), scale=jnp.asarray(scale, jnp.float32), axes=())
         return delta
 
     def replacements(self, values: Sequence[Key], modules: Mapping[str, Module]) -> dict[str, Adapter]:
@@ -376,7 +376,7 @@ class Loader:
             bare = self.bare(name)
             return self.tensors.read(given[bare].key, part) if bare in given else rest[bare][part]
 
-        return Replacement(value=jnp.asarray(place.join(read, dtype)), axes=())
+        return FullAdapter(value=jnp.asarray(place.join(read, dtype)), axes=())
 
     def value(self, path: str) -> np.ndarray:
         """A leaf of the base."""
@@ -423,7 +423,7 @@ class Loader:
         rows = fit.to_leaf(self.stored.read(key, (len(ids), *fit.size(fit.tensor_labels(others)))), others)
         axes = tuple(IN if role == by_row else OUT for role in fit.axes)
         return {
-            place.path: RowReplacement(rows=jnp.asarray(rows), ids=jnp.asarray(ids, jnp.int32), count=count, axes=axes)
+            place.path: RowsAdapter(rows=jnp.asarray(rows), ids=jnp.asarray(ids, jnp.int32), count=count, axes=axes)
         }
 
     def check_expected(self, modules: Mapping[str, Module], values: Sequence[Key], rows: Sequence[Key]) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.dora import WeightDecomposed
-from lora_jax.adapters.lowrank import LowRank
+from lora_jax.adapters.dora import DoRAAdapter
+from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.protocol import BATCH, IN, OUT
 from lora_jax.leaves import is_abstract
 from lora_jax.peft import experts, keys
@@ -27,7 +27,7 @@ def low_rank(
     modules: Mapping[tuple[int, ...], Module],
     leaf: Any,
     biases: Callable[[Module], Key | None],
-) -> LowRank:
+) -> LoRAAdapter:
     """The adapter of a leaf from those of its tensors, each with its index in `place.running`.
 
     Layers that the adapter leaves out have factors of zeros, and with DoRA the magnitudes of the leaf itself.
@@ -89,7 +89,7 @@ def low_rank(
         "bias": jnp.asarray(bias.reshape(*shape, *bias.shape[len(lead) :])) if bias.any() else None,
     }
     if not stored.config.use_dora:
-        return LowRank(**fields)
+        return LoRAAdapter(**fields)
     magnitude = np.zeros((*lead, *fit.size(fit.labels(OUT))), _dtype(factors.values()))
     for index, factor in factors.items():
         magnitude[fit.at(index)] = factor.magnitude
@@ -101,7 +101,7 @@ def low_rank(
         left_out = np.broadcast_to(~given.reshape(given.shape + (1,) * (magnitude.ndim - given.ndim)), magnitude.shape)
         magnitude = np.where(left_out.reshape(wanted), _norms(leaf, fit.axes), magnitude.reshape(wanted))
     magnitude = magnitude.reshape(wanted)
-    return WeightDecomposed(**fields, magnitude=jnp.asarray(magnitude), norm_over="in", norm_gradient=False)
+    return DoRAAdapter(**fields, magnitude=jnp.asarray(magnitude), norm_over="in", norm_gradient=False)
 
 
 def _norms(leaf: Any, axes: Sequence[str]) -> np.ndarray:

@@ -121,7 +121,7 @@ def _write_vllm(directory: Path, exported: Exported, base_model: str | None, tas
     """One scale for all modules, the config's alpha by the config's r."""
     modules = _one_scale(exported.modules)
     rank = max(module.rank for module in modules)
-    exported = dataclasses.replace(exported, modules=[module.padded(rank) for module in modules])
+    exported = dataclasses.replace(exported, modules=[module.pad_rank(rank) for module in modules])
     alpha = _rounded(exported.modules[0].scale * rank, rank)
     _write(directory, exported, Config(**_shared(exported, base_model, task_type), r=rank, lora_alpha=alpha))
     least = min(n for n in MAX_LORA_RANKS if n >= rank)
@@ -150,7 +150,7 @@ def _write_mlx(directory: Path, exported: Exported, base_model: str | None, task
     modules = _one_scale([module for module in exported.modules if not module.tied])
     rank = max(module.rank for module in modules)
     tensors = {}
-    switched = experts.switched(module.padded(rank) for module in modules)
+    switched = experts.switched(module.pad_rank(rank) for module in modules)
     for name, module, a, b in switched:
         tensors[f"{name}.lora_a"] = a
         tensors[f"{name}.lora_b"] = b

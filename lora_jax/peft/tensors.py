@@ -18,7 +18,7 @@ from lora_jax.reading import reading
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 FLOATS = ("F64", "F32", "F16", "BF16")
-"""The dtypes, as safetensors spells them, whose numbers are the tensor's values; others are quantised or integers."""
+"""The dtypes, as safetensors spells them, whose numbers are the tensor's values; others are quantized or integers."""
 
 WRITTEN_BY = {"written_by": "lora_jax"}
 """In the metadata of the files that this library writes; only these are replaced."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.adapters.full import RowReplacement
+from lora_jax.adapters.full import RowsAdapter
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.peft import keys
 from lora_jax.peft.config import Config
@@ -98,7 +98,7 @@ def check_shared(
             )
     for path, node in delta.items():
         name = path.replace("/", ".")
-        if isinstance(node, RowReplacement) and config.get("model_type") == "marian" and is_shared(name, names):
+        if isinstance(node, RowsAdapter) and config.get("model_type") == "marian" and is_shared(name, names):
             module = keys.split_name(name)[0]
             raise ValueError(
                 f"the adapter trains rows of {module}, which PEFT does not share with the encoder and the decoder of "
@@ -191,7 +191,7 @@ def share_rows(delta: dict[str, Adapter], checkpoint: Tensors, config: Mapping[s
     for table in list(checkpoint):
         path, head = table.replace(".", "/"), tied_head(table, config)
         node = delta.get(path)
-        if not isinstance(node, RowReplacement) or head is None or head not in checkpoint:
+        if not isinstance(node, RowsAdapter) or head is None or head not in checkpoint:
             continue
         if head.replace(".", "/") not in delta and np.array_equal(checkpoint.read(table), checkpoint.read(head)):
             delta[head.replace(".", "/")] = node

@@ -105,7 +105,7 @@ def _four_bits(tensors: Mapping[str, Any], name: str, state_name: str) -> Quanti
         kind, block, shape = state["quant_type"], int(state["blocksize"]), tuple(map(int, state["shape"]))
         dtype = jnp.dtype(state["dtype"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{state_name}: not the state of a quantised weight ({error}).") from error
+        raise ValueError(f"{state_name}: not the state of a quantized weight ({error}).") from error
     if kind not in _FORMATS:
         raise ValueError(f"{name}: of the type {kind!r}; expected one of {', '.join(map(repr, _FORMATS))}.")
     recipe, levels = _FORMATS[kind]

@@ -1,4 +1,4 @@
-"""Leaves quantised where they are: one compiled function a kind of weight, each device its own shard."""
+"""Leaves quantized where they are: one compiled function a kind of weight, each device its own shard."""
 
 import functools
 from typing import Any
@@ -13,7 +13,7 @@ from lora_jax.quantization.placement import shardings
 
 
 def encoded(weight: Any, form: Format, axes: tuple[str, ...]) -> tuple[Quantized, bool]:
-    """Quantises a leaf where it is.
+    """Quantizes a leaf where it is.
 
     Args:
       weight: An array, or a `jax.ShapeDtypeStruct`. From a `NamedSharding` of it codes and scales get theirs.
@@ -21,7 +21,7 @@ def encoded(weight: Any, form: Format, axes: tuple[str, ...]) -> tuple[Quantized
       axes: The role of each axis.
 
     Returns:
-      The quantised leaf, and whether the weight is finite in float32 (a tracer and a shape count as finite).
+      The quantized leaf, and whether the weight is finite in float32 (a tracer and a shape count as finite).
 
     Raises:
       ValueError: A shard of the weight would be no whole number of blocks.

@@ -1,4 +1,4 @@
-"""The formats of quantised weights: what a code of a block stands for, and how many bits it has."""
+"""The formats of quantized weights: what a code of a block stands for, and how many bits it has."""
 
 import abc
 import dataclasses
@@ -18,7 +18,7 @@ class Format(abc.ABC):
 
     Args:
       block: How many weights share a scale; even.
-      double: Whether the scales are quantised too: to eight bits, in blocks of 256, about their mean.
+      double: Whether the scales are quantized too: to eight bits, in blocks of 256, about their mean.
       axes: The role of each axis of the weight ('batch', 'in', 'out', 'lookup'), where tracing should not decide
         them; None lets it.
 
@@ -45,7 +45,7 @@ class Format(abc.ABC):
         return type(self).__name__
 
     def quantize(self, weight: jax.Array, axes: Sequence[str]) -> Quantized:
-        """The quantised form of an array.
+        """The quantized form of an array.
 
         Args:
           weight: Floats.
@@ -88,7 +88,7 @@ class _Levels(Format):
 
 @dataclasses.dataclass(frozen=True)
 class NF4(_Levels):
-    """Four bits: sixteen quantiles of a normal distribution. With double quantisation 4.127 bits a weight.
+    """Four bits: sixteen quantiles of a normal distribution. With double quantization 4.127 bits a weight.
 
     Takes what :class:`Format` takes.
 

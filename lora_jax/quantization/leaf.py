@@ -1,4 +1,4 @@
-"""A quantised weight: codes and scales in place of floats."""
+"""A quantized weight: codes and scales in place of floats."""
 
 import dataclasses
 import math
@@ -48,7 +48,7 @@ class Quantized:
 
     @classmethod
     def of(cls, weight: jax.Array, form: "Format", blocked: Sequence[int], layers: int) -> "Quantized":
-        """Quantises an array.
+        """Quantizes an array.
 
         Args:
           weight: Floats.
@@ -85,7 +85,7 @@ class Quantized:
         )
 
     def requantized(self, weight: jax.Array) -> "Quantized":
-        """Another weight of the same shape, quantised as this one is and placed where it is."""
+        """Another weight of the same shape, quantized as this one is and placed where it is."""
         made = Quantized.of(weight.astype(self.dtype), self.format, self.blocked, self.layers)
         made = dataclasses.replace(made, used=self.used)
 
@@ -154,7 +154,7 @@ class Quantized:
         )
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        """For `np.asarray`: the weight, dequantised."""
+        """For `np.asarray`: the weight, dequantized."""
         del copy
         return np.asarray(self.dequantize(), dtype)
 
@@ -277,8 +277,8 @@ class Quantized:
             wanted = [jnp.uint8, jnp.uint8, jnp.float32, jnp.float32]
         if dtypes != list(map(jnp.dtype, wanted)):
             raise ValueError(
-                f"A quantised weight in {self.format} whose arrays are {', '.join(map(str, dtypes))}; they are "
-                f"{', '.join(str(jnp.dtype(dtype)) for dtype in wanted)}. Cast the weight before it is quantised."
+                f"A quantized weight in {self.format} whose arrays are {', '.join(map(str, dtypes))}; they are "
+                f"{', '.join(str(jnp.dtype(dtype)) for dtype in wanted)}. Cast the weight before it is quantized."
             )
         stored = self.codes.shape[self.place] * (2 if self.format.bits == 4 else 1)
         expected = list(self.codes.shape)
@@ -298,7 +298,7 @@ class Quantized:
                 **({"second": self.scales.second.shape} if isinstance(self.scales, Scales) else {}),
             }
             raise ValueError(
-                f"A quantised weight in {self.format} whose arrays do not fit each other: "
+                f"A quantized weight in {self.format} whose arrays do not fit each other: "
                 f"{', '.join(f'{name} {tuple(shape)}' for name, shape in parts.items())}; for these codes scales are "
                 f"{tuple(expected)}{'' if second is None else f' and second {second}'}."
             )

@@ -1,4 +1,4 @@
-"""Where the arrays of a quantised weight lie, from where the weight lay."""
+"""Where the arrays of a quantized weight lie, from where the weight lay."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from lora_jax.quantization.leaf import Quantized
 
 
 def shardings(leaf: Quantized, sharding: Sharding) -> Any:
-    """The sharding of each array of a quantised weight, from that of the weight in floats.
+    """The sharding of each array of a quantized weight, from that of the weight in floats.
 
     Codes and scales are divided as the weight is; scales of the second level only where each shard has whole blocks
     of them.
@@ -39,14 +39,14 @@ def shardings(leaf: Quantized, sharding: Sharding) -> Any:
 
 
 def gathered(base: Any, *names: str) -> Any:
-    """A base whose quantised weights are gathered as codes, along axes of an automatic mesh, where they are used.
+    """A base whose quantized weights are gathered as codes, along axes of an automatic mesh, where they are used.
 
-    For FSDP. Without this the compiler dequantises on each device what lies there and gathers floats. With it a fourth
-    of the bytes is sent and each device dequantises all that it uses: which is faster depends on the network. Both
+    For FSDP. Without this the compiler dequantizes on each device what lies there and gathers floats. With it a fourth
+    of the bytes is sent and each device dequantizes all that it uses: which is faster depends on the network. Both
     passes gather for themselves; where weights lie does not change.
 
     Args:
-      base: With quantised leaves that are placed: arrays, or `jax.ShapeDtypeStruct` with shardings.
+      base: With quantized leaves that are placed: arrays, or `jax.ShapeDtypeStruct` with shardings.
       *names: Of the mesh's axes. Axes of layers and experts that they divide stay divided.
 
     Returns:

@@ -24,7 +24,7 @@ class Plan:
     """What becomes of each leaf of a base: made from shapes, before there are weights.
 
     Attributes:
-      chosen: By path of what is quantised, the format and the role of each axis.
+      chosen: By path of what is quantized, the format and the role of each axis.
       shapes: By path of every array.
 
     Example:
@@ -49,14 +49,14 @@ class Plan:
             raise TypeError(f"Rules are a dict from path patterns to formats; got {type(rules).__name__}.")
         for pattern, form in rules.items():
             if form is not None and not isinstance(form, Format):
-                hint = f"; write {form.__name__}()" if isinstance(form, type) else ""
-                raise TypeError(f"The rule {pattern!r} has no format but {short(form)}{hint}.")
+                value = f"the class {form.__name__}: write {form.__name__}()" if isinstance(form, type) else short(form)
+                raise TypeError(f"The rule {pattern!r} takes a format, such as NF4(), or None; got {value}.")
         if fn is not None:
             check_function("quantize(base, rules, fn, *args)", fn)
         flat = paths.flatten(base)
         leaves = {path: leaf for path, leaf in zip(flat.paths, flat.leaves) if is_array(leaf)}
         matched: dict[str, list[str]] = {pattern: [] for pattern, form in rules.items() if form is not None}
-        for path, pattern in paths.assigned(rules, list(leaves)).items():
+        for path, pattern in paths.match_patterns(rules, list(leaves)).items():
             if pattern in matched:
                 matched[pattern].append(path)
         named = [path for found in matched.values() for path in found]
@@ -70,7 +70,7 @@ class Plan:
             if not able:
                 first = next(iter(roles))
                 raise ValueError(
-                    f"The rule {pattern!r} matches nothing that can be quantised: {first!r} {roles[first]}."
+                    f"The rule {pattern!r} matches nothing that can be quantized: {first!r} {roles[first]}."
                 )
             usual = {path: axes for path, axes in able.items() if LOOKUP not in axes and not paths.search(HEAD, path)}
             # A rule that matches embeddings or heads alone means them.
@@ -83,7 +83,7 @@ class Plan:
 
         Args:
           path: In the base.
-          leaf: An array (quantised where it is, each device its shard), or a `jax.ShapeDtypeStruct`. It may be some of
+          leaf: An array (quantized where it is, each device its shard), or a `jax.ShapeDtypeStruct`. It may be some of
             the layers of a stack.
 
         Raises:
@@ -111,25 +111,25 @@ def quantize(base: Any, rules: Mapping[str, Format | None], fn: Callable | None 
     """Replaces weights by codes of few bits and scales.
 
     The function itself is not changed: `lora_jax.adapt(fn)(quantized, delta, …)` takes the tree, with any adapters and
-    with none (`{}`). Weights are dequantised where they are used, and again in the backward pass, which keeps their
-    codes. A weight that meets an operation without a rule before its product (two joined to one, a mask) is dequantised
+    with none (`{}`). Weights are dequantized where they are used, and again in the backward pass, which keeps their
+    codes. A weight that meets an operation without a rule before its product (two joined to one, a mask) is dequantized
     there, and what comes of it is an array like any other; :func:`lora_jax.explain` says so.
 
     Args:
-      base: Parameters. Leaves are quantised one after another, where they are, and each device its own shard. Leaves
+      base: Parameters. Leaves are quantized one after another, where they are, and each device its own shard. Leaves
         may be `jax.ShapeDtypeStruct`.
       rules: `{pattern: format}`; patterns are searched in '/'-joined paths, the first match wins, None leaves a match
-        alone. Of what a pattern matches, weights that the function contracts are quantised. Norms and biases stay,
+        alone. Of what a pattern matches, weights that the function contracts are quantized. Norms and biases stay,
         and so do embeddings and the head, unless a pattern matches nothing else.
       fn: `fn(base, *args)` is traced (not run) to find which axes are contracted: blocks run along them. Without it
         every format gives `axes=`.
       *args: Arguments of fn; arrays or `jax.ShapeDtypeStruct`.
 
     Returns:
-      The tree with quantised leaves, which print their format and count what they take.
+      The tree with quantized leaves, which print their format and count what they take.
 
     Raises:
-      ValueError: A pattern matches nothing, or nothing that can be quantised; a weight holds NaN or Inf; its shards are
+      ValueError: A pattern matches nothing, or nothing that can be quantized; a weight holds NaN or Inf; its shards are
         no whole blocks.
       TypeError: A rule has no format.
 
@@ -149,16 +149,16 @@ def quantize(base: Any, rules: Mapping[str, Format | None], fn: Callable | None 
 
 
 def dequantize(base: Any) -> Any:
-    """The tree with floats in the place of quantised leaves.
+    """The tree with floats in the place of quantized leaves.
 
-    For those who have the memory and prefer the speed: a loop over the quantised base dequantises each weight in every
+    For those who have the memory and prefer the speed: a loop over the quantized base dequantizes each weight in every
     turn, one over this tree never does.
 
     Args:
       base: From :func:`quantize`.
 
     Returns:
-      Every quantised leaf dequantised, in the dtype of the weight it was made of; other leaves are the same arrays.
+      Every quantized leaf dequantized, in the dtype of the weight it was made of; other leaves are the same arrays.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -172,9 +172,9 @@ def dequantize(base: Any) -> Any:
 
 
 def _roles(form: Format, path: str, leaf: Any, uses: Mapping[str, Any] | None) -> tuple[str, ...] | str:
-    """The roles of a leaf's axes; or why it cannot be quantised."""
+    """The roles of a leaf's axes; or why it cannot be quantized."""
     if is_quantized(leaf):
-        return "is quantised already"
+        return "is quantized already"
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return f"has dtype {leaf.dtype}"
     if 0 in leaf.shape:

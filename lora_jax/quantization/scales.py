@@ -1,4 +1,4 @@
-"""The scales of blocks, quantised in their turn: eight bits each, about their mean."""
+"""The scales of blocks, quantized in their turn: eight bits each, about their mean."""
 
 import dataclasses
 import math
@@ -34,7 +34,7 @@ class Scales:
 
     @classmethod
     def of(cls, scales: jax.Array, layers: int, place: int) -> "Scales":
-        """Quantises scales.
+        """Quantizes scales.
 
         Args:
           scales: float32, one for each block.
@@ -42,8 +42,8 @@ class Scales:
           place: The axis along which one output's scales lie, as a negative number.
         """
         offset = _mean(scales, tuple(range(layers, scales.ndim)))
-        centred = scales - offset.reshape(*offset.shape, *(1,) * (scales.ndim - layers))
-        ordered = jnp.moveaxis(centred, place, -1)
+        centered = scales - offset.reshape(*offset.shape, *(1,) * (scales.ndim - layers))
+        ordered = jnp.moveaxis(centered, place, -1)
         values = ordered.reshape(*offset.shape, -1)
         number = -(-values.shape[-1] // SECOND_BLOCK)
         padding = number * SECOND_BLOCK - values.shape[-1]

@@ -26,7 +26,7 @@ class Arguments:
 
     Attributes:
       paths: Of the leaves of the base.
-      arrays: The array leaves of base, args and kwargs, in order. A quantised weight of the base is one.
+      arrays: The array leaves of base, args and kwargs, in order. A quantized weight of the base is one.
       static: The other leaves, with a placeholder for each array.
       treedefs: Of the base, and of `(args, kwargs)`.
     """
@@ -112,7 +112,7 @@ class Call:
         used = [array for array, keep in zip(arrays, self.program.used) if keep]
         results, _ = interpreter.body(self.program.jaxpr)({}, *consts, *used)
         return [
-            interpreter.materialise(out, None, "the function returns it") if isinstance(out, Weight) else out
+            interpreter.materialize(out, None, "the function returns it") if isinstance(out, Weight) else out
             for out in results
         ]
 

@@ -134,9 +134,9 @@ class Interpreter:
 
     def plain(self, equation: jaxprs.Equation, values: Sequence[Any], reason: str) -> list[Any]:
         """The values with weights merged (or, after a lookup, with the looked-up part computed)."""
-        return [self.materialise(value, equation, reason) if isinstance(value, Weight) else value for value in values]
+        return [self.materialize(value, equation, reason) if isinstance(value, Weight) else value for value in values]
 
-    def materialise(self, weight: Weight, equation: jaxprs.Equation | None, reason: str) -> jax.Array:
+    def materialize(self, weight: Weight, equation: jaxprs.Equation | None, reason: str) -> jax.Array:
         """The array that a weight stands for, and a record of it."""
         self._note(weight, equation, reason)
         return recomputed(Weight.merged, weight)

@@ -82,7 +82,7 @@ def lifted(function: Callable[..., Sequence[jax.Array]], arguments: Sequence[Any
 
 
 def aval(leaf: Any) -> Any:
-    """What is known of an array, or of the array that a quantised leaf stands for, when it is traced. Hashable."""
+    """What is known of an array, or of the array that a quantized leaf stands for, when it is traced. Hashable."""
     if not is_quantized(leaf):
         return jax.typeof(leaf)
     known = [jax.typeof(array) for array in jax.tree.leaves(leaf)]
@@ -90,7 +90,7 @@ def aval(leaf: Any) -> Any:
 
 
 def abstract(leaf: Any) -> Any:
-    """A quantised leaf as the shape and dtype that a function of floats is traced with; an array as it is."""
+    """A quantized leaf as the shape and dtype that a function of floats is traced with; an array as it is."""
     if not is_quantized(leaf):
         return leaf
     # Where meshes have explicit axes, and inside shard_map, it says more than shape and dtype.

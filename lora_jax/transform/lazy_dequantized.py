@@ -1,4 +1,4 @@
-"""A quantised weight in the interpreter: its views wait until it is used, and each use dequantises it anew."""
+"""A quantized weight in the interpreter: its views wait until it is used, and each use dequantizes it anew."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -38,8 +38,8 @@ class View:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Deferred:
-    """What stands in the place of an array: a quantised leaf under views. It is a pytree, so it crosses jit, scan, ….
+class LazyDequantized:
+    """What stands in the place of an array: a quantized leaf under views. It is a pytree, so it crosses jit, scan, ….
 
     Attributes:
       leaf: The pytree node with `dequantize()`.
@@ -56,7 +56,7 @@ class Deferred:
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def of(cls, leaf: Any) -> "Deferred":
+    def of(cls, leaf: Any) -> "LazyDequantized":
         """A leaf under no view."""
         return cls(leaf, (), (), tuple(leaf.shape), np.dtype(leaf.dtype))
 
@@ -65,14 +65,14 @@ class Deferred:
         return len(self.shape)
 
     def compute(self) -> jax.Array:
-        """The array, dequantised here and now."""
+        """The array, dequantized here and now."""
         leaf = self.leaf.at_use() if hasattr(self.leaf, "at_use") else self.leaf
         value = leaf.dequantize()
         for view, others in zip(self.views, self.others):
             value = view(value, others)
         return value
 
-    def under(self, view: View, others: Sequence[Any]) -> "Deferred":
+    def under(self, view: View, others: Sequence[Any]) -> "LazyDequantized":
         """The weight under one more view."""
         made = view.equation.outvars[view.output].aval
         return dataclasses.replace(
@@ -92,11 +92,11 @@ class Deferred:
     def _by_element(self) -> bool:
         return all(view.equation.primitive.name in ELEMENTWISE for view in self.views)
 
-    def with_leaf(self, leaf: Any) -> "Deferred":
+    def with_leaf(self, leaf: Any) -> "LazyDequantized":
         """The same views of a part of the leaf along its layers."""
         return dataclasses.replace(self, leaf=leaf, shape=tuple(leaf.shape))
 
-    def parts(self, spec: Any, mesh: Any) -> "tuple[Deferred, Deferred] | None":
+    def parts(self, spec: Any, mesh: Any) -> "tuple[LazyDequantized, LazyDequantized] | None":
         """For `shard_map`: a weight that can be divided, and the partition spec of each array in its place."""
         if not self._by_element or not hasattr(self.leaf, "parts"):
             return None
@@ -106,19 +106,19 @@ class Deferred:
         leaf, specs = divided
         return dataclasses.replace(self, leaf=leaf), dataclasses.replace(self, leaf=specs)
 
-    def rows(self, take: Callable[[jax.Array], jax.Array]) -> "Deferred | None":
+    def rows(self, take: Callable[[jax.Array], jax.Array]) -> "LazyDequantized | None":
         """The rows that `take` takes of an array's first axis, index axes in front; None where that cuts blocks."""
         taken = self.leaf.rows(take) if self._by_element and hasattr(self.leaf, "rows") else None
         return None if taken is None else self.with_leaf(taken)
 
-    def along(self, axis: int, cut: Callable[[jax.Array], jax.Array]) -> "Deferred | None":
+    def along(self, axis: int, cut: Callable[[jax.Array], jax.Array]) -> "LazyDequantized | None":
         """The part that `cut` makes of each array, along an axis of layers; None for other axes."""
         return self.with_leaf(jax.tree.map(cut, self.leaf)) if axis < self.layers else None
 
 
 def viewed(equation: jaxprs.Equation, values: Sequence[Any]) -> list[Any]:
-    """An equation that makes views: of an array at once, of a quantised weight when it is used."""
-    places = [place for place, value in enumerate(values) if isinstance(value, Deferred)]
+    """An equation that makes views: of an array at once, of a quantized weight when it is used."""
+    places = [place for place, value in enumerate(values) if isinstance(value, LazyDequantized)]
     if not places:
         return jaxprs.bind(equation, values)
     (place,) = places
@@ -127,33 +127,35 @@ def viewed(equation: jaxprs.Equation, values: Sequence[Any]) -> list[Any]:
 
 
 def recomputed(function: Callable, *values: Any) -> Any:
-    """`function(*values)` with arrays in the place of quantised weights.
+    """`function(*values)` with arrays in the place of quantized weights.
 
-    The backward pass keeps their codes and dequantises again: the whole is rematerialised, and XLA may not share the
+    The backward pass keeps their codes and dequantizes again: the whole is rematerialized, and XLA may not share the
     arrays of the two passes.
 
     Args:
-      function: Of arrays, and of pytrees that may hold :class:`Deferred` (which it then computes itself).
-      *values: Arrays, or pytrees with quantised weights among them.
+      function: Of arrays, and of pytrees that may hold :class:`LazyDequantized` (which it then computes itself).
+      *values: Arrays, or pytrees with quantized weights among them.
     """
-    nodes = jax.tree.leaves(values, is_leaf=lambda node: isinstance(node, Deferred))
-    if not any(isinstance(node, Deferred) for node in nodes):
+    nodes = jax.tree.leaves(values, is_leaf=lambda node: isinstance(node, LazyDequantized))
+    if not any(isinstance(node, LazyDequantized) for node in nodes):
         return function(*values)
 
     def computed(*values):
-        return function(*(value.compute() if isinstance(value, Deferred) else value for value in values))
+        return function(*(value.compute() if isinstance(value, LazyDequantized) else value for value in values))
 
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values)):
         return computed(*values)  # there is no backward pass
     return jax.checkpoint(computed, policy=jax.checkpoint_policies.nothing_saveable)(*values)
 
 
-def product(function: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, value: "jax.Array | Deferred") -> Any:
+def product(
+    function: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, value: "jax.Array | LazyDequantized"
+) -> Any:
     """`function(x, W)`, linear in x, of a weight that may be quantized: dequantized where it is used, in any loop.
 
     The backward pass keeps the codes alone, and dequantizes again.
     """
-    if not isinstance(value, Deferred):
+    if not isinstance(value, LazyDequantized):
         return function(x, value)
 
     def dequantizing(x, value):

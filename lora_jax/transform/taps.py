@@ -1,6 +1,6 @@
 """Moments of the inputs of a weight, read without side effects.
 
-Beside its value a weight carries zeros, labelled by its batch and in axes. Where it is contracted, the input passes
+Beside its value a weight carries zeros, labeled by its batch and in axes. Where it is contracted, the input passes
 through an identity whose derivative with respect to the zeros is declared to be the input's moments. The gradient of
 any sum of the function's outputs with respect to the zeros is then what `jax.grad` adds up over all uses of the
 weight, through jit, scan, remat and cond, a slice for each layer of a scan.
@@ -73,7 +73,7 @@ def tapped(x: jax.Array, taps: Sequence[Factor], measure: Callable[[jax.Array], 
 
 
 def moments(x: jax.Array, labels: Sequence[tuple[Label, int]], taps: Sequence[Factor]) -> Moments:
-    """The moments of an input whose axes are labelled, in the layout of the taps."""
+    """The moments of an input whose axes are labeled, in the layout of the taps."""
     square, plain, count = ([(label, tap.sizes[label]) for label in tap.labels] for tap in taps)
     names = [label for label, _ in labels]
     into = {label for label, _ in square if twin(label) in dict(square)}

@@ -10,9 +10,9 @@ from jax import lax
 
 from lora_jax.adapters.factored import Dims, Factor, Factored, Label, dense
 from lora_jax.leaves import is_quantized
-from lora_jax.transform.lazy_dequantized import Deferred
+from lora_jax.transform.lazy_dequantized import LazyDequantized
 
-Value = jax.Array | Deferred
+Value = jax.Array | LazyDequantized
 """The base weight under a view, or what it takes to compute it."""
 
 KEY_DATA = "#key"
@@ -34,11 +34,11 @@ class Weight:
     """A view of a weight and of its adapter's factors. It is a pytree, so it crosses jit, scan, ….
 
     Attributes:
-      value: The base weight under the view; of a quantised one what it takes to compute it.
+      value: The base weight under the view; of a quantized one what it takes to compute it.
       factors: See :class:`~lora_jax.adapters.factored.Factored`; labels tie them to the axes of `value`.
       gains: Likewise.
       rate: Dropout rate, or None.
-      key: Data of the dropout keys, labelled by the batch axes and `KEY_DATA`; None where no dropout.
+      key: Data of the dropout keys, labeled by the batch axes and `KEY_DATA`; None where no dropout.
       path: The weight's path in the base tree.
       dims: Per axis of `value`, its labels with sizes.
       cut: Labels along which a part was taken by slicing or indexing.
@@ -78,7 +78,7 @@ class Weight:
 
     def merged(self) -> jax.Array:
         """The adapted weight under the view, as an array. (Within :func:`recomputed`.)"""
-        value = self.value.compute() if isinstance(self.value, Deferred) else self.value
+        value = self.value.compute() if isinstance(self.value, LazyDequantized) else self.value
         return dense(value, self.dims, self.factors, self.gains) if self.is_adapted else value
 
     def single(self, axis: int) -> Label:
@@ -91,7 +91,7 @@ class Weight:
         return dataclasses.replace(self, **changes)
 
     def map_factors(self, function: Callable[[Factor], Factor], *, key: bool = True) -> "Weight":
-        """Applies a function to every labelled array but the base weight itself."""
+        """Applies a function to every labeled array but the base weight itself."""
         return self.replace(
             factors=tuple(map(function, self.factors)),
             gains=tuple(map(function, self.gains)),
@@ -101,13 +101,13 @@ class Weight:
         )
 
     @property
-    def labelled(self) -> tuple[Factor, ...]:
-        """Every labelled array but the base weight itself, in the order of :meth:`map_factors`."""
+    def labeled(self) -> tuple[Factor, ...]:
+        """Every labeled array but the base weight itself, in the order of :meth:`map_factors`."""
         optional = [factor for factor in (self.offset, self.key) if factor is not None]
         return (*self.factors, *self.gains, *optional, *self.taps)
 
     def along(self, label: Label, function: Callable[[jax.Array, int], jax.Array]) -> "Weight":
-        """Applies `function(array, axis)` to the labelled arrays that have the label."""
+        """Applies `function(array, axis)` to the labeled arrays that have the label."""
 
         def act(factor: Factor) -> Factor:
             for axis in _axes(factor, label):
@@ -117,7 +117,7 @@ class Weight:
         return self.map_factors(act)
 
     def without(self, label: Label) -> "Weight":
-        """Drops a label of size one from the labelled arrays."""
+        """Drops a label of size one from the labeled arrays."""
 
         def drop(factor: Factor) -> Factor:
             gone = _axes(factor, label)
@@ -155,7 +155,7 @@ class Weight:
 
 
 def _axes(factor: Factor, label: Label) -> list[int]:
-    """The axes of a labelled array that follow an axis of the weight."""
+    """The axes of a labeled array that follow an axis of the weight."""
     return [factor.axis(name) for name in (label, twin(label)) if name in factor.labels]
 
 
@@ -164,7 +164,7 @@ def carried(path: str, leaf: Any, form: Factored, dropout_key: jax.Array | None)
 
     Args:
       path: Its path in the base tree.
-      leaf: The base weight, an array or quantised.
+      leaf: The base weight, an array or quantized.
       form: Its adapter's factored form.
       dropout_key: A typed PRNG key of its own, or None.
     """
@@ -183,7 +183,7 @@ def carried(path: str, leaf: Any, form: Factored, dropout_key: jax.Array | None)
         )
     outputs = () if form.offset is None else form.offset.labels
     return Weight(
-        value=Deferred.of(leaf) if is_quantized(leaf) else leaf,
+        value=LazyDequantized.of(leaf) if is_quantized(leaf) else leaf,
         factors=form.factors,
         gains=form.gains,
         offset=form.offset,
@@ -197,9 +197,9 @@ def carried(path: str, leaf: Any, form: Factored, dropout_key: jax.Array | None)
 
 
 def probe(path: str, leaf: Any) -> Weight:
-    """A weight without an adapter: to find out how a function uses it, and for quantised leaves."""
+    """A weight without an adapter: to find out how a function uses it, and for quantized leaves."""
     dims = tuple(((str(axis), size),) for axis, size in enumerate(leaf.shape))
-    value = Deferred.of(leaf) if is_quantized(leaf) else leaf
+    value = LazyDequantized.of(leaf) if is_quantized(leaf) else leaf
     return Weight(value=value, factors=(), gains=(), rate=None, key=None, path=path, dims=dims)
 
 
@@ -279,7 +279,7 @@ def _split_labels(weight: Weight, shape: Sequence[int]) -> tuple[Weight, list[tu
 
 
 def split_label(weight: Weight, label: Label, major: int, minor: int):
-    """Splits a label in two, in the labelled arrays and in the dims."""
+    """Splits a label in two, in the labeled arrays and in the dims."""
     parts = ((f"{label}.0", major), (f"{label}.1", minor))
     names = {label: [name for name, _ in parts], twin(label): [twin(name) for name, _ in parts]}
 

@@ -60,7 +60,7 @@ SOME = (
 """A layer of each form that a use of a weight may have."""
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "NF4": jnp.float32}
-"""Of everything in a case; in NF4 the adapted weights are quantised, and everything else is float32."""
+"""Of everything in a case; in NF4 the adapted weights are quantized, and everything else is float32."""
 
 TRANSFORMATIONS = ("plain", "jit", "grad", "jvp", "vmap", "scan", "remat", "pmap", "shard_map")
 
@@ -116,7 +116,7 @@ class Case:
     Attributes:
       layer: Its name.
       fn: The function of parameters.
-      base: Its parameters; may hold leaves that are no arrays, and quantised ones.
+      base: Its parameters; may hold leaves that are no arrays, and quantized ones.
       args: Its other arguments.
       fresh: The delta as it is made.
       delta: The delta with every trained leaf moved.
@@ -150,7 +150,7 @@ class Case:
 @functools.lru_cache(maxsize=4)
 def _made(layer: str, dtype: str) -> tuple[Callable, Any, tuple]:
     """A layer's function, parameters and arguments; consecutive cases share them."""
-    return LAYERS[layer].make(DTYPES[dtype])
+    return LAYERS[layer].create(DTYPES[dtype])
 
 
 def build(layer: str, recipe: str, dtype: str) -> Case:

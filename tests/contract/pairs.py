@@ -42,7 +42,7 @@ def all_pairs(factors: Mapping[str, Sequence[str]], allowed: Callable[..., bool]
 
 
 def hash_free_order(case: tuple[str, ...]) -> int:
-    """A fixed but scattered order, so that neighbours differ in all factors."""
+    """A fixed but scattered order, so that neighbors differ in all factors."""
     number = 0
     for character in "|".join(case):
         number = (number * 1000003 + ord(character)) % 2147483647

@@ -155,7 +155,7 @@ def check_jit(case):
     jaxpr = jax.make_jaxpr(lambda arrays, delta, args: adapted(eqx.combine(arrays, rest), delta, *args))(
         arrays, case.delta, case.args
     )
-    table = dynamic_map()  # of quantised scales
+    table = dynamic_map()  # of quantized scales
     assert [const for const in constants(jaxpr) if not np.array_equal(const, table)] == []
 
 

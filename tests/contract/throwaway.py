@@ -65,7 +65,7 @@ class FrozenPairRecipe(Recipe):
     axes: tuple[str, ...] | None = None
     rank: int = 2
 
-    def make(self, key, weight, axes):
+    def create(self, key, weight, axes):
         axes = plain(axes)
         lead, into, out = (sizes(weight, axes, role) for role in (BATCH, IN, OUT))
         one, two = jax.random.split(key)
@@ -109,7 +109,7 @@ class PickedRecipe(Recipe):
     axes: tuple[str, ...] | None = None
     number: int = 2
 
-    def make(self, key, weight, axes):
+    def create(self, key, weight, axes):
         axes = plain(axes)
         lead, into, out = (sizes(weight, axes, role) for role in (BATCH, IN, OUT))
         return Picked(
@@ -150,7 +150,7 @@ class BlockedRecipe(Recipe):
     axes: tuple[str, ...] | None = None
     rank: int = 2
 
-    def make(self, key, weight, axes):
+    def create(self, key, weight, axes):
         axes = plain(axes)
         lead, into, out = (sizes(weight, axes, role) for role in (BATCH, IN, OUT))
         out = (*out[:-1], out[-1] // 2)

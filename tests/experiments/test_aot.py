@@ -50,7 +50,7 @@ def test_scans_in_scans():
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_gradients_and_rematerialisation(remat):
+def test_gradients_and_rematerialization(remat):
     def layer(x, w):
         return jnp.tanh(jnp.tanh(x @ w) @ w)
 

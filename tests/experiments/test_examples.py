@@ -1,4 +1,4 @@
-"""Reading labelled texts: the shipped data, and every way in which a data directory can be wrong."""
+"""Reading labeled texts: the shipped data, and every way in which a data directory can be wrong."""
 
 import gzip
 import itertools

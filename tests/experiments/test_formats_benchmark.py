@@ -1,4 +1,4 @@
-"""The benchmark of quantised formats at a tiny size: its figures are errors, and its command prints them."""
+"""The benchmark of quantized formats at a tiny size: its figures are errors, and its command prints them."""
 
 import pytest
 

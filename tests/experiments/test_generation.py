@@ -108,7 +108,7 @@ def test_base_and_delta_generate_what_merged_weights_generate(getkey):
     np.testing.assert_array_equal(found[0].tokens_BKN, found[1].tokens_BKN)
 
 
-def test_a_quantised_base_with_an_adapter_generates_as_its_merged_weights():
+def test_a_quantized_base_with_an_adapter_generates_as_its_merged_weights():
     model = load("llama")
     args, how = arguments("llama", model)
     rules = {"layers/.*kernel": lora.NF4(block=8)}

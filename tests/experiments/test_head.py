@@ -14,8 +14,8 @@ from experiments.errors import UserError
 def clusters(classes, count=120, seed=0):
     rng = np.random.default_rng(seed)
     labels = rng.integers(classes, size=count).astype(np.int32)
-    centres = np.random.default_rng(9).normal(0, 2, (classes, 6))
-    features = centres[labels] + rng.normal(0, 1.5, (count, 6))
+    centers = np.random.default_rng(9).normal(0, 2, (classes, 6))
+    features = centers[labels] + rng.normal(0, 1.5, (count, 6))
     return (features * [1, 10, 0.1, 1, 1, 5] + [3, 0, 0, -40, 0, 0]).astype(np.float32), labels
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from experiments.errors import UserError
-from experiments.input import packing, pipeline, sources, tokenised
+from experiments.input import packing, pipeline, sources, tokenized
 from experiments.input.encoding import load_encoder
 from experiments.input.packing import Packed, best_fit
 from experiments.input.pipeline import iterate
-from experiments.input.tokenised import Tokenised, tokenise
+from experiments.input.tokenized import Tokenized, tokenize
 from experiments.models import llama, location
 from experiments.models.options import Options
 from experiments.tasks.batching import NO_LABEL
@@ -20,10 +20,10 @@ from experiments.training.stream import Stream
 LENGTH, BATCH = 16, 8
 
 
-def tokenised_from(examples):
+def tokenized_from(examples):
     """Examples as (tokens, targets) lists."""
     firsts = [next((i for i in range(1, len(t)) if t[i]), len(t)) for _, t in examples]
-    return Tokenised(
+    return Tokenized(
         np.concatenate([np.array(tokens, np.uint16) for tokens, _ in examples]),
         np.concatenate([np.array(targets, bool) for _, targets in examples]),
         np.array([len(tokens) for tokens, _ in examples], np.int32),
@@ -38,7 +38,7 @@ def data():
     """100 examples of 2 to 15 tokens; the numbers of tokens say which example they are of."""
     rng = np.random.default_rng(0)
     sizes = rng.integers(2, 16, 100)
-    return tokenised_from(
+    return tokenized_from(
         [
             ([100 * (i + 1) + j for j in range(n)], [j >= rng.integers(1, n) for j in range(n)])
             for i, n in enumerate(sizes)
@@ -102,7 +102,7 @@ def test_packing_is_close_to_full():
 
 def test_long_examples_are_cut_and_those_with_nothing_to_learn_left_out():
     long = [*range(200, 230)]
-    data = tokenised_from(
+    data = tokenized_from(
         [
             (long, [i >= 10 for i in range(30)]),
             (long, [i == LENGTH for i in range(30)]),  # the last place predicts it
@@ -167,36 +167,36 @@ def encoder():
 
 
 def test_tokens_are_written_once(tmp_path, few, encoder, monkeypatch):
-    monkeypatch.setattr(tokenised, "_CHUNK", 7)
+    monkeypatch.setattr(tokenized, "_CHUNK", 7)
     lines = []
-    data = tokenise(few, encoder, tmp_path, report=lines.append)
+    data = tokenize(few, encoder, tmp_path, report=lines.append)
     (place,) = tmp_path.iterdir()
-    assert lines == [f"tokenising 50 records into {place}"]
+    assert lines == [f"tokenizing 50 records into {place}"]
     expected = encoder.encode([few[i] for i in range(50)], [""] * 50)
     np.testing.assert_array_equal(data.tokens, np.concatenate([one.tokens for one in expected]))
     np.testing.assert_array_equal(data.targets, np.concatenate([one.targets for one in expected]))
     assert data.lengths.tolist() == [len(one.tokens) for one in expected]
     assert data.firsts.tolist() == [int(np.argmax(one.targets)) for one in expected]
     assert data.tokens.dtype == np.uint16
-    again = tokenise(few, encoder, tmp_path, process_index=1, report=lines.append)
+    again = tokenize(few, encoder, tmp_path, process_index=1, report=lines.append)
     np.testing.assert_array_equal(again.tokens, data.tokens)
     assert len(lines) == 1
     (place / "tokens.bin").write_bytes(b"xy")  # damaged: made again
-    assert len(tokenise(few, encoder, tmp_path).tokens) == len(data.tokens)
-    assert tokenise(sources.first(few, 9), encoder, tmp_path).digest != data.digest
+    assert len(tokenize(few, encoder, tmp_path).tokens) == len(data.tokens)
+    assert tokenize(sources.first(few, 9), encoder, tmp_path).digest != data.digest
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_processes_that_tokenise_at_once_agree(tmp_path, few, encoder, monkeypatch):
-    write = tokenised._write
+def test_processes_that_tokenize_at_once_agree(tmp_path, few, encoder, monkeypatch):
+    write = tokenized._write
 
     def overtaken(place, *args):
         write(place, *args)
         if place.name.endswith("-1"):
-            tokenise(few, encoder, tmp_path, process_index=0)
+            tokenize(few, encoder, tmp_path, process_index=0)
 
-    monkeypatch.setattr(tokenised, "_write", overtaken)
-    data = tokenise(few, encoder, tmp_path, process_index=1)
+    monkeypatch.setattr(tokenized, "_write", overtaken)
+    data = tokenize(few, encoder, tmp_path, process_index=1)
     assert len(data) == 50 and len(list(tmp_path.iterdir())) == 1
 
 
@@ -204,28 +204,28 @@ def test_a_failure_leaves_nothing_behind(tmp_path, encoder):
     path = tmp_path / "x.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     with pytest.raises(UserError, match=r"x.jsonl, line 2: found prompt, expected"):
-        tokenise(sources.read(str(path), "train"), encoder, tmp_path / "tokens")
+        tokenize(sources.read(str(path), "train"), encoder, tmp_path / "tokens")
     assert not list((tmp_path / "tokens").iterdir())
     with pytest.raises(UserError, match=r"x.jsonl: tokens cannot be written there"):
-        tokenise(sources.first(sources.read(str(path), "train"), 1), encoder, path)
+        tokenize(sources.first(sources.read(str(path), "train"), 1), encoder, path)
 
 
 @pytest.mark.parametrize("chunk", [2, 1024])
 def test_records_that_cannot_be_encoded_are_skipped(tmp_path, encoder, chunk, monkeypatch):
-    monkeypatch.setattr(tokenised, "_CHUNK", chunk)
+    monkeypatch.setattr(tokenized, "_CHUNK", chunk)
     talk = '{"messages": [{"role": "assistant", "content": "a"}]}\n'  # the checkpoint has no template
     path = tmp_path / "x.jsonl"
     path.write_text(2 * ('{"prompt": "a", "completion": "b"}\n' + talk))
     records = sources.read(str(path), "train")
-    data = tokenise(records, encoder, tmp_path / "tokens", on_bad="skip")
+    data = tokenize(records, encoder, tmp_path / "tokens", on_bad="skip")
     assert data.owners.tolist() == [0, 2] and list(data.skipped) == [1, 3]
     assert "x.jsonl, line 2: a conversation, but the checkpoint" in data.skipped[1]
-    assert tokenise(records, encoder, tmp_path / "tokens", on_bad="skip").skipped == data.skipped
+    assert tokenize(records, encoder, tmp_path / "tokens", on_bad="skip").skipped == data.skipped
     with pytest.raises(UserError, match=r"x.jsonl, line 2: a conversation"):  # not what was skipped before
-        tokenise(records, encoder, tmp_path / "tokens")
+        tokenize(records, encoder, tmp_path / "tokens")
     path.write_text(talk)
     with pytest.raises(UserError, match=r"none of 1 records can be used; the first: .*x.jsonl, line 1: a conversation"):
-        tokenise(sources.read(str(path), "train"), encoder, tmp_path / "tokens", on_bad="skip")
+        tokenize(sources.read(str(path), "train"), encoder, tmp_path / "tokens", on_bad="skip")
 
 
 def test_from_records_to_batches(tmp_path, few, encoder):

@@ -13,7 +13,7 @@ from experiments.input.boundaries import BoundaryTokenizer
 from experiments.input.control import ControlTokens, LiteralTokenizer
 from experiments.input.encoding import Options, load_encoder
 from experiments.input.records import Completion, Conversation, Preference, Text
-from experiments.input.tokenised import tokenise
+from experiments.input.tokenized import tokenize
 from experiments.input.turns import Example
 from experiments.models import location
 
@@ -296,7 +296,7 @@ def test_large_ids_are_stored_whole(tmp_path, encoder):
     (tmp_path / "tokenizer_config.json").unlink()
     one = load_encoder(tmp_path, 1)
     (tmp_path / "a.jsonl").write_text('{"prompt": "x", "completion": "y"}\n')
-    data = tokenise(sources.read(str(tmp_path / "a.jsonl"), "train"), one, tmp_path / "tokens")
+    data = tokenize(sources.read(str(tmp_path / "a.jsonl"), "train"), one, tmp_path / "tokens")
     assert data.tokens.dtype == np.uint32 and 70_000 in data.tokens
 
 

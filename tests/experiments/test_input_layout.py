@@ -92,7 +92,7 @@ def test_a_named_split_by_another_word(tmp_path):
     assert len(sources.splits(f"{tmp_path}/one:train")[0]) == 1  # files without splits are to train on
 
 
-def test_named_splits_of_labelled_texts(tmp_path):
+def test_named_splits_of_labeled_texts(tmp_path):
     train, validation = sources.splits("debian_sections:validation", "debian_sections:test")
     assert train.place(0).startswith("debian_sections, validation") and validation[0].prompt.endswith(":")
     tree(tmp_path, "labels.txt")
@@ -125,10 +125,10 @@ def test_a_directory_of_one_split_validates_if_asked_to(tmp_path):
     tree(tmp_path, "a.jsonl", "others/part-0.jsonl", "others/part-1.jsonl")
     train, validation = sources.splits(f"{tmp_path}/a.jsonl", f"{tmp_path}/others")
     assert (len(train), len(validation)) == (1, 2)
-    tree(tmp_path, "labelled/labels.txt")
-    (tmp_path / "labelled" / "labels.txt").write_text("games\nmail\n")
-    (tmp_path / "labelled" / "train.tsv").write_text("label\ttext\nmail\thello\n")
-    assert sources.splits(f"{tmp_path}/labelled")[1] is None
+    tree(tmp_path, "labeled/labels.txt")
+    (tmp_path / "labeled" / "labels.txt").write_text("games\nmail\n")
+    (tmp_path / "labeled" / "train.tsv").write_text("label\ttext\nmail\thello\n")
+    assert sources.splits(f"{tmp_path}/labeled")[1] is None
 
 
 def test_globs(tmp_path):

@@ -60,7 +60,7 @@ def test_nothing_is_lost_by_kills(tmp_path, monkeypatch):
     for number in range(KILLS):
         process = started(killed)
         restarted = metrics.stat().st_mtime_ns if metrics.exists() else 0
-        if number % 7 == 0:  # while it reads, tokenises and compiles, or restores
+        if number % 7 == 0:  # while it reads, tokenizes and compiles, or restores
             time.sleep(chance.uniform(0, 2))
             kill(process)
             continue

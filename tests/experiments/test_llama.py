@@ -72,7 +72,7 @@ def test_checkpoints_make_the_round_trip_bit_by_bit(name, scan, tmp_path):
         ("qwen2", Options(scan=True, remat="full")),
     ],
 )
-def test_scanned_and_rematerialised_layers_compute_the_same(name, options):
+def test_scanned_and_rematerialized_layers_compute_the_same(name, options):
     want = expected(name)
     plain, model = load(name), load(name, options)
 
@@ -230,7 +230,7 @@ RULES = {"layers/.*kernel": lora.NF4(block=8)}
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-def test_weights_are_quantised_as_they_are_read_a_layer_at_a_time(scan, monkeypatch):
+def test_weights_are_quantized_as_they_are_read_a_layer_at_a_time(scan, monkeypatch):
     """As quantize() makes them of the whole model, with one layer's weight in floats at a time."""
     options, tokens = Options(scan=scan), jnp.zeros((1, 8), jnp.int32)
     apply, base = lora.nnx.functional(llama.load(FIXTURES / "llama", options))
@@ -253,7 +253,7 @@ def test_weights_are_quantised_as_they_are_read_a_layer_at_a_time(scan, monkeypa
     np.testing.assert_allclose(logits, apply(lora.dequantize(whole), tokens), atol=1e-5)
 
 
-def test_weights_are_quantised_on_their_shardings():
+def test_weights_are_quantized_on_their_shardings():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
 
     def sharding(path, shape):
@@ -292,7 +292,7 @@ def test_four_bit_checkpoints_lie_on_their_shardings_and_are_compared_with_the_m
     _, base = lora.nnx.functional(llama.load(FIXTURES / "llama_nf4", sharding=sharding))
     up = base["layers"][0]["feed_forward"]["up"]["kernel"]
     assert up.codes.sharding.spec[-1] == "x" and len(up.codes.sharding.device_set) == 2
-    with pytest.raises(UserError, match="to be quantised, and quantised in the checkpoint already"):
+    with pytest.raises(UserError, match="to be quantized, and quantized in the checkpoint already"):
         llama.load(FIXTURES / "llama_nf4", rules={"layers/.*kernel": lora.Int8()})
     config = json.loads((FIXTURES / "llama_nf4" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))

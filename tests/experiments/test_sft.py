@@ -133,7 +133,7 @@ def test_meshes_train_as_one_device(settings, finished, tmp_path, name, lenient)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-def test_a_quantised_base_on_a_mesh(settings, finished, tmp_path, lenient):
+def test_a_quantized_base_on_a_mesh(settings, finished, tmp_path, lenient):
     mesh = MeshSizes(data=4)
     report = study.run(dataclasses.replace(settings, out=tmp_path, mesh=mesh, quantize="nf4", samples=0))
     assert report.losses != finished[1].losses

@@ -1,4 +1,4 @@
-"""Layers unrolled and scanned, with and without rematerialisation."""
+"""Layers unrolled and scanned, with and without rematerialization."""
 
 import jax
 import jax.numpy as jnp

@@ -92,7 +92,7 @@ def test_square_experts_as_the_model_has_them(fit, model_type, expected):
     assert kinds == {"m.down": expected}
 
 
-def test_square_experts_as_their_neighbours(fit):
+def test_square_experts_as_their_neighbors(fit):
     base = {"m.down": (3, 4, 4), "m.up": (3, 4, 10)}
     kinds, _ = fit(base, experts((3, 4, 10), (3, 4, 4)), TWO)
     assert kinds == {"m.up": "transposed_experts", "m.down": "transposed_experts"}

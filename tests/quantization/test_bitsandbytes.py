@@ -56,8 +56,8 @@ def state(tensors, **changes):
         (lambda t: state(t, blocksize=63), "expected a matrix in blocks of an even size"),
         (lambda t: state(t, blocksize=32), "absmax: 32 × uint8; .* needs 64 × uint8"),
         (lambda t: state(t, quant_type="af4"), "of the type 'af4'; expected one of 'nf4', 'fp4'"),
-        (lambda t: state(t, dtype="float3"), "not the state of a quantised weight"),
-        (lambda t: {f"{NAME}.quant_state.bitsandbytes__nf4": np.zeros(3, np.uint8)}, "not the state of a quantised"),
+        (lambda t: state(t, dtype="float3"), "not the state of a quantized weight"),
+        (lambda t: {f"{NAME}.quant_state.bitsandbytes__nf4": np.zeros(3, np.uint8)}, "not the state of a quantized"),
     ],
 )
 def test_damage_is_told_by_name(tensors, change, message):

@@ -1,4 +1,4 @@
-"""Codes, scales and values against bitsandbytes', and the errors that quantising makes."""
+"""Codes, scales and values against bitsandbytes', and the errors that quantizing makes."""
 
 import pathlib
 
@@ -59,7 +59,7 @@ def test_codes_scales_and_values_are_bitsandbytes_bit_for_bit(name, kind):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_double_quantisation_is_bitsandbytes_where_the_mean_is(name):
+def test_double_quantization_is_bitsandbytes_where_the_mean_is(name):
     weight, block = stored(name)
     leaf = quantized(weight, lora.NF4(block, axes=("in", "out")))
     offset, theirs = np.asarray(leaf.scales.offset), BITSANDBYTES[f"{name}/double/offset"]

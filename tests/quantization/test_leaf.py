@@ -1,4 +1,4 @@
-"""A quantised leaf as a pytree: shapes, slices, prints, damage."""
+"""A quantized leaf as a pytree: shapes, slices, prints, damage."""
 
 import dataclasses
 
@@ -107,7 +107,7 @@ def test_cut_arrays_are_told(part):
 def test_arrays_that_were_cast_are_told():
     _, leaf = make("kernel")
     cast = jax.tree.map(lambda array: array.astype(jnp.bfloat16) if array.dtype == jnp.float32 else array, leaf)
-    with pytest.raises(ValueError, match="Cast the weight before it is quantised"):
+    with pytest.raises(ValueError, match="Cast the weight before it is quantized"):
         cast.dequantize()
     with pytest.raises(ValueError, match="arrays are int32, uint8"):
         dataclasses.replace(leaf, codes=leaf.codes.astype(jnp.int32)).dequantize()

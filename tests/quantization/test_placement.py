@@ -59,7 +59,7 @@ def test_a_sharded_weight_has_the_codes_of_the_whole_one_on_its_devices(mesh, wh
     np.testing.assert_array_equal(values(leaf), values(whole))
 
 
-def test_weights_of_a_kind_on_a_mesh_are_quantised_by_one_function(mesh):
+def test_weights_of_a_kind_on_a_mesh_are_quantized_by_one_function(mesh):
     placed(mesh, P(None, "n"))
     before = encoding._compiled.cache_info()
     placed(mesh, P(None, "n"), 2 * WEIGHT)
@@ -146,10 +146,10 @@ def test_shards_of_codes_in_shard_map(mesh, spec, inner, before, whole_first):
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
     explained = lora.explain(fn, base, delta, X)
-    assert explained.factored and ("dequantised as a whole before shard_map" in str(explained)) == whole_first
+    assert explained.factored and ("dequantized as a whole before shard_map" in str(explained)) == whole_first
 
 
-def test_parts_that_cut_blocks_are_dequantised_before_shard_map(mesh):
+def test_parts_that_cut_blocks_are_dequantized_before_shard_map(mesh):
     fn = sharded(mesh, P("m", None), lambda x, w: jax.lax.psum(x @ w, "m"))
     base, x = lora.quantize({"w": WEIGHT[:96]}, {"w": lora.NF4()}, fn, X[:, :96]), X[:, :96]
     np.testing.assert_allclose(lora.adapt(fn)(base, {}, x), x @ base["w"].dequantize(), rtol=1e-4, atol=1e-5)

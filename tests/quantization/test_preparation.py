@@ -1,4 +1,4 @@
-"""Initialisers, checkpoints of adapters, merging and analysis over quantised bases."""
+"""Initializers, checkpoints of adapters, merging and analysis over quantized bases."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def error(base, delta, floats, path="up"):
 
 
 @pytest.mark.parametrize("iterations", [1, 3])
-def test_loftq_makes_a_quantised_base_and_factors_nearer_to_the_weight(floats, base, iterations):
+def test_loftq_makes_a_quantized_base_and_factors_nearer_to_the_weight(floats, base, iterations):
     spec = {"up": lora.LoRA(8, alpha=16, init=LoftQ(FORM, iterations))}
     moved, delta = lora.prepare(jax.random.key(0), floats, spec, fn, [X])
     assert moved["up"].format == FORM and moved["down"] is floats["down"]
@@ -42,8 +42,8 @@ def test_loftq_makes_a_quantised_base_and_factors_nearer_to_the_weight(floats, b
     np.testing.assert_allclose(out, fn(lora.merge(moved, delta), X), rtol=1e-4, atol=1e-3)
 
 
-def test_loftq_over_a_quantised_base_says_that_it_comes_too_late(base):
-    with pytest.raises(ValueError, match="'up': LoftQ makes up for what quantising takes, and this"):
+def test_loftq_over_a_quantized_base_says_that_it_comes_too_late(base):
+    with pytest.raises(ValueError, match="'up': LoftQ makes up for what quantizing takes, and this"):
         lora.prepare(jax.random.key(0), base, {"up": lora.LoRA(8, init=LoftQ(FORM))}, fn, [X])
 
 
@@ -52,7 +52,7 @@ def test_loftq_wants_a_format_and_not_its_class():
         LoftQ(lora.NF4)
 
 
-def test_pissa_before_quantising_leaves_a_smaller_error_than_quantising_alone(floats, base):
+def test_pissa_before_quantizing_leaves_a_smaller_error_than_quantizing_alone(floats, base):
     """QPiSSA: what stays in the base is smaller, and so is what rounding takes from it."""
     spec = {"up": lora.LoRA(8, init="pissa")}
     moved, delta = lora.prepare(jax.random.key(0), floats, spec, fn, [X])
@@ -61,7 +61,7 @@ def test_pissa_before_quantising_leaves_a_smaller_error_than_quantising_alone(fl
 
 
 @pytest.mark.parametrize("init", ["pissa", PiSSA(niter=4), "olora"], ids=str)
-def test_inits_that_move_a_part_of_a_quantised_weight_quantise_the_rest_again(base, init):
+def test_inits_that_move_a_part_of_a_quantized_weight_quantize_the_rest_again(base, init):
     moved, delta = lora.prepare(jax.random.key(0), base, {"up": lora.LoRA(8, init=init)}, fn, [X])
     assert is_quantized(moved["up"]) and moved["up"].format == FORM and moved["down"] is base["down"]
     before, after = base["up"].dequantize(), lora.merge(moved, delta)["up"]
@@ -70,7 +70,7 @@ def test_inits_that_move_a_part_of_a_quantised_weight_quantise_the_rest_again(ba
 
 
 @pytest.mark.parametrize("init", [EVA(), "corda"], ids=str)
-def test_inputs_of_quantised_weights_are_read(base, init):
+def test_inputs_of_quantized_weights_are_read(base, init):
     _, delta = lora.prepare(jax.random.key(0), base, {"": lora.LoRA(2, init=init)}, fn, [X])
     _, expected = lora.prepare(jax.random.key(0), lora.dequantize(base), {"": lora.LoRA(2, init=init)}, fn, [X])
     for path, node in delta.items():
@@ -81,7 +81,7 @@ def test_inputs_of_quantised_weights_are_read(base, init):
         np.testing.assert_allclose(jnp.abs(node.a), jnp.abs(expected[path].a), rtol=1e-3, atol=1e-3)
 
 
-def test_gradients_of_quantised_weights_are_read(base):
+def test_gradients_of_quantized_weights_are_read(base):
     loss = lambda base, x: jnp.mean(fn(base, x) ** 2)  # noqa: E731
     spec = {"up": lora.LoRA(2, init="lora_ga")}
     moved, delta = lora.prepare(jax.random.key(0), base, spec, fn, [X], loss=loss)
@@ -98,7 +98,7 @@ def test_recipes_that_start_from_the_weight_start_from_what_it_stands_for(base, 
         np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
-def test_rows_of_a_quantised_table():
+def test_rows_of_a_quantized_table():
     fn = lambda base: base["table"][jnp.asarray([1, 2, 7])]  # noqa: E731
     base = lora.quantize({"table": jax.random.normal(jax.random.key(0), (10, 64))}, {"table": FORM}, fn)
     delta = lora.init(jax.random.key(0), base, {"table": lora.Rows((2, 5))}, fn)
@@ -142,7 +142,7 @@ def test_merge_quantized_merges_other_weights_as_merge_does(floats, base):
         merge_quantized(mixed, {"upp": delta["up"]})
 
 
-def test_a_saved_adapter_knows_its_quantised_base(base, floats, tmp_path):
+def test_a_saved_adapter_knows_its_quantized_base(base, floats, tmp_path):
     delta = lora.init(jax.random.key(0), base, {"": lora.LoRA(4)}, fn, X)
     lora.save(tmp_path / "adapter", delta, base=base)
     lora.load(tmp_path / "adapter", base)
@@ -151,7 +151,7 @@ def test_a_saved_adapter_knows_its_quantised_base(base, floats, tmp_path):
         lora.load(tmp_path / "adapter", other)
 
 
-def test_analysis_reads_what_a_quantised_weight_stands_for(base):
+def test_analysis_reads_what_a_quantized_weight_stands_for(base):
     delta = lora.init(jax.random.key(0), base, {"up": lora.DoRA(2)}, fn, X)
     train, frozen = lora.partition(delta)
     delta = lora.join(jax.tree.map(lambda leaf: leaf + 0.1, train), frozen)

@@ -42,7 +42,7 @@ def kinds(tree):
 FORM = lora.NF4(block=8)
 
 
-def test_linear_layers_are_quantised_and_norms_biases_embeddings_and_the_head_stay(base):
+def test_linear_layers_are_quantized_and_norms_biases_embeddings_and_the_head_stay(base):
     made = lora.quantize(base, {"": FORM}, model, TOKENS)
     assert kinds(made) == {"mlp/up/kernel": FORM, "mlp/down/kernel": FORM}
     for path in ("embedding", "unused"):
@@ -56,7 +56,7 @@ def test_the_first_match_wins_and_none_leaves_a_match_alone(base):
     assert kinds(made) == {"mlp/up/kernel": lora.Int8(block=8)}
 
 
-def test_embeddings_and_heads_are_quantised_where_a_rule_is_for_them(base):
+def test_embeddings_and_heads_are_quantized_where_a_rule_is_for_them(base):
     made = lora.quantize(base, {"embedding": FORM, "head": lora.Int8(8), "": lora.FP4(8)}, model, TOKENS)
     assert kinds(made) == {
         "embedding": FORM,
@@ -82,8 +82,8 @@ def test_without_a_function_formats_say_what_axes_are(base):
     [
         ({"mpl": FORM}, r"'mpl' matches no path of the base; nearest: 'mlp"),
         ({"mlp": FORM, "up": FORM}, "'up' is fully shadowed"),
-        ({"norm": FORM}, "'norm' matches nothing that can be quantised: 'norm/scale' is neither contracted nor"),
-        ({"unused": FORM}, "'unused' matches nothing that can be quantised: 'unused' is not used by the function"),
+        ({"norm": FORM}, "'norm' matches nothing that can be quantized: 'norm/scale' is neither contracted nor"),
+        ({"unused": FORM}, "'unused' matches nothing that can be quantized: 'unused' is not used by the function"),
         ({"up/b": lora.NF4(8, axes=("out",))}, r"no axis that blocks could run along, with the roles \('out',\)"),
         ({"(": FORM}, "not a regular expression"),
     ],
@@ -94,7 +94,7 @@ def test_rules_that_do_nothing_are_errors(base, rules, message):
 
 
 def test_rules_of_the_wrong_kind_are_errors(base):
-    with pytest.raises(TypeError, match=r"has no format but <class .*NF4.*>; write NF4\(\)"):
+    with pytest.raises(TypeError, match=r"rule 'mlp' takes a format.*; got the class NF4: write NF4\(\)"):
         lora.quantize(base, {"mlp": lora.NF4}, model, TOKENS)
     with pytest.raises(TypeError, match="Rules are a dict"):
         lora.quantize(base, [("mlp", FORM)], model, TOKENS)
@@ -107,9 +107,9 @@ def test_nan_and_inf_are_refused_by_name(base, value):
         lora.quantize(base, {"": FORM}, model, TOKENS)
 
 
-def test_quantised_leaves_are_not_quantised_again(base):
+def test_quantized_leaves_are_not_quantized_again(base):
     made = lora.quantize(base, {"": FORM}, model, TOKENS)
-    with pytest.raises(ValueError, match="is quantised already"):
+    with pytest.raises(ValueError, match="is quantized already"):
         lora.quantize(made, {"mlp": FORM}, model, TOKENS)
 
 
@@ -161,5 +161,5 @@ def test_the_summary_counts_what_is_held(base):
     assert figures.float_bytes == lora.summary(base, delta).base_bytes
     leaves = [made["mlp"][name]["kernel"] for name in ("up", "down")]
     bits = 8 * sum(leaf.nbytes for leaf in leaves) / sum(leaf.size for leaf in leaves)
-    assert f"quantised weights     2 in NF4, {bits:.3f} bits a parameter" in str(figures)
-    assert "quantised" not in str(lora.summary(base, delta))
+    assert f"quantized weights     2 in NF4, {bits:.3f} bits a parameter" in str(figures)
+    assert "quantized" not in str(lora.summary(base, delta))

@@ -1,4 +1,4 @@
-"""Quantised bases under adapt: what the backward pass keeps, what XLA may not share, where views and lookups end."""
+"""Quantized bases under adapt: what the backward pass keeps, what XLA may not share, where views and lookups end."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ def layers(base, x):
 
 
 def scanned(base, x):
-    """The same from stacks, rematerialised."""
+    """The same from stacks, rematerialized."""
 
     @jax.checkpoint
     def body(x, layer):
@@ -51,7 +51,7 @@ FUNCTIONS = {"unrolled": (layers, UNROLLED), "scanned": (scanned, STACKED)}
 
 
 def made(function, recipe, *, some=""):
-    """The function, the quantised base, and a loss of the trained leaves, which are moved from their start."""
+    """The function, the quantized base, and a loss of the trained leaves, which are moved from their start."""
     fn, base = FUNCTIONS[function]
     base = lora.quantize(base, {"": FORM}, fn, X)
     delta = lora.init(jax.random.key(0), base, {some: RECIPES[recipe]}, fn, X)
@@ -73,7 +73,7 @@ def weight_sized(tree):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_gradients_are_those_through_the_dequantised_weights(function, recipe):
+def test_gradients_are_those_through_the_dequantized_weights(function, recipe):
     base, train, loss = made(function, recipe)
     gradients = jax.jit(jax.grad(loss))(train, base)
     expected = jax.jit(jax.grad(loss))(train, lora.dequantize(base))
@@ -90,13 +90,13 @@ def test_no_float_of_a_weight_s_size_waits_for_the_backward_pass(function, recip
         return jax.eval_shape(lambda train: jax.vjp(lambda train: loss(train, base), train)[1], train)
 
     assert weight_sized(kept(base)) == []
-    if "scanned" not in function:  # (whose own rematerialisation keeps no more than stacks that are arguments)
+    if "scanned" not in function:  # (whose own rematerialization keeps no more than stacks that are arguments)
         assert weight_sized(kept(lora.dequantize(base))) != []
 
 
 @pytest.mark.parametrize("some", ["", "up"], ids=["all_adapted", "some_adapted"])
-def test_each_pass_dequantises_for_itself(some):
-    """What is lowered for a TPU dequantises once a weight and pass, between two barriers, and again behind a third.
+def test_each_pass_dequantizes_for_itself(some):
+    """What is lowered for a TPU dequantizes once a weight and pass, between two barriers, and again behind a third.
 
     (That XLA keeps to it was seen in a compile. On a CPU a region is a branch of a conditional: test_loops.py.)
     """
@@ -111,7 +111,7 @@ def test_each_pass_dequantises_for_itself(some):
     assert counts(jax.grad(loss)) == (4 + 3, 2 * 4 + 3 * 3)
 
 
-def test_the_compiled_step_holds_fewer_bytes_than_with_weights_dequantised_before_it():
+def test_the_compiled_step_holds_fewer_bytes_than_with_weights_dequantized_before_it():
     base, train, loss = made("scanned", "LoRA")
 
     def temporaries(step):
@@ -152,7 +152,7 @@ def test_a_training_step_moves_the_adapters_only(lenient):
         np.testing.assert_array_equal(one, other)
 
 
-def test_many_adapters_on_one_quantised_base():
+def test_many_adapters_on_one_quantized_base():
     base, train, loss = made("scanned", "LoRA")
     both = jax.tree.map(lambda leaf: jnp.stack([leaf, -2 * leaf]), train)
     together = jax.jit(jax.vmap(jax.grad(loss), in_axes=(0, None)))(both, base)
@@ -162,7 +162,7 @@ def test_many_adapters_on_one_quantised_base():
             np.testing.assert_allclose(one[member], other, rtol=1e-4, atol=1e-4)
 
 
-def test_routing_examples_over_a_quantised_base():
+def test_routing_examples_over_a_quantized_base():
     base = lora.quantize({"w": normal(0, WIDTH, 8)}, {"w": FORM}, lambda base, x: x @ base["w"], X)
     fn = lambda base, x: x @ base["w"]  # noqa: E731
     deltas = [lora.init(jax.random.key(i), base, {"w": lora.LoRA(2, init="orthogonal")}, fn, X) for i in range(2)]
@@ -172,7 +172,7 @@ def test_routing_examples_over_a_quantised_base():
         np.testing.assert_allclose(out[row], fn(lora.merge(base, deltas[member]), X[row]), rtol=1e-4, atol=1e-5)
 
 
-def test_train_many_over_a_quantised_base(lenient):
+def test_train_many_over_a_quantized_base(lenient):
     fn = lambda base, x: x @ base["w"]  # noqa: E731
     base = lora.quantize({"w": normal(0, WIDTH, 8)}, {"w": FORM}, fn, X)
     delta = lora.init(jax.random.key(0), base, {"w": lora.LoRA(2)}, fn, X)
@@ -199,7 +199,7 @@ LOOKUPS = {
 
 
 @pytest.mark.parametrize("name", LOOKUPS)
-def test_rows_of_a_quantised_table_are_looked_up_by_their_codes(name):
+def test_rows_of_a_quantized_table_are_looked_up_by_their_codes(name):
     fn = lambda base: LOOKUPS[name](base["table"])  # noqa: E731
     base = lora.quantize({"table": normal(0, 10, WIDTH)}, {"table": FORM}, fn)
     delta = lora.init(jax.random.key(0), base, {"table": lora.LoRA(2)}, fn)
@@ -243,20 +243,20 @@ def test_one_layer_of_a_stack_is_a_slice_of_codes(use):
     assert "f32[4,64,64]" not in str(jax.make_jaxpr(lambda delta: adapted(base, delta, X))(delta))
 
 
-def test_a_stack_without_layers_of_its_own_is_dequantised_before_the_scan_and_said_so():
+def test_a_stack_without_layers_of_its_own_is_dequantized_before_the_scan_and_said_so():
     fn = lambda base, x: jax.lax.scan(lambda x, w: (x, x @ w), x, base["w"])[1]  # noqa: E731
     weight = normal(3, 4, WIDTH, 8)
     base = lora.quantize({"w": jnp.swapaxes(weight, 1, 2)}, {"w": lora.NF4(16, axes=("batch", "out", "in"))})
     turned = lambda base, x: fn({"w": jnp.swapaxes(base["w"], 1, 2)}, x)  # noqa: E731
     delta = lora.init(jax.random.key(0), base, {"w": lora.LoRA(2, axes=("batch", "out", "in"))}, turned, X)
     explained = str(lora.explain(turned, base, delta, X))
-    assert "dequantised as a whole: its blocks have no leading axis to scan over" in explained
+    assert "dequantized as a whole: its blocks have no leading axis to scan over" in explained
     np.testing.assert_allclose(
         lora.adapt(turned)(base, delta, X), turned(lora.merge(base, delta), X), rtol=1e-5, atol=1e-5
     )
 
 
-def test_what_has_no_rule_is_dequantised_where_it_happens():
+def test_what_has_no_rule_is_dequantized_where_it_happens():
     fn = lambda base, x: x @ jnp.sin(base["w"])  # noqa: E731
     base = lora.quantize({"w": normal(0, WIDTH, 8)}, {"w": lora.NF4(16, axes=("in", "out"))})
     delta = lora.init(jax.random.key(0), base, {"w": lora.LoRA(2, axes=("in", "out"))}, fn, X)

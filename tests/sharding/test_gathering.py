@@ -1,4 +1,4 @@
-"""FSDP over a quantised base: where a weight is used its codes are gathered, and floats are made of them there."""
+"""FSDP over a quantized base: where a weight is used its codes are gathered, and floats are made of them there."""
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def test_it_stays_with_what_is_made_of_the_leaf(mesh):
     assert jax.tree.map(lambda array: array[0], leaf).used == leaf.used
 
 
-def test_dequantised_outside_of_a_function_it_stays_divided(mesh):
+def test_dequantized_outside_of_a_function_it_stays_divided(mesh):
     leaf = leaf_on(mesh, P(None, "fsdp", "tensor"))
     for values in (leaf.dequantize(), jax.jit(lambda leaf: leaf.dequantize())(leaf)):
         assert values.sharding.spec == P(None, "fsdp", "tensor")

@@ -55,7 +55,7 @@ def test_arrays_lie_where_the_weight_does_along_the_axes_they_share(mesh, name):
     jax.device_put(delta, made)  # which fits
 
 
-def test_placed_bases_and_quantised_ones_say_the_same(mesh):
+def test_placed_bases_and_quantized_ones_say_the_same(mesh):
     told = lora.delta_shardings(shardings(mesh), DELTA)
     placed = jax.device_put(BASE, shardings(mesh))
     small = lora.quantize(placed, {"layers": lora.NF4(8)}, fn, X)
@@ -112,7 +112,7 @@ def test_state_shardings_are_those_of_a_state_of_placed_arrays(mesh, lenient, na
         assert leaf.sharding.memory_kind == to.memory_kind, keys
 
 
-def test_state_shardings_of_quantised_bases(mesh):
+def test_state_shardings_of_quantized_bases(mesh):
     base, delta = started(form=lora.NF4(8))
     tx = optax.sgd(0.1)
     state = lora.TrainState.create(base, delta, tx, jax.random.key(1))

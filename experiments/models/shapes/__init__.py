@@ -15,11 +15,11 @@ _CHATS = {
 """Fine-tuned models, and the base whose shape they have."""
 
 NAMES = tuple(sorted((*_FILES, *_CHATS)))
-"""The models whose shapes are shipped, as on the hub without the organisation."""
+"""The models whose shapes are shipped, as on the hub without the organization."""
 
 
 def has(model: str) -> bool:
-    """Whether a model's shape is shipped, by its name on the hub with or without the organisation.
+    """Whether a model's shape is shipped, by its name on the hub with or without the organization.
 
     A directory, whatever its name, has a shape of its own.
     """

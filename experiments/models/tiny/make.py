@@ -1,4 +1,4 @@
-"""Makes the tiny checkpoints beside it: random weights of transformers' own initialisation, real tokenizers.
+"""Makes the tiny checkpoints beside it: random weights of transformers' own initialization, real tokenizers.
 
     pip install torch transformers
     python -m experiments.models.tiny.make
@@ -18,7 +18,7 @@ from experiments.tasks import examples
 
 HERE = Path(__file__).parent
 VOCABULARY, POSITIONS, WIDTH, LAYERS, HEADS = 512, 128, 64, 2, 4
-SPREAD = 0.1  # of the random weights; they are few, and shared by nothing that was learnt
+SPREAD = 0.1  # of the random weights; they are few, and shared by nothing that was learned
 
 
 def tokenizer(begin: str | None, end: str) -> Tokenizer:

@@ -29,7 +29,7 @@ def run(
     """Writes `merged/`, a checkpoint that transformers opens, and `peft/`, an adapter that PEFT opens; reads both.
 
     Args:
-      problem: What was learnt.
+      problem: What was learned.
       delta: The adapter.
       directory: Where both go; what an interrupted run left of them is replaced.
       step: Of generation, from parameters that nothing adapts.

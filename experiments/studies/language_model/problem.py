@@ -1,4 +1,4 @@
-"""Texts after prompts made ready: a pretrained decoder as a pure function, and tokenised splits."""
+"""Texts after prompts made ready: a pretrained decoder as a pure function, and tokenized splits."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ EVALUATION_BATCH = 64
 
 @dataclass(frozen=True)
 class Problem:
-    """What is learnt and from where.
+    """What is learned and from where.
 
     Attributes:
       family: The architecture.

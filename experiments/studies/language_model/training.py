@@ -131,6 +131,6 @@ def run(
 
 def frequency_loss(train: Sequence[np.ndarray], test: Sequence[np.ndarray], vocabulary: int) -> float:
     """Mean loss a token of a model that knows how frequent each token is in training, and nothing else."""
-    learnt, asked = (np.concatenate(labels) for labels in (train, test))
-    counts = np.bincount(learnt[learnt != NO_LABEL], minlength=vocabulary) + 1.0
+    learned, asked = (np.concatenate(labels) for labels in (train, test))
+    counts = np.bincount(learned[learned != NO_LABEL], minlength=vocabulary) + 1.0
     return float(-np.log(counts / counts.sum())[asked[asked != NO_LABEL]].mean())

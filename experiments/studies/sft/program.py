@@ -28,7 +28,7 @@ LINEAR = {
     "attention": r"attention/(query|key|value|qkv|output)/kernel$",
     "feed-forward": r"feed_forward/(gate|up|down)/kernel$",
 }
-"""Linear layers of all blocks, by the names of targets; a quantised base has all of them quantised."""
+"""Linear layers of all blocks, by the names of targets; a quantized base has all of them quantized."""
 
 OTHERS = {"embedding": r"^token/embedding$", "head": r"^output/kernel$"}
 _OURS, _PEFT = "adapter.json", "adapter_config.json"  # what marks an adapter's directory
@@ -280,7 +280,7 @@ def options_of(config: Config, platform: Platform | None) -> Options:
 
 
 def rules_of(config: Config) -> dict[str, Format | None]:
-    """The format of each weight that is quantised."""
+    """The format of each weight that is quantized."""
     formats = {"none": None, "nf4": lora.NF4(), "int8": lora.Int8()}
     found = formats[config.quantize]
     return {} if found is None else {"|".join(LINEAR.values()): found}
@@ -315,7 +315,7 @@ def spec_of(config: Config, base: Any) -> dict[str, Any]:
 
 
 def _base(config: Config, base: Any, apply: Callable, sharding: Callable) -> Any:
-    """The shapes of the weights as they are read: in the config's dtype, some of them quantised, on the mesh."""
+    """The shapes of the weights as they are read: in the config's dtype, some of them quantized, on the mesh."""
     rules = rules_of(config)
     plan = Plan.of(base, rules, apply, _example(config)) if rules else None
 

@@ -152,7 +152,7 @@ def run(config: Config) -> Report:
 
 @dataclass(frozen=True)
 class _Data:
-    """What is learnt.
+    """What is learned.
 
     Attributes:
       encoder: Of the checkpoint.

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.adalora import SingularTriplets
+from lora_jax.adapters.adalora import AdaLoRAAdapter
 from lora_jax.adapters.protocol import IN, OUT, Adapter
 from lora_jax.peft.factors import Fit
 from lora_jax.peft.methods.method import (
@@ -29,7 +29,7 @@ class AdaLora(Method):
     peft_type: ClassVar[str] = "ADALORA"
     title: ClassVar[str] = "AdaLoRA"
     parts: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_E")
-    adapters: ClassVar[tuple[type[Adapter], ...]] = (SingularTriplets,)
+    adapters: ClassVar[tuple[type[Adapter], ...]] = (AdaLoRAAdapter,)
     ranked: ClassVar[tuple[str, ...]] = ("a", "b", "values")
 
     def fields(self, fit: Fit, read: Read, module: str, settings: Settings) -> dict[str, np.ndarray]:
@@ -49,13 +49,13 @@ class AdaLora(Method):
             "scale": np.asarray(scale, np.float32),
         }
 
-    def neutral(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def identity_like(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.ones(shape) if name == "scale" else np.zeros(shape)
 
-    def build(self, arrays: Mapping[str, np.ndarray], fit: Fit, settings: Settings) -> SingularTriplets:
+    def build(self, arrays: Mapping[str, np.ndarray], fit: Fit, settings: Settings) -> AdaLoRAAdapter:
         scale = arrays["scale"]
         same = bool((scale == scale.flat[0]).all())
-        return SingularTriplets(
+        return AdaLoRAAdapter(
             a=jnp.asarray(arrays["a"]),
             values=jnp.asarray(arrays["values"]),
             b=jnp.asarray(arrays["b"]),

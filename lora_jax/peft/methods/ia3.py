@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.ia3 import Rescaled
+from lora_jax.adapters.ia3 import IA3Adapter
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
 from lora_jax.peft.factors import Fit
 from lora_jax.peft.methods.method import Method, Read, Settings, matrix_sizes, to_tensor, vector_from_tensor
@@ -18,7 +18,7 @@ class Ia3(Method):
     peft_type: ClassVar[str] = "IA3"
     title: ClassVar[str] = "(IA)³"
     parts: ClassVar[tuple[str, ...]] = ("ia3_l",)
-    adapters: ClassVar[tuple[type[Adapter], ...]] = (Rescaled,)
+    adapters: ClassVar[tuple[type[Adapter], ...]] = (IA3Adapter,)
 
     def fields(self, fit: Fit, read: Read, module: str, settings: Settings) -> dict[str, np.ndarray]:
         into, out = matrix_sizes(fit)
@@ -29,17 +29,17 @@ class Ia3(Method):
         role = IN if feed_forward else OUT
         return {f"gain {role}": vector_from_tensor(fit, gain.reshape(-1), role)}
 
-    def neutral(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def identity_like(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.ones(shape)
 
-    def build(self, arrays: Mapping[str, np.ndarray], fit: Fit, settings: Settings) -> Rescaled:
+    def build(self, arrays: Mapping[str, np.ndarray], fit: Fit, settings: Settings) -> IA3Adapter:
         if len(arrays) > 1:
             path = fit.place.path
             raise ValueError(f"cannot be held: {path!r} has gains of inputs in some layers, of outputs in others")
         ((name, gain),) = arrays.items()
         on = name.split()[1]
         rest = fit.size(fit.labels(OUT if on == IN else IN))
-        return Rescaled(gain=jnp.asarray(gain), on=on, rest=tuple(rest), axes=fit.axes)
+        return IA3Adapter(gain=jnp.asarray(gain), on=on, rest=tuple(rest), axes=fit.axes)
 
     def arrays(self, node: Any) -> dict[str, np.ndarray]:
         return {f"gain {node.on}": np.asarray(node.gain)}
@@ -54,11 +54,11 @@ class Ia3(Method):
         return {"feedforward_modules": sorted(name for name, node in nodes.items() if node.on == IN)}
 
 
-def gain_of_bias(gain: np.ndarray, axes: tuple[str, ...]) -> Rescaled:
+def gain_of_bias(gain: np.ndarray, axes: tuple[str, ...]) -> IA3Adapter:
     """The adapter of a bias that is multiplied like its module's output."""
-    return Rescaled(gain=jnp.asarray(gain), on=OUT, rest=(), axes=axes)
+    return IA3Adapter(gain=jnp.asarray(gain), on=OUT, rest=(), axes=axes)
 
 
-def is_of_bias(node: Rescaled) -> bool:
+def is_of_bias(node: IA3Adapter) -> bool:
     """Whether a gain is one of a bias."""
     return set(node.axes) <= {BATCH, OUT}

@@ -141,7 +141,7 @@ def _stacked(
             raise ValueError(f"cannot be held: the layers of {fit.place.path!r} have parts of {len(shapes)} shapes")
         dtype = np.result_type(*values.values())
         (shape,) = shapes
-        whole = np.broadcast_to(method.neutral(name, shape), (*lead, *shape)).astype(dtype)
+        whole = np.broadcast_to(method.identity_like(name, shape), (*lead, *shape)).astype(dtype)
         for index, value in values.items():
             whole[fit.at(index)] = value
         arrays[name] = whole.reshape((*batch, *shape))

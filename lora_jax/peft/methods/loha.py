@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.loha import HadamardProduct
+from lora_jax.adapters.loha import LoHaAdapter
 from lora_jax.adapters.protocol import IN, OUT, Adapter
 from lora_jax.peft.factors import Fit
 from lora_jax.peft.methods.method import (
@@ -26,7 +26,7 @@ class LoHa(Method):
     peft_type: ClassVar[str] = "LOHA"
     title: ClassVar[str] = "LoHa"
     parts: ClassVar[tuple[str, ...]] = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-    adapters: ClassVar[tuple[type[Adapter], ...]] = (HadamardProduct,)
+    adapters: ClassVar[tuple[type[Adapter], ...]] = (LoHaAdapter,)
     ranked: ClassVar[tuple[str, ...]] = ("a1", "b1", "a2", "b2")
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv")
 
@@ -40,16 +40,16 @@ class LoHa(Method):
             arrays[f"a{number}"] = from_tensor(fit, read(f"hada_w{number}_b", (rank, into)), IN)
         return arrays
 
-    def neutral(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def identity_like(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.zeros(shape)
 
-    def build(self, arrays: Mapping[str, np.ndarray], fit: Fit, settings: Settings) -> HadamardProduct:
+    def build(self, arrays: Mapping[str, np.ndarray], fit: Fit, settings: Settings) -> LoHaAdapter:
         scale = arrays["scale"].reshape(-1)
         used = scale[scale != 0]  # a layer without adapter has none
         factor = scale / used[0]
         lead = arrays["b1"].reshape(len(scale), -1)
         b1 = arrays["b1"] if (used == used[0]).all() else (lead * factor[:, None]).reshape(arrays["b1"].shape)
-        return HadamardProduct(
+        return LoHaAdapter(
             a1=jnp.asarray(arrays["a1"]),
             b1=jnp.asarray(b1),
             a2=jnp.asarray(arrays["a2"]),

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.lokr import FullKronecker, LowRankKronecker
+from lora_jax.adapters.lokr import LoKrAdapter, LoKrFullAdapter
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
 from lora_jax.peft.factors import Fit
 from lora_jax.peft.methods.method import Method, Read, Settings, matrix_sizes, patterns_of
@@ -18,7 +18,7 @@ class LoKr(Method):
     peft_type: ClassVar[str] = "LOKR"
     title: ClassVar[str] = "LoKr"
     parts: ClassVar[tuple[str, ...]] = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
-    adapters: ClassVar[tuple[type[Adapter], ...]] = (LowRankKronecker, FullKronecker)
+    adapters: ClassVar[tuple[type[Adapter], ...]] = (LoKrAdapter, LoKrFullAdapter)
     ranked: ClassVar[tuple[str, ...]] = ("a", "b")
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
 
@@ -40,7 +40,7 @@ class LoKr(Method):
             b, a = read("lokr_w2_a", (rest[0], rank)), read("lokr_w2_b", (rank, rest[1]))
             return arrays | {"a": a, "b": b.T}
 
-    def neutral(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def identity_like(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.zeros(shape)
 
     def build(self, arrays: Mapping[str, np.ndarray], fit: Fit, settings: Settings) -> Adapter:
@@ -56,11 +56,11 @@ class LoKr(Method):
             "axes": fit.axes,
         }
         if "d" in arrays:
-            return FullKronecker(d=jnp.asarray(arrays["d"]), **shared)
-        return LowRankKronecker(a=jnp.asarray(arrays["a"]), b=jnp.asarray(arrays["b"]), **shared)
+            return LoKrFullAdapter(d=jnp.asarray(arrays["d"]), **shared)
+        return LoKrAdapter(a=jnp.asarray(arrays["a"]), b=jnp.asarray(arrays["b"]), **shared)
 
     def arrays(self, node: Any) -> dict[str, np.ndarray]:
-        second = ("d",) if isinstance(node, FullKronecker) else ("a", "b")
+        second = ("d",) if isinstance(node, LoKrFullAdapter) else ("a", "b")
         return {name: np.asarray(getattr(node, name)) for name in ("c", *second, "scale")}
 
     def tensors(self, fields: Mapping[str, np.ndarray], fit: Fit) -> dict[str, np.ndarray]:
@@ -82,7 +82,7 @@ class LoKr(Method):
     def config(self, nodes: Mapping[str, Any], scales: Mapping[str, float]) -> dict[str, Any]:
         # A second matrix in full says nothing of a rank: PEFT decides by it, so it is its larger side.
         ranks = {
-            name: max(node.d.shape[-2:]) if isinstance(node, FullKronecker) else node.rank
+            name: max(node.d.shape[-2:]) if isinstance(node, LoKrFullAdapter) else node.rank
             for name, node in nodes.items()
         }
         alphas = {name: scale * ranks[name] for name, scale in scales.items()}

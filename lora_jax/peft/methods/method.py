@@ -92,7 +92,7 @@ class Method(abc.ABC):
         """
 
     @abc.abstractmethod
-    def neutral(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def identity_like(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """A field of a layer that the adapter leaves out."""
 
     @abc.abstractmethod

@@ -9,8 +9,8 @@ import numpy as np
 
 from lora_jax import paths
 from lora_jax.adapters.conversion import is_low_rank
-from lora_jax.adapters.full import Replacement, RowReplacement
-from lora_jax.adapters.ia3 import Rescaled
+from lora_jax.adapters.full import FullAdapter, RowsAdapter
+from lora_jax.adapters.ia3 import IA3Adapter
 from lora_jax.adapters.protocol import BATCH, OUT, Adapter
 from lora_jax.peft import keys
 from lora_jax.peft.config import TOKENS, exactly
@@ -51,15 +51,15 @@ def method_of(delta: Mapping[str, Adapter], names: Names) -> str | None:
     None where PEFT's LoRA is the form: of LoRA itself, and of low-rank adapters that their own method cannot hold (a
     VeRA whose pairs are no corners of one pair).
     """
-    others = [node for node in delta.values() if not isinstance(node, Replacement)]
+    others = [node for node in delta.values() if not isinstance(node, FullAdapter)]
     if not others:
         return "LN_TUNING" if _are_norms(delta, names) else None
-    if all(isinstance(node, RowReplacement) for node in delta.values()):
-        ids = {tuple(np.asarray(node.ids).tolist()) for node in delta.values() if isinstance(node, RowReplacement)}
+    if all(isinstance(node, RowsAdapter) for node in delta.values()):
+        ids = {tuple(np.asarray(node.ids).tolist()) for node in delta.values() if isinstance(node, RowsAdapter)}
         return TOKENS if len(ids) == 1 else None
     for kind, method in METHODS.items():
         if all(isinstance(node, method.adapters) for node in others):
-            fits = not method().check({path: node for path, node in delta.items() if not isinstance(node, Replacement)})
+            fits = not method().check({path: node for path, node in delta.items() if not isinstance(node, FullAdapter)})
             if issubclass(method, VeRA):
                 fits = fits and shared_pair(_fits(delta, names, method)) is not None
             return kind if fits or not all(map(is_low_rank, others)) else None
@@ -84,7 +84,7 @@ def save_method(
     shared = {"base_model_name_or_path": base_model, "task_type": task_type, "inference_mode": True}
     if kind in METHODS:
         plan, problems = _planned(METHODS[kind](), delta, names, base)
-        rest = {path: node for path, node in delta.items() if isinstance(node, Replacement)}
+        rest = {path: node for path, node in delta.items() if isinstance(node, FullAdapter)}
         exported = _exported(rest, names, base, task_type)
         settings: dict[str, Any] = {}
         problems += exported.problems
@@ -159,11 +159,11 @@ def _planned(method: Method, delta: Mapping[str, Adapter], names: Names, base: A
     """A method's tensors, and what cannot be put in its form."""
     plan, problems = _Plan(method), []
     for path, node in delta.items():
-        if isinstance(node, Replacement):
+        if isinstance(node, FullAdapter):
             continue
         try:
             place = names.find(path, node.shape())
-            if isinstance(node, Rescaled) and is_of_bias(node):
+            if isinstance(node, IA3Adapter) and is_of_bias(node):
                 values = place.split(np.asarray(node.gain).reshape(place.shape))
                 plan.gains |= {keys.split_name(place.in_model[name])[0]: gain for name, gain in values.items()}
                 continue
@@ -209,7 +209,9 @@ def _add(plan: _Plan, path: str, node: Any, fit: Fit) -> None:
 def _is_neutral(method: Method, fields: Mapping[str, np.ndarray]) -> bool:
     """Whether a layer of a stacked leaf has no adapter."""
     return all(
-        np.array_equal(value, method.neutral(name, value.shape)) for name, value in fields.items() if name != "scale"
+        np.array_equal(value, method.identity_like(name, value.shape))
+        for name, value in fields.items()
+        if name != "scale"
     )
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapters.protocol import IN, OUT, Adapter
-from lora_jax.adapters.vera import DecomposedPair, ScaledPair
+from lora_jax.adapters.vera import DVoRAAdapter, VeRAAdapter
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.factors import Fit
 from lora_jax.peft.methods.method import (
@@ -31,7 +31,7 @@ class VeRA(Method):
     peft_type: ClassVar[str] = "VERA"
     title: ClassVar[str] = "VeRA"
     parts: ClassVar[tuple[str, ...]] = ("vera_lambda_b", "vera_lambda_d")
-    adapters: ClassVar[tuple[type[Adapter], ...]] = (ScaledPair,)
+    adapters: ClassVar[tuple[type[Adapter], ...]] = (VeRAAdapter,)
 
     def __init__(self) -> None:
         self._corners: dict[tuple[int, int, tuple[str, ...]], tuple[Any, Any]] = {}  # one pair for all of a size
@@ -41,10 +41,10 @@ class VeRA(Method):
         g = vector_from_tensor(fit, read("vera_lambda_b", (out,)), OUT)
         return {"d": read("vera_lambda_d", (rank,)), "g": g}
 
-    def neutral(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def identity_like(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.zeros(shape)
 
-    def build(self, arrays: Mapping[str, np.ndarray], fit: Fit, settings: Settings) -> ScaledPair:
+    def build(self, arrays: Mapping[str, np.ndarray], fit: Fit, settings: Settings) -> VeRAAdapter:
         pair = settings.content.get("pair")
         if pair is None:
             raise ValueError(
@@ -60,7 +60,7 @@ class VeRA(Method):
             a, b = from_tensor(fit, whole_a[:, :into], IN), from_tensor(fit, whole_b[:out].T, OUT)
             self._corners[corner] = jnp.asarray(a), jnp.asarray(b)
         a, b = self._corners[corner]
-        return ScaledPair(
+        return VeRAAdapter(
             d=jnp.asarray(arrays["d"]),
             g=jnp.asarray(arrays["g"]),
             a=a,
@@ -77,7 +77,7 @@ class VeRA(Method):
         return {"vera_lambda_b": to_tensor(fit, fields["g"], OUT, rank=False), "vera_lambda_d": fields["d"]}
 
     def check(self, nodes: Mapping[str, Any]) -> list[str]:
-        return [f"{name}: PEFT has no DVoRA" for name, node in nodes.items() if isinstance(node, DecomposedPair)]
+        return [f"{name}: PEFT has no DVoRA" for name, node in nodes.items() if isinstance(node, DVoRAAdapter)]
 
     def config(self, nodes: Mapping[str, Any], scales: Mapping[str, float]) -> dict[str, Any]:
         return {
@@ -88,7 +88,7 @@ class VeRA(Method):
         }
 
 
-def shared_pair(nodes: Sequence[tuple[ScaledPair, Fit]]) -> dict[str, np.ndarray] | None:
+def shared_pair(nodes: Sequence[tuple[VeRAAdapter, Fit]]) -> dict[str, np.ndarray] | None:
     """The pair of which all adapters have a corner, with its keys; None where there is none."""
     corners_a = [to_tensor(fit, np.asarray(node.a), IN) for node, fit in nodes]
     corners_b = [to_tensor(fit, np.asarray(node.b), OUT).T for node, fit in nodes]

@@ -28,7 +28,7 @@ def chosen(interpreter, equation, values: Sequence) -> tuple[int, list]:
         left, right = values[:2]
         places = [0] if right.cut and not left.cut else [1]
         other = 1 - places[0]
-        values[other] = interpreter.materialise(values[other], equation, "both operands are adapted weights")
+        values[other] = interpreter.materialize(values[other], equation, "both operands are adapted weights")
     return places[0], values
 
 
@@ -104,7 +104,7 @@ def _dot_general(interpreter, equation, values):
 
 
 def _grouped(x_dims, tokens: Sequence[int], flatten: bool):
-    """The axes of the input, neighbouring token axes made one, which has the label of the first."""
+    """The axes of the input, neighboring token axes made one, which has the label of the first."""
     joined = flatten and len(tokens) > 1 and list(tokens) == list(range(tokens[0], tokens[0] + len(tokens)))
     if not joined:
         return x_dims
@@ -146,7 +146,7 @@ def _ragged_dot(interpreter, equation, values):
         raise CannotFactor("a ragged product of another form than ragged_dot's")
     group, into, out = (weight.single(axis) for axis in range(3))
     if isinstance(x, Weight):
-        x = interpreter.materialise(x, equation, "both operands are adapted weights")
+        x = interpreter.materialize(x, equation, "both operands are adapted weights")
     offset = offset_of(weight, weight.dims[1], jaxprs.described(equation))
     interpreter.record(
         weight,

@@ -8,7 +8,7 @@ from jax import lax
 from lora_jax.adapters.factored import Factor
 from lora_jax.transform import jaxprs
 from lora_jax.transform.draws import Draws
-from lora_jax.transform.lazy_dequantized import Deferred, recomputed
+from lora_jax.transform.lazy_dequantized import LazyDequantized, recomputed
 from lora_jax.transform.weight import CannotFactor, Weight, spec_by_label
 
 
@@ -46,7 +46,7 @@ def _constrained(value, sharding):
     if jaxprs.is_unspecified(sharding):
         return value
     if isinstance(value, Weight):
-        if isinstance(value.value, Deferred):  # codes stay where they are
+        if isinstance(value.value, LazyDequantized):  # codes stay where they are
             return value
         return value.replace(value=lax.with_sharding_constraint(value.value, sharding))
     return lax.with_sharding_constraint(value, sharding)
@@ -111,7 +111,7 @@ def _carries(interpreter, equation, carry, unchanged):
             if position in unchanged:
                 fixed[position] = value
             else:
-                carry[position] = interpreter.materialise(value, equation, "the loop changes it")
+                carry[position] = interpreter.materialize(value, equation, "the loop changes it")
     moving = [value for position, value in enumerate(carry) if position not in fixed]
     return fixed, moving
 
@@ -205,11 +205,11 @@ def _scan(interpreter, equation, values):
 def _scanned(interpreter, equation, weight: Weight):
     """A weight that a scan runs over: the arrays to slice, and the weight of one slice from them."""
     if len(weight.dims[0]) != 1:
-        return interpreter.materialise(weight, equation, "the scanned axis is made of several"), None
+        return interpreter.materialize(weight, equation, "the scanned axis is made of several"), None
     label = weight.dims[0][0][0]
     value = weight.value
-    if isinstance(value, Deferred) and not value.layers:
-        interpreter.record(weight, equation, {}, "dequantised as a whole: its blocks have no leading axis to scan over")
+    if isinstance(value, LazyDequantized) and not value.layers:
+        interpreter.record(weight, equation, {}, "dequantized as a whole: its blocks have no leading axis to scan over")
         value = recomputed(lambda value: value, value)
 
     def lead(factor: Factor) -> Factor:
@@ -217,11 +217,11 @@ def _scanned(interpreter, equation, weight: Weight):
         return factor.transposed([label, *rest]) if label in factor.labels else factor
 
     led = weight.map_factors(lead)
-    moved = [f.array for f in led.labelled if label in f.labels]
+    moved = [f.array for f in led.labeled if label in f.labels]
 
     def restore(arrays):
         row, *slices = arrays
-        if isinstance(value, Deferred):
+        if isinstance(value, LazyDequantized):
             row = value.with_leaf(row)
         queue = iter(slices)
 
@@ -232,7 +232,7 @@ def _scanned(interpreter, equation, weight: Weight):
             value=row, dims=led.dims[1:], scanned=led.scanned | {label}, cut=led.cut - {label}
         )
 
-    return [value.leaf if isinstance(value, Deferred) else value, *moved], restore
+    return [value.leaf if isinstance(value, LazyDequantized) else value, *moved], restore
 
 
 def _shard_map(interpreter, equation, values):
@@ -283,10 +283,10 @@ def _sharded(interpreter, equation, weight: Weight, spec, mesh):
         return Factor(partition(*(names.get(label) for label in factor.labels)), factor.labels)
 
     value, base_spec = weight.value, spec
-    if isinstance(value, Deferred):
+    if isinstance(value, LazyDequantized):
         divided = value.parts(spec, mesh)
         if divided is None:
-            reason = "dequantised as a whole before shard_map: a shard is no whole number of blocks"
+            reason = "dequantized as a whole before shard_map: a shard is no whole number of blocks"
             interpreter.record(weight, equation, {}, reason)
             value = recomputed(lambda value: value, value)
         else:
@@ -302,7 +302,7 @@ def _sharded(interpreter, equation, weight: Weight, spec, mesh):
 
 def _local(weight: Weight) -> Weight:
     """The weight of one shard: the sizes of its labels are those of the local arrays."""
-    if isinstance(weight.value, Deferred):
+    if isinstance(weight.value, LazyDequantized):
         weight = weight.replace(value=weight.value.with_leaf(weight.value.leaf))
     sizes = {label: size for f in (*weight.factors, *weight.gains) for label, size in f.sizes.items()}
     dims = []

@@ -27,7 +27,7 @@ def _conv(interpreter, equation, values):
     summed = [pair for axis in (in_axis, *spatial) for pair in weight.dims[axis]]
     roles = dict.fromkeys((x for x, _ in summed), "in") | dict.fromkeys((x for x, _ in weight.dims[out_axis]), "out")
     if isinstance(x, Weight):
-        x = interpreter.materialise(x, equation, "both operands are adapted weights")
+        x = interpreter.materialize(x, equation, "both operands are adapted weights")
     offset = offset_of(weight, summed, jaxprs.described(equation))
     interpreter.record(weight, equation, roles, f"conv(x, W) + conv(x, a)·b{'' if offset is None else ' + bias'}")
 

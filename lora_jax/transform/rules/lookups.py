@@ -5,7 +5,7 @@ import numpy as np
 from jax import lax
 
 from lora_jax.adapters.factored import Factor
-from lora_jax.transform.lazy_dequantized import Deferred, viewed
+from lora_jax.transform.lazy_dequantized import LazyDequantized, viewed
 from lora_jax.transform.weight import CannotFactor, Weight, fresh, twin
 
 
@@ -33,7 +33,7 @@ def _gather(interpreter, equation, values):
     filling = params["fill_value"]
     if filling is not None and filling != 0 and not np.isnan(filling) and any(not g.labels for g in weight.gains):
         raise CannotFactor("rows out of range would be scaled")
-    value = weight.value if isinstance(weight.value, Deferred) else viewed(equation, [weight.value, indices])[0]
+    value = weight.value if isinstance(weight.value, LazyDequantized) else viewed(equation, [weight.value, indices])[0]
     indices = indices[..., column : column + 1]
 
     # The axes of the indices (their last one holds the index itself) become axes of the result.
@@ -69,7 +69,7 @@ def _gather(interpreter, equation, values):
         return Factor(array, (*(x for x, _ in index_dims), *(factor.labels[a] for a in rest)))
 
     offsets = [int(a) for a in numbers.offset_dims]
-    if isinstance(value, Deferred):
+    if isinstance(value, LazyDequantized):
         # Rows of codes where they are rows of the table, with the index axes in front.
         in_front = (
             collapsed == [0] and not batching and offsets == list(range(len(index_dims), equation.outvars[0].aval.ndim))

@@ -10,7 +10,7 @@ from jax import lax
 
 from lora_jax.adapters.factored import Factor, compute_dtype
 from lora_jax.transform import jaxprs
-from lora_jax.transform.lazy_dequantized import Deferred, viewed
+from lora_jax.transform.lazy_dequantized import LazyDequantized, viewed
 from lora_jax.transform.weight import CannotFactor, Weight, fresh, permuted, reshaped, sliced, spec_by_label
 
 
@@ -70,10 +70,10 @@ def _broadcast(interpreter, equation, values):
 
 
 def _part(equation, weight: Weight, others: Sequence, sizes: Sequence[int], cut: Callable):
-    """The base's value of a slice, which `cut(array, axis)` takes along one axis: a quantised layer is one of codes."""
+    """The base's value of a slice, which `cut(array, axis)` takes along one axis: a quantized layer is one of codes."""
     value = weight.value
     changed = [axis for axis, size in enumerate(value.shape) if sizes[axis] != size]
-    if isinstance(value, Deferred) and len(changed) == 1:
+    if isinstance(value, LazyDequantized) and len(changed) == 1:
         part = value.along(changed[0], lambda array: cut(array, changed[0]))
         if part is not None:
             return part
@@ -160,7 +160,7 @@ def _scale(interpreter, equation, values):
 def _with_scalar(interpreter, equation, values: Sequence[Weight]) -> list:
     """Two weights, of which one is a scalar: that one as an array."""
     return [
-        interpreter.materialise(value, equation, "a scalar that scales another weight")
+        interpreter.materialize(value, equation, "a scalar that scales another weight")
         if math.prod(value.value.shape) == 1 < math.prod(other.value.shape)
         else value
         for value, other in zip(values, values[::-1])

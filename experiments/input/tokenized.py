@@ -18,21 +18,21 @@ from experiments.input.checking import OnBad
 from experiments.input.encoding import Encoded, Encoder
 from experiments.input.sources import Records
 
-_CHUNK = 1024  # records that are tokenised at a time
+_CHUNK = 1024  # records that are tokenized at a time
 _FORM = 3
 _META = "meta.json"
 _REASONS = 3  # of skipped records that are kept
 
 
 @dataclass(frozen=True)
-class Tokenised:
+class Tokenized:
     """Examples, one behind the other; a record can have several of them, or none.
 
     Attributes:
       tokens: `uint16[all]` or `uint32[all]`, the tokens of all examples.
-      targets: `bool[all]`: which of them are to be learnt.
+      targets: `bool[all]`: which of them are to be learned.
       lengths: `int32[examples]`: how many tokens an example has.
-      firsts: `int32[examples]`: which token of an example is the first to be learnt, after the very first one, which
+      firsts: `int32[examples]`: which token of an example is the first to be learned, after the very first one, which
         nothing predicts; its length where there is none.
       owners: `int32[examples]`: the number of the record that an example is of.
       digest: Of what decides them.
@@ -53,7 +53,7 @@ class Tokenised:
         return len(self.lengths)
 
 
-def tokenise(
+def tokenize(
     records: Records,
     encoder: Encoder,
     directory: Path,
@@ -61,13 +61,13 @@ def tokenise(
     on_bad: OnBad = "error",
     process_index: int = 0,
     report: Callable[[str], None] = lambda line: None,
-) -> Tokenised:
+) -> Tokenized:
     """The tokens of records, from the directory where they are there already.
 
     Every process may call it for one directory at the same time; the first that is ready gives the files to all.
 
     Args:
-      records: What is tokenised.
+      records: What is tokenized.
       encoder: With what.
       directory: Where the files go, in a directory named by a digest of all that decides them.
       on_bad: What to do about a record that cannot be encoded: raise an error, or skip it.
@@ -83,7 +83,7 @@ def tokenise(
     location = directory / digest[:16]
     dtypes = _dtypes(encoder.largest)
     if not _whole(location, dtypes):
-        report(f"tokenising {len(records):,} records into {location}")
+        report(f"tokenizing {len(records):,} records into {location}")
         unfinished = directory / f".{digest[:16]}-{process_index}"
         try:
             encoder.notes.clear()
@@ -100,7 +100,7 @@ def tokenise(
     skipped = {int(number): reason for number, reason in meta["skipped"].items()}
     if len(skipped) == len(records):
         raise UserError(f"none of {len(records):,} records can be used; the first: {skipped[0]}")
-    return Tokenised(**arrays, digest=digest, notes=meta["notes"], skipped=skipped)
+    return Tokenized(**arrays, digest=digest, notes=meta["notes"], skipped=skipped)
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:

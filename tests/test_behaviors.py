@@ -1,4 +1,4 @@
-"""Forty behaviours that users of PEFT rely on, stated without torch; the numbers are those of its own suites' list.
+"""Forty behaviors that users of PEFT rely on, stated without torch; the numbers are those of its own suites' list.
 
 Most are tested at length where they belong; here each has its name and its shortest statement.
 """
@@ -17,7 +17,7 @@ from scipy import stats
 
 import lora_jax as lora
 from lora_jax import merging
-from lora_jax.adapters.lowrank import LowRank
+from lora_jax.adapters.lowrank import LoRAAdapter
 from tests.peft.cases import CASES, read_config, write_adapter
 from tests.peft.cases import read as read_tensors
 
@@ -233,13 +233,13 @@ def test_24_an_embedding_with_lora_is_saved(tmp_path):
 
 
 def test_25_initial_distributions():
-    node = lora.LoRA(16).make(jax.random.key(0), jnp.zeros((100, 50)), IO)
+    node = lora.LoRA(16).create(jax.random.key(0), jnp.zeros((100, 50)), IO)
     assert stats.kstest(np.ravel(node.a), stats.uniform(-0.1, 0.2).cdf).pvalue > 1e-3
     assert not np.asarray(node.b).any()
 
 
 def test_26_embeddings_start_from_a_zero_and_b_normal():
-    node = lora.LoRA(16).make(jax.random.key(0), jnp.zeros((100, 50)), ("lookup", "out"))
+    node = lora.LoRA(16).create(jax.random.key(0), jnp.zeros((100, 50)), ("lookup", "out"))
     assert stats.kstest(np.ravel(node.b), stats.norm.cdf).pvalue > 1e-3
     assert not np.asarray(node.a).any()
 
@@ -284,7 +284,7 @@ def test_31_unmerging_dora_inverts_the_merge(axes):
 
 def test_32_kernels_either_way_round_have_the_same_adapter():
     node = made(1, {"w": lora.LoRA(2, axes=IO)}, {"w": normal(0, 4, 3)})["w"]
-    turned = LowRank(node.a, node.b, node.scale, node.dropout, ("out", "in"), node.blocks)
+    turned = LoRAAdapter(node.a, node.b, node.scale, node.dropout, ("out", "in"), node.blocks)
     np.testing.assert_allclose(change(turned), change(node).T, rtol=1e-6)
 
 
@@ -313,7 +313,7 @@ def test_35_adapters_of_other_ranks_and_alphas_swap_without_a_retrace():
 
     run = jax.jit(lora.adapt(counted))
     other = made(5, {KERNELS: lora.LoRA(1, alpha=7, axes=IO)})
-    for delta in (ONE, {path: node.padded(2) for path, node in other.items()}):
+    for delta in (ONE, {path: node.pad_rank(2) for path, node in other.items()}):
         close(run(BASE, delta, IDS), plain(merge(BASE, delta), IDS))
     # One program, or none: JAX drops the oldest when all functions of a process together have too many.
     assert len(traces) == 1 and run._cache_size() <= 1
