@@ -150,7 +150,7 @@ class Case:
 @functools.lru_cache(maxsize=4)
 def _made(layer: str, dtype: str) -> tuple[Callable, Any, tuple]:
     """A layer's function, parameters and arguments; consecutive cases share them."""
-    return LAYERS[layer].create(DTYPES[dtype])
+    return LAYERS[layer].make(DTYPES[dtype])
 
 
 def build(layer: str, recipe: str, dtype: str) -> Case:
