@@ -1,15 +1,15 @@
-"""A function that the compiler may not take apart: what it computes on the way exists only while it runs.
+"""Functions that the compiler treats as one unit: their intermediate values exist only while they run.
 
-XLA for CPUs moves whatever does not depend on a loop out of it, and computes early whatever waits for nothing. Of an
-unrolled model with quantized weights, all weights then exist in floats at once. Optimization barriers do not prevent
-it: that compiler drops them first. A branch of a conditional stays whole, and its operands are the function's. Its
-predicate is true, which the compiler does not find out: it is the result of a loop. It depends on no operand, so that
-`vmap` batches nothing more, and no value can reach another.
+XLA for CPUs hoists computations that do not depend on a loop out of it, and schedules independent computations early.
+In an unrolled model with quantized weights, all dequantized weights then exist at the same time. Optimization barriers
+do not prevent this, because the CPU compiler removes them first. The branch of a conditional is compiled as a unit,
+with the function's operands as its operands. The conditional's predicate is always true, but the compiler cannot prove
+it, because it is the result of a loop. The predicate depends on no operand, so `vmap` does not batch it.
 
-Elsewhere the function stays as it is, under `jax.checkpoint`: on other platforms, where the compilers hoist nothing
-that is larger than its operands, and in programs that the compiler divides over a mesh, where a conditional would keep
-it from adding up two products before it sums them over the devices. Inside `shard_map` a device's program is one of its
-own.
+On other platforms the function is only wrapped in `jax.checkpoint`: their compilers do not hoist values that are larger
+than the operands they are computed from. The same applies to CPU programs that the compiler partitions over a mesh,
+where a conditional would prevent it from adding two products before reducing them over devices. Inside `shard_map`
+every device has its own program, and the conditional is used.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,24 +18,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive, jaxpr_as_fun
-from jax.interpreters import ad, batching, mlir
 
 from lora_jax.transform import jaxprs
 
-region_p = Primitive("lora_region")
-
 
 def region(function: Callable[..., jax.Array], *operands: Any, linear: int = 0) -> jax.Array:
-    """`function(*operands)`, compiled as a whole.
+    """Computes `function(*operands)`, compiled as one unit.
 
-    Its derivatives are regions too. They compute anew what they need, and keep nothing but operands: those alone in
-    which the function is not linear, where it is differentiated with respect to the others.
+    The derivatives are regions too. They recompute intermediate values, and their only residuals are operands. If the
+    function is differentiated only with respect to operands that it is linear in, the residuals are the other operands.
 
     Args:
-      function: Returns one array. It closes over no traced arrays.
+      function: Returns one array. It must not close over traced arrays.
       *operands: Pytrees of arrays.
-      linear: How many operands, the first ones, are arrays that the function is linear in, all together.
+      linear: The number of leading operands that the function is jointly linear in. Each of them is an array.
 
     Example:
       >>> double = lambda x: region(lambda x: 2.0 * x, x, linear=1)
@@ -46,12 +42,12 @@ def region(function: Callable[..., jax.Array], *operands: Any, linear: int = 0) 
     leaves = jaxprs.varying_together(leaves, leaves)
     program, constants = jaxprs.lifted(lambda *leaves: [function(*treedef.unflatten(leaves))], leaves)
 
-    # Where the function is differentiated, the barriers of `checkpoint` keep its passes apart.
+    # Under differentiation, the barriers of `checkpoint` keep the forward and the backward pass apart.
     @jax.checkpoint
-    def bound(*operands):
+    def bind(*operands):
         return region_p.bind(*operands, jaxpr=program, linear=linear)[0]
 
-    return bound(*leaves, *constants)
+    return bind(*leaves, *constants)
 
 
 def _bind(function: Callable[..., Sequence[jax.Array]], operands: Sequence[Any], linear: int) -> list[jax.Array]:
@@ -60,68 +56,69 @@ def _bind(function: Callable[..., Sequence[jax.Array]], operands: Sequence[Any],
 
 def _evaluate(*operands, jaxpr, linear=0):
     del linear
-    return jaxpr_as_fun(jaxpr)(*operands)
+    return jaxprs.as_function(jaxpr)(*operands)
 
 
-def _enclosed(*operands, jaxpr, linear):
+def _evaluate_in_conditional(*operands, jaxpr, linear):
     del linear
     true = lax.fori_loop(0, 2, lambda i, total: total + i, jnp.int32(0)) > 0
-    return lax.cond(true, jaxpr_as_fun(jaxpr), lambda *_: list(map(jaxprs.zeros, jaxpr.out_avals)), *operands)
+    return lax.cond(true, jaxprs.as_function(jaxpr), lambda *_: list(map(jaxprs.zeros, jaxpr.out_avals)), *operands)
 
 
-def _lowered(context, *operands, **params):
-    function = _enclosed if jaxprs.is_for_one_device(context) else _evaluate
-    return mlir.lower_fun(function, multiple_results=True)(context, *operands, **params)
+def _choose_for_cpu(context: Any) -> Callable:
+    return _evaluate_in_conditional if jaxprs.is_for_one_device(context) else _evaluate
 
 
-def _tangents(primals, tangents, *, jaxpr, linear):
+def _jvp(primals, tangents, *, jaxpr, linear):
     outs = region_p.bind(*primals, jaxpr=jaxpr, linear=linear)
-    nonzero = [index for index, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
+    nonzero = [index for index, tangent in enumerate(tangents) if not jaxprs.is_symbolic_zero(tangent)]
     if nonzero and nonzero[-1] < linear:
-        changes = [ad.instantiate_zeros(tangent) for tangent in tangents[:linear]]
-        return outs, region_p.bind(*changes, *primals[linear:], jaxpr=jaxpr, linear=linear)
+        linear_tangents = map(jaxprs.instantiate, tangents[:linear])
+        return outs, region_p.bind(*linear_tangents, *primals[linear:], jaxpr=jaxpr, linear=linear)
 
-    def along(*operands):
-        changes, primals = operands[: len(nonzero)], operands[len(nonzero) :]
+    def pushforward(*operands):
+        tangents, primals = operands[: len(nonzero)], operands[len(nonzero) :]
 
-        def moved(*parts):
-            whole = dict(enumerate(primals)) | dict(zip(nonzero, parts))
-            return jaxpr_as_fun(jaxpr)(*whole.values())
+        def function(*parts):
+            operands = dict(enumerate(primals)) | dict(zip(nonzero, parts))
+            return jaxprs.as_function(jaxpr)(*operands.values())
 
-        return jax.jvp(moved, [primals[index] for index in nonzero], list(changes))[1]
+        return jax.jvp(function, [primals[index] for index in nonzero], list(tangents))[1]
 
-    return outs, _bind(along, [*(tangents[index] for index in nonzero), *primals], len(nonzero))
+    return outs, _bind(pushforward, [*(tangents[index] for index in nonzero), *primals], len(nonzero))
 
 
 def _transpose(cotangents, *operands, jaxpr, linear):
-    wanted = [index for index, operand in enumerate(operands) if ad.is_undefined_primal(operand)]
-    avals = [operands[index].aval for index in wanted]
+    indices = [index for index, operand in enumerate(operands) if jaxprs.is_linear_input(operand)]
+    avals = [operands[index].aval for index in indices]
     count = len(cotangents)
 
     def backward(*operands):
         def forward(*parts):
-            whole = [jaxprs.zeros(aval) for aval in jaxpr.in_avals[:linear]]
-            for index, part in zip(wanted, parts):
-                whole[index] = part
-            return jaxpr_as_fun(jaxpr)(*whole, *operands[count:])
+            inputs = [jaxprs.zeros(aval) for aval in jaxpr.in_avals[:linear]]
+            for index, part in zip(indices, parts):
+                inputs[index] = part
+            return jaxprs.as_function(jaxpr)(*inputs, *operands[count:])
 
         return jax.linear_transpose(forward, *avals)(list(operands[:count]))
 
-    fixed = [*map(ad.instantiate_zeros, cotangents), *operands[linear:]]
-    results = dict(zip(wanted, _bind(backward, fixed, count)))
-    return [results.get(index) for index in range(len(operands))]
+    results = _bind(backward, [*map(jaxprs.instantiate, cotangents), *operands[linear:]], count)
+    by_index = dict(zip(indices, results))
+    return [by_index.get(index) for index in range(len(operands))]
 
 
-def _batched(operands, axes, *, jaxpr, linear):
-    outs = _bind(jax.vmap(jaxpr_as_fun(jaxpr), in_axes=tuple(axes)), operands, linear)
+def _batch(operands, axes, *, jaxpr, linear):
+    outs = _bind(jax.vmap(jaxprs.as_function(jaxpr), in_axes=tuple(axes)), operands, linear)
     return outs, [0] * len(outs)
 
 
-region_p.multiple_results = True
-region_p.def_impl(_evaluate)
-region_p.def_abstract_eval(lambda *_, jaxpr, linear: jaxpr.out_avals)
-mlir.register_lowering(region_p, mlir.lower_fun(_evaluate, multiple_results=True))
-mlir.register_lowering(region_p, _lowered, platform="cpu")
-ad.primitive_jvps[region_p] = _tangents
-ad.primitive_transposes[region_p] = _transpose
-batching.primitive_batchers[region_p] = _batched
+region_p = jaxprs.define_primitive(
+    "lora_region",
+    _evaluate,
+    abstract_eval=lambda *_, jaxpr, linear: jaxpr.out_avals,
+    jvp=_jvp,
+    transpose=_transpose,
+    batch=_batch,
+    multiple_results=True,
+    lower={"cpu": _choose_for_cpu},
+)

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import optax
-from jax.extend.core import Literal
 
 from lora_jax.leaves import is_array
 from lora_jax.optim.extra import check_transform, update_with
@@ -188,7 +187,7 @@ def _first_needed(equations: Sequence[Any], outputs: Sequence[Any], wanted: Set[
 
 
 def _is_variable(atom: Any) -> bool:
-    return not isinstance(atom, Literal)
+    return not jaxprs.is_literal(atom)
 
 
 def in_host_memory(array: Any) -> bool:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,8 @@ from jax._src import source_info_util
 from jax._src.array import ArrayImpl
 from jax._src.interpreters import partial_eval
 from jax.experimental import compute_on as compute_on_module
-from jax.extend.core import Literal
+from jax.extend.core import Literal, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
 
 from lora_jax.leaves import is_quantized
 
@@ -258,3 +259,61 @@ def is_staged() -> bool:
 def trace_context() -> Any:
     """What a trace depends on beside its arguments: configuration, mesh, axis names. Hashable."""
     return jax_config.trace_context()
+
+
+as_function: Callable[[Jaxpr], Callable[..., list[Any]]] = jaxpr_as_fun
+"""A closed jaxpr as a function from its inputs to the list of its outputs."""
+
+is_linear_input: Callable[[Any], bool] = ad.is_undefined_primal
+"""Whether a transpose rule has to return a cotangent for an operand. Such an operand has an `aval` and no value."""
+
+instantiate: Callable[[Any], jax.Array] = ad.instantiate_zeros
+"""A tangent or cotangent as an array, also if it is a symbolic zero."""
+
+
+def is_symbolic_zero(tangent: Any) -> bool:
+    """Whether a tangent or cotangent is known to be zero without being an array."""
+    return type(tangent) is ad.Zero
+
+
+def define_primitive(
+    name: str,
+    evaluate: Callable,
+    *,
+    abstract_eval: Callable,
+    jvp: Callable,
+    transpose: Callable,
+    batch: Callable,
+    multiple_results: bool = False,
+    lower: Mapping[str, Callable[[Any], Callable]] | None = None,
+) -> Primitive:
+    """Defines a primitive that every transformation of JAX accepts.
+
+    Args:
+      name: Its name in jaxprs.
+      evaluate: `evaluate(*operands, **params)`; also what is lowered.
+      abstract_eval: `abstract_eval(*avals, **params)` returns the type of each result.
+      jvp: `jvp(primals, tangents, **params)` returns results and their tangents.
+      transpose: `transpose(cotangent, *operands, **params)` returns a cotangent or None for each operand.
+      batch: `batch(operands, axes, **params)` returns batched results and their axes.
+      multiple_results: Whether the results are a list.
+      lower: By platform, a function from the lowering context to what is lowered instead of `evaluate`.
+    """
+    primitive = Primitive(name)
+    primitive.multiple_results = multiple_results
+    primitive.def_impl(evaluate)
+    primitive.def_abstract_eval(abstract_eval)
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose
+    batching.primitive_batchers[primitive] = batch
+
+    def lowering(choose):
+        def lowered(context, *operands, **params):
+            return mlir.lower_fun(choose(context), multiple_results=multiple_results)(context, *operands, **params)
+
+        return lowered
+
+    mlir.register_lowering(primitive, lowering(lambda context: evaluate))
+    for platform, choose in (lower or {}).items():
+        mlir.register_lowering(primitive, lowering(choose), platform=platform)
+    return primitive

@@ -2,15 +2,12 @@
 
 JAX's own `ragged_dot_general` has no batching rule for a batched weight and none at all for its
 gradients. This one is bilinear, so that both directions of differentiation come from its two
-transposes, and under `vmap` it runs one member of the batch after the other. Only JAX's public
-extension modules are used.
+transposes, and under `vmap` it runs one member of the batch after the other.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 from lora_jax.transform import jaxprs
 
@@ -25,8 +22,6 @@ _NUMBERS = {
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     ),
 }
-
-ragged_p = Primitive("lora_ragged_product")
 
 
 def ragged_product(x, weight, sizes, precision=None, dtype=None) -> jax.Array:
@@ -85,10 +80,10 @@ def _bind(x, y, sizes, form, precision, dtype):
 
 
 def _transpose(cotangent, x, y, sizes, **params):
-    if type(cotangent) is ad.Zero:
+    if jaxprs.is_symbolic_zero(cotangent):
         return None, None, None
-    left = _transpose_left(cotangent, x, y, sizes, **params) if ad.is_undefined_primal(x) else None
-    right = _transpose_right(cotangent, x, y, sizes, **params) if ad.is_undefined_primal(y) else None
+    left = _transpose_left(cotangent, x, y, sizes, **params) if jaxprs.is_linear_input(x) else None
+    right = _transpose_right(cotangent, x, y, sizes, **params) if jaxprs.is_linear_input(y) else None
     return left, right, None
 
 
@@ -97,9 +92,9 @@ def _tangents(primals, tangents, **params):
     dx, dy, _ = tangents
     out = ragged_p.bind(x, y, sizes, **params)
     parts = []
-    if type(dx) is not ad.Zero:
+    if not jaxprs.is_symbolic_zero(dx):
         parts.append(ragged_p.bind(dx, y, sizes, **params))
-    if type(dy) is not ad.Zero:
+    if not jaxprs.is_symbolic_zero(dy):
         parts.append(ragged_p.bind(x, dy, sizes, **params))
     return out, sum(parts[1:], parts[0])
 
@@ -117,9 +112,6 @@ def _one_by_one(arguments, axes, **params):
     return lax.map(one, jnp.arange(size)), 0
 
 
-ragged_p.def_impl(jax.jit(_evaluate, static_argnames=("form", "precision", "dtype")))
-ragged_p.def_abstract_eval(_shape)
-mlir.register_lowering(ragged_p, mlir.lower_fun(_evaluate, multiple_results=False))
-ad.primitive_jvps[ragged_p] = _tangents
-ad.primitive_transposes[ragged_p] = _transpose
-batching.primitive_batchers[ragged_p] = _one_by_one
+ragged_p = jaxprs.define_primitive(
+    "lora_ragged_product", _evaluate, abstract_eval=_shape, jvp=_tangents, transpose=_transpose, batch=_one_by_one
+)
