@@ -87,10 +87,10 @@ BATCH, LEARNING_RATE = 32, 3e-3
 directory = location.find("all-MiniLM-L6-v2")
 splits, tokenizer = {}, text.load_tokenizer(directory)
 for name, size in SIZES.items():
-    found = examples.load("debian_sections", name, size)
-    splits[name] = Split(text.encode(tokenizer, found.texts, LENGTHS[-1]), found.labels)
-labels = found.names
-for label, synopsis in list(zip(found.labels, found.texts))[:5]:
+    split = examples.load("debian_sections", name, size)
+    splits[name] = Split(text.encode(tokenizer, split.texts, LENGTHS[-1]), split.labels)
+labels = split.names
+for label, synopsis in list(zip(split.labels, split.texts))[:5]:
     print(f"{labels[label]:12} {synopsis}")
 
 # %%
