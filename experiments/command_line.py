@@ -1,4 +1,4 @@
-"""The command line of `python -m experiments.run`: which study a name means, its flags, and how it ends."""
+"""The command line of `python -m experiments.run`: finds a config, parses its flags, runs its study."""
 
 import difflib
 import importlib
@@ -26,11 +26,11 @@ def main(args: Sequence[str] | None = None) -> int:
     """Parses the command line and runs the study that it names.
 
     Args:
-      args: In place of `sys.argv[1:]`.
+      args: Arguments; None uses `sys.argv[1:]`.
 
     Returns:
-      The exit status: 0, 2 for what the user can put right, 75 when told to end (SIGTERM), 130 when interrupted, 76
-      where another process of the run has ended.
+      The exit status: 0; 2 for an error that the user can correct; 75 after SIGTERM; 76 if another process of the run
+      has ended; 130 after Ctrl-C.
     """
     name, *rest = list(sys.argv[1:] if args is None else args) or ["--help"]
     if name in ("-h", "--help"):
@@ -47,23 +47,23 @@ def main(args: Sequence[str] | None = None) -> int:
     except UserError as error:
         status = _report(2, f"error: {error}")
     except BrokenPipeError:
-        raise  # the standard output is the caller's
-    except OSError as error:  # a full disk, a directory that may not be written
+        raise  # startup.run handles a closed standard output
+    except OSError as error:  # such as a full disk or a read-only directory
         message = f"{error.filename or 'input or output'}: {error.strerror}" if error.strerror else str(error)
         status = _report(2, f"error: {message}")
-    except SystemExit as stop:  # --help, or flags that do not parse
+    except SystemExit as stop:  # from --help, or from flags that do not parse
         return stop.code if isinstance(stop.code, int) else 2
     except Preempted as error:
         status = _report(startup.PREEMPTED, f"preempted {error}; the same command resumes")
     except processes.LostProcess as error:
-        status = _report(_LOST, f"error: {error}; start all of them again, the run resumes")
+        status = _report(_LOST, f"error: {error}; restart all processes to resume")
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         status = _report(
             2,
-            f"error: out of memory ({str(error).strip().splitlines()[0]}); smaller batches, more parts of the mesh or "
-            "more rematerialization take less, and experiments.compile_for_pod says how much a step takes",
+            f"error: out of memory ({str(error).strip().splitlines()[0]}); use a smaller batch, more devices or more "
+            "rematerialization; experiments.compile_for_pod computes the memory of a step",
         )
     except KeyboardInterrupt:
         status = _report(startup.INTERRUPTED, "interrupted: the same command resumes")
@@ -73,7 +73,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def keep_compiled() -> None:
-    """Compiled programs outlive the process: in the directory that JAX is told, or in the user's cache."""
+    """Enables JAX's persistent compilation cache, in the user's cache directory unless one is configured."""
     if jax.config.jax_compilation_cache_dir is None:  # pyrefly: ignore[missing-attribute]
         jax.config.update("jax_compilation_cache_dir", str(_CACHE.expanduser()))
 
@@ -84,7 +84,7 @@ def _report(status: int, line: str) -> int:
 
 
 def usage() -> str:
-    """What `--help` prints: the configs with a line each."""
+    """Returns the text of `--help`: a line for each config."""
     lines = [f"usage: {_PROGRAM} CONFIG [--help] [--overrides]"]
     for package, title in ((configs, "configs:"), (pods, "configs for several chips (experiments/pods/README.md):")):
         lines += ["", title]
@@ -97,20 +97,20 @@ def usage() -> str:
 
 
 def config_names(package: ModuleType) -> list[str]:
-    """The modules of a package of configs, with dashes."""
+    """Returns the names of the configs in a package, with dashes."""
     return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(package.__path__))
 
 
 def find_config(name: str) -> ModuleType:
-    """The module of a config, whose name is written with dashes or as the module's.
+    """Imports the module of a config; its name may have dashes or underscores.
 
     Raises:
-      UserError: There is none of that name; the message says what comes nearest.
+      UserError: No config has this name; the message has the nearest one.
     """
     names = {name: package for package in (configs, pods) for name in config_names(package)}
     dashed = name.replace("_", "-")
     if dashed not in names:
         near = difflib.get_close_matches(dashed, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(names)}"
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names)}"
         raise UserError(f"unknown config {name!r}; {hint}")
     return importlib.import_module(f"{names[dashed].__name__}.{dashed.replace('-', '_')}")

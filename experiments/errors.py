@@ -1,4 +1,4 @@
-"""How a run ends where it does not reach its end: in one sentence, never a traceback."""
+"""Exceptions that end a run with one sentence instead of a traceback."""
 
 import contextlib
 import os
@@ -7,19 +7,22 @@ from lora_jax import reading as readers
 
 
 class UserError(ValueError):
-    """A missing file, an unknown name or malformed data; its message is one clear sentence. Exit status 2."""
+    """An error that the user can correct, such as a missing file or malformed data. Exit status 2.
+
+    The message is one sentence that says what was expected.
+    """
 
     def __init__(self, message: str):
         super().__init__(readers.clipped(message))
 
 
 class Preempted(BaseException):
-    """The process was told to end (SIGTERM), and saved its state before; the same command resumes. Exit status 75.
+    """The process received SIGTERM and has saved its state; the same command resumes. Exit status 75.
 
-    As a `KeyboardInterrupt`, it is no `Exception`: what catches any error on the way lets it pass.
+    Like `KeyboardInterrupt` it is not an `Exception`, so that `except Exception` does not catch it.
     """
 
 
 def reading(path: str | os.PathLike, form: str = "") -> contextlib.AbstractContextManager[None]:
-    """Turns whatever the `with` block raises because of a file's content into a :class:`UserError` that names it."""
+    """Converts errors that a file's content causes in the `with` block to a :class:`UserError` that names the file."""
     return readers.reading(path, form, error=UserError)

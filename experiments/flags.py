@@ -1,4 +1,4 @@
-"""Flags of a command from a dataclass, by tyro: its docstrings are the help, and usage lines have no paths."""
+"""Command-line flags from a dataclass, with tyro. The docstrings of its fields are the help."""
 
 import dataclasses
 import inspect
@@ -17,29 +17,32 @@ C = TypeVar("C")
 
 
 def parse(defaults: C, program: str, args: Sequence[str] | None = None, description: str | None = None) -> C:
-    """A config with what the command line says in place of its defaults.
+    """Parses a command line into a config.
 
     A flag that takes several values may be repeated, as in `--data a b` or `--data a --data b`.
 
     Args:
-      defaults: A dataclass; each of its fields has a docstring.
-      program: How the command is called, for the usage line.
-      args: In place of `sys.argv[1:]`.
-      description: What the help begins with; None takes the docstring of the dataclass.
+      defaults: A dataclass instance; each field has a docstring.
+      program: The name of the command, for the usage line.
+      args: Arguments; None uses `sys.argv[1:]`.
+      description: The first paragraph of the help; None uses the docstring of the dataclass.
+
+    Returns:
+      `defaults` with the fields that the command line sets.
 
     Raises:
-      SystemExit: After --help (0), or where the flags do not parse (2).
+      SystemExit: Status 0 after --help, 2 if the flags do not parse.
     """
     kind = type(defaults)
     _document(kind)
-    args = _joined(sys.argv[1:] if args is None else args, _of_several_values(kind))
+    args = _merge_repeated(sys.argv[1:] if args is None else args, _of_several_values(kind))
     if "--help" in args or "-h" in args:  # tyro would print each paragraph of a description as one line
         print(reflowed(inspect.cleandoc(description or kind.__doc__ or ""), shutil.get_terminal_size().columns) + "\n")
     return tyro.cli(kind, default=defaults, prog=program, args=args, description="")
 
 
 def reflowed(text: str, width: int = sys.maxsize) -> str:
-    """Text whose paragraphs are wrapped to a width; indented lines, such as a table's, stay as they are.
+    """Wraps the paragraphs of a text to a width. Indented lines, such as tables, are not changed.
 
     Example:
       >>> reflowed("A sentence that\\ngoes on.\\n\\n  a  table\\n")
@@ -56,7 +59,7 @@ def reflowed(text: str, width: int = sys.maxsize) -> str:
 
 
 def _of_several_values(kind: type, prefix: str = "--") -> set[str]:
-    """The flags whose fields are tuples of any length."""
+    """Returns the flags whose fields are tuples of any length."""
     flags = set()
     for name, hint in typing.get_type_hints(kind).items():
         flag = prefix + name.strip("_").replace("_", "-")
@@ -67,8 +70,8 @@ def _of_several_values(kind: type, prefix: str = "--") -> set[str]:
     return flags
 
 
-def _joined(args: Sequence[str], flags: Collection[str]) -> list[str]:
-    """Arguments where all values of a repeated flag follow its first occurrence."""
+def _merge_repeated(args: Sequence[str], flags: Collection[str]) -> list[str]:
+    """Moves all values of a repeated flag behind its first occurrence."""
     groups: list[list[str]] = [[]]
     first: dict[str, list[str]] = {}
     group = groups[0]
@@ -90,7 +93,7 @@ def _joined(args: Sequence[str], flags: Collection[str]) -> list[str]:
 
 
 def _document(kind: type) -> None:
-    """Gives tyro the help of each field, of nested dataclasses too: it would keep the line breaks of the source."""
+    """Sets the help of each field, also in nested dataclasses: tyro itself would keep the line breaks of the source."""
     hints = typing.get_type_hints(kind)
     for base in kind.__mro__:
         if not dataclasses.is_dataclass(base):
@@ -99,14 +102,14 @@ def _document(kind: type) -> None:
         for name, annotation in inspect.get_annotations(base).items():
             text = texts.get(name)
             if text is not None and not _has_help(annotation):
-                shown = tyro.conf.arg(help=reflowed(inspect.cleandoc(text)), help_behavior_hint=_default)
-                base.__annotations__[name] = Annotated[annotation, shown]
+                argument = tyro.conf.arg(help=reflowed(inspect.cleandoc(text)), help_behavior_hint=_default)
+                base.__annotations__[name] = Annotated[annotation, argument]
             if dataclasses.is_dataclass(nested := hints.get(name)):
                 _document(typing.cast(type, nested))
 
 
 def _default(value: str) -> str:
-    """How help shows a default; an empty list of values has none to show."""
+    """Formats a default for the help; an empty list has no text."""
     return f"(default: {value})" if value else ""
 
 

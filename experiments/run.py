@@ -7,22 +7,22 @@ from experiments import startup
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs the study that a command line names; see :func:`experiments.command_line.main`.
+    """Runs the study that the command line names; see :func:`experiments.command_line.main`.
 
     Args:
-      args: In place of `sys.argv[1:]`.
+      args: Arguments; None uses `sys.argv[1:]`.
 
     Returns:
       The exit status.
     """
 
-    def imported() -> int:
+    def import_and_run() -> int:
         from experiments import command_line  # takes seconds
 
         return command_line.main(args)
 
     with startup.preemptible():
-        return startup.run("experiments.run", imported)
+        return startup.run("experiments.run", import_and_run)
 
 
 if __name__ == "__main__":

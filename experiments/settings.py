@@ -1,4 +1,4 @@
-"""Checks of settings that configs have in common; each raises `ValueError` with the setting's name."""
+"""Checks of settings that several configs share. Each raises a `ValueError` that names the setting."""
 
 import math
 from collections.abc import Sequence
@@ -6,35 +6,35 @@ from typing import Any
 
 
 def positive(config: Any, *names: str) -> None:
-    """Settings that are finite and above zero; None stands for no limit, several are different."""
+    """Checks that settings are finite and above zero. None means no limit; the values of a tuple have to differ."""
     for name in names:
         value = getattr(config, name)
         values = value if isinstance(value, tuple) else () if value is None else (value,)
         if not all(0 < one < math.inf for one in values):
-            raise ValueError(f"{name} must be positive, not {_shown(values)}")
+            raise ValueError(f"{name} must be positive, not {_format(values)}")
         if isinstance(value, tuple) and (not values or len(set(values)) < len(values)):
-            raise ValueError(f"{name} must be different numbers, one at least, not {_shown(values)}")
+            raise ValueError(f"{name} must be one or more different numbers, not {_format(values)}")
 
 
 def not_negative(config: Any, *names: str) -> None:
-    """Settings that are finite and not below zero."""
+    """Checks that settings are finite and not below zero."""
     for name in names:
         if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"{name} must not be negative, nor infinite, but is {getattr(config, name)}")
+            raise ValueError(f"{name} must not be negative or infinite, got {getattr(config, name)}")
 
 
-def share(config: Any, *names: str) -> None:
-    """Settings from 0 to below 1."""
+def fraction(config: Any, *names: str) -> None:
+    """Checks that settings are at least 0 and below 1."""
     for name in names:
         if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"{name} is a share, from 0 to below 1, not {getattr(config, name)}")
+            raise ValueError(f"{name} must be a fraction, at least 0 and below 1, not {getattr(config, name)}")
 
 
 def lengths(config: Any) -> None:
-    """`lengths`, which ascend from 3 or more: a beginning, an end, and a token between."""
+    """Checks that `lengths` ascend from at least 3: a first and a last special token, and one token between."""
     if not config.lengths or sorted(set(config.lengths)) != list(config.lengths) or config.lengths[0] < 3:
-        raise ValueError(f"lengths must ascend from 3 or more, not {_shown(config.lengths)}")
+        raise ValueError(f"lengths must be ascending numbers of at least 3, not {_format(config.lengths)}")
 
 
-def _shown(values: Sequence[Any]) -> str:
+def _format(values: Sequence[Any]) -> str:
     return " ".join(map(str, values)) or "nothing"

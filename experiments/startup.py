@@ -1,4 +1,4 @@
-"""How a command behaves from its first moment on: before anything that takes seconds is imported."""
+"""Signals and output of a command, handled before the imports that take seconds."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 PREEMPTED = 75
-"""The exit status of a run that was told to end (SIGTERM); sysexits.h calls it EX_TEMPFAIL."""
+"""The exit status of a run that SIGTERM ended; sysexits.h calls it EX_TEMPFAIL."""
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as a shell reports it."""
@@ -24,7 +24,7 @@ def preemptible() -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         os.write(2, b"preempted before the first step: nothing to save; the same command starts again\n")
-        os._exit(PREEMPTED)  # an exception may be swallowed by what is being imported
+        os._exit(PREEMPTED)  # a module that is being imported could swallow an exception
 
     before = signal.signal(signal.SIGTERM, handle)
     try:
@@ -34,23 +34,26 @@ def preemptible() -> Iterator[None]:
 
 
 def run(name: str, main: Callable[[], int]) -> int:
-    """Runs a command's `main`, whatever its standard output is.
+    """Runs a command's `main` with any kind of standard output.
 
-    Characters that the output's encoding lacks are printed as escapes. Where nobody reads the output any more
-    (`| head`), the command ends with a sentence and status 2.
+    Characters that the output's encoding lacks are printed as escapes. If the output is closed early (`| head`), the
+    command ends with an error message and status 2.
 
     Args:
-      name: Of the command, for the sentence.
+      name: The command, for messages.
       main: Returns the exit status.
+
+    Returns:
+      The exit status.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a test's capture is no text file
+        if hasattr(stream, "reconfigure"):  # pytest's capture does not have it
             stream.reconfigure(errors="backslashreplace")
     try:
         status = main()
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes the streams once more when it ends.
+        # Python flushes the streams again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print(f"error: {name}: the standard output was closed before the end", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""What LoRA, DoRA and full fine-tuning do to the weights of a real model."""
+"""How LoRA, DoRA and full fine-tuning change the weights of a pretrained model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,60 +10,60 @@ STUDY = "experiments.studies.analysis"
 
 @dataclass(frozen=True)
 class Config:
-    """Subspaces, amplification, and changes of direction and magnitude in all-MiniLM-L6-v2's query and value.
+    """Analyzes subspaces, amplification, direction and magnitude in the query and value weights of all-MiniLM-L6-v2.
 
-    Trains five short runs on the quickstart's data from the same converged head: LoRA of a small rank, of a large one
-    with two seeds, DoRA, and full fine-tuning. Then it compares subspaces (LoRA paper, §7.2 and appendix H),
-    measures amplification (§7.3), and how far direction and magnitude move and go together (DoRA paper, §3.2).
+    Trains five short runs on the quickstart's data from the same converged head: LoRA with a small rank, LoRA with a
+    large rank and two seeds, DoRA, and full fine-tuning. Then it compares subspaces (LoRA paper, §7.2 and appendix H),
+    measures amplification (§7.3), and correlates the changes of direction and magnitude (DoRA paper, §3.2).
 
-    In every layer the first direction of one seed lies largely among the 64 of another (φ from 0.4 to 0.9; random
-    matrices 0.2 at most), all 64 of both share hardly more than random ones, and so do W and ΔW. ΔM and ΔD go together
-    in LoRA (correlations 0.93 to 1.00 for query and value, over layers and steps) more than in DoRA (0.7); full
-    fine-tuning has 0.73 and 0.93.
+    In every layer the first direction of one seed is largely contained in the 64 directions of the other (φ from 0.4 to
+    0.9; at most 0.2 for random matrices). All 64 directions of both seeds overlap hardly more than random ones, and so
+    do those of W and ΔW. ΔM and ΔD are more correlated in LoRA (0.93 to 1.00 for query and value, over layers and
+    steps) than in DoRA (0.7); in full fine-tuning their correlations are 0.73 and 0.93.
 
-    The default takes about 9 minutes of one CPU core. It writes three pictures and a JSON under --out. Interrupted,
-    the same command resumes.
+    The default takes about 9 minutes of one CPU core. It writes three plots and a JSON record to --out. After an
+    interruption, the same command resumes.
     """
 
     rank: int = 8
-    """The small rank of the LoRA factors, and DoRA's."""
+    """The small LoRA rank, and DoRA's rank."""
 
     large_rank: int = 64
-    """The large rank."""
+    """The large LoRA rank."""
 
     alpha: float = 16.0
-    """LoRA's update is scaled by alpha / rank, for both ranks."""
+    """The update is scaled by alpha / rank, for both ranks."""
 
     layer: int = 3
-    """The layer whose subspaces are drawn, from 0; the JSON has all."""
+    """The layer whose subspaces are plotted, from 0. The JSON record has all layers."""
 
     out: Path = Path("runs/analysis")
-    """Where everything is written; a run that is there already is resumed or read, not repeated."""
+    """The output directory. A run that it already holds is resumed or read, not repeated."""
 
     fresh: bool = False
-    """Start over, even where finished or interrupted runs of the same settings are there."""
+    """Start over, even if --out holds finished or interrupted runs with the same settings."""
 
     model: str = "all-MiniLM-L6-v2"
-    """The base: a directory in Hugging Face layout (BERT), a hub name, or all-MiniLM-L6-v2, which a package
-    carries."""
+    """The base: a directory in Hugging Face layout (BERT), a name on the Hugging Face Hub, or all-MiniLM-L6-v2, which a
+    Python package provides."""
 
     data: str = "debian_sections"
-    """What to learn: debian_sections, which is shipped, or a directory as the quickstart takes it."""
+    """The data: debian_sections, which is shipped, or a directory in the quickstart's format."""
 
     train_examples: int | None = 1500
-    """How many training examples, from the beginning of the file; None takes all."""
+    """Number of training examples, from the beginning of the file. None uses all."""
 
     validation_examples: int | None = 500
-    """How many validation examples, and as many of the test examples, by which the head is judged."""
+    """Number of validation examples, and of the test examples that evaluate the head. None uses all."""
 
     epochs: int = 3
-    """Passes over the training examples; what changes is measured after each."""
+    """Passes over the training examples. The changes are measured after each."""
 
     batch_size: int = 32
-    """Examples a training step."""
+    """Examples per training step."""
 
     lengths: tuple[int, ...] = (14, 40)
-    """The lengths, in tokens, that texts are padded to; longer texts are cut to the last. One compilation each."""
+    """The lengths, in tokens, that texts are padded to. Longer texts are truncated. Each length is compiled once."""
 
     lora_lr: float = 3e-3
     """Peak learning rate of LoRA and DoRA."""

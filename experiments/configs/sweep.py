@@ -1,4 +1,4 @@
-"""LoRA's rank × learning rate on the quickstart's task, every pair trained at once over one base."""
+"""A sweep over LoRA's rank and learning rate: every pair is trained at once over one base."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +10,13 @@ STUDY = "experiments.studies.sweep"
 
 @dataclass(frozen=True)
 class Config:
-    """Debian packages to archive sections with all-MiniLM-L6-v2: which rank, which learning rate.
+    """Selects LoRA's rank and learning rate for the quickstart's task.
 
-    All adapters of the grid are trained in one run by lora_jax.train_many, on the same batches; the base is there
-    once. Validation accuracy chooses among them; the chosen one alone is tried on the test examples.
+    lora_jax.train_many trains all adapters of the grid in one run, on the same batches and one copy of the base.
+    Validation accuracy selects an adapter; only that one is evaluated on the test examples.
 
-    The default takes under 10 minutes on 2 CPU cores and about 4 GB of memory. It writes the chosen adapter, a JSON
-    and a heat map under --out. Interrupted, the same command resumes.
+    The default takes under 10 minutes on 2 CPU cores and about 4 GB of memory. It writes the selected adapter, a JSON
+    record and a heat map to --out. After an interruption, the same command resumes.
     """
 
     ranks: tuple[int, ...] = (1, 2, 4, 8)
@@ -26,52 +26,52 @@ class Config:
     """Peak learning rates."""
 
     alpha: float = 16.0
-    """LoRA's update is scaled by alpha / rank."""
+    """The update is scaled by alpha / rank."""
 
     epochs: int = 1
     """Passes over the training examples."""
 
     seed: int = 0
-    """Of the initial factors and the order of the examples."""
+    """Random seed of the initial factors and the order of the examples."""
 
     out: Path = Path("runs/sweep")
-    """Where everything is written; a sweep that is there already is resumed or shown, not repeated."""
+    """The output directory. A sweep that it already holds is resumed or shown, not repeated."""
 
     fresh: bool = False
-    """Start over, even where a finished or interrupted sweep of the same settings is there."""
+    """Start over, even if --out holds a finished or interrupted sweep with the same settings."""
 
     model: str = "all-MiniLM-L6-v2"
-    """The base: a directory in Hugging Face layout (BERT), a hub name, or all-MiniLM-L6-v2, which a package
-    carries."""
+    """The base: a directory in Hugging Face layout (BERT), a name on the Hugging Face Hub, or all-MiniLM-L6-v2, which a
+    Python package provides."""
 
     data: str = "debian_sections"
-    """What to learn: debian_sections, which is shipped, or a directory with labels.txt and train, validation
-    and test as .tsv or .tsv.gz, each with a header, the label in the first column, the text in the last."""
+    """The data: debian_sections, which is shipped, or a directory with labels.txt and the splits train, validation and
+    test as .tsv or .tsv.gz, each with a header, the label in the first column and the text in the last."""
 
     train_examples: int | None = 2000
-    """How many training examples, from the beginning of the file; None takes all."""
+    """Number of training examples, from the beginning of the file. None uses all."""
 
     validation_examples: int | None = 800
-    """How many validation examples; they choose the head's penalty and the pair."""
+    """Number of validation examples. They select the head's penalty and the adapter. None uses all."""
 
     test_examples: int | None = 2000
-    """How many test examples; the chosen adapter is tried on them once, at the end."""
+    """Number of test examples. The selected adapter is evaluated on them once, at the end. None uses all."""
 
     batch_size: int = 16
-    """Examples a training step."""
+    """Examples per training step."""
 
     lengths: tuple[int, ...] = (10, 14, 20, 40)
-    """The lengths, in tokens, that texts are padded to; longer texts are cut to the last. One compilation
-    each."""
+    """The lengths, in tokens, that texts are padded to. Longer texts are truncated. Each length is compiled once."""
 
     warmup: float = 0.06
-    """Share of the steps in which the learning rate rises from 0; it falls linearly to 0 in the rest."""
+    """Fraction of the steps in which the learning rate rises from 0. It decays linearly to 0 afterwards."""
 
     label_smoothing: float = 0.1
-    """Share of a label that is spread over all classes while training: a converged head is sure of itself."""
+    """Label smoothing in training: the probability that is spread evenly over the classes. The converged head that
+    training starts from is overconfident."""
 
     clip: float = 1.0
-    """Largest global norm of a step's gradients, for each adapter."""
+    """Maximum global norm of each adapter's gradients."""
 
     checkpoint_every: int = 25
     """Training steps between checkpoints."""
@@ -80,7 +80,7 @@ class Config:
         settings.positive(self, "epochs", "batch_size", "checkpoint_every", "clip", "alpha", "ranks", "learning_rates")
         settings.positive(self, "train_examples", "validation_examples", "test_examples")
         settings.not_negative(self, "seed")
-        settings.share(self, "warmup", "label_smoothing")
+        settings.fraction(self, "warmup", "label_smoothing")
         settings.lengths(self)
 
     @property

@@ -11,14 +11,14 @@ class Runtime:
     """To be a base of a study's config."""
 
     mesh: MeshSizes = field(default_factory=MeshSizes)
-    """How many devices divide the work, and how; the default is one."""
+    """The mesh of devices; the default is one device."""
 
     distributed: bool = False
-    """Be one of several processes, each of which runs this command: on a TPU pod and under Slurm they find each other;
-    elsewhere JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID say who is who."""
+    """Run as one of several processes that all run this command. TPU pods and Slurm are detected; elsewhere set
+    JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID."""
 
     profile: str | None = None
-    """FIRST:LAST, steps whose trace the profiler writes under the run's directory."""
+    """FIRST:LAST, the steps to profile. The trace is written to the run's directory."""
 
     def __post_init__(self) -> None:
         self.profiled()

@@ -103,7 +103,7 @@ def test_what_is_written(config, interrupted_and_finished):
         (["--large-rank", "8"], "large_rank must be above rank (8), not 8"),
         (["--epochs", "0"], "epochs must be positive"),
         (["--layer", "-1"], "layer must not be negative"),
-        (["--lengths", "12", "8"], "lengths must ascend"),
+        (["--lengths", "12", "8"], "lengths must be ascending"),
     ],
 )
 def test_wrong_flags(capsys, monkeypatch, flags, message):

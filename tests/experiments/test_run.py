@@ -87,8 +87,8 @@ def test_unknown_config_names_the_nearest(capsys, typed, meant):
         (["--export", "onnx"], "onnx"),
         (["--epochs", "0"], "epochs must be positive"),
         (["--epochs", "many"], "'many'"),
-        (["--lengths", "12", "8"], "lengths must ascend"),
-        (["--warmup", "1"], "warmup is a share"),
+        (["--lengths", "12", "8"], "lengths must be ascending"),
+        (["--warmup", "1"], "warmup must be a fraction"),
         (["--lora-lr", "-1"], "must not be negative"),
     ],
 )
@@ -106,8 +106,8 @@ def test_wrong_flags(capsys, monkeypatch, flags, message):
         (["--targets", "router"], "router"),
         (["--targets"], "targets"),
         (["--family", "gpt2"], "--family"),
-        (["--warmup", "1"], "warmup is a share"),
-        (["--lengths", "12", "8"], "lengths must ascend"),
+        (["--warmup", "1"], "warmup must be a fraction"),
+        (["--lengths", "12", "8"], "lengths must be ascending"),
     ],
 )
 def test_wrong_flags_of_a_language_model(capsys, monkeypatch, flags, message):

@@ -125,7 +125,7 @@ def test_what_a_run_cannot_start_from(settings, tmp_path):
     (tmp_path / "adapter-best" / "adapter.json").touch()
     with pytest.raises(UserError, match=r"adapters are in .*/adapter-best$"):  # the directory of a run
         program.check(dataclasses.replace(settings, rank=16, init_from=tmp_path))
-    with pytest.raises(ValueError, match="--init-from: method, rank would be the adapter's"):
+    with pytest.raises(ValueError, match="--init-from: the adapter determines method, rank;"):
         dataclasses.replace(settings, init_from=tmp_path, method="dora")
 
 
@@ -239,10 +239,10 @@ def test_a_loss_that_is_not_finite_names_its_cause():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--ranks", "attention"], "ranks are PATTERN=RANK, as in attention=8, not 'attention'"),
-        (["--ranks", "(=8"], "ranks: '(' is no regular expression"),
+        (["--ranks", "attention"], "ranks: expected PATTERN=RANK, as in attention=8, got 'attention'"),
+        (["--ranks", "(=8"], "ranks: '(' is not a valid regular expression"),
         (["--length", "1000000000000"], "length must be below 2**31"),
-        (["--decay", "0"], "decay is a share of the steps, above 0 and up to 1, not 0.0"),
+        (["--decay", "0"], "decay must be a fraction of the steps, above 0 and at most 1, not 0.0"),
         (["--validation-share", "0.1"], "--validation-share 0.1: "),
         (["--data", "PLAIN", "--patience", "1"], "--patience: PLAIN has no validation examples; name some with"),
         (["--data", "PLAIN", "--eval-every", "1"], "--eval-every: PLAIN has no validation examples"),

@@ -1,4 +1,4 @@
-"""The flags of the study."""
+"""The configuration of the study."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,82 +14,81 @@ Target = Literal["attention", "feed-forward", "norms", "embedding", "head"]
 
 @dataclass(frozen=True)
 class Config:
-    """Debian package synopses from the name of their archive section, by a language model adapted by LoRA.
+    """Adapts a language model with LoRA to write a Debian package's synopsis from its archive section.
 
-    The base is a checkpoint with random weights and a real tokenizer, which is shipped: all that the model knows in
-    the end is in the adapter. The study trains it, compares perplexity and texts with the base's, merges it into a
-    checkpoint that transformers opens, writes it in PEFT's format, reads both back, and says by how much what they
-    compute differs.
+    The base is shipped and has random weights and a real tokenizer, so everything that the model learns is in the
+    adapter. The study trains the adapter, compares perplexity and samples with the base's, merges it into a checkpoint
+    for transformers, exports it in PEFT's format, reads both back, and reports how much their outputs differ.
 
-    The default takes less than a minute on 2 CPU cores. It writes the checkpoint, the adapter, a JSON and a picture
-    under --out. Interrupted, the same command resumes.
+    The default takes less than a minute on 2 CPU cores. It writes the checkpoint, the adapter, a JSON record and a plot
+    to --out. After an interruption, the same command resumes.
     """
 
     family: tyro.conf.SuppressFixed[tyro.conf.Fixed[Family]]
-    """The architecture: which models can be the base."""
+    """The architecture of the base."""
 
     model: str
-    """The base: a directory in Hugging Face layout with tokenizer.json, a hub name, or what is shipped: tiny-llama,
-    tiny-gpt2."""
+    """The base: a directory in Hugging Face layout with tokenizer.json, a name on the Hugging Face Hub, or a model that
+    is shipped (tiny-llama, tiny-gpt2)."""
 
     targets: tuple[Target, ...]
-    """What is adapted: by LoRA attention, feed-forward, embedding, head (where it is not the embedding); outright
-    norms."""
+    """The weights to adapt: attention, feed-forward, embedding and head (unless tied to the embedding) with LoRA; norms
+    by full fine-tuning."""
 
     out: Path
-    """Where everything is written; a run that is there already is resumed or shown, not repeated."""
+    """The output directory. A run that it already holds is resumed or shown, not repeated."""
 
     fresh: bool = False
-    """Start over, even where a finished or interrupted run of the same settings is there."""
+    """Start over, even if --out holds a finished or interrupted run with the same settings."""
 
     data: str = "debian_sections"
-    """What to learn: debian_sections, which is shipped, or a directory with labels.txt and train, validation and test
-    as .tsv or .tsv.gz, each with a header, the label (the prompt) in the first column, the text in the last."""
+    """The data: debian_sections, which is shipped, or a directory with labels.txt and the splits train, validation and
+    test as .tsv or .tsv.gz, each with a header, the label (the prompt) in the first column and the text in the last."""
 
     train_examples: int | None = None
-    """How many training examples, from the beginning of the file; None takes all."""
+    """Number of training examples, from the beginning of the file. None uses all."""
 
     validation_examples: int | None = 500
-    """How many validation examples; they draw the picture's points."""
+    """Number of validation examples. They give the validation losses in the plot. None uses all."""
 
     test_examples: int | None = 1000
-    """How many test examples, on which perplexities and logits are compared."""
+    """Number of test examples, which compare perplexities and logits. None uses all."""
 
     epochs: int = 2
     """Passes over the training examples."""
 
     batch_size: int = 32
-    """Examples a training step."""
+    """Examples per training step."""
 
     lengths: tuple[int, ...] = (40,)
-    """The lengths, in tokens, that texts are padded to; longer texts are cut to the last. One compilation each."""
+    """The lengths, in tokens, that texts are padded to. Longer texts are truncated. Each length is compiled once."""
 
     rank: int = 16
     """Rank of the LoRA factors."""
 
     alpha: float = 32.0
-    """LoRA's update is scaled by alpha / rank."""
+    """The update is scaled by alpha / rank."""
 
     lr: float = 1e-2
     """Peak learning rate."""
 
     warmup: float = 0.06
-    """Share of the steps in which the learning rate rises from 0; it falls linearly to 0 in the rest."""
+    """Fraction of the steps in which the learning rate rises from 0. It decays linearly to 0 afterwards."""
 
     clip: float = 1.0
-    """Largest global norm of a step's gradients."""
+    """Maximum global norm of the gradients."""
 
     loss_chunk: int = 20
-    """How many tokens of a text have logits at the same time in a training step."""
+    """Tokens per text whose logits are computed at a time in a training step."""
 
     new_tokens: int = 32
-    """The most tokens that are generated for a prompt."""
+    """Maximum number of tokens to generate per prompt."""
 
     samples: int = 4
-    """How many of the generated texts are shown."""
+    """Number of generated texts to show."""
 
     seed: int = 0
-    """Of the initial factors and the order of the examples."""
+    """Random seed of the initial factors and the order of the examples."""
 
     checkpoint_every: int = 100
     """Training steps between checkpoints."""
@@ -98,7 +97,7 @@ class Config:
         settings.positive(self, "epochs", "batch_size", "rank", "alpha", "clip", "loss_chunk", "new_tokens")
         settings.positive(self, "checkpoint_every", "train_examples", "validation_examples", "test_examples")
         settings.not_negative(self, "lr", "samples", "seed")
-        settings.share(self, "warmup")
+        settings.fraction(self, "warmup")
         settings.lengths(self)
         if not self.targets:
-            raise ValueError("targets must name something to adapt")
+            raise ValueError("targets is empty; expected at least one kind of weight to adapt")

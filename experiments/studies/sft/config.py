@@ -1,4 +1,4 @@
-"""The flags of the study."""
+"""The configuration of supervised fine-tuning."""
 
 import dataclasses
 import re
@@ -24,13 +24,13 @@ Float = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """How many sequences a step takes."""
+    """Sequences per training step."""
 
     global_: Annotated[int, tyro.conf.arg(name="global")] = 8
-    """Sequences a step, over all devices and processes."""
+    """Sequences per step, over all devices and processes."""
 
     accumulate: int = 1
-    """Microbatches a step, one after another: the memory of one."""
+    """Microbatches per step, computed one after another. Activations take the memory of one microbatch."""
 
     def __post_init__(self) -> None:
         if self.global_ < 1:
@@ -41,210 +41,215 @@ class BatchSizes:
 
 @dataclass(frozen=True)
 class Config(Runtime):
-    """A decoder fine-tuned by LoRA or DoRA on conversations, from one CPU to a TPU pod.
+    """Fine-tunes a decoder on conversations with LoRA or DoRA, on anything from one CPU to a TPU pod.
 
-    Every worker of a pod runs the same command. The base is frozen, in bfloat16 or in four bits; what is learned, and
-    what checkpoints hold, is the adapter. Conversations are put in the words of the checkpoint's own chat template,
-    packed into sequences, and the loss is on what the assistant says. The study writes texts before and after, the
-    adapter (and in PEFT's format), and what it measured under --out. Interrupted or preempted, the same command
+    Every worker of a pod runs the same command. The base is frozen, in bfloat16 or in four bits; only the adapter is
+    trained and checkpointed. Conversations are rendered with the checkpoint's chat template and packed into sequences,
+    and the loss covers the assistant's answers. The study writes sample answers from before and after training, the
+    adapter (also in PEFT's format) and all measurements to --out. After an interruption or preemption, the same command
     resumes.
     """
 
     model: str = "tiny-llama"
-    """The base: a directory in Hugging Face layout with tokenizer.json, a hub name, or what is shipped: tiny-llama,
-    tiny-gpt2."""
+    """The base: a directory in Hugging Face layout with tokenizer.json, a name on the Hugging Face Hub, or a model that
+    is shipped (tiny-llama, tiny-gpt2)."""
 
     data: tuple[str, ...] = ("debian_sections",)
-    """What to learn: files, globs of files, directories with train and validation files, data sets of the hub
-    (ORG/NAME:SPLIT), or debian_sections, which is shipped. Several are joined; each may end in :WEIGHT, how often its
-    examples are seen in a pass, as in a.jsonl:3 b.parquet:0.5."""
+    """The training data: files, globs, directories with train and validation files, data sets on the Hugging Face Hub
+    (ORG/NAME:SPLIT), or debian_sections, which is shipped. Several are concatenated. Each may end in :WEIGHT, how often
+    its examples are seen per epoch, as in a.jsonl:3 b.parquet:0.5."""
 
     data_form: FormName | None = None
-    """The format of the records; None detects it by their columns: messages (chat), conversations (sharegpt),
+    """The format of the records. None detects it from their columns: messages (chat), conversations (sharegpt),
     instruction and output (alpaca), prompt and completion, text."""
 
     on_bad: OnBad = "error"
-    """What to do about a malformed record: end before training with its file and line, or count it and leave it out."""
+    """What to do about a malformed record: stop before training with its file and line (error), or count it and leave
+    it out (skip)."""
 
     validation: tuple[str, ...] = ()
-    """Other examples to evaluate on, named likewise; without, those beside the training files, if any."""
+    """The validation data, named in the same ways as --data. Empty uses the validation files next to the training
+    files, if there are any."""
 
     validation_share: float = 0.0
-    """Share of the training examples that is held out to validate with, where the data have no examples for it."""
+    """Fraction of the training examples to hold out for validation, if the data has no validation examples."""
 
     out: Path = Path("runs/sft")
-    """Where everything is written. A run that is there already is shown, not repeated; an interrupted one resumes, and
-    a finished one goes on where --epochs, --steps, --max-minutes or --patience ask for more."""
+    """The output directory. If it holds a finished run with the same settings, its results are shown, and training
+    continues only if --epochs, --steps, --max-minutes or --patience allow more. An interrupted run resumes."""
 
     fresh: bool = False
-    """Start over, even where a finished or interrupted run of the same settings is there."""
+    """Start over, even if --out holds a finished or interrupted run."""
 
     init_from: Path | None = None
-    """Start from an adapter: a directory that lora_jax or PEFT wrote. Method, targets, ranks, alpha and dropout are the
-    adapter's."""
+    """The adapter to start from: a directory that lora_jax or PEFT wrote. It determines method, targets, ranks, alpha
+    and dropout."""
 
     method: Literal["lora", "dora"] = "lora"
-    """How weights are adapted."""
+    """The adapter method."""
 
     targets: tuple[Target, ...] = ("attention", "feed-forward")
-    """Which weights are adapted: attention's projections, the feed-forward layers (of a mixture its experts), the
-    embedding, the head."""
+    """The weights to adapt: attention projections, feed-forward layers (including the experts of a mixture), the token
+    embedding, the output head."""
 
     rank: int = 16
-    """Rank of the factors."""
+    """Rank of the LoRA factors."""
 
     ranks: tuple[str, ...] = ()
-    """Other ranks by pattern, as in attention=8 feed_forward/down=32: a regular expression that is searched in the path
-    of a weight; the first that matches counts."""
+    """Ranks that differ from --rank, as in attention=8 feed_forward/down=32: PATTERN=RANK, where the pattern is a
+    regular expression that is searched for in a weight's path. The first match applies."""
 
     alpha: float = 32.0
     """The update is scaled by alpha / rank."""
 
     adapter_dtype: Float = "float32"
-    """Of the factors and of the optimizer's state."""
+    """The dtype of the factors and of the optimizer state."""
 
     quantize: Literal["none", "nf4", "int8"] = "none"
-    """The format of the base's linear layers; nf4 is QLoRA's, with double quantization."""
+    """The quantization of the base's linear layers. nf4 is QLoRA's format with double quantization."""
 
     dtype: Float = "float32"
-    """Of the base's other weights, and of activations."""
+    """The dtype of activations and of the base's weights that are not quantized."""
 
     template: str | None = None
-    """A chat template in place of the checkpoint's own: a file, its text, or the name of one of the checkpoint's."""
+    """A chat template to use instead of the checkpoint's default: a file, Jinja source, or the name of one of the
+    checkpoint's templates."""
 
     template_arguments: tuple[str, ...] = ()
-    """Variables for the chat template: a JSON object, or NAME=VALUE, as in enable_thinking=false."""
+    """Variables for the chat template: a JSON object or NAME=VALUE, as in enable_thinking=false."""
 
     train_on: TrainOn = "answers"
-    """What is learned: all answers of the assistant (or completions), the last answer, or the whole text."""
+    """The text that the loss covers: all answers of the assistant (or completions), the last answer, or everything."""
 
     control_tokens: Literal["text", "parse"] = "text"
-    """What text of a record that spells a control token is: text, or that token."""
+    """How to read text in a record that spells a control token: as plain text, or as that token (parse)."""
 
     tokenize_together: bool = False
-    """Tokenize prompt and answer as one text: a token may then lie across the boundary, which a model that is prompted
-    does not see."""
+    """Tokenize prompt and answer as one text. A token may then span their boundary, which does not happen when the
+    model is prompted."""
 
     length: int = 128
-    """Tokens of a sequence; longer examples are cut."""
+    """Tokens per sequence. Longer examples are truncated."""
 
     pack: bool = True
-    """Whether a sequence holds several examples, which do not see each other."""
+    """Whether to pack several examples into a sequence. They do not attend to each other."""
 
     batch: BatchSizes = field(default_factory=BatchSizes)
-    """How many sequences a step takes."""
+    """Sequences per training step."""
 
     epochs: int = 1
     """Passes over the training examples."""
 
     steps: int | None = None
-    """The most steps; None makes all passes."""
+    """Maximum number of training steps. None trains for all epochs."""
 
     max_minutes: float | None = None
-    """Training ends after this time, evaluations and compilation included, and the adapter is written."""
+    """Maximum training time in minutes, including evaluation and compilation. The adapter is written at the end."""
 
     patience: int | None = None
-    """Early stopping: training ends when so many evaluations in a row have brought no better validation loss."""
+    """Early stopping: end training after this many evaluations in a row without a better validation loss."""
 
     train_examples: int | None = None
-    """How many training examples, from the beginning; None takes all."""
+    """Number of training examples, from the beginning. None uses all."""
 
     validation_examples: int | None = 256
-    """How many validation examples."""
+    """Maximum number of validation examples. None uses all."""
 
     eval_every: int | None = None
-    """Steps between evaluations; None evaluates after each pass, and in the middle of a single one."""
+    """Steps between evaluations. None evaluates after each epoch and, if there is only one, also halfway through it."""
 
     log_every: int = 1
-    """Steps between lines of metrics.jsonl and TensorBoard events; the loss is the mean of the steps between."""
+    """Steps between entries of metrics.jsonl and TensorBoard. An entry has the mean loss since the previous one."""
 
     lr: float = 1e-3
     """Peak learning rate."""
 
     schedule: Schedule = "linear"
-    """How the learning rate goes on after it has risen: it falls to the floor, linearly or along a cosine; stays
-    constant; or (wsd) stays, and falls linearly in the last steps."""
+    """The learning rate after warmup: it decays to the floor linearly or along a cosine, stays constant, or (wsd) stays
+    constant and then decays linearly."""
 
     warmup: float = 0.03
-    """Share of the steps in which the learning rate rises from 0."""
+    """Fraction of the steps in which the learning rate rises from 0."""
 
     lr_floor: float = 0.0
-    """The last learning rate, as a share of the peak."""
+    """The final learning rate, as a fraction of the peak."""
 
     decay: float = 0.1
-    """Share of the steps in which the schedule wsd falls."""
+    """Fraction of the steps in which the wsd schedule decays."""
 
     weight_decay: float = 0.0
-    """AdamW's, for factors; magnitudes do not decay."""
+    """AdamW's weight decay of the LoRA factors. DoRA's magnitudes do not decay."""
 
     clip: float | None = 1.0
-    """Largest global norm of a step's gradients; None does not clip."""
+    """Maximum global norm of the gradients. None does not clip."""
 
     dropout: float = 0.0
-    """Of the adapter's input."""
+    """Dropout rate of the adapters' inputs."""
 
     label_smoothing: float = 0.0
-    """Share of each label that is spread evenly over the vocabulary, in training."""
+    """Label smoothing in training: the probability that is spread evenly over the vocabulary."""
 
     neftune: float = 0.0
-    """Scale of NEFTune's noise on the embedded tokens in training; 5 is usual, 0 adds none."""
+    """Scale of NEFTune's noise on the token embeddings in training. 5 is a usual value; 0 adds no noise."""
 
     remat: Remat = "full"
-    """What the backward pass computes again: see the models' options."""
+    """Rematerialization: what the backward pass recomputes instead of storing."""
 
     attention: AttentionKernel | Literal["auto"] = "auto"
-    """The kernel of attention; auto is flash on a TPU where the length is a multiple of 128, xla elsewhere."""
+    """The attention kernel. auto is flash on TPUs if the length is a multiple of 128, otherwise xla."""
 
     loss_chunk: int = 512
-    """How many tokens of a sequence have logits at the same time."""
+    """Tokens per sequence whose logits are computed at a time. Smaller chunks take less memory."""
 
     optimizer_on_host: bool = False
-    """Keep the optimizer's state in the host's memory."""
+    """Keep the optimizer state in host memory."""
 
     samples: int = 2
-    """How many validation prompts the model answers before and after training."""
+    """Number of validation prompts that the model answers before and after training."""
 
     new_tokens: int = 32
-    """The most tokens of an answer."""
+    """Maximum number of tokens per answer."""
 
     seed: int = 0
-    """Of the initial factors, dropout and the order of the examples."""
+    """Random seed of the initial factors, dropout and the order of the examples."""
 
     checkpoint_every: int = 100
     """Steps between checkpoints."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("data", "validation"):  # one name may be given as it is
+        for name in ("data", "validation"):  # a single name may be a string
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
         if not self.data:
-            raise ValueError("data must name something to learn")
+            raise ValueError("data is empty; expected at least one file, directory or data set")
         settings.positive(self, "rank", "alpha", "length", "epochs", "clip", "loss_chunk", "checkpoint_every")
         settings.positive(self, "steps", "train_examples", "validation_examples", "new_tokens")
         settings.positive(self, "max_minutes", "patience", "eval_every", "log_every")
         settings.not_negative(self, "lr", "weight_decay", "samples", "seed", "neftune")
-        settings.share(self, "warmup", "dropout", "label_smoothing", "validation_share")
+        settings.fraction(self, "warmup", "dropout", "label_smoothing", "validation_share")
         if self.length >= 2**31:
             raise ValueError(f"length must be below 2**31, not {self.length}")
         if not 0 <= self.lr_floor <= 1:
-            raise ValueError(f"lr_floor is a share of the peak, from 0 to 1, not {self.lr_floor}")
+            raise ValueError(f"lr_floor must be a fraction of the peak, from 0 to 1, not {self.lr_floor}")
         if not 0 < self.decay <= 1:
-            raise ValueError(f"decay is a share of the steps, above 0 and up to 1, not {self.decay}")
+            raise ValueError(f"decay must be a fraction of the steps, above 0 and at most 1, not {self.decay}")
         if not self.targets:
-            raise ValueError("targets must name something to adapt")
+            raise ValueError("targets is empty; expected at least one kind of weight to adapt")
         if self.validation and self.validation_share:
-            raise ValueError("validation and validation_share: give one of them")
+            raise ValueError("validation and validation_share exclude each other; set only one of them")
         self.rank_patterns()
         parse_arguments(self.template_arguments)
         if self.init_from is not None:
             defaults = {field.name: field.default for field in dataclasses.fields(Config)}
             changed = [name for name in OF_ADAPTER if getattr(self, name) != defaults[name]]
             if changed:
-                raise ValueError(f"--init-from: {', '.join(changed)} would be the adapter's; leave out one of the two")
+                raise ValueError(
+                    f"--init-from: the adapter determines {', '.join(changed)}; set either --init-from or these"
+                )
 
     def encoding(self) -> Options:
-        """How records become tokens."""
+        """The options for converting records to tokens."""
         return Options(
             self.template,
             parse_arguments(self.template_arguments),
@@ -254,19 +259,19 @@ class Config(Runtime):
         )
 
     def rank_patterns(self) -> dict[str, int]:
-        """`ranks` as a dict from patterns to ranks."""
+        """Returns `ranks` as a dict from patterns to ranks."""
         patterns = {}
         for text in self.ranks:
             pattern, equals, rank = text.rpartition("=")
             if not equals or not pattern or not rank.isdecimal() or int(rank) < 1:
-                raise ValueError(f"ranks are PATTERN=RANK, as in attention=8, not {text!r}")
+                raise ValueError(f"ranks: expected PATTERN=RANK, as in attention=8, got {text!r}")
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"ranks: {pattern!r} is no regular expression ({error})") from None
+                raise ValueError(f"ranks: {pattern!r} is not a valid regular expression ({error})") from None
             patterns[pattern] = int(rank)
         return patterns
 
 
 OF_ADAPTER = ("method", "targets", "rank", "ranks", "alpha", "dropout")
-"""Settings that an adapter brings along."""
+"""Settings that the adapter of `init_from` determines."""
