@@ -97,8 +97,10 @@ def usage() -> str:
 
 
 def config_names(package: ModuleType) -> list[str]:
-    """Returns the names of the configs in a package, with dashes."""
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(package.__path__))
+    """Returns the names of the configs in a package, with dashes: those of the modules that define `DEFAULTS`."""
+    modules = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    defining = [name for name in modules if hasattr(importlib.import_module(f"{package.__name__}.{name}"), "DEFAULTS")]
+    return sorted(name.replace("_", "-") for name in defining)
 
 
 def find_config(name: str) -> ModuleType:
