@@ -21,13 +21,13 @@ from rich.console import Console
 from experiments import flags, startup
 from experiments.aot import fitting, report, topology
 from experiments.aot.analysis import Analysis, DoesNotFit, analyze
-from experiments.aot.model import step_flops
 from experiments.aot.topology import Topology
 from experiments.command_line import find_config
+from experiments.configs.sft import Config
 from experiments.errors import UserError
 from experiments.models import location, shapes
+from experiments.models.flops import step_flops
 from experiments.studies.sft import program
-from experiments.studies.sft.config import Config
 from lora_jax.files import replaced_file
 
 _PROGRAM = "python -m experiments.compile_for_pod"

@@ -9,11 +9,11 @@ import jax
 from jax.sharding import Mesh
 
 from experiments.aot import cost, hlo
-from experiments.aot.chips import GIB
 from experiments.aot.cost import Cost
 from experiments.aot.roofline import Roofline, roofline
 from experiments.aot.topology import Topology
 from experiments.benchmarks.memory_steps import argument_bytes
+from experiments.training.chips import GIB
 
 _SIZE = r"([\d.]+)([KMGT]?)"
 _USED = re.compile(rf"Used {_SIZE} of {_SIZE} hbm")

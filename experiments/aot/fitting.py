@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from experiments.aot.chips import GIB
+from experiments.configs.sft import Config
 from experiments.errors import UserError
 from experiments.studies.sft import program
-from experiments.studies.sft.config import Config
+from experiments.training.chips import GIB
 from experiments.training.mesh import MeshSizes
 
 _SHOWN = 3

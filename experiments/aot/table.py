@@ -16,10 +16,10 @@ from typing import Any
 from experiments import startup
 from experiments.aot import report, topology
 from experiments.aot.analysis import DoesNotFit
-from experiments.aot.chips import GIB
 from experiments.compile_for_pod import compiled, config_of
+from experiments.configs.sft import Config
 from experiments.errors import UserError
-from experiments.studies.sft.config import Config
+from experiments.training.chips import GIB
 
 
 @dataclasses.dataclass(frozen=True)

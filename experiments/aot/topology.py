@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from experiments.aot import chips
-from experiments.aot.chips import Chip
 from experiments.errors import UserError
+from experiments.training import chips
+from experiments.training.chips import Chip
 
 _NAME = re.compile(r"^(v\d+[a-z]*):(\d+(?:x\d+)+)$")
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))

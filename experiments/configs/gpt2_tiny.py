@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments.studies.language_model.config import Config
+from experiments.configs.language_model import Config
 
 STUDY = "experiments.studies.language_model.study"
 DEFAULTS = Config(

@@ -9,8 +9,8 @@ from flax import nnx
 
 from experiments.models import cache as caches
 from experiments.models.cache import AttentionContext, Cache
+from experiments.models.chunked_loss import cross_entropy
 from experiments.models.options import Options
-from experiments.training.chunked_loss import cross_entropy
 
 
 class Decoder(nnx.Module):

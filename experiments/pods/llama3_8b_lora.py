@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments.studies.sft.config import BatchSizes, Config
+from experiments.configs.sft import BatchSizes, Config
 from experiments.training.mesh import MeshSizes
 
 STUDY = "experiments.studies.sft.study"

@@ -3,8 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+from experiments.configs.sft import BatchSizes
 from experiments.pods import mixtral_8x7b_lora
-from experiments.studies.sft.config import BatchSizes
 from experiments.training.mesh import MeshSizes
 
 STUDY = mixtral_8x7b_lora.STUDY

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from experiments.aot import chips, hlo, traffic
+from experiments.aot import hlo, traffic
 from experiments.aot.cost import UNCOUNTED, Exchange, cost
 from experiments.aot.groups import pairs, replica_groups
+from experiments.training import chips
 
 M, K, N = 8, 16, 32
 PRODUCT = 2 * M * K * N

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
+from experiments.models.chunked_loss import cross_entropy
 from experiments.models.options import Options
-from experiments.training.chunked_loss import cross_entropy
 from tests.experiments.decoders import expected, load
 
 

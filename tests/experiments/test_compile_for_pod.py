@@ -11,18 +11,18 @@ import pytest
 
 from experiments import compile_for_pod, pods
 from experiments.aot import fitting, table, topology
-from experiments.aot.chips import GIB, TPUS, named
 from experiments.aot.cost import Cost, Exchange
-from experiments.aot.model import multiplied, step_flops
 from experiments.aot.roofline import links, roofline
 from experiments.aot.topology import Topology
 from experiments.aot.traffic import Traffic
 from experiments.command_line import config_names
+from experiments.configs.sft import BatchSizes, Config
 from experiments.errors import UserError
 from experiments.models import shapes
+from experiments.models.flops import multiplied, step_flops
 from experiments.studies.sft import program
-from experiments.studies.sft.config import BatchSizes, Config
 from experiments.training import mesh as meshes
+from experiments.training.chips import GIB, TPUS, named
 from experiments.training.mesh import MeshSizes
 
 SLICE = "v5e:2x2"

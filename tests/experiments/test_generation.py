@@ -10,8 +10,8 @@ import pytest
 import lora_jax as lora
 from experiments import generation
 from experiments.generation import ngrams, sampling
+from experiments.models import chunked_loss
 from experiments.models.options import Options
-from experiments.training import chunked_loss
 from tests.experiments.decoders import ALL, FIXTURES, expected, load
 
 PAD, NEW, SLOTS = 1, 10, 18  # nine tokens of the longest prompt, and nine that are read again

@@ -8,12 +8,10 @@ import sys
 import pytest
 
 from experiments import command_line, configs, run
-from experiments.configs import quickstart
+from experiments.configs import language_model, quickstart, sft
+from experiments.configs.sft import BatchSizes
 from experiments.errors import UserError
 from experiments.reports.results import Result
-from experiments.studies.language_model import config as language_model
-from experiments.studies.sft import config as sft
-from experiments.studies.sft.config import BatchSizes
 from experiments.training.mesh import MeshSizes
 from experiments.training.runtime import Runtime
 

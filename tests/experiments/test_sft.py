@@ -12,10 +12,10 @@ from tensorboardX.proto import event_pb2
 
 import lora_jax as lora
 from experiments import run
+from experiments.configs.sft import BatchSizes, Config
 from experiments.errors import Preempted, UserError
 from experiments.models import families, location
 from experiments.studies.sft import program, study
-from experiments.studies.sft.config import BatchSizes, Config
 from experiments.training import record
 from experiments.training.interrupt import Interrupt
 from experiments.training.mesh import MeshSizes

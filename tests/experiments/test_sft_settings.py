@@ -14,12 +14,12 @@ from rich.console import Console
 
 import lora_jax as lora
 from experiments import run
+from experiments.configs.sft import BatchSizes, Config
 from experiments.errors import UserError
 from experiments.models import location
+from experiments.models.chunked_loss import cross_entropy
 from experiments.studies.sft import program, study
-from experiments.studies.sft.config import BatchSizes, Config
 from experiments.training import loop, record
-from experiments.training.chunked_loss import cross_entropy
 from experiments.training.optimizer import adam, learning_rate
 from tests.experiments.sft_runs import adapters_equal
 

@@ -9,12 +9,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 import lora_jax as lora
+from experiments.configs.language_model import Config
 from experiments.errors import UserError
 from experiments.models import checkpoint, families, location
 from experiments.models.decoder import Decoder
 from experiments.models.options import Options
 from experiments.studies import provenance
-from experiments.studies.language_model.config import Config
 from experiments.tasks import continuations, examples, text
 from experiments.tasks.batching import NO_LABEL, Batch, assemble, plan
 from experiments.tasks.continuations import Continuations

@@ -12,13 +12,13 @@ from rich.table import Table
 
 import lora_jax as lora
 from experiments import generation
+from experiments.configs.language_model import Config
 from experiments.reports import curves
 from experiments.reports.agreement import Agreement, agreement_table
 from experiments.reports.results import read_json, stored_bytes, write_json
 from experiments.reports.table import size
 from experiments.studies import provenance
 from experiments.studies.language_model import exchange, samples, training
-from experiments.studies.language_model.config import Config
 from experiments.studies.language_model.problem import Problem, load
 from experiments.training import outputs, processes
 

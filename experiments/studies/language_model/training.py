@@ -11,8 +11,8 @@ import numpy as np
 from rich.console import Console
 
 import lora_jax as lora
+from experiments.configs.language_model import Config
 from experiments.errors import UserError
-from experiments.studies.language_model.config import Config
 from experiments.studies.language_model.problem import Problem
 from experiments.tasks.batching import NO_LABEL
 from experiments.training import loop

@@ -15,10 +15,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import lora_jax as lora
+from experiments.configs.sft import Config
 from experiments.errors import UserError
 from experiments.models import checkpoint, families, location, shapes
 from experiments.models.options import Options, Platform
-from experiments.studies.sft.config import Config
 from experiments.training import mesh as meshes
 from experiments.training.optimizer import adam
 from lora_jax import paths

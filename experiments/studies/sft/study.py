@@ -14,8 +14,7 @@ import numpy as np
 from rich.console import Console
 
 import lora_jax as lora
-from experiments.aot import chips
-from experiments.aot.model import step_flops
+from experiments.configs.sft import Config
 from experiments.errors import UserError
 from experiments.input import pipeline, sources
 from experiments.input.checking import checked
@@ -23,13 +22,13 @@ from experiments.input.encoding import Encoder, load_encoder
 from experiments.input.packing import Packed
 from experiments.input.usage import show, usage
 from experiments.models import checkpoint, location
+from experiments.models.flops import step_flops
 from experiments.reports import curves
 from experiments.reports.results import read_json, write_json
 from experiments.studies.sft import program as programs
-from experiments.studies.sft.config import Config
 from experiments.studies.sft.program import Program
 from experiments.studies.sft.samples import Writer, ends
-from experiments.training import loop, outputs, processes
+from experiments.training import chips, loop, outputs, processes
 from experiments.training import mesh as meshes
 from experiments.training.checkpoints import Checkpoints, differences
 from experiments.training.progress import bar
