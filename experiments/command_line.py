@@ -43,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> int:
         keep_compiled()
         joined = getattr(config, "distributed", False)
         with processes.joined() if joined else terminable():
-            importlib.import_module(module.STUDY).run(config)
+            importlib.import_module(config.STUDY).run(config)
     except UserError as error:
         status = _report(2, f"error: {error}")
     except BrokenPipeError:

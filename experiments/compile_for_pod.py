@@ -18,19 +18,13 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments import flags, startup
-from experiments.aot import fitting, report, topology
-from experiments.aot.analysis import Analysis, DoesNotFit, analyze
-from experiments.aot.topology import Topology
-from experiments.command_line import find_config
-from experiments.configs.sft import Config
+from experiments import startup
+from experiments.aot import report, topology
+from experiments.aot.analysis import DoesNotFit
+from experiments.aot.compilation import PROGRAM, compile_config, parse_config
 from experiments.errors import UserError
 from experiments.models import location, shapes
-from experiments.models.flops import step_flops
-from experiments.studies.sft import program
 from lora_jax.files import replaced_file
-
-_PROGRAM = "python -m experiments.compile_for_pod"
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -46,10 +40,10 @@ def main(args: Sequence[str] | None = None) -> int:
     console = Console(highlight=False, soft_wrap=True)
     try:
         _check_file(chosen.json)  # before the minutes that compiling takes
-        config = config_of(chosen.config, overrides)
+        config = parse_config(chosen.config, overrides)
         _check_model(config.model)
         slice_ = topology.describe(chosen.topology)
-        analysis = compiled(config, slice_)
+        analysis = compile_config(config, slice_)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -68,45 +62,6 @@ def main(args: Sequence[str] | None = None) -> int:
             print(f"error: {chosen.json}: {error.strerror}", file=sys.stderr)
             return 2
     return 0
-
-
-def compiled(config: Config, slice_: Topology) -> Analysis:
-    """The analysis of a config's step on a slice.
-
-    Raises:
-      UserError: The config does not go with the slice.
-      DoesNotFit: Its step does not fit the chips; the exception's `advice` says what would.
-    """
-    chips, mesh = len(slice_.devices), config.mesh
-    if mesh.count != chips:
-        data, rest = divmod(chips, mesh.fsdp * mesh.tensor)
-        hint = f"--mesh.data {data} fits" if data and not rest else f"choose sizes whose product is {chips}"
-        raise UserError(f"the mesh ({mesh}) has {mesh.count} devices, {slice_.name} has {chips} chips; {hint}")
-    made = program.abstract(config, slice_.devices, "tpu")
-    needs = step_flops(made.base, made.delta, made.shape, made.tokens, config.length)
-    try:
-        analysis = analyze(made, slice_, needs)
-        if analysis.memory.total > analysis.memory.capacity:
-            raise DoesNotFit(analysis.memory.total, analysis.memory.capacity)
-    except DoesNotFit as error:
-        said = fitting.advice(config, slice_.devices, error.needed, error.available)
-        raise DoesNotFit(error.needed, error.available, f"the step {error}: {said}") from error
-    return analysis
-
-
-def config_of(name: str, overrides: Sequence[str]) -> Config:
-    """A config with flags of its own.
-
-    Raises:
-      UserError: There is no such config, it is not one of supervised fine-tuning, or its fields contradict each other.
-    """
-    module = find_config(name)
-    if not isinstance(module.DEFAULTS, Config):
-        raise UserError(f"{name} has no step for a pod; configs of supervised fine-tuning have, such as sft")
-    try:
-        return flags.parse(module.DEFAULTS, f"{_PROGRAM} {name}", overrides)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def _check_file(path: Path | None) -> None:
@@ -145,7 +100,7 @@ class _Help(argparse.Action):
         if namespace.config is not None:
             print()
             try:
-                config_of(namespace.config, ["--help"])
+                parse_config(namespace.config, ["--help"])
             except UserError as error:
                 parser.exit(2, f"error: {error}\n")
         parser.exit()
@@ -153,7 +108,7 @@ class _Help(argparse.Action):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=_PROGRAM, description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False, add_help=False,
+        prog=PROGRAM, description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False, add_help=False,
         epilog="What else is given goes to the config, whose flags CONFIG --help shows.",
     )  # fmt: skip
     parser.add_argument("config", metavar="CONFIG", help="as for experiments.run")

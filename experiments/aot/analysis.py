@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 
 from experiments.aot import cost, hlo
 from experiments.aot.cost import Cost
+from experiments.aot.memory import argument_bytes
 from experiments.aot.roofline import Roofline, roofline
 from experiments.aot.topology import Topology
-from experiments.benchmarks.memory_steps import argument_bytes
 from experiments.training.chips import GIB
 
 _SIZE = r"([\d.]+)([KMGT]?)"

@@ -16,7 +16,7 @@ from typing import Any
 from experiments import startup
 from experiments.aot import report, topology
 from experiments.aot.analysis import DoesNotFit
-from experiments.compile_for_pod import compiled, config_of
+from experiments.aot.compilation import compile_config, parse_config
 from experiments.configs.sft import Config
 from experiments.errors import UserError
 from experiments.training.chips import GIB
@@ -38,7 +38,7 @@ class Row:
 
     @property
     def config(self) -> Config:
-        return config_of(self.name, self.flags.split())
+        return parse_config(self.name, self.flags.split())
 
     @property
     def file(self) -> str:
@@ -88,7 +88,7 @@ def figures(row: Row, out: Path | None) -> Mapping[str, Any]:
     if file is not None and file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
     slice_ = topology.describe(row.slice)
-    found = report.as_json(compiled(row.config, slice_), slice_)
+    found = report.as_json(compile_config(row.config, slice_), slice_)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

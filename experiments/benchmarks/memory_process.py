@@ -17,9 +17,10 @@ from typing import Any
 
 import jax
 
+from experiments.aot.memory import argument_bytes, memory_analysis
 from experiments.benchmarks.memory_arithmetic import Problem
 from experiments.benchmarks.memory_shapes import Shape
-from experiments.benchmarks.memory_steps import Made, analysis, argument_bytes, filled, make, only, quantized
+from experiments.benchmarks.memory_steps import Made, filled, make, only, quantized
 
 # Large buffers go back to the system when they are freed, so that what is resident is what is held.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -62,7 +63,7 @@ class Figures:
 
 def analyzed(made: Made, platform: str) -> Figures:
     """What XLA says of a step for the devices of its shapes. Compiles it."""
-    memory = analysis(made.lower())
+    memory = memory_analysis(made.lower())
     parts = {name: argument_bytes(tree) for name, tree in made.parts().items()}
     return Figures(
         **{name: device for name, (device, _) in parts.items()},

@@ -156,22 +156,6 @@ def filled(shapes: Any) -> Any:
     return jax.block_until_ready(jax.tree.map(fill, shapes))
 
 
-def analysis(lowered: jax.stages.Lowered) -> Any:
-    """XLA's memory analysis of what it compiles."""
-    memory = lowered.compile().memory_analysis()
-    if memory is None:
-        raise RuntimeError("XLA gives no memory analysis here.")
-    return memory
-
-
-def argument_bytes(tree: Any) -> tuple[int, int]:
-    """What XLA says that a tree of shapes takes as arguments, on the device and on the host; padding included."""
-    if not jax.tree.leaves(tree):
-        return 0, 0
-    memory = analysis(jax.jit(lambda tree: (), keep_unused=True).lower(tree))
-    return memory.argument_size_in_bytes, memory.host_argument_size_in_bytes
-
-
 def quantized(base: Any) -> list[Quantized]:
     """The quantized leaves of a base."""
     leaves = jax.tree.leaves(base, is_leaf=lambda node: isinstance(node, Quantized))

@@ -1,5 +1,5 @@
-"""One frozen dataclass a study: a module here is a name that `python -m experiments.run` knows, with dashes.
+"""Configs of studies: a module that defines `DEFAULTS` is a name for `python -m experiments.run`, with dashes.
 
-Each module has `DEFAULTS`, an instance of that dataclass: its fields are the flags, its values what a flag is where it
-is left out; and `STUDY`, the module whose `run(config)` does it.
+`DEFAULTS` is an instance of a frozen dataclass: its fields are the flags, its values the defaults. The dataclass names
+the module whose `run(config)` executes the study as `STUDY`.
 """

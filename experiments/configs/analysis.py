@@ -5,8 +5,6 @@ from pathlib import Path
 
 from experiments import settings
 
-STUDY = "experiments.studies.analysis"
-
 
 @dataclass(frozen=True)
 class Config:
@@ -24,6 +22,8 @@ class Config:
     The default takes about 9 minutes of one CPU core. It writes three plots and a JSON record to --out. After an
     interruption, the same command resumes.
     """
+
+    STUDY = "experiments.studies.analysis"
 
     rank: int = 8
     """The small LoRA rank, and DoRA's rank."""

@@ -1,4 +1,4 @@
-"""The configuration of the study."""
+"""The config of the language model study; `gpt2_tiny` and `llama_tiny` are its instances."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ class Config:
     The default takes less than a minute on 2 CPU cores. It writes the checkpoint, the adapter, a JSON record and a plot
     to --out. After an interruption, the same command resumes.
     """
+
+    STUDY = "experiments.studies.language_model.study"
 
     family: tyro.conf.SuppressFixed[tyro.conf.Fixed[Family]]
     """The architecture of the base."""

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from experiments.configs.language_model import Config
 
-STUDY = "experiments.studies.language_model.study"
 DEFAULTS = Config(
     family="llama",
     model="tiny-llama",

@@ -10,7 +10,6 @@ from tyro.constructors import PrimitiveConstructorSpec
 from experiments import settings
 from experiments.training.runtime import Runtime
 
-STUDY = "experiments.studies.quickstart"
 METHODS = ("head", "lora", "qlora", "qdora", "all-linear", "full")
 
 
@@ -51,6 +50,8 @@ class Config(Runtime):
     The default takes under 4 minutes on 2 CPU cores and about 1.4 GB of memory. It writes the adapter, a JSON record
     and a plot of the run to --out. After an interruption, the same command resumes.
     """
+
+    STUDY = "experiments.studies.quickstart"
 
     methods: Methods = ("head", "lora")
     """The methods to compare, separated by commas: head (logistic regression on frozen features), lora (LoRA on query

@@ -50,6 +50,8 @@ class Config(Runtime):
     resumes.
     """
 
+    STUDY = "experiments.studies.sft.study"
+
     model: str = "tiny-llama"
     """The base: a directory in Hugging Face layout with tokenizer.json, a name on the Hugging Face Hub, or a model that
     is shipped (tiny-llama, tiny-gpt2)."""
@@ -276,5 +278,4 @@ class Config(Runtime):
 OF_ADAPTER = ("method", "targets", "rank", "ranks", "alpha", "dropout")
 """Settings that the adapter of `init_from` determines."""
 
-STUDY = "experiments.studies.sft.study"
 DEFAULTS = Config()

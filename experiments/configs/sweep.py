@@ -5,8 +5,6 @@ from pathlib import Path
 
 from experiments import settings
 
-STUDY = "experiments.studies.sweep"
-
 
 @dataclass(frozen=True)
 class Config:
@@ -18,6 +16,8 @@ class Config:
     The default takes under 10 minutes on 2 CPU cores and about 4 GB of memory. It writes the selected adapter, a JSON
     record and a heat map to --out. After an interruption, the same command resumes.
     """
+
+    STUDY = "experiments.studies.sweep"
 
     ranks: tuple[int, ...] = (1, 2, 4, 8)
     """Ranks of LoRA on query and value."""

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.models.options import Axes, Options
+from experiments.models.options import MeshAxes, Options
 
 
 class Matrices(nnx.Module):
@@ -164,7 +164,7 @@ def _rows_backward(kept: Any, y_RD: jax.Array) -> tuple[jax.Array, None, None]:
 _rows.defvjp(_rows_forward, _rows_backward)
 
 
-def _names(axes: Axes) -> tuple[str, ...]:
+def _names(axes: MeshAxes) -> tuple[str, ...]:
     """The axes of a mesh as a tuple."""
     return (axes,) if isinstance(axes, str) else axes or ()
 

@@ -10,8 +10,7 @@ from flax import nnx
 from experiments.errors import UserError
 from experiments.models import gpt2, llama, mixtral
 from experiments.models.decoder import Decoder
-from experiments.models.options import Options
-from experiments.training.mesh import Axes
+from experiments.models.options import Options, WeightAxes
 from lora_jax.peft import Names
 
 
@@ -31,7 +30,7 @@ class Family:
     build: Callable[[Any, Options, nnx.Rngs], Decoder]
     load: Callable[..., Decoder]
     names: Callable[[Any], Names]
-    axes: Axes
+    axes: WeightAxes
 
 
 GPT2 = Family(

@@ -1,5 +1,6 @@
 """How a model computes, beside what it computes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 Remat = Literal["none", "dots", "full", "offload"]
 AttentionKernel = Literal["xla", "cudnn", "flash"]
 Platform = Literal["cpu", "gpu", "tpu"]
-Axes = str | tuple[str, ...] | None
+MeshAxes = str | tuple[str, ...] | None
+WeightAxes = Sequence[tuple[str, tuple[str | None, ...]]]
+"""Pairs of a pattern of weight paths and the names of these weights' last axes; each model defines its own."""
 
 
 class Shards(NamedTuple):
@@ -20,9 +23,9 @@ class Shards(NamedTuple):
       length: Tokens of a sequence, from layer to layer; within attention a sequence is whole.
     """
 
-    batch: Axes = None
-    heads: Axes = None
-    length: Axes = None
+    batch: MeshAxes = None
+    heads: MeshAxes = None
+    length: MeshAxes = None
 
 
 @dataclass(frozen=True)

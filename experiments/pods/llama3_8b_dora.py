@@ -1,9 +1,8 @@
 """Llama 3 8B by DoRA on all linear layers: 16 chips of v5e."""
 
-import dataclasses
-from pathlib import Path
+from experiments.pods import pod_config
+from experiments.training.mesh import MeshSizes
 
-from experiments.pods import llama3_8b_lora
-
-STUDY = llama3_8b_lora.STUDY
-DEFAULTS = dataclasses.replace(llama3_8b_lora.DEFAULTS, out=Path("runs/llama3-8b-dora"), method="dora")
+DEFAULTS = pod_config(
+    "llama3-8b-dora", "meta-llama/Meta-Llama-3-8B-Instruct", MeshSizes(fsdp=16), batch=64, lr=2e-4, method="dora"
+)

@@ -13,11 +13,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 import lora_jax as lora
 from experiments.errors import UserError
-from experiments.models.options import Shards
+from experiments.models.options import Shards, WeightAxes
 from lora_jax import paths
-
-Axes = Sequence[tuple[str, tuple[str | None, ...]]]
-"""Patterns of paths, and what the last axes of the weights there are called; a model states them once."""
 
 DATA, FSDP, TENSOR = NAMES = ("data", "fsdp", "tensor")
 BATCH = (DATA, FSDP)
@@ -111,7 +108,7 @@ def entered(sizes: MeshSizes) -> Iterator[Mesh]:
         yield mesh
 
 
-def place_weights(mesh: Mesh, axes: Axes, base: Any) -> Any:
+def place_weights(mesh: Mesh, axes: WeightAxes, base: Any) -> Any:
     """Weights on the mesh; on one device as they are.
 
     Raises:
@@ -132,7 +129,7 @@ def made(mesh: Mesh, make: Callable[[jax.Array, Any], Any], key: jax.Array, base
     return jax.jit(make, out_shardings=lora.delta_shardings(base, jax.eval_shape(make, key, base)))(key, base)
 
 
-def of_weights(mesh: Mesh, axes: Axes) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+def of_weights(mesh: Mesh, axes: WeightAxes) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     """The sharding of a weight, from its path and shape, for :func:`experiments.models.checkpoint.load`.
 
     A weight that no pattern names is whole. A vocabulary that cannot be divided is whole too (many cannot); any other

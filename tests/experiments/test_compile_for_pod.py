@@ -45,8 +45,10 @@ def small_llama(tmp_path):
 
 @pytest.mark.usefixtures("lenient")
 def test_a_step_that_fits(capfd, monkeypatch, small_llama):
-    file, analyses, compiled = small_llama / "figures.json", [], compile_for_pod.compiled
-    monkeypatch.setattr(compile_for_pod, "compiled", lambda *given: analyses.append(compiled(*given)) or analyses[0])
+    file, analyses, compiled = small_llama / "figures.json", [], compile_for_pod.compile_config
+    monkeypatch.setattr(
+        compile_for_pod, "compile_config", lambda *args: analyses.append(compiled(*args)) or analyses[0]
+    )
     status, said = run(capfd, *MESH, "--model", str(small_llama), "--rank", "1", "--json", str(file))
     assert status == 0, said.err
     figures = json.loads(file.read_text())
