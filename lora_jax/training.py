@@ -20,7 +20,7 @@ from lora_jax.optim import trainable_mask
 from lora_jax.optim.extra import check_transform
 from lora_jax.optim.offload import in_host_memory
 from lora_jax.state import TrainState, mesh_sharding
-from lora_jax.transform import keyed
+from lora_jax.transform import dropout_keys
 from lora_jax.update import update_of
 
 __all__ = ["DEVICES", "Metrics", "Static", "Step", "TrainState", "check_finite", "train_step"]
@@ -155,7 +155,7 @@ def train_step(
     calls: list[bool] = []
     axis = DEVICES if pmap else None
     update = update_of(
-        keyed.recording(loss_fn, calls), accumulate, axis, has_aux=has_aux, skip_nonfinite=skip_nonfinite
+        dropout_keys.recording(loss_fn, calls), accumulate, axis, has_aux=has_aux, skip_nonfinite=skip_nonfinite
     )
     donated = (4,) if donate else ()
     split_of: dict[Any, Halves] = {}  # computing which leaves train costs milliseconds
@@ -215,7 +215,7 @@ def train_step(
         with explaining_donation(state, check=pmap):
             args = arguments(state, batch)
             results = compiled(args[4])(*args)
-        keyed.warn_without_key(calls, state.delta)
+        dropout_keys.warn_without_key(calls, state.delta)
         return finish(state, args, results)
 
     def lower(state: TrainState, batch: Any) -> Lowered:

@@ -19,7 +19,7 @@ from lora_jax.optim import partition
 from lora_jax.optim.extra import check_serves, check_transform, init_for, update_with
 from lora_jax.state import fields_with_shapes, replace_fields
 from lora_jax.training import Metrics, Static, check_batch, check_state, explaining_donation
-from lora_jax.transform import keyed
+from lora_jax.transform import dropout_keys
 from lora_jax.transform.call import Arguments, check_delta
 from lora_jax.update import select, update_of
 
@@ -194,7 +194,7 @@ def train_many(
         return loss_fn(base, _held(delta, present), batch, key)
 
     calls: list[bool] = []
-    update = update_of(keyed.recording(loss, calls), accumulate, has_aux=has_aux, skip_nonfinite=skip_nonfinite)
+    update = update_of(dropout_keys.recording(loss, calls), accumulate, has_aux=has_aux, skip_nonfinite=skip_nonfinite)
 
     def body(static, arrays, carry, fixed, batch):
         base = static.restore(arrays)
@@ -229,7 +229,7 @@ def train_many(
         static, arrays = Static.split(states.base)
         with explaining_donation(states):
             (delta, opt_state, number, key), metrics = compiled(static, arrays, carry, fixed, batch)
-        keyed.warn_without_key(calls, delta)
+        dropout_keys.warn_without_key(calls, delta)
         return states.replace(delta=delta, opt_state=opt_state, step=number, key=key), metrics
 
     return step

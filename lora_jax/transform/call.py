@@ -13,7 +13,7 @@ from lora_jax.adapters.consistency import check_adapters
 from lora_jax.adapters.full import enlarges
 from lora_jax.adapters.protocol import Adapter, is_adapter, with_frozen_stopped
 from lora_jax.leaves import canonical, dequantized, is_array, is_quantized
-from lora_jax.transform import jaxprs, keyed
+from lora_jax.transform import dropout_keys, jaxprs
 from lora_jax.transform.interpreter import Interpreter, Use
 from lora_jax.transform.weight import Weight, carried, probe
 
@@ -176,7 +176,7 @@ def entered(
     interpreter: Interpreter,
 ) -> list[Any]:
     """The inputs of a call, adapted weights in place of the base's."""
-    keyed.note(dropout_key is not None)
+    dropout_keys.note(dropout_key is not None)
     if dropout_key is not None:
         checks.key("dropout_key", dropout_key)
     if dropout_key is not None and not jax.dtypes.issubdtype(dropout_key.dtype, jax.dtypes.prng_key):
