@@ -16,7 +16,7 @@ def uses_of(
     fn: Callable, base: Any, wanted: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, list[Use]]:
     """How `fn(base, *args, **kwargs)` uses each of the wanted weights; an empty list where it does not."""
-    arguments = Arguments.of(base, args, kwargs)
+    arguments = Arguments.create(base, args, kwargs)
     call = Call.trace(fn, arguments)
     found: list[Use] = []
     interpreter = Interpreter(uses=found)

@@ -57,7 +57,7 @@ def collect_stats(
     count = 0
     of_inputs, of_loss = _Accumulated(fn, _sum_of_outputs), _Accumulated(loss, _scalar)
     for batch in batches:
-        arguments, count = Arguments.of(base, batch, {}), count + 1
+        arguments, count = Arguments.create(base, batch, {}), count + 1
         if moments:
             moments = of_inputs(
                 moments, arguments, lambda path, zeros, value: taps.with_taps(path, value, axes[path], zeros)

@@ -15,7 +15,7 @@ from lora_jax.axes import unique
 from lora_jax.functions import check_function
 from lora_jax.leaves import is_array, is_quantized
 from lora_jax.optim import partition
-from lora_jax.transform.call import Arguments, Call, check_delta, entered
+from lora_jax.transform.call import Arguments, Call, check_delta, insert_adapters
 from lora_jax.transform.interpreter import Interpreter, Use
 
 Delta = dict[str, Adapter]
@@ -66,14 +66,14 @@ def explain(fn: Callable, base: Any, delta: Delta, /, *args: Any, **kwargs: Any)
       [('dot_general', True)]
     """
     check_function("explain", fn)
-    arguments = Arguments.of(base, args, kwargs)
+    arguments = Arguments.create(base, args, kwargs)
     check_delta(delta, arguments)
     call, found = Call.trace(fn, arguments), []
     interpreter = Interpreter(uses=found)
 
     def run(arrays, delta):
         given = dataclasses.replace(arguments, arrays=tuple(arrays))
-        out = call.evaluate(interpreter, entered(delta, given, None, interpreter))
+        out = call.evaluate(interpreter, insert_adapters(delta, given, None, interpreter))
         return [leaf for leaf in jax.tree.leaves(out) if is_array(leaf)]
 
     jax.eval_shape(run, list(arguments.arrays), delta)
@@ -185,7 +185,7 @@ def summary(base: Any, delta: Delta) -> Summary:
       >>> made.trainable, made.total, made.optimizer_bytes("Adam")
       (64, 320, 512)
     """
-    check_delta(delta, Arguments.of(base, (), {}))
+    check_delta(delta, Arguments.create(base))
     leaves = {path: leaf for path, leaf in paths.flatten(base).as_dict().items() if is_array(leaf)}
     train, _ = partition(delta)
     trained = {path: sum(leaf.size for leaf in jax.tree.leaves(node)) for path, node in train.items()}

@@ -67,7 +67,7 @@ class TrainState:
         """
         check_transform(tx, "TrainState.create")
         checks.key("TrainState.create(base, delta, tx, key)", key)
-        check_delta(delta, Arguments.of(base, (), {}))
+        check_delta(delta, Arguments.create(base))
         check_base(delta, base)
         train, frozen = partition(delta)
         opt_state = init_for(tx, train, "TrainState.create")

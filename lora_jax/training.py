@@ -155,7 +155,7 @@ def train_step(
     calls: list[bool] = []
     axis = DEVICES if pmap else None
     update = update_of(
-        dropout_keys.recording(loss_fn, calls), accumulate, axis, has_aux=has_aux, skip_nonfinite=skip_nonfinite
+        dropout_keys.with_recording(loss_fn, calls), accumulate, axis, has_aux=has_aux, skip_nonfinite=skip_nonfinite
     )
     donated = (4,) if donate else ()
     split_of: dict[Any, Halves] = {}  # computing which leaves train costs milliseconds

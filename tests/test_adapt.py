@@ -151,7 +151,7 @@ def test_flatten_joins_token_axes(base, delta, x):
 def test_a_wrong_base_is_refused(base, delta, x):
     with pytest.raises(ValueError, match=r"'w'.*\(4, 6\).*\(4, 5\)"):
         lora.adapt(matmul)({"w": jnp.ones((4, 5))}, delta, x)
-    with pytest.raises(ValueError, match=r"'w', which the base lacks; nearest: 'ww'"):
+    with pytest.raises(ValueError, match=r"'w', which is not in the base; nearest: 'ww'"):
         lora.adapt(matmul)({"ww": jnp.ones((4, 6))}, delta, x)
 
 

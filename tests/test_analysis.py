@@ -182,7 +182,7 @@ def test_what_cannot_be_analyzed():
         analysis.decompose(delta, axes={"w": ("in", "out")})
     with pytest.raises(ValueError, match="gives 3 roles"):
         analysis.decompose(delta, base, axes={"w": ("batch", "in", "out")})
-    with pytest.raises(ValueError, match="which the base lacks; nearest: 'v'"):
+    with pytest.raises(ValueError, match="which is not in the base; nearest: 'v'"):
         analysis.drift(delta, {"v": base["w"]}, axes={"w": ("in", "out")})
     with pytest.raises(ValueError, match="two points or more, there are 1"):
         analysis.correlation([analysis.Drift(np.array(1.0), np.array(0.1))])

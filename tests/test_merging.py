@@ -111,7 +111,7 @@ def test_a_delta_of_another_base_is_refused(base, getkey):
     delta = make(base, getkey(), LOW)
     with pytest.raises(ValueError, match=r"'w' is for a weight of shape \(6, 8\); the base has \(6, 9\)"):
         lora.merge({"w": jnp.ones((6, 9))}, delta)
-    with pytest.raises(ValueError, match=r"'w', which the base lacks; nearest: 'v'"):
+    with pytest.raises(ValueError, match=r"'w', which is not in the base; nearest: 'v'"):
         lora.unmerge({"v": jnp.ones((6, 8))}, delta)
 
 

@@ -34,11 +34,14 @@ def create(base, delta):
 
 KEY, LINEAR = jax.random.key(0), nnx.Linear(64, 8, rngs=nnx.Rngs(0))
 ADAPTED = r"takes the function itself.*got a result of lora\.adapt"
-EXCHANGED = "base and delta are exchanged, the base comes first"
+EXCHANGED = "base and delta are exchanged; the base comes first"
 JOIN = r"join\(train, frozen\)"
 CALLS = {
     "adapted, exchanged": (lambda: lora.adapt(fn)(delta(), BASE, X), EXCHANGED),
-    "adapted, delta last": (lambda: lora.adapt(fn)(BASE, X, delta()), r"got float32\[2,64\]|got f32\[2,64\]: it comes"),
+    "adapted, delta last": (
+        lambda: lora.adapt(fn)(BASE, X, delta()),
+        r"got float32\[2,64\]|got f32\[2,64\]: the delta is the second",
+    ),
     "merge, exchanged": (lambda: lora.merge(delta(), BASE), EXCHANGED),
     "explain, exchanged": (lambda: lora.explain(fn, delta(), BASE, X), EXCHANGED),
     "summary, exchanged": (lambda: lora.summary(delta(), BASE), EXCHANGED),

@@ -80,7 +80,7 @@ def weights_of(delta: Delta, base: Any) -> dict[str, Any]:
     """The adapted weights by path; none without a base."""
     if base is None:
         return {}
-    check_delta(delta, Arguments.of(base, (), {}))
+    check_delta(delta, Arguments.create(base))
     leaves = paths.flatten(base).as_dict()
     return {path: dequantized(leaves[path]) for path in delta}
 

@@ -80,11 +80,11 @@ def route(adapted: Callable, *, in_axes: Any = 0, out_axes: Any = 0, grouped: bo
     if not callable(adapted):
         raise TypeError(f"route takes a function from lora.adapt; got {type(adapted).__name__}.")
     leading = ("base", "stacked", "adapter_ids")
-    signature = signatures.replaced(adapted, leading, skip=2, options=("dropout_key",))
+    signature = signatures.replace_leading(adapted, leading, skip=2, options=("dropout_key",))
     name = getattr(adapted, "__name__", "routed")
 
     def routed(*args, dropout_key=None, **kwargs):
-        (base, stacked, adapter_ids), args, kwargs = signatures.divided(name, signature, 3, args, kwargs)
+        (base, stacked, adapter_ids), args, kwargs = signatures.split_leading(name, signature, 3, args, kwargs)
         args, whole = arrays_apart(args)
         members = count(stacked)
         check_base(stacked, base, warn=True)
@@ -109,7 +109,7 @@ def route(adapted: Callable, *, in_axes: Any = 0, out_axes: Any = 0, grouped: bo
         out = jax.vmap(one, in_axes=(0, 0, axes), out_axes=out_axes)(ids, keys, args)
         return out if order is None else each(functools.partial(_taken, jnp.argsort(order)), out_axes, out)
 
-    return signatures.describe(routed, adapted, signature)
+    return signatures.copy_metadata(routed, adapted, signature)
 
 
 def _check_whole(leaf: Any, axis: int) -> None:

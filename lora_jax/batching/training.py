@@ -81,7 +81,7 @@ class TrainStates:
           ValueError: The deltas do not stack; there are not as many keys or values as deltas; there are values, and
             `tx` is a transform.
         """
-        deltas, arguments = list(deltas), Arguments.of(base, (), {})
+        deltas, arguments = list(deltas), Arguments.create(base)
         for delta in deltas:
             check_delta(delta, arguments)
             check_base(delta, base)
@@ -194,7 +194,9 @@ def train_many(
         return loss_fn(base, _held(delta, present), batch, key)
 
     calls: list[bool] = []
-    update = update_of(dropout_keys.recording(loss, calls), accumulate, has_aux=has_aux, skip_nonfinite=skip_nonfinite)
+    update = update_of(
+        dropout_keys.with_recording(loss, calls), accumulate, has_aux=has_aux, skip_nonfinite=skip_nonfinite
+    )
 
     def body(static, arrays, carry, fixed, batch):
         base = static.restore(arrays)

@@ -113,7 +113,7 @@ def switch_task(params: Any, old: Delta, new: Delta, base: Any = None) -> Any:
         return merge(_restored(params, old, base), new)
     _need_additive(old, "switch_task")
     _need_additive({path: node for path, node in new.items() if path in old}, "switch_task")
-    check_delta(new, Arguments.of(params, (), {}))
+    check_delta(new, Arguments.create(params))
 
     def exchange(path: str, weight: jax.Array) -> jax.Array:
         wide = weight.astype(compute_dtype(weight.dtype))
@@ -140,7 +140,7 @@ def _check_no_bias(delta: Delta) -> None:
 
 def _changed(params: Any, delta: Delta, change, also: Delta | None = None, *, merges: bool = False) -> Any:
     """The parameters with `change(path, weight)` of what the delta names; `merges` if they are its base."""
-    check_delta(delta, Arguments.of(params, (), {}), enlarged=merges)
+    check_delta(delta, Arguments.create(params), enlarged=merges)
     _check_no_bias(delta)
     _check_no_bias(also or {})
     if merges:
@@ -177,7 +177,7 @@ def _is_finite(array: Any) -> bool:
 
 
 def _restored(params: Any, delta: Delta, base: Any) -> Any:
-    arguments = Arguments.of(base, (), {})
+    arguments = Arguments.create(base)
     check_delta(delta, arguments)
     _check_no_bias(delta)
     check_base(delta, base)

@@ -54,7 +54,7 @@ def merge_quantized(base: Any, delta: Delta) -> tuple[Any, dict[str, RoundingErr
     References:
       Dettmers et al., `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023, §3
     """
-    check_delta(delta, Arguments.of(base, (), {}))
+    check_delta(delta, Arguments.create(base))
     errors: dict[str, RoundingError] = {}
 
     def of(path: str, leaf: Any) -> Any:

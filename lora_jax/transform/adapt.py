@@ -1,4 +1,4 @@
-"""adapt(): a function of parameters becomes a function of base and delta."""
+"""adapt(): turns a function of parameters into a function of base and delta."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,42 +11,41 @@ from lora_jax.transform import signatures
 from lora_jax.transform.call import Arguments, Call, check_delta
 from lora_jax.transform.evaluation import Evaluation, Leaves
 from lora_jax.transform.interpreter import Interpreter
-from lora_jax.transform.programs import Reader, programs_of
+from lora_jax.transform.programs import ClosureReader, get_programs
 
 
 def adapt(fn: Callable, *, flatten: bool = True) -> Callable:
-    r"""Makes a function of parameters a function of frozen parameters and adapters.
+    r"""Turns a function of parameters into a function of frozen parameters and adapters.
 
-    Where a weight is multiplied with an input, :math:`x W + s\,(x A^\top) B` is computed; the merged
-    weight and its gradient are never formed. The function is traced, not rewritten: Linen, NNX,
-    Equinox, Haiku and plain functions are all the same to it. :func:`lora_jax.explain` tells how each
-    weight is treated.
+    A product of a weight with an input is computed as :math:`x W + s\,(x A^\top) B`, without forming the merged weight
+    or its gradient. The function is traced, not rewritten, so Linen, NNX, Equinox, Haiku and plain functions are
+    treated alike. :func:`lora_jax.explain` reports how each weight is used.
 
     Args:
-      fn: `fn(base, *args, **kwargs)`, anything that `jax.jit` can trace. Array leaves of its arguments
-        are traced; everything else (strings, flags, callables) is closed over, and outputs that are no
-        arrays pass through. As under `jax.jit`, it is traced once for each kind of arguments, and what it closes over
-        is read then. A closure variable, a default or a global that it names is noticed when it is bound to another
-        object; a mutation inside an object is not.
-      flatten: Whether the low-rank products see all token axes of their input as one, which is faster.
-        False where a later token axis is sharded (sequence parallelism): flattening would gather it. On meshes with
-        explicit axes types tell so, and such axes are left apart.
+      fn: `fn(base, *args, **kwargs)`, any function that `jax.jit` can trace. Array leaves of its arguments
+        are traced; everything else (strings, flags, callables) is closed over, and outputs that are not arrays pass
+        through. As with `jax.jit`, the function is traced once per argument structure, shapes and dtypes, and values
+        that it closes over are read at that time. It is traced again if a closure variable, a default argument or a
+        global that it names is bound to another object, but not if such an object is mutated.
+      flatten: Whether the low-rank products flatten all token axes of their input into one, which is faster.
+        Pass False if a token axis other than the first is sharded (sequence parallelism), since flattening would
+        gather it. On meshes with explicit axes, sharded token axes are never flattened.
 
     Returns:
       `adapted(base, delta, <fn's parameters after its first>, *, dropout_key=None)`. Static and donated arguments are
-      those of fn, by name and by position one later. It composes with `jit`, `grad`, `vmap` (over adapters too),
-      `scan`, `remat`, `shard_map`; outside of them it compiles itself. `dropout_key` turns the adapters' dropout on: a
-      mask depends on the key, the path and the index of the use within fn, not on `jit` or `jax.checkpoint` around it.
-      Frozen leaves of the delta have no gradient.
+      the same as for fn, by name or by position plus one. It composes with `jit`, `grad`, `vmap` (also over adapters),
+      `scan`, `remat` and `shard_map`; outside of them it is compiled on its own. `dropout_key` enables the adapters'
+      dropout: a mask depends on the key, the path and the index of the use within fn, not on `jit` or
+      `jax.checkpoint` around it. Frozen leaves of the delta receive no gradient.
 
     Warns:
-      WrongBaseWarning: (from `adapted`, outside of `jit`) The delta is from :func:`lora_jax.prepare`, and the base is
-        not the one that it returned.
+      WrongBaseWarning: (from `adapted`, outside `jit`) The delta was created by :func:`lora_jax.prepare`, and the base
+        is not the one that `prepare` returned.
 
     Raises:
-      TypeError: fn is not callable, a module, or a result of `adapt`.
-      ValueError: fn has a parameter `dropout_key`; (from `adapted`) the delta names a path that the base lacks, fits
-        another shape, or adapts a weight that the function never uses.
+      TypeError: fn is not callable, or it is a module or a result of `adapt`.
+      ValueError: fn has a parameter `dropout_key`; (from `adapted`) the delta has a path that is not in the base, an
+        adapter for another shape, or an adapter of a weight that the function never uses.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -61,34 +60,36 @@ def adapt(fn: Callable, *, flatten: bool = True) -> Callable:
       Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, §4.1
     """
     check_function("adapt", fn)
-    if "dropout_key" in signatures.of(fn).parameters:
-        raise ValueError("The function has an argument dropout_key, a name that adapted() takes for the adapters.")
-    signature = signatures.replaced(fn, ("base", "delta"), skip=1, options=("dropout_key",))
+    if "dropout_key" in signatures.get_signature(fn).parameters:
+        raise ValueError(
+            "The function has a parameter dropout_key; adapted() reserves this name for the adapters' dropout."
+        )
+    signature = signatures.replace_leading(fn, ("base", "delta"), skip=1, options=("dropout_key",))
     name = getattr(fn, "__name__", "adapted")
-    programs, read = programs_of(fn, flatten), Reader(fn)
+    programs, read_closure = get_programs(fn, flatten), ClosureReader(fn)
 
     def adapted(*args, dropout_key: jax.Array | None = None, **kwargs) -> Any:
-        (base, delta), args, kwargs = signatures.divided(name, signature, 2, args, kwargs)
+        (base, delta), args, kwargs = signatures.split_leading(name, signature, 2, args, kwargs)
         leaves = Leaves((base, delta, args, kwargs, dropout_key))
         key = leaves.key
-        evaluation = None if key is None else programs.get(read(), key)
+        evaluation = None if key is None else programs.get(read_closure(), key)
         if evaluation is None:
-            arguments = Arguments.of(base, args, kwargs)
+            arguments = Arguments.create(base, args, kwargs)
             check_delta(delta, arguments)
             call = Call.trace(fn, arguments.varying_with(delta))
             for path in delta:
                 if not call.uses_path(path):
                     raise ValueError(f"The delta adapts {path!r}, which the function never uses.")
-            lasts = key is not None and not call.program.holds_tracers
-            compiles = lasts and leaves.are_together()
-            # A number or a variable that changes from call to call costs a trace each time, but no compilation.
-            varies = lasts and any(other.kind == key.kind for other in programs.all_keys())
-            options = {"compiles": compiles and not varies, "later": compiles}
+            cacheable = key is not None and not call.program.holds_tracers
+            compilable = cacheable and leaves.on_same_devices()
+            # A static argument or a closure variable that changes at every call costs a trace, but no compilation.
+            varies = cacheable and any(other.arrays == key.arrays for other in programs.all_keys())
+            options = {"compile_first": compilable and not varies, "compile_later": compilable}
             evaluation = Evaluation(call, Interpreter(flatten=flatten), leaves.structure, name, **options)
-            if lasts:
-                # Read again: while it was traced, the function may have bound variables itself.
-                programs.put(read(), key, evaluation)
+            if cacheable:
+                # Read the closure again: tracing may have rebound variables.
+                programs.put(read_closure(), key, evaluation)
         check_base(delta, base, warn=True)
         return evaluation(leaves)
 
-    return mark_adapted(signatures.describe(adapted, fn, signature))
+    return mark_adapted(signatures.copy_metadata(adapted, fn, signature))

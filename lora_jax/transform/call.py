@@ -1,4 +1,4 @@
-"""A call of a function of parameters as a program over named weights: what adapt, explain and init share."""
+"""Traces a call of a function of parameters to a program over named weights. Shared by adapt, explain and init."""
 
 import dataclasses
 import zlib
@@ -22,13 +22,13 @@ _ABSENT = object()
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """The arguments of one call, arrays apart from the rest.
+    """The arguments of one call, split into arrays and static leaves.
 
     Attributes:
-      paths: Of the leaves of the base.
-      arrays: The array leaves of base, args and kwargs, in order. A quantized weight of the base is one.
-      static: The other leaves, with a placeholder for each array.
-      treedefs: Of the base, and of `(args, kwargs)`.
+      paths: Paths of the base's array leaves.
+      arrays: The array leaves of base, args and kwargs, in order. A quantized weight of the base is one leaf.
+      static: All leaves, with a placeholder for each array.
+      treedefs: The structures of the base and of `(args, kwargs)`.
     """
 
     paths: tuple[str, ...]
@@ -37,9 +37,9 @@ class Arguments:
     treedefs: tuple[Any, Any]
 
     @classmethod
-    def of(cls, base: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "Arguments":
+    def create(cls, base: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> "Arguments":
         flat = paths.flatten(base)
-        others, treedef = jax.tree.flatten((tuple(args), dict(kwargs)))
+        others, treedef = jax.tree.flatten((tuple(args), dict(kwargs or {})))
         leaves = [*flat.leaves, *others]
         return cls(
             paths=tuple(path for path, leaf in zip(flat.paths, flat.leaves) if is_array(leaf)),
@@ -49,11 +49,11 @@ class Arguments:
         )
 
     def varying_with(self, delta: Any) -> "Arguments":
-        """Inside `shard_map`: with arrays that vary over every mesh axis that the delta varies over."""
+        """Inside `shard_map`, makes the arrays vary over every mesh axis that the delta varies over."""
         return dataclasses.replace(self, arrays=tuple(jaxprs.varying_together(self.arrays, delta)))
 
-    def restored(self, arrays: Sequence[Any]) -> tuple[Any, Sequence[Any], Mapping[str, Any]]:
-        """Base, args and kwargs again, with these arrays."""
+    def restore(self, arrays: Sequence[Any]) -> tuple[Any, Sequence[Any], Mapping[str, Any]]:
+        """Returns base, args and kwargs with the given arrays."""
         queue = iter(arrays)
         leaves = [next(queue) if leaf is _ABSENT else leaf for leaf in self.static]
         base, others = self.treedefs
@@ -61,7 +61,7 @@ class Arguments:
         return jax.tree.unflatten(base, leaves[: base.num_leaves]), args, kwargs
 
     def key(self) -> Any:
-        """What a trace depends on, or None where that cannot be hashed."""
+        """Returns what a trace depends on, or None if a static leaf is not hashable."""
         static = tuple((type(leaf), leaf) for leaf in self.static)
         key = (tuple(map(jaxprs.aval, self.arrays)), static, self.treedefs, jaxprs.trace_context())
         try:
@@ -76,9 +76,9 @@ class Call:
     """A traced call.
 
     Attributes:
-      program: Its jaxpr.
-      paths: Of the base's array leaves, which are the first inputs.
-      outputs: The output's structure and its leaves that are no arrays.
+      program: The traced function.
+      paths: Paths of the base's array leaves, which are the first inputs of the program.
+      outputs: The structure of the output, and its leaves with a placeholder for each array.
     """
 
     program: jaxprs.Program
@@ -91,7 +91,7 @@ class Call:
         captured = []
 
         def flat(*arrays):
-            base, args, kwargs = arguments.restored(arrays)
+            base, args, kwargs = arguments.restore(arrays)
             out, treedef = jax.tree.flatten(fn(base, *args, **kwargs))
             captured.append((treedef, tuple(_ABSENT if is_array(leaf) else leaf for leaf in out)))
             return [leaf for leaf in out if is_array(leaf)]
@@ -100,15 +100,15 @@ class Call:
         return cls(program, arguments.paths, captured[-1])
 
     def uses_path(self, path: str) -> bool:
-        """Whether the outputs depend on a leaf of the base."""
+        """Returns whether the outputs depend on the base's leaf at a path."""
         return self.program.used[self.paths.index(path)]
 
     def evaluate(self, interpreter: Interpreter, arrays: Sequence[Any]) -> Any:
-        """The output for these inputs, some of which may be adapted weights."""
-        return self.restored(self.results(interpreter, self.program.consts, arrays))
+        """Returns the output for these inputs, some of which may be adapted weights."""
+        return self.restore(self.results(interpreter, self.program.consts, arrays))
 
     def results(self, interpreter: Interpreter, consts: Sequence[Any], arrays: Sequence[Any]) -> list[jax.Array]:
-        """The leaves of the output that are arrays."""
+        """Returns the array leaves of the output."""
         used = [array for array, keep in zip(arrays, self.program.used) if keep]
         results, _ = interpreter.body(self.program.jaxpr)({}, *consts, *used)
         return [
@@ -116,30 +116,32 @@ class Call:
             for out in results
         ]
 
-    def restored(self, results: Sequence[jax.Array]) -> Any:
-        """The output with its own structure."""
+    def restore(self, results: Sequence[jax.Array]) -> Any:
+        """Returns the output in its own structure, with the given array leaves."""
         queue = iter(results)
         treedef, static = self.outputs
         return jax.tree.unflatten(treedef, [next(queue) if leaf is _ABSENT else leaf for leaf in static])
 
 
 def check_delta(delta: Any, arguments: Arguments, *, enlarged: bool = False) -> None:
-    """Raises unless `delta` is a dict of adapters that fit the base's leaves.
+    """Raises an error unless `delta` is a dict of adapters that fit the base's leaves.
 
     Args:
-      delta: What is checked.
-      arguments: Those of a call on the base.
-      enlarged: Whether leaves trained outright may have more entries along one axis than the base's.
+      delta: The object to check.
+      arguments: Arguments of a call that include the base.
+      enlarged: Whether adapters that replace a leaf (`Full`) may have more entries along one axis than the base.
     """
     check_adapters(delta, _advice(delta, arguments))
     shapes = {path: tuple(leaf.shape) for path, leaf in zip(arguments.paths, arguments.arrays)}
     dtypes = {path: leaf.dtype for path, leaf in zip(arguments.paths, arguments.arrays)}
     for path, node in delta.items():
         if path not in shapes:
-            raise ValueError(f"The delta adapts {path!r}, which the base lacks; {paths.nearest(path, list(shapes))}.")
+            raise ValueError(
+                f"The delta adapts {path!r}, which is not in the base; {paths.nearest(path, list(shapes))}."
+            )
         if not jnp.issubdtype(dtypes[path], jnp.inexact):
             raise ValueError(
-                f"The delta adapts {path!r}, which has the dtype {dtypes[path]}: integers would round the update away."
+                f"The delta adapts {path!r}, which has the dtype {dtypes[path]}: integers cannot hold the update."
             )
         if node.shape() != shapes[path]:
             if enlarges(node, shapes[path]):
@@ -147,8 +149,8 @@ def check_delta(delta: Any, arguments: Arguments, *, enlarged: bool = False) -> 
                     continue
                 raise ValueError(
                     f"The adapter of {path!r} has the shape {node.shape()}, an enlarged vocabulary; the base has "
-                    f"{shapes[path]}. Put it into the base first: base = lora.merge(base, {{{path!r}: "
-                    f"delta.pop({path!r})}}), for a model of that size."
+                    f"{shapes[path]}. Merge it into the base first, for a model of that size: base = lora.merge(base, "
+                    f"{{{path!r}: delta.pop({path!r})}})."
                 )
             raise ValueError(
                 f"The adapter of {path!r} is for a weight of shape {node.shape()}; the base has {shapes[path]}."
@@ -156,27 +158,27 @@ def check_delta(delta: Any, arguments: Arguments, *, enlarged: bool = False) -> 
 
 
 def _advice(delta: Any, arguments: Arguments) -> str:
-    """What the caller may have meant who gave something else than a delta."""
+    """Returns a hint on how to correct a call whose argument is not a delta."""
     if isinstance(delta, Mapping) and all(map(is_adapter, delta.values())):
         return ""
-    base = arguments.restored(arguments.arrays)[0]
+    base = arguments.restore(arguments.arrays)[0]
     if any(map(is_adapter, jax.tree.leaves(base, is_leaf=is_adapter))):
-        return ": base and delta are exchanged, the base comes first"
+        return ": base and delta are exchanged; the base comes first"
     if is_array(delta):
-        return ": it comes second, after the base"
+        return ": the delta is the second argument, after the base"
     if isinstance(delta, tuple) and len(delta) == 2 and all(isinstance(half, Mapping) for half in delta):
-        return ": the halves of partition() are given by join(train, frozen)"
+        return ": combine the halves of partition() with join(train, frozen)"
     return ""
 
 
-def entered(
+def insert_adapters(
     delta: Mapping[str, Adapter],
     arguments: Arguments,
     dropout_key: jax.Array | None,
     interpreter: Interpreter,
 ) -> list[Any]:
-    """The inputs of a call, adapted weights in place of the base's."""
-    dropout_keys.note(dropout_key is not None)
+    """Returns the inputs of a call, with adapted weights in place of the base's arrays."""
+    dropout_keys.record_call(dropout_key is not None)
     if dropout_key is not None:
         checks.key("dropout_key", dropout_key)
     if dropout_key is not None and not jax.dtypes.issubdtype(dropout_key.dtype, jax.dtypes.prng_key):
@@ -201,5 +203,5 @@ def entered(
 
 
 def path_key(key: jax.Array, path: str) -> jax.Array:
-    """A key of a path's own, the same whatever else is adapted."""
+    """Derives the PRNG key of a path. It does not depend on which other paths are adapted."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))

@@ -1,4 +1,4 @@
-"""Whether calls of adapted functions are given a dropout key, for the warning of a training step."""
+"""Records whether adapted functions are called with a dropout key, for a warning of the training step."""
 
 import contextlib
 import contextvars
@@ -14,8 +14,8 @@ _CALLS: contextvars.ContextVar[list[bool] | None] = contextvars.ContextVar("call
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[bool]]:
-    """A list that gets an entry for each call of an adapted function in the block: whether it has a dropout key."""
+def record_calls() -> Iterator[list[bool]]:
+    """Collects, for each call of an adapted function inside the block, whether it has a dropout key."""
     calls: list[bool] = []
     token = _CALLS.set(calls)
     try:
@@ -24,28 +24,28 @@ def recorded() -> Iterator[list[bool]]:
         _CALLS.reset(token)
 
 
-def note(has_key: bool) -> None:
-    """Records a call of an adapted function."""
+def record_call(has_key: bool) -> None:
+    """Records one call of an adapted function."""
     calls = _CALLS.get()
     if calls is not None:
         calls.append(has_key)
 
 
-def recording(loss_fn: Callable, calls: list[bool]) -> Callable:
-    """The loss function; when it is traced, `calls` gets whether each adapted call in it has a dropout key."""
+def with_recording(loss_fn: Callable, calls: list[bool]) -> Callable:
+    """Wraps a loss function so that tracing it appends to `calls`, for each adapted call, whether it has a key."""
 
     @functools.wraps(loss_fn)
     def recorded_loss(*args):
-        with recorded() as seen:
+        with record_calls() as new_calls:
             out = loss_fn(*args)
-        calls.extend(seen)
+        calls.extend(new_calls)
         return out
 
     return recorded_loss
 
 
 def warn_without_key(calls: list[bool], delta: Mapping[str, Any]) -> None:
-    """Warns if a delta has dropout and none of the calls that a trace recorded has a key; empties the record."""
+    """Warns if a delta has dropout but none of the recorded calls has a key; then clears the record."""
     if not calls:
         return
     has_key = any(calls)
@@ -61,11 +61,11 @@ def warn_without_key(calls: list[bool], delta: Mapping[str, Any]) -> None:
 
 
 def _dropout_rates(delta: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
-    """The paths whose adapters have dropout, with the largest rate."""
+    """Yields the paths of adapters with dropout, each with its largest rate."""
     for path, node in delta.items():
         rate = getattr(node, "dropout", None)
         if isinstance(rate, jax.Array | np.ndarray) and not isinstance(rate, jax.core.Tracer):
             parts = [part.data for part in rate.addressable_shards] if isinstance(rate, jax.Array) else [rate]
-            largest = max(float(np.max(np.asarray(part))) for part in parts)  # on the host, whatever mesh is current
+            largest = max(float(np.max(np.asarray(part))) for part in parts)  # on the host: independent of the mesh
             if largest > 0:
                 yield path, largest

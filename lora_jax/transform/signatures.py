@@ -1,4 +1,4 @@
-"""Signatures of functions that take other leading arguments than the function they call."""
+"""Signatures of wrappers whose leading parameters differ from those of the function they call."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -9,25 +9,25 @@ _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 _ANY = Signature([Parameter("args", Parameter.VAR_POSITIONAL), Parameter("kwargs", Parameter.VAR_KEYWORD)])
 
 
-def of(fn: Callable) -> Signature:
-    """A function's signature, `(*args, **kwargs)` if it has none."""
+def get_signature(fn: Callable) -> Signature:
+    """Returns a function's signature, or `(*args, **kwargs)` if it has none."""
     try:
         return inspect.signature(fn)
     except (TypeError, ValueError):
         return _ANY
 
 
-def replaced(fn: Callable, leading: Sequence[str], *, skip: int, options: Sequence[str] = ()) -> Signature:
-    """A function's signature with other leading parameters.
+def replace_leading(fn: Callable, leading: Sequence[str], *, skip: int, options: Sequence[str] = ()) -> Signature:
+    """Returns a function's signature with its leading parameters replaced.
 
     Args:
-      fn: The function; parameters keep their names, kinds, defaults and annotations.
-      leading: The names of the leading parameters. If the function itself uses one of them, they are positional-only
-        and that one has an underscore after its name.
-      skip: How many of the function's own positional parameters they replace.
+      fn: The function. The other parameters keep their names, kinds, defaults and annotations.
+      leading: The names of the new leading parameters. If the function already uses one of these names, all of them
+        are positional-only and the clashing name gets an underscore.
+      skip: The number of the function's positional parameters that are replaced.
       options: Names of keyword-only parameters with the default None, added unless the function has them.
     """
-    signature = of(fn)
+    signature = get_signature(fn)
     rest = list(signature.parameters.values())
     while skip and rest and rest[0].kind in _POSITIONAL:
         skip -= 1
@@ -46,13 +46,13 @@ def replaced(fn: Callable, leading: Sequence[str], *, skip: int, options: Sequen
     return signature.replace(parameters=[*start, *rest[: len(rest) - len(end)], *added, *end])
 
 
-def divided(
+def split_leading(
     name: str, signature: Signature, count: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Sequence[Any], tuple[Any, ...], dict[str, Any]]:
-    """The `count` leading arguments of a call, by position or by name, and the others.
+    """Splits the arguments of a call into the `count` leading ones, given by position or by name, and the others.
 
     Raises:
-      TypeError: A leading argument is missing or is given twice.
+      TypeError: A leading argument is missing or passed twice.
     """
     if len(args) >= count:
         return args[:count], args[count:], dict(kwargs)
@@ -66,8 +66,8 @@ def divided(
     return [bound.arguments[name] for name in names], (), {k: v for k, v in kwargs.items() if k not in names}
 
 
-def describe(wrapper: Callable, fn: Callable, signature: Signature) -> Callable:
-    """Gives a wrapper the name and docstring of the function that it calls, and a signature of its own."""
+def copy_metadata(wrapper: Callable, fn: Callable, signature: Signature) -> Callable:
+    """Sets a wrapper's name and docstring to those of the function that it calls, and its signature to `signature`."""
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
         if hasattr(fn, name):
             setattr(wrapper, name, getattr(fn, name))

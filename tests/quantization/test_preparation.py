@@ -138,7 +138,7 @@ def test_merge_quantized_merges_other_weights_as_merge_does(floats, base):
     merged, errors = merge_quantized(mixed, delta)
     assert list(errors) == ["up"]
     np.testing.assert_array_equal(merged["down"], lora.merge(mixed, delta)["down"])
-    with pytest.raises(ValueError, match="'upp', which the base lacks; nearest: 'up'"):
+    with pytest.raises(ValueError, match="'upp', which is not in the base; nearest: 'up'"):
         merge_quantized(mixed, {"upp": delta["up"]})
 
 
