@@ -25,14 +25,14 @@ FORMS = {
 def fixture(name):
     """The stored inputs in our layout, and what transformers gives for them."""
     with np.load(MODELS / name / "expected.npz") as stored:
-        given = dict(stored)
+        arrays = dict(stored)
     if name == "vit":
-        inputs, kept = (given["pixel_values"].transpose(0, 2, 3, 1),), np.ones(given["hidden"].shape[:2], bool)
+        inputs, real = (arrays["pixel_values"].transpose(0, 2, 3, 1),), np.ones(arrays["hidden"].shape[:2], bool)
     else:
-        given.setdefault("token_type_ids", np.zeros_like(given["input_ids"]))  # DistilBERT has no segments
-        inputs = tuple(given[key].astype(np.int32) for key in ("input_ids", "attention_mask", "token_type_ids"))
-        kept = inputs[1] == 1  # what stands at padding means nothing
-    return SimpleNamespace(inputs=tuple(map(jnp.asarray, inputs)), kept=kept, **given)
+        arrays.setdefault("token_type_ids", np.zeros_like(arrays["input_ids"]))  # DistilBERT has no segments
+        inputs = tuple(arrays[key].astype(np.int32) for key in ("input_ids", "attention_mask", "token_type_ids"))
+        real = inputs[1] == 1  # what stands at padding means nothing
+    return SimpleNamespace(inputs=tuple(map(jnp.asarray, inputs)), real=real, **arrays)
 
 
 def load(name, options=DEFAULT, **keywords):
@@ -67,26 +67,26 @@ def results(name, options=DEFAULT):
 
 
 def check_parity(name):
-    expected, given = fixture(name), results(name)
-    np.testing.assert_allclose(given.logits, expected.logits, atol=1e-5)
-    if given.hidden is not None:
-        np.testing.assert_allclose(given.hidden[expected.kept], expected.hidden[expected.kept], atol=1e-5)
+    expected, actual = fixture(name), results(name)
+    np.testing.assert_allclose(actual.logits, expected.logits, atol=1e-5)
+    if actual.hidden is not None:
+        np.testing.assert_allclose(actual.hidden[expected.real], expected.hidden[expected.real], atol=1e-5)
 
 
 def check_form(name, form):
-    given, usual = results(name, FORMS[form]), results(name)
-    np.testing.assert_allclose(given.logits, usual.logits, atol=1e-5)
-    assert given.gradients.keys() == usual.gradients.keys()
-    for path, gradient in given.gradients.items():
+    actual, usual = results(name, FORMS[form]), results(name)
+    np.testing.assert_allclose(actual.logits, usual.logits, atol=1e-5)
+    assert actual.gradients.keys() == usual.gradients.keys()
+    for path, gradient in actual.gradients.items():
         np.testing.assert_allclose(gradient, usual.gradients[path], atol=1e-4, err_msg=path)
 
 
 def check_bfloat16(name):
     """Forwards and backwards."""
-    given = results(name, Options(scan=True, dtype=jnp.bfloat16))
-    assert given.logits.dtype == jnp.float32
-    np.testing.assert_allclose(given.logits, fixture(name).logits, atol=0.1)
-    for path, gradient in given.gradients.items():
+    actual = results(name, Options(scan=True, dtype=jnp.bfloat16))
+    assert actual.logits.dtype == jnp.float32
+    np.testing.assert_allclose(actual.logits, fixture(name).logits, atol=0.1)
+    for path, gradient in actual.gradients.items():
         usual = results(name).gradients[path]
         assert gradient.dtype == jnp.float32
         assert np.abs(gradient - usual).max() <= 0.1 * np.abs(usual).max() + 0.05, path
@@ -98,9 +98,9 @@ def check_round_trip(name, options, directory):
     config = checkpoint.read_config(MODELS / name)
     checkpoint.save(directory / name, base, names(model), config)
     assert checkpoint.read_config(directory / name) == config
-    given, written = tensors(MODELS / name), tensors(directory / name)
-    assert given.keys() == written.keys()
-    for tensor, values in given.items():
+    stored, written = tensors(MODELS / name), tensors(directory / name)
+    assert stored.keys() == written.keys()
+    for tensor, values in stored.items():
         assert values.dtype == written[tensor].dtype and values.tobytes() == written[tensor].tobytes(), tensor
 
 

@@ -78,8 +78,8 @@ def test_what_is_found(interrupted_and_finished):
         assert [grid.shape for grid in grids.values()] == [(1, 3), (3, 3), (3, 3), (3, 3)]
         assert all((grid >= 0).all() and (grid <= 1 + 1e-9).all() for grid in grids.values())
     assert list(findings.amplifications) == ["LoRA r=1", "LoRA r=3", "DoRA r=1", "full"]
-    for found in findings.amplifications.values():
-        assert all(x.factor > 0 and x.projected <= x.largest for x in found.values())
+    for amplifications in findings.amplifications.values():
+        assert all(x.factor > 0 and x.projected <= x.largest for x in amplifications.values())
     for steps in findings.drifts.values():
         assert list(steps) == [3, 6]
         assert all(drift.direction > 0 for paths in steps.values() for drift in paths.values())

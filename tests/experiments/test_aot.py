@@ -29,8 +29,8 @@ def test_a_product():
 
 
 def test_a_batch_of_products():
-    found = counted(lambda x, y: jnp.einsum("bmk,bkn->bmn", x, y), floats(3, M, K), floats(3, K, N))
-    assert found.dots == 3 * PRODUCT
+    costs = counted(lambda x, y: jnp.einsum("bmk,bkn->bmn", x, y), floats(3, M, K), floats(3, K, N))
+    assert costs.dots == 3 * PRODUCT
 
 
 def test_the_body_of_a_scan_counts_as_often_as_it_runs():
@@ -69,8 +69,8 @@ def test_of_branches_the_larger_counts():
     def choose(small, x, w):
         return jax.lax.cond(small, lambda: x, lambda: jnp.tanh(x @ w) @ w)
 
-    found = counted(choose, jax.ShapeDtypeStruct((), jnp.bool), floats(M, K), floats(K, K))
-    assert found.dots == 2 * 2 * M * K * K
+    costs = counted(choose, jax.ShapeDtypeStruct((), jnp.bool), floats(M, K), floats(K, K))
+    assert costs.dots == 2 * 2 * M * K * K
 
 
 def test_a_loop_that_runs_until_a_value_is_reached_is_named():
@@ -90,9 +90,9 @@ def test_on_a_mesh():
     def loss(w, x):
         return jnp.sum((x @ w) ** 2)
 
-    found = counted(jax.grad(loss), w, x, out_shardings=w.sharding)
-    assert found.dots == 2 * PRODUCT  # forward, and the gradient of w, of an eighth of the batch
-    sent = found.sent()
+    costs = counted(jax.grad(loss), w, x, out_shardings=w.sharding)
+    assert costs.dots == 2 * PRODUCT  # forward, and the gradient of w, of an eighth of the batch
+    sent = costs.sent()
     assert sent["all-gather"] == K * N * 4 * 3 / 4
     # The gradient is summed over all eight; a CPU has no reduce-scatter of its own here.
     assert sent["all-reduce"] + sent["reduce-scatter"] >= K * N * 4 * 3 / 4
@@ -200,15 +200,15 @@ def test_the_forms_that_are_a_tpus():
     """Loops without a stated count, exchanges in steps, reduce-scatters that are all-reduces, products as windows."""
     module = hlo.parse(TPU)
     assert module.partitions == 4
-    found = cost(module)
-    assert found.dots == 5 * 2 * 16 * 32 * 128  # from 0 to 10 by 2
-    assert found.runs() == dict.fromkeys(found.runs(), 0) | {"all-gather": 5, "reduce-scatter": 1}
-    assert found.sent()["all-gather"] == 5 * 32 * 128 * 2 * 3 / 4
-    assert found.sent()["reduce-scatter"] == 16 * 128 * 4 * 3 / 4
+    costs = cost(module)
+    assert costs.dots == 5 * 2 * 16 * 32 * 128  # from 0 to 10 by 2
+    assert costs.runs() == dict.fromkeys(costs.runs(), 0) | {"all-gather": 5, "reduce-scatter": 1}
+    assert costs.sent()["all-gather"] == 5 * 32 * 128 * 2 * 3 / 4
+    assert costs.sent()["reduce-scatter"] == 16 * 128 * 4 * 3 / 4
     # The gather reads 8 and writes 32 rows; the product reads them and 16 rows of 32, padded to 128, and its result
     # stays on the chip; the scatter reads 16 and writes 4 rows of floats.
     rows, counter = 5 * (8 + 32 + 32 + 16) * 128 * 2, 5 * 3 * 4
-    assert found.traffic == traffic.Traffic(rows + counter + (16 + 4) * 128 * 4)
+    assert costs.traffic == traffic.Traffic(rows + counter + (16 + 4) * 128 * 4)
 
 
 def test_what_goes_to_the_hosts_memory():
@@ -246,8 +246,8 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 }
 """
     for kind in UNCOUNTED:
-        found = cost(hlo.parse(text.replace("collective-broadcast", kind)))
-        assert found.unknown == ((kind, 1),) and found.exchanges == ()
+        costs = cost(hlo.parse(text.replace("collective-broadcast", kind)))
+        assert costs.unknown == ((kind, 1),) and costs.exchanges == ()
 
 
 def test_batches_as_dilated_windows():
@@ -281,8 +281,8 @@ metadata={{op_name="jit(f)/mine/pallas_call"}}, backend_config={{{}}}
 }}
 """
     estimate = '"custom_call_config":{"cost_estimate":{"flops":"77","transcendentals":"0","bytes_accessed":"1000"}}'
-    told = cost(hlo.parse(call.format(estimate)))
-    assert (told.kernels, told.traffic.device, told.unknown) == (77, 1000, ())
+    costs = cost(hlo.parse(call.format(estimate)))
+    assert (costs.kernels, costs.traffic.device, costs.unknown) == (77, 1000, ())
     assert cost(hlo.parse(call.format(""))).unknown == (("tpu_custom_call mine", 1),)
 
 

@@ -65,8 +65,8 @@ def test_the_flash_kernel_on_several_devices(getkey, monkeypatch, segments):
 
 def test_windows_segments_and_masks(getkey):
     q, k, v = inputs(getkey, length=6)
-    place = np.arange(6)
-    seen = (place[:, None] >= place) & (place[:, None] - place < 2)
+    index = np.arange(6)
+    seen = (index[:, None] >= index) & (index[:, None] - index < 2)
     want = attend(q, k, v, jnp.asarray(seen)[None, None])
     np.testing.assert_allclose(attend(q, k, v, causal=True, window=2), want, atol=1e-6)
     segments = jnp.array([[0, 0, 1, 1, 1, 1], [3, 3, 3, 3, 0, 0]])
@@ -107,15 +107,15 @@ def test_masks_are_not_for_flash_and_windows_are_causal(getkey):
 
 
 def test_cudnn_is_given_what_it_takes(getkey, monkeypatch):
-    given = {}
+    options = {}
 
     def record(q, *rest, mask, **how):
-        given.update(how, mask=mask)
+        options.update(how, mask=mask)
         return q
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
     qkv = inputs(getkey, dtype=jnp.bfloat16)
     padding = jnp.ones((2, 1, 1, LENGTH), bool)
     attend(*qkv, padding, causal=True, window=7, kernel="cudnn", platform="gpu")
-    assert given["mask"].shape == (2, 1, LENGTH, LENGTH)  # it broadcasts over heads, not over queries
-    assert given["implementation"] == "cudnn" and given["local_window_size"] == (6, 0) and given["is_causal"]
+    assert options["mask"].shape == (2, 1, LENGTH, LENGTH)  # it broadcasts over heads, not over queries
+    assert options["implementation"] == "cudnn" and options["local_window_size"] == (6, 0) and options["is_causal"]

@@ -34,7 +34,7 @@ def run(problem, make):
 
 def rank_major(gradients):
     """Gradients of the factors as {layer: (a, b)}, whatever the variant calls them."""
-    found = {}
+    factors = {}
     for path, gradient in gradients.items():
         if isinstance(gradient, dict):
             a, b = gradient["kernel_lora_a"].T, gradient["kernel_lora_b"]
@@ -43,8 +43,8 @@ def rank_major(gradients):
             a = a if a.shape[0] == b.shape[0] else a.T
         else:
             a, b = gradient.a, gradient.b
-        found[path.removesuffix("/kernel").replace("_", "/")] = (a, b)
-    return found
+        factors[path.removesuffix("/kernel").replace("_", "/")] = (a, b)
+    return factors
 
 
 @pytest.mark.parametrize("name", ["lora_jax", "flattened by hand", "hand-written", "W+AB formed", "qwix"])
@@ -78,14 +78,14 @@ def weight_shaped(problem, make):
     train_step, state = step.make_step(parts)
     text = train_step.lower(parts.train, state, parts.rest, problem.tokens).compile().as_text()
     sizes = {size for n_in, n_out in problem.shape.linears().values() for size in ((n_in, n_out), (n_out, n_in))}
-    found, inside = [], False
+    results, inside = [], False
     for line in text.splitlines():
         if line.endswith("{"):  # what stands inside of a fusion is held by nobody
             inside = "fused" in line.split("(")[0]
         held = re.match(r"\s+(?:ROOT )?%?\S+ = \w+\[(\d+),(\d+)\]\S* (?!parameter)([\w-]+)\(", line)
         if held and not inside and (int(held[1]), int(held[2])) in sizes:
-            found.append(held[3])
-    return found
+            results.append(held[3])
+    return results
 
 
 def test_doras_step_holds_no_array_of_a_weights_shape():

@@ -140,9 +140,9 @@ def test_outputs_agree_with_transformers(minilm):
         model = load(minilm)
         states = jax.jit(lambda tokens, mask: model(tokens, mask))(fixture["tokens"], fixture["mask"])
         pooled = classifier.mean_pool(states, fixture["mask"])
-        kept = fixture["hidden"]
-        mask = fixture["mask"][: len(kept), : kept.shape[1]].astype(bool)
-        assert np.abs(np.asarray(states)[: len(kept), : kept.shape[1]] - kept)[mask].max() <= 1e-5
+        stored = fixture["hidden"]
+        mask = fixture["mask"][: len(stored), : stored.shape[1]].astype(bool)
+        assert np.abs(np.asarray(states)[: len(stored), : stored.shape[1]] - stored)[mask].max() <= 1e-5
         assert np.abs(np.asarray(pooled) - fixture["pooled"]).max() <= 1e-5
 
 

@@ -33,22 +33,22 @@ def weights(model):
     return {"/".join(map(str, path)): x.get_value() for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
-def write_shards(directory, given, config=CONFIG):
+def write_shards(directory, arrays, config=CONFIG):
     """Every second tensor in a file of its own."""
     write_model(directory, {}, config)
     (directory / "model.safetensors").unlink()
-    names, where = sorted(given), {}
+    names, where = sorted(arrays), {}
     for number in range(2):
         file = f"model-0000{number + 1}-of-00002.safetensors"
-        save_file({name: given[name] for name in names[number::2]}, directory / file)
+        save_file({name: arrays[name] for name in names[number::2]}, directory / file)
         where |= dict.fromkeys(names[number::2], file)
     (directory / INDEX).write_text(json.dumps({"weight_map": where}))
     return directory
 
 
-def assert_same(given, expected):
-    assert given.keys() == expected.keys()
-    for path, values in given.items():
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for path, values in actual.items():
         np.testing.assert_array_equal(values, expected[path], err_msg=path)
 
 
@@ -103,15 +103,15 @@ def test_layers_of_a_scan_may_be_sharded(tmp_path, mesh):
 
 
 def test_what_is_stored_in_bfloat16_stays(tmp_path):
-    given = {name: x.astype(ml_dtypes.bfloat16) for name, x in bert_tensors().items()}
-    write_model(tmp_path / "given", given)
+    stored = {name: x.astype(ml_dtypes.bfloat16) for name, x in bert_tensors().items()}
+    write_model(tmp_path / "given", stored)
     model = bert.load(tmp_path / "given", dtype=None)
     assert {x.dtype for x in weights(model).values()} == {jnp.dtype(jnp.bfloat16)}
     _, base = lora.nnx.functional(model)
     checkpoint.save(tmp_path / "written", base, bert.NAMES, CONFIG, bare=True)
     written = tensors(tmp_path / "written")
-    assert written.keys() == given.keys()
-    assert all(written[name].tobytes() == x.tobytes() for name, x in given.items())
+    assert written.keys() == stored.keys()
+    assert all(written[name].tobytes() == x.tobytes() for name, x in stored.items())
 
 
 def test_weights_are_cast_where_that_is_asked(tiny_model):
@@ -119,11 +119,11 @@ def test_weights_are_cast_where_that_is_asked(tiny_model):
 
 
 def test_all_misfits_are_named_at_once(tmp_path):
-    given = bert_tensors()
-    given["encoder.layer.7.surprise"] = np.zeros(3, np.float32)
-    del given["encoder.layer.0.attention.self.key.bias"], given["embeddings.LayerNorm.weight"]
-    given["encoder.layer.0.output.dense.weight"] = np.zeros((16, 31), np.float32)
-    write_shards(tmp_path, given)
+    stored = bert_tensors()
+    stored["encoder.layer.7.surprise"] = np.zeros(3, np.float32)
+    del stored["encoder.layer.0.attention.self.key.bias"], stored["embeddings.LayerNorm.weight"]
+    stored["encoder.layer.0.output.dense.weight"] = np.zeros((16, 31), np.float32)
+    write_shards(tmp_path, stored)
     for options in (DEFAULT, Options(scan=True)):
         with pytest.raises(UserError) as error:
             bert.load(tmp_path, options)
@@ -136,8 +136,8 @@ def test_all_misfits_are_named_at_once(tmp_path):
 
 
 def test_two_spellings_of_one_weight_are_refused(tmp_path):
-    given = bert_tensors()
-    write_model(tmp_path, given | {"bert.embeddings.LayerNorm.gamma": given["embeddings.LayerNorm.weight"]})
+    stored = bert_tensors()
+    write_model(tmp_path, stored | {"bert.embeddings.LayerNorm.gamma": stored["embeddings.LayerNorm.weight"]})
     with pytest.raises(UserError, match=r"LayerNorm\.\w+ and \S+LayerNorm\.\w+ are the same weight"):
         bert.load(tmp_path)
 
@@ -149,11 +149,11 @@ def test_a_missing_shard(tmp_path):
         bert.load(tmp_path)
 
 
-@pytest.mark.parametrize("kept", [0, 7, 200, -4], ids=lambda kept: f"{kept} bytes")
-def test_a_truncated_file(tmp_path, kept):
+@pytest.mark.parametrize("size", [0, 7, 200, -4], ids=lambda size: f"{size} bytes")
+def test_a_truncated_file(tmp_path, size):
     write_model(tmp_path, bert_tensors())
     file = tmp_path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:kept])
+    file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(UserError, match=r"model\.safetensors: cannot be read as safetensors"):
         bert.load(tmp_path)
 

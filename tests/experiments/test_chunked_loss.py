@@ -15,8 +15,8 @@ from tests.experiments.decoders import expected, load
 
 def plain(head, x, labels):
     logp = jax.nn.log_softmax(head(x).astype(jnp.float32), axis=-1)
-    taken = jnp.take_along_axis(logp, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-    return jnp.where(labels >= 0, -taken, 0)
+    picked = jnp.take_along_axis(logp, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(labels >= 0, -picked, 0)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

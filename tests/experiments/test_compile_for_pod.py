@@ -178,8 +178,8 @@ def test_the_roofline_is_its_slowest_term():
 
 def test_what_a_model_needs():
     config = Config(model="Mixtral-8x7B-v0.1", targets=("attention",), dtype="bfloat16")
-    made = program.abstract(config, jax.devices()[:1], "cpu")
-    assert multiplied(made.base, made.shape) == pytest.approx(12.75e9, rel=0.01)  # of 46.7e9 what a token meets
+    parts = program.abstract(config, jax.devices()[:1], "cpu")
+    assert multiplied(parts.base, parts.shape) == pytest.approx(12.75e9, rel=0.01)  # of 46.7e9 what a token meets
     llama = program.abstract(dataclasses.replace(config, model="Meta-Llama-3-8B"), jax.devices()[:1], "cpu")
     kernels = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 4096 * 128256
     assert multiplied(llama.base, llama.shape) == kernels
@@ -191,11 +191,11 @@ def test_what_a_model_needs():
 def test_advice_by_arithmetic():
     config = Config(model="Meta-Llama-3-8B", dtype="bfloat16", length=2048, batch=BatchSizes(8), mesh=MeshSizes(data=8))
     devices = jax.devices()
-    given = fitting.argument_bytes(config, devices)
-    assert 16.0e9 < given < 17.0e9
-    said = fitting.advice(config, devices, given + 2e9, 14e9)
+    size = fitting.argument_bytes(config, devices)
+    assert 16.0e9 < size < 17.0e9
+    said = fitting.advice(config, devices, size + 2e9, 14e9)
     assert "--mesh.data 4 --mesh.fsdp 2" in said and "--quantize nf4" in said
-    assert "take a larger slice" in fitting.advice(config, devices, given + 2e9, 1e9)
+    assert "take a larger slice" in fitting.advice(config, devices, size + 2e9, 1e9)
 
 
 def test_the_table_of_slices(tmp_path):

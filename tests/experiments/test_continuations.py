@@ -24,10 +24,10 @@ def begin(tokenizer):
 
 @pytest.mark.parametrize("end", [7, None])
 def test_labels_are_the_text_and_its_end(tokenizer, end):
-    found = encode(tokenizer, PROMPTS, TEXTS, 100, end)
+    encoded = encode(tokenizer, PROMPTS, TEXTS, 100, end)
     tokens, mask = encode_prompts(tokenizer, PROMPTS, end)
     for row, text in enumerate(TEXTS):
-        sequence, labels = found.sequences[row], found.labels[row]
+        sequence, labels = encoded.sequences[row], encoded.labels[row]
         prompt = tokens[row, mask[row]]
         assert len(sequence) == len(labels)
         assert sequence[: len(prompt)].tolist() == prompt.tolist()

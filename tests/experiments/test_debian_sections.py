@@ -42,8 +42,8 @@ Description: not topical
 
 
 def test_keeps_topical_packages_with_distinct_synopses():
-    found = make.examples(STANZAS.splitlines(keepends=True))
-    assert sorted(found) == [
+    examples = make.examples(STANZAS.splitlines(keepends=True))
+    assert sorted(examples) == [
         make.Example("database", "libreoffice", "libreoffice-base", "office database"),
         make.Example("games", "another-chess", "another-chess", "A game of"),
     ]
@@ -63,10 +63,10 @@ def test_split_depends_on_the_source_alone_and_has_its_shares():
 
 
 def test_writes_the_same_bytes_again(tmp_path, capsys):
-    found = make.examples(STANZAS.splitlines(keepends=True))
+    examples = make.examples(STANZAS.splitlines(keepends=True))
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        make.write(tmp_path / name, found)
+        make.write(tmp_path / name, examples)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
     assert "train:" in capsys.readouterr().out

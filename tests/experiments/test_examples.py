@@ -20,10 +20,10 @@ def rows(split):
 
 def test_shipped_splits_have_all_sections_and_the_default_sizes():
     for split, count in zip(SPLITS, (6000, 1900, 2000)):
-        found = examples.load("debian_sections", split, count)
-        assert len(found) == count and found.labels.dtype == np.int32
-        assert found.names == tuple(sorted(make.SECTIONS)) and len(found.names) == 19
-        assert set(found.labels) == set(range(19))
+        table = examples.load("debian_sections", split, count)
+        assert len(table) == count and table.labels.dtype == np.int32
+        assert table.names == tuple(sorted(make.SECTIONS)) and len(table.names) == 19
+        assert set(table.labels) == set(range(19))
 
 
 def test_shipped_data_is_free_of_leaks():
@@ -32,13 +32,13 @@ def test_shipped_data_is_free_of_leaks():
     assert len({row.synopsis.casefold() for row in every}) == len(every)
     assert len({row.package for row in every}) == len(every)
     assert not any(make.NOT_TOPICAL.search(row.package) for row in every)
-    for split, found in splits.items():
-        assert all(make.split(row.source) == split for row in found)
+    for split, table in splits.items():
+        assert all(make.split(row.source) == split for row in table)
 
 
 def test_first_examples_are_an_even_sample():
     whole, first = (examples.load("debian_sections", "train", limit) for limit in (None, 3000))
-    shares = [np.bincount(found.labels, minlength=19) / len(found) for found in (whole, first)]
+    shares = [np.bincount(table.labels, minlength=19) / len(table) for table in (whole, first)]
     assert np.abs(shares[0] - shares[1]).max() < 0.02
 
 
@@ -51,9 +51,9 @@ def write(directory, text, name="train.tsv"):
 @pytest.mark.parametrize("name", ["train.tsv", "train.tsv.gz"])
 def test_reads_plain_and_compressed_tables(tmp_path, name):
     write(tmp_path, "label\tid\ttext\ngames\t1\ta chess\u2028game\r\nmail\t2\tspam filter", name)
-    found = examples.load(tmp_path, "train")
-    assert found.texts == ("a chess\u2028game", "spam filter")
-    assert found.labels.tolist() == [0, 1]
+    table = examples.load(tmp_path, "train")
+    assert table.texts == ("a chess\u2028game", "spam filter")
+    assert table.labels.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -49,18 +49,18 @@ def test_greedy_continuations_are_those_of_transformers(name):
 )
 def test_beam_searches_are_those_of_transformers(name, search):
     args, how = arguments(name, load(name))
-    found = generation.beam_search(*args, **how, **BEAMS[search])
-    np.testing.assert_array_equal(found.tokens_BKN[:, 0], expected(name)[search])
-    assert np.all(np.diff(found.scores_BK, axis=1) <= 0)
+    beams = generation.beam_search(*args, **how, **BEAMS[search])
+    np.testing.assert_array_equal(beams.tokens_BKN[:, 0], expected(name)[search])
+    assert np.all(np.diff(beams.scores_BK, axis=1) <= 0)
 
 
 def test_a_score_is_the_log_probability_of_its_text():
     model = load("llama")
     args, how = arguments("llama", model, rows=slice(2, 3))  # the longest prompt: no padding
-    found = generation.beam_search(*args, **how | {"eos": None}, **BEAMS["beams"])
-    text = jnp.concatenate([args[2], found.tokens_BKN[:, 0]], axis=1)
+    beams = generation.beam_search(*args, **how | {"eos": None}, **BEAMS["beams"])
+    text = jnp.concatenate([args[2], beams.tokens_BKN[:, 0]], axis=1)
     losses = model.jitted(model.base, text[:, :-1], labels_BL=text[:, 1:])[:, -NEW:]
-    np.testing.assert_allclose(found.scores_BK[:, 0], -losses.sum(1) / NEW**2.0, rtol=1e-5)
+    np.testing.assert_allclose(beams.scores_BK[:, 0], -losses.sum(1) / NEW**2.0, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen2"])
@@ -77,14 +77,14 @@ def test_ends_padding_and_layers_change_no_continuation(name):
     (step, base, prompts, mask), how = arguments(name, model, rows=slice(1))  # the first prompt alone
     alone = prompts[:, mask[0]]
     np.testing.assert_array_equal(generation.greedy(step, base, alone, **how), want[:1])
-    found = generation.beam_search(step, base, alone, **how, **BEAMS["beams_no_repeat"])
-    np.testing.assert_array_equal(found.tokens_BKN[:, 0], expected(name)["beams_no_repeat"][:1])
+    beams = generation.beam_search(step, base, alone, **how, **BEAMS["beams_no_repeat"])
+    np.testing.assert_array_equal(beams.tokens_BKN[:, 0], expected(name)["beams_no_repeat"][:1])
 
 
 def test_no_token_twice():
     args, how = arguments("gpt2", load("gpt2"))
-    found = np.asarray(generation.greedy(*args, **how | {"eos": None}, no_repeat=1))
-    for prompt, mask, row in zip(args[2], args[3], found):
+    continuations = np.asarray(generation.greedy(*args, **how | {"eos": None}, no_repeat=1))
+    for prompt, mask, row in zip(args[2], args[3], continuations):
         text = [*prompt[mask], *row]
         assert len(set(row)) == NEW and set(row).isdisjoint(text[: -len(row)])
 
@@ -101,11 +101,11 @@ def test_base_and_delta_generate_what_merged_weights_generate(getkey):
     together = generation.greedy(step, (base, delta), *args[2:], **how)
     np.testing.assert_array_equal(together, generation.greedy(model.step, merged, *args[2:], **how))
     assert (np.asarray(together) != expected("llama")["greedy_eos"]).any()
-    found = [
+    results = [
         generation.beam_search(step, params, *args[2:], **how, **BEAMS["beams"])
         for step, params in ((step, (base, delta)), (model.step, merged))
     ]
-    np.testing.assert_array_equal(found[0].tokens_BKN, found[1].tokens_BKN)
+    np.testing.assert_array_equal(results[0].tokens_BKN, results[1].tokens_BKN)
 
 
 def test_a_quantized_base_with_an_adapter_generates_as_its_merged_weights():
@@ -116,8 +116,10 @@ def test_a_quantized_base_with_an_adapter_generates_as_its_merged_weights():
     spec = {"layers/.*kernel": lora.LoRA(2, init="orthogonal")}
     delta = lora.init(jax.random.key(0), base, spec, model.apply, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     step = generation.stepper(lora.adapt(model.apply))
-    found = generation.greedy(step, (base, delta), *args[2:], **how)
-    np.testing.assert_array_equal(found, generation.greedy(model.step, lora.merge(base, delta), *args[2:], **how))
+    continuations = generation.greedy(step, (base, delta), *args[2:], **how)
+    np.testing.assert_array_equal(
+        continuations, generation.greedy(model.step, lora.merge(base, delta), *args[2:], **how)
+    )
 
 
 def test_samples_follow_key_temperature_and_filters(getkey):
@@ -172,8 +174,8 @@ def test_forbidden_repeats_are_those_of_transformers(size):
         # padding before a text and room behind it are no part of it
         text = jnp.pad(history, ((0, 0), (2, 3)))
         begins = jnp.full(rows, 2)
-        found = generation.forbid_repeats(scores, text, begins, length + 2, size)
-        np.testing.assert_array_equal(found, file[f"no_repeat_{size}"])
+        scores_after = generation.forbid_repeats(scores, text, begins, length + 2, size)
+        np.testing.assert_array_equal(scores_after, file[f"no_repeat_{size}"])
 
 
 def test_short_texts_forbid_nothing():

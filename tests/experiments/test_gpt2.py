@@ -34,7 +34,9 @@ def test_checkpoints_make_the_round_trip_bit_by_bit(scan, tmp_path):
     model = gpt2.load(FIXTURES / "gpt2", Options(scan=scan), dtype=None)
     table, config = names("gpt2")
     checkpoint.save(tmp_path / "saved", lora.nnx.functional(model)[1], table, config)
-    stored, written = (load_file(place / "model.safetensors") for place in (FIXTURES / "gpt2", tmp_path / "saved"))
+    stored, written = (
+        load_file(directory / "model.safetensors") for directory in (FIXTURES / "gpt2", tmp_path / "saved")
+    )
     assert stored.keys() == written.keys()
     for tensor, array in stored.items():
         assert array.dtype == written[tensor].dtype and array.tobytes() == written[tensor].tobytes(), tensor

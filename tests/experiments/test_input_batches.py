@@ -74,11 +74,11 @@ def test_every_example_stands_once_in_a_pass(data, seed, pack):
     orders = []
     for epoch in range(2):
         steps = [epoch * packed.steps_per_epoch + step for step in range(packed.steps_per_epoch)]
-        found = [list(examples_of(packed[step])) for step in steps]
-        assert [packed.examples(step) for step in steps] == [len(one) for one in found]
-        orders.append([tokens[0] // 100 - 1 for one in found for tokens, _ in one])
+        examples = [list(examples_of(packed[step])) for step in steps]
+        assert [packed.examples(step) for step in steps] == [len(one) for one in examples]
+        orders.append([tokens[0] // 100 - 1 for one in examples for tokens, _ in one])
         assert sorted(orders[-1]) == list(range(100))
-        for one in found:
+        for one in examples:
             for tokens, labels in one:
                 assert (tokens, labels) == expected_of(data, tokens[0] // 100 - 1)
     assert (orders[0] == orders[1]) == (seed is None)
@@ -113,8 +113,8 @@ def test_long_examples_are_cut_and_those_with_nothing_to_learn_left_out():
     )
     packed = Packed(data, length=LENGTH, batch_size=2, seed=None)
     assert (packed.cut, packed.left_out) == (2, 2)
-    found = [example for step in range(packed.steps_per_epoch) for example in examples_of(packed[step])]
-    assert found == [expected_of(data, i) for i in (0, 1, 4)]
+    examples = [example for step in range(packed.steps_per_epoch) for example in examples_of(packed[step])]
+    assert examples == [expected_of(data, i) for i in (0, 1, 4)]
     with pytest.raises(UserError, match="none of 5 examples has anything to learn within 0 tokens"):
         Packed(data, length=0, batch_size=2, seed=None)
 
@@ -170,8 +170,8 @@ def test_tokens_are_written_once(tmp_path, few, encoder, monkeypatch):
     monkeypatch.setattr(tokenized, "_CHUNK", 7)
     lines = []
     data = tokenize(few, encoder, tmp_path, report=lines.append)
-    (place,) = tmp_path.iterdir()
-    assert lines == [f"tokenizing 50 records into {place}"]
+    (directory,) = tmp_path.iterdir()
+    assert lines == [f"tokenizing 50 records into {directory}"]
     expected = encoder.encode([few[i] for i in range(50)], [""] * 50)
     np.testing.assert_array_equal(data.tokens, np.concatenate([one.tokens for one in expected]))
     np.testing.assert_array_equal(data.targets, np.concatenate([one.targets for one in expected]))
@@ -181,7 +181,7 @@ def test_tokens_are_written_once(tmp_path, few, encoder, monkeypatch):
     again = tokenize(few, encoder, tmp_path, process_index=1, report=lines.append)
     np.testing.assert_array_equal(again.tokens, data.tokens)
     assert len(lines) == 1
-    (place / "tokens.bin").write_bytes(b"xy")  # damaged: made again
+    (directory / "tokens.bin").write_bytes(b"xy")  # damaged: made again
     assert len(tokenize(few, encoder, tmp_path).tokens) == len(data.tokens)
     assert tokenize(sources.first(few, 9), encoder, tmp_path).digest != data.digest
     assert len(list(tmp_path.iterdir())) == 2
@@ -190,9 +190,9 @@ def test_tokens_are_written_once(tmp_path, few, encoder, monkeypatch):
 def test_processes_that_tokenize_at_once_agree(tmp_path, few, encoder, monkeypatch):
     write = tokenized._write
 
-    def overtaken(place, *args):
-        write(place, *args)
-        if place.name.endswith("-1"):
+    def overtaken(directory, *args):
+        write(directory, *args)
+        if directory.name.endswith("-1"):
             tokenize(few, encoder, tmp_path, process_index=0)
 
     monkeypatch.setattr(tokenized, "_write", overtaken)
@@ -245,19 +245,21 @@ def test_from_records_to_batches(tmp_path, few, encoder):
 def test_examples_that_share_a_row_have_the_losses_they_have_alone(tmp_path, few, encoder):
     model = llama.load(location.find("tiny-llama"), Options(scan=True, loss_chunk=64))
     records = sources.first(few, 12)
-    found = []
+    losses_by_tokens = []
     for pack in (True, False):
         packed = pipeline.batches(records, encoder, tmp_path, length=96, global_batch=12, seed=None, pack=pack)
         batch = packed[0]
         losses = model(batch["tokens"], batch["segments"], batch["positions"], labels_BL=batch["labels"])
         losses = np.asarray(losses) * (batch["labels"] != NO_LABEL)
         parts = [(row, number) for row in range(12) for number in range(1, batch["segments"][row].max() + 1)]
-        places = [(row, batch["segments"][row] == number) for row, number in parts]
-        found.append({tuple(batch["tokens"][place].tolist()): losses[place].tolist() for place in places})
+        segments = [(row, batch["segments"][row] == number) for row, number in parts]
+        losses_by_tokens.append(
+            {tuple(batch["tokens"][positions].tolist()): losses[positions].tolist() for positions in segments}
+        )
         assert packed.steps_per_epoch == 1 and (packed.fill > 0.8) == pack
-    assert len(found[0]) == 12 and found[0].keys() == found[1].keys()
-    for tokens, losses in found[0].items():
-        np.testing.assert_allclose(losses, found[1][tokens], rtol=1e-5, atol=1e-6)
+    assert len(losses_by_tokens[0]) == 12 and losses_by_tokens[0].keys() == losses_by_tokens[1].keys()
+    for tokens, losses in losses_by_tokens[0].items():
+        np.testing.assert_allclose(losses, losses_by_tokens[1][tokens], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("module", [packing, pipeline])

@@ -79,13 +79,13 @@ def test_without_a_template_a_completion_stands_behind_its_prompt(model):
     directory = location.find(model)
     encoder = load_encoder(directory, 1 if model == "tiny-llama" else 0)
     texts = examples.load("debian_sections", "validation", 40).texts
-    found = encoder.encode([Completion("mail:", f" {text}") for text in texts], [""] * 40)
-    known = continuations.encode(load_tokenizer(directory), ["mail:"] * 40, texts, 10_000, encoder.end)
-    for (tokens, targets), sequence, labels in zip(found, known.sequences, known.labels):
+    encoded = encoder.encode([Completion("mail:", f" {text}") for text in texts], [""] * 40)
+    expected = continuations.encode(load_tokenizer(directory), ["mail:"] * 40, texts, 10_000, encoder.end)
+    for (tokens, targets), sequence, labels in zip(encoded, expected.sequences, expected.labels):
         np.testing.assert_array_equal(tokens[:-1], sequence)
         np.testing.assert_array_equal(np.where(targets, tokens, -1)[1:], labels)
     prompt, answer = encoder.encode_prompt(Completion("mail:", f" {texts[0]}"), "")
-    np.testing.assert_array_equal(prompt, found[0].tokens[~found[0].targets])
+    np.testing.assert_array_equal(prompt, encoded[0].tokens[~encoded[0].targets])
     assert answer == f" {texts[0]}"
     with pytest.raises(UserError, match=r"here: a conversation, but .*tiny.* has no chat template"):
         encoder.encode([Conversation(({"role": "user", "content": "?"},))], ["here"])

@@ -105,8 +105,8 @@ def test_splits(tmp_path):
     assert sources.splits(str(train))[1] is None
     assert sources.splits(str(tmp_path))[1] is None
     other = write_parquet(tmp_path / "validation.parquet", ROWS[:2])
-    for found in (sources.splits(str(tmp_path)), sources.splits(str(train), str(other))):
-        assert [len(records) for records in found] == [5, 2]
+    for splits in (sources.splits(str(tmp_path)), sources.splits(str(train), str(other))):
+        assert [len(records) for records in splits] == [5, 2]
     write_parquet(tmp_path / "train.parquet", ROWS)
     with pytest.raises(UserError, match=r"found train.jsonl and train.parquet"):
         sources.splits(str(tmp_path))

@@ -51,8 +51,8 @@ def finished(tmp_path_factory):
 
 
 def directory(config):
-    (found,) = (path for path in config.out.iterdir() if path.is_dir())
-    return found
+    (path,) = (path for path in config.out.iterdir() if path.is_dir())
+    return path
 
 
 def check(config, report):
@@ -97,14 +97,14 @@ def test_llama_end_to_end(tmp_path):
 
 def test_losses_of_the_base_are_those_of_its_logits(tmp_path):
     config = make("gpt2", tmp_path)
-    found = problem.load(config, report=str)
+    parts = problem.load(config, report=str)
     total, count = 0.0, 0
-    for batch in found.batches("test"):
-        logits = jax.nn.log_softmax(jax.jit(found.apply)(found.base, batch["tokens"]))
+    for batch in parts.batches("test"):
+        logits = jax.nn.log_softmax(jax.jit(parts.apply)(parts.base, batch["tokens"]))
         asked = batch["labels"] >= 0
         total -= float(np.asarray(logits)[asked, batch["labels"][asked]].sum())
         count += int(asked.sum())
-    assert training.prepare(found, config).loss({}, "test") == pytest.approx(total / count, rel=1e-5)
+    assert training.prepare(parts, config).loss({}, "test") == pytest.approx(total / count, rel=1e-5)
 
 
 def test_finished_runs_are_not_repeated_unless_asked(finished, monkeypatch, tmp_path, capsys):

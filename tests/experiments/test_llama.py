@@ -38,8 +38,8 @@ def test_a_cache_changes_no_logits(name, side, scan):
     mask, prompts = want[f"mask_{side}"].astype(bool), want[f"prompts_{side}"]
     cache, logits = model.model.cache(len(prompts), 12), []
     for part in (slice(0, 3), slice(3, 6), slice(6, 9)):
-        found, cache = model.jitted(model.base, prompts[:, part], mask[:, part], cache=cache)
-        logits.append(found)
+        part_logits, cache = model.jitted(model.base, prompts[:, part], mask[:, part], cache=cache)
+        logits.append(part_logits)
     assert int(cache.used) == 9 and not cache.fresh
     assert np.abs(np.concatenate(logits, axis=1) - want[f"logits_{side}"])[mask].max() <= TOLERANCE
     last, _ = model.jitted(model.base, prompts, mask, cache=model.model.cache(len(prompts), 12), last=True)
@@ -54,7 +54,9 @@ def test_checkpoints_make_the_round_trip_bit_by_bit(name, scan, tmp_path):
     model = llama.load(FIXTURES / name, Options(scan=scan), dtype=None)
     table, config = names(name)
     checkpoint.save(tmp_path / "saved", lora.nnx.functional(model)[1], table, config)
-    stored, written = (load_file(place / "model.safetensors") for place in (FIXTURES / name, tmp_path / "saved"))
+    stored, written = (
+        load_file(directory / "model.safetensors") for directory in (FIXTURES / name, tmp_path / "saved")
+    )
     assert stored.keys() == written.keys()
     for tensor, array in stored.items():
         assert array.dtype == written[tensor].dtype and array.tobytes() == written[tensor].tobytes(), tensor
@@ -139,8 +141,8 @@ def test_weights_are_put_where_they_are_asked_for():
         model = llama.load(FIXTURES / "llama", Options(scan=scan), sharding=sharding)
         apply, base = lora.nnx.functional(model)
         for path, leaf in jax.tree_util.tree_leaves_with_path(base):
-            place = sharding("/".join(str(key.key) for key in path), leaf.shape)
-            assert leaf.sharding.is_equivalent_to(place, leaf.ndim), path
+            expected = sharding("/".join(str(key.key) for key in path), leaf.shape)
+            assert leaf.sharding.is_equivalent_to(expected, leaf.ndim), path
         jax.tree.map(np.testing.assert_array_equal, base, load("llama", Options(scan=scan)).base)
     logits = jax.jit(apply)(base, expected("llama")["tokens"])
     assert np.abs(logits - expected("llama")["logits"]).max() <= TOLERANCE
@@ -236,12 +238,12 @@ def test_weights_are_quantized_as_they_are_read_a_layer_at_a_time(scan, monkeypa
     apply, base = lora.nnx.functional(llama.load(FIXTURES / "llama", options))
     whole = lora.quantize(base, RULES, apply, tokens)
     sizes = []
-    place = checkpoint._Stored._placed
+    place_on_mesh = checkpoint._Stored._placed
 
     def counted(*args):
-        made = place(*args)
-        sizes.append(made.shape)
-        return made
+        leaf = place_on_mesh(*args)
+        sizes.append(leaf.shape)
+        return leaf
 
     monkeypatch.setattr(checkpoint._Stored, "_placed", counted)
     apply, read = lora.nnx.functional(llama.load(FIXTURES / "llama", options, rules=RULES))

@@ -30,10 +30,10 @@ def config(tiny_model, tiny_data):
 
 def test_kinds_of_the_forward_agree(config, monkeypatch):
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")  # grouped products too
-    found = {name: np.asarray(forward()) for name, forward in many.forwards(config, length=4).items()}
-    assert found[many.SINGLE].shape == (3, 4, 40)
-    np.testing.assert_allclose(found[many.GROUPED], found[many.ROUTED], rtol=1e-5, atol=1e-6)
-    with_first = [np.allclose(*rows, rtol=1e-5, atol=1e-6) for rows in zip(found[many.ROUTED], found[many.SINGLE])]
+    outputs = {name: np.asarray(forward()) for name, forward in many.forwards(config, length=4).items()}
+    assert outputs[many.SINGLE].shape == (3, 4, 40)
+    np.testing.assert_allclose(outputs[many.GROUPED], outputs[many.ROUTED], rtol=1e-5, atol=1e-6)
+    with_first = [np.allclose(*rows, rtol=1e-5, atol=1e-6) for rows in zip(outputs[many.ROUTED], outputs[many.SINGLE])]
     assert sum(with_first) == 1, "one example has the adapter that the other side gives all"
 
 

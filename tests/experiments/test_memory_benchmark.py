@@ -52,17 +52,17 @@ def test_full_fine_tuning_takes_what_the_paper_says():
 @pytest.mark.parametrize("variant", memory.VARIANTS)
 def test_the_arithmetic_is_that_of_the_trees(variant, bytes):
     problem = Problem(TINY, bytes=bytes, adapter_bytes=bytes, rank=4, tokens=16, **memory.VARIANTS[variant])
-    made = make(problem, only(jax.devices()[0]), "cpu")
+    setup = make(problem, only(jax.devices()[0]), "cpu")
 
     def count(tree):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
-    parts = {name: count(tree) for name, tree in made.parts().items()}
+    parts = {name: count(tree) for name, tree in setup.parts().items()}
     assert parts["base"] == problem.base
     assert parts["delta"] == pytest.approx(problem.delta, abs=300)  # the adapters' scales
     assert parts["optimizer"] == pytest.approx(problem.moments, abs=4)  # the count of steps
     expected = problem.quantized if problem.method == "qlora" else 0
-    assert sum(leaf.nbytes for leaf in quantized(made.state.base)) == expected
+    assert sum(leaf.nbytes for leaf in quantized(setup.state.base)) == expected
 
 
 def test_a_step_runs_and_its_memory_is_measured():
@@ -76,17 +76,17 @@ def test_a_step_runs_and_its_memory_is_measured():
 def test_table_and_verdicts(capsys, monkeypatch):
     config = memory.Config(sizes=("7B",))
     host = dataclasses.replace(FIGURES, optimizer=16_000, host=1_280_000_000, device=6_640_000_000)
-    found = {("7B", memory.FULL): None, ("7B", memory.QLORA): FIGURES, ("7B", memory.HOST): host}
-    shown = memory.table(config, found)
-    for _, variant in found:
+    figures = {("7B", memory.FULL): None, ("7B", memory.QLORA): FIGURES, ("7B", memory.HOST): host}
+    shown = memory.table(config, figures)
+    for _, variant in figures:
         assert f"7B   {variant} " in shown
     assert shown.count("by arithmetic") == 3
     assert "2.000       7.920       7.000       0.000" in shown
     assert shown.count("beyond one chip") == 1
-    assert "2.000       1.080           –" in memory.items(config, found)
+    assert "2.000       1.080           –" in memory.items(config, figures)
 
     monkeypatch.setattr(memory, "fits", lambda problem, bytes: True)
-    assert not memory.verdicts(config, found), "these temporaries are above their bound"
+    assert not memory.verdicts(config, figures), "these temporaries are above their bound"
     printed = capsys.readouterr().out
     assert printed.count("PASS") == 9
     assert printed.count("FAIL") == 2

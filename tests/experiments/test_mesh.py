@@ -90,13 +90,13 @@ def test_no_steps_to_trace(text):
 
 
 def test_a_record_goes_on_from_a_step(tmp_path):
-    with record.Record(tmp_path, {"lr": 1}) as kept:
+    with record.Record(tmp_path, {"lr": 1}) as log:
         for step in range(1, 6):
-            kept.write(step, loss=1.0 / step, mfu=None)
+            log.write(step, loss=1.0 / step, mfu=None)
     with (tmp_path / record.METRICS).open("a") as file:
         file.write('{"step": 6, "lo')  # a process that was killed
-    with record.Record(tmp_path, {"lr": 2}, step=3) as kept:
-        kept.write(4, loss=0.5)
+    with record.Record(tmp_path, {"lr": 2}, step=3) as log:
+        log.write(4, loss=0.5)
     lines = record.read(tmp_path / record.METRICS)
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[-1] == {"step": 4, "loss": 0.5}
     assert json.loads((tmp_path / record.CONFIG).read_text()) == {"lr": 2}
@@ -104,8 +104,8 @@ def test_a_record_goes_on_from_a_step(tmp_path):
 
 def test_the_share_of_the_arithmetic(tmp_path):
     run = loop.Run(tmp_path, meshes.make(MeshSizes()), {}, 1, costs=loop.Costs(flops=6.0, peak=100.0))
-    with record.Record(tmp_path, {}) as kept:
-        meter = loop._Meter(run, loop.History(), kept)
+    with record.Record(tmp_path, {}) as log:
+        meter = loop._Meter(run, loop.History(), log)
         meter.add(1, {"loss": jax.numpy.float32(1), "grad_norm": jax.numpy.float32(1)}, tokens=50)
         meter.settle()
     (line,) = record.read(tmp_path / record.METRICS)

@@ -38,8 +38,8 @@ def test_a_cache_changes_no_logits():
     mask, prompts = want["mask_left"].astype(bool), want["prompts_left"]
     cache, logits = model.model.cache(len(prompts), 12), []
     for part in (slice(0, 3), slice(3, 6), slice(6, 9)):
-        found, cache = model.jitted(model.base, prompts[:, part], mask[:, part], cache=cache)
-        logits.append(found)
+        part_logits, cache = model.jitted(model.base, prompts[:, part], mask[:, part], cache=cache)
+        logits.append(part_logits)
     assert np.abs(np.concatenate(logits, axis=1) - want["logits_left"])[mask].max() <= TOLERANCE
 
 
@@ -48,7 +48,9 @@ def test_checkpoints_make_the_round_trip_bit_by_bit(scan, tmp_path):
     model = mixtral.load(FIXTURES / "mixtral", Options(scan=scan), dtype=None)
     table, config = names("mixtral")
     checkpoint.save(tmp_path / "saved", lora.nnx.functional(model)[1], table, config)
-    stored, written = (load_file(place / "model.safetensors") for place in (FIXTURES / "mixtral", tmp_path / "saved"))
+    stored, written = (
+        load_file(directory / "model.safetensors") for directory in (FIXTURES / "mixtral", tmp_path / "saved")
+    )
     assert stored.keys() == written.keys()
     for tensor, array in stored.items():
         assert array.dtype == written[tensor].dtype and array.tobytes() == written[tensor].tobytes(), tensor
@@ -109,9 +111,9 @@ def test_adapters_on_experts_train_as_merged_weights_would(getkey, recipe, rules
         train, frozen = lora.partition(delta)
         return jax.jit(jax.value_and_grad(lambda train: jnp.sum(apply(base, lora.join(train, frozen)) ** 2)))(train)
 
-    found = squares(lambda base, delta: lora.adapt(apply)(base, delta, x_BLD), base)
+    actual = squares(lambda base, delta: lora.adapt(apply)(base, delta, x_BLD), base)
     want = squares(lambda base, delta: apply(lora.merge(base, delta), x_BLD), lora.dequantize(base))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, want)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, want)
 
 
 def adapted(recipe, rules=None):
@@ -161,21 +163,21 @@ def test_on_a_mesh_it_computes_and_learns_the_same(recipe, rules, sequence):
     want, wanted = loss_of(lora.adapt(model.apply))(*lora.partition(delta), base, batch())
     sizes = meshes.MeshSizes(data=2, fsdp=2, tensor=2, sequence=sequence)
     mesh = meshes.make(sizes)
-    place = meshes.of_weights(mesh, mixtral.AXES)
+    sharding_of = meshes.of_weights(mesh, mixtral.AXES)
     with jax.set_mesh(mesh):
         options = Options(scan=True, shards=sizes.shards)
-        divided = mixtral.load(FIXTURES / "mixtral", options, rules=rules, sharding=place)
+        divided = mixtral.load(FIXTURES / "mixtral", options, rules=rules, sharding=sharding_of)
     apply, here = lora.nnx.functional(divided)
     jax.tree.map(np.testing.assert_array_equal, here, base)
     gate = here["layers"]["feed_forward"]["gate"]["kernel"]
     assert (gate.codes if rules else gate).sharding.spec[-3:] == (None, "fsdp", "tensor")
-    where = paths.flatten(base).map(lambda path, leaf: place(path, leaf.shape))
+    where = paths.flatten(base).map(lambda path, leaf: sharding_of(path, leaf.shape))
     there = jax.device_put(delta, lora.delta_shardings(where, delta))
     tokens = jax.device_put(batch(), meshes.of_batches(mesh))
     with jax.set_mesh(mesh):
         compiled = loss_of(lora.adapt(apply)).lower(*lora.partition(there), here, tokens).compile()
-        found, grads = compiled(*lora.partition(there), here, tokens)
-    np.testing.assert_allclose(found, want, rtol=1e-5)
+        actual, grads = compiled(*lora.partition(there), here, tokens)
+    np.testing.assert_allclose(actual, want, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, wanted)
     # each device sorts the pairs of its own two rows, and an expert's weights cross devices as they are stored
     text = str(compiled.as_text())
@@ -220,11 +222,11 @@ def test_what_is_not_computed_is_refused(changes, message):
 
 
 def test_what_a_config_leaves_out_is_what_transformers_takes():
-    given = names("mixtral")[1]
+    config = names("mixtral")[1]
     left_out = ("sliding_window", "rms_norm_eps", "rope_parameters", "num_experts_per_tok", "router_jitter_noise")
-    shape = mixtral.MixtralConfig.from_json({name: value for name, value in given.items() if name not in left_out})
-    assert shape == mixtral.MixtralConfig.from_json(given)
+    shape = mixtral.MixtralConfig.from_json({name: value for name, value in config.items() if name not in left_out})
+    assert shape == mixtral.MixtralConfig.from_json(config)
     assert not any(shape.sliding) and shape.rms_norm_eps == 1e-5
     np.testing.assert_allclose(shape.rope.frequencies, [1, 1e6**-0.5], rtol=1e-6)
-    window = mixtral.MixtralConfig.from_json(given | {"sliding_window": 4})
+    window = mixtral.MixtralConfig.from_json(config | {"sliding_window": 4})
     assert all(window.sliding) and window.sliding_window == 4

@@ -79,26 +79,26 @@ def test_all_methods(config, capsys):
     config = dataclasses.replace(config, methods=("head", "lora", "qlora", "qdora", "all-linear", "full"))
     results = quickstart.run(config)
     out = capsys.readouterr().out
-    found = {result.method: result for result in results}
-    assert list(found) == list(config.methods)
-    assert all(name in out for name in found)
+    by_method = {result.method: result for result in results}
+    assert list(by_method) == list(config.methods)
+    assert all(name in out for name in by_method)
     assert "merged and unmerged predictions agree: 100.00%" in out
     for name in config.methods[1:]:
-        assert found[name].merged_difference < 1e-5
-        first, second = np.mean(np.split(np.array(found[name].losses), 2), axis=1)  # over the same examples
+        assert by_method[name].merged_difference < 1e-5
+        first, second = np.mean(np.split(np.array(by_method[name].losses), 2), axis=1)  # over the same examples
         assert second < first
-        assert found[name].evaluations[0] == (0, found["head"].validation_accuracy)
-        assert found[name].adam_bytes >= 8 * found[name].trained_parameters
+        assert by_method[name].evaluations[0] == (0, by_method["head"].validation_accuracy)
+        assert by_method[name].adam_bytes >= 8 * by_method[name].trained_parameters
     head = 17 * 3
-    assert found["head"].trained_parameters == head and found["head"].adam_bytes is None
-    assert found["lora"].trained_parameters == head + 2 * 2 * (16 + 16)
-    assert found["qlora"].trained_parameters == found["lora"].trained_parameters
-    assert found["qdora"].trained_parameters == found["lora"].trained_parameters + 2 * 16
-    assert found["qlora"].losses != found["lora"].losses
-    assert found["all-linear"].trained_parameters == head + 2 * (4 * (16 + 16) + 2 * (16 + 32))
+    assert by_method["head"].trained_parameters == head and by_method["head"].adam_bytes is None
+    assert by_method["lora"].trained_parameters == head + 2 * 2 * (16 + 16)
+    assert by_method["qlora"].trained_parameters == by_method["lora"].trained_parameters
+    assert by_method["qdora"].trained_parameters == by_method["lora"].trained_parameters + 2 * 16
+    assert by_method["qlora"].losses != by_method["lora"].losses
+    assert by_method["all-linear"].trained_parameters == head + 2 * (4 * (16 + 16) + 2 * (16 + 32))
 
     record = json.loads((config.out / "run.json").read_text())
-    assert [result["method"] for result in record["results"]] == list(found)
+    assert [result["method"] for result in record["results"]] == list(by_method)
     assert record["config"]["rank"] == 2 and "jax" in record["versions"]
     assert (config.out / "curves.png").read_bytes().startswith(b"\x89PNG")
 

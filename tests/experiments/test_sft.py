@@ -31,10 +31,10 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     """Conversations, and a tiny Llama with a chat template of its own."""
-    place = tmp_path_factory.mktemp("sft")
-    shutil.copytree(location.find("tiny-llama"), place / "model")
-    (place / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    (place / "data").mkdir()
+    directory = tmp_path_factory.mktemp("sft")
+    shutil.copytree(location.find("tiny-llama"), directory / "model")
+    (directory / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    (directory / "data").mkdir()
     for split, count in (("train", 24), ("validation", 6)):
         messages = [
             [
@@ -44,11 +44,11 @@ def settings(tmp_path_factory):
             for i in range(count)
         ]
         lines = [json.dumps({"messages": one}) + "\n" for one in messages]
-        (place / "data" / f"{split}.jsonl").write_text("".join(lines))
+        (directory / "data" / f"{split}.jsonl").write_text("".join(lines))
     return Config(
-        model=str(place / "model"),
-        data=str(place / "data"),
-        out=place / "out",
+        model=str(directory / "model"),
+        data=str(directory / "data"),
+        out=directory / "out",
         length=64,
         batch=BatchSizes(8, accumulate=2),
         epochs=4,
@@ -85,8 +85,8 @@ def test_what_is_written(finished):
     prompt, before, after, answer = report.texts[1]
     assert prompt == "<user> What is 1 and 1?<assistant>" and answer == "That is 2, a number."
     assert before != after
-    kept = json.loads((config.out / record.CONFIG).read_text())
-    assert kept["batch"] == {"global_": 8, "accumulate": 2} and kept["mesh"]["fsdp"] == 1
+    config_json = json.loads((config.out / record.CONFIG).read_text())
+    assert config_json["batch"] == {"global_": 8, "accumulate": 2} and config_json["mesh"]["fsdp"] == 1
     lines = record.read(config.out / record.METRICS)
     steps = [line for line in lines if "loss" in line]
     assert [line["loss"] for line in steps] == report.losses
@@ -98,9 +98,9 @@ def test_what_is_written(finished):
 
 def test_the_adapter_in_both_formats(finished, lenient):
     config, report = finished
-    adapter, made = lora.load(config.out / study.ADAPTER), program.abstract(config)
-    base = made.load(Path(config.model))
-    again = lora.peft.load(config.out / study.PEFT, base, made.family.names(made.shape))
+    adapter, parts = lora.load(config.out / study.ADAPTER), program.abstract(config)
+    base = parts.load(Path(config.model))
+    again = lora.peft.load(config.out / study.PEFT, base, parts.family.names(parts.shape))
     for path in adapter:
         for name in ("a", "b", "scale"):
             np.testing.assert_array_equal(getattr(adapter[path], name), getattr(again[path], name))

@@ -16,9 +16,9 @@ class Layer(nnx.Module):
     def __init__(self, rngs):
         self.linear = nnx.Linear(4, 4, rngs=rngs)
 
-    def __call__(self, x, own, shift):
+    def __call__(self, x, entry, shift):
         y = jnp.tanh(self.linear(x)) + shift
-        return y, None if own is None else own + jnp.sum(y)
+        return y, None if entry is None else entry + jnp.sum(y)
 
 
 def layers_of(options):
@@ -42,13 +42,13 @@ def test_all_forms_compute_the_same(scan, remat):
         each = stack.per_layer([jnp.float32(number) for number in range(3)], options)
         return stack.run(layers, x, shift, each=each, options=options)
 
-    y, kept = nnx.jit(run, static_argnums=2)(layers_of(options), x, options)
+    y, entries = nnx.jit(run, static_argnums=2)(layers_of(options), x, options)
     want, want_kept = run(layers_of(Options()), x, Options())
     np.testing.assert_allclose(y, want, rtol=1e-6)
-    np.testing.assert_allclose(jnp.stack(kept) if not scan else kept, jnp.stack(want_kept), rtol=1e-6)
-    y, kept = stack.run(layers_of(options), x, shift, options=options)
+    np.testing.assert_allclose(jnp.stack(entries) if not scan else entries, jnp.stack(want_kept), rtol=1e-6)
+    y, entries = stack.run(layers_of(options), x, shift, options=options)
     np.testing.assert_allclose(y, want, rtol=1e-6)
-    assert jax.tree.leaves(kept) == []
+    assert jax.tree.leaves(entries) == []
 
 
 def test_layers_start_with_weights_of_their_own():

@@ -48,28 +48,28 @@ def command(config, monkeypatch):
 
 
 def test_the_best_pair_is_chosen_by_validation_and_saved(finished):
-    config, found = finished
-    assert found.grid == [(1, 1e-4), (1, 0.03), (3, 1e-4), (3, 0.03)]
-    assert len(found.losses) == 6
-    assert found.validation_accuracy[found.chosen] == max(found.validation_accuracy)
+    config, result = finished
+    assert result.grid == [(1, 1e-4), (1, 0.03), (3, 1e-4), (3, 0.03)]
+    assert len(result.losses) == 6
+    assert result.validation_accuracy[result.chosen] == max(result.validation_accuracy)
     record = json.loads((config.out / "run.json").read_text())
-    assert record["result"]["test_accuracy"] == found.test_accuracy and record["config"]["ranks"] == [1, 3]
+    assert record["result"]["test_accuracy"] == result.test_accuracy and record["config"]["ranks"] == [1, 3]
     assert (config.out / "sweep.png").read_bytes().startswith(b"\x89PNG")
     problem = load(config.model, config.data, dict.fromkeys(("train", "test")), config.lengths, str)
     delta = lora.load(record["adapter"], problem.base)
     ranks = {node.rank for path, node in delta.items() if path.startswith("encoder")}
-    assert ranks == {found.grid[found.chosen][0]}
+    assert ranks == {result.grid[result.chosen][0]}
     apply, params = jax.jit(problem.apply), lora.merge(problem.base, delta)
     logits = answers(lambda *inputs: apply(params, *inputs)[0], problem.splits["test"], problem.lengths)
-    assert accuracy(logits, problem.splits["test"]) == found.test_accuracy
+    assert accuracy(logits, problem.splits["test"]) == result.test_accuracy
 
 
 def test_a_finished_sweep_is_shown_again(finished, monkeypatch, capsys):
-    config, found = finished
+    config, result = finished
     monkeypatch.setattr(sweep, "train", lambda *args, **kwargs: pytest.fail("trained again"))
-    assert dataclasses.replace(sweep.run(config), grid=found.grid) == found
+    assert dataclasses.replace(sweep.run(config), grid=result.grid) == result
     out = capsys.readouterr().out
-    assert "rank" in out and f"test {found.test_accuracy:.1%}" in out
+    assert "rank" in out and f"test {result.test_accuracy:.1%}" in out
     with pytest.raises(pytest.fail.Exception):
         sweep.run(dataclasses.replace(config, alpha=3.0))
 
@@ -91,17 +91,17 @@ def test_resumed_sweep_is_the_same_sweep(settings, finished, tmp_path, monkeypat
     assert command(config, monkeypatch) == 130
     assert capsys.readouterr().err == "interrupted: the same command resumes\n"
     monkeypatch.setattr(lora, "train_many", real)
-    found = sweep.run(config)
+    result = sweep.run(config)
     assert "resumed at step 4 of 6" in capsys.readouterr().out
-    assert dataclasses.replace(found, seconds=0) == dataclasses.replace(finished[1], seconds=0)
+    assert dataclasses.replace(result, seconds=0) == dataclasses.replace(finished[1], seconds=0)
 
 
 def test_what_diverges_is_stopped(settings, finished, tmp_path, monkeypatch, capsys):
     broken = dataclasses.replace(settings, out=tmp_path, learning_rates=(1e-4, 1e30), clip=1e30)
-    found = sweep.run(broken)
-    assert [score is None for score in found.validation_accuracy] == [False, True, False, True]
-    assert "–" in capsys.readouterr().out and np.isfinite(found.losses).all()
-    assert found.validation_accuracy[0] == finished[1].validation_accuracy[0]
+    result = sweep.run(broken)
+    assert [score is None for score in result.validation_accuracy] == [False, True, False, True]
+    assert "–" in capsys.readouterr().out and np.isfinite(result.losses).all()
+    assert result.validation_accuracy[0] == finished[1].validation_accuracy[0]
     assert command(dataclasses.replace(broken, learning_rates=(1e30,)), monkeypatch) == 2
     assert "every adapter of the grid diverged" in capsys.readouterr().err
 

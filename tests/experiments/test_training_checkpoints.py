@@ -42,7 +42,7 @@ def state_on(sizes, seed=0, base_seed=0):
     return lora.TrainState.create(base, delta, TX, jax.random.key(seed + 1))
 
 
-def moving(state):
+def saved_leaves(state):
     return [
         jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
         for leaf in jax.tree.leaves((state.delta, state.opt_state, state.step, state.key))
@@ -50,7 +50,7 @@ def moving(state):
 
 
 def same(one, other):
-    for a, b in zip(moving(one), moving(other), strict=True):
+    for a, b in zip(saved_leaves(one), saved_leaves(other), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
@@ -85,14 +85,14 @@ def test_the_last_is_restored_onto_another_mesh(written):
     assert content == {"at": 3}
     same(restored, state_on(SAVED, seed=3))
     assert restored.base is fresh.base
-    for leaf, like in zip(moving(restored), moving(fresh)):
+    for leaf, like in zip(saved_leaves(restored), saved_leaves(fresh)):
         assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
 
 
 def test_the_base_is_not_written(written):
     stored = json.loads((written / "3" / "content" / "metadata").read_text())
     shapes = [tuple(shape) for shape, _ in stored["arrays"]]
-    assert (WIDTH, WIDTH) not in shapes and len(shapes) == len(moving(state_on(SAVED)))
+    assert (WIDTH, WIDTH) not in shapes and len(shapes) == len(saved_leaves(state_on(SAVED)))
     assert stored["base"] == checksum.fingerprint(base_on(OTHER))  # the same on any mesh
 
 
@@ -233,9 +233,9 @@ def test_a_full_disk(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
-    told, found = done.stdout.splitlines()
-    assert "a checkpoint cannot be written at step 2" in told and "No space left on device" in told
-    assert found == "{'at': 1}"
+    message, state = done.stdout.splitlines()
+    assert "a checkpoint cannot be written at step 2" in message and "No space left on device" in message
+    assert state == "{'at': 1}"
 
 
 def test_a_damaged_checkpoint_prints_nothing_of_its_own(tmp_path, capfd):
