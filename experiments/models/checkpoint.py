@@ -241,11 +241,11 @@ class _Stored:
                 self._names.setdefault(name.removeprefix(prefix), self._names[like])
         self._quantized = bitsandbytes_tensors(self._names)
 
-    def any_of(self, place: peft.Place) -> bool:
+    def any_of(self, place: peft.Binding) -> bool:
         """Whether one of the weight's tensors is there."""
         return any(name.removeprefix(self._prefix) in self._names for name in place.tensors)
 
-    def leaf(self, place: peft.Place, dtype: Any, sharding: jax.sharding.Sharding | None, plan: Plan | None) -> Any:
+    def leaf(self, place: peft.Binding, dtype: Any, sharding: jax.sharding.Sharding | None, plan: Plan | None) -> Any:
         """The weight on its devices, quantized where the checkpoint or the plan has it so."""
         if any(name.removeprefix(self._prefix) in self._quantized for name in place.tensors):
             if plan is not None and place.path in plan.chosen:
@@ -261,7 +261,7 @@ class _Stored:
         parts = [jax.block_until_ready(plan(place.path, self._placed(place, dtype, sharding, at))) for at in layers]
         return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if by_layer else parts[0]
 
-    def _quantized_leaf(self, place: peft.Place, dtype: Any) -> Any:
+    def _quantized_leaf(self, place: peft.Binding, dtype: Any) -> Any:
         """A weight that is quantized in the checkpoint, with its codes."""
         if (place.weight.layout != peft.LINEAR and place.weight.module != "conv1d") or len(place.stacked) > 1:
             raise UserError(f"{place.path}: quantized in the checkpoint, which is read of linear layers only")
@@ -276,7 +276,7 @@ class _Stored:
         return jax.tree.map(lambda *arrays: jnp.stack(arrays), *leaves) if place.stacked else leaves[0]
 
     def _placed(
-        self, place: peft.Place, dtype: Any, sharding: jax.sharding.Sharding | None, layers: slice
+        self, place: peft.Binding, dtype: Any, sharding: jax.sharding.Sharding | None, layers: slice
     ) -> jax.Array:
         """The weight, or these of its leading entries, on its devices."""
         dtype = jnp.dtype(dtype or self._dtype(place))
@@ -297,14 +297,14 @@ class _Stored:
                 arrays.append(jax.device_put(values, where))
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
-    def _dtype(self, place: peft.Place) -> np.dtype:
+    def _dtype(self, place: peft.Binding) -> np.dtype:
         """The dtype of the weight's first tensor."""
-        return self._read(next(iter(place.tensors)), tuple(slice(0, 0) for _ in place.right)).dtype
+        return self._read(next(iter(place.tensors)), tuple(slice(0, 0) for _ in place.tensor_axes)).dtype
 
     def _read(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
         return self._tensors.read(self._names[name.removeprefix(self._prefix)], part)
 
-    def check(self, directory: Path, places: Sequence[peft.Place], replaced: set[str], unused: str) -> None:
+    def check(self, directory: Path, places: Sequence[peft.Binding], replaced: set[str], unused: str) -> None:
         """Compares names and shapes; every difference is reported at once."""
         wanted = {name.removeprefix(self._prefix): shape for place in places for name, shape in place.shapes.items()}
         expected = wanted.keys() | {name.removeprefix(self._prefix) for place in places for name in place.tied}

@@ -1,10 +1,11 @@
 """Adapters of Hugging Face's PEFT, in and out; weights of PyTorch models by name."""
 
 from lora_jax.peft.loading import load
-from lora_jax.peft.names import CONV1D, CONV2D, CONV3D, LINEAR, SAME, Fused, Names, Place, Weight
+from lora_jax.peft.names import CONV1D, CONV2D, CONV3D, LINEAR, SAME, Binding, Fused, Names, Weight
 from lora_jax.peft.saving import save
 from lora_jax.peft.tensors import INDEX, SHARD_BYTES, WEIGHTS, Tensors, model_files, read_json, write_model
 from lora_jax.peft.ties import tied_head
+from lora_jax.renamed import module_getattr
 
 __all__ = [
     "CONV1D",
@@ -15,9 +16,9 @@ __all__ = [
     "SAME",
     "SHARD_BYTES",
     "WEIGHTS",
+    "Binding",
     "Fused",
     "Names",
-    "Place",
     "Tensors",
     "Weight",
     "load",
@@ -27,3 +28,5 @@ __all__ = [
     "tied_head",
     "write_model",
 ]
+
+__getattr__ = module_getattr(__name__, Place="Binding")

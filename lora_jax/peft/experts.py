@@ -31,10 +31,10 @@ def shares(names: Names, tensors: Iterable[str]) -> dict[str, list[tuple[str, Sh
         for number, part in enumerate(row.parts):
             for match in filter(None, map(_pattern(part).fullmatch, listed)):
                 matrices[row.parameter.format(**match.groupdict())][int(match["expert"]), number] = match[0]
-        for parameter, by_place in matrices.items():
-            experts = max(expert for expert, _ in by_place) + 1
-            places = sorted(by_place.items())
-            result[parameter] = [(name, Share(*index, experts, len(row.parts))) for index, name in places]
+        for parameter, by_index in matrices.items():
+            experts = max(expert for expert, _ in by_index) + 1
+            bindings = sorted(by_index.items())
+            result[parameter] = [(name, Share(*index, experts, len(row.parts))) for index, name in bindings]
     return result
 
 

@@ -14,8 +14,8 @@ from lora_jax.adapters.lowrank import RANK, LoRAAdapter
 from lora_jax.adapters.offset import OffsetAdapter
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
 from lora_jax.peft import keys
-from lora_jax.peft.factors import Fit, Labeled, pad_rank
-from lora_jax.peft.names import Names, Place
+from lora_jax.peft.factors import FactorLayout, Labeled, pad_rank
+from lora_jax.peft.names import Binding, Names
 
 GROUPS = "groups"
 
@@ -127,10 +127,10 @@ def export(delta: Mapping[str, Adapter], names: Names) -> Exported:
     numbers = {id(weight): number for number, weight in enumerate(names.weights)}
     for path, node in delta.items():
         with exported.collecting():
-            place = names.find(path, node.shape())
-            new = place.in_model
-            exported.tensors += place.tensors
-            row |= dict.fromkeys(new.values(), numbers[id(place.weight)])
+            binding = names.find(path, node.shape())
+            new = binding.in_model
+            exported.tensors += binding.tensors
+            row |= dict.fromkeys(new.values(), numbers[id(binding.weight)])
             if isinstance(node, DoRAAdapter) and node.norm_over != IN:
                 raise ValueError(
                     f"{path!r}: PEFT's DoRA has a magnitude for each output, this adapter "
@@ -138,16 +138,16 @@ def export(delta: Mapping[str, Adapter], names: Names) -> Exported:
                 )
             if is_low_rank(node):
                 node = node if isinstance(node, LoRAAdapter) else as_low_rank(node)
-                modules = _with_tied(place, _modules(place, node))
+                modules = _with_tied(binding, _modules(binding, node))
                 exported.modules += [dataclasses.replace(m, name=new.get(m.name, m.name)) for m in modules]
             elif isinstance(node, FullAdapter):
-                values = place.split(np.asarray(node.value))
+                values = binding.split(np.asarray(node.value))
                 exported.values |= {new[name]: value for name, value in values.items()}
-                exported.values |= {other: values[name] for other, name in place.tied.items()}
+                exported.values |= {other: values[name] for other, name in binding.tied.items()}
             elif isinstance(node, RowsAdapter):
-                exported.rows |= _rows(place, node)
+                exported.rows |= _rows(binding, node)
             elif isinstance(node, OffsetAdapter):
-                offsets |= _offsets(place, node)
+                offsets |= _offsets(binding, node)
             else:
                 raise ValueError(f"{path!r}: PEFT's LoRA has no counterpart of {node.kind}")
     exported.ends_alike = ends_alike(names, [module.module for module in exported.modules])
@@ -164,19 +164,19 @@ def ends_alike(names: Names, modules: Iterable[str]) -> bool:
     return any(name.endswith(f".{module}") for name in known for module in numbered)
 
 
-def _modules(place: Place, node: LoRAAdapter) -> Iterator[Module]:
+def _modules(binding: Binding, node: LoRAAdapter) -> Iterator[Module]:
     """The modules of one leaf."""
-    fit = Fit(place)
-    kind = place.weight.module or ("linear" if len(place.right) == 2 else "conv")
-    low = _labeled(fit, node, kind)
-    for name, index in place.tensors.items():
-        at = dict(zip(place.running, index))
-        if fit.block in at and not low.blocks[at[fit.block]]:
+    layout = FactorLayout(binding)
+    kind = binding.weight.module or ("linear" if len(binding.tensor_axes) == 2 else "conv")
+    low = _labeled(layout, node, kind)
+    for name, index in binding.tensors.items():
+        at = dict(zip(binding.index_labels, index))
+        if layout.block in at and not low.blocks[at[layout.block]]:
             continue
-        lead = (*fit.experts, *([GROUPS] if low.groups > 1 else []))
-        into, out = ([x for labels in fit.tensor_labels(role) for x in labels] for role in (IN, OUT))
-        a = low.a.at(at).ordered((*lead, RANK, *into))
-        b = low.b.at(at).ordered((*lead, RANK, *out))
+        lead = (*layout.expert_labels, *([GROUPS] if low.groups > 1 else []))
+        into, out = ([x for labels in layout.tensor_labels(role) for x in labels] for role in (IN, OUT))
+        a = low.a.at(at).transpose((*lead, RANK, *into))
+        b = low.b.at(at).transpose((*lead, RANK, *out))
         used = a.shape[len(lead)]
         if any(label in low.a.labels for label in at):
             whole = low.magnitude is not None or (low.bias is not None and low.bias.at(at).array.any())
@@ -186,14 +186,14 @@ def _modules(place: Place, node: LoRAAdapter) -> Iterator[Module]:
             a, b = (x.take(range(used), axis=len(lead)) for x in (a, b))
         scales = np.unique(low.scale.at(at).array)
         if len(scales) > 1:
-            raise ValueError(f"{place.path!r}: PEFT has one scale for all experts of {name}")
-        sizes = {IN: fit.size(fit.tensor_labels(IN)), OUT: fit.size(fit.tensor_labels(OUT))}
+            raise ValueError(f"{binding.path!r}: PEFT has one scale for all experts of {name}")
+        sizes = {IN: layout.sizes(layout.tensor_labels(IN)), OUT: layout.sizes(layout.tensor_labels(OUT))}
         magnitude = None
         if low.magnitude is not None:
-            magnitude = low.magnitude.at(at).ordered(out).reshape(-1)
-        offset = None if low.bias is None else low.bias.at(at).ordered((*lead, *out)).reshape(-1)
+            magnitude = low.magnitude.at(at).transpose(out).reshape(-1)
+        offset = None if low.bias is None else low.bias.at(at).transpose((*lead, *out)).reshape(-1)
         if offset is not None and offset.any() and (kind == "embedding" or not name.endswith(".weight")):
-            raise ValueError(f"{place.path!r}: PEFT adds no bias on B of {name}")
+            raise ValueError(f"{binding.path!r}: PEFT adds no bias on B of {name}")
         yield Module(
             name=name,
             kind=kind,
@@ -225,27 +225,28 @@ class _Labeled:
     groups: int
 
 
-def _labeled(fit: Fit, node: LoRAAdapter, kind: str) -> _Labeled:
-    place, sizes = fit.place, dict(fit.place.sizes)
-    running = {label for label in place.running if label != fit.block}
+def _labeled(layout: FactorLayout, node: LoRAAdapter, kind: str) -> _Labeled:
+    binding, sizes = layout.binding, dict(layout.binding.sizes)
+    running = {label for label in binding.index_labels if label != layout.block}
     # An axis that runs over tensors may also be taken for an out axis: factors a that all tensors share.
-    for labels, own, role in zip(place.left, fit.axes, node.axes):
+    for labels, own, role in zip(binding.leaf_axes, layout.axes, node.axes):
         if own != role and not (role == OUT and set(labels) <= running):
             raise ValueError(
-                f"{place.path!r}: the adapter's axes are {node.axes}, those of its PyTorch module {fit.axes}"
+                f"{binding.path!r}: the adapter's axes are {node.axes}, those of its PyTorch module {layout.axes}"
             )
     of_role = {
-        role: [x for labels, r in zip(place.left, node.axes) if r == role for x in labels] for role in (BATCH, IN, OUT)
+        role: [x for labels, r in zip(binding.leaf_axes, node.axes) if r == role for x in labels]
+        for role in (BATCH, IN, OUT)
     }
     a, b, scale = (np.asarray(x) for x in (node.a, node.b, node.scale))
     bias = None if node.bias is None else np.asarray(node.bias)
     batch, number = node.axes.count(BATCH), len(node.blocks)
     lead, out, groups = of_role[BATCH], of_role[OUT], 1
-    if number > 1 and fit.block and sizes[fit.block] == number:
+    if number > 1 and layout.block and sizes[layout.block] == number:
         a, b = (_with_gaps(x, node.blocks, batch) for x in (a, b))
         scale = _with_gaps(scale, node.blocks, batch) if scale.ndim > batch else scale
         bias = None if bias is None else _with_gaps(bias, node.blocks, batch)
-        lead, out = [*lead, fit.block], [x for x in out if x != fit.block]
+        lead, out = [*lead, layout.block], [x for x in out if x != layout.block]
     elif number > 1 and kind == "conv" and all(node.blocks):
         lead, groups = [*lead, GROUPS], number
         sizes |= {GROUPS: groups, out[0]: sizes[out[0]] // groups}
@@ -258,7 +259,7 @@ def _labeled(fit: Fit, node: LoRAAdapter, kind: str) -> _Labeled:
     magnitude = None
     if isinstance(node, DoRAAdapter):
         labels = [*of_role[BATCH], *of_role[OUT]]
-        magnitude = Labeled(np.asarray(node.magnitude).reshape([place.sizes[x] for x in labels]), tuple(labels))
+        magnitude = Labeled(np.asarray(node.magnitude).reshape([binding.sizes[x] for x in labels]), tuple(labels))
     return _Labeled(
         a=Labeled(a.reshape(*lead_sizes, -1, *(sizes[x] for x in of_role[IN])), (*lead, RANK, *of_role[IN])),
         b=Labeled(b.reshape(*lead_sizes, -1, *(sizes[x] for x in out)), (*lead, RANK, *out)),
@@ -318,43 +319,43 @@ def _torch_b(b: np.ndarray, rank: int, sizes: Mapping[str, list[int]], groups: i
     return np.ascontiguousarray(b.transpose(2, 1, 0)).reshape(*sizes[OUT], -1, *ones)
 
 
-def _with_tied(place: Place, modules: Iterable[Module]) -> Iterator[Module]:
+def _with_tied(binding: Binding, modules: Iterable[Module]) -> Iterator[Module]:
     """A lookup's modules, and those of the products that use the same weight the other way round."""
-    others = {primary: other for other, primary in place.tied.items()}
+    others = {primary: other for other, primary in binding.tied.items()}
     for module in modules:
         yield module
         if other := others.get(module.name):
             if module.kind != "embedding" or module.magnitude is not None:
                 raise ValueError(
-                    f"{place.path!r}: {module.name} and {other} are one weight; PEFT ties factors of lookups"
+                    f"{binding.path!r}: {module.name} and {other} are one weight; PEFT ties factors of lookups"
                 )
             yield dataclasses.replace(module, name=other, kind="linear", a=module.b.T, b=module.a.T, tied=True)
 
 
-def _rows(place: Place, node: RowsAdapter) -> dict[str, tuple[list[int], np.ndarray]]:
-    fit = Fit(place)
-    by_row, others = fit.rows()
-    if len(place.tensors) > 1 or tuple(IN if role == by_row else OUT for role in fit.axes) != node.axes:
-        raise ValueError(f"{place.path!r}: Rows is held for a single lookup table only")
-    (name,) = place.tensors
+def _rows(binding: Binding, node: RowsAdapter) -> dict[str, tuple[list[int], np.ndarray]]:
+    layout = FactorLayout(binding)
+    by_row, others = layout.row_roles()
+    if len(binding.tensors) > 1 or tuple(IN if role == by_row else OUT for role in layout.axes) != node.axes:
+        raise ValueError(f"{binding.path!r}: Rows is held for a single lookup table only")
+    (name,) = binding.tensors
     return {
-        keys.split_name(place.in_model[name])[0]: (
+        keys.split_name(binding.in_model[name])[0]: (
             np.asarray(node.ids).tolist(),
-            fit.to_tensor(np.asarray(node.rows), others),
+            layout.to_tensor(np.asarray(node.rows), others),
         )
     }
 
 
-def _offsets(place: Place, node: OffsetAdapter) -> dict[str, tuple[np.ndarray, float]]:
+def _offsets(binding: Binding, node: OffsetAdapter) -> dict[str, tuple[np.ndarray, float]]:
     """Per bias, the term and its scale."""
     scale = np.asarray(node.scale, np.float32)
-    labels = [x for group in place.left for x in group][: scale.ndim]
-    if not set(labels) <= set(place.running) or any(len(group) > 1 for group in place.left[: scale.ndim]):
-        raise ValueError(f"{place.path!r}: a scale along axes that PyTorch keeps in one tensor")
+    labels = [x for group in binding.leaf_axes for x in group][: scale.ndim]
+    if not set(labels) <= set(binding.index_labels) or any(len(group) > 1 for group in binding.leaf_axes[: scale.ndim]):
+        raise ValueError(f"{binding.path!r}: a scale along axes that PyTorch keeps in one tensor")
     scales = Labeled(scale, tuple(labels))
     return {
-        place.in_model[name]: (value, float(scales.at(dict(zip(place.running, place.tensors[name]))).array))
-        for name, value in place.split(np.asarray(node.value)).items()
+        binding.in_model[name]: (value, float(scales.at(dict(zip(binding.index_labels, binding.tensors[name]))).array))
+        for name, value in binding.split(np.asarray(node.value)).items()
     }
 
 

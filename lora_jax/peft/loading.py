@@ -18,11 +18,11 @@ from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
 from lora_jax.leaves import is_abstract
 from lora_jax.peft import experts, keys, ties
 from lora_jax.peft.config import CONFIG
-from lora_jax.peft.factors import Fit
+from lora_jax.peft.factors import FactorLayout
 from lora_jax.peft.keys import Key
 from lora_jax.peft.layout import located
 from lora_jax.peft.low_rank import joint, low_rank
-from lora_jax.peft.names import Names, Place, check_names
+from lora_jax.peft.names import Binding, Names, check_names
 from lora_jax.peft.opening import opened
 from lora_jax.peft.stored import Module, Stored
 from lora_jax.peft.tensors import read_json
@@ -75,8 +75,8 @@ def load(directory: str | os.PathLike, base: Any, names: Names, ignore: Sequence
 def _modules(base: Any, names: Names) -> Iterator[str]:
     """The modules of a base in PyTorch."""
     for path, leaf in paths.flatten(base).as_dict().items():
-        if (place := names.place(path, leaf.shape) if hasattr(leaf, "shape") else None) is not None:
-            yield from (keys.split_name(name)[0] for name in place.in_model.values())
+        if (binding := names.get(path, leaf.shape) if hasattr(leaf, "shape") else None) is not None:
+            yield from (keys.split_name(name)[0] for name in binding.in_model.values())
 
 
 OTHER_METHODS: dict[str, Callable[[Path, Mapping[str, Any], Any, Names, Sequence[str]], dict[str, Adapter]]] = {}
@@ -111,7 +111,7 @@ class Loader:
         self.hints = _HINTS
         self.leaves = paths.flatten(base).as_dict()
         self.prefix = names.prefix
-        self.where: dict[str, tuple[Place, tuple[int, ...]]] = {}
+        self.where: dict[str, tuple[Binding, tuple[int, ...]]] = {}
         self.tied: dict[str, str] = {}
         self.row: dict[str, int] = {}
         # names in PyTorch's running model, which adapters have, to those in checkpoint files; and back, in full
@@ -119,14 +119,14 @@ class Loader:
         self.in_model: dict[str, str] = {}
         numbers = {id(row): number for number, row in enumerate(names.weights)}
         for path, leaf in self.leaves.items():
-            place = names.place(path, leaf.shape) if hasattr(leaf, "shape") else None
-            if place is not None:
-                self.where |= {self.bare(name): (place, index) for name, index in place.tensors.items()}
-                self.in_files |= {self.bare(new): self.bare(name) for name, new in place.in_model.items()}
-                self.in_model |= {self.bare(name): new for name, new in place.in_model.items()}
-                self.row |= dict.fromkeys(map(self.bare, place.tensors), numbers[id(place.weight)])
-                self.tied |= {self.bare(other): self.bare(name) for other, name in place.tied.items()}
-        full = [name for place, _ in self.where.values() for name in place.tensors]
+            binding = names.get(path, leaf.shape) if hasattr(leaf, "shape") else None
+            if binding is not None:
+                self.where |= {self.bare(name): (binding, index) for name, index in binding.tensors.items()}
+                self.in_files |= {self.bare(new): self.bare(name) for name, new in binding.in_model.items()}
+                self.in_model |= {self.bare(name): new for name, new in binding.in_model.items()}
+                self.row |= dict.fromkeys(map(self.bare, binding.tensors), numbers[id(binding.weight)])
+                self.tied |= {self.bare(other): self.bare(name) for other, name in binding.tied.items()}
+        full = [name for binding, _ in self.where.values() for name in binding.tensors]
         self.shares = {
             self.bare(parameter): [(self.bare(name), share) for name, share in found]
             for parameter, found in experts.shares(names, dict.fromkeys(full)).items()
@@ -155,8 +155,8 @@ class Loader:
         by_leaf: dict[str, dict[tuple[int, ...], Module]] = collections.defaultdict(dict)
         for module in modules.values():
             if module.name not in self.tied:
-                place, index = self.where[module.name]
-                by_leaf[place.path][index] = module
+                binding, index = self.where[module.name]
+                by_leaf[binding.path][index] = module
         for path, adapted in by_leaf.items():
             with self.collecting():
                 first = next(iter(adapted.values()))
@@ -301,20 +301,23 @@ class Loader:
                 self.problems.append(f"unused: {key.key}, since {CONFIG} has lora_bias false")
             elif name is not None:
                 with self.collecting():
-                    place = self.where[name][0]
-                    found[place.path][name] = self.stored.read(key, place.tensor_shape), self.config.scale(module.label)
+                    binding = self.where[name][0]
+                    found[binding.path][name] = (
+                        self.stored.read(key, binding.tensor_shape),
+                        self.config.scale(module.label),
+                    )
             elif module.name in self.tied and self.tensors.read(key.key).any():
                 self.problems.append(f"cannot be held: {key.key}, since {module.name} is the embedding's weight (tied)")
         delta: dict[str, Adapter] = {}
         for path, values in found.items():
-            place = self.where[next(iter(values))][0]
+            binding = self.where[next(iter(values))][0]
             scales = {scale for _, scale in values.values()}
             (scale,) = scales if len(scales) == 1 and all(scales) else (1.0,)
-            whole = place.join(
+            whole = binding.join(
                 lambda name, part: (
                     values[self.bare(name)][0] * np.float32(values[self.bare(name)][1] / scale)  # noqa: B023
                     if self.bare(name) in values  # noqa: B023
-                    else np.zeros(place.tensor_shape, np.float32)  # noqa: B023
+                    else np.zeros(binding.tensor_shape, np.float32)  # noqa: B023
                 )[part],
                 next(iter(values.values()))[0].dtype,
             )
@@ -342,41 +345,41 @@ class Loader:
                         raise ValueError(f"cannot be held: {key.key} differs from the base's, and has factors too")
                 given.setdefault(primary, key)
         delta: dict[str, Adapter] = {}
-        for path, place in {self.where[name][0].path: self.where[name][0] for name in given}.items():
+        for path, binding in {self.where[name][0].path: self.where[name][0] for name in given}.items():
             with self.collecting():
-                delta[path] = self.replacement(place, given)
+                delta[path] = self.replacement(binding, given)
         return delta
 
     def value_shape(self, key: Key, primary: str, has_factors: bool) -> tuple[int, ...]:
         """The shape that a replaced tensor must have: the base's, or that of a table with more tokens."""
-        place, stored = self.where[primary][0], self.tensors[key.key]
-        wanted = place.tensor_shape
-        vocabulary = place.weight.module == "embedding" or ties.has_tokens(key.name)
+        binding, stored = self.where[primary][0], self.tensors[key.key]
+        wanted = binding.tensor_shape
+        vocabulary = binding.weight.module == "embedding" or ties.has_tokens(key.name)
         if (
             vocabulary
             and not has_factors
-            and len(place.tensors) == 1
+            and len(binding.tensors) == 1
             and stored[1:] == wanted[1:]
             and stored[:1] > wanted[:1]
         ):
             return stored
         return wanted
 
-    def replacement(self, place: Place, given: Mapping[str, Key]) -> Adapter:
-        if len(place.tensors) == 1:
-            (name,) = map(self.bare, place.tensors)
-            place = place.resized(self.tensors[given[name].key])
-        own = [self.bare(name) for name in place.tensors]
+    def replacement(self, binding: Binding, given: Mapping[str, Key]) -> Adapter:
+        if len(binding.tensors) == 1:
+            (name,) = map(self.bare, binding.tensors)
+            binding = binding.resized(self.tensors[given[name].key])
+        own = [self.bare(name) for name in binding.tensors]
         dtype = joint([self.tensors.read(given[name].key).dtype for name in own if name in given])
         rest: dict[str, np.ndarray] = {}
         if any(name not in given for name in own):
-            rest = {self.bare(name): value for name, value in place.split(self.value(place.path)).items()}
+            rest = {self.bare(name): value for name, value in binding.split(self.value(binding.path)).items()}
 
         def read(name: str, part: tuple[slice, ...]) -> np.ndarray:
             bare = self.bare(name)
             return self.tensors.read(given[bare].key, part) if bare in given else rest[bare][part]
 
-        return FullAdapter(value=jnp.asarray(place.join(read, dtype)), axes=())
+        return FullAdapter(value=jnp.asarray(binding.join(read, dtype)), axes=())
 
     def value(self, path: str) -> np.ndarray:
         """A leaf of the base."""
@@ -385,9 +388,9 @@ class Loader:
         return np.asarray(self.leaves[path])
 
     def is_in_base(self, name: str, value: np.ndarray) -> bool:
-        place, index = self.where[name]
-        stored = {at: tensor for tensor, at in place.tensors.items()}[index]
-        return bool((place.split(self.value(place.path))[stored].astype(value.dtype) == value).all())
+        binding, index = self.where[name]
+        stored = {at: tensor for tensor, at in binding.tensors.items()}[index]
+        return bool((binding.split(self.value(binding.path))[stored].astype(value.dtype) == value).all())
 
     def is_copy(self, key: Key, rows: Sequence[Key]) -> bool:
         """Whether rows repeat others: those of the base's table, for another module that PyTorch ties to it.
@@ -409,26 +412,26 @@ class Loader:
         ids = self.config.tokens(key.module)
         if ids is None:
             raise ValueError(f"unused: {key.key}, since {CONFIG} has no trainable_token_indices for it")
-        place, _ = self.where[name]
-        fit = Fit(place)
-        by_row, others = fit.rows()
-        if len(place.tensors) > 1 or fit.axes.count(by_row) != 1 or BATCH in fit.axes:
-            raise ValueError(f"cannot be held: {key.key} on {place.path!r}, which is no single table")
-        count = fit.size(fit.labels(by_row))[0]
+        binding, _ = self.where[name]
+        layout = FactorLayout(binding)
+        by_row, others = layout.row_roles()
+        if len(binding.tensors) > 1 or layout.axes.count(by_row) != 1 or BATCH in layout.axes:
+            raise ValueError(f"cannot be held: {key.key} on {binding.path!r}, which is no single table")
+        count = layout.sizes(layout.labels(by_row))[0]
         if len(set(ids)) < len(ids) or not all(0 <= i < count for i in ids):
             raise ValueError(
                 f"{CONFIG}: trainable_token_indices {list(ids)} of {key.module}: expected different rows of a table of "
                 f"{count}"
             )
-        rows = fit.to_leaf(self.stored.read(key, (len(ids), *fit.size(fit.tensor_labels(others)))), others)
-        axes = tuple(IN if role == by_row else OUT for role in fit.axes)
+        rows = layout.to_leaf(self.stored.read(key, (len(ids), *layout.sizes(layout.tensor_labels(others)))), others)
+        axes = tuple(IN if role == by_row else OUT for role in layout.axes)
         return {
-            place.path: RowsAdapter(rows=jnp.asarray(rows), ids=jnp.asarray(ids, jnp.int32), count=count, axes=axes)
+            binding.path: RowsAdapter(rows=jnp.asarray(rows), ids=jnp.asarray(ids, jnp.int32), count=count, axes=axes)
         }
 
     def check_expected(self, modules: Mapping[str, Module], values: Sequence[Key], rows: Sequence[Key]) -> None:
         """What the config announces must be there."""
-        matrices = [name for name, (place, _) in self.where.items() if place.roles and not keys.is_parameter(name)]
+        matrices = [name for name, (binding, _) in self.where.items() if binding.roles and not keys.is_parameter(name)]
         for name in (*matrices, *self.tied):
             module = keys.split_name(self.in_model.get(name, name))[0]
             whole = any(keys.inside(module, entry) for entry in self.config.modules_to_save)

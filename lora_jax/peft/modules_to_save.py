@@ -59,13 +59,13 @@ def complete(exported: Exported, names: Names, base: Any, task_type: str | None,
             )
         return
     for path, leaf in paths.flatten(base).as_dict().items():
-        place = names.place(path, leaf.shape) if hasattr(leaf, "shape") else None
-        wanted = [] if place is None else [n for n, new in place.in_model.items() if belongs(new)]
-        if place is None or all(place.in_model[name] in exported.values for name in wanted):
+        binding = names.get(path, leaf.shape) if hasattr(leaf, "shape") else None
+        wanted = [] if binding is None else [n for n, new in binding.in_model.items() if belongs(new)]
+        if binding is None or all(binding.in_model[name] in exported.values for name in wanted):
             continue
-        tensors = place.split(np.asarray(leaf))
+        tensors = binding.split(np.asarray(leaf))
         for name in wanted:
-            exported.values.setdefault(place.in_model[name], tensors[name])
+            exported.values.setdefault(binding.in_model[name], tensors[name])
 
 
 def _composites(modules: Collection[str], adapted: Collection[str], names: Names) -> set[str]:

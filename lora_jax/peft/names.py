@@ -6,11 +6,12 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
 from lora_jax.paths import nearest
+from lora_jax.renamed import RenamedMethod
 
 Module = Literal["linear", "conv1d", "embedding", "conv", "experts", "transposed_experts"]
 MODULES: dict[str, tuple[str, ...]] = {
@@ -101,7 +102,7 @@ class Weight:
                 return True
         return False
 
-    def bind(self, path: str, shape: Sequence[int]) -> "Place | None":
+    def bind(self, path: str, shape: Sequence[int]) -> "Binding | None":
         """Where a leaf of this path and shape stands; None where the path does not match.
 
         Raises:
@@ -112,7 +113,7 @@ class Weight:
         fixed = {label: text for label, text in match.groupdict().items() if text is not None}
         stacked = tuple(label for label, text in match.groupdict().items() if text is None)
         try:
-            return Place(self, path, tuple(shape), fixed, stacked)
+            return Binding(self, path, tuple(shape), fixed, stacked)
         except ValueError as error:
             raise ValueError(f"{path!r} of shape {tuple(shape)} does not fit {self}: {error}") from None
 
@@ -152,7 +153,7 @@ class Names:
     prefix: str = ""
     fused: tuple[Fused, ...] = ()
 
-    def place(self, path: str, shape: Sequence[int]) -> "Place | None":
+    def get(self, path: str, shape: Sequence[int]) -> "Binding | None":
         """Where a leaf stands; None where no row matches its path.
 
         Raises:
@@ -160,9 +161,14 @@ class Names:
         """
         rows = [*self._patterns, *([self._literals[path]] if path in self._literals else [])]
         for number in sorted(rows):
-            if place := self.weights[number].bind(path, shape):
-                return place
+            if binding := self.weights[number].bind(path, shape):
+                return binding
         return None
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name == "place":
+            raise AttributeError("Names.place has been renamed to get.")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @functools.cached_property
     def _literals(self) -> dict[str, int]:
@@ -180,15 +186,15 @@ class Names:
             self, weights=tuple(dataclasses.replace(row, in_model="") for row in self.weights), fused=()
         )
 
-    def find(self, path: str, shape: Sequence[int]) -> "Place":
+    def find(self, path: str, shape: Sequence[int]) -> "Binding":
         """Where a leaf stands.
 
         Raises:
           ValueError: No row matches its path, or its shape does not fit the row that does.
         """
-        if (place := self.place(path, shape)) is None:
+        if (binding := self.get(path, shape)) is None:
             raise ValueError(f"no name is declared for {path!r}; {nearest(path, [row.path for row in self.weights])}")
-        return place
+        return binding
 
 
 def check_names(where: str, names: Any) -> None:
@@ -201,7 +207,7 @@ def check_names(where: str, names: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Binding:
     """One leaf and the tensors that hold it.
 
     Attributes:
@@ -219,15 +225,19 @@ class Place:
     stacked: tuple[str, ...]
 
     def __post_init__(self):
-        if len(self.left) != len(self.shape):
-            raise ValueError(f"{len(self.left)} axes are named, {len(self.shape)} there are")
+        if len(self.leaf_axes) != len(self.shape):
+            raise ValueError(f"{len(self.leaf_axes)} axes are named, {len(self.shape)} there are")
         sizes = self.sizes
-        for labels, size in zip(self.left, self.shape):
+        for labels, size in zip(self.leaf_axes, self.shape):
             if math.prod(sizes[label] for label in labels) != size:
                 raise ValueError(f"axis {' '.join(labels)} has size {size}, expected {[sizes[x] for x in labels]}")
 
+    left = RenamedMethod("leaf_axes")
+    right = RenamedMethod("tensor_axes")
+    running = RenamedMethod("index_labels")
+
     @functools.cached_property
-    def left(self) -> tuple[tuple[str, ...], ...]:
+    def leaf_axes(self) -> tuple[tuple[str, ...], ...]:
         """The labels of each axis of the leaf."""
         given = _parse(self.weight.layout)[0] if self.weight.layout else None
         if given is None:
@@ -235,18 +245,20 @@ class Place:
         return (*((label,) for label in self.stacked), *given)
 
     @functools.cached_property
-    def right(self) -> tuple[tuple[str, ...], ...]:
+    def tensor_axes(self) -> tuple[tuple[str, ...], ...]:
         """The labels of each axis of a tensor."""
         if self.weight.layout:
             return _parse(self.weight.layout)[1]
-        return self.left[len(self.stacked) :]
+        return self.leaf_axes[len(self.stacked) :]
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
         """The size of each label."""
         words = _placeholders(self.weight.path) | _placeholders(self.weight.name)
-        known = {label: len(texts) for label, texts in words.items() if texts and label in itertools.chain(*self.left)}
-        for labels, size in zip(self.left, self.shape):
+        known = {
+            label: len(texts) for label, texts in words.items() if texts and label in itertools.chain(*self.leaf_axes)
+        }
+        for labels, size in zip(self.leaf_axes, self.shape):
             unknown = [label for label in labels if label not in known]
             if len(unknown) > 1:
                 raise ValueError(f"the sizes of {' and '.join(unknown)} cannot be told apart")
@@ -255,14 +267,14 @@ class Place:
         return known
 
     @functools.cached_property
-    def running(self) -> tuple[str, ...]:
+    def index_labels(self) -> tuple[str, ...]:
         """The labels that run over tensors, in the leaf's order."""
-        kept = set(itertools.chain(*self.right))
-        return tuple(label for label in itertools.chain(*self.left) if label not in kept)
+        kept = set(itertools.chain(*self.tensor_axes))
+        return tuple(label for label in itertools.chain(*self.leaf_axes) if label not in kept)
 
     @functools.cached_property
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """The name of each tensor and where it is: an index for each of `running`."""
+        """The name of each tensor and where it is: an index for each of `index_labels`."""
         return dict(self._named(self.weight.name))
 
     @functools.cached_property
@@ -285,7 +297,7 @@ class Place:
     @property
     def roles(self) -> tuple[str, ...] | None:
         """The role of each axis of a tensor; None for one that is no factor of a product (a bias, a norm)."""
-        ndim = len(self.right)
+        ndim = len(self.tensor_axes)
         module = self.weight.module or {0: "", 1: "", 2: "linear"}.get(ndim, "conv")
         if not module:
             return None
@@ -298,26 +310,28 @@ class Place:
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        return tuple(math.prod(self.sizes[label] for label in labels) for labels in self.right)
+        return tuple(math.prod(self.sizes[label] for label in labels) for labels in self.tensor_axes)
 
-    def resized(self, shape: Sequence[int]) -> "Place":
-        """The same place of a leaf whose tensor has another size along its first axis."""
+    def resized(self, shape: Sequence[int]) -> "Binding":
+        """The same binding of a leaf whose tensor has another size along its first axis."""
         if tuple(shape) == self.tensor_shape:
             return self
-        first = self.right[0]
-        axis = next(i for i, labels in enumerate(self.left) if labels == first)
+        first = self.tensor_axes[0]
+        axis = next(i for i, labels in enumerate(self.leaf_axes) if labels == first)
         return dataclasses.replace(self, shape=(*self.shape[:axis], shape[0], *self.shape[axis + 1 :]))
 
     def _named(self, template: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         words = _placeholders(self.weight.path) | {k: v for k, v in _placeholders(self.weight.name).items() if v}
-        for index in itertools.product(*(range(self.sizes[label]) for label in self.running)):
-            texts = {label: words[label][i] if words.get(label) else str(i) for label, i in zip(self.running, index)}
+        for index in itertools.product(*(range(self.sizes[label]) for label in self.index_labels)):
+            texts = {
+                label: words[label][i] if words.get(label) else str(i) for label, i in zip(self.index_labels, index)
+            }
             yield _PLACEHOLDER.sub(lambda found: {**self.fixed, **texts}[found[1]], template), index  # noqa: B023
 
     def split(self, leaf: Any) -> dict[str, Any]:
         """The tensors of a leaf; views of it where that is possible."""
-        flat = list(itertools.chain(*self.left))
-        order = [*self.running, *itertools.chain(*self.right)]
+        flat = list(itertools.chain(*self.leaf_axes))
+        order = [*self.index_labels, *itertools.chain(*self.tensor_axes)]
         moved = leaf.reshape([self.sizes[label] for label in flat]).transpose([flat.index(label) for label in order])
         return {name: moved[index].reshape(self.tensor_shape) for name, index in self.tensors.items()}
 
@@ -333,28 +347,30 @@ class Place:
         """
         window = [slice(*part.indices(n)) for part, n in zip(window or [slice(None)] * len(self.shape), self.shape)]
         limits = {label: slice(0, size) for label, size in self.sizes.items()}
-        limits |= {labels[0]: part for labels, part in zip(self.left, window) if len(labels) == 1}
+        limits |= {labels[0]: part for labels, part in zip(self.leaf_axes, window) if len(labels) == 1}
 
         def length(label: str) -> int:
             return limits[label].stop - limits[label].start
 
         # An axis of a tensor that is several labels is read for a range of the first of them, then cut.
         ranges = []
-        for first, *rest in self.right:
+        for first, *rest in self.tensor_axes:
             step = math.prod(self.sizes[label] for label in rest)
             ranges.append(slice(limits[first].start * step, limits[first].stop * step))
-        read_shape = [n for first, *rest in self.right for n in (length(first), *(self.sizes[x] for x in rest))]
-        cuts = tuple(cut for first, *rest in self.right for cut in (slice(None), *(limits[x] for x in rest)))
+        read_shape = [n for first, *rest in self.tensor_axes for n in (length(first), *(self.sizes[x] for x in rest))]
+        cuts = tuple(cut for first, *rest in self.tensor_axes for cut in (slice(None), *(limits[x] for x in rest)))
 
-        flat = list(itertools.chain(*self.left))
+        flat = list(itertools.chain(*self.leaf_axes))
         leaf = np.empty([length(label) for label in flat], dtype)
-        by_tensor = leaf.transpose([flat.index(label) for label in (*self.running, *itertools.chain(*self.right))])
+        by_tensor = leaf.transpose(
+            [flat.index(label) for label in (*self.index_labels, *itertools.chain(*self.tensor_axes))]
+        )
         for name, index in self.tensors.items():
-            inside = tuple(i - limits[label].start for label, i in zip(self.running, index))
-            if all(0 <= i < length(label) for label, i in zip(self.running, inside)):
+            inside = tuple(i - limits[label].start for label, i in zip(self.index_labels, index))
+            if all(0 <= i < length(label) for label, i in zip(self.index_labels, inside)):
                 by_tensor[inside] = read(name, tuple(ranges)).reshape(read_shape)[cuts]
-        leaf = leaf.reshape([math.prod(map(length, labels)) for labels in self.left])
-        return leaf[tuple(slice(None) if len(labels) == 1 else part for labels, part in zip(self.left, window))]
+        leaf = leaf.reshape([math.prod(map(length, labels)) for labels in self.leaf_axes])
+        return leaf[tuple(slice(None) if len(labels) == 1 else part for labels, part in zip(self.leaf_axes, window))]
 
 
 @functools.cache

@@ -85,7 +85,7 @@ def test_the_first_row_that_matches_counts():
     names = Names((Weight("h/{layer}/w", "by.{layer}"), Weight("h/0/w", "literal"), Weight("x", "x"), Weight("x", "y")))
     assert list(names.find("h/0/w", (2,)).tensors) == ["by.0"]
     assert list(names.find("h/w", (2, 3)).tensors) == ["by.0", "by.1"]
-    assert names.place("h/0/v", (2,)) is None
+    assert names.get("h/0/v", (2,)) is None
 
 
 def test_names_of_the_parts_of_one_leaf():

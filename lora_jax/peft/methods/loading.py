@@ -11,13 +11,13 @@ import numpy as np
 from lora_jax.adapters.protocol import BATCH, OUT, Adapter
 from lora_jax.peft import keys
 from lora_jax.peft.config import Config
-from lora_jax.peft.factors import Fit, pad_rank
+from lora_jax.peft.factors import FactorLayout, pad_rank
 from lora_jax.peft.loading import OTHER_METHODS, Loader, finished
-from lora_jax.peft.methods.ia3 import Ia3, gain_of_bias
-from lora_jax.peft.methods.method import Method, Read, Settings, fit_of
+from lora_jax.peft.methods.ia3 import IA3Method, bias_gain
+from lora_jax.peft.methods.method import Method, Read, Settings, factor_layout
 from lora_jax.peft.methods.table import METHODS
 from lora_jax.peft.methods.vera import PAIR
-from lora_jax.peft.names import Names, Place
+from lora_jax.peft.names import Binding, Names
 from lora_jax.peft.opening import adapter_tensors
 from lora_jax.peft.stored import Stored
 from lora_jax.peft.tensors import Tensors
@@ -81,27 +81,27 @@ def _adapters(
     method: Method, by_module: Mapping[str, Mapping[str, str]], stored: Stored, loader: Loader, settings: Settings
 ) -> dict[str, Adapter]:
     by_leaf: dict[str, dict[tuple[int, ...], dict[str, np.ndarray]]] = collections.defaultdict(dict)
-    places: dict[str, Place] = {}
+    bindings: dict[str, Binding] = {}
     for module, parts in by_module.items():
         name = loader.in_file(f"{module}.weight")
         if name not in loader.where:
             some = next(iter(parts.values()))
             loader.problems.append(f"unused: {some} {stored.tensors[some]}: the base has no {name}")
             continue
-        place, index = loader.where[name]
+        binding, index = loader.where[name]
         with loader.collecting():
             read = _reader(stored, module, parts)
-            by_leaf[place.path][index] = method.fields(fit_of(method, place), read, module, settings)
-            places[place.path] = place
+            by_leaf[binding.path][index] = method.fields(factor_layout(method, binding), read, module, settings)
+            bindings[binding.path] = binding
     _check_targets(method, by_module, loader, settings)
     delta: dict[str, Adapter] = {}
-    for path, place in places.items():
+    for path, binding in bindings.items():
         with loader.collecting():
-            fit = fit_of(method, place)
-            arrays = _stacked(method, fit, by_leaf[path])
-            delta[path] = method.build(arrays, fit, settings)
-            if isinstance(method, Ia3):
-                delta |= _gain_of_bias(arrays, fit, place, loader)
+            layout = factor_layout(method, binding)
+            arrays = _stacked(method, layout, by_leaf[path])
+            delta[path] = method.build(arrays, layout, settings)
+            if isinstance(method, IA3Method):
+                delta |= _bias_gain(arrays, binding, loader)
     return delta
 
 
@@ -123,43 +123,44 @@ class _Missing(ValueError, KeyError):
 
 
 def _stacked(
-    method: Method, fit: Fit, layers: Mapping[tuple[int, ...], dict[str, np.ndarray]]
+    method: Method, layout: FactorLayout, layers: Mapping[tuple[int, ...], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
     """The fields of all layers of a leaf."""
     names = {name for fields in layers.values() for name in fields}
-    lead, batch = fit.lead()[1], fit.size(fit.labels(BATCH))
+    lead, batch = layout.leading_sizes, layout.sizes(layout.labels(BATCH))
     arrays = {}
     for name in sorted(names):
         values = {index: fields[name] for index, fields in layers.items() if name in fields}
         if len(values) < len(layers):
-            raise ValueError(f"cannot be held: the layers of {fit.place.path!r} have different parts")
-        if name in method.ranked:
+            raise ValueError(f"cannot be held: the layers of {layout.binding.path!r} have different parts")
+        if name in method.rank_fields:
             rank = max(value.shape[0] for value in values.values())
             values = {index: pad_rank(value, rank, 0) for index, value in values.items()}
         shapes = {value.shape for value in values.values()}
         if len(shapes) > 1:
-            raise ValueError(f"cannot be held: the layers of {fit.place.path!r} have parts of {len(shapes)} shapes")
+            listed = " and ".join(map(str, sorted(shapes)))
+            raise ValueError(f"cannot be held: {name} of the layers of {layout.binding.path!r} has shapes {listed}")
         dtype = np.result_type(*values.values())
         (shape,) = shapes
         whole = np.broadcast_to(method.identity_like(name, shape), (*lead, *shape)).astype(dtype)
         for index, value in values.items():
-            whole[fit.at(index)] = value
+            whole[layout.slices(index)] = value
         arrays[name] = whole.reshape((*batch, *shape))
     return arrays
 
 
-def _gain_of_bias(arrays: Mapping[str, np.ndarray], fit: Fit, place: Place, loader: Loader) -> dict[str, Adapter]:
-    """PEFT multiplies a module's whole output: a bias, where the base has one, gets the same gains."""
+def _bias_gain(arrays: Mapping[str, np.ndarray], binding: Binding, loader: Loader) -> dict[str, Adapter]:
+    """PEFT multiplies a module's whole output, so a bias of the base gets the same gains."""
     if f"gain {OUT}" not in arrays:
         return {}
-    first = next(iter(place.tensors))
+    first = next(iter(binding.tensors))
     bias = keys.split_name(loader.bare(first))[0] + ".bias"
     if bias not in loader.where:
         return {}
     leaf = loader.where[bias][0]
     gain = arrays[f"gain {OUT}"].reshape(leaf.shape)
-    axes = (BATCH,) * (len(leaf.shape) - len(leaf.right)) + (OUT,) * len(leaf.right)
-    return {leaf.path: gain_of_bias(gain, axes)}
+    axes = (BATCH,) * (len(leaf.shape) - len(leaf.tensor_axes)) + (OUT,) * len(leaf.tensor_axes)
+    return {leaf.path: bias_gain(gain, axes)}
 
 
 def _check_targets(
@@ -167,8 +168,14 @@ def _check_targets(
 ) -> None:
     """What the config announces must be there."""
     targets = Config(target_modules=settings.names("target_modules"), exclude_modules=settings.names("exclude_modules"))
-    for name, (place, _) in loader.where.items():
+    for name, (binding, _) in loader.where.items():
         module, parameter = keys.split_name(loader.in_model.get(name, name))
         saved = any(keys.inside(module, entry) for entry in loader.config.modules_to_save)
-        if parameter == "weight" and place.roles and not saved and targets.targets(module) and module not in by_module:
+        if (
+            parameter == "weight"
+            and binding.roles
+            and not saved
+            and targets.targets(module)
+            and module not in by_module
+        ):
             loader.problems.append(f"missing: {keys.PREFIX}{module}.{method.parts[0]}")

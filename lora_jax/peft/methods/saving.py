@@ -15,11 +15,11 @@ from lora_jax.adapters.protocol import BATCH, OUT, Adapter
 from lora_jax.peft import keys
 from lora_jax.peft.config import TOKENS, exactly
 from lora_jax.peft.exported import Exported, ends_alike, export, multiplied
-from lora_jax.peft.factors import Fit
-from lora_jax.peft.methods.ia3 import Ia3, is_of_bias
-from lora_jax.peft.methods.method import Method, fit_of
+from lora_jax.peft.factors import FactorLayout
+from lora_jax.peft.methods.ia3 import IA3Method, is_bias_gain
+from lora_jax.peft.methods.method import Method, factor_layout
 from lora_jax.peft.methods.table import METHODS
-from lora_jax.peft.methods.vera import VeRA, shared_pair
+from lora_jax.peft.methods.vera import VeRAMethod, shared_pair
 from lora_jax.peft.modules_to_save import complete
 from lora_jax.peft.names import Names
 from lora_jax.peft.targets import write_files
@@ -60,7 +60,7 @@ def method_of(delta: Mapping[str, Adapter], names: Names) -> str | None:
     for kind, method in METHODS.items():
         if all(isinstance(node, method.adapters) for node in others):
             fits = not method().check({path: node for path, node in delta.items() if not isinstance(node, FullAdapter)})
-            if issubclass(method, VeRA):
+            if issubclass(method, VeRAMethod):
                 fits = fits and shared_pair(_fits(delta, names, method)) is not None
             return kind if fits or not all(map(is_low_rank, others)) else None
     return None
@@ -100,8 +100,8 @@ def save_method(
         rows = exported.rows | {
             keys.split_name(other)[0]: exported.rows[keys.split_name(name)[0]]
             for path, node in delta.items()
-            if (place := names.place(path, node.shape())) is not None
-            for other, name in place.tied.items()
+            if (binding := names.get(path, node.shape())) is not None
+            for other, name in binding.tied.items()
             if keys.split_name(name)[0] in exported.rows
         }
         tensors = {f"{keys.PREFIX}{name}.trainable_tokens_delta": values for name, (_, values) in rows.items()}
@@ -140,19 +140,19 @@ def _targets(modules: list[str], names: Names) -> dict[str, Any]:
 def _are_norms(delta: Mapping[str, Adapter], names: Names) -> bool:
     """Whether all that is trained are scales and biases of norms: vectors whose module has no matrix."""
     for path, node in delta.items():
-        place = names.place(path, node.shape())
-        if place is None or place.roles is not None or len(place.right) != 1:
+        binding = names.get(path, node.shape())
+        if binding is None or binding.roles is not None or len(binding.tensor_axes) != 1:
             return False
-        modules = {keys.split_name(name)[0] for name in place.tensors}
+        modules = {keys.split_name(name)[0] for name in binding.tensors}
         others = [row for row in names.weights if row.module or (row.layout and "->" in row.layout)]
         if any(row.declares(f"{module}.weight") for row in others for module in modules):
             return False
     return True
 
 
-def _fits(delta: Mapping[str, Adapter], names: Names, method: type[Method]) -> list[tuple[Any, Fit]]:
+def _fits(delta: Mapping[str, Adapter], names: Names, method: type[Method]) -> list[tuple[Any, FactorLayout]]:
     nodes = [(path, node) for path, node in delta.items() if isinstance(node, method.adapters)]
-    return [(node, Fit(names.find(path, node.shape()))) for path, node in nodes]
+    return [(node, FactorLayout(names.find(path, node.shape()))) for path, node in nodes]
 
 
 def _planned(method: Method, delta: Mapping[str, Adapter], names: Names, base: Any) -> tuple[_Plan, list[str]]:
@@ -162,22 +162,22 @@ def _planned(method: Method, delta: Mapping[str, Adapter], names: Names, base: A
         if isinstance(node, FullAdapter):
             continue
         try:
-            place = names.find(path, node.shape())
-            if isinstance(node, IA3Adapter) and is_of_bias(node):
-                values = place.split(np.asarray(node.gain).reshape(place.shape))
-                plan.gains |= {keys.split_name(place.in_model[name])[0]: gain for name, gain in values.items()}
+            binding = names.find(path, node.shape())
+            if isinstance(node, IA3Adapter) and is_bias_gain(node):
+                values = binding.split(np.asarray(node.gain).reshape(binding.shape))
+                plan.gains |= {keys.split_name(binding.in_model[name])[0]: gain for name, gain in values.items()}
                 continue
-            _add(plan, path, node, fit_of(method, place))
+            _add(plan, path, node, factor_layout(method, binding))
         except ValueError as error:
             problems.append(str(error))
     problems += method.check(plan.nodes)
-    for module, (part, factor) in method.leftover(plan.nodes, plan.scales).items():
+    for module, (part, factor) in method.rescale(plan.nodes, plan.scales).items():
         key = f"{keys.PREFIX}{module}.{part}"
         plan.tensors[key] = multiplied(plan.tensors[key], factor)
-    if isinstance(method, Ia3):
+    if isinstance(method, IA3Method):
         problems += _check_gains(plan, names, base)
-    if isinstance(method, VeRA):
-        pair = shared_pair(_fits(delta, names, VeRA))
+    if isinstance(method, VeRAMethod):
+        pair = shared_pair(_fits(delta, names, VeRAMethod))
         if pair is None:
             problems.append("the random pairs of its adapters are no corners of one pair, which PEFT's VeRA has")
         else:
@@ -185,24 +185,24 @@ def _planned(method: Method, delta: Mapping[str, Adapter], names: Names, base: A
     return plan, problems
 
 
-def _add(plan: _Plan, path: str, node: Any, fit: Fit) -> None:
-    method, place = plan.method, fit.place
-    if node.axes != fit.axes:
-        raise ValueError(f"{path!r}: the adapter's axes are {node.axes}, those of its PyTorch module {fit.axes}")
-    arrays, (_, lead) = method.arrays(node), fit.lead()
-    batch = fit.axes.count(BATCH)
+def _add(plan: _Plan, path: str, node: Any, layout: FactorLayout) -> None:
+    method, binding = plan.method, layout.binding
+    if node.axes != layout.axes:
+        raise ValueError(f"{path!r}: the adapter's axes are {node.axes}, those of its PyTorch module {layout.axes}")
+    arrays, lead = method.arrays(node), layout.leading_sizes
+    batch = layout.axes.count(BATCH)
     layers: dict[str, dict[str, np.ndarray]] = {}
-    for name, index in place.tensors.items():
-        module = keys.split_name(place.in_model[name])[0]
+    for name, index in binding.tensors.items():
+        module = keys.split_name(binding.in_model[name])[0]
         layers[module] = {
-            field: array.reshape((*lead, *array.shape[batch:]))[fit.at(index)] if array.ndim >= batch else array
+            field: array.reshape((*lead, *array.shape[batch:]))[layout.slices(index)] if array.ndim >= batch else array
             for field, array in arrays.items()
         }
     used = [module for module, fields in layers.items() if not _is_neutral(method, fields)] or list(layers)
     for module in used:
         plan.nodes[module] = node
         plan.scales[module] = float(layers[module].get("scale", 1.0))
-        parts = method.tensors(layers[module], fit)
+        parts = method.tensors(layers[module], layout)
         plan.tensors |= {f"{keys.PREFIX}{module}.{part}": np.ascontiguousarray(array) for part, array in parts.items()}
 
 
@@ -222,8 +222,8 @@ def _check_gains(plan: _Plan, names: Names, base: Any) -> list[str]:
     biases = {
         keys.split_name(new)[0]: path
         for path, leaf in leaves.items()
-        if (place := names.place(path, leaf.shape)) is not None
-        for new in place.in_model.values()
+        if (binding := names.get(path, leaf.shape)) is not None
+        for new in binding.in_model.values()
         if keys.split_name(new)[1] == "bias"
     }
     for module, node in plan.nodes.items():

@@ -1,10 +1,12 @@
-"""PEFT's methods by their `peft_type`."""
+"""PEFT's methods other than LoRA."""
 
-from lora_jax.peft.methods.adalora import AdaLora
-from lora_jax.peft.methods.ia3 import Ia3
-from lora_jax.peft.methods.loha import LoHa
-from lora_jax.peft.methods.lokr import LoKr
+from lora_jax.peft.methods.adalora import AdaLoRAMethod
+from lora_jax.peft.methods.ia3 import IA3Method
+from lora_jax.peft.methods.loha import LoHaMethod
+from lora_jax.peft.methods.lokr import LoKrMethod
 from lora_jax.peft.methods.method import Method
-from lora_jax.peft.methods.vera import VeRA
+from lora_jax.peft.methods.vera import VeRAMethod
 
-METHODS: dict[str, type[Method]] = {kind.peft_type: kind for kind in (AdaLora, LoHa, LoKr, VeRA, Ia3)}
+METHODS: dict[str, type[Method]] = {
+    method.peft_type: method for method in (AdaLoRAMethod, LoHaMethod, LoKrMethod, VeRAMethod, IA3Method)
+}
