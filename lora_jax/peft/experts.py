@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import numpy as np
 
 from lora_jax.peft.exported import Exported, Module
-from lora_jax.peft.factors import pad_rank
+from lora_jax.peft.factor_layout import pad_rank
 from lora_jax.peft.names import Fused, Names
 from lora_jax.peft.stored import Module as StoredModule
 from lora_jax.peft.stored import Share, Stored

@@ -14,7 +14,7 @@ from lora_jax.adapters.lowrank import RANK, LoRAAdapter
 from lora_jax.adapters.offset import OffsetAdapter
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
 from lora_jax.peft import keys
-from lora_jax.peft.factors import FactorLayout, Labeled, pad_rank
+from lora_jax.peft.factor_layout import FactorLayout, Labeled, pad_rank
 from lora_jax.peft.names import Binding, Names
 
 GROUPS = "groups"

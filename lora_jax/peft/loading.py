@@ -18,7 +18,7 @@ from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
 from lora_jax.leaves import is_abstract
 from lora_jax.peft import experts, keys, ties
 from lora_jax.peft.config import CONFIG
-from lora_jax.peft.factors import FactorLayout
+from lora_jax.peft.factor_layout import FactorLayout
 from lora_jax.peft.keys import Key
 from lora_jax.peft.layout import located
 from lora_jax.peft.low_rank import joint, low_rank

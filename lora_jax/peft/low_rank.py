@@ -14,7 +14,7 @@ from lora_jax.adapters.protocol import BATCH, IN, OUT
 from lora_jax.leaves import is_abstract
 from lora_jax.peft import experts, keys
 from lora_jax.peft.config import CONFIG
-from lora_jax.peft.factors import FactorLayout, pad_rank
+from lora_jax.peft.factor_layout import FactorLayout, pad_rank
 from lora_jax.peft.keys import Key
 from lora_jax.peft.names import Binding
 from lora_jax.peft.stored import Module, Stored

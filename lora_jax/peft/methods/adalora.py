@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_jax.adapters.adalora import AdaLoRAAdapter
 from lora_jax.adapters.protocol import IN, OUT, Adapter
-from lora_jax.peft.factors import FactorLayout
+from lora_jax.peft.factor_layout import FactorLayout
 from lora_jax.peft.methods.method import (
     Method,
     Read,

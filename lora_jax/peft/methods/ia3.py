@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_jax.adapters.ia3 import IA3Adapter
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
-from lora_jax.peft.factors import FactorLayout
+from lora_jax.peft.factor_layout import FactorLayout
 from lora_jax.peft.methods.method import Method, Read, Settings, matrix_sizes, to_tensor, vector_from_tensor
 
 

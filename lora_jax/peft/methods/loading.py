@@ -11,7 +11,7 @@ import numpy as np
 from lora_jax.adapters.protocol import BATCH, OUT, Adapter
 from lora_jax.peft import keys
 from lora_jax.peft.config import Config
-from lora_jax.peft.factors import FactorLayout, pad_rank
+from lora_jax.peft.factor_layout import FactorLayout, pad_rank
 from lora_jax.peft.loading import OTHER_METHODS, Loader, finished
 from lora_jax.peft.methods.ia3 import IA3Method, bias_gain
 from lora_jax.peft.methods.method import Method, Read, Settings, factor_layout

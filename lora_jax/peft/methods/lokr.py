@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_jax.adapters.lokr import LoKrAdapter, LoKrFullAdapter
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
-from lora_jax.peft.factors import FactorLayout
+from lora_jax.peft.factor_layout import FactorLayout
 from lora_jax.peft.methods.method import Method, Read, Settings, matrix_sizes, patterns_of
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from lora_jax.adapters.protocol import IN, OUT, Adapter
 from lora_jax.checks import unusable
 from lora_jax.peft.config import CONFIG, Patterns, exactly
-from lora_jax.peft.factors import FactorLayout
+from lora_jax.peft.factor_layout import FactorLayout
 from lora_jax.peft.names import Binding
 
 Read = Callable[[str, Sequence[int] | None], np.ndarray]

@@ -15,7 +15,7 @@ from lora_jax.adapters.protocol import BATCH, OUT, Adapter
 from lora_jax.peft import keys
 from lora_jax.peft.config import TOKENS, exactly
 from lora_jax.peft.exported import Exported, ends_alike, export, multiplied
-from lora_jax.peft.factors import FactorLayout
+from lora_jax.peft.factor_layout import FactorLayout
 from lora_jax.peft.methods.ia3 import IA3Method, is_bias_gain
 from lora_jax.peft.methods.method import Method, factor_layout
 from lora_jax.peft.methods.table import METHODS

@@ -9,7 +9,7 @@ import numpy as np
 from lora_jax.adapters.protocol import IN, OUT, Adapter
 from lora_jax.adapters.vera import DVoRAAdapter, VeRAAdapter
 from lora_jax.peft.config import CONFIG
-from lora_jax.peft.factors import FactorLayout
+from lora_jax.peft.factor_layout import FactorLayout
 from lora_jax.peft.methods.method import (
     Method,
     Read,
