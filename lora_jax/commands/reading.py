@@ -11,7 +11,7 @@ from lora_jax import checkpoint, peft
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.peft import layout, methods
 from lora_jax.peft.config import CONFIG
-from lora_jax.peft.opening import single_file
+from lora_jax.peft.opening import find_adapter, single_file
 from lora_jax.peft.tensors import (
     Tensors,
     absent,
@@ -34,7 +34,7 @@ def adapter_directory(directory: Path, console: Console) -> Path:
         check_directory(directory)
     if (directory / checkpoint.MANIFEST).is_file():
         return directory
-    adapter = layout.located(directory)
+    adapter = find_adapter(directory)
     if adapter != directory:
         console.print(f"{directory}: the adapter in {adapter.relative_to(directory)} is read")
     return adapter

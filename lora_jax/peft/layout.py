@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from lora_jax.peft import experts, keys, ties
-from lora_jax.peft.config import CONFIG, Config
+from lora_jax.peft.config import Config
 from lora_jax.peft.keys import Key
 from lora_jax.peft.names import Module, Names, Weight
-from lora_jax.peft.opening import is_mlx, opened, single_file
+from lora_jax.peft.opening import is_mlx, opened
 from lora_jax.peft.tensors import Tensors
 from lora_jax.peft.view import View
 
@@ -22,26 +22,6 @@ Shape = tuple[int, ...]
 Levels = list[tuple[Shape, Shape]]
 """The shapes of a module's factors: one pair, or one for each of its parameters, the outermost wrapper's first."""
 Kind = Module | Literal[""]
-
-
-def located(directory: Path) -> Path:
-    """The directory that holds an adapter: this one, or the one that is inside (`default/`, `checkpoint-500/`).
-
-    Raises:
-      ValueError: Several are inside.
-    """
-    if (directory / CONFIG).exists() or (directory / CONFIG).is_symlink() or single_file(directory):
-        return directory
-    inside = sorted(path.parent for path in directory.glob(f"*/{CONFIG}"))
-    inside = inside or sorted(path.parent for path in directory.glob(f"*/*/{CONFIG}"))
-    if len(inside) > 1:
-        listed = ", ".join(str(path.relative_to(directory)) for path in inside[:_LISTED])
-        more = f" and {len(inside) - _LISTED} more" if len(inside) > _LISTED else ""
-        raise ValueError(f"{directory}: holds {len(inside)} adapters ({listed}{more}); name one of them.")
-    return inside[0] if inside else directory
-
-
-_LISTED = 8
 
 
 def of_adapter(directory: Path, ignore: Sequence[str] = ()) -> tuple[dict[str, Any], Names]:

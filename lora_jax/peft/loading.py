@@ -20,10 +20,9 @@ from lora_jax.peft import experts, keys, ties
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.factor_layout import FactorLayout
 from lora_jax.peft.keys import Key
-from lora_jax.peft.layout import located
 from lora_jax.peft.low_rank import joint, low_rank
 from lora_jax.peft.names import Binding, Names, check_names
-from lora_jax.peft.opening import opened
+from lora_jax.peft.opening import find_adapter, opened
 from lora_jax.peft.stored import Module, Stored
 from lora_jax.peft.tensors import read_json
 from lora_jax.reading import clipped, counted
@@ -60,7 +59,7 @@ def load(directory: str | os.PathLike, base: Any, names: Names, ignore: Sequence
     checks.path("lora.peft.load(directory, base, names)", directory)
     check_names("lora.peft.load(directory, base, names)", names)
     given = Path(directory)
-    directory = located(given)
+    directory = find_adapter(given)
     if directory != given:
         warnings.warn(f"{given}: the adapter in {directory.relative_to(given)} is read.", stacklevel=2)
     if (directory / CONFIG).is_file():

@@ -13,6 +13,24 @@ from lora_jax.peft.tensors import Tensors, absent, pickle_beside, read_json
 from lora_jax.peft.view import View
 
 SUFFIX = ".safetensors"
+_LISTED = 8
+
+
+def find_adapter(directory: Path) -> Path:
+    """Returns the directory of an adapter: this one, or the only one inside it (`default/`, `checkpoint-500/`).
+
+    Raises:
+      ValueError: There are several inside it.
+    """
+    if (directory / CONFIG).exists() or (directory / CONFIG).is_symlink() or single_file(directory):
+        return directory
+    inside = sorted(path.parent for path in directory.glob(f"*/{CONFIG}"))
+    inside = inside or sorted(path.parent for path in directory.glob(f"*/*/{CONFIG}"))
+    if len(inside) > 1:
+        listed = ", ".join(str(path.relative_to(directory)) for path in inside[:_LISTED])
+        more = f" and {len(inside) - _LISTED} more" if len(inside) > _LISTED else ""
+        raise ValueError(f"{directory}: holds {len(inside)} adapters ({listed}{more}); name one of them.")
+    return inside[0] if inside else directory
 
 
 @contextlib.contextmanager
