@@ -11,6 +11,7 @@ from rich.console import Console
 from lora_jax.adapters.full import FullAdapter, RowsAdapter
 from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.protocol import Adapter
+from lora_jax.commands import layout
 from lora_jax.commands.inspection import euclidean
 from lora_jax.commands.reading import adapter_directory, is_native, read
 from lora_jax.commands.wording import (
@@ -24,7 +25,7 @@ from lora_jax.commands.wording import (
     table_of,
 )
 from lora_jax.merging import distance, norm
-from lora_jax.peft import keys, layout
+from lora_jax.peft import keys
 from lora_jax.peft.config import TOKENS
 from lora_jax.peft.opening import config_of
 

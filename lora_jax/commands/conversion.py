@@ -7,11 +7,11 @@ from pathlib import Path
 from rich.console import Console
 
 from lora_jax import peft
+from lora_jax.commands import fitting_methods, layout
 from lora_jax.commands.outputs import check_new
 from lora_jax.commands.reading import adapter_directory, check_directory, check_peft, check_shapes, model_config, opened
 from lora_jax.commands.wording import few, kinds_of
 from lora_jax.files import replaced
-from lora_jax.peft import layout, methods
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.opening import config_of
 from lora_jax.peft.saving import write
@@ -52,7 +52,9 @@ def convert(
         if base is None:
             weights, names = layout.of_adapter(directory, ignore)
         else:
-            fit = methods.of_checkpoint(stack.enter_context(opened(base)), directory, model_config(base), ignore)
+            fit = fitting_methods.of_checkpoint(
+                stack.enter_context(opened(base)), directory, model_config(base), ignore
+            )
             weights, names = fit.base, fit.names
             for head, (table, why) in fit.untied.items() if target in _ONE_WEIGHT else ():
                 raise ValueError(

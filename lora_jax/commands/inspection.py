@@ -13,6 +13,7 @@ from rich.console import Console
 from lora_jax import checkpoint
 from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.protocol import Adapter
+from lora_jax.commands import layout
 from lora_jax.commands.reading import adapter_directory, fitted, is_native, opened, read
 from lora_jax.commands.wording import (
     counted,
@@ -28,7 +29,6 @@ from lora_jax.commands.wording import (
 )
 from lora_jax.merging import norm
 from lora_jax.optim import partition
-from lora_jax.peft import layout
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.opening import config_of
 from lora_jax.peft.targets import MAX_LORA_RANKS

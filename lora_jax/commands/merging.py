@@ -14,11 +14,12 @@ from rich.console import Console
 from lora_jax import peft
 from lora_jax.adapters.full import enlarges
 from lora_jax.adapters.protocol import Adapter
+from lora_jax.commands import biases, fitting_methods, layout
 from lora_jax.commands.outputs import check_new
 from lora_jax.commands.reading import MODEL, adapter_directory, check_directory, check_peft, model_config, opened
 from lora_jax.commands.wording import counted, few, progress_bar, shown
 from lora_jax.files import replaced
-from lora_jax.peft import biases, layout, methods, ties
+from lora_jax.peft import ties
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.tensors import (
     INDEX,
@@ -54,7 +55,7 @@ def merge(
     check_new(out, MODEL, "checkpoint", owns, force, apart_from=(base, adapter))
     config = model_config(base)
     with opened(base) as tensors, replaced(out, MODEL, what="checkpoint", owns=owns) as fresh:
-        fit = methods.of_checkpoint(tensors, adapter, config, ignore)
+        fit = fitting_methods.of_checkpoint(tensors, adapter, config, ignore)
         delta = peft.load(adapter, fit.base, fit.names, ignore=ignore)
         heads = [(table, head) for head, (table, _) in fit.untied.items()]
         ties.check_shared(delta, [*_parted(tensors, config, delta), *heads], tensors, config)

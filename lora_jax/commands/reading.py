@@ -9,7 +9,7 @@ from rich.console import Console
 
 from lora_jax import checkpoint, peft
 from lora_jax.adapters.protocol import Adapter
-from lora_jax.peft import layout, methods
+from lora_jax.commands import fitting_methods, layout
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.opening import find_adapter, single_file
 from lora_jax.peft.tensors import (
@@ -59,7 +59,7 @@ def read(directory: Path, ignore: Sequence[str] = (), otherwise: str = "give --b
 
 def check_shapes(directory: Path, otherwise: str = "give --base") -> None:
     """Raises `ValueError` for an adapter of a method of PEFT that does not tell the shapes of its weights."""
-    if (kind := methods.method_in(directory)) is not None:
+    if (kind := fitting_methods.method_in(directory)) is not None:
         raise ValueError(f"{directory}: an adapter of PEFT's {kind} does not tell its weights' shapes; {otherwise}.")
 
 
@@ -69,14 +69,14 @@ def fitted(
     """The delta of a PEFT adapter on a checkpoint.
 
     Returns:
-      The delta, and the heads that it unties: see :class:`lora_jax.peft.fitting.Fitting`.
+      The delta, and the heads that it unties: see :class:`lora_jax.commands.fitting.Fitting`.
 
     Raises:
       ValueError: It is no adapter of PEFT, is damaged, or does not fit.
     """
     check_peft(directory, "its fit")
     with opened(base) as tensors:
-        fit = methods.of_checkpoint(tensors, directory, model_config(base), ignore)
+        fit = fitting_methods.of_checkpoint(tensors, directory, model_config(base), ignore)
         return peft.load(directory, fit.base, fit.names, ignore=ignore), fit.untied
 
 

@@ -1,8 +1,7 @@
 """PEFT's methods beside LoRA: AdaLoRA, LoHa, LoKr, VeRA, (IA)³, trainable tokens and the tuning of norms."""
 
-from lora_jax.peft.methods.fitting import method_in, of_checkpoint
 from lora_jax.peft.methods.loading import load_method
 from lora_jax.peft.methods.saving import method_of, save_method
 from lora_jax.peft.methods.table import METHODS
 
-__all__ = ["METHODS", "load_method", "method_in", "method_of", "of_checkpoint", "save_method"]
+__all__ = ["METHODS", "load_method", "method_of", "save_method"]

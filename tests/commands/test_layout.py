@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import lora_jax as lora
-from lora_jax.peft import fitting, layout
+from lora_jax.commands import fitting, layout
 from lora_jax.peft.tensors import Tensors
 from tests.peft.cases import CASES, PREFIX, write_adapter
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lora
 from experiments.models.options import Options
 from lora_jax.__main__ import main
-from lora_jax.peft.biases import separated
+from lora_jax.commands.biases import separated
 from tests.peft.test_ties import FIXTURES, close, program, tokens
 
 BASE, ADAPTER = FIXTURES / "models" / "llama", FIXTURES / "adapters" / "biased"

@@ -8,8 +8,8 @@ from typing import Any
 from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.offset import OffsetAdapter
 from lora_jax.adapters.protocol import Adapter
+from lora_jax.commands.layout import leaf_path
 from lora_jax.peft import keys
-from lora_jax.peft.layout import leaf_path
 
 _FLAGS = (
     (

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_jax.peft import fitting, keys
+from lora_jax.commands import fitting
+from lora_jax.commands.fitting import CONV1D_MODELS, Fitting, prefix_of
+from lora_jax.commands.layout import Kind, Stored, leaf_path, table_of
+from lora_jax.peft import keys
 from lora_jax.peft.config import CONFIG
-from lora_jax.peft.fitting import CONV1D_MODELS, Fitting, prefix_of
-from lora_jax.peft.layout import Kind, Stored, leaf_path, table_of
 from lora_jax.peft.loading import OTHER_METHODS
 from lora_jax.peft.methods.loading import NORMS, modules_of
 from lora_jax.peft.methods.table import METHODS
@@ -18,7 +19,7 @@ from lora_jax.peft.tensors import Tensors, read_json
 def of_checkpoint(
     checkpoint: Tensors, directory: Path, model: Mapping[str, Any] | None = None, ignore: Sequence[str] = ()
 ) -> Fitting:
-    """What :func:`lora_jax.peft.fitting.of_checkpoint` does, of other methods than LoRA too."""
+    """What :func:`lora_jax.commands.fitting.of_checkpoint` does, of other methods than LoRA too."""
     kind = method_in(directory)
     if kind is None:
         return fitting.of_checkpoint(checkpoint, directory, model, ignore)

@@ -8,10 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_jax.peft import experts, keys, renames, ties
-from lora_jax.peft.config import Config
-from lora_jax.peft.keys import Key
-from lora_jax.peft.layout import (
+from lora_jax.commands.layout import (
     Kind,
     Levels,
     Shape,
@@ -22,6 +19,9 @@ from lora_jax.peft.layout import (
     parsed_keys,
     table_of,
 )
+from lora_jax.peft import experts, keys, renames, ties
+from lora_jax.peft.config import Config
+from lora_jax.peft.keys import Key
 from lora_jax.peft.names import Fused, Names
 from lora_jax.peft.opening import is_mlx, opened
 from lora_jax.peft.tensors import FLOATS, Tensors
