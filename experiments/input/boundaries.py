@@ -1,7 +1,7 @@
-"""Where a prompt ends and an answer begins: a model is prompted with the tokens of the prompt alone.
+"""Tokenizes prompts separately from answers, as a model is prompted.
 
-Tokenized as one text, the end of a prompt and the beginning of an answer may share a token ("is " and "the" the token
-" the"), so that a model is trained on other tokens than it is prompted with.
+If prompt and answer are tokenized as one text, a token may span their boundary ("is " and "the" share the token
+" the"), and the model is trained on other prompt tokens than it sees in generation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,27 +11,27 @@ import numpy as np
 from experiments.input.control import ControlTokens, LiteralTokenizer, Span, Tokens
 from experiments.input.turns import Example
 
-_ANCHORS = ("\n", "x", ".")  # what is tokenized before a text that does not begin one; one of them merges with nothing
+_ANCHORS = ("\n", "x", ".")  # tokenized before a continuation; at least one of them does not merge with it
 
 
 class BoundaryTokenizer:
-    """Tokenizes examples, prompts apart from answers.
+    """Tokenizes the prompts of examples separately from their answers.
 
     Args:
-      tokenizer: Of the checkpoint.
+      tokenizer: The checkpoint's tokenizer.
       control: Its control tokens.
-      together: Whether an example is tokenized as one text all the same. A token across the beginning of an answer is
-        then the answer's.
+      together: Whether to tokenize an example as one text instead. A token that spans the beginning of an answer is
+        then part of the answer.
     """
 
     def __init__(self, tokenizer: LiteralTokenizer, control: ControlTokens, *, together: bool):
         self._tokenizer, self._control, self._together = tokenizer, control, together
 
     def encode(self, examples: Sequence[Example]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-        """The (ids, targets) pairs of each example.
+        """Returns the (ids, targets) pairs of each example.
 
-        An example with several answers is one pair if all its prompts have the tokens that they have alone; else each
-        answer has a pair of its own.
+        An example with several answers is one pair if all its prompts have the same tokens as when tokenized alone.
+        Otherwise each answer is a pair.
         """
         wholes = self._tokenizer.encode([(example.text, example.literal) for example in examples])
         if self._together:
@@ -52,7 +52,7 @@ class BoundaryTokenizer:
         ]
 
     def _tail_starts(self, example: Example) -> list[int]:
-        """Where the last control token before each answer begins: tokens before it do not depend on the text behind."""
+        """Returns the start of the last control token before each answer; tokens before it ignore later text."""
         positions = [begin for begin, _ in self._control.tokens_in(example.text, example.literal)]
         return [max((one for one in positions if one < begin), default=0) for begin, _ in example.spans]
 
@@ -67,11 +67,11 @@ class BoundaryTokenizer:
             yield _targets(whole, example.spans)
             return
         for prompt, (start, _), (begin, end) in zip(prompts, tails, example.spans):
-            answer = self._continued(example, start, begin, end)
+            answer = self._encode_continuation(example, start, begin, end)
             yield np.concatenate([prompt, answer]), np.repeat([False, True], [len(prompt), len(answer)])
 
-    def _continued(self, example: Example, start: int, begin: int, end: int) -> np.ndarray:
-        """The tokens of an answer, without what tokenizers put before the beginning of a text."""
+    def _encode_continuation(self, example: Example, start: int, begin: int, end: int) -> np.ndarray:
+        """Returns the tokens of an answer without the prefix that tokenizers add to the beginning of a text."""
         text, before = example.text[begin:end], example.text[start:begin]
         for anchor in (before,) if before in self._control.spellings else _ANCHORS:
             literal = _within(example.literal, begin, end, len(anchor))
@@ -85,12 +85,12 @@ class BoundaryTokenizer:
 def _targets(tokens: Tokens, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
     targets = np.zeros(len(tokens.ids), bool)
     begins, ends = tokens.offsets.T
-    for begin, end in spans:  # a token that straddles a span's edge belongs to it
+    for begin, end in spans:  # a token that spans the edge of a span belongs to it
         targets |= (begins < end) & ((ends > begin) | (begins >= begin))
     return tokens.ids, targets
 
 
 def _within(literal: Sequence[Span], begin: int, end: int, position: int = 0) -> list[Span]:
-    """The spans of a part of a text, where that part stands at a position of another text."""
+    """Returns the spans within a part of a text, shifted to that part's position in another text."""
     parts = [(max(first, begin), min(last, end)) for first, last in literal if first <= end and last >= begin]
     return [(first - begin + position, last - begin + position) for first, last in parts]

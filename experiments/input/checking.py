@@ -1,4 +1,4 @@
-"""Every record read once before anything is trained: a malformed one is an error, or counted and left out."""
+"""Reads every record once before training. A malformed record is an error, or is counted and skipped."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,25 +11,25 @@ from experiments.input.records import Preference, Problem, Rated
 from experiments.input.sources import Records, first
 
 OnBad = Literal["error", "skip"]
-_REASONS = 3  # that are kept of each source
+_REASONS = 3  # reasons to keep per source
 _OTHER_USE: dict[type, str] = {
-    Preference: "a preference (chosen and rejected), which sft does not learn from; write what was chosen as the "
-    "completion of a prompt, or as a conversation",
-    Rated: "a completion with a label (KTO), which sft does not learn from; --data-form prompt-completion learns from "
-    "every completion, whatever its label",
-    Problem: "a prompt with an answer for a reward by rule, which sft does not learn from; an answer that is to be "
-    "learned is a completion",
+    Preference: "a preference record (chosen and rejected), which sft does not support; convert the chosen answer to a "
+    "completion or a conversation",
+    Rated: "a completion with a label (KTO), which sft does not support; --data-form prompt-completion trains on every "
+    "completion and ignores the label",
+    Problem: "a prompt with an answer for a rule-based reward, which sft does not support; to train on the answers, "
+    "rename the column answer to completion",
 }
 
 
 @dataclass
 class Findings:
-    """What reading the records of one source has told.
+    """The result of reading one source's records.
 
     Attributes:
-      forms: How many records are in which format.
-      skipped: How many are malformed.
-      reasons: Of the first of them, with file and line.
+      forms: Number of records per format.
+      skipped: Number of malformed records.
+      reasons: Error messages of the first malformed records, with file and line.
     """
 
     forms: Counter[str] = field(default_factory=Counter)
@@ -37,25 +37,29 @@ class Findings:
     reasons: list[str] = field(default_factory=list)
 
 
-def checked(
+def check_records(
     records: Records, *, on_bad: OnBad = "error", limit: int | None = None
 ) -> tuple[Records, tuple[Findings, ...]]:
-    """Records without the malformed ones, and what reading them has told of each source.
+    """Reads all records and removes malformed ones.
 
-    Records are read one by one and not kept. A record that is repeated by a weight is read once.
+    Records are not kept in memory. A record that is repeated by a weight is read once.
 
     Args:
       records: From :func:`experiments.input.sources.splits`.
-      on_bad: `error` raises at the first malformed record; `skip` counts them and leaves them out.
-      limit: Keep this many well-formed records, from the beginning; None keeps all.
+      on_bad: `error` raises at the first malformed record; `skip` counts and removes malformed records.
+      limit: Number of well-formed records to keep, from the beginning; None keeps all.
+
+    Returns:
+      The records, and the findings for each source.
 
     Raises:
-      UserError: A record is malformed; is for another kind of training, whatever `on_bad` says; or too few are left.
+      UserError: A record is malformed and `on_bad` is `error`, a record is for another kind of training, or too few
+        records remain.
     """
     if on_bad == "error":
         records = first(records, limit)
     findings = tuple(Findings() for _ in records.sources)
-    good = [np.full(len(source), -1, np.int8) for source in records.sources]  # -1 is not known yet
+    good = [np.full(len(source), -1, np.int8) for source in records.sources]  # -1: not read yet
     for index, (source, number) in enumerate(zip(records.source_of.tolist(), records.number_of.tolist())):
         if good[source][number] < 0:
             good[source][number] = _is_good(records, index, on_bad, findings[source])
@@ -64,7 +68,7 @@ def checked(
     usable = np.array([good[source][number] for source, number in zip(records.source_of, records.number_of)], bool)
     if not usable.any():
         reason = next(reason for one in findings for reason in one.reasons)
-        raise UserError(f"none of {len(records):,} records can be used; the first: {reason}")
+        raise UserError(f"all {len(records):,} records are malformed; the first: {reason}")
     return first(records.take(np.flatnonzero(usable)), limit), findings
 
 
@@ -79,6 +83,6 @@ def _is_good(records: Records, index: int, on_bad: OnBad, findings: Findings) ->
             findings.reasons.append(str(error))
         return False
     if type(record) in _OTHER_USE:
-        raise UserError(f"{records.place(index)}: {_OTHER_USE[type(record)]}")
+        raise UserError(f"{records.location(index)}: {_OTHER_USE[type(record)]}")
     findings.forms[form] += 1
     return True

@@ -1,4 +1,4 @@
-"""Columnar files row by row: Parquet, Arrow as the `datasets` library saves it, and its tables in memory."""
+"""Reads the rows of Parquet files, of Arrow files, and of data sets of the `datasets` library."""
 
 import abc
 import hashlib
@@ -12,17 +12,17 @@ from experiments.errors import UserError, reading
 from experiments.input.forms import COLUMNS
 from experiments.input.opening import Content
 
-_ROWS = 1024  # that are Python objects at a time
+_ROWS = 1024  # rows that are converted to Python objects at a time
 
 
 class _FileRows(abc.ABC):
-    """Rows of a columnar file; the rows of one block are Python objects at a time.
+    """The rows of a columnar file. One block of rows at a time is converted to Python objects.
 
     Args:
-      content: Of the file.
+      content: The file.
 
     Attributes:
-      columns: All columns of the file. Rows have those that a format reads.
+      columns: All columns of the file. Rows have only the columns that a format reads.
     """
 
     format: ClassVar[str]
@@ -31,7 +31,7 @@ class _FileRows(abc.ABC):
         self.name, self.digest = str(content.path), content.digest
         with reading(content.path, self.format):
             self.columns, self._length = self._open(content.data)
-        self._read = [name for name in self.columns if name in COLUMNS]
+        self._columns_read = [name for name in self.columns if name in COLUMNS]
         self._rows: tuple[int, list[Any]] = (0, [])
 
     def __len__(self) -> int:
@@ -39,29 +39,29 @@ class _FileRows(abc.ABC):
 
     def __getitem__(self, index: int) -> Any:
         start, rows = self._rows
-        if not self._read:
+        if not self._columns_read:
             return {}
         if not start <= index < start + len(rows):
-            with reading(self.place(index), self.format):
+            with reading(self.location(index), self.format):
                 start, table = self._block(index)
                 rows = [_without_none(row) for row in table.to_pylist()]
             self._rows = start, rows
         return rows[index - start]
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         return f"{self.name}, row {index + 1}"
 
     @abc.abstractmethod
     def _open(self, data: Any) -> tuple[tuple[str, ...], int]:
-        """The file's columns and its number of rows."""
+        """Returns the columns and the number of rows of the file."""
 
     @abc.abstractmethod
     def _block(self, index: int) -> tuple[int, Any]:
-        """The first row of the block that holds a row, and the block as a table of the columns that are read."""
+        """Returns the block that contains a row: its first row, and a table of the columns that are read."""
 
 
 class ParquetRows(_FileRows):
-    """Rows of a Parquet file, a part of one row group at a time."""
+    """The rows of a Parquet file, read by parts of row groups."""
 
     format = "Parquet"
 
@@ -82,9 +82,9 @@ class ParquetRows(_FileRows):
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         number, table = self._group
         if group != number:
-            table = self._file.read_row_group(group, columns=self._read)
+            table = self._file.read_row_group(group, columns=self._columns_read)
             if table.num_rows != self._starts[group + 1] - self._starts[group]:
-                raise ValueError(f"row group {group} holds {table.num_rows} rows, and its metadata says another number")
+                raise ValueError(f"row group {group} has {table.num_rows} rows, unlike its metadata")
             self._group = group, table
         first = int(self._starts[group])
         offset = (index - first) // _ROWS * _ROWS
@@ -92,7 +92,7 @@ class ParquetRows(_FileRows):
 
 
 class ArrowRows(_FileRows):
-    """Rows of an Arrow file or stream, mapped into memory."""
+    """The rows of a memory-mapped Arrow file or stream."""
 
     format = "Arrow"
 
@@ -108,17 +108,17 @@ class ArrowRows(_FileRows):
 
     def _block(self, index: int) -> tuple[int, Any]:
         start = index // _ROWS * _ROWS
-        block = self._table.select(self._read).slice(start, _ROWS)
-        block.validate(full=True)  # offsets of a damaged file point anywhere
+        block = self._table.select(self._columns_read).slice(start, _ROWS)
+        block.validate(full=True)  # offsets of a damaged file may be out of range
         return start, block
 
 
 class TableRows:
-    """Rows of a `datasets.Dataset`.
+    """The rows of a `datasets.Dataset`.
 
     Args:
       table: The data set.
-      name: What errors call it.
+      name: Its name, for error messages.
     """
 
     def __init__(self, table: Any, name: str):
@@ -129,15 +129,15 @@ class TableRows:
         return len(self._table)
 
     def __getitem__(self, index: int) -> Any:
-        with reading(self.place(index)):
+        with reading(self.location(index)):
             return _without_none(self._table[index])
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         return f"{self.name}, row {index + 1}"
 
 
 def table_digest(table: Any) -> str:
-    """Of a `datasets.Dataset`'s rows. Its own fingerprint depends on where it is stored as well."""
+    """Returns a digest of a `datasets.Dataset`'s rows. Its fingerprint also depends on where it is stored."""
     digest = hashlib.sha256(repr(table.column_names).encode())
     for batch in table.with_format("arrow").iter(_ROWS):
         for column in batch.columns:
@@ -146,10 +146,10 @@ def table_digest(table: Any) -> str:
 
 
 def saved_files(directory: Path) -> list[Path]:
-    """The Arrow files of a directory that `Dataset.save_to_disk` wrote, in the order of their rows.
+    """Returns the Arrow files of a directory that `Dataset.save_to_disk` wrote, in the order of their rows.
 
     Raises:
-      UserError: The directory's own list of them cannot be read.
+      UserError: The directory's list of files is damaged.
     """
     state = directory / "state.json"
     with reading(state, "the state of a saved data set"):
@@ -160,10 +160,10 @@ def saved_files(directory: Path) -> list[Path]:
 
 
 def saved_split(directory: Path) -> str | None:
-    """The name of the split that a directory of :func:`saved_files` was, if it was one of a data set.
+    """Returns the name of the split in a directory that `Dataset.save_to_disk` wrote, or None.
 
     Raises:
-      UserError: The directory's own description cannot be read.
+      UserError: The directory's description is damaged.
     """
     state = directory / "state.json"
     with reading(state, "the state of a saved data set"):
@@ -172,7 +172,7 @@ def saved_split(directory: Path) -> str | None:
 
 
 def _without_none(value: Any) -> Any:
-    """Without what is missing: in a column every object has the keys of all others, as null."""
+    """Removes nulls: within a column, every object has the keys of all others."""
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     return [_without_none(item) for item in value] if isinstance(value, list) else value

@@ -1,9 +1,8 @@
-"""Control tokens in the text of messages: text that spells one is text, unless a user wants it otherwise.
+"""Distinguishes control tokens from text in messages that spells one.
 
-A template is given messages in which such spellings stand between marks, characters that neither the messages nor the
-template hold. They show in what it renders which spellings are the template's own. The tokens of a text of which some
-spellings are control tokens and others are not come from a copy of the tokenizer, in which control tokens have names
-that no text can hold.
+Messages are rendered with marks around such text; the marks are characters that occur neither in the messages nor in
+the template. In the rendered text, spellings without marks are the template's control tokens. A text that contains both
+is tokenized with a copy of the tokenizer in which control tokens have names that do not occur in any text.
 """
 
 import functools
@@ -20,19 +19,19 @@ from tokenizers import Encoding, Tokenizer
 from experiments.errors import UserError, reading
 
 Span = tuple[int, int]
-"""Characters of a text, from the first to behind the last."""
+"""A range of characters in a text: begin (included) and end (excluded)."""
 
-_MARKS = range(0x20000, 0x2A6D0)  # ideographs: filters that escape what cannot be printed leave them as they are
+_MARKS = range(0x20000, 0x2A6D0)  # ideographs: printable, so that filters do not escape them
 
 
 class Marks(NamedTuple):
-    """Characters for marks in a text that holds none of them.
+    """Characters that mark parts of a text.
 
     Attributes:
-      begin: Before what a `{% generation %}` block renders.
-      end: Behind it.
-      literal: Before text that is no control token, whatever it spells.
-      literal_end: Behind it.
+      begin: Begins the text of a `{% generation %}` block.
+      end: Ends it.
+      literal: Begins literal text, which contains no control tokens.
+      literal_end: Ends it.
     """
 
     begin: str
@@ -42,7 +41,7 @@ class Marks(NamedTuple):
 
     @classmethod
     def absent_from(cls, texts: Iterable[str]) -> "Marks":
-        """Marks that none of the texts holds."""
+        """Returns marks that do not occur in the texts."""
         text = "\0".join(texts)
         while True:
             marks = cls(*map(chr, random.sample(_MARKS, 4)))
@@ -54,10 +53,9 @@ class Marked(NamedTuple):
     """A text without its marks.
 
     Attributes:
-      text: Whole.
-      blocks: What `{% generation %}` blocks rendered.
-      literal: Text that is no control token, whatever it spells. An empty span at a position says that no control
-        token lies across it.
+      text: The whole text.
+      blocks: The text of `{% generation %}` blocks.
+      literal: Literal text, which contains no control tokens. No control token spans the position of an empty span.
     """
 
     text: str
@@ -66,10 +64,10 @@ class Marked(NamedTuple):
 
     @classmethod
     def from_text(cls, text: str, marks: Marks) -> "Marked":
-        """Reads the marks of a text.
+        """Parses the marks of a text.
 
         Raises:
-          ValueError: A `{% generation %}` block stands in another one, or has lost one of its ends.
+          ValueError: `{% generation %}` blocks are nested, or a block has no end.
         """
         if not any(mark in text for mark in marks):
             return cls(text, [], [])
@@ -82,7 +80,7 @@ class Marked(NamedTuple):
                 blocks += [(block, length)] if length > block else []
                 block = None
             elif part in (marks.begin, marks.end):
-                raise ValueError("a {% generation %} block stands in another one")
+                raise ValueError("{% generation %} blocks are nested")
             elif part == marks.literal:
                 literal += [] if quoted is None else [(quoted, quoted)]
                 quoted = length
@@ -93,15 +91,15 @@ class Marked(NamedTuple):
                 parts.append(part)
                 length += len(part)
         if block is not None:
-            raise ValueError("a {% generation %} block has lost its end")
+            raise ValueError("a {% generation %} block has no end")
         return cls("".join(parts), blocks, literal + ([] if quoted is None else [(quoted, quoted)]))
 
 
 class ControlTokens:
-    """The spellings that a tokenizer reads as control tokens.
+    """The control tokens of a tokenizer.
 
     Args:
-      spellings: Of the tokens. None of them: no text is marked, and all that spells a token is that token.
+      spellings: The text of each token. If empty, no text is marked.
 
     Example:
       >>> control = ControlTokens(["<|end|>"])
@@ -116,23 +114,23 @@ class ControlTokens:
         self.spellings = sorted({spelling for spelling in spellings if spelling}, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, self.spellings)) or r"(?!)")
         self._longest = max(map(len, self.spellings), default=0)
-        # A text that ends in one of these may make a control token with the text behind it; and the other way round.
-        self._firsts = {spelling[:size] for spelling in self.spellings for size in range(1, len(spelling))}
-        self._lasts = {spelling[size:] for spelling in self.spellings for size in range(1, len(spelling))}
+        # A text that ends with one of these may form a control token with the text after it, and vice versa.
+        self._prefixes = {spelling[:size] for spelling in self.spellings for size in range(1, len(spelling))}
+        self._suffixes = {spelling[size:] for spelling in self.spellings for size in range(1, len(spelling))}
 
     def spelled(self, text: str) -> bool:
-        """Whether a text spells a control token."""
+        """Whether a text contains the spelling of a control token."""
         return self._pattern.search(text) is not None
 
     def marked(self, value: Any, marks: Marks) -> Any:
-        """A copy of JSON's data in which marks stand around what spells a control token, or may do so with its
-        surroundings."""
+        """Returns a copy of JSON data with marks around text that spells a control token, by itself or together with
+        the text around it."""
         if isinstance(value, str):
             text = self._pattern.sub(rf"{marks.literal}\g<0>{marks.literal_end}", value)
             sizes = range(1, min(self._longest, len(value) + 1))
-            if any(value[:size] in self._lasts for size in sizes):
+            if any(value[:size] in self._suffixes for size in sizes):
                 text = f"{marks.literal}{marks.literal_end}{text}"
-            if any(value[-size:] in self._firsts for size in sizes):
+            if any(value[-size:] in self._prefixes for size in sizes):
                 text = f"{text}{marks.literal}{marks.literal_end}"
             return text
         if isinstance(value, Mapping):
@@ -142,7 +140,7 @@ class ControlTokens:
         return value
 
     def tokens_in(self, text: str, literal: Sequence[Span]) -> list[Span]:
-        """Where a text has control tokens, but for what is literal."""
+        """Returns the control tokens in a text, except in literal spans."""
         spans, position = [], 0
         while match := self._pattern.search(text, position):
             begin, end = match.span()
@@ -154,7 +152,7 @@ class ControlTokens:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """All texts in JSON's data, names included."""
+    """Yields all strings in JSON data, including keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -171,7 +169,7 @@ class Tokens(NamedTuple):
 
     Attributes:
       ids: `int32[n]`.
-      offsets: `int32[n, 2]`, the characters that each token stands for.
+      offsets: `int32[n, 2]`, the span of each token.
     """
 
     ids: np.ndarray
@@ -179,49 +177,52 @@ class Tokens(NamedTuple):
 
 
 class LiteralTokenizer:
-    """A tokenizer that can be told which text is no control token.
+    """A tokenizer for texts with literal spans, which contain no control tokens.
 
     Args:
-      tokenizer: Without a post-processor.
+      tokenizer: A tokenizer without post-processor.
       control: Its control tokens.
-      where: The file it is from, for errors.
+      where: Its file, for error messages.
     """
 
     def __init__(self, tokenizer: Tokenizer, control: ControlTokens, where: str):
         self._tokenizer, self._control, self._where = tokenizer, control, where
 
     def encode(self, texts: Sequence[tuple[str, Sequence[Span]]]) -> list[Tokens]:
-        """The tokens of texts.
+        """Tokenizes texts.
 
         Args:
-          texts: Each with the spans of it that are literal.
+          texts: Pairs of a text and its literal spans.
 
         Raises:
-          UserError: The tokenizer fails: its file is damaged.
+          UserError: The tokenizer fails because its file is damaged.
         """
         with reading(self._where, "a tokenizer"):
             encodings = iter(self._tokenizer.encode_batch([text for text, literal in texts if not literal]))
-            return [self._literal(text, literal) if literal else _tokens(next(encodings)) for text, literal in texts]
+            return [
+                self._encode_literal(text, literal) if literal else _tokens(next(encodings)) for text, literal in texts
+            ]
 
-    def _literal(self, text: str, literal: Sequence[Span]) -> Tokens:
+    def _encode_literal(self, text: str, literal: Sequence[Span]) -> Tokens:
         tokenizer, names = self._renamed
         parts, position, length = [], 0, 0
-        before, behind = [0], [0]  # positions that correspond, in the text and in the one with other names
+        positions, renamed_positions = [0], [0]  # corresponding positions in the text and in the renamed text
         for begin, end in self._control.tokens_in(text, literal):
             name = names[text[begin:end]]
             parts += [text[position:begin], name]
             length += begin - position
-            before += [begin, end]
-            behind += [length, length + len(name)]
+            positions += [begin, end]
+            renamed_positions += [length, length + len(name)]
             position, length = end, length + len(name)
         parts.append(text[position:])
         tokens = _tokens(tokenizer.encode("".join(parts)))
-        before, behind = [*before, len(text)], [*behind, length + len(text) - position]
-        return Tokens(tokens.ids, np.interp(tokens.offsets, behind, before).astype(np.int32))
+        positions.append(len(text))
+        renamed_positions.append(length + len(text) - position)
+        return Tokens(tokens.ids, np.interp(tokens.offsets, renamed_positions, positions).astype(np.int32))
 
     @functools.cached_property
     def _renamed(self) -> tuple[Tokenizer, dict[str, str]]:
-        """A copy of the tokenizer whose control tokens have other names, and these by the token's own."""
+        """A copy of the tokenizer with renamed control tokens, and the new names by spelling."""
         nonce = "".join(chr(secrets.choice(_MARKS)) for _ in range(8))
         names = {spelling: f"{nonce}{number}." for number, spelling in enumerate(self._control.spellings)}
         content = json.loads(self._tokenizer.to_str())
@@ -238,8 +239,8 @@ class LiteralTokenizer:
         for spelling, name in names.items():
             if renamed.token_to_id(name) != self._tokenizer.token_to_id(spelling):
                 raise UserError(
-                    f"{self._where}: the tokenizer cannot keep {spelling!r} in a message's text apart from its control "
-                    "token; --control-tokens parse reads it as the token"
+                    f"{self._where}: the tokenizer cannot distinguish {spelling!r} in a message's text from the "
+                    "control token; --control-tokens parse reads it as the token"
                 )
         return renamed, names
 

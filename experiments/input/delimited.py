@@ -1,4 +1,4 @@
-"""CSV and TSV by the rules of Python's csv module: quoted fields may hold delimiters and line breaks."""
+"""CSV and TSV files in the dialect of Python's csv module: quoted fields may contain delimiters and line breaks."""
 
 import csv
 import io
@@ -14,21 +14,21 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 class DelimitedRows:
-    """Rows of a table with a header, of which only the positions are in memory. Blank lines are skipped.
+    """The rows of a table with a header. Only their positions are kept in memory. Blank lines are skipped.
 
     Args:
-      content: Of the file, in UTF-8.
-      delimiter: Between fields.
+      content: The file, in UTF-8.
+      delimiter: The separator of fields.
 
     Attributes:
-      columns: From the header.
+      columns: The names in the header.
 
     Raises:
-      UserError: The header cannot be read or names a column twice.
+      UserError: The header is malformed or has a column twice.
     """
 
     def __init__(self, content: Content, delimiter: str):
-        csv.field_size_limit(sys.maxsize)  # texts can be longer than its 131,072 characters
+        csv.field_size_limit(sys.maxsize)  # the default is 131,072 characters
         self.name, self.digest = str(content.path), content.digest
         self._data, self._delimiter = content.data, delimiter
         spans = np.fromiter(self._spans(content.text_start()), np.dtype((np.int64, 3)))
@@ -36,7 +36,7 @@ class DelimitedRows:
         self.columns = tuple(self._fields(0)) if len(spans) else ()
         twice = sorted({name for name in self.columns if self.columns.count(name) > 1})
         if twice:
-            raise UserError(f"{self._where(0)}: the header has the column {twice[0]!r} twice")
+            raise UserError(f"{self._location_of(0)}: the header has the column {twice[0]!r} twice")
 
     def __len__(self) -> int:
         return max(len(self._begins) - 1, 0)
@@ -45,29 +45,29 @@ class DelimitedRows:
         fields = self._fields(index + 1)
         if len(fields) != len(self.columns):
             raise UserError(
-                f"{self.place(index)}: {len(fields)} columns, expected {len(self.columns)} as in the header; a field "
-                "that holds a delimiter, a quote or a line break has to be quoted"
+                f"{self.location(index)}: {len(fields)} columns, expected {len(self.columns)} as in the header; fields "
+                "that contain a delimiter, a quote or a line break must be quoted"
             )
         return dict(zip(self.columns, fields))
 
-    def place(self, index: int) -> str:
-        return self._where(index + 1)
+    def location(self, index: int) -> str:
+        return self._location_of(index + 1)
 
-    def _where(self, record: int) -> str:
+    def _location_of(self, record: int) -> str:
         return f"{self.name}, line {self._lines[record]}"
 
     def _fields(self, record: int) -> list[str]:
-        where = self._where(record)
+        location = self._location_of(record)
         try:
             text = self._data[int(self._begins[record]) : int(self._ends[record])].decode("utf-8")
             return next(self._reader(io.StringIO(text, newline="\n")))
         except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 ({error.reason})") from None
+            raise UserError(f"{location}: not UTF-8 ({error.reason})") from None
         except (csv.Error, StopIteration) as error:
-            raise UserError(f"{where}: not a row by the rules of CSV ({error})") from None
+            raise UserError(f"{location}: not a valid CSV row ({error})") from None
 
     def _spans(self, begin: int) -> Iterator[tuple[int, int, int]]:
-        """(begin, end, first line) of the header and of each row."""
+        """Yields (begin, end, first line) of the header and of each row."""
         consumed = lines = 0
 
         def texts() -> Iterator[str]:
@@ -86,7 +86,7 @@ class DelimitedRows:
                 fields = next(reader)
             except StopIteration:
                 return
-            except csv.Error:  # raised again, with its line, by whoever reads the row
+            except csv.Error:  # _fields raises it again when the row is read
                 fields = [""]
             if fields:
                 yield start, consumed, line

@@ -1,4 +1,4 @@
-"""Records to token ids, and which of them are to be learned."""
+"""Converts records to token ids and marks the tokens that the loss covers."""
 
 import dataclasses
 import functools
@@ -24,11 +24,11 @@ from experiments.tasks.text import load_tokenizer
 
 
 class Encoded(NamedTuple):
-    """An example.
+    """A tokenized example.
 
     Attributes:
-      tokens: `int32[n]`, all of its tokens.
-      targets: `bool[n]`: which of them are to be learned.
+      tokens: `int32[n]`, its tokens.
+      targets: `bool[n]`, whether the loss covers a token.
     """
 
     tokens: np.ndarray
@@ -37,15 +37,15 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """How records become tokens, where that is a user's choice.
+    """The user's options for converting records to tokens.
 
     Attributes:
-      template: A chat template in place of the checkpoint's own: a file, or its text.
+      template: A chat template to use instead of the checkpoint's: a file, Jinja source, or a name.
       template_arguments: Variables for the template, such as `enable_thinking`.
-      train_on: What is learned: all of the assistant's answers, the last one, or the whole text.
-      control_tokens: Text of a record that spells a control token: it is text, or the token.
-      tokenize_together: Whether a prompt and what follows it are tokenized as one text. A token at the boundary may
-        then differ from what a model is prompted with.
+      train_on: The text that the loss covers: all answers of the assistant, the last one, or the whole text.
+      control_tokens: Whether text in a record that spells a control token is plain text or the token.
+      tokenize_together: Whether to tokenize prompt and answer as one text. A token at their boundary may then differ
+        from the tokens with which a model is prompted.
     """
 
     template: str | None = None
@@ -57,21 +57,21 @@ class Options:
 
 @dataclass(frozen=True)
 class Encoder:
-    """What turns records into tokens; made by :func:`load_encoder`.
+    """Converts records to tokens; from :func:`load_encoder`.
 
-    With a chat template a prompt is a user's message and its completion the assistant's; without one a completion
-    follows its prompt as it is, between the tokens that begin and end a text, and conversations are refused.
+    With a chat template, a prompt is a user message and its completion an assistant message. Without one, a completion
+    directly follows its prompt, between the tokens that begin and end a text, and conversations are errors.
 
     Attributes:
-      tokenizer: The checkpoint's own, without its post-processor.
-      template: Its chat template; None where it has none.
-      end: The token that ends a text where there is no template; None teaches no end.
-      directory: Of the checkpoint.
-      options: A user's choices.
-      vocabulary: How many tokens the model has embeddings for; None where that is not known.
-      around: The tokens that the checkpoint's tokenizer puts before and behind a text.
-      control: Its control tokens.
-      notes: What a user should know about the records encoded so far, each with the number of records it concerns.
+      tokenizer: The checkpoint's tokenizer, without its post-processor.
+      template: The chat template; None if the checkpoint has none.
+      end: The token that ends a text if there is no template; None adds no token.
+      directory: The checkpoint.
+      options: The user's options.
+      vocabulary: Number of tokens for which the model has embeddings; None if unknown.
+      around: The tokens that the tokenizer's post-processor adds before and after a text.
+      control: The control tokens.
+      notes: Notes for the user about the records encoded so far, with the number of records that each concerns.
     """
 
     tokenizer: Tokenizer
@@ -86,7 +86,7 @@ class Encoder:
 
     @property
     def digest(self) -> str:
-        """Of what decides the tokens."""
+        """A digest of everything that determines the tokens."""
         digest = hashlib.sha256((self.directory / "tokenizer.json").read_bytes())
         chat, options = self.template and self.template.identity, dataclasses.asdict(self.options)
         everything = [chat, self.end, options, self.vocabulary, self.control.spellings]
@@ -95,52 +95,54 @@ class Encoder:
 
     @property
     def largest(self) -> int:
-        """The largest token id that can occur."""
+        """The largest token id that may occur."""
         return max([self.end or 0, *self.around[0], *self.around[1], *self.tokenizer.get_vocab().values()])
 
-    def encode(self, records: Sequence[Record], places: Sequence[str]) -> list[Encoded]:
-        """The examples of records, as of :meth:`encode_each`, in one list."""
-        return [example for examples in self.encode_each(records, places) for example in examples]
+    def encode(self, records: Sequence[Record], locations: Sequence[str]) -> list[Encoded]:
+        """Returns the examples of all records; see :meth:`encode_each`."""
+        return [example for examples in self.encode_each(records, locations) for example in examples]
 
-    def encode_each(self, records: Sequence[Record], places: Sequence[str]) -> list[list[Encoded]]:
-        """The examples of each record: one; or one for each answer of a conversation, where the template or the
-        tokenizer makes another text or other tokens of an earlier turn once others follow; or none, where all answers
-        have weight 0.
+    def encode_each(self, records: Sequence[Record], locations: Sequence[str]) -> list[list[Encoded]]:
+        """Returns the examples of each record.
+
+        A record has one example. A conversation has one for each answer if the template or the tokenizer represents
+        earlier turns differently once others follow, and none if all answers have weight 0.
 
         Args:
           records: Conversations, completions or texts.
-          places: Where each of them stands, for errors.
+          locations: The location of each record, for error messages.
 
         Raises:
-          UserError: A conversation has no turn of the assistant's, the template refuses it, or there is no template; a
-            text is not valid Unicode; the model has no embedding for a token.
+          UserError: A conversation has no message of the assistant, the template does not accept it, or there is no
+            template; a text is not valid Unicode; the model has no embedding for a token.
         """
         examples, origins = [], []
-        for number, parts in enumerate(self._examples(records, places)):
+        for number, parts in enumerate(self._examples(records, locations)):
             for example in parts:
-                _check_unicode(example.text, places[number])
+                _check_unicode(example.text, locations[number])
             examples.extend(parts)
             origins.extend([number] * len(parts))
         encoded: list[list[Encoded]] = [[] for _ in records]
         for example, number, pairs in zip(examples, origins, self._boundaries.encode(examples)):
             for tokens, targets in pairs:
                 one = self._document(tokens, targets) if example.document else Encoded(tokens, targets)
-                self._check_vocabulary(one.tokens, places[number])
+                self._check_vocabulary(one.tokens, locations[number])
                 encoded[number].append(one)
         return encoded
 
     def encode_prompt(self, record: Record, location: str) -> tuple[np.ndarray, str]:
-        """The tokens with which a model is prompted, and what the record has in the place of its answer.
+        """Returns the tokens with which a model is prompted for a record, and the record's answer.
 
         Args:
-          record: A conversation is cut at its last turn of the assistant's, a text in its middle.
-          location: Where it stands, for errors.
+          record: A conversation, which is split at the last message of the assistant, a completion, or a text, which is
+            split in its middle.
+          location: Its location, for error messages.
 
         Returns:
-          `int32[n]`, and the text of that turn, the completion, or the rest of the text.
+          `int32[n]`, and the text of the message, of the completion, or of the second half.
 
         Raises:
-          UserError: As for :meth:`encode`.
+          UserError: See :meth:`encode_each`.
         """
         if isinstance(record, Text) or (self.template is None and isinstance(record, Completion)):
             middle = len(record.text) // 2 if isinstance(record, Text) else len(record.prompt)
@@ -152,7 +154,7 @@ class Encoder:
             numbers = answers(conversation, location)
             if not numbers:
                 count = len(conversation.messages)
-                raise UserError(f"{location}: none of the {count} messages is the assistant's: nothing to answer")
+                raise UserError(f"{location}: none of the {count} messages has the role assistant")
             rendering = template.renderings([prompt_call(conversation, numbers[-1])], location)[0]
             prompt, _, literal = template.require(rendering, location)
             answer, before = "".join(texts_of(conversation.messages[numbers[-1]].get("content"), location)), []
@@ -170,11 +172,11 @@ class Encoder:
     def _boundaries(self) -> BoundaryTokenizer:
         return BoundaryTokenizer(self._tokenizer, self.control, together=self.options.tokenize_together)
 
-    def _examples(self, records: Sequence[Record], places: Sequence[str]) -> list[list[Example]]:
-        """The examples of each record."""
+    def _examples(self, records: Sequence[Record], locations: Sequence[str]) -> list[list[Example]]:
+        """Returns the examples of each record."""
         examples: list[list[Example]] = [[] for _ in records]
         plans: dict[int, Plan] = {}
-        for number, (record, location) in enumerate(zip(records, places)):
+        for number, (record, location) in enumerate(zip(records, locations)):
             if (document := self._as_document(record)) is not None:
                 examples[number] = [document]
             else:
@@ -191,7 +193,7 @@ class Encoder:
         return examples
 
     def _as_document(self, record: Record) -> Example | None:
-        """The example of a record that no template renders."""
+        """Returns the example of a record that is not rendered with a template, otherwise None."""
         if isinstance(record, Text):
             text, begin = record.text, 0
         elif self.template is None and isinstance(record, Completion):
@@ -202,34 +204,34 @@ class Encoder:
         return Example(text, [(begin, len(text))], self._literal(text), document=True)
 
     def _conversation(self, record: Record, location: str) -> tuple[Conversation, Template]:
-        """A record as messages, and their template."""
+        """Returns a record as a conversation, and its template."""
         if isinstance(record, Completion):
             contents = {"user": record.prompt, "assistant": record.completion}
             record = Conversation(tuple({"role": role, "content": text} for role, text in contents.items()))
         if not isinstance(record, Conversation):
             raise UserError(
-                f"{location}: a {type(record).__name__.lower()} record; conversations, completions and texts can be "
-                "learned from here"
+                f"{location}: got a {type(record).__name__.lower()} record, expected a conversation, a completion or a "
+                "text"
             )
         if self.template is None:
             raise UserError(
-                f"{location}: a conversation, but the checkpoint {self.directory} has no chat template "
-                "(chat_template.jinja, or chat_template in tokenizer_config.json): it can learn from prompt and "
-                "completion, or with another template (--template FILE)"
+                f"{location}: a conversation needs a chat template, but the checkpoint {self.directory} has none "
+                "(chat_template.jinja, or chat_template in tokenizer_config.json); set one with --template FILE, or "
+                "use records with prompt and completion"
             )
         with_tools = self.template.with_tools
         return record, with_tools if with_tools is not None and record.tools else self.template
 
     def _literal(self, text: str) -> list[Span]:
-        """A text that no template has rendered is literal, if control tokens in text are."""
+        """Returns the literal spans of a text that is not rendered with a template."""
         is_text = self.options.control_tokens == "text" and self.control.spelled(text)
         return [(0, len(text))] if is_text else []
 
     def _document(self, tokens: np.ndarray, targets: np.ndarray) -> Encoded:
-        """Tokens between those that begin and end a text."""
-        before, behind = (np.array(ids, np.int32) for ids in self.around)
-        tokens = np.concatenate([before, tokens, behind])
-        targets = np.concatenate([np.zeros(len(before), bool), targets, np.zeros(len(behind), bool)])
+        """Adds the tokens that begin and end a text."""
+        before, after = (np.array(ids, np.int32) for ids in self.around)
+        tokens = np.concatenate([before, tokens, after])
+        targets = np.concatenate([np.zeros(len(before), bool), targets, np.zeros(len(after), bool)])
         if self.end is not None:
             if not len(tokens) or tokens[-1] != self.end:
                 tokens, targets = np.append(tokens, np.int32(self.end)), np.append(targets, True)
@@ -241,25 +243,25 @@ class Encoder:
             return
         token = int(ids.max())
         raise UserError(
-            f"{location}: the token {self.tokenizer.id_to_token(token)!r} has the id {token}, the model's embedding "
-            f"has {self.vocabulary} rows only: {self.directory / 'tokenizer.json'} belongs to another model, or the "
-            "model was not resized"
+            f"{location}: the token {self.tokenizer.id_to_token(token)!r} has the id {token}, but the model's "
+            f"embedding has only {self.vocabulary} rows; {self.directory / 'tokenizer.json'} belongs to another model, "
+            "or the embedding was not resized"
         )
 
 
 def load_encoder(
     directory: Path, end: int | None, options: Options = Options(), *, vocabulary: int | None = None
 ) -> Encoder:
-    """The encoder of a checkpoint.
+    """Loads the encoder of a checkpoint.
 
     Args:
-      directory: In Hugging Face layout.
-      end: The token that ends a text where there is no chat template.
-      options: A user's choices.
-      vocabulary: How many tokens the model has embeddings for.
+      directory: A checkpoint in Hugging Face layout.
+      end: The token that ends a text if there is no chat template.
+      options: The user's options.
+      vocabulary: Number of tokens for which the model has embeddings.
 
     Raises:
-      UserError: Its tokenizer is missing, or a file cannot be read.
+      UserError: The tokenizer is missing, or a file cannot be read.
     """
     tokenizer = load_tokenizer(directory)
     named = set(special_tokens(directory).values())
@@ -276,13 +278,13 @@ def load_encoder(
     )
     with reading(directory / "tokenizer.json", "a tokenizer"):
         around = _around(tokenizer)
-    # It is applied here; with it, offsets may leave out the space before a word, which is then nobody's to learn.
+    # _document applies it. With a post-processor, offsets may exclude the space before a word from all tokens.
     tokenizer.post_processor = None
     return Encoder(tokenizer, template, end, directory, options, vocabulary, around, control, Counter())
 
 
 def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The tokens that a tokenizer's post-processor puts before and behind a text."""
+    """Returns the tokens that a tokenizer's post-processor adds before and after a text."""
     inner, outer = tokenizer.encode("x", add_special_tokens=False).ids, tokenizer.encode("x").ids
     for begin in range(len(outer) - len(inner) + 1):
         if outer[begin : begin + len(inner)] == inner:
@@ -296,6 +298,6 @@ def _check_unicode(text: str, location: str) -> None:
     except UnicodeEncodeError as error:
         half, before = f"U+{ord(text[error.start]):04X}", text[max(0, error.start - 20) : error.start]
         raise UserError(
-            f"{location}: half of a surrogate pair ({half}) after {before!r}, which is not valid Unicode; a text that "
-            "is cut within an emoji has one"
+            f"{location}: invalid Unicode, half of a surrogate pair ({half}) after {before!r}; probably a text was cut "
+            "within an emoji"
         ) from None

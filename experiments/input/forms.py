@@ -1,4 +1,4 @@
-"""The data formats that trainers have in common: detected by their columns, read as records."""
+"""The common formats of training data: detects them by their columns and parses rows as records."""
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,7 +29,7 @@ _LABELS = {
     "false": False,
     "1": True,
     "0": False,
-}  # 1 and 0 equal True and False
+}  # True == 1, False == 0
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Form:
     """A data format.
 
     Attributes:
-      required: Columns without which a row is not in this format.
-      optional: Other columns that are read; the rest is ignored.
-      read: Makes a record of a row that has the required columns.
+      required: Columns that a row of this format has.
+      optional: Other columns that are read. The rest is ignored.
+      read: Converts a row with the required columns to a record.
     """
 
     required: tuple[str, ...]
@@ -53,50 +53,50 @@ class Form:
 def parse(
     row: Any, where: str, form: FormName | None = None, columns: tuple[str, ...] | None = None
 ) -> tuple[FormName, Record]:
-    """The record of a row.
+    """Parses a row as a record.
 
     Args:
-      row: An object with columns. One that is null counts as missing; those that the format does not have are ignored.
-      where: Where the row comes from, for errors.
+      row: An object with columns. Null counts as missing; columns that the format does not have are ignored.
+      where: The location of the row, for error messages.
       form: The format; None detects it.
-      columns: All columns of the file, for errors, if the row has only those that a format reads.
+      columns: All columns of the file, for error messages, if the row has only those that a format reads.
 
     Returns:
-      The format's name and the record.
+      The name of the format, and the record.
 
     Raises:
-      UserError: The row is in no format, or its values are malformed.
+      UserError: The row has no known format, or its values are malformed.
 
     Example:
       >>> parse({"instruction": "Add.", "input": "1 1", "output": "2"}, "x.json, item 1")[1].messages[0]["content"]
       'Add.\\n\\n1 1'
     """
     if not isinstance(row, Mapping):
-        raise UserError(f"{where}: found {kind(row)}, expected an object with the columns of a format ({_names()})")
+        raise UserError(f"{where}: got {kind(row)}, expected an object with the columns of a format ({_names()})")
     row = {str(name): value for name, value in row.items() if value is not None}
     if form is None:
-        form = _detected(row, where, columns)
+        form = _detect(row, where, columns)
     elif missing := [name for name in FORMS[form].required if name not in row]:
         raise UserError(
-            f"{where}: no {' and no '.join(missing)}; the format {form} has the columns {FORMS[form]}; "
-            f"found {_listed(columns or row)}"
+            f"{where}: missing {' and '.join(missing)}; the format {form} has the columns {FORMS[form]}; got "
+            f"{_list_names(columns or row)}"
         )
     return form, FORMS[form].read(row, where)
 
 
-def _detected(row: Mapping[str, Any], where: str, columns: tuple[str, ...] | None) -> FormName:
+def _detect(row: Mapping[str, Any], where: str, columns: tuple[str, ...] | None) -> FormName:
     for name in _ORDER:
         if all(column in row for column in FORMS[name].required) and (name != "kto" or _is_label(row["label"])):
             return name
     near = max(FORMS, key=lambda name: _likeness(FORMS[name], row))
     raise UserError(
-        f"{where}: found {_listed(columns or row)}, expected the columns of a format ({_names()}); the nearest is "
+        f"{where}: got {_list_names(columns or row)}, expected the columns of a format ({_names()}); the nearest is "
         f"{near}: {FORMS[near]}"
     )
 
 
 def _likeness(form: Form, row: Mapping[str, Any]) -> float:
-    """How near a row's columns come to those that a format requires, from 0 to 1."""
+    """Returns the similarity of a row's columns to those that a format requires, from 0 to 1."""
     best = [max((difflib.SequenceMatcher(None, a, b).ratio() for b in row), default=0) for a in form.required]
     return sum(best) / len(best)
 
@@ -112,18 +112,18 @@ def _sharegpt(row: Mapping[str, Any], where: str) -> Conversation:
 
 def _alpaca(row: Mapping[str, Any], where: str) -> Conversation:
     instruction, answer = _text(row, "instruction", where), _text(row, "output", where)
-    more = _text(row, "input", where) if "input" in row else ""
+    context = _text(row, "input", where) if "input" in row else ""
     history: list[Message] = []
     pairs = row.get("history") or []
     pairs = loads(pairs, f"{where}, history") if isinstance(pairs, str) else pairs
     for number, pair in enumerate(pairs if isinstance(pairs, list) else [pairs], start=1):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise UserError(f"{where}, history {number}: expected a pair of texts, an instruction and its answer")
+            raise UserError(f"{where}, history {number}: expected a pair of strings, an instruction and its answer")
         history += [*_turn("user", pair[0]), *_turn("assistant", pair[1])]
     _not_empty(answer, "output", where)
-    question = "\n\n".join(text for text in (instruction, more) if text.strip())
+    question = "\n\n".join(text for text in (instruction, context) if text.strip())
     if not question:
-        raise UserError(f"{where}: instruction and input are empty")
+        raise UserError(f"{where}: both instruction and input are empty")
     messages = (*_system(row, where, ()), *history, *_turn("user", question), *_turn("assistant", answer))
     return _conversation(row, where, messages)
 
@@ -163,16 +163,16 @@ def _preference(row: Mapping[str, Any], where: str) -> Preference:
         for name, text in (("chosen", chosen), ("rejected", rejected)):
             _not_empty(str(text), name, where)
         return Preference(prompt, chosen, rejected, tools)
-    if isinstance(prompt, str):  # beside whole conversations it is the text of their first message
+    if isinstance(prompt, str):  # if the answers are whole conversations, it is the text of their first message
         prompt = _turn("user", prompt) if chosen[0]["role"] == "assistant" else None
     if prompt is None:
         prompt = _shared_messages(chosen, rejected)
         if not prompt:
-            raise UserError(f"{where}: chosen and rejected begin with different messages, and there is no prompt")
+            raise UserError(f"{where}: chosen and rejected start with different messages; expected a prompt")
     if chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if not chosen or not rejected:
-        raise UserError(f"{where}: {'chosen' if not chosen else 'rejected'} has no message after the prompt")
+        raise UserError(f"{where}: {'rejected' if chosen else 'chosen'} has no message after the prompt")
     return Preference(prompt, chosen, rejected, tools)
 
 
@@ -213,7 +213,7 @@ FORMS: dict[FormName, Form] = {
 _ORDER: tuple[FormName, ...] = (
     *("chat", "sharegpt", "preference", "kto", "prompt-completion", "alpaca", "reward", "text"),
 )
-"""A row may have the columns of several formats: the first of these is taken."""
+"""The order of detection, if a row has the columns of several formats."""
 
 COLUMNS = frozenset(name for form in FORMS.values() for name in (*form.required, *form.optional))
 """All columns that some format reads."""
@@ -223,7 +223,7 @@ def _conversation(
     row: Mapping[str, Any], where: str, messages: tuple[Message, ...], learn_from: int = 0
 ) -> Conversation:
     if not any(message["role"] == "assistant" for message in messages[learn_from:]):
-        raise UserError(f"{where}: none of the {len(messages) - learn_from} messages is the assistant's")
+        raise UserError(f"{where}: none of the {len(messages) - learn_from} messages has the role assistant")
     arguments = row.get("chat_template_kwargs") or {}
     if isinstance(arguments, str):
         arguments = loads(arguments, f"{where}, chat_template_kwargs")
@@ -239,7 +239,7 @@ def _system(row: Mapping[str, Any], where: str, messages: tuple[Message, ...]) -
     if messages and messages[0]["role"] == "system":
         if messages[0]["content"] == text:
             return ()
-        raise UserError(f"{where}: both a system column and a first message of the system's, which differ")
+        raise UserError(f"{where}: the system column and the first message (role system) differ")
     return _turn("system", text)
 
 
@@ -264,11 +264,11 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
 
 def _not_empty(text: str, name: str, where: str) -> None:
     if not text.strip():
-        raise UserError(f"{where}: the {name} is empty, there is nothing to learn")
+        raise UserError(f"{where}: {name} is empty; expected text to train on")
 
 
 def _shared_text(first: str, second: str) -> str:
-    """The beginning that two texts share, up to the white space before the word in which they part."""
+    """Returns the common prefix of two texts, up to the last word boundary."""
     shared = "".join(a for a, _ in _shared(first, second))
     words = shared if shared[-1:].isspace() else shared[: 1 + max(shared.rfind(space) for space in " \n\t")]
     return words.rstrip()
@@ -291,7 +291,7 @@ def _mixed(where: str, **values: Prompt) -> UserError:
     return UserError(f"{where}: {what}; expected both as text or both as messages")
 
 
-def _listed(columns: Any) -> str:
+def _list_names(columns: Any) -> str:
     names = [str(name) for name in columns]
     return (", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")) or "nothing"
 

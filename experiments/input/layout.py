@@ -1,4 +1,4 @@
-"""Which files a name stands for: a file, a glob, or a directory with splits and shards."""
+"""Finds the data files of a glob, or of a split in a directory."""
 
 import glob
 import re
@@ -20,16 +20,16 @@ _FOLDERS = ("", "data")
 
 
 def is_data(path: Path) -> bool:
-    """Whether a file's name says that it holds records."""
+    """Whether a file holds records, according to its name."""
     hidden = path.name.startswith((".", "_"))
     return data_suffix(path) in SUFFIXES and not hidden and path.name not in _NOT_DATA
 
 
 def matching(pattern: str) -> list[Path]:
-    """The data files that a glob matches, sorted.
+    """Returns the data files that a glob matches, sorted.
 
     Raises:
-      UserError: There are none.
+      UserError: It matches none.
     """
     files = sorted(
         path for name in glob.glob(pattern, recursive=True) if is_data(path := Path(name)) and path.is_file()
@@ -40,24 +40,24 @@ def matching(pattern: str) -> list[Path]:
 
 
 def in_directory(directory: Path, split: str, *, beside: bool = False, named: bool = False) -> list[Path]:
-    """The files of a split in a directory, shard by shard.
+    """Returns the files of a split in a directory, ordered by shard.
 
-    A split's files are named after it (`train.jsonl`, `valid.json.gz`, `train-00000-of-00002.parquet`), in the
-    directory or its `data`, or stand in a folder of its name. A directory without such names is one
-    split, whichever is asked for; where the user named the split, it is `train`. Validation falls back to the test
-    split, but not where the user named it.
+    The files of a split are named after it (`train.jsonl`, `valid.json.gz`, `train-00000-of-00002.parquet`) and are in
+    the directory or its subdirectory `data`, or they are in a subdirectory of the split's name. If no file is named
+    after a split, all files are used for any split; if the user named the split, they are `train`. Validation falls
+    back to the test split, unless the user named it.
 
     Args:
-      directory: With files in one or several folders.
-      split: `train`, `validation`, `test`, or another name that files have.
-      beside: Only what is there beside the files to train on: a directory that is one split has nothing.
-      named: The user named the split, so it has to exist.
+      directory: The directory.
+      split: `train`, `validation`, `test`, or another name of files.
+      beside: Whether to return only data other than the training data. A directory without splits has none.
+      named: Whether the user named the split, so that it has to exist.
 
     Returns:
-      The files; none if the directory has other splits only.
+      The files; none if the directory has only other splits.
 
     Raises:
-      UserError: The directory has no data files, a split is there twice or not at all, or a shard is missing.
+      UserError: The directory has no data files, the split is missing or ambiguous, or a shard is missing.
     """
     by_name: dict[str, list[Path]] = {}
     for folder in (directory / name for name in _FOLDERS):
@@ -69,50 +69,55 @@ def in_directory(directory: Path, split: str, *, beside: bool = False, named: bo
     by_name = {name: files for name, files in by_name.items() if files}
     if not by_name:
         raise UserError(
-            f"{directory}: no data files; expected train and validation files, or any, that end in "
-            f"{', '.join(SUFFIXES)}"
+            f"{directory}: no data files; expected files that end in {', '.join(SUFFIXES)}, such as train.jsonl and "
+            "validation.jsonl"
         )
     if split in SPLITS and not any(map(_split_of, by_name)) and (split == "train" or not named):
         return [] if beside else sorted(path for files in by_name.values() for path in files)
-    name = chosen(by_name, split, str(directory), named=named)
-    return [] if name is None else _one(by_name[name], directory)
+    name = choose(by_name, split, str(directory), named=named)
+    return [] if name is None else _check_shards(by_name[name], directory)
 
 
-def chosen(names: Collection[str], split: str, where: str, *, named: bool = False) -> str | None:
-    """The name that stands for a split among those of files or of a data set's splits; None for no validation.
+def choose(names: Collection[str], split: str, where: str, *, named: bool = False) -> str | None:
+    """Chooses the name of a split among the names of files or splits.
 
     Args:
-      names: Of files or splits.
-      split: What is asked for. Validation falls back to the test split.
-      where: The directory or the data set, for errors.
-      named: The user named the split: nothing stands in for it.
+      names: The names of files or splits.
+      split: The requested split. Validation falls back to the test split.
+      where: The directory or data set, for error messages.
+      named: Whether the user named the split, so that there is no fallback.
+
+    Returns:
+      The name; None if there is no data for validation.
 
     Raises:
-      UserError: None does, or several do.
+      UserError: No name matches, or several do.
 
     Example:
-      >>> chosen(["train_sft", "test_sft"], "validation", "ultrachat")
+      >>> choose(["train_sft", "test_sft"], "validation", "ultrachat")
       'test_sft'
     """
     if split in names:
         return split
-    for wanted in (split, "test") if split == "validation" and not named else (split,):
-        similar = [name for name in SPLITS.get(wanted, ()) if name in names]
-        similar = similar or [name for name in names if _split_of(name) == wanted]
+    for candidate in (split, "test") if split == "validation" and not named else (split,):
+        similar = [name for name in SPLITS.get(candidate, ()) if name in names]
+        similar = similar or [name for name in names if _split_of(name) == candidate]
         if len(similar) > 1:
-            raise UserError(f"{where}: {' and '.join(similar)} for {split}; {where}:{similar[0]} takes one of them")
+            raise UserError(
+                f"{where}: both {' and '.join(similar)} match {split}; choose one, as in {where}:{similar[0]}"
+            )
         if similar:
             return similar[0]
     if split == "validation" and not named:
         return None
-    raise UserError(f"{where}: no {split} among {', '.join(sorted(names))}")
+    raise UserError(f"{where}: no split {split}; expected one of {', '.join(sorted(names))}")
 
 
 _NAMES = {name for names in SPLITS.values() for name in names}
 
 
 def _name_of(path: Path) -> str:
-    """A file's name without suffixes and the number of a shard."""
+    """Returns a file's name without suffixes and shard number."""
     match = _SHARD.fullmatch(_stem(path))
     return match[1] if match else path.name
 
@@ -122,18 +127,18 @@ def _stem(path: Path) -> str:
 
 
 def _split_of(name: str) -> str | None:
-    """The split that a word of a name stands for: `train_sft` and `alpaca-train` are for training."""
+    """Returns the split that a word of a name means: `train_sft` and `alpaca-train` are for training."""
     words = re.split(r"[-_. ]", name.lower())
     return next((split for word in words for split, names in SPLITS.items() if word in names), None)
 
 
-def _one(files: list[Path], directory: Path) -> list[Path]:
-    """Files of one name: one alone, or all shards of a set."""
+def _check_shards(files: list[Path], directory: Path) -> list[Path]:
+    """Returns the files of a split, after checking that they are one file or a complete set of shards."""
     if len({(path.parent, data_suffix(path)) for path in files}) > 1:
         names = " and ".join(str(path.relative_to(directory)) for path in files)
-        raise UserError(f"{directory}: expected one file, or the shards of one, for a split; found {names}")
+        raise UserError(f"{directory}: expected one file or one set of shards per split, got {names}")
     for path in files:
         match = _SHARD.fullmatch(_stem(path))
         if match and match[2] and int(match[2]) != len(files):
-            raise UserError(f"{directory}: {len(files)} of the {int(match[2])} shards that {path.name} speaks of")
+            raise UserError(f"{directory}: got {len(files)} shards, expected {int(match[2])} as in {path.name}")
     return files

@@ -1,4 +1,4 @@
-"""Messages, tool calls and tools as data sets spell them, in the one spelling that chat templates expect."""
+"""Converts the messages, tool calls and tools of data sets to the form that chat templates expect."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,19 +14,19 @@ _ROLES = {
     "tool": ("tool", "observation", "tool_response", "function_response", "function"),
     "tool_calls": ("function_call", "tool_call"),
 }
-_OF_SPEAKER = {speaker: role for role, speakers in _ROLES.items() for speaker in speakers}
+_ROLE_OF_SPEAKER = {speaker: role for role, speakers in _ROLES.items() for speaker in speakers}
 
 
 def read_messages(value: Any, where: str, name: str = "messages") -> tuple[Message, ...]:
-    """A list of messages, in OpenAI's or in ShareGPT's spelling, or the same as a JSON string.
+    """Reads messages in OpenAI's or ShareGPT's form.
 
-    Every message of the result has `role` and `content`. Keys that are null are dropped. An older `function_call` and
-    ShareGPT's calls become `tool_calls`, whose arguments are objects.
+    Every returned message has `role` and `content`. Null values are dropped. An older `function_call` and ShareGPT's
+    calls become `tool_calls`, whose arguments are objects.
 
     Args:
-      value: What a record holds.
-      where: The record, for errors.
-      name: The column, for errors.
+      value: A list of messages, or a JSON string of one.
+      where: The location of the record, for error messages.
+      name: The column, for error messages.
 
     Raises:
       UserError: A message is malformed.
@@ -38,7 +38,7 @@ def read_messages(value: Any, where: str, name: str = "messages") -> tuple[Messa
 
 
 def read_tools(row: Mapping[str, Any], where: str) -> tuple[Tool, ...] | None:
-    """The tools of a record: its `tools`, or the older `functions`; a list, or the same as a JSON string.
+    """Reads a record's `tools`, or the older `functions`: a list, or a JSON string of one.
 
     Raises:
       UserError: A tool is malformed, or the record has both columns.
@@ -50,7 +50,7 @@ def read_tools(row: Mapping[str, Any], where: str) -> tuple[Tool, ...] | None:
         if value:
             columns[name] = value
     if len(columns) > 1:
-        raise UserError(f"{where}: both tools and functions, which is the older name of the same; expected one of them")
+        raise UserError(f"{where}: both tools and functions (the older name of tools); expected only one of them")
     for name, value in columns.items():
         if not isinstance(value, list):
             raise UserError(f"{where}: {name} is {kind(value)}, expected a list of tools")
@@ -60,7 +60,7 @@ def read_tools(row: Mapping[str, Any], where: str) -> tuple[Tool, ...] | None:
 
 def _message(value: Any, where: str) -> Message:
     if not isinstance(value, Mapping):
-        raise UserError(f"{where}: found {kind(value)}, expected an object with role and content")
+        raise UserError(f"{where}: got {kind(value)}, expected an object with role and content")
     message = {key: item for key, item in value.items() if item is not None}
     if "role" not in message and "from" in message:
         message = _from_sharegpt(message, where)
@@ -69,7 +69,7 @@ def _message(value: Any, where: str) -> Message:
         raise UserError(f"{where}: role is {what}, expected a string")
     if message["role"] == "function":
         message["role"] = "tool"
-    _spell_calls(message, where)
+    _normalize_calls(message, where)
     content = message.get("content")
     if isinstance(content, list):
         message["content"] = [_part(part, f"{where}, part {number}") for number, part in enumerate(content, start=1)]
@@ -84,9 +84,9 @@ def _message(value: Any, where: str) -> Message:
 
 def _from_sharegpt(message: Message, where: str) -> Message:
     speaker, text = message.pop("from"), message.pop("value", message.pop("content", None))
-    role = _OF_SPEAKER.get(speaker) if isinstance(speaker, str) else None
+    role = _ROLE_OF_SPEAKER.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        raise UserError(f"{where}: from is {speaker!r}, expected one of {', '.join(_OF_SPEAKER)}")
+        raise UserError(f"{where}: from is {speaker!r}, expected one of {', '.join(_ROLE_OF_SPEAKER)}")
     if role != "tool_calls":
         if not isinstance(text, str):
             raise UserError(f"{where}: value is {kind(text)}, expected a string")
@@ -98,16 +98,16 @@ def _from_sharegpt(message: Message, where: str) -> Message:
 def _part(value: Any, where: str) -> dict[str, Any]:
     part = {"type": "text", "text": value} if isinstance(value, str) else value
     if not isinstance(part, Mapping):
-        raise UserError(f"{where}: found {kind(part)}, expected an object with type and text")
+        raise UserError(f"{where}: got {kind(part)}, expected an object with type and text")
     if part.get("type", "text") != "text":
-        raise UserError(f"{where}: its type is {part['type']!r}; only text can be learned here")
+        raise UserError(f"{where}: type is {part['type']!r}, expected 'text'; other content is not supported")
     if not isinstance(part.get("text"), str):
         raise UserError(f"{where}: text is {kind(part.get('text'))}, expected a string")
     return {"type": "text", **{key: item for key, item in part.items() if item is not None}}
 
 
-def _spell_calls(message: Message, where: str) -> None:
-    """Puts an older `function_call` among the `tool_calls`, and these in their present spelling."""
+def _normalize_calls(message: Message, where: str) -> None:
+    """Converts calls to the current form; an older `function_call` is appended to `tool_calls`."""
     calls = _from_json(message.pop("tool_calls", None) or [], where, "tool_calls")
     if "function_call" in message:
         calls = [*calls, message.pop("function_call")]
@@ -122,15 +122,15 @@ def _call(value: Any, where: str) -> dict[str, Any]:
     if isinstance(call, Mapping) and "function" not in call and "name" in call:
         call = {"function": {key: item for key, item in call.items() if key != "type"}}
     if not isinstance(call, Mapping) or not isinstance(call.get("function"), Mapping):
-        raise UserError(f"{where}: found {kind(call)}, expected an object with a function: its name and arguments")
+        raise UserError(f"{where}: got {kind(call)}, expected an object with a function: its name and arguments")
     function = dict(call["function"])
     if not isinstance(function.get("name"), str):
         raise UserError(f"{where}: the function's name is {kind(function.get('name'))}, expected a string")
     arguments = function.get("arguments")
-    if isinstance(arguments, str):  # as OpenAI writes it; templates render objects
+    if isinstance(arguments, str):  # OpenAI's form; templates render objects
         arguments = loads(arguments, f"{where}, arguments") if arguments.strip() else {}
     if arguments is not None and not isinstance(arguments, Mapping):
-        raise UserError(f"{where}: arguments is {kind(arguments)}, expected an object, or one as a JSON string")
+        raise UserError(f"{where}: arguments is {kind(arguments)}, expected an object or a JSON string of one")
     others = {key: item for key, item in call.items() if item is not None}
     return {"type": "function", **others, "function": {**function, "arguments": dict(arguments or {})}}
 
@@ -140,12 +140,12 @@ def _tool(value: Any, where: str) -> Tool:
     if isinstance(tool, Mapping) and "function" not in tool and "name" in tool:
         tool = {"function": {key: item for key, item in tool.items() if key != "type"}}
     if not isinstance(tool, Mapping) or not isinstance(tool.get("function"), Mapping):
-        raise UserError(f"{where}: found {kind(tool)}, expected an object with a function: its name and parameters")
+        raise UserError(f"{where}: got {kind(tool)}, expected an object with a function: its name and parameters")
     if not isinstance(tool["function"].get("name"), str):
         raise UserError(f"{where}: the function's name is {kind(tool['function'].get('name'))}, expected a string")
     return {"type": "function", **tool}
 
 
 def _from_json(value: Any, where: str, name: str) -> Any:
-    """A value, or what it is a JSON string of: tables store nested values so."""
+    """Decodes a JSON string, as which tables store nested values; returns other values unchanged."""
     return loads(value, f"{where}, {name}") if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""Files as bytes in memory maps, compressed ones decompressed once."""
+"""Opens files as memory maps. Compressed files are decompressed once."""
 
 import hashlib
 import mmap
@@ -16,11 +16,11 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Content:
-    """The bytes of a file, after decompression.
+    """The bytes of a file after decompression.
 
     Attributes:
-      path: The file.
-      data: All bytes, mapped; only what is accessed takes memory.
+      path: The path of the file.
+      data: All bytes, memory-mapped.
       digest: SHA-256 of the data.
     """
 
@@ -29,7 +29,7 @@ class Content:
     digest: str
 
     def text_start(self) -> int:
-        """The offset of the first character of a UTF-8 text, after a byte order mark.
+        """Returns the offset of the first character of a UTF-8 text, after a byte order mark.
 
         Raises:
           UserError: The text is UTF-16 or UTF-32.
@@ -38,12 +38,12 @@ class Content:
         if head.startswith(b"\xef\xbb\xbf"):
             return 3
         if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:2]:
-            raise UserError(f"{self.path}: UTF-16 or UTF-32 text, expected UTF-8; iconv or an editor can convert it")
+            raise UserError(f"{self.path}: UTF-16 or UTF-32 text, expected UTF-8; convert it, for example with iconv")
         return 0
 
 
 def data_suffix(path: Path) -> str:
-    """The suffix that says what a file holds, in lower case, without that of its compression.
+    """Returns the suffix of a file's format in lower case, without a suffix of compression.
 
     Example:
       >>> data_suffix(Path("train.JSONL.gz"))
@@ -53,15 +53,15 @@ def data_suffix(path: Path) -> str:
 
 
 def open_content(path: Path) -> Content:
-    """The content of a file; one compressed by gzip or zstd, whatever its name, is decompressed.
+    """Opens a file. Files that are compressed with gzip or zstd are decompressed, whatever their name.
 
-    A compressed file is decompressed into a temporary file without a name, in `$TMPDIR`, that goes with the process.
+    The decompressed data is an unnamed temporary file in `$TMPDIR`, which exists as long as the process.
 
     Args:
       path: A regular file.
 
     Raises:
-      UserError: It cannot be read, or the compressed data are damaged or incomplete.
+      UserError: The file cannot be read, or its compressed data is damaged or incomplete.
     """
     with reading(path), path.open("rb") as file:
         head = file.read(4)
@@ -70,10 +70,10 @@ def open_content(path: Path) -> Content:
             with tempfile.TemporaryFile() as spool:
                 _decompress(path, codec, spool)
                 spool.flush()
-                return _mapped(path, spool)
+                return _map(path, spool)
         if path.suffix.lower() in COMPRESSED and head:
-            raise UserError(f"{path}: not compressed by gzip or zstd, though it is named {path.suffix}")
-        return _mapped(path, file)
+            raise UserError(f"{path}: expected a file compressed with gzip or zstd, as its suffix {path.suffix} says")
+        return _map(path, file)
 
 
 def _decompress(path: Path, codec: str, spool: BinaryIO) -> None:
@@ -84,7 +84,7 @@ def _decompress(path: Path, codec: str, spool: BinaryIO) -> None:
             spool.write(chunk)
 
 
-def _mapped(path: Path, file: BinaryIO) -> Content:
+def _map(path: Path, file: BinaryIO) -> Content:
     file.seek(0, 2)
     if not file.tell():
         return Content(path, b"", hashlib.sha256().hexdigest())

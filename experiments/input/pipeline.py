@@ -1,7 +1,7 @@
-"""From batches by step to an iterator that each process draws its rows of them from.
+"""Batches of records, and an iterator over the rows of a process.
 
-What is drawn at a step depends on that step and on nothing before it: an iterator's state is `{"next_index": step}`,
-the same in every process and for every number of processes.
+A batch depends only on its step. The state of an iterator is `{"next_index": step}`, the same in every process and for
+any number of processes.
 """
 
 from collections.abc import Callable
@@ -21,22 +21,22 @@ _AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
 class Batches(Protocol):
-    """Global batches by step, of which any rows can be had: packed ones, or a `Stream`.
+    """Global batches by step, such as `Packed` or `Stream`, of which each process reads its rows.
 
     Attributes:
-      batch_size: Rows of a batch.
-      steps_per_epoch: How many batches a pass over the data takes.
+      batch_size: Rows per batch.
+      steps_per_epoch: Batches per epoch.
     """
 
     batch_size: int
     steps_per_epoch: int
 
     def rows(self, step: int, rows: slice, /) -> Batch:
-        """Some rows of the batch of a step."""
+        """Returns rows of the batch of a step."""
         ...
 
     def examples(self, step: int, /) -> int:
-        """How many examples the whole batch of a step holds."""
+        """Returns the number of examples in the whole batch of a step."""
         ...
 
 
@@ -53,49 +53,50 @@ def batches(
     process_index: int = 0,
     report: Callable[[str], None] = lambda line: None,
 ) -> Packed:
-    """Global batches of records; every process gets the same ones.
+    """Tokenizes records and packs them into global batches, the same in every process.
 
     Args:
       records: From :func:`experiments.input.sources.splits`.
       encoder: From :func:`experiments.input.encoding.load_encoder`.
-      directory: Where tokens are kept, see :func:`experiments.input.tokenized.tokenize`.
-      length: Of a row.
-      global_batch: Rows of a batch, over all processes.
-      seed: Of the order; None keeps the records' own.
-      pack: False puts one record into a row.
-      on_bad: What to do about a record that cannot be encoded: raise an error, or skip it.
-      process_index: Of this process among those that share the directory.
-      report: Called with a line on what is in them.
+      directory: The directory of the tokens, see :func:`experiments.input.tokenized.tokenize`.
+      length: The length of a row.
+      global_batch: Rows per batch, over all processes.
+      seed: Random seed of the order. None keeps the order of the records.
+      pack: Whether to put several examples into a row.
+      on_bad: Whether to raise an error or to skip records that cannot be encoded.
+      process_index: The index of this process among those that share the directory.
+      report: Called with lines that describe the batches.
 
     Raises:
-      UserError: A record is malformed, tokens cannot be written, or there is nothing to learn.
+      UserError: A record is malformed, tokens cannot be written, or no record has a target.
     """
     data = tokenize(records, encoder, directory, on_bad=on_bad, process_index=process_index, report=report)
     packed = Packed(data, length=length, batch_size=global_batch, seed=seed, pack=pack)
-    notes = [f"{packed.cut:,} cut to {length:,} tokens"] if packed.cut else []
-    notes += [f"{packed.left_out:,} left out with nothing to learn within that"] if packed.left_out else []
-    several = f" of {len(records):,} records" if len(data) != len(records) else ""
-    what = ", ".join([f"{len(data):,} examples{several}", *notes])
+    notes = [f"{packed.num_truncated:,} truncated to {length:,} tokens"] if packed.num_truncated else []
+    notes += [f"{packed.num_unused:,} without a target within {length:,} tokens"] if packed.num_unused else []
+    origin = f" from {len(records):,} records" if len(data) != len(records) else ""
+    what = ", ".join([f"{len(data):,} examples{origin}", *notes])
     for note, count in data.notes.items():
         report(f"{count:,} of {len(records):,} records: {note}")
-    report(f"{what}; {packed.steps_per_epoch:,} batches of {global_batch:,} rows a pass, {packed.fill:.1%} full")
+    report(f"{what}; {packed.steps_per_epoch:,} batches of {global_batch:,} rows per epoch, {packed.fill:.1%} filled")
     return packed
 
 
 def iterate(source: Batches, steps: int, *, rows: slice = slice(None), start: int = 0) -> grain.DatasetIterator[Batch]:
-    """Batches in turn, made ahead of time by threads.
+    """Iterates over batches, which threads assemble ahead of time.
 
     Args:
-      source: Where they are from.
-      steps: Where the iterator ends: `epochs * source.steps_per_epoch`.
-      rows: Those of this process, :func:`experiments.training.mesh.rows`.
-      start: The first step, of a run that resumes.
+      source: The batches.
+      steps: The end of the iteration, `epochs * source.steps_per_epoch`.
+      rows: The rows of this process, from :func:`experiments.training.mesh.rows`.
+      start: The first step, for a run that resumes.
 
     Returns:
-      An iterator whose `get_state()` is `{"next_index": step}`, which is plain JSON, and which `set_state` takes, also
-      from a run with other processes. `close()` ends its threads.
+      An iterator. Its `get_state()` is `{"next_index": step}`; `set_state` also accepts the state of a run with another
+      number of processes. `close()` ends its threads.
 
     Example:
+      >>> import numpy as np
       >>> class Numbers:
       ...     batch_size, steps_per_epoch = 4, 2
       ...     def rows(self, step, rows):
@@ -110,7 +111,7 @@ def iterate(source: Batches, steps: int, *, rows: slice = slice(None), start: in
 
 
 class _Steps:
-    """The rows of a process as what Grain calls a random-access data source."""
+    """The rows of a process as a random-access data source for Grain."""
 
     def __init__(self, source: Batches, steps: int, rows: slice):
         self._source, self._steps, self._rows = source, steps, rows

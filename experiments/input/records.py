@@ -1,4 +1,4 @@
-"""The kinds of training records, whatever file and format they come from.
+"""The types of training records, independent of file and format.
 
 Example:
   >>> Conversation(({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"})).learn_from
@@ -10,26 +10,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Message = dict[str, Any]
-"""A `role`, a `content` (text, a list of content parts, or None), and whatever else a chat template reads: `name`,
-`tool_calls`, `tool_call_id`, `reasoning_content`, … A `weight` of 0 excludes the message from the loss."""
+"""A dict with `role`, `content` (text, a list of content parts, or None) and other keys that chat templates read, such
+as `name`, `tool_calls`, `tool_call_id` and `reasoning_content`. A `weight` of 0 excludes the message from the loss."""
 
 Tool = dict[str, Any]
-"""A function that an assistant can call, as OpenAI describes it: `{"type": "function", "function": {…}}`."""
+"""A function that the assistant can call, in OpenAI's format: `{"type": "function", "function": {…}}`."""
 
 Prompt = str | tuple[Message, ...]
-"""A text, or messages."""
+"""Text or messages."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in turn, of which the assistant's are learned.
+    """A sequence of messages; the loss covers those of the assistant.
 
     Attributes:
       messages: At least one.
-      tools: Passed to the chat template; None where the record has no such column.
-      learn_from: Index of the first message that may be learned: of a prompt and a completion that are both messages,
-        the completion's first.
-      template_arguments: Arguments for the chat template that belong to this record (`chat_template_kwargs`).
+      tools: Arguments for the chat template; None if the record has no such column.
+      learn_from: Index of the first message that the loss may cover. If prompt and completion are both messages, this
+        is the completion's first.
+      template_arguments: This record's variables for the chat template (`chat_template_kwargs`).
     """
 
     messages: tuple[Message, ...]
@@ -40,7 +40,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Completion:
-    """A text that continues another one, with nothing put between them; only the completion is learned."""
+    """A text that directly continues a prompt; the loss covers only the completion."""
 
     prompt: str
     completion: str
@@ -48,19 +48,19 @@ class Completion:
 
 @dataclass(frozen=True)
 class Text:
-    """A text of which everything is learned, as in pretraining."""
+    """A text that the loss covers completely, as in pretraining."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Preference:
-    """Two answers to a prompt, of which the first is better (DPO and its relatives).
+    """A better and a worse answer to a prompt (for DPO and related losses).
 
     Attributes:
-      prompt: What both answers continue. Empty where two texts have no beginning in common.
-      chosen: The better answer, without the prompt; text if the prompt is text, messages if it is messages.
-      rejected: The worse answer, likewise.
+      prompt: The prompt of both answers. Empty if two texts have no common prefix.
+      chosen: The better answer without the prompt, text or messages like the prompt.
+      rejected: The worse answer, in the same form.
       tools: As in :class:`Conversation`.
     """
 
@@ -82,7 +82,7 @@ class Rated:
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt with the answer that a rule compares the model's with, for rewards by rule."""
+    """A prompt and its reference answer, with which a rule-based reward compares the model's."""
 
     prompt: Prompt
     answer: str

@@ -1,7 +1,7 @@
-"""A program that renders one chat template, with bounded time and memory: templates come with downloads.
+"""A program that renders one chat template with bounded time and memory, because templates are downloaded code.
 
-It reads a JSON object a line from the standard input and answers each with one on the standard output; see
-:class:`experiments.input.rendering.Renderer`, which runs it. It imports nothing of the project, so that it starts fast.
+It reads one JSON object per line from standard input and answers each with one on standard output; see
+:class:`experiments.input.rendering.Renderer`, which runs it. It does not import the project, so that it starts fast.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class Generation(jinja2.ext.Extension):
-    """`{% generation %} … {% endgeneration %}`: puts marks around what the block renders."""
+    """`{% generation %} … {% endgeneration %}`: puts marks around the rendered text of the block."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -41,11 +41,11 @@ class Generation(jinja2.ext.Extension):
 
 
 class ChatTemplate:
-    """A template with the functions and filters that transformers gives it.
+    """A template with the functions and filters of transformers.
 
     Args:
-      source: In Jinja.
-      today: The date that `strftime_now` gives, in ISO's format.
+      source: Jinja source.
+      today: The date that `strftime_now` formats, in ISO format.
     """
 
     def __init__(self, source: str, today: str):
@@ -60,12 +60,15 @@ class ChatTemplate:
         self._generation, self.has_generation = generation, generation.used
 
     def render(self, values: dict[str, Any], marks: list[str], longest: int) -> dict[str, str]:
-        """The text of one rendering, or the error that ends it.
+        """Renders the template.
 
         Args:
-          values: Of the template's variables.
-          marks: The first two stand around what `{% generation %}` blocks render; the values may hold the others.
-          longest: Characters of the text.
+          values: The template's variables.
+          marks: The first two enclose the text of `{% generation %}` blocks; the values may contain the others.
+          longest: Maximum number of characters of the text.
+
+        Returns:
+          The `text`, or an `error`.
         """
         self._generation.marks = marks
         try:
@@ -76,8 +79,8 @@ class ChatTemplate:
                 if length > longest:
                     return {"error": f"it renders more than {longest:,} characters"}
             return {"text": "".join(parts)}
-        except Exception as error:  # a template is a program, and can raise anything
-            return {"error": described(error)}
+        except Exception as error:  # a template is a program and can raise any exception
+            return {"error": describe(error)}
 
     def _to_json(
         self,
@@ -87,7 +90,7 @@ class ChatTemplate:
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
-        # Jinja's own escapes what HTML would read.
+        # Jinja's filter escapes for HTML.
         text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
         for mark in self._generation.marks if ensure_ascii else ():
             text = text.replace(json.dumps(mark)[1:-1], mark)
@@ -98,31 +101,31 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def described(error: Exception) -> str:
-    """What is wrong, in words for a user."""
+def describe(error: Exception) -> str:
+    """Returns an error message for users."""
     if isinstance(error, RecursionError):
-        return "it recurses without end, or something is nested too deeply"
+        return "the recursion is endless, or values are nested too deeply"
     if isinstance(error, MemoryError):
         return "it needs too much memory"
     return (str(error) or type(error).__name__)[:1000]
 
 
 def answer(template: ChatTemplate, request: str, marks: list[str]) -> dict[str, Any]:
-    """What is answered to a request for some renderings."""
+    """Answers a request for renderings."""
     content = json.loads(request)
     return {"renderings": [template.render(values, marks, content["longest"]) for values in content["calls"]]}
 
 
-def limited(seconds: float, compute: Callable[[], dict[str, Any]]) -> None:
-    """Prints an answer, or the error that ends its computation.
+def print_answer(seconds: float, compute: Callable[[], dict[str, Any]]) -> None:
+    """Prints an answer, or the error that computing it raises.
 
-    The kernel ends the process (SIGPROF) after some seconds of computing: no operation of Jinja or Python delays it.
+    The kernel ends the process with SIGPROF when it exceeds its CPU time; no operation of Jinja or Python delays that.
     """
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         text = json.dumps(compute())
-    except Exception as error:  # what the compilation of a template, or the reading of its messages, raises
-        text = json.dumps({"error": described(error)})
+    except Exception as error:  # from compiling a template or parsing its messages
+        text = json.dumps({"error": describe(error)})
     signal.setitimer(signal.ITIMER_PROF, 0)
     print(text, flush=True)
 
@@ -131,28 +134,28 @@ def main(seconds: float, memory: int) -> None:
     """Answers requests until the input ends.
 
     Args:
-      seconds: Of computing that a request may take.
-      memory: Bytes that the process may map.
+      seconds: Maximum CPU time of a request.
+      memory: Maximum bytes of address space.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    # A parent that ignores or blocks the signal, as one does that has loaded a profiler, passes that on.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    # A child inherits an ignored or blocked signal from a parent that uses a profiler.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    with contextlib.suppress(ValueError):  # macOS has the name, but not the limit
+    with contextlib.suppress(ValueError):  # macOS defines but does not support the limit
         resource.setrlimit(resource.RLIMIT_AS, (memory if hard == resource.RLIM_INFINITY else min(memory, hard), hard))
     templates: list[ChatTemplate] = []
 
-    def compiled() -> dict[str, Any]:
+    def compile_template() -> dict[str, Any]:
         first = json.loads(sys.stdin.readline())
         templates.append(ChatTemplate(first["source"], first["today"]))
         return {"has_generation": templates[0].has_generation}
 
-    limited(seconds, compiled)
+    print_answer(seconds, compile_template)
     for line in iter(sys.stdin.readline, ""):
         header = json.loads(line)
         for request in [sys.stdin.readline() for _ in range(header["count"])]:
-            limited(seconds, functools.partial(answer, templates[0], request, header["marks"]))
+            print_answer(seconds, functools.partial(answer, templates[0], request, header["marks"]))
 
 
 if __name__ == "__main__":

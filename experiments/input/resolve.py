@@ -1,4 +1,4 @@
-"""What a name stands for: files, directories, data sets that are saved, shipped or on the hub."""
+"""Resolves the name of data: files, directories, and data sets that are saved, shipped or on the Hugging Face Hub."""
 
 import glob
 import hashlib
@@ -19,12 +19,12 @@ from lora_jax.reading import reason
 
 
 class Rows(Protocol):
-    """Rows of a file by number, before they are records.
+    """The indexed rows of a file, before they are parsed as records.
 
     Attributes:
-      name: Of the file.
-      digest: Of its content.
-      columns: Of the whole table; None where each row has its own.
+      name: The file's name.
+      digest: A digest of its content.
+      columns: The columns of a table; None if each row has its own.
     """
 
     name: str
@@ -37,17 +37,17 @@ class Rows(Protocol):
 
     def __getitem__(self, index: int, /) -> Any: ...
 
-    def place(self, index: int, /) -> str:
-        """The file, and the line, row or item."""
+    def location(self, index: int, /) -> str:
+        """Returns the file and the line, row or item, for error messages."""
         ...
 
 
 class Source(Protocol):
-    """All records of one file or data set.
+    """The indexed records of one file or data set.
 
     Attributes:
-      name: Of the file or data set.
-      digest: Of what the records hold.
+      name: The name of the file or data set.
+      digest: A digest of the records.
     """
 
     name: str
@@ -56,28 +56,29 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int, /) -> tuple[str, Record]:
-        """The format and the record of a number; a UserError where it is malformed."""
+        """Reads the format and the content of a record; raises a UserError if it is malformed."""
         ...
 
-    def place(self, index: int, /) -> str:
-        """Where a record is, for errors."""
+    def location(self, index: int, /) -> str:
+        """Returns a record's location, for error messages."""
         ...
 
 
 def resolve(data: str, split: str, form: FormName | None = None, *, beside: bool = False) -> list[Source]:
-    """The files or data sets of a split.
+    """Opens the files or data sets of a split.
 
     Args:
-      data: A name, as for :func:`experiments.input.sources.splits`, without a weight.
+      data: A name as for :func:`experiments.input.sources.splits`, without a weight.
       split: `train`, `validation` or `test`.
       form: The format; None detects it.
-      beside: Only those beside what `data` itself names: a single file has none, nor has `DATASET:SPLIT`.
+      beside: Whether to return only data other than the training data that `data` names. A single file and
+        `DATASET:SPLIT` have none.
 
     Returns:
-      One for each file; none where a directory or a data set has no such split.
+      A source for each file; none if a directory or data set does not have the split.
 
     Raises:
-      UserError: There is nothing of that name, it cannot be read, or it has no records.
+      UserError: The data is missing, cannot be read, or has no records.
     """
     path = Path(data)
     if _is_directory(data):
@@ -88,16 +89,16 @@ def resolve(data: str, split: str, form: FormName | None = None, *, beside: bool
     if path.is_file():
         return [] if beside else _files([path], split, form)
     if path.exists():
-        raise UserError(f"{data}: neither a file nor a directory, but a pipe or a device; write it to a file first")
+        raise UserError(f"{data}: expected a file or a directory, got a pipe or a device; write it to a file first")
     if Path(directory).is_file() or (glob.has_magic(directory) and data_suffix(Path(directory)) in layout.SUFFIXES):
-        raise UserError(f"{data}: {name} is no weight; expected a positive number, as in {directory}:2")
+        raise UserError(f"{data}: invalid weight {name}; expected a positive number, as in {directory}:2")
     if glob.has_magic(data):
         return [] if beside else _files(layout.matching(data), split, form)
     dataset = data.partition(":")[0]
     if data.startswith((".", "/", "~")) or dataset.count("/") != 1 or data_suffix(path) in layout.SUFFIXES:
         shipped = ", ".join(examples.SHIPPED)
         raise UserError(
-            f"{data}: no such file or directory, and neither {shipped} nor a data set's name (ORGANIZATION/DATASET)"
+            f"{data}: no such file or directory; data sets are {shipped} or named ORGANIZATION/DATASET (on the Hub)"
         )
     return [] if beside and ":" in data else hub(data, split, form)
 
@@ -112,13 +113,13 @@ def _directory(
     path = examples.SHIPPED.get(data, Path(data))
     if (path / "labels.txt").exists():
         return [] if beside and not list(path.glob(f"{split}.tsv*")) else [Labeled(data, split)]
-    if (path / "state.json").is_file():  # of one split, saved by the datasets library
+    if (path / "state.json").is_file():  # a single split that the datasets library saved
         if named:
-            layout.chosen([saved_split(path) or "train"], split, data, named=True)
+            layout.choose([saved_split(path) or "train"], split, data, named=True)
         return [] if beside else _files(saved_files(path), split, form)
     if (path / "dataset_dict.json").is_file():
         names = [folder.parent.name for folder in path.glob("*/state.json")]
-        name = layout.chosen(names, split, data, named=named)
+        name = layout.choose(names, split, data, named=named)
         return [] if name is None else _files(saved_files(path / name), split, form)
     return _files(layout.in_directory(path, split, beside=beside, named=named), split, form)
 
@@ -134,8 +135,8 @@ def _rows(path: Path, split: str) -> Rows:
     suffix = data_suffix(path)
     if suffix not in layout.SUFFIXES:
         raise UserError(
-            f"{path}: expected a name that ends in {', '.join(layout.SUFFIXES)}, and then perhaps in "
-            f"{', '.join(COMPRESSED)}; found {path.suffix or 'none'}"
+            f"{path}: expected a name that ends in {', '.join(layout.SUFFIXES)}, optionally followed by "
+            f"{', '.join(COMPRESSED)}; got {path.suffix or 'no suffix'}"
         )
     content = open_content(path)
     if not content.data:
@@ -148,11 +149,11 @@ def _rows(path: Path, split: str) -> Rows:
 
 
 class File:
-    """The rows of a file or of a data set, as records.
+    """The rows of a file or data set as records.
 
     Args:
-      rows: From a file.
-      form: The format; None detects that of each row.
+      rows: The rows.
+      form: The format; None detects the format of each row.
     """
 
     def __init__(self, rows: Rows, form: FormName | None):
@@ -164,15 +165,14 @@ class File:
         return len(self._rows)
 
     def read(self, index: int) -> tuple[str, Record]:
-        where = self.place(index)
-        return parse(self._rows[index], where, self._form, self._rows.columns)
+        return parse(self._rows[index], self.location(index), self._form, self._rows.columns)
 
-    def place(self, index: int) -> str:
-        return self._rows.place(index)
+    def location(self, index: int) -> str:
+        return self._rows.location(index)
 
 
 class Labeled:
-    """Labeled texts of :mod:`experiments.tasks.examples`: a text is asked for by the name of its label."""
+    """The labeled texts of :mod:`experiments.tasks.examples`, each a completion of its label's name."""
 
     def __init__(self, data: str, split: str):
         loaded = examples.load(data, split)
@@ -188,35 +188,38 @@ class Labeled:
     def read(self, index: int) -> tuple[str, Record]:
         return "labels", Completion(f"{self._names[self._labels[index]]}:", f" {self._texts[index]}")
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         return f"{self.name} example {index + 1}"
 
 
 def hub(name: str, split: str, form: FormName | None = None) -> list[Source]:
-    """A split of a data set on the Hugging Face hub; nothing if it has none for validation.
+    """Opens a split of a data set on the Hugging Face Hub.
 
     Args:
       name: `ORG/NAME`, `ORG/NAME:SPLIT` or `ORG/NAME:CONFIG:SPLIT`.
-      split: `train`, `validation` or `test`; the name's own has precedence.
+      split: `train`, `validation` or `test`, unless the name has a split.
       form: The format; None detects it.
 
+    Returns:
+      The source; none if there is no split for validation.
+
     Raises:
-      UserError: There is no network, no such data set, or no such split.
+      UserError: The Hub cannot be reached, or it does not have the data set or the split.
     """
     dataset, *rest = name.split(":")
     config = rest[0] if len(rest) > 1 else None
     split = rest[-1] if rest else split
-    import datasets  # takes seconds, and only this needs it
+    import datasets  # takes seconds
 
     try:
         tables = datasets.load_dataset(dataset, config)
-    except Exception as error:  # whatever the library, the network and a data set's own files raise
+    except Exception as error:  # the library, the network and a data set's files raise exceptions of many types
         raise UserError(
-            f"{':'.join([dataset, *rest[:-1], split])}: no such file, and not to be had from the hub as "
+            f"{':'.join([dataset, *rest[:-1], split])}: no such file, and the Hugging Face Hub does not provide it as "
             f"ORGANIZATION/DATASET:SPLIT or ORGANIZATION/DATASET:CONFIG:SPLIT ({reason(error)})"
         ) from None
     names = [str(name) for name in tables]
-    chosen = layout.chosen(names, split, ":".join([dataset, *rest[:-1]]), named=bool(rest))
+    chosen = layout.choose(names, split, ":".join([dataset, *rest[:-1]]), named=bool(rest))
     if chosen is None:
         return []
     return [File(TableRows(tables[chosen], ":".join([dataset, *rest[:-1], chosen])), form)]

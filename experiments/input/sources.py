@@ -1,11 +1,10 @@
-"""Records by number: those of several sources, weighted, selected and divided."""
+"""Indexed records of several sources, weighted, selected and split."""
 
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,50 +14,48 @@ from experiments.input.records import Record
 from experiments.input.resolve import Source, resolve
 
 _WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)")
-_MOST = 10**8  # examples of a weighted source
+_MAX_WEIGHTED = 10**8  # examples of a weighted source
 
 
 @dataclass(frozen=True)
 class Records:
-    """Some records of one or several sources, in an order; only their numbers are in memory.
+    """An ordered selection of the records of several sources. Only their indices are in memory.
 
     Attributes:
       sources: Files or data sets.
-      source_of: `int32[n]`: the source of each record.
-      number_of: `int64[n]`: its number there.
-      notes: For each source what reading it through has told, see :func:`experiments.input.checking.checked`.
+      source_of: `int32[n]`, the index of each record's source.
+      number_of: `int64[n]`, the index of each record in its source.
     """
 
     sources: tuple[Source, ...]
     source_of: np.ndarray
     number_of: np.ndarray
-    notes: tuple[Any, ...] = ()
 
     def __len__(self) -> int:
         return len(self.number_of)
 
     def __getitem__(self, index: int) -> Record:
-        """The record of a number; a UserError where it is malformed."""
+        """Reads a record; raises a UserError if it is malformed."""
         return self.read(index)[1]
 
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))
 
     def read(self, index: int) -> tuple[str, Record]:
-        """The format and the record of a number; a UserError where it is malformed."""
+        """Reads the format and the content of a record; raises a UserError if it is malformed."""
         return self.sources[self.source_of[index]].read(int(self.number_of[index]))
 
-    def place(self, index: int) -> str:
-        """Where a record is, for errors: the file and the line, row or item."""
-        return self.sources[self.source_of[index]].place(int(self.number_of[index]))
+    def location(self, index: int) -> str:
+        """Returns a record's file and its line, row or item, for error messages."""
+        return self.sources[self.source_of[index]].location(int(self.number_of[index]))
 
     def take(self, indices: np.ndarray) -> "Records":
-        """The records of some numbers, in their order."""
+        """Returns the records at the given indices, in their order."""
         return replace(self, source_of=self.source_of[indices], number_of=self.number_of[indices])
 
     @property
     def digest(self) -> str:
-        """Of what the records hold: other records or another order, another digest."""
+        """A digest of the records and their order."""
         digest = hashlib.sha256("\n".join(source.digest for source in self.sources).encode())
         digest.update(self.source_of.tobytes())
         digest.update(self.number_of.tobytes())
@@ -70,60 +67,63 @@ def splits(
     validation: str | Sequence[str] | None = None,
     form: FormName | None = None,
 ) -> tuple[Records, Records | None]:
-    """Records to train on and to validate with.
+    """Opens the records for training and validation.
 
     Args:
-      data: One or several names, each optionally followed by `:WEIGHT`, how often its records are seen in an epoch:
-        `a.jsonl:3` three times, `b.parquet:0.5` a fixed half of them. A name is that of
+      data: One or several names, each optionally followed by `:WEIGHT`, how often its records are used per epoch:
+        `a.jsonl:3` uses all records three times, `b.parquet:0.5` a fixed half of them once. A name is
 
         - a file (`.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv`, `.parquet`, `.arrow`; each also `.gz` or `.zst`);
-        - a glob of files, all of which are to train on;
-        - a directory with train and validation files, see :func:`experiments.input.layout.in_directory`, that
-          `datasets` saved, or in the form of :func:`experiments.tasks.examples.load`;
+        - a glob of training files;
+        - a directory with train and validation files, see :func:`experiments.input.layout.in_directory`, saved by
+          `datasets`, or in the format of :func:`experiments.tasks.examples.load`;
         - a split of a directory, `DIRECTORY:SPLIT`, which has to exist;
-        - a data set of the hub: `ORG/NAME`, `ORG/NAME:SPLIT` or `ORG/NAME:CONFIG:SPLIT`;
+        - a data set on the Hugging Face Hub: `ORG/NAME`, `ORG/NAME:SPLIT` or `ORG/NAME:CONFIG:SPLIT`;
         - `debian_sections`, which is shipped.
-      validation: Other names; None takes what the data have for it, which may be nothing.
+      validation: Names of validation data; None uses the validation splits of `data`, if there are any.
       form: The format of all files; None detects it.
 
+    Returns:
+      The records for training, and those for validation or None.
+
     Raises:
-      UserError: One of them is not there, not to be had, or empty.
+      UserError: Data is missing, unavailable or empty.
     """
     names = [data] if isinstance(data, str) else list(data)
     others = [validation] if isinstance(validation, str) else list(validation or ())
-    train = joined([_weighted(name, "train", form) for name in names])
+    train = concatenate([_read_weighted(name, "train", form) for name in names])
     if others:
-        return train, joined([_weighted(name, "validation", form) for name in others])
-    beside = [source for name in names for source in resolve(_weight(name)[0], "validation", form, beside=True)]
-    return train, _all(beside) if beside else None
+        return train, concatenate([_read_weighted(name, "validation", form) for name in others])
+    sources = [source for name in names for source in resolve(_split_weight(name)[0], "validation", form, beside=True)]
+    return train, _all(sources) if sources else None
 
 
-def shared(train: Records, validation: Records) -> list[str]:
-    """A line for each source to validate with whose content is trained on too.
+def overlap_warnings(train: Records, validation: Records) -> list[str]:
+    """Returns a warning for each validation source whose content is also training data.
 
     Args:
       train: From :func:`splits`.
-      validation: Likewise.
+      validation: From :func:`splits`.
     """
     lines = []
     for source in validation.sources:
         names = [other.name for other in train.sources if other.digest == source.digest]
         if names:
             same = "is" if source.name in names else f"has the same content as {names[0]}, which is"
-            lines.append(f"{source.name} {same} trained on too; its loss does not tell how well the model generalizes")
+            lines.append(f"{source.name} {same} also training data; its loss does not measure generalization")
     return lines
 
 
 def read(data: str, split: str, form: FormName | None = None) -> Records:
-    """The records of a split; a file, or a split that is named with a data set, is one by itself.
+    """Opens the records of a split. A single file, or a name with a split, is used for any split.
 
     Args:
-      data: A name, as for :func:`splits`, without a weight.
+      data: A name as for :func:`splits`, without a weight.
       split: `train`, `validation` or `test`.
       form: The format; None detects it.
 
     Raises:
-      UserError: It is not there, not to be had, or empty.
+      UserError: The data is missing, unavailable or empty.
     """
     sources = resolve(data, split, form)
     if not sources:
@@ -131,8 +131,8 @@ def read(data: str, split: str, form: FormName | None = None) -> Records:
     return _all(sources)
 
 
-def joined(parts: Sequence[Records]) -> Records:
-    """The records of several, one after the other."""
+def concatenate(parts: Sequence[Records]) -> Records:
+    """Concatenates records."""
     sources = tuple(source for part in parts for source in part.sources)
     firsts = np.cumsum([0, *(len(part.sources) for part in parts)])
     source_of = [part.source_of + np.int32(first) for part, first in zip(parts, firsts)]
@@ -140,74 +140,74 @@ def joined(parts: Sequence[Records]) -> Records:
 
 
 def first(records: Records, count: int | None) -> Records:
-    """The first `count` of records; None keeps all.
+    """Returns the first `count` records; None keeps all.
 
     Raises:
-      UserError: There are fewer.
+      UserError: There are fewer records.
     """
     if count is None:
         return records
     if not 0 < count <= len(records):
         names = " and ".join(source.name for source in records.sources)
-        raise UserError(f"{names}: {count:,} records asked for, there are {len(records):,}")
+        raise UserError(f"{names}: expected at least {count:,} records, got {len(records):,}")
     return records.take(np.arange(count))
 
 
 def split(records: Records, share: float, seed: int) -> tuple[Records, Records]:
-    """Divides records at random, the same way for the same records, share and seed.
+    """Splits records at random, deterministically for the same records, share and seed.
 
-    All copies of a record that is repeated by its weight go to the same side.
+    All copies of a record that is repeated by its weight go to the same part.
 
     Args:
-      records: At least two different ones.
-      share: Of the second part, between 0 and 1; it gets at least one record.
-      seed: Of the choice.
+      records: At least two different records.
+      share: The fraction of the second part, between 0 and 1; it gets at least one record.
+      seed: Random seed.
 
     Returns:
-      The rest, and the share; both in the order of `records`.
+      The remaining records and the share, both in the order of `records`.
 
     Raises:
       UserError: One part would be empty.
     """
     keys = np.stack([records.source_of.astype(np.int64), records.number_of], axis=1)
-    unique, which = np.unique(keys, axis=0, return_inverse=True)
+    unique, inverse = np.unique(keys, axis=0, return_inverse=True)
     count = max(round(share * len(unique)), 1)
     if count >= len(unique):
-        raise UserError(f"--validation-share {share}: nothing is left of {len(unique):,} records to train on")
+        raise UserError(f"--validation-share {share}: no training data remains of {len(unique):,} records")
     chosen = np.zeros(len(unique), bool)
     chosen[np.random.default_rng(seed).permutation(len(unique))[:count]] = True
-    _, firsts = np.unique(which, return_index=True)
-    copies = chosen[which.reshape(-1)]
+    _, firsts = np.unique(inverse, return_index=True)
+    copies = chosen[inverse.reshape(-1)]
     return records.take(np.flatnonzero(~copies)), records.take(np.sort(firsts[chosen]))
 
 
-def _weight(name: str) -> tuple[str, float]:
-    """A name without its weight, and that. A file whose own name ends so has none."""
+def _split_weight(name: str) -> tuple[str, float]:
+    """Splits a weight off a name. If a file with the whole name exists, there is no weight."""
     match = _WEIGHT.fullmatch(name)
     if match is None or Path(name).exists():
         return name, 1.0
     if float(match[2]) == 0:
-        raise UserError(f"{name}: a weight of 0 leaves nothing of {match[1]}; expected a positive number")
+        raise UserError(f"{name}: a weight of 0 uses nothing of {match[1]}; expected a positive number")
     return match[1], float(match[2])
 
 
-def _weighted(data: str, split: str, form: FormName | None) -> Records:
-    name, weight = _weight(data)
+def _read_weighted(data: str, split: str, form: FormName | None) -> Records:
+    name, weight = _split_weight(data)
     records = read(name, split, form)
-    if weight != 1 and weight * len(records) > _MOST:
+    if weight != 1 and weight * len(records) > _MAX_WEIGHTED:
         raise UserError(
-            f"{data}: a weight of {weight:g} makes more than {_MOST:,} examples of {len(records):,} records"
+            f"{data}: a weight of {weight:g} yields more than {_MAX_WEIGHTED:,} examples from {len(records):,} records"
         )
     whole, part = divmod(weight, 1)
-    every = np.tile(np.arange(len(records)), int(whole))
-    some = np.random.default_rng(0).permutation(len(records))[: round(part * len(records))]
-    if not len(every) + len(some):
-        raise UserError(f"{data}: a weight of {weight} leaves none of {len(records):,} records")
-    return records if weight == 1 else records.take(np.concatenate([every, np.sort(some)]).astype(np.int64))
+    repeated = np.tile(np.arange(len(records)), int(whole))
+    remainder = np.random.default_rng(0).permutation(len(records))[: round(part * len(records))]
+    if not len(repeated) + len(remainder):
+        raise UserError(f"{data}: a weight of {weight} uses none of {len(records):,} records")
+    return records if weight == 1 else records.take(np.concatenate([repeated, np.sort(remainder)]).astype(np.int64))
 
 
 def _all(sources: Sequence[Source]) -> Records:
-    with reading(sources[0].name):  # a damaged table may speak of more rows than memory has room for
+    with reading(sources[0].name):  # a damaged table may declare more rows than fit into memory
         lengths = [len(source) for source in sources]
         source_of = np.repeat(np.arange(len(sources), dtype=np.int32), lengths)
         return Records(tuple(sources), source_of, np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]))

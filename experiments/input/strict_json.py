@@ -1,4 +1,4 @@
-"""JSON read strictly: what Python's reader lets pass, or fails on in other ways, is one kind of error."""
+"""A strict JSON reader: it also rejects what Python's reader accepts, and raises one type of error."""
 
 import json
 import math
@@ -7,20 +7,20 @@ from typing import Any
 
 from experiments.errors import UserError
 
-_DEEPEST = 200
+_MAX_DEPTH = 200
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def loads(text: str, where: str) -> Any:
-    """The value of a JSON text.
+    """Parses a JSON text.
 
     Args:
-      text: One value.
-      where: Where the text comes from, for errors.
+      text: The text of one value.
+      where: The location of the text, for error messages.
 
     Raises:
-      UserError: It is not JSON; or, as in JSON for other programs it should not, an object has a key twice, a number is
-        NaN, infinite or thousands of digits long, arrays nest too deep, or a string is not valid Unicode.
+      UserError: The text is not valid JSON; or an object has a key twice, a number is NaN, infinite or thousands of
+        digits long, values are nested too deeply, or a string is not valid Unicode.
 
     Example:
       >>> loads('{"a": 1, "a": 2}', "x.jsonl, line 3")
@@ -35,27 +35,27 @@ def loads(text: str, where: str) -> Any:
     except _Invalid as error:
         raise UserError(f"{where}: {error}") from None
     except RecursionError:
-        raise UserError(f"{where}: arrays or objects nested more than {_DEEPEST} deep") from None
+        raise UserError(f"{where}: arrays or objects are nested more than {_MAX_DEPTH} deep") from None
     except ValueError:
-        raise UserError(f"{where}: a number with too many digits") from None
+        raise UserError(f"{where}: a number has too many digits") from None
     if _SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = f"\\u{ord(error.object[error.start]):04x}"
             raise UserError(
-                f"{where}: a lone surrogate ({half}), half of a character that was cut in two; expected valid Unicode"
+                f"{where}: invalid Unicode, a lone surrogate ({half}); probably a text was cut within an emoji"
             ) from None
     level, depth = [value], 0
     while level := [child for parent in level if isinstance(parent, dict | list) for child in _children(parent)]:
         depth += 1
-        if depth > _DEEPEST:
-            raise UserError(f"{where}: arrays or objects nested more than {_DEEPEST} deep")
+        if depth > _MAX_DEPTH:
+            raise UserError(f"{where}: arrays or objects are nested more than {_MAX_DEPTH} deep")
     return value
 
 
 def kind(value: Any) -> str:
-    """What a value is, in JSON's words.
+    """Returns the JSON type of a value, with an article.
 
     Example:
       >>> kind([]), kind(None), kind(1.5)
@@ -68,7 +68,7 @@ def kind(value: Any) -> str:
 
 
 class _Invalid(Exception):
-    """Well-formed, but not a value that JSON can express unambiguously. Not a ValueError, as decoding errors are."""
+    """A well-formed but ambiguous value. Not a ValueError, to differ from decoding errors."""
 
 
 def _children(parent: dict[str, Any] | list[Any]) -> Any:
@@ -85,13 +85,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(name: str) -> None:
-    raise _Invalid(f"the number {name}, which JSON does not have")
+    raise _Invalid(f"the number {name}, which is not valid JSON")
 
 
 def _float(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
-        raise _Invalid(f"the number {digits[:20]}, which is beyond floating point")
+        raise _Invalid(f"the number {digits[:20]}, which exceeds the range of floating point")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Where a chat template is found: in a checkpoint's files, or where a user says."""
+"""Loads chat templates from a checkpoint's files or from a user's setting."""
 
 import json
 import re
@@ -22,22 +22,23 @@ def load_template(
     control: ControlTokens | None = None,
     literal: bool = True,
 ) -> Template | None:
-    """The chat template of a directory in Hugging Face layout: `chat_template.jinja`, `chat_template.json`, or in
-    `tokenizer_config.json`.
+    """Loads the chat template of a checkpoint in Hugging Face layout.
+
+    It is in `chat_template.jinja`, `chat_template.json` or `tokenizer_config.json`.
 
     Args:
-      directory: Of the checkpoint.
-      template: Another one in place of its own: a file, the text of a template, or the name of one of several.
+      directory: The checkpoint.
+      template: A template to use instead of the default: a file, Jinja source, or the name of one of the checkpoint's.
       arguments: Variables of every rendering.
       control: The tokenizer's control tokens.
-      literal: Whether text of a message that spells one of them is text, not the token.
+      literal: Whether the spelling of a control token in a message is text instead of the token.
 
     Returns:
-      The template, of several the one named `default`, with the one named `tool_use` for conversations with tools.
-      None where the checkpoint has none.
+      The template; None if the checkpoint has none. If it has several, the one named `default`, with the one named
+      `tool_use` for conversations with tools.
 
     Raises:
-      UserError: A file cannot be read, the template is no Jinja, or of several none is the default.
+      UserError: A file cannot be read, a template is not valid Jinja, or none of several templates is the default.
     """
     where, named = _templates(directory)
     tokens = special_tokens(directory)
@@ -49,11 +50,11 @@ def load_template(
     if not named:
         return None
     if default not in named:
-        raise UserError(f"{where}: chat templates {', '.join(named)}, none of them is named {default}")
+        raise UserError(f"{where}: expected a chat template named {default}, got {', '.join(named)}")
 
     for name in arguments or ():
         if not any(re.search(rf"\b{re.escape(name)}\b", source) for source in named.values()):
-            raise UserError(f"--template-arguments: the chat template of {where} reads no variable {name}")
+            raise UserError(f"--template-arguments: the chat template of {where} does not use the variable {name}")
 
     def build(name: str, other: Template | None = None) -> Template:
         options: Any = {"arguments": arguments, "control": control, "literal": literal, "with_tools": other}
@@ -63,10 +64,10 @@ def load_template(
 
 
 def special_tokens(directory: Path) -> dict[str, str]:
-    """`bos_token` and so on, as a checkpoint's files name them.
+    """Reads a checkpoint's special tokens, such as `bos_token`.
 
     Raises:
-      UserError: A file cannot be read, or a token is no text.
+      UserError: A file cannot be read, or a token is not text.
     """
     config_file, map_file = directory / CONFIG, directory / "special_tokens_map.json"
     special = {**_read_object(map_file), **_read_object(config_file)}
@@ -76,17 +77,17 @@ def special_tokens(directory: Path) -> dict[str, str]:
         text = token.get("content") if isinstance(token, dict) else token
         if token is not None and not isinstance(text, str):
             path = config_file if name in _read_object(config_file) else map_file
-            raise UserError(f"{path}: {name} is {json.dumps(token)[:100]}, expected a text or an object with content")
+            raise UserError(f"{path}: {name} is {json.dumps(token)[:100]}, expected a string or an object with content")
         if text is not None:
             texts[name] = text
     return texts
 
 
 def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
-    """Template arguments as a command line has them: JSON objects, or NAME=VALUE.
+    """Parses template arguments from a command line: JSON objects or NAME=VALUE.
 
     Raises:
-      ValueError: One of them is neither.
+      ValueError: An argument is neither.
 
     Example:
       >>> parse_arguments(['{"enable_thinking": false}', "date_string=1 May 2025", "level=2"])
@@ -100,7 +101,7 @@ def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
         elif isinstance(parsed := _value(text), dict):
             arguments |= parsed
         else:
-            raise ValueError(f"--template-arguments: {text!r}, expected a JSON object or NAME=VALUE")
+            raise ValueError(f"--template-arguments: expected a JSON object or NAME=VALUE, got {text!r}")
     return arguments
 
 
@@ -112,7 +113,7 @@ def _value(text: str) -> Any:
 
 
 def _templates(directory: Path) -> tuple[str, dict[str, str]]:
-    """The file, and the templates in it by name."""
+    """Returns the file of the templates, and the templates by name."""
     alone, in_json, config = (directory / name for name in ("chat_template.jinja", "chat_template.json", CONFIG))
     others = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     if alone.exists():
@@ -131,8 +132,8 @@ def _templates(directory: Path) -> tuple[str, dict[str, str]]:
             named[name] = text
     if len(named) < len(entries):
         raise UserError(
-            f"{where}: chat_template is {json.dumps(content)[:100]}, expected a text, or a list of objects with name "
-            "and template"
+            f"{where}: chat_template is {json.dumps(content)[:100]}, expected a string, or a list of objects with "
+            "name and template"
         )
     return str(where), named
 
@@ -143,7 +144,7 @@ def _from_setting(template: str, named: Mapping[str, str]) -> tuple[str, dict[st
         return "--template", {"default": template}
     if not path.is_file():
         why = "is a directory, not a file" if path.is_dir() else "no such file"
-        names = f", and the checkpoint's templates are {', '.join(named)}" if named else ""
+        names = f"; the checkpoint has the templates {', '.join(named)}" if named else ""
         raise UserError(f"--template {template}: {why}{names}")
     return str(path), {"default": _read(path)}
 

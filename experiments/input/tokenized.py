@@ -1,4 +1,4 @@
-"""Examples as tokens on disk: written once, mapped into memory from then on."""
+"""Tokenized examples on disk, written once and memory-mapped."""
 
 import contextlib
 import hashlib
@@ -18,26 +18,26 @@ from experiments.input.checking import OnBad
 from experiments.input.encoding import Encoded, Encoder
 from experiments.input.sources import Records
 
-_CHUNK = 1024  # records that are tokenized at a time
-_FORM = 3
+_CHUNK = 1024  # records to tokenize at a time
+_FORMAT = 3  # version of the files
 _META = "meta.json"
-_REASONS = 3  # of skipped records that are kept
+_REASONS = 3  # error messages of skipped records to keep
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Examples, one behind the other; a record can have several of them, or none.
+    """Concatenated examples. A record may have any number of examples.
 
     Attributes:
       tokens: `uint16[all]` or `uint32[all]`, the tokens of all examples.
-      targets: `bool[all]`: which of them are to be learned.
-      lengths: `int32[examples]`: how many tokens an example has.
-      firsts: `int32[examples]`: which token of an example is the first to be learned, after the very first one, which
-        nothing predicts; its length where there is none.
-      owners: `int32[examples]`: the number of the record that an example is of.
-      digest: Of what decides them.
-      notes: What a user should know about the records, each with the number of records it concerns.
-      skipped: The numbers of the records that cannot be encoded, the first of them with the reason.
+      targets: `bool[all]`, whether the loss covers a token.
+      lengths: `int32[examples]`, the number of tokens of each example.
+      firsts: `int32[examples]`, the index of each example's first target, except its first token, which is never
+        predicted; the example's length if there is none.
+      owners: `int32[examples]`, the index of each example's record.
+      digest: A digest of everything that determines the examples.
+      notes: Notes about the records for the user, with the number of records that each concerns.
+      skipped: The indices of records that cannot be encoded, with the error messages of the first ones.
     """
 
     tokens: np.ndarray
@@ -62,49 +62,49 @@ def tokenize(
     process_index: int = 0,
     report: Callable[[str], None] = lambda line: None,
 ) -> Tokenized:
-    """The tokens of records, from the directory where they are there already.
+    """Tokenizes records, or reads the tokens that the directory already holds.
 
-    Every process may call it for one directory at the same time; the first that is ready gives the files to all.
+    Several processes may call it for one directory at the same time. The first to finish provides the files for all.
 
     Args:
-      records: What is tokenized.
-      encoder: With what.
-      directory: Where the files go, in a directory named by a digest of all that decides them.
-      on_bad: What to do about a record that cannot be encoded: raise an error, or skip it.
-      process_index: Of this process among those that share the directory.
-      report: Called with a line on what is being done, where that takes its time.
+      records: The records.
+      encoder: The encoder.
+      directory: The parent of the files' directory, which is named by a digest of everything that determines them.
+      on_bad: Whether to raise an error or to skip records that cannot be encoded.
+      process_index: The index of this process among those that share the directory.
+      report: Called with a line about progress if there is work to do.
 
     Raises:
       UserError: A record is malformed, or the files cannot be written.
     """
     versions = {name: metadata.version(name) for name in ("tokenizers", "jinja2")}
-    everything = json.dumps([_FORM, records.digest, encoder.digest, on_bad, versions], sort_keys=True)
+    everything = json.dumps([_FORMAT, records.digest, encoder.digest, on_bad, versions], sort_keys=True)
     digest = hashlib.sha256(everything.encode()).hexdigest()
     location = directory / digest[:16]
     dtypes = _dtypes(encoder.largest)
-    if not _whole(location, dtypes):
+    if not _is_complete(location, dtypes):
         report(f"tokenizing {len(records):,} records into {location}")
         unfinished = directory / f".{digest[:16]}-{process_index}"
         try:
             encoder.notes.clear()
             skipped = {}
-            chunks = _encoded(records, encoder, None if on_bad == "error" else skipped)
+            chunks = _encode(records, encoder, None if on_bad == "error" else skipped)
             _write(unfinished, dtypes, chunks, encoder.notes, skipped)
-            _move(unfinished, location, dtypes)
+            _publish(unfinished, location, dtypes)
         except OSError as error:
-            raise UserError(f"{directory}: tokens cannot be written there ({error.strerror or error})") from None
+            raise UserError(f"{directory}: cannot write tokens ({error.strerror or error})") from None
         finally:
-            shutil.rmtree(unfinished, ignore_errors=True)  # what an error left: it is no use to anyone
-    arrays = {name: _mapped(location / f"{name}.bin", dtype) for name, dtype in dtypes.items()}
+            shutil.rmtree(unfinished, ignore_errors=True)  # incomplete files after an error
+    arrays = {name: _memory_map(location / f"{name}.bin", dtype) for name, dtype in dtypes.items()}
     meta = json.loads((location / _META).read_text())
     skipped = {int(number): reason for number, reason in meta["skipped"].items()}
     if len(skipped) == len(records):
-        raise UserError(f"none of {len(records):,} records can be used; the first: {skipped[0]}")
+        raise UserError(f"none of {len(records):,} records can be encoded; the first: {skipped[0]}")
     return Tokenized(**arrays, digest=digest, notes=meta["notes"], skipped=skipped)
 
 
-def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    """As a plain array: every slice of an np.memmap pays for being one. An empty file cannot be mapped."""
+def _memory_map(path: Path, dtype: np.dtype) -> np.ndarray:
+    """Maps a file as a plain array, which is faster to slice than an np.memmap. An empty file cannot be mapped."""
     return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.zeros(0, dtype)
 
 
@@ -114,30 +114,30 @@ def _dtypes(largest: int) -> dict[str, np.dtype]:
     return {name: np.dtype(kind) for name, kind in kinds.items()}
 
 
-def _encoded(records: Records, encoder: Encoder, skipped: dict[int, str] | None) -> Iterator[dict[int, list[Encoded]]]:
-    """The examples of records by their numbers; what cannot be encoded goes to `skipped`, or is an error."""
+def _encode(records: Records, encoder: Encoder, skipped: dict[int, str] | None) -> Iterator[dict[int, list[Encoded]]]:
+    """Yields the examples of records by index. Records that cannot be encoded are added to `skipped`, or are errors."""
     for start in range(0, len(records), _CHUNK):
         numbers = range(start, min(start + _CHUNK, len(records)))
         before = Counter(encoder.notes)
         try:
             yield dict(
-                zip(numbers, encoder.encode_each([records[i] for i in numbers], list(map(records.place, numbers))))
+                zip(numbers, encoder.encode_each([records[i] for i in numbers], list(map(records.location, numbers))))
             )
         except UserError:
             if skipped is None:
                 raise
             encoder.notes.clear()
             encoder.notes.update(before)
-            yield _encoded_singly(records, numbers, encoder, skipped)
+            yield _encode_singly(records, numbers, encoder, skipped)
 
 
-def _encoded_singly(
+def _encode_singly(
     records: Records, numbers: range, encoder: Encoder, skipped: dict[int, str]
 ) -> dict[int, list[Encoded]]:
     encoded = {}
     for number in numbers:
         try:
-            (encoded[number],) = encoder.encode_each([records[number]], [records.place(number)])
+            (encoded[number],) = encoder.encode_each([records[number]], [records.location(number)])
         except UserError as error:
             skipped[number] = str(error) if len(skipped) < _REASONS else ""
     return encoded
@@ -150,7 +150,7 @@ def _write(
     notes: Mapping[str, int],
     skipped: Mapping[int, str],
 ) -> None:
-    shutil.rmtree(location, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(location, ignore_errors=True)  # left by a process that was killed
     location.mkdir(parents=True)
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context((location / f"{name}.bin").open("wb")) for name in dtypes}
@@ -160,7 +160,7 @@ def _write(
                 "tokens": np.concatenate([np.zeros(0, np.int32), *(example.tokens for example in chunk)]),
                 "targets": np.concatenate([np.zeros(0, bool), *(example.targets for example in chunk)]),
                 "lengths": [len(example.tokens) for example in chunk],
-                "firsts": [_first(example.targets) for example in chunk],
+                "firsts": [_first_target(example.targets) for example in chunk],
                 "owners": [number for number, examples in by_record.items() for _ in examples],
             }
             for name, dtype in dtypes.items():
@@ -170,23 +170,23 @@ def _write(
     (location / _META).write_text(json.dumps(meta))
 
 
-def _first(targets: np.ndarray) -> int:
-    later = targets[1:]
-    return 1 + int(np.argmax(later)) if later.any() else len(targets)
+def _first_target(targets: np.ndarray) -> int:
+    predicted = targets[1:]
+    return 1 + int(np.argmax(predicted)) if predicted.any() else len(targets)
 
 
-def _move(unfinished: Path, location: Path, dtypes: dict[str, np.dtype]) -> None:
-    if location.exists() and not _whole(location, dtypes):
+def _publish(unfinished: Path, location: Path, dtypes: dict[str, np.dtype]) -> None:
+    if location.exists() and not _is_complete(location, dtypes):
         shutil.rmtree(location)
     try:
         os.rename(unfinished, location)
     except OSError:
-        if not _whole(location, dtypes):  # else another process was faster
+        if not _is_complete(location, dtypes):  # otherwise another process was faster
             raise
 
 
-def _whole(location: Path, dtypes: dict[str, np.dtype]) -> bool:
-    """Whether the files are all there: they appear together, but a disk can lose the end of one."""
+def _is_complete(location: Path, dtypes: dict[str, np.dtype]) -> bool:
+    """Whether all files exist with their full sizes. They are created atomically, but may be truncated later."""
     try:
         sizes = json.loads((location / _META).read_text())["sizes"]
         return all((location / f"{name}.bin").stat().st_size == sizes[name] for name in dtypes)

@@ -1,8 +1,8 @@
-"""The examples that a conversation gives: what is rendered of it, and which of that the assistant says.
+"""Converts conversations to examples: rendered text, and the spans of it that the assistant says.
 
-A model is prompted with what a template renders up to an answer. Where a template renders that in the same way within
-the whole conversation, one example teaches all answers. Where it does not (Qwen 3 drops the reasoning of all turns but
-the last), every answer is an example of its own, behind the text with which the model is prompted for it.
+A model is prompted with the text that a template renders up to an answer. If the rendered conversation begins with this
+text for every answer, one example contains all answers. Otherwise (Qwen 3 drops the reasoning of all turns but the
+last), every answer is a separate example, preceded by the text with which the model is prompted for it.
 """
 
 import json
@@ -12,26 +12,26 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from experiments.errors import UserError
-from experiments.input.chat import Call, Template, texts_of
+from experiments.input.chat import Call, Rendering, Template, texts_of
 from experiments.input.control import Marked, Span
 from experiments.input.records import Conversation, Message
 from experiments.input.rendering import RenderingError
 
 TrainOn = Literal["answers", "last", "all"]
-"""What is learned: all of the assistant's answers, the last one, or the whole text."""
+"""The text that the loss covers: all answers of the assistant, the last one, or the whole text."""
 
-_PROBES = "Alpha", "Omega"  # two answers that have no character in common at their beginning
+_PROBES = "Alpha", "Omega"  # two answers without a common prefix
 
 
 @dataclass(frozen=True)
 class Example:
-    """A text of which some is learned.
+    """A text and the parts of it that the loss covers.
 
     Attributes:
-      text: Whole.
-      spans: What is learned, ascending.
+      text: The whole text.
+      spans: The parts that the loss covers, ascending.
       literal: See :class:`experiments.input.control.Marked`.
-      document: Whether it stands between the tokens that begin and end a text, which a template renders itself.
+      document: Whether to add the tokens that begin and end a text. Chat templates render them.
     """
 
     text: str
@@ -42,129 +42,134 @@ class Example:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be learned of a conversation, and the renderings that this takes; made by :func:`plan`.
+    """The messages of a conversation that the loss covers, and the renderings that locate them; from :func:`plan`.
 
     Attributes:
       record: The conversation.
-      template: That renders it.
-      location: Where it stands, for errors.
-      learned: The numbers of the messages that are learned; of those that are not, where everything else is.
-      everything: Whether everything else is learned.
-      calls: What is rendered.
+      template: Its chat template.
+      location: Its location, for error messages.
+      selected: Indices of the messages that the loss covers.
+      inverted: Whether the loss covers everything except the selected messages instead.
+      calls: The renderings.
     """
 
     record: Conversation
     template: Template
     location: str
-    learned: list[int]
-    everything: bool
+    selected: list[int]
+    inverted: bool
     calls: list[Call]
 
 
 def plan(template: Template, record: Conversation, location: str, train_on: TrainOn) -> Plan:
-    """What is to be learned of a conversation.
+    """Plans the examples of a conversation.
 
     Args:
-      template: Of the checkpoint.
-      record: With at least one message.
-      location: Where it stands, for errors.
-      train_on: What is learned. A message of weight 0 never is.
+      template: The chat template.
+      record: A conversation with at least one message.
+      location: Its location, for error messages.
+      train_on: The text that the loss covers. It never covers messages of weight 0.
 
     Raises:
-      UserError: No message is the assistant's.
+      UserError: No message has the role assistant.
     """
     numbers = answers(record, location)
     if not numbers:
-        raise UserError(f"{location}: none of the {len(record.messages)} messages is the assistant's: nothing to learn")
+        raise UserError(f"{location}: none of the {len(record.messages)} messages has the role assistant")
     weights = {number: _weight(record.messages[number], number, location) for number in numbers}
-    everything = train_on == "all"
-    if everything:
-        learned = [number for number in numbers if not weights[number]]
+    inverted = train_on == "all"
+    if inverted:
+        selected = [number for number in numbers if not weights[number]]
     else:
-        learned = [number for number in numbers if weights[number] and number >= record.learn_from]
-        learned = learned[-1:] if train_on == "last" else learned
-    rendered = numbers if template.marks_generation and learned else learned
+        selected = [number for number in numbers if weights[number] and number >= record.learn_from]
+        selected = selected[-1:] if train_on == "last" else selected
+    rendered = numbers if template.marks_generation and selected else selected
     calls = [whole_call(record, number) for number in rendered]
     if not template.marks_generation:
-        calls = [call for whole, number in zip(calls, learned) for call in (prompt_call(record, number), whole)]
-    if everything or (learned and rendered[-1] < len(record.messages) - 1):
+        calls = [call for whole, number in zip(calls, selected) for call in (prompt_call(record, number), whole)]
+    if inverted or (selected and rendered[-1] < len(record.messages) - 1):
         calls.append(whole_call(record))
-    return Plan(record, template, location, learned, everything, calls)
+    return Plan(record, template, location, selected, inverted, calls)
 
 
-def conversation_examples(plan: Plan, renderings: Sequence[Marked | RenderingError], notes: set[str]) -> list[Example]:
-    """The examples of a conversation.
+def conversation_examples(plan: Plan, renderings: Sequence[Rendering], notes: set[str]) -> list[Example]:
+    """Returns the examples of a conversation.
 
     Args:
-      plan: Of the conversation.
-      renderings: Of the plan's calls.
-      notes: Takes sentences on what a user should know about the record.
+      plan: The plan of the conversation.
+      renderings: The renderings of the plan's calls.
+      notes: Notes for the user are added to it.
 
     Returns:
-      One example where the template renders every answer after the text with which the model is prompted for it; else
-      one for each answer. None where all answers have weight 0.
+      One example if the rendered conversation begins with the prompt of every answer, otherwise one example for each
+      answer. No example if all answers have weight 0.
 
     Raises:
-      UserError: The template refuses the messages, or leaves out an answer or a call.
+      UserError: The template does not accept the messages, or omits an answer or a call.
     """
-    if plan.everything:
-        return [_everything(plan, renderings, notes)]
-    if not plan.learned:
-        notes.add("nothing to learn: all their answers have weight 0")
+    if plan.inverted:
+        return [_inverted_example(plan, renderings, notes)]
+    if not plan.selected:
+        notes.add("not trained on, because all answers have weight 0")
         return []
-    return (_marked if plan.template.marks_generation else _by_turns)(plan, renderings, notes)
+    return _selected_examples(plan, renderings, notes)
 
 
 def answers(record: Conversation, location: str) -> list[int]:
-    """The numbers of the messages that are the assistant's."""
+    """Returns the indices of the assistant's messages."""
     for number, message in enumerate(record.messages):
         if not isinstance(message.get("role"), str):
-            raise UserError(f"{location}, message {number + 1}: its role is {message.get('role')!r}, expected a text")
+            raise UserError(f"{location}, message {number + 1}: role is {message.get('role')!r}, expected a string")
     return [number for number, message in enumerate(record.messages) if message["role"] == "assistant"]
 
 
 def prompt_call(record: Conversation, number: int) -> Call:
-    """What renders the text with which a model is prompted for a message."""
+    """Returns the call that renders the prompt for a message."""
     return Call(record.messages[:number], record.tools, record.template_arguments, prompt=True)
 
 
 def whole_call(record: Conversation, number: int | None = None) -> Call:
-    """What renders a conversation up to a message and with it, or to its end."""
+    """Returns the call that renders a conversation up to and including a message, or completely."""
     end = None if number is None else number + 1
     return Call(record.messages[:end], record.tools, record.template_arguments)
 
 
-def _marked(plan: Plan, renderings: Sequence[Marked | RenderingError], notes: set[str]) -> list[Example]:
-    """The examples of a template with `{% generation %}` blocks: what these render of each answer."""
+def _selected_examples(plan: Plan, renderings: Sequence[Rendering], notes: set[str]) -> list[Example]:
+    """Returns the examples of the selected messages."""
+    locate = _examples_from_blocks if plan.template.marks_generation else _examples_from_prompts
+    return locate(plan, renderings, notes)
+
+
+def _examples_from_blocks(plan: Plan, renderings: Sequence[Rendering], notes: set[str]) -> list[Example]:
+    """Locates answers by the `{% generation %}` blocks of the template."""
     template, whole, numbers = plan.template, renderings[-1], answers(plan.record, plan.location)
-    upto = [one for one in renderings[: len(numbers)] if isinstance(one, Marked)]
-    if len(upto) == len(numbers):
-        firsts = [0, *(len(one.blocks) for one in upto)]
-        parts = [Example(one.text, one.blocks[first:], one.literal) for one, first in zip(upto, firsts)]
-    else:  # it refuses a conversation that ends earlier: the blocks of the whole one are its answers, in turn
+    prefixes = [one for one in renderings[: len(numbers)] if isinstance(one, Marked)]
+    if len(prefixes) == len(numbers):
+        firsts = [0, *(len(one.blocks) for one in prefixes)]
+        parts = [Example(one.text, one.blocks[first:], one.literal) for one, first in zip(prefixes, firsts)]
+    else:  # it does not accept prefixes of the conversation: the blocks of the whole one are its answers in order
         text, blocks, literal = template.require(whole, plan.location)
         if len(blocks) != len(numbers):
             raise UserError(
                 f"{plan.location}: the chat template of {template.where} has {len(blocks)} {{% generation %}} blocks "
-                f"for {len(numbers)} answers, so that there is no telling which is which"
+                f"for {len(numbers)} answers; expected one block per answer"
             )
         parts = [Example(text, [block], literal) for block in blocks]
     examples = []
     for number, part in zip(numbers, parts):
-        if number in plan.learned:
+        if number in plan.selected:
             rendered = "".join(part.text[begin:end] for begin, end in part.spans)
-            _check(template, plan.record.messages[number], rendered, f"{plan.location}, message {number + 1}")
+            _check_rendered(template, plan.record.messages[number], rendered, f"{plan.location}, message {number + 1}")
             examples += [part] if part.spans else []
     if not examples:
         raise UserError(
-            f"{plan.location}: the {{% generation %}} blocks of {template.where} render nothing of what the "
-            "assistant says"
+            f"{plan.location}: the {{% generation %}} blocks of {template.where} do not contain the assistant's answers"
         )
-    return _joined(plan, whole, examples, notes)
+    return _merge_examples(plan, whole, examples, notes)
 
 
-def _joined(plan: Plan, whole: Marked | RenderingError, examples: list[Example], notes: set[str]) -> list[Example]:
-    """The examples of some answers, or one for all where the whole conversation has the same texts."""
+def _merge_examples(plan: Plan, whole: Rendering, examples: list[Example], notes: set[str]) -> list[Example]:
+    """Merges the examples of answers into one if the whole conversation begins with the text of each."""
     for one in examples:
         _note_end(plan.template, one, notes)
     if isinstance(whole, RenderingError):
@@ -176,99 +181,101 @@ def _joined(plan: Plan, whole: Marked | RenderingError, examples: list[Example],
 
 
 def _note_end(template: Template, example: Example, notes: set[str]) -> None:
-    """Notes where no control token ends what is learned."""
+    """Adds a note if no control token ends the answer."""
     begin, end = example.spans[-1]
     tokens = template.control.tokens_in(example.text, example.literal)
     if not template.control.spellings or any(begin <= first and last <= end for first, last in tokens):
         return
-    behind = [example.text[first:last] for first, last in tokens if first >= end]
-    if template.marks_generation and behind:
-        reason = f"the end of a turn, {behind[0]}, is outside the {{% generation %}} blocks of {template.where}"
+    later = [example.text[first:last] for first, last in tokens if first >= end]
+    if template.marks_generation and later:
+        reason = f"the end of a turn, {later[0]}, is outside the {{% generation %}} blocks of {template.where}"
     else:
         reason = f"no control token ends an answer in {template.where}"
-    notes.add(f"{reason}: the model never learns to stop")
+    notes.add(f"{reason}: the model does not learn to end its answers")
 
 
-def _everything(plan: Plan, renderings: Sequence[Marked | RenderingError], notes: set[str]) -> Example:
-    """The example whose whole text is learned, apart from some messages."""
+def _inverted_example(plan: Plan, renderings: Sequence[Rendering], notes: set[str]) -> Example:
+    """Returns the example of a whole conversation except the selected messages."""
     whole = plan.template.require(renderings[-1], plan.location)
     excluded = []
-    if plan.learned:
-        (example, *others) = (_marked if plan.template.marks_generation else _by_turns)(plan, renderings, set())
+    if plan.selected:
+        (example, *others) = _selected_examples(plan, renderings, set())
         if others or example.text != whole.text:
             raise UserError(
-                f"{plan.location}: the chat template of {plan.template.where} does not tell which text is that of a "
-                "message of weight 0, which is not learned where everything else is (--train-on all)"
+                f"{plan.location}: cannot locate a message of weight 0 in the text of the chat template of "
+                f"{plan.template.where}, to exclude it from --train-on all"
             )
         excluded = example.spans
     for number in answers(plan.record, plan.location):
-        if number not in plan.learned:
-            _check(plan.template, plan.record.messages[number], whole.text, f"{plan.location}, message {number + 1}")
+        if number not in plan.selected:
+            _check_rendered(
+                plan.template, plan.record.messages[number], whole.text, f"{plan.location}, message {number + 1}"
+            )
     edges = [0, *(edge for span in excluded for edge in span), len(whole.text)]
     spans = [(begin, end) for begin, end in zip(edges[::2], edges[1::2]) if end > begin]
     _note_tools(plan, whole.text, notes)
     return Example(whole.text, spans, whole.literal)
 
 
-def _by_turns(plan: Plan, renderings: Sequence[Marked | RenderingError], notes: set[str]) -> list[Example]:
-    """The examples of a template without blocks: what it renders more with an answer than to prompt for it."""
+def _examples_from_prompts(plan: Plan, renderings: Sequence[Rendering], notes: set[str]) -> list[Example]:
+    """Locates answers as the text that follows their prompts, for templates without `{% generation %}` blocks."""
     whole, examples = renderings[-1], []
-    for number, prompt, text in zip(plan.learned, renderings[::2], renderings[1::2]):
-        here, message = f"{plan.location}, message {number + 1}", plan.record.messages[number]
+    for number, prompt, text in zip(plan.selected, renderings[::2], renderings[1::2]):
+        location, message = f"{plan.location}, message {number + 1}", plan.record.messages[number]
         try:
             example = _turn_example(plan, number, prompt, text, notes)
         except UserError:
-            if number == plan.learned[-1]:
+            if number == plan.selected[-1]:
                 raise
-            notes.add(f"an answer before the last one is left out: {plan.template.where} cannot render it as the last")
+            notes.add(f"an answer before the last one is skipped: {plan.template.where} cannot render it as the last")
             continue
         ((begin, end),) = example.spans
-        _check(plan.template, message, example.text[begin:end], here)
+        _check_rendered(plan.template, message, example.text[begin:end], location)
         examples.append(example)
-    return _joined(plan, whole, examples, notes)
+    return _merge_examples(plan, whole, examples, notes)
 
 
-def _turn_example(
-    plan: Plan, number: int, prompt: Marked | RenderingError, whole: Marked | RenderingError, notes: set[str]
-) -> Example:
-    """The example of one answer, behind what prompts for it."""
-    here = f"{plan.location}, message {number + 1}"
-    prompt, whole = plan.template.require(prompt, here), plan.template.require(whole, here)
+def _turn_example(plan: Plan, number: int, prompt: Rendering, whole: Rendering, notes: set[str]) -> Example:
+    """Returns the example of one answer, preceded by its prompt."""
+    location = f"{plan.location}, message {number + 1}"
+    prompt, whole = plan.template.require(prompt, location), plan.template.require(whole, location)
     if whole.text.startswith(prompt.text):
         return Example(whole.text, [(len(prompt.text), len(whole.text))], whole.literal)
-    return _behind_its_header(plan, number, prompt, whole, notes)
+    return _example_after_header(plan, number, prompt, whole, notes)
 
 
-def _behind_its_header(plan: Plan, number: int, prompt: Marked, whole: Marked, notes: set[str]) -> Example:
-    """The example of an answer that does not begin with its prompt."""
+def _example_after_header(plan: Plan, number: int, prompt: Marked, whole: Marked, notes: set[str]) -> Example:
+    """Returns the example of an answer if the conversation up to it does not begin with its prompt.
+
+    The header of an answer is the common prefix of the conversation with two different answers.
+    """
     template, location = plan.template, f"{plan.location}, message {number + 1}"
     before, call = plan.record.messages[:number], whole_call(plan.record, number)
     calls = [replace(call, messages=[*before, {"role": "assistant", "content": probe}]) for probe in _PROBES]
     texts = [template.require(one, location).text for one in template.renderings(calls, location)]
-    header = _shared(*texts)
+    header = _common_prefix(*texts)
     if texts[0] != texts[1] and whole.text.startswith(header):
         if prompt.text.startswith(header):
-            opened = prompt.text[len(header) :]
+            suffix = prompt.text[len(header) :]
             notes.add(
-                f"the prompt of {template.where} ends with {opened!r}, with which no answer begins: answers are "
-                "learned without it"
+                f"the prompt of {template.where} ends with {suffix!r}, but answers do not begin with it; it is not "
+                "trained on"
             )
             return Example(whole.text, [(len(header), len(whole.text))], whole.literal)
         if header[-1:] == prompt.text[-1:]:
-            # What stands before the answer depends on the messages behind: what prompts for it is what counts.
+            # The text before the answer depends on later messages: use the prompt instead.
             shift = len(prompt.text) - len(header)
-            moved = [(a + shift, b + shift) for a, b in whole.literal if a >= len(header)]
+            literal = [(a + shift, b + shift) for a, b in whole.literal if a >= len(header)]
             text = prompt.text + whole.text[len(header) :]
-            return Example(text, [(len(prompt.text), len(text))], prompt.literal + moved)
+            return Example(text, [(len(prompt.text), len(text))], prompt.literal + literal)
     raise UserError(
-        f"{location}: the chat template of {template.where} renders the conversation differently up to here and with "
-        "the answer, so that there is no telling what the assistant says in it; a template that marks it with "
-        "{% generation %} blocks can be learned from"
+        f"{location}: cannot locate the answer, because the chat template of {template.where} renders the conversation "
+        "before it differently with and without it; use a template with {% generation %} blocks (--template FILE)"
     )
 
 
-def _shared(first: str, second: str) -> str:
-    """The beginning that two texts have in common."""
+def _common_prefix(first: str, second: str) -> str:
+    """Returns the common prefix of two texts."""
     sizes = (size for size, (a, b) in enumerate(zip(first, second)) if a != b)
     return first[: next(sizes, min(len(first), len(second)))]
 
@@ -276,48 +283,51 @@ def _shared(first: str, second: str) -> str:
 _REASONING_END = re.compile(r"</[\w:]*think\w*>|\[/THINK\]|<channel\|>")
 
 
-def _check(template: Template, message: Message, rendered: str, location: str) -> None:
-    """Raises a UserError where a template leaves out what the assistant says or calls.
+def _check_rendered(template: Template, message: Message, rendered: str, location: str) -> None:
+    """Raises a UserError if the rendered text lacks the assistant's text or a call.
 
-    Templates trim texts, escape them as JSON and drop reasoning before an answer: the answer's last line is looked for.
+    It searches for the last line of the text, because templates trim texts, escape them as JSON and drop reasoning.
     """
     for text in texts_of(message.get("content"), location):
         lines = _REASONING_END.split(text)[-1].strip().splitlines()
-        if lines and not _appears(lines[-1].strip(), rendered):
+        if lines and not _occurs(lines[-1].strip(), rendered):
             raise UserError(
-                f"{location}: the chat template of {template.where} leaves out what the assistant says, "
-                f"{_short(lines[-1])}; --template FILE sets another template"
+                f"{location}: the chat template of {template.where} omits the assistant's text "
+                f"{_quote(lines[-1])}; --template FILE sets another template"
             )
     for name in _calls(message):
-        if not _appears(name, rendered):
+        if not _occurs(name, rendered):
             raise UserError(
-                f"{location}: the chat template of {template.where} leaves out the assistant's call of {name}; "
+                f"{location}: the chat template of {template.where} omits the assistant's call of {name}; "
                 "--template FILE sets another template"
             )
 
 
 def _note_tools(plan: Plan, text: str, notes: set[str]) -> None:
-    learned = () if plan.everything else plan.learned
-    others = [message for number, message in enumerate(plan.record.messages) if number not in learned]
-    if any(not _appears(name, text) for message in others for name in _calls(message)):
-        notes.add("tool_calls that are not learned are left out by the chat template")
+    """Adds notes if the rendered text lacks calls or tools."""
+    selected = () if plan.inverted else plan.selected
+    others = [message for number, message in enumerate(plan.record.messages) if number not in selected]
+    if any(not _occurs(name, text) for message in others for name in _calls(message)):
+        notes.add("the chat template omits tool_calls of messages that are not trained on")
     functions = [tool.get("function", tool) for tool in plan.record.tools or ()]
-    if any(not _appears(str(function.get("name")), text) for function in functions):
-        notes.add("tools are left out by the chat template")
+    if any(not _occurs(str(function.get("name")), text) for function in functions):
+        notes.add("the chat template omits the tools")
 
 
 def _calls(message: Message) -> list[str]:
-    """The names of the functions that a message calls."""
+    """Returns the names of the functions that a message calls."""
     calls = message.get("tool_calls") or []
     functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
     return [function["name"] for function in functions if isinstance(function.get("name"), str)]
 
 
-def _appears(text: str, within: str) -> bool:
-    return text in within or json.dumps(text, ensure_ascii=False)[1:-1] in within or json.dumps(text)[1:-1] in within
+def _occurs(text: str, rendered: str) -> bool:
+    """Whether a text occurs in a rendered text, as it is or escaped as JSON."""
+    forms = text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]
+    return any(form in rendered for form in forms)
 
 
-def _short(text: str) -> str:
+def _quote(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:60]} …")
 
 
@@ -326,5 +336,5 @@ def _weight(message: Message, number: int, location: str) -> bool:
     if weight is None:
         return True
     if isinstance(weight, str) or weight not in (0, 1):
-        raise UserError(f"{location}, message {number + 1}: its weight is {weight!r}, expected 0 or 1")
+        raise UserError(f"{location}, message {number + 1}: weight is {weight!r}, expected 0 or 1")
     return bool(weight)

@@ -1,4 +1,4 @@
-"""What becomes of the records of each file, as one table."""
+"""A table of how many records of each file are used, truncated or skipped."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,25 +13,25 @@ from experiments.input.checking import Findings
 from experiments.input.packing import Packed
 from experiments.input.sources import Records
 
-_ROWS = 12  # of files that are shown by themselves
-_REASONS = 6  # that are shown
+_ROWS = 12  # files with a row of their own
+_REASONS = 6  # reasons to print
 _COUNTS = ("records", "used", "passes", "truncated", "malformed", "unused")
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Of one file or data set.
+    """The usage of the records of one file or data set.
 
     Attributes:
-      name: The file's.
+      name: The name of the file.
       forms: The formats of its records.
-      records: How many it has.
-      used: How many are trained on or evaluated.
-      passes: How often a pass goes over them in all: more than `used` for a weight above 1.
-      truncated: How many of those are cut at the end.
-      malformed: How many cannot be read or encoded.
-      unused: How many have nothing to learn within the length.
-      reasons: Of the first malformed ones.
+      records: Number of records.
+      used: Number of records that are trained on or evaluated.
+      passes: Number of times that an epoch uses one of them; more than `used` for a weight above 1.
+      truncated: Number of used records that are truncated.
+      malformed: Number of records that cannot be read or encoded.
+      unused: Number of records that have no target within the length.
+      reasons: Error messages of the first malformed records.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Usage:
 
 
 def usage(records: Records, findings: Sequence[Findings], packed: Packed) -> list[Usage]:
-    """What became of the records of each source.
+    """Computes the usage of each source's records.
 
     Args:
-      records: Those that were packed.
-      findings: Of their sources, from :func:`experiments.input.checking.checked`.
-      packed: Their batches.
+      records: The records in `packed`.
+      findings: One per source, from :func:`experiments.input.checking.check_records`.
+      packed: The batches.
     """
     data = packed.data
     used, truncated, skipped = (np.zeros(len(records), bool) for _ in range(3))
@@ -59,43 +59,43 @@ def usage(records: Records, findings: Sequence[Findings], packed: Packed) -> lis
     truncated[data.owners[packed.truncated]] = True
     skipped[np.array(list(data.skipped), int)] = True
     rows = []
-    for index, (source, read) in enumerate(zip(records.sources, findings)):
-        here = records.source_of == index
+    for index, (source, result) in enumerate(zip(records.sources, findings)):
+        in_source = records.source_of == index
 
-        def count(which: np.ndarray, here: np.ndarray = here) -> int:
-            return len(np.unique(records.number_of[which & here]))
+        def count(selected: np.ndarray, in_source: np.ndarray = in_source) -> int:
+            return len(np.unique(records.number_of[selected & in_source]))
 
-        reasons = [reason for number, reason in data.skipped.items() if here[number] and reason]
+        reasons = [reason for number, reason in data.skipped.items() if in_source[number] and reason]
         rows.append(
             Usage(
                 name=source.name,
-                forms=tuple(read.forms),
+                forms=tuple(result.forms),
                 records=len(source),
                 used=count(used),
-                passes=int(np.sum(used & here)),
+                passes=int(np.sum(used & in_source)),
                 truncated=count(truncated),
-                malformed=read.skipped + count(skipped),
+                malformed=result.skipped + count(skipped),
                 unused=count(~used & ~skipped),
-                reasons=(*read.reasons, *reasons),
+                reasons=(*result.reasons, *reasons),
             )
         )
     return rows
 
 
 def show(console: Console, splits: Mapping[str, Sequence[Usage]], length: int) -> None:
-    """Prints a table with a row for each file, and under it why records were skipped or truncated.
+    """Prints a table with a row for each file, followed by the reasons for skipping or truncating records.
 
     Args:
-      console: Where to.
-      splits: The files by what they are used for.
-      length: Tokens of a sequence.
+      console: The output.
+      splits: The usage of each split's files.
+      length: Tokens per sequence.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("data", overflow="fold")
     table.add_column("format", overflow="fold")
     rows = [row for rows in splits.values() for row in rows]
     repeated = any(row.passes != row.used for row in rows)
-    for name in ("records", "used", *(["a pass"] if repeated else []), "truncated", "skipped"):
+    for name in ("records", "used", *(["per epoch"] if repeated else []), "truncated", "skipped"):
         table.add_column(name, justify="right")
     for split, files in splits.items():
         table.add_row(Text(split, style="bold"))
@@ -103,8 +103,8 @@ def show(console: Console, splits: Mapping[str, Sequence[Usage]], length: int) -
         for row, full, name in zip(_condensed(files), files, names):
             numbers = [row.records, row.used, *([row.passes] if repeated else [])]
             numbers += [row.truncated, row.malformed + row.unused]
-            shown = row.name if names.count(name) > 1 or row is not full else name
-            table.add_row(Text(f"  {shown}"), "\n".join(row.forms), *(f"{number:,}" for number in numbers))
+            title = row.name if names.count(name) > 1 or row is not full else name
+            table.add_row(Text(f"  {title}"), "\n".join(row.forms), *(f"{number:,}" for number in numbers))
     console.print(table, highlight=False)
     for split, files in splits.items():
         for line in _notes(files, length):
@@ -112,7 +112,7 @@ def show(console: Console, splits: Mapping[str, Sequence[Usage]], length: int) -
 
 
 def _short(name: str) -> str:
-    """A file's name without its directories, but for what `datasets` calls data-00000-of-00001 in a split's."""
+    """Returns a file's name without directories; for Arrow files of `datasets`, the split's directory is kept."""
     path = Path(name)
     if not path.exists():
         return name
@@ -120,7 +120,7 @@ def _short(name: str) -> str:
 
 
 def _condensed(files: Sequence[Usage]) -> list[Usage]:
-    """The first files, and the others as one."""
+    """Combines all but the first files into one row."""
     if len(files) <= _ROWS:
         return list(files)
     others = files[_ROWS - 1 :]
@@ -134,9 +134,9 @@ def _notes(files: Sequence[Usage], length: int) -> list[str]:
     reasons = [reason for row in files for reason in row.reasons][:_REASONS]
     lines = [f"skipped: {reason}" for reason in reasons]
     if malformed > len(reasons):
-        lines.append(f"skipped: {malformed - len(reasons):,} more that are malformed")
+        lines.append(f"skipped: {malformed - len(reasons):,} more malformed records")
     if unused:
-        lines.append(f"skipped: {unused:,} with nothing to learn within {length:,} tokens")
+        lines.append(f"skipped: {unused:,} without a target within {length:,} tokens")
     if truncated:
-        lines.append(f"truncated: {truncated:,} that are longer than {length:,} tokens")
+        lines.append(f"truncated: {truncated:,} longer than {length:,} tokens")
     return lines

@@ -112,10 +112,10 @@ def test_long_examples_are_cut_and_those_with_nothing_to_learn_left_out():
         ]
     )
     packed = Packed(data, length=LENGTH, batch_size=2, seed=None)
-    assert (packed.cut, packed.left_out) == (2, 2)
+    assert (packed.num_truncated, packed.num_unused) == (2, 2)
     examples = [example for step in range(packed.steps_per_epoch) for example in examples_of(packed[step])]
     assert examples == [expected_of(data, i) for i in (0, 1, 4)]
-    with pytest.raises(UserError, match="none of 5 examples has anything to learn within 0 tokens"):
+    with pytest.raises(UserError, match="none of 5 examples has a target within 0 tokens"):
         Packed(data, length=0, batch_size=2, seed=None)
 
 
@@ -203,10 +203,10 @@ def test_processes_that_tokenize_at_once_agree(tmp_path, few, encoder, monkeypat
 def test_a_failure_leaves_nothing_behind(tmp_path, encoder):
     path = tmp_path / "x.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
-    with pytest.raises(UserError, match=r"x.jsonl, line 2: found prompt, expected"):
+    with pytest.raises(UserError, match=r"x.jsonl, line 2: got prompt, expected"):
         tokenize(sources.read(str(path), "train"), encoder, tmp_path / "tokens")
     assert not list((tmp_path / "tokens").iterdir())
-    with pytest.raises(UserError, match=r"x.jsonl: tokens cannot be written there"):
+    with pytest.raises(UserError, match=r"x.jsonl: cannot write tokens"):
         tokenize(sources.first(sources.read(str(path), "train"), 1), encoder, path)
 
 
@@ -219,12 +219,12 @@ def test_records_that_cannot_be_encoded_are_skipped(tmp_path, encoder, chunk, mo
     records = sources.read(str(path), "train")
     data = tokenize(records, encoder, tmp_path / "tokens", on_bad="skip")
     assert data.owners.tolist() == [0, 2] and list(data.skipped) == [1, 3]
-    assert "x.jsonl, line 2: a conversation, but the checkpoint" in data.skipped[1]
+    assert "x.jsonl, line 2: a conversation needs a chat template, but the checkpoint" in data.skipped[1]
     assert tokenize(records, encoder, tmp_path / "tokens", on_bad="skip").skipped == data.skipped
     with pytest.raises(UserError, match=r"x.jsonl, line 2: a conversation"):  # not what was skipped before
         tokenize(records, encoder, tmp_path / "tokens")
     path.write_text(talk)
-    with pytest.raises(UserError, match=r"none of 1 records can be used; the first: .*x.jsonl, line 1: a conversation"):
+    with pytest.raises(UserError, match=r"none of 1 records can be encoded; the first: .*line 1: a conversation"):
         tokenize(sources.read(str(path), "train"), encoder, tmp_path / "tokens", on_bad="skip")
 
 
@@ -232,8 +232,8 @@ def test_from_records_to_batches(tmp_path, few, encoder):
     lines = []
     packed = pipeline.batches(few, encoder, tmp_path, length=24, global_batch=4, seed=0, report=lines.append)
     assert lines[-1] == (
-        f"50 examples, {packed.cut} cut to 24 tokens; {packed.steps_per_epoch} batches of 4 rows a pass, "
-        f"{packed.fill:.1%} full"
+        f"50 examples, {packed.num_truncated} truncated to 24 tokens; {packed.steps_per_epoch} batches of 4 rows per "
+        f"epoch, {packed.fill:.1%} filled"
     )
     first = next(iterate(packed, packed.steps_per_epoch))
     tokens, labels = next(examples_of(first))

@@ -87,7 +87,7 @@ def test_without_a_template_a_completion_stands_behind_its_prompt(model):
     prompt, answer = encoder.encode_prompt(Completion("mail:", f" {texts[0]}"), "")
     np.testing.assert_array_equal(prompt, encoded[0].tokens[~encoded[0].targets])
     assert answer == f" {texts[0]}"
-    with pytest.raises(UserError, match=r"here: a conversation, but .*tiny.* has no chat template"):
+    with pytest.raises(UserError, match=r"here: a conversation needs a chat template, but .*tiny.* has none"):
         encoder.encode([Conversation(({"role": "user", "content": "?"},))], ["here"])
 
 
@@ -96,7 +96,7 @@ def test_where_a_template_is_found(tmp_path):
     (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "</s>"}}')
     config = tmp_path / "tokenizer_config.json"
     config.write_text('{"chat_template": [{"name": "tool", "template": "x"}]}')
-    with pytest.raises(UserError, match="chat templates tool, none of them is named default"):
+    with pytest.raises(UserError, match="expected a chat template named default, got tool"):
         load_template(tmp_path)
     named = [{"name": "tool", "template": "x"}, {"name": "default", "template": "{{ bos_token + eos_token }}"}]
     config.write_text(json.dumps({"chat_template": named, "bos_token": "<b>"}))
@@ -134,7 +134,7 @@ def test_what_templates_may_call():
     ],
 )
 def test_what_a_template_refuses_is_said(text, reason):
-    with pytest.raises(UserError, match=f"line 3: the chat template of here.jinja refuses the messages .*{reason}"):
+    with pytest.raises(UserError, match=f"line 3: .* here.jinja does not accept the messages .*{reason}"):
         template(text).render([{"role": "user", "content": "?"}], "line 3")
 
 
@@ -147,10 +147,13 @@ def examples_of(text, messages):
 def test_turns_that_cannot_be_told_apart_are_an_error():
     messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
     last_only = "{% for m in messages %}{{ m.role if loop.last else '-' }}{% endfor %}"
-    with pytest.raises(UserError, match=r"line 3, message 4: .* renders the conversation differently up to here"):
+    with pytest.raises(
+        UserError,
+        match=r"line 3, message 4: cannot locate the answer",
+    ):
         examples_of(last_only, messages)
     nested = "{% generation %}a{% generation %}b{% endgeneration %}{% endgeneration %}"
-    with pytest.raises(UserError, match="stands in another one"):
+    with pytest.raises(UserError, match="blocks are nested"):
         examples_of(nested, messages)
 
 
@@ -158,5 +161,5 @@ def test_a_conversation_needs_a_turn_of_the_assistants(tmp_path):
     encoder = load_encoder(checkpoint(tmp_path, "llama3", unmarked("llama3")), None)
     question = Conversation(({"role": "user", "content": "?"},))
     for wrong in (lambda: encoder.encode([question], ["line 3"]), lambda: encoder.encode_prompt(question, "line 3")):
-        with pytest.raises(UserError, match="line 3: none of the 1 messages is the assistant's"):
+        with pytest.raises(UserError, match="line 3: none of the 1 messages has the role assistant"):
             wrong()

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from experiments.errors import UserError
 from experiments.input import sources
-from experiments.input.checking import checked
+from experiments.input.checking import check_records
 from experiments.input.records import Completion
 from experiments.input.usage import show, usage
 
@@ -33,15 +33,15 @@ def mixed(tmp_path):
 def test_a_malformed_record_ends_it(mixed):
     records, _ = sources.splits(mixed)
     with pytest.raises(UserError, match=r"a.jsonl, line 2: not JSON"):
-        checked(records)
-    few, _ = checked(records, limit=1)
+        check_records(records)
+    few, _ = check_records(records, limit=1)
     assert list(few) == [Completion("a", "b")]
 
 
 def test_malformed_records_are_left_out_and_counted(mixed):
     records, _ = sources.splits(mixed)
-    good, findings = checked(records, on_bad="skip")
-    assert [good.place(i).split("/")[-1] for i in range(len(good))] == [
+    good, findings = check_records(records, on_bad="skip")
+    assert [good.location(i).split("/")[-1] for i in range(len(good))] == [
         *(2 * ["a.jsonl, line 1", "a.jsonl, line 4", "a.jsonl, line 6"]),
         *("b.jsonl, line 1", "b.jsonl, line 2"),
     ]
@@ -49,37 +49,40 @@ def test_malformed_records_are_left_out_and_counted(mixed):
     assert [reason.split("a.jsonl, ")[1][:20] for reason in findings[0].reasons] == [
         "line 2: not JSON (Ex",
         "line 3: prompt is a ",
-        "line 5: found nothin",
+        "line 5: got nothing,",
     ]
     assert good.digest != records.digest
-    assert len(checked(records, on_bad="skip", limit=7)[0]) == 7
-    with pytest.raises(UserError, match="9 records asked for, there are 8"):
-        checked(records, on_bad="skip", limit=9)
+    assert len(check_records(records, on_bad="skip", limit=7)[0]) == 7
+    with pytest.raises(UserError, match="expected at least 9 records, got 8"):
+        check_records(records, on_bad="skip", limit=9)
 
 
 def test_none_is_left(tmp_path):
     records, _ = sources.splits(write(tmp_path / "a.jsonl", "{", "["))
-    with pytest.raises(UserError, match=r"none of 2 records can be used; the first: .*a.jsonl, line 1: not JSON"):
-        checked(records, on_bad="skip")
+    with pytest.raises(UserError, match=r"all 2 records are malformed; the first: .*a.jsonl, line 1: not JSON"):
+        check_records(records, on_bad="skip")
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a preference .chosen and rejected., which sft does not"),
-        ({**GOOD, "label": True}, "--data-form prompt-completion learns from every completion"),
-        ({"prompt": "a", "answer": "b"}, "a prompt with an answer for a reward by rule"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            "a preference record .chosen and rejected., which",
+        ),
+        ({**GOOD, "label": True}, "--data-form prompt-completion trains on every completion"),
+        ({"prompt": "a", "answer": "b"}, "a prompt with an answer for a rule-based reward"),
     ],
 )
 def test_records_for_other_trainings_are_refused(tmp_path, row, message):
     records, _ = sources.splits(write(tmp_path / "a.jsonl", GOOD, row))
     for on_bad in ("error", "skip"):
         with pytest.raises(UserError, match=rf"a.jsonl, line 2: .*{message}"):
-            checked(records, on_bad=on_bad)
+            check_records(records, on_bad=on_bad)
 
 
 def test_the_table(mixed):
-    records, findings = checked(sources.splits(mixed)[0], on_bad="skip")
+    records, findings = check_records(sources.splits(mixed)[0], on_bad="skip")
     # Of the 8 records, the seventh has no example and the sixth two, one of which is cut.
     data = SimpleNamespace(owners=np.array([0, 1, 2, 3, 4, 5, 5, 7]), skipped={6: "b.jsonl, line 1: no template"})
     packed = SimpleNamespace(
@@ -97,7 +100,7 @@ def test_the_table(mixed):
         show(Console(file=text, width=width), {"train": rows, "validation": rows[1:]}, 64)
         lines = text.getvalue().splitlines()
         header, train, first, form, second = lines[:5]
-        assert header.split() == ["data", "format", "records", "used", "a", "pass", "truncated", "skipped"]
+        assert header.split() == ["data", "format", "records", "used", "per", "epoch", "truncated", "skipped"]
         assert train.split() == ["train"] and form.split() == ["text"]
         assert first.split() == ["a.jsonl", "prompt-completion", "7", "2", "4", "2", "5"]
         assert second.split() == ["b.jsonl", "prompt-completion", "2", "1", "1", "1", "1"]
@@ -106,10 +109,10 @@ def test_the_table(mixed):
         assert (
             "a.jsonl, line 2: not JSON" in notes
             and "b.jsonl, line 1: no template" in notes
-            and "train: skipped: 1 more that are malformed" in notes
+            and "train: skipped: 1 more malformed records" in notes
         )
-        assert "train: skipped: 1 with nothing to learn within 64 tokens" in notes
-        assert "train: truncated: 3 that are longer than 64 tokens validation: skipped: " in notes
+        assert "train: skipped: 1 without a target within 64 tokens" in notes
+        assert "train: truncated: 3 longer than 64 tokens validation: skipped: " in notes
 
 
 def test_many_files_in_one_table(tmp_path):
@@ -117,7 +120,7 @@ def test_many_files_in_one_table(tmp_path):
     for number in range(20):
         (tmp_path / str(number)).mkdir()
         names.append(write(tmp_path / str(number) / "a.jsonl", GOOD))
-    records, findings = checked(sources.splits(names)[0])
+    records, findings = check_records(sources.splits(names)[0])
     none = np.zeros(20, bool)
     data = SimpleNamespace(owners=np.arange(20), skipped={})
     rows = usage(records, findings, SimpleNamespace(data=data, truncated=none, unused=none))
@@ -131,7 +134,7 @@ def test_many_files_in_one_table(tmp_path):
 def test_saved_splits_in_the_table(tmp_path):
     split = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])
     datasets.DatasetDict({"train": split, "test": split}).save_to_disk(tmp_path)
-    records, findings = checked(sources.splits([f"{tmp_path}:train", f"{tmp_path}:test"])[0])
+    records, findings = check_records(sources.splits([f"{tmp_path}:train", f"{tmp_path}:test"])[0])
     none, data = np.zeros(2, bool), SimpleNamespace(owners=np.arange(2), skipped={})
     text = io.StringIO()
     rows = usage(records, findings, SimpleNamespace(data=data, truncated=none, unused=none))

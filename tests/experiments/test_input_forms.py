@@ -182,7 +182,7 @@ def test_a_format_that_is_asked_for():
     row = {"prompt": "p", "completion": "c", "label": True, "messages": [USER, ASSISTANT]}
     assert parse(row, "x", "prompt-completion")[1] == Completion("p", "c")
     assert parse(row, "x", "kto")[1] == Rated("p", "c", True)
-    with pytest.raises(UserError, match=r"x: no instruction and no output; the format alpaca has .*found prompt, comp"):
+    with pytest.raises(UserError, match=r"x: missing instruction and output; the format alpaca has .*got prompt, comp"):
         parse(row, "x", "alpaca")
 
 
@@ -195,11 +195,11 @@ def test_a_format_that_is_asked_for():
             {"messages": [{"role": "assistant", "content": 5}]},
             "message 1: content is a number, expected a string or te",
         ),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "part 1: its type is 'image_url'; only"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "part 1: type is 'image_url', exp"),
         ({"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, "message 2: weight is 0.5, expected 0"),
         (
             {"messages": [USER, {"role": "assistant", "tool_calls": [{}]}]},
-            "message 2, call 1: found an object, expected",
+            "message 2, call 1: got an object, expected",
         ),
         (
             {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]},
@@ -211,30 +211,30 @@ def test_a_format_that_is_asked_for():
         ),
         ({"messages": [USER, ASSISTANT], "tools": [TOOL], "functions": [FUNCTION]}, "both tools and functions"),
         ({"messages": [USER, ASSISTANT], "tools": {"a": 1}}, "tools is an object, expected a list of tools"),
-        ({"messages": [USER, ASSISTANT], "functions": [{"parameters": {}}]}, "functions, item 1: found an object"),
+        ({"messages": [USER, ASSISTANT], "functions": [{"parameters": {}}]}, "functions, item 1: got an object"),
         (
             {"conversations": [{"from": "alien", "value": "a"}]},
             "message 1: from is 'alien', expected one of human, user",
         ),
         ({"conversations": [{"from": "gpt", "value": 1}]}, "message 1: value is a number"),
-        ({"conversations": [SYSTEM, USER, ASSISTANT], "system": "talk"}, "both a system column and a first message"),
-        ({"instruction": "a", "output": " "}, "the output is empty"),
+        ({"conversations": [SYSTEM, USER, ASSISTANT], "system": "talk"}, "the system column and the first message"),
+        ({"instruction": "a", "output": " "}, "output is empty"),
         ({"instruction": "", "input": "", "output": "b"}, "instruction and input are empty"),
-        ({"instruction": "a", "output": "b", "history": [["a"]]}, "history 1: expected a pair of texts"),
+        ({"instruction": "a", "output": "b", "history": [["a"]]}, "history 1: expected a pair of strings"),
         ({"prompt": "a", "completion": [ASSISTANT]}, "prompt is text and completion is messages; expected both"),
-        ({"prompt": [USER], "completion": [USER]}, "none of the 1 messages is the assistant's"),
-        ({"text": ""}, "the text is empty"),
+        ({"prompt": [USER], "completion": [USER]}, "none of the 1 messages has the role assistant"),
+        ({"text": ""}, "text is empty"),
         ({"chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
         ({"prompt": [USER], "chosen": "a", "rejected": "b"}, "prompt is messages and chosen is text"),
         (
             {"chosen": [ASSISTANT], "rejected": [USER, ASSISTANT]},
-            "begin with different messages, and there is no prompt",
+            "start with different messages; expected a prompt",
         ),
         ({"chosen": [USER, ASSISTANT], "rejected": [USER]}, "rejected has no message after the prompt"),
-        ({"prompt": "a", "chosen": "b", "rejected": ""}, "the rejected is empty"),
+        ({"prompt": "a", "chosen": "b", "rejected": ""}, "rejected is empty"),
         ({"prompt": "a", "answer": {}}, "answer is an object, expected a string"),
-        ({"conversation": [], "id": 1}, "found conversation, id, expected .* the nearest is sharegpt: conversations"),
-        ({"query": "a", "response": "b"}, "found query, response, expected the columns of a format"),
+        ({"conversation": [], "id": 1}, "got conversation, id, expected .* the nearest is sharegpt: conversations"),
+        ({"query": "a", "response": "b"}, "got query, response, expected the columns of a format"),
     ],
 )
 def test_malformed_rows_are_named(row, message):

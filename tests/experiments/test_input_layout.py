@@ -47,11 +47,14 @@ def test_splits_of_a_directory(tmp_path, names, train, validation):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["README.md"], "no data files; expected train and validation files"),
-        (["valid.jsonl"], "no train among valid"),
-        (["train.jsonl", "train.csv"], "found train.csv and train.jsonl"),
-        (["train_sft.jsonl", "train_gen.jsonl"], "train_gen and train_sft for train; .*:train_gen takes one of them"),
-        (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], "2 of the 3 shards that train-00000-of-00003"),
+        (["README.md"], "no data files; expected files that end in"),
+        (["valid.jsonl"], "no split train; expected one of valid"),
+        (["train.jsonl", "train.csv"], "got train.csv and train.jsonl"),
+        (
+            ["train_sft.jsonl", "train_gen.jsonl"],
+            "train_gen and train_sft match train; choose one, as in .*:train_gen",
+        ),
+        (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], "got 2 shards, expected 3 as in train-00000"),
     ],
 )
 def test_directories_that_say_too_little(tmp_path, names, message):
@@ -63,18 +66,18 @@ def test_directories_that_say_too_little(tmp_path, names, message):
 def test_a_named_split_of_a_directory(tmp_path):
     tree(tmp_path, "data/train_sft-00000-of-00001.jsonl", "data/train_gen.jsonl", "data/test_sft.jsonl")
     train, validation = sources.splits(f"{tmp_path}:train_gen:2")
-    assert len(train) == 2 and validation is None and train.place(0).endswith("train_gen.jsonl, line 1")
-    with pytest.raises(UserError, match="no nothing among test_sft, train_gen, train_sft"):
+    assert len(train) == 2 and validation is None and train.location(0).endswith("train_gen.jsonl, line 1")
+    with pytest.raises(UserError, match="no split nothing; expected one of test_sft, train_gen, train_sft"):
         sources.splits(f"{tmp_path}:nothing")
 
 
 @pytest.mark.parametrize(
     ("names", "split", "message"),
     [
-        (["train.jsonl", "test.jsonl"], "validation", "no validation among test, train"),
-        (["a.jsonl", "b.jsonl"], "test", "no test among a, b"),
-        (["a.jsonl", "b.jsonl"], "validation", "no validation among a, b"),
-        (["train/a.jsonl", "test/a.jsonl"], "dev", "no dev among test, train"),
+        (["train.jsonl", "test.jsonl"], "validation", "no split validation; expected one of test, train"),
+        (["a.jsonl", "b.jsonl"], "test", "no split test; expected one of a, b"),
+        (["a.jsonl", "b.jsonl"], "validation", "no split validation; expected one of a, b"),
+        (["train/a.jsonl", "test/a.jsonl"], "dev", "no split dev; expected one of test, train"),
     ],
 )
 def test_a_named_split_has_to_exist(tmp_path, names, split, message):
@@ -88,13 +91,15 @@ def test_a_named_split_has_to_exist(tmp_path, names, split, message):
 def test_a_named_split_by_another_word(tmp_path):
     tree(tmp_path, "train_sft.jsonl", "dev.jsonl", "one/a.jsonl")
     train, validation = sources.splits(f"{tmp_path}:train", f"{tmp_path}:validation")
-    assert train.place(0).endswith("train_sft.jsonl, line 1") and validation.place(0).endswith("dev.jsonl, line 1")
+    assert train.location(0).endswith("train_sft.jsonl, line 1") and validation.location(0).endswith(
+        "dev.jsonl, line 1"
+    )
     assert len(sources.splits(f"{tmp_path}/one:train")[0]) == 1  # files without splits are to train on
 
 
 def test_named_splits_of_labeled_texts(tmp_path):
     train, validation = sources.splits("debian_sections:validation", "debian_sections:test")
-    assert train.place(0).startswith("debian_sections, validation") and validation[0].prompt.endswith(":")
+    assert train.location(0).startswith("debian_sections, validation") and validation[0].prompt.endswith(":")
     tree(tmp_path, "labels.txt")
     (tmp_path / "labels.txt").write_text("games\nmail\n")
     (tmp_path / "train.tsv").write_text("label\ttext\nmail\thello\n")
@@ -111,9 +116,9 @@ def test_sources_that_are_trained_on_too(tmp_path):
 
     def lines(data, validation):
         train, others = sources.splits(f"{tmp_path}/{data}", f"{tmp_path}/{validation}")
-        return [line.replace(f"{tmp_path}/", "") for line in sources.shared(train, others)]
+        return [line.replace(f"{tmp_path}/", "") for line in sources.overlap_warnings(train, others)]
 
-    why = "trained on too; its loss does not tell how well the model generalizes"
+    why = "also training data; its loss does not measure generalization"
     assert lines("a.jsonl:2", "a.jsonl") == [f"a.jsonl is {why}"]
     assert lines("a.jsonl", "b") == [f"b/copy.jsonl has the same content as a.jsonl, which is {why}"]
     assert lines("a.jsonl", "a.jsonl") == lines("**/*.jsonl", "a.jsonl") == [f"a.jsonl is {why}"]

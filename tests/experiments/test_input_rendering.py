@@ -62,7 +62,7 @@ def test_a_template_that_has_exceeded_its_time_can_render_again():
     source = f"{{% if messages[0].content == 'slow' %}}{loop}{{% endif %}}ok"
     template = Template(source, {}, "here.jinja", seconds=0.5)
     for _ in range(2):
-        with pytest.raises(UserError, match=r"line 3: the chat template of here.jinja .*computes for more than 0.5 s"):
+        with pytest.raises(UserError, match=r"line 3: the chat template of here.jinja .*takes more than 0.5 s"):
             template.render([{"role": "user", "content": "slow"}], "line 3")
         assert template.render(MESSAGES, "line 4") == "ok"
 
@@ -83,7 +83,7 @@ except UserError as error:
     print(error)
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "computes for more than 0.5 s" in run.stdout
+    assert "takes more than 0.5 s" in run.stdout
 
 
 def test_large_records_are_rendered():
@@ -106,12 +106,12 @@ def test_nested_messages():
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ({"chat_template": 3}, "tokenizer_config.json: chat_template is 3, expected a text, or a list"),
-        ({"chat_template": {"a": 1}}, "tokenizer_config.json: chat_template is .*expected a text, or a list"),
-        ({"chat_template": [1]}, "tokenizer_config.json: chat_template is .*expected a text, or a list"),
-        ({"chat_template": [{"name": "default"}]}, "expected a text, or a list of objects with name and template"),
-        ({"chat_template": [{"name": ["default"], "template": ""}]}, "expected a text, or a list of objects"),
-        ({"chat_template": "x", "eos_token": 7}, "tokenizer_config.json: eos_token is 7, expected a text"),
+        ({"chat_template": 3}, "tokenizer_config.json: chat_template is 3, expected a string, or a list"),
+        ({"chat_template": {"a": 1}}, "tokenizer_config.json: chat_template is .*expected a string, or a list"),
+        ({"chat_template": [1]}, "tokenizer_config.json: chat_template is .*expected a string, or a list"),
+        ({"chat_template": [{"name": "default"}]}, "expected a string, or a list of objects with name and template"),
+        ({"chat_template": [{"name": ["default"], "template": ""}]}, "expected a string, or a list of objects"),
+        ({"chat_template": "x", "eos_token": 7}, "tokenizer_config.json: eos_token is 7, expected a string"),
         ({"chat_template": "x", "eos_token": {"content": 7}}, "tokenizer_config.json: eos_token is "),
         ({"chat_template": "x", "bos_token": ["<s>"]}, "tokenizer_config.json: bos_token is "),
         ([], "tokenizer_config.json: expected a JSON object"),
@@ -167,7 +167,7 @@ def test_another_template(tmp_path):
     assert rendered(str(tmp_path / "other.jinja"), level=2) == "other <s> 2"
     assert rendered("text {{ level }}", level=2) == "text 2"
     with pytest.raises(
-        UserError, match=r"--template no.jinja: no such file, and the checkpoint's templates are rag, default"
+        UserError, match=r"--template no.jinja: no such file; the checkpoint has the templates rag, default"
     ):
         rendered("no.jinja")
 

@@ -32,10 +32,10 @@ def test_lines_are_read_by_number(tmp_path, end, monkeypatch):
     records = sources.read(str(path), "train")
     assert len(records) == 6
     assert records[5] == Completion("p4", "c4") and records[0] == Conversation(tuple(TALK))
-    assert records.place(5) == f"{path}, line 6"
+    assert records.location(5) == f"{path}, line 6"
     few = sources.first(records, 2)
     assert len(few) == 2 and few[1] == records[1] and few.digest != records.digest
-    with pytest.raises(UserError, match=r"x.jsonl: 7 records asked for, there are 6"):
+    with pytest.raises(UserError, match=r"x.jsonl: expected at least 7 records, got 6"):
         sources.first(records, 7)
 
 
@@ -48,7 +48,7 @@ def test_columns_between_tabs(tmp_path):
     with pytest.raises(UserError, match=r"x.tsv, line 2: 1 columns, expected 2 as in the header"):
         sources.read(str(path), "train")[0]
     path.write_text("question\tanswer\nx\ty\n")
-    with pytest.raises(UserError, match=r"x.tsv, line 2: found question, answer, expected .*the nearest is reward"):
+    with pytest.raises(UserError, match=r"x.tsv, line 2: got question, answer, expected .*the nearest is reward"):
         sources.read(str(path), "train")[0]
 
 
@@ -56,7 +56,7 @@ def test_parquet(tmp_path, monkeypatch):
     monkeypatch.setattr(columnar, "_ROWS", 1)
     records = sources.read(str(write_parquet(tmp_path / "x.parquet", ROWS)), "train")
     assert [records[i].prompt for i in (4, 0, 1, 3, 2)] == ["p4", "p0", "p1", "p3", "p2"]
-    assert len(records) == 5 and records.place(4).endswith("x.parquet, row 5")
+    assert len(records) == 5 and records.location(4).endswith("x.parquet, row 5")
     talks = [{"messages": TALK}, {"messages": [{**TALK[0], "name": "me"}, TALK[1]]}]
     records = sources.read(str(write_parquet(tmp_path / "y.parquet", talks)), "train")
     assert records[0] == Conversation(tuple(TALK))  # the column that another row has is not there
@@ -75,21 +75,23 @@ def test_data_sets_of_the_hub(monkeypatch):
     tables["train_sft"] = table(ROWS)
     train, validation = sources.splits("org/name:2")
     assert len(train) == 10 and len(validation) == 2 and train[8] == Completion("p3", "c3")
-    assert train.place(3) == "org/name:train_sft, row 4"
+    assert train.location(3) == "org/name:train_sft, row 4"
     assert sources.read("org/name", "train").digest == digest != sources.read("org/name:other", "train").digest
     train, validation = sources.splits("org/name:config:other")
     assert len(train) == 1 and validation is None
-    with pytest.raises(UserError, match=r"org/name: no validation among other, test_sft, train_sft"):
+    with pytest.raises(UserError, match=r"org/name: no split validation; expected one of other, test_sft, train_sft"):
         sources.splits("org/name", "org/name:validation")
     tables["train_gen"] = table(ROWS)
-    with pytest.raises(UserError, match=r"train_sft and train_gen for train; org/name:train_sft takes one of them"):
+    with pytest.raises(
+        UserError, match=r"train_sft and train_gen match train; choose one, as in org/name:train_sft"
+    ):
         sources.read("org/name", "train")
 
 
 def test_without_a_network_the_hub_is_a_users_error(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"org/name:train_sft: no such file, and not to be had from the hub"):
+    with pytest.raises(UserError, match=r"org/name:train_sft: no such file, and the Hugging Face Hub does not"):
         sources.read("org/name:train_sft", "train")
 
 
@@ -97,7 +99,7 @@ def test_shipped_labels_ask_for_texts():
     train, validation = sources.splits("debian_sections")
     assert (len(train), len(validation)) == (7707, 1939) and train.digest != validation.digest
     assert train[0] == Completion("mail:", " light SMTP client with support for server profiles - the regular MTA")
-    assert train.place(0) == "debian_sections, train example 1"
+    assert train.location(0) == "debian_sections, train example 1"
 
 
 def test_splits(tmp_path):
@@ -108,18 +110,18 @@ def test_splits(tmp_path):
     for splits in (sources.splits(str(tmp_path)), sources.splits(str(train), str(other))):
         assert [len(records) for records in splits] == [5, 2]
     write_parquet(tmp_path / "train.parquet", ROWS)
-    with pytest.raises(UserError, match=r"found train.jsonl and train.parquet"):
+    with pytest.raises(UserError, match=r"got train.jsonl and train.parquet"):
         sources.splits(str(tmp_path))
 
 
 @pytest.mark.parametrize("data", ["./none.jsonl", "none", "some/none.jsonl", "/a/b"])
 def test_what_is_not_there(data):
-    with pytest.raises(UserError, match=f"{data}: no such file or directory, and neither debian_sections nor"):
+    with pytest.raises(UserError, match=f"{data}: no such file or directory; data sets are debian_sections or"):
         sources.read(data, "train")
 
 
 def test_files_of_no_use(tmp_path):
-    for name, why in (("x.txt", "expected a name that ends in .jsonl, .*found .txt"), ("x.jsonl", "no records")):
+    for name, why in (("x.txt", "expected a name that ends in .jsonl, .*got .txt"), ("x.jsonl", "no records")):
         (tmp_path / name).touch()
         with pytest.raises(UserError, match=why):
             sources.read(str(tmp_path / name), "train")
@@ -129,22 +131,22 @@ def test_files_of_no_use(tmp_path):
     ("line", "why"),
     [
         ('{"prompt": "a",', "not JSON"),
-        ("[]", "found an empty list, expected"),
-        ("{}", "found nothing, expected"),
+        ("[]", "got an empty list, expected"),
+        ("{}", "got nothing, expected"),
         (
             '{"question": "a", "answer": "b"}',
-            r"found question, answer, expected .* the nearest is reward: prompt, answer",
+            r"got question, answer, expected .* the nearest is reward: prompt, answer",
         ),
         ('{"instruction": "a", "response": "b"}', r"the nearest is alpaca: instruction, output, optionally input"),
         ('{"prompt": 1, "completion": "b"}', "prompt is a number, expected a string"),
-        ('{"prompt": "a", "completion": " "}', "the completion is empty"),
+        ('{"prompt": "a", "completion": " "}', "completion is empty"),
         ('{"messages": []}', "messages is an empty list"),
         ('{"messages": {}}', "messages is an object"),
-        ('{"messages": ["hi"]}', "message 1: found a string"),
+        ('{"messages": ["hi"]}', "message 1: got a string"),
         ('{"messages": [{"role": "user"}]}', "message 1: content is missing"),
         ('{"messages": [{"role": "user", "content": null}]}', "message 1: content is null"),
-        ('{"messages": [{"role": "assistant", "content": "a"}], "tools": [1]}', "tools, item 1: found a number"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "none of the 1 messages is the assistant's"),
+        ('{"messages": [{"role": "assistant", "content": "a"}], "tools": [1]}', "tools, item 1: got a number"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "none of the 1 messages has the role assistant"),
     ],
 )
 def test_malformed_lines_are_named(tmp_path, line, why):
@@ -161,17 +163,17 @@ def test_weights_and_shares(tmp_path):
     records, _ = sources.splits([f"{a}:2", f"{b}:0.5"])
     prompts = [record.prompt for record in records]
     assert prompts[:10] == 2 * [f"p{i}" for i in range(5)] and len(prompts) == 12
-    assert len(set(prompts[10:])) == 2 and records.place(11).startswith(f"{b}, row")
+    assert len(set(prompts[10:])) == 2 and records.location(11).startswith(f"{b}, row")
     assert records.digest != sources.splits([f"{a}:2", f"{b}:0.75"])[0].digest
     rest, share = sources.split(records, 0.3, seed=0)
     assert len(share) == 2
-    assert {share.place(i) for i in range(2)}.isdisjoint({rest.place(i) for i in range(len(rest))})
+    assert {share.location(i) for i in range(2)}.isdisjoint({rest.location(i) for i in range(len(rest))})
     assert [len(part) for part in sources.splits([str(a), str(b)], [str(a)])] == [9, 5]
-    with pytest.raises(UserError, match=r"a.jsonl:0: a weight of 0 leaves nothing"):
+    with pytest.raises(UserError, match=r"a.jsonl:0: a weight of 0 uses nothing"):
         sources.splits(f"{a}:0")
     for weight in ("nan", "inf", "-1", "1,5", "2x"):
         for name in (a, tmp_path / "*.jsonl"):
-            with pytest.raises(UserError, match=rf"jsonl:{weight}: {weight} is no weight; expected a positive number"):
+            with pytest.raises(UserError, match=rf"jsonl:{weight}: invalid weight {weight}; expected a positive number"):
                 sources.splits(f"{name}:{weight}")
     assert len(sources.splits(f"{a}:2e0")[0]) == 10
     with pytest.raises(UserError, match=r"a.jsonl:1e9: a weight of 1e\+09 makes more than 100,000,000 examples of 5"):

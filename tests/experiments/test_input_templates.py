@@ -85,7 +85,7 @@ def answers(encoder, examples):
 def test_renderings_and_answers(encoders, name, what):
     encoder, one, expected = encoders(name), record(what), EXPECTED[name][what]
     if what in REFUSED.get(name, []):
-        with pytest.raises(UserError, match=r"here.*: the chat template of .*chat_template.jinja (refuses|leaves out)"):
+        with pytest.raises(UserError, match=r"here.*: the chat template of .*jinja (does not accept|omits)"):
             encoder.encode([one], ["here"])
         return
     if (name, what) == ("deepseek_r1_distill", "calls"):
@@ -170,7 +170,7 @@ def test_a_prompt_that_opens_the_thinking(encoders):
     assert prompt == "<|begin_of_text|><｜User｜>What is chess?<｜Assistant｜>"
     assert completion == f"{SAID['one']}<｜end▁of▁sentence｜>"
     (note,) = encoder.notes
-    assert r"ends with '<think>\n', with which no answer begins: answers are learned without it" in note
+    assert r"ends with '<think>\n', but answers do not begin with it; it is not trained on" in note
 
 
 def test_a_system_message_that_only_prompts_have(encoders):

@@ -67,8 +67,8 @@ def test_validating_with_what_is_trained_on(settings, tmp_path):
     console = Console(file=io.StringIO(), width=80)
     config = dataclasses.replace(settings, out=tmp_path, validation=settings.data)
     study._read(config, location.find(config.model), console)
-    (line,) = [line for line in console.file.getvalue().splitlines() if "trained on too" in line]
-    assert line.startswith(f"validation: {settings.data[0]} is trained on too; its loss does not tell")
+    (line,) = [line for line in console.file.getvalue().splitlines() if "also training data" in line]
+    assert line.startswith(f"validation: {settings.data[0]} is also training data; its loss does not measure")
 
 
 def test_going_on_needs_checkpoints(settings, tmp_path, lenient):
@@ -247,7 +247,7 @@ def test_a_loss_that_is_not_finite_names_its_cause():
         (["--data", "PLAIN", "--patience", "1"], "--patience: PLAIN has no validation examples; name some with"),
         (["--data", "PLAIN", "--eval-every", "1"], "--eval-every: PLAIN has no validation examples"),
         (["--length", "256"], "length 256: tiny-llama is made for sequences of up to 128 tokens"),
-        (["--data", "PLAIN:nan"], "PLAIN:nan: nan is no weight; expected a positive number, as in PLAIN:2"),
+        (["--data", "PLAIN:nan"], "PLAIN:nan: invalid weight nan; expected a positive number, as in PLAIN:2"),
         (["--template", "no.jinja"], "--template no.jinja: no such file"),
         (["--template-arguments", "1"], "--template-arguments: '1', expected a JSON object or NAME=VALUE"),
         (["--init-from", "nowhere"], "--init-from nowhere: is no directory"),

@@ -138,8 +138,8 @@ def _read_tokenizer(directory: Path) -> Any:
     records = sources.splits(str(data))[0]
     data.unlink()
     encoder = load_encoder(directory, None)
-    encoder.encode([records[0]], [records.place(0)])
-    encoder.encode_prompt(records[0], records.place(0))
+    encoder.encode([records[0]], [records.location(0)])
+    encoder.encode_prompt(records[0], records.location(0))
 
 
 MESSAGES = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Well."}]

@@ -111,7 +111,7 @@ def ends(directory: Path) -> tuple[int, ...]:
 
 
 def _prompts(encoder: Encoder, records: Records, count: int, length: int) -> Prompts:
-    encoded = [encoder.encode_prompt(records[i], records.place(i)) for i in range(min(count, len(records)))]
+    encoded = [encoder.encode_prompt(records[i], records.location(i)) for i in range(min(count, len(records)))]
     rows = [ids[-length:] for ids, _ in encoded]  # of one that is too long, the end
     longest = max(map(len, rows), default=1)
     tokens, mask = np.zeros((len(rows), longest), np.int32), np.zeros((len(rows), longest), bool)

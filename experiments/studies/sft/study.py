@@ -17,7 +17,7 @@ import lora_jax as lora
 from experiments.configs.sft import Config
 from experiments.errors import UserError
 from experiments.input import pipeline, sources
-from experiments.input.checking import checked
+from experiments.input.checking import check_records
 from experiments.input.encoding import Encoder, load_encoder
 from experiments.input.packing import Packed
 from experiments.input.usage import show, usage
@@ -170,7 +170,7 @@ class _Data:
 
 def _read(config: Config, directory: Path, console: Console) -> _Data:
     train, validation = sources.splits(config.data, config.validation, config.data_form)
-    for line in [] if validation is None else sources.shared(train, validation):
+    for line in [] if validation is None else sources.overlap_warnings(train, validation):
         console.print(f"validation: {line}", highlight=False, markup=False, soft_wrap=True)
     if config.validation_share:
         if validation is not None:
@@ -186,10 +186,10 @@ def _read(config: Config, directory: Path, console: Console) -> _Data:
             f"{' and '.join(needing)}: {' and '.join(config.data)} has no validation examples; name some with "
             "--validation, or hold some out with --validation-share"
         )
-    train, findings = checked(train, on_bad=config.on_bad, limit=config.train_examples)
+    train, findings = check_records(train, on_bad=config.on_bad, limit=config.train_examples)
     findings_of = {"train": findings}
     if validation is not None:
-        validation, findings_of["validation"] = checked(validation, on_bad=config.on_bad)
+        validation, findings_of["validation"] = check_records(validation, on_bad=config.on_bad)
         validation = sources.first(validation, min(config.validation_examples or sys.maxsize, len(validation)))
     end = ends(directory)
     vocabulary = checkpoint.read_config(directory).get("vocab_size")
