@@ -82,9 +82,7 @@ def test_data_sets_of_the_hub(monkeypatch):
     with pytest.raises(UserError, match=r"org/name: no split validation; expected one of other, test_sft, train_sft"):
         sources.splits("org/name", "org/name:validation")
     tables["train_gen"] = table(ROWS)
-    with pytest.raises(
-        UserError, match=r"train_sft and train_gen match train; choose one, as in org/name:train_sft"
-    ):
+    with pytest.raises(UserError, match=r"train_sft and train_gen match train; choose one, as in org/name:train_sft"):
         sources.read("org/name", "train")
 
 
@@ -173,10 +171,10 @@ def test_weights_and_shares(tmp_path):
         sources.splits(f"{a}:0")
     for weight in ("nan", "inf", "-1", "1,5", "2x"):
         for name in (a, tmp_path / "*.jsonl"):
-            with pytest.raises(UserError, match=rf"jsonl:{weight}: invalid weight {weight}; expected a positive number"):
+            with pytest.raises(UserError, match=rf"jsonl:{weight}: invalid weight {weight}; expected a positive"):
                 sources.splits(f"{name}:{weight}")
     assert len(sources.splits(f"{a}:2e0")[0]) == 10
-    with pytest.raises(UserError, match=r"a.jsonl:1e9: a weight of 1e\+09 makes more than 100,000,000 examples of 5"):
+    with pytest.raises(UserError, match=r"a.jsonl:1e9: a weight of 1e\+09 yields more than 100,000,000 examples from"):
         sources.splits(f"{a}:1e9")
     named = write_lines(tmp_path / "c.jsonl:3", ROWS)
     with pytest.raises(UserError, match=r"c.jsonl:3: expected a name that ends in"):  # the file, not c.jsonl thrice
