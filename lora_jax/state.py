@@ -13,7 +13,7 @@ from lora_jax.adapters.fingerprints import check_base
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.leaves import shapes
 from lora_jax.optim import join, partition
-from lora_jax.optim.extra import check_serves, check_transform, init_for
+from lora_jax.optim.extra import check_transform, check_usable, init_optimizer
 from lora_jax.optim.offload import in_host_memory
 from lora_jax.sharding import optimizer_shardings, whole_on
 from lora_jax.transform.call import Arguments, check_delta
@@ -70,8 +70,8 @@ class TrainState:
         check_delta(delta, Arguments.create(base))
         check_base(delta, base)
         train, frozen = partition(delta)
-        opt_state = init_for(tx, train, "TrainState.create")
-        check_serves(tx, train, frozen, "TrainState.create")
+        opt_state = init_optimizer(tx, train, "TrainState.create")
+        check_usable(tx, train, frozen, "TrainState.create")
         # Copies: some transforms keep the parameters themselves, and no buffer can be donated twice.
         train, opt_state, key = jax.tree.map(_copied, (train, opt_state, key))
         number = jnp.zeros((), jnp.int32)

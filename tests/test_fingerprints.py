@@ -178,7 +178,7 @@ def test_stacks():
             routed(W, stacked, [0, 1], X[:2])
     swapped = lora.swap(lora.stack([delta, {}]), 1, plain)
     assert (swapped["w"].fingerprint[1] == 0).all()
-    with pytest.raises(ValueError, match=r"'w': the adapter needs the base.*Stack such adapters from the start"):
+    with pytest.raises(ValueError, match=r"'w': the adapter needs the base.*when the stack is created"):
         lora.swap(lora.stack([plain], rank=4), 0, delta)
     vmapped = jax.vmap(lora.adapt(fn), in_axes=(None, 0, None))(base, lora.stack([delta, delta]), X)
     chex.assert_trees_all_close(vmapped[0], lora.adapt(fn)(base, delta, X), atol=1e-4)

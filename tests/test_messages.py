@@ -75,7 +75,7 @@ CALLS = {
         lambda: lora.TrainStates.create(BASE, [delta()] * 2, optax.sgd(0.1), [0, 1]),
         "PRNG key.*got int",
     ),
-    "partition, the base": (lambda: lora.partition(BASE), r"the tree holds no adapter, only leaves such as f32"),
+    "partition, the base": (lambda: lora.partition(BASE), r"expected a tree of adapters, got leaves such as f32"),
     "adapted, keys": (lambda: lora.adapt(fn)(BASE, delta(), X, dropout_key=jax.random.split(KEY)), "array of keys"),
     "explain, adapted": (lambda: lora.explain(lora.adapt(fn), BASE, delta(), X), ADAPTED),
     "explain, adapted and compiled": (lambda: lora.explain(jax.jit(lora.adapt(fn)), BASE, delta(), X), ADAPTED),
@@ -88,7 +88,7 @@ CALLS = {
         r"nnx\.functional\(model\)",
     ),
     "explain, base first": (lambda: lora.explain(BASE, delta(), fn, X), r"explain takes a function.*got dict"),  # pyrefly: ignore
-    "quantize, fn first": (lambda: lora.quantize(fn, BASE, {"": lora.NF4()}, X), "no format but f32"),  # pyrefly: ignore
+    "quantize, fn first": (lambda: lora.quantize(fn, BASE, {"": lora.NF4()}, X), "takes a format.*got f32"),  # pyrefly: ignore
     "quantize, a delta": (lambda: lora.quantize(delta(), {"": lora.NF4()}), "got adapters"),
     "merge, a state": (lambda: lora.merge(BASE, create(BASE, delta())), r"give its delta, state\.delta"),  # pyrefly: ignore
     "merge, a stack": (lambda: lora.merge(BASE, lora.stack([delta()] * 3)), "This is a stack: lora.route"),

@@ -1,4 +1,4 @@
-"""Many adapters over one base: stacked, routed by example, trained together."""
+"""Many adapters on one base: stacking, routing by example, and joint training."""
 
 from lora_jax.batching.routing import route
 from lora_jax.batching.stacking import stack, swap, unstack

@@ -1,4 +1,4 @@
-"""Many adapters trained at once over one base: TrainStates and train_many()."""
+"""TrainStates and train_many(): trains many adapters on one base at once."""
 
 import dataclasses
 import functools
@@ -13,10 +13,10 @@ import optax
 from lora_jax import checks
 from lora_jax.adapters.fingerprints import check_base
 from lora_jax.adapters.protocol import Adapter
-from lora_jax.batching.mapped import check_sizes, each
+from lora_jax.batching.mapped import check_sizes, map_with_axes
 from lora_jax.batching.stacking import stack
 from lora_jax.optim import partition
-from lora_jax.optim.extra import check_serves, check_transform, init_for, update_with
+from lora_jax.optim.extra import check_transform, check_usable, init_optimizer, update_with
 from lora_jax.state import fields_with_shapes, replace_fields
 from lora_jax.training import Metrics, Static, check_batch, check_state, explaining_donation
 from lora_jax.transform import dropout_keys
@@ -29,17 +29,17 @@ Delta = Mapping[str, Adapter]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainStates:
-    """What a step of many trainings reads and, but for base and hyperparameters, changes.
+    """The state of several training runs. A step updates everything but `base`, `hyper`, `active` and `present`.
 
     Attributes:
-      base: Frozen parameters, which all members share.
+      base: Frozen parameters, shared by all members.
       delta: The members' adapters, from :func:`lora_jax.stack`.
-      opt_state: One a member; leaves are `[members, …]`.
-      step: Steps done, int32 `[members]`.
+      opt_state: The members' optimizer states; leaves are `[members, …]`.
+      step: Number of steps done, int32 `[members]`.
       key: PRNG keys, `[members]`.
-      hyper: Hyperparameters by name, `[members]` each.
-      active: Which members train, booleans `[members]`; the others stay as they are, bit for bit.
-      present: Per path that some member lacks, which members have it, booleans `[members]`.
+      hyper: Hyperparameters by name, each `[members]`.
+      active: Which members train, booleans `[members]`; the states of others do not change, bit for bit.
+      present: For each path that some member lacks, which members have it, booleans `[members]`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
@@ -67,19 +67,19 @@ class TrainStates:
         keys: Sequence[jax.Array] | jax.Array,
         hyper: Mapping[str, Any] | None = None,
     ) -> "TrainStates":
-        """The states before the first step.
+        """Creates the states before the first step.
 
         Args:
           base: Parameters.
-          deltas: The members, as for :func:`lora_jax.stack`; `lora_jax.unstack` gives them back.
+          deltas: The members, as for :func:`lora_jax.stack`; :func:`lora_jax.unstack` returns them.
           tx: As for :func:`train_many`.
-          keys: A PRNG key a member.
-          hyper: The arguments of `tx`, a value a member each.
+          keys: PRNG keys, one per member.
+          hyper: The arguments of `tx` by name, each with one value per member.
 
         Raises:
-          TypeError: An entry of `keys` is no PRNG key.
-          ValueError: The deltas do not stack; there are not as many keys or values as deltas; there are values, and
-            `tx` is a transform.
+          TypeError: An entry of `keys` is not a PRNG key.
+          ValueError: The deltas cannot be stacked; the number of keys or values is not that of deltas; there are
+            hyperparameters, and `tx` is an Optax transform.
         """
         deltas, arguments = list(deltas), Arguments.create(base)
         for delta in deltas:
@@ -87,29 +87,32 @@ class TrainStates:
             check_base(delta, base)
         hyper = {name: jnp.asarray(values) for name, values in (hyper or {}).items()}
         for name, values in {"keys": keys, **hyper}.items():
-            count = len(values) if isinstance(values, Sequence) or np.ndim(values) else "no vector of"
-            if count != len(deltas):
-                raise ValueError(f"TrainStates: {len(deltas)} deltas and {count} {name}; one for each.")
+            if not isinstance(values, Sequence) and not np.ndim(values):
+                raise ValueError(f"TrainStates.create: expected {name} to be a vector, with one entry per delta.")
+            if len(values) != len(deltas):
+                raise ValueError(
+                    f"TrainStates.create: got {len(deltas)} deltas and {len(values)} {name}; expected one per delta."
+                )
         for key in keys:
             checks.key("TrainStates.create(base, deltas, tx, keys)", key)
         delta = stack(deltas, base=base)
-        present = {path: jnp.array([path in mine for mine in deltas]) for path in delta}
-        present = {path: has for path, has in present.items() if not has.all()}
+        present = {path: jnp.array([path in member for member in deltas]) for path in delta}
+        present = {path: mask for path, mask in present.items() if not mask.all()}
         where, members = "TrainStates.create", len(deltas)
         if not callable(tx):
             check_transform(tx, where)
 
         def init(delta, *fixed):
             train, frozen = partition(delta)
-            of_member = _made(tx, *fixed)
-            opt_state = init_for(of_member, train, where)
-            check_serves(of_member, train, frozen, where)
+            member_tx = _make_transform(tx, *fixed)
+            opt_state = init_optimizer(member_tx, train, where)
+            check_usable(member_tx, train, frozen, where)
             return opt_state
 
         return cls(
             base=base,
             delta=delta,
-            # Copies: some transforms keep the parameters themselves, and no buffer can be donated twice.
+            # Some transforms store the parameters themselves. Copy, since no buffer can be donated twice.
             opt_state=jax.tree.map(jnp.copy, jax.jit(jax.vmap(init))(delta, hyper, present)),
             step=jnp.zeros(members, jnp.int32),
             key=jnp.stack(list(keys)),
@@ -119,7 +122,7 @@ class TrainStates:
         )
 
     def replace(self, **changes: Any) -> "TrainStates":
-        """The states with some fields replaced, as :meth:`TrainState.replace`."""
+        """Returns the states with some fields replaced, as :meth:`TrainState.replace` does."""
         return replace_fields(self, changes)
 
     def __repr__(self) -> str:
@@ -137,36 +140,36 @@ def train_many(
     batch_axes: Any = 0,
     at_once: int | None = None,
 ) -> Callable[[TrainStates, Any], tuple[TrainStates, Metrics]]:
-    r"""Makes a compiled step that trains many adapters at once, as :func:`lora_jax.train_step` trains one.
+    r"""Returns a compiled step that trains many adapters at once, as :func:`lora_jax.train_step` trains one.
 
-    :math:`\Delta_k \leftarrow \Delta_k + u_k(\nabla_{\Delta_k} L(W, \Delta_k, B_k))` for all members k by one
-    `jax.vmap`: the products with the base are those of all members' batches together. Members may differ in seeds,
-    ranks, paths, batches and hyperparameters. The result is that of as many separate runs, for transforms that act
-    entry by entry or through norms of the whole. One whose rule depends on a factor's shape or averages over its axes
-    (`optax.adafactor`, `optax.contrib.muon`) sees the padding of a smaller rank.
+    Computes :math:`\Delta_k \leftarrow \Delta_k + u_k(\nabla_{\Delta_k} L(W, \Delta_k, B_k))` for all members k by one
+    `jax.vmap`, so that a product with the base covers the batches of all members. Members may differ in seeds, ranks,
+    paths, batches and hyperparameters. The results equal those of separate runs for transforms that act elementwise or
+    through global norms. A transform that depends on a factor's shape or averages over its axes (`optax.adafactor`,
+    `optax.contrib.muon`) is affected by the padding of smaller ranks.
 
     Args:
-      loss_fn: As for :func:`lora_jax.train_step`; it sees one member.
-      tx: An Optax transform for all members, or a function that makes one of hyperparameters
-        (`lambda lr: optax.adam(lr)`), called with each member's own. These are traced: a function that branches on
-        their values (as some schedules of Optax do) fails.
-      accumulate: Microbatches a step.
+      loss_fn: As for :func:`lora_jax.train_step`; it is called on one member.
+      tx: An Optax transform for all members, or a function from hyperparameters to a transform
+        (`lambda lr: optax.adam(lr)`), called with the hyperparameters of each member. These are traced: a function that
+        branches on their values (as some Optax schedules do) fails.
+      accumulate: Number of microbatches per step.
       has_aux: As for :func:`lora_jax.train_step`; the leaves of `metrics["aux"]` are `[members, …]`.
       donate: As for :func:`lora_jax.train_step`.
-      skip_nonfinite: As for :func:`lora_jax.train_step`, each member by itself.
-      batch_axes: Which axis of the batch's leaves counts the members, as `in_axes` of `jax.vmap`; None gives every
-        member the same batch.
-      at_once: How many members run side by side; the others follow within the step. None is all of them. Fewer take
-        less memory, and on a CPU, whose caches are small, less time.
+      skip_nonfinite: As for :func:`lora_jax.train_step`, for each member separately.
+      batch_axes: The member axes of the batch's leaves, as `in_axes` of `jax.vmap`; None passes the same batch to
+        every member.
+      at_once: Number of members that run in parallel; the others follow within the same step. None runs all in
+        parallel. A smaller number takes less memory and, on CPUs with small caches, less time.
 
     Returns:
-      `step(states, batch) -> (states, metrics)`, metrics as those of :func:`lora_jax.train_step`, `[members]` each.
-      Those of a member that is not active are of the update that it did not take. The buffers of deltas, optimizer
+      `step(states, batch) -> (states, metrics)`, with the metrics of :func:`lora_jax.train_step`, each `[members]`.
+      The metrics of an inactive member describe the update that was not applied. The buffers of deltas, optimizer
       states, steps and keys are donated.
 
     Raises:
-      ValueError: `accumulate` or `at_once` is no positive integer. (From the step:) the batch is of another number of
-        members, or cannot be divided by `accumulate`; the states have hyperparameters, and `tx` is a transform.
+      ValueError: `accumulate` or `at_once` is not a positive integer. (From the step:) the batch has another number of
+        members, or cannot be divided by `accumulate`; the states have hyperparameters, and `tx` is an Optax transform.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
@@ -185,13 +188,13 @@ def train_many(
     """
 
     if at_once is not None and (not isinstance(at_once, int) or isinstance(at_once, bool) or at_once < 1):
-        raise ValueError(f"train_many(at_once={at_once!r}): the number of members is a positive integer, or None.")
+        raise ValueError(f"train_many(at_once={at_once!r}): expected a positive integer or None.")
 
-    @functools.wraps(loss_fn)  # whose name and line errors give
+    @functools.wraps(loss_fn)  # errors name the function and its line
     def loss(shared, delta, batch, key):
         base, present = shared
-        # A path that the member lacks has no gradient, and so no part in a norm.
-        return loss_fn(base, _held(delta, present), batch, key)
+        # Paths that the member lacks must have no gradient, so that they do not count in norms.
+        return loss_fn(base, _stop_absent(delta, present), batch, key)
 
     calls: list[bool] = []
     update = update_of(
@@ -204,7 +207,7 @@ def train_many(
         def member(carry, fixed, batch):
             hyper, active, present = fixed
             check_batch(batch, accumulate)
-            (delta, *rest), metrics, aux = update(_made(tx, hyper, present), (base, present), carry, batch)
+            (delta, *rest), metrics, aux = update(_make_transform(tx, hyper, present), (base, present), carry, batch)
             old, *old_rest = carry
             delta = {path: select(active & present.get(path, True), delta[path], old[path]) for path in delta}
             return (delta, *select(active, rest, old_rest)), metrics | ({"aux": aux} if has_aux else {})
@@ -213,12 +216,12 @@ def train_many(
         if at_once is None or at_once >= members:
             return jax.vmap(member, in_axes=(0, 0, batch_axes))(carry, fixed, batch)
 
-        def numbered(number):
-            member_carry, member_fixed = jax.tree.map(lambda leaf: leaf[number], (carry, fixed))
-            part = each(lambda leaf, axis: jnp.moveaxis(leaf, axis, 0)[number], batch_axes, batch)
-            return member(member_carry, member_fixed, part)
+        def run_member(index):
+            member_carry, member_fixed = jax.tree.map(lambda leaf: leaf[index], (carry, fixed))
+            member_batch = map_with_axes(lambda leaf, axis: jnp.moveaxis(leaf, axis, 0)[index], batch_axes, batch)
+            return member(member_carry, member_fixed, member_batch)
 
-        return jax.lax.map(numbered, jnp.arange(members), batch_size=at_once)
+        return jax.lax.map(run_member, jnp.arange(members), batch_size=at_once)
 
     compiled = jax.jit(body, donate_argnums=(2,) if donate else (), static_argnums=(0,))
 
@@ -237,35 +240,39 @@ def train_many(
     return step
 
 
-def _made(tx, hyper: Mapping[str, jax.Array], present: Mapping[str, jax.Array]) -> optax.GradientTransformation:
-    """The transform of one member, which sees zeros at paths that the member lacks.
+def _make_transform(
+    tx, hyper: Mapping[str, jax.Array], present: Mapping[str, jax.Array]
+) -> optax.GradientTransformation:
+    """Returns the transform of one member, which receives zeros as the parameters at paths that the member lacks.
 
-    What stands there in the stack may be the base itself (of a Full that changes nothing), which weight decay would
-    turn into updates, and these would count in a norm.
+    The stack may hold the base's weight there (of a `Full` that does not change it). Weight decay would turn it into
+    updates, which would count in norms.
     """
     is_transform = not callable(tx)
     if is_transform and hyper:
-        raise ValueError(f"Values of {', '.join(hyper)} are given, but tx is a transform, not a function of them.")
+        raise ValueError(
+            f"Got hyperparameters {', '.join(hyper)}, but tx is an Optax transform: pass a function of them."
+        )
     inner = tx if is_transform else tx(**hyper)
 
-    def seen(train):
+    def mask_absent(train):
         return {
             path: select(present[path], node, jax.tree.map(jnp.zeros_like, node)) if path in present else node
             for path, node in train.items()
         }
 
     def update(updates, state, params=None, **extra):
-        return update_with(inner, updates, state, seen(params), extra)
+        return update_with(inner, updates, state, mask_absent(params), extra)
 
-    return optax.GradientTransformationExtraArgs(lambda params: inner.init(seen(params)), update)
+    return optax.GradientTransformationExtraArgs(lambda params: inner.init(mask_absent(params)), update)
 
 
-def _held(delta: Delta, present: Mapping[str, jax.Array]) -> dict[str, Adapter]:
-    """The delta, without gradients at paths that the member lacks."""
+def _stop_absent(delta: Delta, present: Mapping[str, jax.Array]) -> dict[str, Adapter]:
+    """Stops gradients at the paths that the member lacks."""
 
-    def hold(path, node):
+    def stop(path, node):
         if path not in present:
             return node
         return jax.tree.map(lambda leaf: jnp.where(present[path], leaf, jax.lax.stop_gradient(leaf)), node)
 
-    return {path: hold(path, node) for path, node in delta.items()}
+    return {path: stop(path, node) for path, node in delta.items()}
