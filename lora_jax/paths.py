@@ -28,6 +28,11 @@ def segment(key: Any) -> str:
     return str(key)
 
 
+def join(keys: Iterable[Any]) -> str:
+    """Returns the path of a sequence of JAX key entries, joined by '/'."""
+    return "/".join(map(segment, keys))
+
+
 @dataclasses.dataclass(frozen=True)
 class FlatTree:
     """A tree as parallel tuples of paths and leaves, and the way back.
@@ -74,11 +79,11 @@ def flatten(tree: PyTree) -> FlatTree:
     nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: _is_box(node) or is_quantized(node))
     paths: list[str] = []
     for keys, node in nodes:
-        path = "/".join(segment(key) for key in keys)
+        path = join(keys)
         if _is_box(node):
             inner = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_quantized)[0]
             # One value a box is the rule; the rest of a box that holds a tree keeps its own names.
-            tails = ["" if len(inner) == 1 else "/" + "/".join(map(segment, tail)) for tail, _ in inner]
+            tails = ["" if len(inner) == 1 else "/" + join(tail) for tail, _ in inner]
             paths.extend(path + tail for tail in tails)
         else:
             paths.append(path)

@@ -111,8 +111,8 @@ def test_every_step_of_the_allocation_is_pefts():
         expected = STORED[f"allocation.{name}.values"]
         np.testing.assert_array_equal(found == 0, expected == 0)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(state.kept[name], expected[-1] != 0)
-    assert sum(int(kept.sum()) for kept in state.kept.values()) == TARGET * 3
+        np.testing.assert_array_equal(state.active[name], expected[-1] != 0)
+    assert sum(int(active.sum()) for active in state.active.values()) == TARGET * 3
 
 
 def test_budgets_are_pefts():
@@ -198,11 +198,11 @@ def test_a_training_beside_other_adapters(lenient):
 
     tx = lora.optim.allocate_ranks(optax.adam(0.05), 1, steps=12, warmup=2, final=4, interval=2)
     state = lora.TrainState.create(base, delta, tx, jax.random.key(3))
-    step, kept = lora.train_step(loss, tx), []
+    step, ranks = lora.train_step(loss, tx), []
     for _ in range(12):
         state, metrics = step(state, x)
-        kept.append(int(jnp.count_nonzero(state.delta["u"].values)))
-    assert kept[:3] == [4, 4, 4] and kept[4] < 4 and kept[8:] == [1, 1, 1, 1]
+        ranks.append(int(jnp.count_nonzero(state.delta["u"].values)))
+    assert ranks[:3] == [4, 4, 4] and ranks[4] < 4 and ranks[8:] == [1, 1, 1, 1]
     assert np.isfinite(metrics["loss"]) and (state.delta["v"].b != 0).all() and (state.delta["c"].value != 0).all()
     # What the others do is what the inner optimizer does with them.
     train, _ = lora.partition(delta)
@@ -220,7 +220,7 @@ def test_one_tree_style():
     tree = {"base": {"w": jnp.ones(3)}, "delta": delta}
     tx = lora.optimizer(lora.optim.allocate_ranks(optax.sgd(0.3), TARGET, steps=20, warmup=0))
     state = tx.init(tree)
-    assert set(state.kept) == {"delta/one", "delta/two", "delta/three"}
+    assert set(state.active) == {"delta/one", "delta/two", "delta/three"}
     full = {"base": {"w": jnp.ones(3)}, "delta": lora.join(gradients, lora.partition(delta)[1])}
     updates, state = jax.jit(tx.update)(full, state, tree)
     assert (updates["base"]["w"] == 0).all() and (updates["delta"]["one"].scale == 0)
@@ -266,11 +266,15 @@ def test_equal_scores_keep_to_the_budget():
     node = lora.AdaLoRA(4).create(jax.random.key(0), jnp.zeros((5, 5)), ("in", "out"))
     train, _ = lora.partition({"w": node})
     tx = lora.optim.allocate_ranks(optax.sgd(0.1), 2, steps=1)
-    still = jax.tree.map(jnp.zeros_like, train)
+    zeros = jax.tree.map(jnp.zeros_like, train)
     update = jax.jit(tx.update)
-    _, state = update(still, tx.init(train), train)
-    _, state = update(still, state, train)
-    assert state.kept["w"].tolist() == [False, False, True, True]
+    _, state = update(zeros, tx.init(train), train)
+    _, state = update(zeros, state, train)
+    assert state.active["w"].tolist() == [False, False, True, True]
+    # A state that an earlier version saved has the path 'kept/w'.
+    assert "kept/w" in lora.paths.flatten(state).paths
+    with pytest.raises(AttributeError, match=r"AllocationState\.kept has been renamed to active"):
+        state.kept  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -293,9 +297,9 @@ def test_parameters_that_cannot_be():
     with pytest.raises(ValueError, match=r"target_rank=5.*'one' 4"):
         tx.init(stored_delta())
     plain = lora.init(jax.random.key(0), {"w": jnp.zeros((4, 4))}, {"w": lora.LoRA(2, axes=("in", "out"))})
-    with pytest.raises(ValueError, match="no AdaLoRA adapter; there are LoRA"):
+    with pytest.raises(ValueError, match="expected an AdaLoRA adapter among the parameters, got LoRA"):
         tx.init(plain)
-    with pytest.raises(ValueError, match="no AdaLoRA adapter"):
+    with pytest.raises(ValueError, match="expected an AdaLoRA adapter"):
         lora.optim.orthogonality(plain)
     with pytest.raises(ValueError, match="needs params"):
         tx.update(stored_delta(), tx)

@@ -1,4 +1,4 @@
-"""Which leaves train, and Optax transforms that know what a delta's leaves are."""
+"""Partitioning of deltas into trainable and frozen leaves, and Optax transforms for adapters."""
 
 from lora_jax.optim.allocation import AllocationState, allocate_ranks, orthogonality, rank_budget
 from lora_jax.optim.groups import by_path, decay_mask, labels, lora_plus

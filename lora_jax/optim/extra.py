@@ -1,4 +1,4 @@
-"""Optax transforms and the extra arguments that they take."""
+"""Calls Optax transforms with the extra arguments that they accept, and checks that a training step can use them."""
 
 import re
 from typing import Any
@@ -13,10 +13,10 @@ _UNEXPECTED = re.compile(r"got an unexpected keyword argument '(\w+)'")
 def update_with(
     tx: optax.GradientTransformation, updates: Any, state: Any, params: Any, extra: dict[str, Any]
 ) -> tuple[Any, Any]:
-    """`tx.update` with those of the extra arguments that it takes.
+    """Calls `tx.update` with the extra arguments that it accepts.
 
-    A transform without extra arguments gets none. Inside `optax.chain` one that takes no `value=`
-    (`optax.contrib.sam`) shows only when it is called, so the call decides.
+    A transform inside `optax.chain` that does not accept `value=` (`optax.contrib.sam`) is only detected by calling
+    it, so rejected arguments are dropped one by one.
 
     Args:
       tx: An Optax transform, or an object with `init` and `update` (`optax.MultiSteps`).
@@ -26,7 +26,7 @@ def update_with(
       extra: Extra arguments by name.
 
     Returns:
-      What `tx.update` returns.
+      The updates and the new state.
 
     Example:
       >>> import optax, jax.numpy as jnp
@@ -53,24 +53,24 @@ def check_transform(tx: Any, where: str) -> None:
         return
     name = getattr(tx, "__name__", None)
     hint = f"; call it: {name}(learning_rate)" if callable(tx) and name else "; for example optax.adamw(1e-4)"
-    raise TypeError(f"{where}: tx is an Optax transform; got {name or type(tx).__name__}{hint}.")
+    raise TypeError(f"{where}: expected tx to be an Optax transform; got {name or type(tx).__name__}{hint}.")
 
 
-def init_for(tx: optax.GradientTransformation, train: Any, where: str) -> Any:
-    """`tx.init(train)`; a failure other than a `ValueError`, which explains itself, becomes :func:`refusal`."""
+def init_optimizer(tx: optax.GradientTransformation, train: Any, where: str) -> Any:
+    """Returns `tx.init(train)`. Errors other than a `ValueError` are raised as :func:`unsupported`."""
     try:
         return tx.init(train)
     except (AttributeError, TypeError, KeyError, IndexError) as error:
-        raise refusal(error, where) from error
+        raise unsupported(error, where) from error
 
 
-def check_serves(tx: optax.GradientTransformation, train: Any, frozen: Any, where: str) -> None:
-    """Raises unless a training step can call `tx.update`. The update is traced, not run.
+def check_usable(tx: optax.GradientTransformation, train: Any, frozen: Any, where: str) -> None:
+    """Raises an error unless a training step can call `tx.update`. The update is traced, not run.
 
     Args:
       tx: An Optax transform.
-      train: The trained half of a delta.
-      frozen: The other half.
+      train: The trainable half of a delta.
+      frozen: The frozen half.
       where: The beginning of the message.
 
     Raises:
@@ -82,34 +82,34 @@ def check_serves(tx: optax.GradientTransformation, train: Any, frozen: Any, wher
         extra = step_arguments(jnp.zeros((), jnp.float32), train, frozen)
         return update_with(tx, train, tx.init(train), train, extra)
 
-    if not jax.tree.leaves(train):  # nothing trains, and some transforms take no empty tree
+    if not jax.tree.leaves(train):  # some transforms do not accept an empty tree
         return
-    # One adapter of each shape, for a trace of hundreds takes seconds; all of them where that is not enough, as for
-    # transforms that look for paths.
-    alike = {(jax.tree.structure(node), *map(jax.typeof, jax.tree.leaves(node))): path for path, node in train.items()}
-    some = sorted(alike.values())
-    for chosen in ([some] if len(some) < len(train) else []) + [list(train)]:
+    # Try one adapter of each shape first, since tracing hundreds takes seconds. If that fails, try all of them: some
+    # transforms require certain paths.
+    by_type = {(jax.tree.structure(x), *map(jax.typeof, jax.tree.leaves(x))): path for path, x in train.items()}
+    sample = sorted(by_type.values())
+    for subset in ([sample] if len(sample) < len(train) else []) + [list(train)]:
         try:
             with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-                jax.eval_shape(update, *({path: half[path] for path in chosen} for half in (train, frozen)))
-        except Exception as error:  # whatever the transform raises: its message is passed on
-            if chosen is not some:
-                raise refusal(error, where) from error
+                jax.eval_shape(update, *({path: half[path] for path in subset} for half in (train, frozen)))
+        except Exception as error:  # any error of the transform: its message is included
+            if subset is not sample:
+                raise unsupported(error, where) from error
         else:
             return
 
 
-def refusal(error: Exception, where: str) -> ValueError:
-    """The error for a transform that fails on the trained half of a delta."""
+def unsupported(error: Exception, where: str) -> ValueError:
+    """Returns the error for a transform that fails on the trainable half of a delta."""
     return ValueError(
         f"{where}: this Optax transform cannot be used in a training step ({type(error).__name__}: {error}). A step "
-        "calls update(gradients, state, params) with value=, grad= and frozen= where it takes them: a transform that "
-        "needs another form of parameters (optax.lookahead) or a function (value_fn of optax.lbfgs and line searches, "
-        "grad_fn of opaque sam) cannot be served; use one that does not (optax.adamw, transparent optax.contrib.sam, "
-        "optax.lbfgs(linesearch=None))."
+        "calls update(gradients, state, params), with value=, grad= and frozen= if accepted. Transforms that need "
+        "another form of parameters (optax.lookahead) or a function (value_fn of optax.lbfgs and line searches, "
+        "grad_fn of opaque sam) are not supported; use optax.adamw, transparent optax.contrib.sam, or "
+        "optax.lbfgs(linesearch=None), for example."
     )
 
 
 def step_arguments(value: Any, gradients: Any, frozen: Any) -> dict[str, Any]:
-    """The extra arguments that a training step passes to a transform."""
+    """Returns the extra arguments that a training step passes to a transform."""
     return {"value": value, "grad": gradients, "frozen": frozen}

@@ -1,4 +1,4 @@
-"""Leaves of a delta in groups that an optimizer treats differently: LoRA+, weight decay, rates by path."""
+"""Groups of leaves with different optimizer settings: LoRA+, weight decay masks, transforms by path."""
 
 import dataclasses
 import operator
@@ -14,46 +14,51 @@ from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.protocol import Adapter, is_adapter
 
 Label = Callable[[str, Any, Adapter | None], Any]
-"""(path of a leaf, the leaf, the adapter that it belongs to) -> its label."""
+"""`(path, leaf, adapter) -> label`, with the adapter that the leaf belongs to, or None."""
 
 
 def labels(tree: Any, label: Label) -> Any:
-    """The tree with a label for each leaf, as `optax.multi_transform` and Optax masks take it.
+    """Labels each leaf of a tree, for `optax.multi_transform` and Optax masks.
 
     Args:
-      tree: A delta, the half of it that trains, updates for it, or any tree that holds such.
-      label: `label(path, leaf, adapter)`; the path ends in the leaf's name ('attention/query/kernel/b'). The
-        adapter is the one that the leaf belongs to, None outside adapters.
+      tree: A delta, its trainable half, updates for it, or any tree that contains one of these.
+      label: `label(path, leaf, adapter)`. The path ends in the leaf's name ('attention/query/kernel/b'); the adapter is
+        the one that the leaf belongs to, or None outside adapters.
+
+    Returns:
+      A tree of the same structure with labels as leaves.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
       >>> delta = lora.init(jax.random.key(0), {"w": jnp.ones((4, 4))}, {"w": lora.LoRA(2, axes=("in", "out"))})
       >>> train, frozen = lora.partition(delta)
-      >>> found = labels(train, lambda path, leaf, adapter: path)["w"]
-      >>> found.a, found.b, found.scale
+      >>> label = labels(train, lambda path, leaf, adapter: path)["w"]
+      >>> label.a, label.b, label.scale
       ('w/a', 'w/b', None)
     """
 
-    def of(keys, node):
-        owner = node if is_adapter(node) else None
-        return jax.tree_util.tree_map_with_path(lambda more, leaf: label(_path((*keys, *more)), leaf, owner), node)
+    def label_node(keys, node):
+        adapter = node if is_adapter(node) else None
+        return jax.tree_util.tree_map_with_path(
+            lambda leaf_keys, leaf: label(paths.join((*keys, *leaf_keys)), leaf, adapter), node
+        )
 
-    return jax.tree_util.tree_map_with_path(of, tree, is_leaf=is_adapter)
+    return jax.tree_util.tree_map_with_path(label_node, tree, is_leaf=is_adapter)
 
 
 def by_path(transforms: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformationExtraArgs:
-    """Another transform for each group of paths: separate learning rates, or parts that stay as they are.
+    """Applies a different transform to each group of paths, for example for separate learning rates.
 
     Args:
       transforms: `{pattern: transform}`. Patterns are searched in the paths of leaves, which end in the leaf's name
-        ('attention/query/kernel/b'); the first match wins. The pattern '' matches what is left;
-        `optax.set_to_zero()` keeps a group as it is.
+        ('attention/query/kernel/b'); the first match wins. The pattern '' matches all remaining leaves;
+        `optax.set_to_zero()` freezes a group.
 
     Returns:
-      An Optax transform, each inner one with state for its own leaves alone.
+      An Optax transform. Each inner transform has state for its own leaves only.
 
     Raises:
-      ValueError: (from `init` and `update`) A pattern matches nothing, or nothing that an earlier one leaves; a
+      ValueError: (from `init` and `update`) A pattern matches no leaf, or only leaves that earlier patterns match; a
         leaf matches no pattern.
 
     Example:
@@ -70,46 +75,49 @@ def by_path(transforms: Mapping[str, optax.GradientTransformation]) -> optax.Gra
         paths.check_pattern(pattern)
 
     def grouped(tree):
-        taken = dict.fromkeys(transforms, 0)
-        seen: list[str] = []
+        counts = dict.fromkeys(transforms, 0)
+        leaf_paths: list[str] = []
 
         def label(path, leaf, adapter):
             del leaf, adapter
-            seen.append(path)
-            found = next((pattern for pattern in transforms if paths.search(pattern, path)), None)
-            if found is None:
-                known = ", ".join(map(repr, transforms))
-                raise ValueError(f"by_path: the leaf {path!r} matches none of {known}; '' matches what is left.")
-            taken[found] += 1
-            return found
+            leaf_paths.append(path)
+            match = next((pattern for pattern in transforms if paths.search(pattern, path)), None)
+            if match is None:
+                patterns = ", ".join(map(repr, transforms))
+                raise ValueError(
+                    f"by_path: the leaf {path!r} matches none of {patterns}; '' matches all remaining leaves."
+                )
+            counts[match] += 1
+            return match
 
         grouping = labels(tree, label)
-        for pattern, count in taken.items():
-            if not count and any(paths.search(pattern, path) for path in seen):
+        for pattern, count in counts.items():
+            if not count and any(paths.search(pattern, path) for path in leaf_paths):
                 raise ValueError(
-                    f"by_path: the pattern {pattern!r} is fully shadowed by those before it. "
-                    "The first match wins: put it earlier."
+                    f"by_path: the pattern {pattern!r} is fully shadowed by earlier patterns. "
+                    "The first match wins: move it forward."
                 )
             if not count:
-                raise ValueError(f"by_path: the pattern {pattern!r} matches no leaf; {paths.nearest(pattern, seen)}.")
+                nearest = paths.nearest(pattern, leaf_paths)
+                raise ValueError(f"by_path: the pattern {pattern!r} matches no leaf; {nearest}.")
         return grouping
 
     return optax.multi_transform({**transforms}, grouped)
 
 
 def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
-    r"""LoRA+: the learning rate of `b` is `ratio` times that of `a`. Comes after the optimizer in a chain.
+    r"""LoRA+: multiplies the learning rate of `b` by `ratio`. Chain it after the optimizer.
 
-    `b` is that of LoRA and its kin (DoRA, AdaLoRA): the factor that starts from zero. Besides it the group holds what
-    is a vector for each matrix (DoRA's magnitudes, gains, trained biases and norms). Of an embedding it is `a` that
-    starts from zero; a rate of its own comes from :func:`by_path`. A learning rate multiplies updates last, so that
-    scaling them by the ratio is the same as raising it, for weight decay and schedules too.
+    Scales the updates of the factor `b` of LoRA, DoRA and AdaLoRA adapters, which is initialized to zero, and of leaves
+    that are a vector per matrix (DoRA's magnitudes, gains, trained biases and norms). In embeddings, `a` is the factor
+    that is initialized to zero; use :func:`by_path` to change its learning rate. Since an optimizer multiplies by the
+    learning rate last, scaling the updates equals scaling the learning rate, also with weight decay and schedules.
 
     Args:
       ratio: :math:`\eta_B / \eta_A`; may come from `optax.inject_hyperparams`.
 
     Raises:
-      ValueError: (from `init` and `update`) No adapter of that kind has a factor `b` that trains.
+      ValueError: (from `init` and `update`) There is no trainable factor `b`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
@@ -129,8 +137,9 @@ def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
             tree, lambda path, leaf, adapter: isinstance(adapter, LoRAAdapter | AdaLoRAAdapter) and _name(path) == "b"
         )
         if not any(jax.tree.leaves(is_b)):
-            known = jax.tree.leaves(labels(tree, lambda path, leaf, adapter: path))
-            raise ValueError(f"lora_plus: no LoRA or AdaLoRA has a factor b that trains; {paths.nearest('/b', known)}.")
+            leaf_paths = jax.tree.leaves(labels(tree, lambda path, leaf, adapter: path))
+            nearest = paths.nearest("/b", leaf_paths)
+            raise ValueError(f"lora_plus: no LoRA or AdaLoRA adapter has a trainable factor b; {nearest}.")
         is_vector = labels(tree, lambda path, leaf, adapter: adapter is not None and _is_vector(path, leaf, adapter))
         return jax.tree.map(operator.or_, is_b, is_vector)
 
@@ -138,15 +147,15 @@ def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
 
 
 def decay_mask(tree: Any) -> Any:
-    """Which leaves weight decay is for, as `optax.adamw(…, mask=decay_mask)` takes it.
+    """Returns which leaves weight decay applies to, for `optax.adamw(…, mask=decay_mask)`.
 
     Args:
-      tree: A delta, or the half of it that trains.
+      tree: A delta, or its trainable half.
 
     Returns:
-      The tree with booleans: True for factors and for whole weights; False for what is a vector for each matrix:
-      magnitudes, gains, AdaLoRA's values, biases, norms. A stack of biases or norm scales (of the layers of a
-      scan) is told by its path's last name, 'bias' or 'scale'. False outside adapters.
+      The tree with booleans: True for factors and for whole weights; False for leaves that are a vector per matrix
+      (magnitudes, gains, AdaLoRA's values, biases, norms) and outside adapters. A stack of biases or norm scales (of
+      scanned layers) is recognized by the last name of its path, 'bias' or 'scale'.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -159,17 +168,13 @@ def decay_mask(tree: Any) -> Any:
 
 
 def _is_vector(path: str, leaf: Any, adapter: Adapter) -> bool:
-    """Whether a leaf of an adapter is a vector: declared as one, or a whole leaf that is a bias or a norm's scale."""
+    """Returns whether a leaf is declared as a vector, or is a whole weight that is a bias or a norm's scale."""
     *weight, name = path.split("/")
-    if not adapter.axes:  # a whole leaf, whose roles nobody needed
+    if not adapter.axes:  # a whole weight without axis roles
         return leaf.ndim < 2 or weight[-1] in ("bias", "scale")
     (field,) = (field for field in dataclasses.fields(adapter) if field.name == name)  # pyrefly: ignore[bad-argument-type]
-    return field.metadata.get("vector", True)  # what is frozen is of neither group; nothing decays it
+    return field.metadata.get("vector", True)  # frozen leaves belong to neither group
 
 
 def _name(path: str) -> str:
     return path.rpartition("/")[2]
-
-
-def _path(keys: Any) -> str:
-    return "/".join(map(paths.segment, keys))

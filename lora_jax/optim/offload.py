@@ -1,4 +1,4 @@
-"""Optimizer state in host memory, which each update streams through the device."""
+"""Optimizer state in host memory, streamed through the device by each update."""
 
 from collections.abc import Callable, Sequence, Set
 from typing import Any
@@ -14,41 +14,41 @@ HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 KIND = "pinned_host"
 
 AHEAD = 2
-"""How many leaves come to the device before the first of them has to be back: one arrives while another leaves.
+"""Number of leaves loaded before the first of them has to be stored: one is loaded while another is stored.
 
-More take memory in proportion up to 4; from 6 on XLA's scheduler for TPUs keeps half of all state on the device.
+Up to 4, memory grows in proportion; from 6 on, XLA's scheduler for TPUs keeps half of all state on the device.
 """
 
 
 def host_offloaded(
     tx: optax.GradientTransformation, *, min_size: int = 100_000
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer so that the large leaves of its state live in the host's memory.
+    """Wraps an optimizer so that the large leaves of its state are stored in host memory.
 
-    An update brings them to the device, runs `tx`, and puts what it returns back. The numbers are those of `tx`. Leaves
-    keep their sharding; only their memory kind is another, 'pinned_host'. This is the counterpart of paged optimizers:
-    it saves the state's memory on the device, and costs the time in which all of it travels both ways.
+    An update copies them to the device, runs `tx`, and copies the new state back. The results equal those of `tx`.
+    Leaves keep their sharding; only their memory kind changes, to 'pinned_host'. This is the counterpart of paged
+    optimizers: it saves the state's memory on the device at the cost of transferring all of it in both directions.
 
-    Under jit the state streams: a leaf begins to move to the device when the second one before it is back, so that
-    about five are there at a time. This holds as far as `tx` works leaf by leaf, which Adam does, after a clip by the
-    gradients' norm too. What can only be computed from all of the state (a norm of the moments or of Adam's updates,
-    what a `lax.cond` takes) has to have all of it on the device at once.
+    Under jit the state is streamed: the transfer of a leaf to the device starts when the second leaf before it has been
+    stored, so that about five are on the device at a time. This requires that `tx` works leaf by leaf, as Adam does,
+    also after clipping by the gradients' norm. Computations over the whole state (a norm of the moments or of Adam's
+    updates, operands of a `lax.cond`) need all of it on the device at once.
 
-    Donated state is updated in place, as in :func:`lora_jax.train_step`. A jit of your own donates the parameters too,
-    and returns them and the state in the order in which it takes them: JAX pairs buffers by shape alone, and state that
-    it pairs with other parameters ends in the wrong memory (on a CPU the process aborts).
+    Donated state is updated in place, as in :func:`lora_jax.train_step`. If you call the transform in your own jit,
+    donate the parameters too, and return parameters and state in the order of the arguments: JAX pairs donated buffers
+    by shape only, and state that is paired with parameters ends up in the wrong memory (on a CPU the process aborts).
 
     Args:
-      tx: Any Optax transform; it finds its state on the device. Wrap the innermost: `optax.MultiSteps`, whose state
-        is a `lax.cond`'s, and `lora.optimizer` go around this.
-      min_size: Elements from which on a leaf is large. Smaller ones stay on the device.
+      tx: Any Optax transform; it receives its state on the device. Wrap the innermost transform: `optax.MultiSteps`,
+        whose state is an operand of a `lax.cond`, and `lora.optimizer` go around this one.
+      min_size: Minimum number of elements of a leaf that is stored in host memory.
 
     Returns:
-      A transform with the state of `tx`. State that is on the device (restored so from a checkpoint) is taken too, and
-      goes to the host. Neither pmap nor :func:`lora_jax.train_many` can hold state in host memory.
+      A transform with the state of `tx`. State on the device (restored from a checkpoint) is also accepted, and moves
+      to host memory. Neither pmap nor :func:`lora_jax.train_many` supports state in host memory.
 
     Raises:
-      ValueError: (from `init`) The backend's devices have no pinned host memory.
+      ValueError: (from `init`) The devices have no pinned host memory.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -75,115 +75,111 @@ def host_offloaded(
 
     def update(updates, state, params=None, **extra):
         leaves, treedef = jax.tree.flatten((updates, state, params, extra))
-        places = [place for place, leaf in enumerate(leaves) if is_array(leaf)]
-        arrays = [leaves[place] for place in places]
+        indices = [index for index, leaf in enumerate(leaves) if is_array(leaf)]
+        arrays = [leaves[index] for index in indices]
         results = []
 
         def flat(*arrays):
-            given = dict(enumerate(leaves)) | dict(zip(places, arrays))
-            updates, state, params, extra = jax.tree.unflatten(treedef, given.values())
+            by_index = dict(enumerate(leaves)) | dict(zip(indices, arrays))
+            updates, state, params, extra = jax.tree.unflatten(treedef, by_index.values())
             result = update_with(tx, updates, state, params, extra)
             results.append(result)
             return jax.tree.leaves(result)
 
         def inlined(*arrays):
             program = jaxprs.trace(flat, arrays)
-            return _evaluated(program.jaxpr, _given(program, arrays))
+            return _evaluate_inlined(program.jaxpr, _program_inputs(program, arrays))
 
-        program = jaxprs.trace(inlined, [jax.eval_shape(_loaded, x) if in_host_memory(x) else x for x in arrays])
-        moved, state = results[-1]
-        count = len(jax.tree.leaves(moved))
-        out = _streamed(program.jaxpr, _given(program, arrays), lambda place, leaf: place >= count and is_large(leaf))
-        return jax.tree.unflatten(jax.tree.structure((moved, state)), out)
+        program = jaxprs.trace(inlined, [jax.eval_shape(_load, x) if in_host_memory(x) else x for x in arrays])
+        count = len(jax.tree.leaves(results[-1][0]))
+        inputs = _program_inputs(program, arrays)
+        out = _stream(program.jaxpr, inputs, lambda index, leaf: index >= count and is_large(leaf))
+        return jax.tree.unflatten(jax.tree.structure(results[-1]), out)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _streamed(jaxpr: jaxprs.Jaxpr, arrays: Sequence[Any], returns: Callable[[int, Any], bool]) -> list[Any]:
-    """The outputs of a jaxpr some of whose inputs are on the host, in an order that needs few of them at a time.
+def _stream(jaxpr: jaxprs.Jaxpr, arrays: Sequence[Any], to_host: Callable[[int, Any], bool]) -> list[Any]:
+    """Evaluates a jaxpr some of whose inputs are in host memory, with few of them on the device at a time.
 
     Args:
-      jaxpr: Its inputs are all on the device.
-      arrays: Its inputs, where they are.
-      returns: `returns(place, output)`: whether an output goes to the host.
+      jaxpr: Expects all of its inputs on the device.
+      arrays: The inputs, on the device or in host memory.
+      to_host: `to_host(index, output)` returns whether an output goes to host memory.
     """
     variables, consts = jaxprs.inputs(jaxpr)
     values = dict(zip(variables, [*consts, *arrays]))
     equations, outputs = jaxprs.equations(jaxpr), jaxprs.outputs(jaxpr)
-    absent = {variable for variable in variables if in_host_memory(values[variable])}
+    on_host = {variable for variable in variables if in_host_memory(values[variable])}
 
-    # A stage begins with the arrival of a leaf and runs all that needs it and those before.
-    order = _first_needed(equations, outputs, absent)
+    # A stage begins when a leaf is loaded, and runs the equations that need it and no later leaf.
+    order = _order_of_use(equations, outputs, on_host)
     stage = {variable: number for number, variable in enumerate(order, 1)}
     steps: list[list[Any]] = [[] for _ in range(len(order) + 1)]
     for equation in equations:
         number = max((stage[atom] for atom in equation.invars if _is_variable(atom) and atom in stage), default=0)
         stage.update(dict.fromkeys(equation.outvars, number))
         steps[number].append(equation)
-    leaving: list[list[int]] = [[] for _ in steps]
-    for place, atom in enumerate(outputs):
-        if _is_variable(atom) and returns(place, atom.aval):
-            leaving[stage.get(atom, 0)].append(place)
+    stores: list[list[int]] = [[] for _ in steps]  # by stage, the outputs that go to the host after it
+    for index, atom in enumerate(outputs):
+        if _is_variable(atom) and to_host(index, atom.aval):
+            stores[stage.get(atom, 0)].append(index)
 
     stored: dict[int, Any] = {}
     for number, equations in enumerate(steps):
         if number:
             leaf = values[order[number - 1]]
-            before = [stored[place] for place in leaving[number - AHEAD]] if number >= AHEAD else []
+            before = [stored[index] for index in stores[number - AHEAD]] if number >= AHEAD else []
             if before and isinstance(leaf, jax.core.Tracer):
                 leaf, *_ = jax.lax.optimization_barrier((leaf, *before))
-            values[order[number - 1]] = _loaded(leaf)
-        for equation in equations:
-            with jaxprs.context(equation):
-                operands = [jaxprs.read(values, atom) for atom in equation.invars]
-                values.update(zip(equation.outvars, jaxprs.bind(equation, operands)))
-        for place in leaving[number]:
-            stored[place] = jax.device_put(values[outputs[place]], HOST)
-    return [stored[place] if place in stored else jaxprs.read(values, atom) for place, atom in enumerate(outputs)]
+            values[order[number - 1]] = _load(leaf)
+        jaxprs.evaluate(equations, values)
+        for index in stores[number]:
+            stored[index] = jax.device_put(values[outputs[index]], HOST)
+    return [stored[index] if index in stored else jaxprs.read(values, atom) for index, atom in enumerate(outputs)]
 
 
-def _given(program: jaxprs.Program, arrays: Sequence[Any]) -> list[Any]:
-    """What the jaxpr of a program takes, when the program is given these arrays."""
-    return [*program.consts, *(array for array, keep in zip(arrays, program.used) if keep)]
+def _program_inputs(program: jaxprs.Program, arrays: Sequence[Any]) -> list[Any]:
+    """Returns the inputs of a program's jaxpr: the used ones of its constants and of the arrays."""
+    return [*program.consts, *(array for array, used in zip(arrays, program.used) if used)]
 
 
-def _evaluated(jaxpr: jaxprs.Jaxpr, arrays: Sequence[Any]) -> list[Any]:
-    """The outputs of a jaxpr, equation by equation, those of the functions that it calls by `jit` included."""
+def _evaluate_inlined(jaxpr: jaxprs.Jaxpr, arrays: Sequence[Any]) -> list[Any]:
+    """Evaluates a jaxpr with the functions that it calls by `jit` inlined."""
     variables, consts = jaxprs.inputs(jaxpr)
     values = dict(zip(variables, [*consts, *arrays]))
-    for equation in jaxprs.equations(jaxpr):
-        operands = [jaxprs.read(values, atom) for atom in equation.invars]
-        with jaxprs.context(equation):
-            if _is_plain_call(equation):
-                results = _evaluated(equation.params["jaxpr"], operands)
-            else:
-                results = jaxprs.bind(equation, operands)
-        values.update(zip(equation.outvars, results))
+
+    def apply(equation, operands):
+        if _is_plain_call(equation):
+            return _evaluate_inlined(equation.params["jaxpr"], operands)
+        return jaxprs.bind(equation, operands)
+
+    jaxprs.evaluate(jaxprs.equations(jaxpr), values, apply)
     return [jaxprs.read(values, atom) for atom in jaxprs.outputs(jaxpr)]
 
 
 def _is_plain_call(equation: Any) -> bool:
-    """Whether an equation is a `jit` that says nothing of shardings."""
+    """Returns whether an equation is a `jit` without shardings."""
     if equation.primitive.name not in ("jit", "pjit"):
         return False
     shardings = (*equation.params["in_shardings"], *equation.params["out_shardings"])
     return all(map(jaxprs.is_unspecified, shardings))
 
 
-def _first_needed(equations: Sequence[Any], outputs: Sequence[Any], wanted: Set[Any]) -> list[Any]:
-    """Variables in the order in which computing one output after another asks for them, depth first."""
-    maker = {variable: equation for equation in equations for variable in equation.outvars}
-    found, seen, stack = [], set(), list(reversed(outputs))
+def _order_of_use(equations: Sequence[Any], outputs: Sequence[Any], variables: Set[Any]) -> list[Any]:
+    """Returns variables in the order of first use when the outputs are computed one after another, depth first."""
+    producers = {variable: equation for equation in equations for variable in equation.outvars}
+    order, visited, stack = [], set(), list(reversed(outputs))
     while stack:
         atom = stack.pop()
-        if not _is_variable(atom) or atom in seen:
+        if not _is_variable(atom) or atom in visited:
             continue
-        seen.add(atom)
-        if atom in maker:
-            stack.extend(reversed(maker[atom].invars))
-        elif atom in wanted:
-            found.append(atom)
-    return found
+        visited.add(atom)
+        if atom in producers:
+            stack.extend(reversed(producers[atom].invars))
+        elif atom in variables:
+            order.append(atom)
+    return order
 
 
 def _is_variable(atom: Any) -> bool:
@@ -191,11 +187,11 @@ def _is_variable(atom: Any) -> bool:
 
 
 def in_host_memory(array: Any) -> bool:
-    """Whether an array, or a tracer of one, is in the host's memory rather than the device's."""
+    """Returns whether an array or a tracer is in host memory."""
     return jax.typeof(array).memory_space == HOST
 
 
-def _loaded(array: Any) -> jax.Array:
+def _load(array: Any) -> jax.Array:
     return jax.device_put(array, DEVICE)
 
 

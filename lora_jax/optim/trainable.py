@@ -1,4 +1,4 @@
-"""Trainable and frozen leaves apart, and optimizers that keep state on the trainable ones only."""
+"""Partitioning into trainable and frozen leaves, and optimizers with state for the trainable ones only."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ Delta = dict[str, Adapter]
 
 
 def trainable_mask(tree: Any) -> Any:
-    """The tree with each leaf replaced by whether it trains, for Optax masks.
+    """Returns which leaves train, for Optax masks.
 
     Args:
-      tree: A delta, or any tree that holds deltas, such as `{"base": …, "delta": …}`.
+      tree: A delta, or any tree that contains deltas, such as `{"base": …, "delta": …}`.
 
     Returns:
-      The same structure with booleans: True on the trained leaves of adapters (`a` and `b` of a LoRA),
-      False on their frozen and integer leaves and on everything outside adapters.
+      The same structure with booleans: True for trainable leaves of adapters (`a` and `b` of a LoRA), False for their
+      frozen and integer leaves and for all leaves outside adapters.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -34,20 +34,19 @@ def trainable_mask(tree: Any) -> Any:
 
 
 def partition(delta: Delta) -> tuple[Delta, Delta]:
-    """Separates what trains from what does not.
+    """Splits a delta into its trainable and its frozen leaves.
 
-    A plain Optax transform over the whole delta can still decay frozen leaves, and integer leaves (of `Rows`) have no
-    gradients: a step of your own differentiates and updates `train` alone, or uses :func:`optimizer`.
+    If you write your own training step, differentiate and update `train` only, or use :func:`optimizer`: a plain Optax
+    transform over the whole delta can decay frozen leaves, and integer leaves (of `Rows`) have no gradients.
 
     Args:
       delta: From :func:`lora_jax.init`.
 
     Returns:
-      `(train, frozen)`: two trees like `delta`, each with None in place of the other's leaves. Gradients
-      and optimizer state see `train` only.
+      `(train, frozen)`: two trees like `delta`, each with None in place of the other's leaves.
 
     Raises:
-      TypeError: The tree has leaves, and no adapter is in it: it is the base, say.
+      TypeError: The tree has leaves but no adapter, for example because it is the base.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -59,8 +58,8 @@ def partition(delta: Delta) -> tuple[Delta, Delta]:
     leaves = jax.tree.leaves(delta, is_leaf=is_adapter)
     if leaves and not any(map(is_adapter, leaves)):
         raise TypeError(
-            f"partition(delta): the tree holds no adapter, only leaves such as {short(leaves[0])}; give the "
-            "delta of lora_jax.init, not the base."
+            f"partition(delta): expected a tree of adapters, got leaves such as {short(leaves[0])}; pass the delta "
+            "from lora_jax.init, not the base."
         )
     mask = trainable_mask(delta)
     train = jax.tree.map(lambda trains, leaf: leaf if trains else None, mask, delta)
@@ -69,10 +68,10 @@ def partition(delta: Delta) -> tuple[Delta, Delta]:
 
 
 def join(train: Delta, frozen: Delta) -> Delta:
-    """The delta again, from the two halves that :func:`partition` made.
+    """Recombines the two halves that :func:`partition` returns.
 
     Raises:
-      ValueError: The halves are of different deltas.
+      ValueError: The halves belong to different deltas.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -88,25 +87,25 @@ def join(train: Delta, frozen: Delta) -> Delta:
 
     if set(train) != set(frozen):
         different = sorted(set(train) ^ set(frozen))
-        raise ValueError(f"join(train, frozen): the halves differ in their paths, {different[0]!r} for one.")
+        raise ValueError(f"join(train, frozen): the halves have different paths, for example {different[0]!r}.")
     return jax.tree.map(pick, train, frozen, is_leaf=lambda leaf: leaf is None)
 
 
 def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """An optimizer for the one-tree style, where base and delta are one tree of parameters.
+    """Wraps an optimizer for code in which base and delta are one tree of parameters.
 
     Args:
-      tx: Any Optax transform that takes parameters as they are. It sees the trainable leaves alone: its state
-        has no entry for others, a global-norm clip measures trainable gradients only, and weight decay or noise
-        never reaches a frozen leaf. The adapters' other leaves are passed to its `update` as `frozen`, if it takes
-        that argument; so are the extra arguments of the call (`value=`).
+      tx: Any Optax transform of plain parameters. It receives the trainable leaves only: its state has no entries for
+        other leaves, clipping by the global norm considers trainable gradients only, and neither weight decay nor
+        noise changes a frozen leaf. The frozen leaves of adapters are passed to its `update` as `frozen`, and the
+        extra arguments of the call (`value=`) by name, if it accepts them.
 
     Returns:
-      A transform over the whole tree whose updates are zero outside the trainable leaves. Gradients of
-      integer leaves (`float0`, from `jax.grad(…, allow_int=True)`) are taken and ignored.
+      A transform of the whole tree whose updates are zero outside the trainable leaves. Gradients of integer leaves
+      (`float0`, from `jax.grad(…, allow_int=True)`) are ignored.
 
     Raises:
-      TypeError: `tx` is no Optax transform.
+      TypeError: `tx` is not an Optax transform.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
@@ -118,25 +117,26 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     """
     check_transform(tx, "optimizer")
 
-    def chosen(params, tree):
+    def select_trainable(params, tree):
         return jax.tree.map(lambda trains, leaf: leaf if trains else None, trainable_mask(params), tree)
 
     def init(params):
-        return tx.init(chosen(params, params))
+        return tx.init(select_trainable(params, params))
 
     def update(updates, state, params=None, **extra):
         if params is None:
-            raise ValueError("optimizer(tx).update needs params, which tell the trainable leaves.")
+            raise ValueError("optimizer(tx).update needs params, to determine the trainable leaves.")
         frozen = jax.tree.map(lambda node: partition(node)[1] if is_adapter(node) else None, params, is_leaf=is_adapter)
-        # A caller that split the tree itself (train_step) has said what is frozen: its word holds.
+        # `frozen=` of a caller that partitioned the tree itself (train_step) takes precedence.
         extra = {"frozen": frozen, **extra}
-        trained, state = update_with(tx, chosen(params, updates), state, chosen(params, params), extra)
-        full = jax.tree.map(
+        train_updates, train = select_trainable(params, updates), select_trainable(params, params)
+        train_updates, state = update_with(tx, train_updates, state, train, extra)
+        updates = jax.tree.map(
             lambda leaf, update: jnp.zeros_like(leaf) if update is None and is_array(leaf) else update,
             params,
-            trained,
+            train_updates,
             is_leaf=lambda leaf: leaf is None,
         )
-        return full, state
+        return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -159,6 +159,25 @@ def bind(equation: Equation, values: Sequence[Any], **changes: Any) -> list[Any]
     return list(result) if equation.primitive.multiple_results else [result]
 
 
+def evaluate(
+    equations: Iterable[Equation],
+    environment: dict[Any, Any],
+    apply: Callable[[Equation, Sequence[Any]], Sequence[Any]] = bind,
+) -> None:
+    """Evaluates equations in order, each under its own context.
+
+    Args:
+      equations: The equations.
+      environment: Values by variable; the results are added to it.
+      apply: `apply(equation, operands)` returns the results of an equation.
+    """
+    for equation in equations:
+        operands = [read(environment, atom) for atom in equation.invars]
+        with context(equation):
+            results = apply(equation, operands)
+        environment.update(zip(equation.outvars, results))
+
+
 def source(equation: Equation) -> str:
     """Where in the user's code an equation comes from: `model.py:12 (fn)`."""
     text = source_info_util.summarize(equation.source_info)
