@@ -1,4 +1,4 @@
-"""An NNX module as a function of parameters."""
+"""Converts NNX modules to functions of parameters."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -18,24 +18,24 @@ def functional(model: nnx.Module) -> tuple[Callable, dict[str, Any]]:
       model: Any module. It is not changed.
 
     Returns:
-      `(apply_fn, base)`. `base` is a plain nested dict of every variable that is no random state, with NNX's own
-      keys (the items of a list are under 0, 1, …) and paths such as `layers/0/query/kernel`.
+      `(apply_fn, base)`. `base` is a plain nested dict of every variable except random state, with NNX's keys (the
+      items of a list have the keys 0, 1, …) and paths such as `layers/0/query/kernel`.
       `apply_fn(base, *args, rngs=None, mutable=(), **kwargs)` calls a fresh copy of the module:
 
-      - `rngs`: a PRNG key that reseeds every random stream, and that a `__call__` with an argument of
-        that name is given as `nnx.Rngs`. Without it dropout is off, and such a `__call__` is given None,
-        unless it has a default.
-      - `mutable`: what the call may change: classes (`nnx.BatchStat`), their names in NNX
-        ('batch_stats') or patterns of paths; the result is then `(out, changed)` with the changed
-        variables as a dict like `base`.
+      - `rngs`: a PRNG key that reseeds every random stream. A `__call__` with an argument of that name receives it as
+        `nnx.Rngs`. Without a key, dropout is off, and such a `__call__` receives None, unless the argument has a
+        default.
+      - `mutable`: the variables that the call may change: classes (`nnx.BatchStat`), their names in NNX
+        ('batch_stats') or patterns of paths. The result is then `(out, changed)` with the changed variables as a dict
+        like `base`.
 
-      Weights go back into the module by `nnx.update(model, lora.merge(base, delta))` or :func:`updated`.
+      To put weights back into the module, use `nnx.update(model, lora.merge(base, delta))` or :func:`updated`.
 
     Raises:
       TypeError: `model` is not an NNX module but, for example, a Linen module, a class or a function. (From
-        `apply_fn`:) `rngs` is no key.
-      ValueError: (from `apply_fn`) The call changes a variable, other than a parameter, that `mutable`
-        does not name, or `base` does not fit the module.
+        `apply_fn`:) `rngs` is not a PRNG key.
+      ValueError: (from `apply_fn`) The call changes a variable that is not a parameter and not in `mutable`, or `base`
+        does not fit the module.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -52,17 +52,17 @@ def functional(model: nnx.Module) -> tuple[Callable, dict[str, Any]]:
     parameter = inspect.signature(type(model).__call__).parameters.get("rngs")
 
     def apply_fn(base: Any, *args: Any, rngs: jax.Array | None = None, mutable: Any = (), **kwargs: Any) -> Any:
-        given = _leaves(base)
-        missing = [name for name in names if name not in given]
-        unknown = [name for name in given if name not in names]
+        leaves = _leaves(base)
+        missing = [name for name in names if name not in leaves]
+        unknown = [name for name in leaves if name not in names]
         if missing or unknown:
             first = (missing or unknown)[0]
             raise ValueError(
-                f"The base does not fit the module: it lacks {len(missing)} variables and has {len(unknown)} that the "
-                f"module lacks, {first!r} for one; {paths.nearest(first, list(given if missing else names))}."
+                f"The base does not fit the module: it lacks {len(missing)} variables and has {len(unknown)} unknown "
+                f"ones, for example {first!r}; {paths.nearest(first, list(leaves if missing else names))}."
             )
-        values = [given[name] for name in names]
-        # A copy: the module of an earlier call, and random state, are never written to.
+        values = [leaves[name] for name in names]
+        # Copy, so that the call does not change the random state or the module of an earlier call.
         module = nnx.merge(graphdef, random, treedef.unflatten(values), copy=True)
         if rngs is None:
             module.set_attributes(deterministic=True, raise_if_not_found=False)
@@ -70,7 +70,7 @@ def functional(model: nnx.Module) -> tuple[Callable, dict[str, Any]]:
                 kwargs["rngs"] = None
         else:
             if not isinstance(rngs, jax.Array):
-                raise TypeError(f"rngs takes a PRNG key, such as jax.random.key(0); got {type(rngs).__name__}.")
+                raise TypeError(f"rngs: expected a PRNG key, such as jax.random.key(0); got {type(rngs).__name__}.")
             _reseed(module, rngs)
             if parameter is not None:
                 kwargs["rngs"] = nnx.Rngs(rngs)
@@ -79,7 +79,7 @@ def functional(model: nnx.Module) -> tuple[Callable, dict[str, Any]]:
         before = dict(zip(names, values))
         variables = dict(_variables(after))
         allowed = (mutable,) if isinstance(mutable, str | type) else tuple(mutable)
-        # Lifted transforms (nnx.remat, nnx.jit) write every variable back, parameters too: as another tracer.
+        # Lifted transforms (nnx.remat, nnx.jit) replace every variable, also parameters, by another tracer.
         changed = {
             path: leaf
             for path, leaf in _leaves(after).items()
@@ -89,9 +89,8 @@ def functional(model: nnx.Module) -> tuple[Callable, dict[str, Any]]:
         for path in changed:
             if not _is_named(path, variables[path], allowed):
                 raise ValueError(
-                    f"The call changes the variable {path!r} ({type(variables[path]).__name__}), which "
-                    f"mutable={mutable!r} does not name. Name it, or set the module to evaluation with "
-                    "model.eval() first."
+                    f"The call changes the variable {path!r} ({type(variables[path]).__name__}), which is not in "
+                    f"mutable={mutable!r}. Add it, or call model.eval() first."
                 )
         return (out, _nested(changed, keys | _keys(after))) if allowed else out
 
@@ -99,19 +98,18 @@ def functional(model: nnx.Module) -> tuple[Callable, dict[str, Any]]:
 
 
 def updated(target: Any, params: Any) -> Any:
-    """A module, or a base from :func:`functional`, with some of its variables replaced.
+    """Returns a module, or a base from :func:`functional`, with some of its variables replaced.
 
     Args:
       target: An NNX module, which is not changed, or a base.
-      params: A tree of some or all of its variables by their paths: merged weights, or the variables that a call
-        changed.
+      params: A tree with some or all of its variables, such as merged weights or the variables that a call changed.
 
     Returns:
-      A new module, or a new base. Arrays are put where those that they replace are.
+      A new module or a new base. New arrays get the shardings of the arrays that they replace.
 
     Raises:
-      TypeError: `target` is a module of another kind.
-      ValueError: `params` has a path that the target lacks, or an array of another shape.
+      TypeError: `target` is a module of another framework.
+      ValueError: `params` has a path that is not in the target, or an array of another shape.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -132,12 +130,12 @@ def updated(target: Any, params: Any) -> Any:
         if path not in variables:
             raise ValueError(f"The target has no variable {path!r}; {paths.nearest(path, list(variables))}.")
         if jnp.shape(leaf) != jnp.shape(variables[path]):
-            raise ValueError(f"{path!r}: the shape {jnp.shape(leaf)} replaces {jnp.shape(variables[path])}.")
-    return flat.map(lambda path, leaf: _placed(changes[path], leaf) if path in changes else leaf)
+            raise ValueError(f"{path!r}: expected the shape {jnp.shape(variables[path])}, got {jnp.shape(leaf)}.")
+    return flat.map(lambda path, leaf: _with_sharding(changes[path], leaf) if path in changes else leaf)
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested dict from '/'-joined paths.
+    """Builds a nested dict from '/'-joined paths.
 
     Example:
       >>> nested({"a/b": 1, "a/c": 2})
@@ -147,7 +145,7 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _nested(leaves: Mapping[str, Any], keys: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
-    """A nested dict from paths and the keys that each stands for."""
+    """Builds a nested dict from leaves by path, and the keys of each path."""
     tree: dict[Any, Any] = {}
     for path, leaf in leaves.items():
         *parents, last = keys[path]
@@ -159,7 +157,7 @@ def _nested(leaves: Mapping[str, Any], keys: Mapping[str, tuple[Any, ...]]) -> d
 
 
 def _keys(state: Any) -> dict[str, tuple[Any, ...]]:
-    """The keys of each leaf of a state: integers for the items of a list, as NNX has them."""
+    """Returns the keys of each leaf of a state by its path. Items of a list have integer keys, as in NNX."""
     keys_of = {}
     for entries, node in jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_variable)[0]:
         keys = tuple(getattr(entry, "key", entry) for entry in entries)
@@ -173,7 +171,7 @@ def _is_variable(node: Any) -> bool:
 
 
 def _check_module(model: Any, where: str) -> None:
-    """Raises `TypeError` unless `model` is an NNX module; says what to do with what it is instead."""
+    """Raises `TypeError` unless `model` is an NNX module, with advice for other objects."""
     if isinstance(model, nnx.Module):
         return
     if isinstance(model, linen.Module):
@@ -182,15 +180,15 @@ def _check_module(model: Any, where: str) -> None:
     elif isinstance(model, type):
         what, advice = f"the class {model.__name__}", f"create a module first: {model.__name__}(…)"
     elif callable(model):
-        what = f"{getattr(model, '__name__', type(model).__name__)}, a callable of another kind"
+        what = f"the function {getattr(model, '__name__', type(model).__name__)}"
         advice = "a function of parameters needs no conversion: lora.adapt(fn)"
     else:
         what, advice = f"{type(model).__name__}", "for a function of parameters use lora.adapt(fn)"
-    raise TypeError(f"lora.nnx.{where} takes an instance of flax.nnx.Module; got {what}. Instead, {advice}.")
+    raise TypeError(f"lora.nnx.{where}: expected an instance of flax.nnx.Module; got {what}. Instead, {advice}.")
 
 
-def _placed(new: Any, old: Any) -> Any:
-    """An array with the sharding of the one that it replaces, for which a compiled step was made."""
+def _with_sharding(new: Any, old: Any) -> Any:
+    """Returns an array with the sharding of the one that it replaces, so that compiled steps are reused."""
     if isinstance(old, jax.Array) and isinstance(new, jax.Array) and not isinstance(new, jax.core.Tracer):
         return new if new.sharding == old.sharding else jax.device_put(new, old.sharding)
     return new
@@ -201,13 +199,13 @@ def _leaves(base: Any) -> dict[str, Any]:
 
 
 def _variables(state: Any) -> list[tuple[str, Any]]:
-    """The variables of a state with their paths."""
+    """Returns the variables of a state with their paths."""
     entries = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_variable)[0]
-    return [("/".join(paths.segment(key) for key in keys), variable) for keys, variable in entries]
+    return [(paths.join(keys), variable) for keys, variable in entries]
 
 
 def _is_named(path: str, variable: Any, allowed: tuple) -> bool:
-    """Whether `mutable` names a variable: by class, by the class's name in NNX, or by a pattern of its path."""
+    """Returns whether `mutable` names a variable by class, by the class's name in NNX, or by a pattern of its path."""
     kind = type(variable)
     names = (kind.__name__, nnx.variable_name_from_type(kind, allow_register=True))
     return any(
@@ -217,10 +215,10 @@ def _is_named(path: str, variable: Any, allowed: tuple) -> bool:
 
 
 def _reseed(module: nnx.Module, key: jax.Array) -> None:
-    """Gives every random stream a key derived from `key` and the stream's place."""
+    """Reseeds every random stream with a key derived from `key` and the position of the stream."""
     streams = [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.RngStream)]
     for number, stream in enumerate(streams):
-        made = jax.random.fold_in(key, number)
+        stream_key = jax.random.fold_in(key, number)
         shape = stream.key.get_value().shape
-        stream.key.set_value(jax.random.split(made, shape) if shape else made)
+        stream.key.set_value(jax.random.split(stream_key, shape) if shape else stream_key)
         stream.count.set_value(jnp.zeros_like(stream.count.get_value()))

@@ -1,4 +1,4 @@
-"""What matched and what it costs: summary(); how each weight is treated: explain()."""
+"""summary(): what a delta adapts and costs; explain(): how a function uses each adapted weight."""
 
 import collections
 import dataclasses
@@ -21,40 +21,40 @@ from lora_jax.transform.interpreter import Interpreter, Use
 Delta = dict[str, Adapter]
 
 OPTIMIZER_SLOTS = {"SGD": 0, "momentum": 1, "Adam": 2}
-"""Optimizer state in copies of what is trained."""
+"""Size of the optimizer state, in copies of the trainable parameters."""
 
 
 class Explanation(dict[str, tuple[Use, ...]]):
-    """Per adapted weight, its uses by the function. Prints a line a use."""
+    """The uses of each adapted weight by a function. Prints one line per use."""
 
     @property
     def factored(self) -> bool:
-        """Whether no use merges a weight."""
+        """Whether the adapters are applied without merging any weight."""
         return all(use.factored for uses in self.values() for use in uses)
 
     def __str__(self) -> str:
-        return "\n".join(f"{path}: {use}" for path, uses in self.items() for use in uses) or "no weight is adapted"
+        return "\n".join(f"{path}: {use}" for path, uses in self.items() for use in uses) or "no adapted weights"
 
     __repr__ = __str__
 
 
 def explain(fn: Callable, base: Any, delta: Delta, /, *args: Any, **kwargs: Any) -> Explanation:
-    """Tells, per weight and use, whether the adapter is applied factored or the weight is merged, and why.
+    """Reports, for each use of a weight, whether the adapter is applied factored or the weight is merged, and why.
 
-    Quantized weights are shown with or without an adapter: merged ones are dequantized there for good.
+    Quantized weights are listed with or without an adapter. If such a use is merged, the dequantized weight is formed.
 
     Args:
-      fn: The function that :func:`lora_jax.adapt` is given (not its result).
+      fn: The function that is passed to :func:`lora_jax.adapt` (not its result).
       base: Parameters.
       delta: Adapters.
-      *args: Arguments of fn; it is traced, not run.
-      **kwargs: Likewise.
+      *args: Arguments of fn, which is traced but not run.
+      **kwargs: Keyword arguments of fn.
 
     Returns:
       `{path: (use, …)}`; a use has `factored`, `operation`, `reason` and `source`.
 
     Raises:
-      TypeError: fn is no function of parameters (but the result of :func:`lora_jax.adapt`, say).
+      TypeError: fn is not a function of parameters, but for example the result of :func:`lora_jax.adapt`.
       ValueError: The delta does not fit the base, or adapts a weight that the function never uses.
 
     Example:
@@ -68,12 +68,12 @@ def explain(fn: Callable, base: Any, delta: Delta, /, *args: Any, **kwargs: Any)
     check_function("explain", fn)
     arguments = Arguments.create(base, args, kwargs)
     check_delta(delta, arguments)
-    call, found = Call.trace(fn, arguments), []
-    interpreter = Interpreter(uses=found)
+    call, uses = Call.trace(fn, arguments), []
+    interpreter = Interpreter(uses=uses)
 
     def run(arrays, delta):
-        given = dataclasses.replace(arguments, arrays=tuple(arrays))
-        out = call.evaluate(interpreter, insert_adapters(delta, given, None, interpreter))
+        traced = dataclasses.replace(arguments, arrays=tuple(arrays))
+        out = call.evaluate(interpreter, insert_adapters(delta, traced, None, interpreter))
         return [leaf for leaf in jax.tree.leaves(out) if is_array(leaf)]
 
     jax.eval_shape(run, list(arguments.arrays), delta)
@@ -82,12 +82,12 @@ def explain(fn: Callable, base: Any, delta: Delta, /, *args: Any, **kwargs: Any)
         raise ValueError(f"The delta adapts {unused[0]!r}, which the function never uses.")
     quantized = [path for path, leaf in zip(arguments.paths, arguments.arrays) if is_quantized(leaf)]
     shown = [path for path in arguments.paths if path in delta or path in quantized]
-    return Explanation({path: tuple(use for use in unique(found) if use.path == path) for path in shown})
+    return Explanation({path: tuple(use for use in unique(uses) if use.path == path) for path in shown})
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Adapters of one kind of layer (paths that differ in numbers only)."""
+    """Adapters of one kind of layer, whose paths differ only in numbers."""
 
     pattern: str
     kind: str
@@ -99,18 +99,18 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Summary:
-    """Figures of a delta on a base, all computed from the trees. Prints a table.
+    """Parameter and memory counts of a delta on a base. Prints a table.
 
     Attributes:
-      groups: What matched, by kind of layer.
-      trainable: Trained parameters.
-      total: Parameters of the base and the adapters together (a `Full` copy counts once).
-      base_parameters: Parameters of the base.
-      base_bytes: Of the base.
-      float_bytes: Of the base with floats in the place of quantized leaves: what full fine-tuning has.
-      formats: By format of quantized leaves, how many there are and their bits a parameter.
-      delta_bytes: Of the delta, frozen leaves included.
-      train_bytes: Of the trained leaves: what their gradients take, and each copy in optimizer state.
+      groups: The adapters, grouped by kind of layer.
+      trainable: Number of trainable parameters.
+      total: Number of parameters of base and adapters together (a `Full` copy counts once).
+      base_parameters: Number of parameters of the base.
+      base_bytes: Bytes of the base.
+      float_bytes: Bytes of the base without quantization, as in full fine-tuning.
+      formats: By format of quantized leaves, their number and their bits per parameter.
+      delta_bytes: Bytes of the delta, including frozen leaves.
+      train_bytes: Bytes of the trainable leaves, and so of their gradients and of each copy in the optimizer state.
       full_bytes: The same for full fine-tuning of the base.
     """
 
@@ -127,15 +127,15 @@ class Summary:
 
     @property
     def percent(self) -> float:
-        """Trained parameters in percent of all."""
+        """Trainable parameters as a percentage of all parameters."""
         return 100.0 * self.trainable / self.total if self.total else 0.0
 
     def optimizer_bytes(self, name: str = "Adam") -> int:
-        """Bytes of optimizer state for 'SGD', 'momentum' or 'Adam'."""
+        """Returns the bytes of optimizer state for 'SGD', 'momentum' or 'Adam'."""
         return OPTIMIZER_SLOTS[name] * self.train_bytes
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("weights", "adapter", "n", "", "trained", "of")]
+        rows: list[tuple[str, ...]] = [("weights", "adapter", "count", "options", "trainable", "parameters")]
         rows += [
             (
                 group.pattern,
@@ -151,21 +151,21 @@ class Summary:
         lines.append("")
         lines.append(f"trainable parameters  {self.trainable:,} of {self.total:,} ({self.percent:.3f} %)")
         for name, (count, bits) in self.formats.items():
-            lines.append(f"quantized weights     {count} in {name}, {bits:.3f} bits a parameter")
+            lines.append(f"quantized weights     {count} in {name}, {bits:.3f} bits per parameter")
         lines.append("")
         costs: list[tuple[str, ...]] = [("bytes", "this delta", "full fine-tuning", "ratio")]
         costs += [("base", f"{self.base_bytes:,}", f"{self.float_bytes:,}", "")]
         costs += [("delta", f"{self.delta_bytes:,}", "", "")]
         for name, factor in (("gradients", 1), *((f"{k} state", v) for k, v in OPTIMIZER_SLOTS.items())):
-            ours, full = factor * self.train_bytes, factor * self.full_bytes
-            costs.append((name, f"{ours:,}", f"{full:,}", f"{ours / full:.4f}" if full else ""))
+            train, full = factor * self.train_bytes, factor * self.full_bytes
+            costs.append((name, f"{train:,}", f"{full:,}", f"{train / full:.4f}" if full else ""))
         return "\n".join(lines + _table(costs, right={1, 2, 3}))
 
     __repr__ = __str__
 
 
 def summary(base: Any, delta: Delta) -> Summary:
-    """What a delta adapts and what training it costs beside full fine-tuning.
+    """Summarizes what a delta adapts, and its memory compared with full fine-tuning.
 
     Args:
       base: Parameters; arrays or `jax.ShapeDtypeStruct`.
@@ -181,8 +181,8 @@ def summary(base: Any, delta: Delta) -> Summary:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
       >>> base = {"w": jnp.ones((16, 16))}
       >>> delta = lora.init(jax.random.key(0), base, {"w": lora.LoRA(2, axes=("in", "out"))})
-      >>> made = summary(base, delta)
-      >>> made.trainable, made.total, made.optimizer_bytes("Adam")
+      >>> result = summary(base, delta)
+      >>> result.trainable, result.total, result.optimizer_bytes("Adam")
       (64, 320, 512)
     """
     check_delta(delta, Arguments.create(base))
@@ -198,12 +198,12 @@ def summary(base: Any, delta: Delta) -> Summary:
         Group(
             pattern,
             kind,
-            len(named),
+            len(group),
             details,
-            sum(trained[p] for p in named),
-            sum(math.prod(leaves[p].shape) for p in named),
+            sum(trained[path] for path in group),
+            sum(math.prod(leaves[path].shape) for path in group),
         )
-        for (pattern, kind, details), named in members.items()
+        for (pattern, kind, details), group in members.items()
     )
     base_parameters = sum(math.prod(leaf.shape) for leaf in leaves.values())
     added = sum(trained[path] for path, node in delta.items() if node.kind not in ("Full", "Rows"))
@@ -213,36 +213,36 @@ def summary(base: Any, delta: Delta) -> Summary:
         total=base_parameters + added,
         base_parameters=base_parameters,
         base_bytes=_bytes(leaves),
-        float_bytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _held(leaves.values())),
+        float_bytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _distinct(leaves.values())),
         formats=_formats(leaves.values()),
         delta_bytes=_bytes(delta),
         train_bytes=_bytes(train),
         full_bytes=sum(
-            math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _held(leaves.values()) if is_inexact(leaf)
+            math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _distinct(leaves.values()) if is_inexact(leaf)
         ),
     )
 
 
 def _bytes(tree: Any) -> int:
-    """Bytes of all arrays; one that stands in several places is held once (a shape is an array of its own)."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _held(jax.tree.leaves(tree)))
+    """Returns the bytes of all arrays. An array that occurs several times counts once; each shape counts separately."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _distinct(jax.tree.leaves(tree)))
 
 
 def _formats(leaves: Iterable[Any]) -> dict[str, tuple[int, float]]:
-    """How many quantized leaves have each format, and their bits a parameter."""
+    """Returns, by format, the number of quantized leaves and their bits per parameter."""
     by_name: dict[str, list[Any]] = collections.defaultdict(list)
     for leaf in filter(is_quantized, leaves):
         by_name[leaf.format.name if hasattr(leaf, "format") else type(leaf).__name__].append(leaf)
     return {
-        name: (len(found), 8 * _bytes(found) / sum(math.prod(leaf.shape) for leaf in found))
-        for name, found in by_name.items()
+        name: (len(group), 8 * _bytes(group) / sum(math.prod(leaf.shape) for leaf in group))
+        for name, group in by_name.items()
     }
 
 
-def _held(leaves: Iterable[Any]) -> list[Any]:
-    """The leaves without repetitions."""
-    own = {number if isinstance(leaf, jax.ShapeDtypeStruct) else id(leaf): leaf for number, leaf in enumerate(leaves)}
-    return list(own.values())
+def _distinct(leaves: Iterable[Any]) -> list[Any]:
+    """Returns the leaves without repetitions."""
+    by_id = {index if isinstance(leaf, jax.ShapeDtypeStruct) else id(leaf): leaf for index, leaf in enumerate(leaves)}
+    return list(by_id.values())
 
 
 def _short(value: Any) -> str:
@@ -250,7 +250,7 @@ def _short(value: Any) -> str:
 
 
 def _table(rows: list[tuple[str, ...]], right: set[int]) -> list[str]:
-    """Rows as aligned lines; `right` are the columns aligned to the right."""
+    """Formats rows as aligned lines; `right` are the columns aligned to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(

@@ -159,9 +159,9 @@ def test_updated_refuses_what_does_not_fit(x):
     for target in (Model(), base):
         with pytest.raises(ValueError, match=r"no variable 'layers/2/kernel'; nearest: 'layers/"):
             lora.nnx.updated(target, {"layers": {2: {"kernel": jnp.ones((4, 4))}}})
-        with pytest.raises(ValueError, match=r"'layers/1/bias': the shape \(3,\) replaces \(4,\)"):
+        with pytest.raises(ValueError, match=r"'layers/1/bias': expected the shape \(4,\), got \(3,\)"):
             lora.nnx.updated(target, {"layers": {1: {"bias": jnp.ones(3)}}})
-    with pytest.raises(TypeError, match=r"lora\.nnx\.updated takes .* got the class Model"):
+    with pytest.raises(TypeError, match=r"lora\.nnx\.updated: expected .* got the class Model"):
         lora.nnx.updated(Model, base)
 
 
@@ -180,7 +180,7 @@ def test_a_call_that_needs_rngs_is_given_none(x):
     for options in ({}, {"rngs": None}):
         assert (apply_fn(base, x, **options) != 0).all()
     assert (apply_fn(base, x, rngs=jax.random.key(1)) == 0).any()
-    with pytest.raises(TypeError, match=r"rngs takes a PRNG key, such as jax\.random\.key\(0\); got Rngs"):
+    with pytest.raises(TypeError, match=r"rngs: expected a PRNG key, such as jax\.random\.key\(0\); got Rngs"):
         apply_fn(base, x, rngs=nnx.Rngs(0))
     delta = lora.init(jax.random.key(0), base, {"kernel": lora.LoRA(2)}, apply_fn, x)
     np.testing.assert_array_equal(lora.adapt(apply_fn)(base, delta, x), apply_fn(base, x))
@@ -216,7 +216,7 @@ def plain(params, x):
     [
         (linen.Dense(3), r"a Linen module \(Dense\)\. Instead, .*lora\.adapt\(model\.apply\)"),
         (Model, r"the class Model\. Instead, create a module first: Model\(…\)"),
-        (plain, r"plain, a callable.*lora\.adapt\(fn\)"),
+        (plain, r"the function plain.*lora\.adapt\(fn\)"),
         ({"w": 1}, "dict"),
     ],
 )

@@ -161,5 +161,5 @@ def test_the_summary_counts_what_is_held(base):
     assert figures.float_bytes == lora.summary(base, delta).base_bytes
     leaves = [made["mlp"][name]["kernel"] for name in ("up", "down")]
     bits = 8 * sum(leaf.nbytes for leaf in leaves) / sum(leaf.size for leaf in leaves)
-    assert f"quantized weights     2 in NF4, {bits:.3f} bits a parameter" in str(figures)
+    assert f"quantized weights     2 in NF4, {bits:.3f} bits per parameter" in str(figures)
     assert "quantized" not in str(lora.summary(base, delta))
