@@ -10,10 +10,9 @@ import tyro
 
 from experiments import settings
 from experiments.input.checking import OnBad
-from experiments.input.encoding import Options
 from experiments.input.forms import FormName
+from experiments.input.options import Options, TrainOn
 from experiments.input.template_files import parse_arguments
-from experiments.input.turns import TrainOn
 from experiments.models.options import AttentionKernel, Remat
 from experiments.training.optimizer import Schedule
 from experiments.training.runtime import Runtime

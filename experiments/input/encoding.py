@@ -6,9 +6,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -17,9 +17,11 @@ from experiments.errors import UserError, reading
 from experiments.input.boundaries import BoundaryTokenizer
 from experiments.input.chat import Template, texts_of
 from experiments.input.control import ControlTokens, LiteralTokenizer, Span
+from experiments.input.options import Options
+from experiments.input.plans import Plan, answers, plan, prompt_call
 from experiments.input.records import Completion, Conversation, Record, Text
 from experiments.input.template_files import load_template, special_tokens
-from experiments.input.turns import Example, Plan, TrainOn, answers, conversation_examples, plan, prompt_call
+from experiments.input.turns import Example, conversation_examples
 from experiments.tasks.text import load_tokenizer
 
 
@@ -33,26 +35,6 @@ class Encoded(NamedTuple):
 
     tokens: np.ndarray
     targets: np.ndarray
-
-
-@dataclass(frozen=True)
-class Options:
-    """The user's options for converting records to tokens.
-
-    Attributes:
-      template: A chat template to use instead of the checkpoint's: a file, Jinja source, or a name.
-      template_arguments: Variables for the template, such as `enable_thinking`.
-      train_on: The text that the loss covers: all answers of the assistant, the last one, or the whole text.
-      control_tokens: Whether text in a record that spells a control token is plain text or the token.
-      tokenize_together: Whether to tokenize prompt and answer as one text. A token at their boundary may then differ
-        from the tokens with which a model is prompted.
-    """
-
-    template: str | None = None
-    template_arguments: dict[str, Any] = field(default_factory=dict)
-    train_on: TrainOn = "answers"
-    control_tokens: Literal["text", "parse"] = "text"
-    tokenize_together: bool = False
 
 
 @dataclass(frozen=True)
@@ -250,19 +232,20 @@ class Encoder:
 
 
 def load_encoder(
-    directory: Path, end: int | None, options: Options = Options(), *, vocabulary: int | None = None
+    directory: Path, end: int | None, options: Options | None = None, *, vocabulary: int | None = None
 ) -> Encoder:
     """Loads the encoder of a checkpoint.
 
     Args:
       directory: A checkpoint in Hugging Face layout.
       end: The token that ends a text if there is no chat template.
-      options: The user's options.
+      options: The user's options; None uses the defaults.
       vocabulary: Number of tokens for which the model has embeddings.
 
     Raises:
       UserError: The tokenizer is missing, or a file cannot be read.
     """
+    options = options or Options()
     tokenizer = load_tokenizer(directory)
     named = set(special_tokens(directory).values())
     added = tokenizer.get_added_tokens_decoder()

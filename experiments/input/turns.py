@@ -5,20 +5,15 @@ text for every answer, one example contains all answers. Otherwise (Qwen 3 drops
 last), every answer is a separate example, preceded by the text with which the model is prompted for it.
 """
 
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from experiments.errors import UserError
-from experiments.input.chat import Call, Rendering, Template, texts_of
+from experiments.input.chat import Rendering, Template
 from experiments.input.control import Marked, Span
-from experiments.input.records import Conversation, Message
+from experiments.input.omissions import check_rendered, note_tools
+from experiments.input.plans import Plan, answers, whole_call
 from experiments.input.rendering import RenderingError
-
-TrainOn = Literal["answers", "last", "all"]
-"""The text that the loss covers: all answers of the assistant, the last one, or the whole text."""
 
 _PROBES = "Alpha", "Omega"  # two answers without a common prefix
 
@@ -38,58 +33,6 @@ class Example:
     spans: list[Span]
     literal: list[Span]
     document: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The messages of a conversation that the loss covers, and the renderings that locate them; from :func:`plan`.
-
-    Attributes:
-      record: The conversation.
-      template: Its chat template.
-      location: Its location, for error messages.
-      selected: Indices of the messages that the loss covers.
-      inverted: Whether the loss covers everything except the selected messages instead.
-      calls: The renderings.
-    """
-
-    record: Conversation
-    template: Template
-    location: str
-    selected: list[int]
-    inverted: bool
-    calls: list[Call]
-
-
-def plan(template: Template, record: Conversation, location: str, train_on: TrainOn) -> Plan:
-    """Plans the examples of a conversation.
-
-    Args:
-      template: The chat template.
-      record: A conversation with at least one message.
-      location: Its location, for error messages.
-      train_on: The text that the loss covers. It never covers messages of weight 0.
-
-    Raises:
-      UserError: No message has the role assistant.
-    """
-    numbers = answers(record, location)
-    if not numbers:
-        raise UserError(f"{location}: none of the {len(record.messages)} messages has the role assistant")
-    weights = {number: _weight(record.messages[number], number, location) for number in numbers}
-    inverted = train_on == "all"
-    if inverted:
-        selected = [number for number in numbers if not weights[number]]
-    else:
-        selected = [number for number in numbers if weights[number] and number >= record.learn_from]
-        selected = selected[-1:] if train_on == "last" else selected
-    rendered = numbers if template.marks_generation and selected else selected
-    calls = [whole_call(record, number) for number in rendered]
-    if not template.marks_generation:
-        calls = [call for whole, number in zip(calls, selected) for call in (prompt_call(record, number), whole)]
-    if inverted or (selected and rendered[-1] < len(record.messages) - 1):
-        calls.append(whole_call(record))
-    return Plan(record, template, location, selected, inverted, calls)
 
 
 def conversation_examples(plan: Plan, renderings: Sequence[Rendering], notes: set[str]) -> list[Example]:
@@ -113,25 +56,6 @@ def conversation_examples(plan: Plan, renderings: Sequence[Rendering], notes: se
         notes.add("not trained on, because all answers have weight 0")
         return []
     return _selected_examples(plan, renderings, notes)
-
-
-def answers(record: Conversation, location: str) -> list[int]:
-    """Returns the indices of the assistant's messages."""
-    for number, message in enumerate(record.messages):
-        if not isinstance(message.get("role"), str):
-            raise UserError(f"{location}, message {number + 1}: role is {message.get('role')!r}, expected a string")
-    return [number for number, message in enumerate(record.messages) if message["role"] == "assistant"]
-
-
-def prompt_call(record: Conversation, number: int) -> Call:
-    """Returns the call that renders the prompt for a message."""
-    return Call(record.messages[:number], record.tools, record.template_arguments, prompt=True)
-
-
-def whole_call(record: Conversation, number: int | None = None) -> Call:
-    """Returns the call that renders a conversation up to and including a message, or completely."""
-    end = None if number is None else number + 1
-    return Call(record.messages[:end], record.tools, record.template_arguments)
 
 
 def _selected_examples(plan: Plan, renderings: Sequence[Rendering], notes: set[str]) -> list[Example]:
@@ -159,7 +83,7 @@ def _examples_from_blocks(plan: Plan, renderings: Sequence[Rendering], notes: se
     for number, part in zip(numbers, parts):
         if number in plan.selected:
             rendered = "".join(part.text[begin:end] for begin, end in part.spans)
-            _check_rendered(template, plan.record.messages[number], rendered, f"{plan.location}, message {number + 1}")
+            check_rendered(template, plan.record.messages[number], rendered, f"{plan.location}, message {number + 1}")
             examples += [part] if part.spans else []
     if not examples:
         raise UserError(
@@ -174,7 +98,7 @@ def _merge_examples(plan: Plan, whole: Rendering, examples: list[Example], notes
         _note_end(plan.template, one, notes)
     if isinstance(whole, RenderingError):
         return examples
-    _note_tools(plan, whole.text, notes)
+    note_tools(plan, whole.text, notes)
     if not all(whole.text.startswith(one.text[: one.spans[-1][1]]) for one in examples):
         return examples
     return [Example(whole.text, [span for one in examples for span in one.spans], whole.literal)]
@@ -208,12 +132,12 @@ def _inverted_example(plan: Plan, renderings: Sequence[Rendering], notes: set[st
         excluded = example.spans
     for number in answers(plan.record, plan.location):
         if number not in plan.selected:
-            _check_rendered(
+            check_rendered(
                 plan.template, plan.record.messages[number], whole.text, f"{plan.location}, message {number + 1}"
             )
     edges = [0, *(edge for span in excluded for edge in span), len(whole.text)]
     spans = [(begin, end) for begin, end in zip(edges[::2], edges[1::2]) if end > begin]
-    _note_tools(plan, whole.text, notes)
+    note_tools(plan, whole.text, notes)
     return Example(whole.text, spans, whole.literal)
 
 
@@ -230,7 +154,7 @@ def _examples_from_prompts(plan: Plan, renderings: Sequence[Rendering], notes: s
             notes.add(f"an answer before the last one is skipped: {plan.template.where} cannot render it as the last")
             continue
         ((begin, end),) = example.spans
-        _check_rendered(plan.template, message, example.text[begin:end], location)
+        check_rendered(plan.template, message, example.text[begin:end], location)
         examples.append(example)
     return _merge_examples(plan, whole, examples, notes)
 
@@ -278,63 +202,3 @@ def _common_prefix(first: str, second: str) -> str:
     """Returns the common prefix of two texts."""
     sizes = (size for size, (a, b) in enumerate(zip(first, second)) if a != b)
     return first[: next(sizes, min(len(first), len(second)))]
-
-
-_REASONING_END = re.compile(r"</[\w:]*think\w*>|\[/THINK\]|<channel\|>")
-
-
-def _check_rendered(template: Template, message: Message, rendered: str, location: str) -> None:
-    """Raises a UserError if the rendered text lacks the assistant's text or a call.
-
-    It searches for the last line of the text, because templates trim texts, escape them as JSON and drop reasoning.
-    """
-    for text in texts_of(message.get("content"), location):
-        lines = _REASONING_END.split(text)[-1].strip().splitlines()
-        if lines and not _occurs(lines[-1].strip(), rendered):
-            raise UserError(
-                f"{location}: the chat template of {template.where} omits the assistant's text "
-                f"{_quote(lines[-1])}; --template FILE sets another template"
-            )
-    for name in _calls(message):
-        if not _occurs(name, rendered):
-            raise UserError(
-                f"{location}: the chat template of {template.where} omits the assistant's call of {name}; "
-                "--template FILE sets another template"
-            )
-
-
-def _note_tools(plan: Plan, text: str, notes: set[str]) -> None:
-    """Adds notes if the rendered text lacks calls or tools."""
-    selected = () if plan.inverted else plan.selected
-    others = [message for number, message in enumerate(plan.record.messages) if number not in selected]
-    if any(not _occurs(name, text) for message in others for name in _calls(message)):
-        notes.add("the chat template omits tool_calls of messages that are not trained on")
-    functions = [tool.get("function", tool) for tool in plan.record.tools or ()]
-    if any(not _occurs(str(function.get("name")), text) for function in functions):
-        notes.add("the chat template omits the tools")
-
-
-def _calls(message: Message) -> list[str]:
-    """Returns the names of the functions that a message calls."""
-    calls = message.get("tool_calls") or []
-    functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
-    return [function["name"] for function in functions if isinstance(function.get("name"), str)]
-
-
-def _occurs(text: str, rendered: str) -> bool:
-    """Whether a text occurs in a rendered text, as it is or escaped as JSON."""
-    forms = text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]
-    return any(form in rendered for form in forms)
-
-
-def _quote(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:60]} …")
-
-
-def _weight(message: Message, number: int, location: str) -> bool:
-    weight = message.get("weight", 1)
-    if weight is None:
-        return True
-    if isinstance(weight, str) or weight not in (0, 1):
-        raise UserError(f"{location}, message {number + 1}: weight is {weight!r}, expected 0 or 1")
-    return bool(weight)

@@ -12,9 +12,10 @@ from tokenizers import Tokenizer
 from experiments.errors import UserError
 from experiments.input.chat import Template
 from experiments.input.encoding import load_encoder
+from experiments.input.plans import plan
 from experiments.input.records import Completion, Conversation
 from experiments.input.template_files import load_template
-from experiments.input.turns import conversation_examples, plan
+from experiments.input.turns import conversation_examples
 from experiments.models import location
 from experiments.tasks import continuations, examples
 from experiments.tasks.text import load_tokenizer

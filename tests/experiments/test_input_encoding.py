@@ -11,7 +11,8 @@ from experiments.errors import UserError
 from experiments.input import control, sources, template_files
 from experiments.input.boundaries import BoundaryTokenizer
 from experiments.input.control import ControlTokens, LiteralTokenizer
-from experiments.input.encoding import Options, load_encoder
+from experiments.input.encoding import load_encoder
+from experiments.input.options import Options
 from experiments.input.records import Completion, Conversation, Preference, Text
 from experiments.input.tokenized import tokenize
 from experiments.input.turns import Example

@@ -11,7 +11,7 @@ from experiments.configs.sft import Config
 from experiments.errors import UserError
 from experiments.input import rendering
 from experiments.input.chat import Template
-from experiments.input.encoding import Options
+from experiments.input.options import Options
 from experiments.input.template_files import load_template, parse_arguments, special_tokens
 from experiments.models import location
 from experiments.studies.sft.samples import ends

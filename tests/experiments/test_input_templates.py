@@ -9,7 +9,8 @@ from tokenizers import Tokenizer
 
 from experiments.errors import UserError
 from experiments.input.chat import Call
-from experiments.input.encoding import Options, load_encoder
+from experiments.input.encoding import load_encoder
+from experiments.input.options import Options
 from experiments.input.records import Conversation
 from experiments.models import location
 
