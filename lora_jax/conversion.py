@@ -6,9 +6,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapters.consistency import check_adapters
 from lora_jax.adapters.lowrank import LoRAAdapter
-from lora_jax.adapters.protocol import BATCH, Adapter
-
-Delta = dict[str, Adapter]
+from lora_jax.adapters.protocol import BATCH, Adapter, Delta
 
 
 def to_plain_lora(delta: Delta, start: Delta) -> Delta:

@@ -10,15 +10,13 @@ from typing import Any
 import jax
 
 from lora_jax import paths
-from lora_jax.adapters.protocol import Adapter, is_inexact
+from lora_jax.adapters.protocol import Delta, is_inexact
 from lora_jax.axes import unique
 from lora_jax.functions import check_function
 from lora_jax.leaves import is_array, is_quantized
 from lora_jax.optim import partition
 from lora_jax.transform.call import Arguments, Call, check_delta, insert_adapters
 from lora_jax.transform.interpreter import Interpreter, Use
-
-Delta = dict[str, Adapter]
 
 OPTIMIZER_SLOTS = {"SGD": 0, "momentum": 1, "Adam": 2}
 """Size of the optimizer state, in copies of the trainable parameters."""

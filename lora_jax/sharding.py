@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from lora_jax import paths
 from lora_jax.adapters.consistency import check_adapters
-from lora_jax.adapters.protocol import BATCH, IN, OUT, SCALAR, SPLIT, WEIGHT, Adapter
+from lora_jax.adapters.protocol import BATCH, IN, OUT, SCALAR, SPLIT, WEIGHT, Adapter, Delta
 from lora_jax.leaves import is_array, is_quantized
 from lora_jax.optim import partition, trainable_mask
 from lora_jax.optim.offload import HOST, KIND
@@ -18,8 +18,6 @@ from lora_jax.quantization.placement import shardings as of_quantized
 
 if TYPE_CHECKING:  # which is placed by what is here
     from lora_jax.training import TrainState
-
-Delta = dict[str, Adapter]
 
 
 def delta_shardings(base_shardings: Any, delta: Delta) -> Delta:

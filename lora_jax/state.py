@@ -10,15 +10,13 @@ from jax.sharding import NamedSharding
 
 from lora_jax import checks, paths
 from lora_jax.adapters.fingerprints import check_base
-from lora_jax.adapters.protocol import Adapter
+from lora_jax.adapters.protocol import Delta
 from lora_jax.leaves import shapes
 from lora_jax.optim import join, partition
 from lora_jax.optim.extra import check_transform, check_usable, init_optimizer
 from lora_jax.optim.offload import in_host_memory
 from lora_jax.sharding import optimizer_shardings, whole_on
 from lora_jax.transform.call import Arguments, check_delta
-
-Delta = dict[str, Adapter]
 
 
 @jax.tree_util.register_dataclass

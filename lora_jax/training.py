@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lora_jax.adapters.protocol import Adapter
+from lora_jax.adapters.protocol import Delta
 from lora_jax.compiled import Lowered, Metrics, Step
 from lora_jax.finite import check_finite
 from lora_jax.leaves import is_array
@@ -25,7 +25,6 @@ from lora_jax.update import update_of
 
 __all__ = ["DEVICES", "Metrics", "Static", "Step", "TrainState", "check_finite", "train_step"]
 
-Delta = dict[str, Adapter]
 
 DEVICES = "devices"
 """The name of the mapped axis of the pmap form."""

@@ -259,6 +259,10 @@ def pad_axis(array: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.pad(array, [(0, size - array.shape[axis] if i == axis else 0) for i in range(array.ndim)])
 
 
+Delta = dict[str, Adapter]
+"""Adapters by the paths of the weights that they adapt."""
+
+
 def is_adapter(node: Any) -> bool:
     """Whether a node of a tree is an adapter."""
     return isinstance(node, Adapter)

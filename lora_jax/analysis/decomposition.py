@@ -10,11 +10,10 @@ import numpy as np
 
 from lora_jax import paths
 from lora_jax.adapters.factored import Factor, compute_dtype
-from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter, check_axes
+from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter, Delta, check_axes
 from lora_jax.leaves import dequantized
 from lora_jax.transform.call import Arguments, check_delta
 
-Delta = Mapping[str, Adapter]
 Axes = Mapping[str, Sequence[str]]
 
 

@@ -9,10 +9,8 @@ import jax.numpy as jnp
 
 from lora_jax import checks, paths
 from lora_jax.adapters.consistency import check_adapters
-from lora_jax.adapters.protocol import Adapter
+from lora_jax.adapters.protocol import Adapter, Delta
 from lora_jax.leaves import canonical
-
-Delta = Mapping[str, Adapter]
 
 
 def stack(

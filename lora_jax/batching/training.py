@@ -12,7 +12,7 @@ import optax
 
 from lora_jax import checks
 from lora_jax.adapters.fingerprints import check_base
-from lora_jax.adapters.protocol import Adapter
+from lora_jax.adapters.protocol import Adapter, Delta
 from lora_jax.batching.mapped import check_sizes, map_with_axes
 from lora_jax.batching.stacking import stack
 from lora_jax.optim import partition
@@ -22,8 +22,6 @@ from lora_jax.training import Metrics, Static, check_batch, check_state, explain
 from lora_jax.transform import dropout_keys
 from lora_jax.transform.call import Arguments, check_delta
 from lora_jax.update import select, update_of
-
-Delta = Mapping[str, Adapter]
 
 
 @jax.tree_util.register_dataclass

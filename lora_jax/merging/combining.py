@@ -16,9 +16,7 @@ from lora_jax.adapters.factored import compute_dtype
 from lora_jax.adapters.fingerprints import needs_moved_base
 from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.offset import OffsetAdapter
-from lora_jax.adapters.protocol import BATCH, Adapter
-
-Delta = Mapping[str, Adapter]
+from lora_jax.adapters.protocol import BATCH, Adapter, Delta
 
 METHODS = (
     "cat",

@@ -9,11 +9,9 @@ from lora_jax import paths
 from lora_jax.adapters.consistency import check_adapters
 from lora_jax.adapters.factored import compute_dtype
 from lora_jax.adapters.fingerprints import check_base
-from lora_jax.adapters.protocol import NO_BIAS, Adapter, with_frozen_stopped
+from lora_jax.adapters.protocol import NO_BIAS, Adapter, Delta, with_frozen_stopped
 from lora_jax.leaves import canonical, dequantized, is_quantized
 from lora_jax.transform.call import Arguments, check_delta
-
-Delta = dict[str, Adapter]
 
 EXACT = 1e-5
 """How far one merge in float32 may be from another, relative to the norm: products are summed in another order."""

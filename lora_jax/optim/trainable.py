@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax.adapters.protocol import Adapter, is_adapter
+from lora_jax.adapters.protocol import Delta, is_adapter
 from lora_jax.leaves import is_array, short
 from lora_jax.optim.extra import check_transform, update_with
-
-Delta = dict[str, Adapter]
 
 
 def trainable_mask(tree: Any) -> Any:
