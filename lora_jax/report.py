@@ -79,8 +79,8 @@ def explain(fn: Callable, base: Any, delta: Delta, /, *args: Any, **kwargs: Any)
     if unused:
         raise ValueError(f"The delta adapts {unused[0]!r}, which the function never uses.")
     quantized = [path for path, leaf in zip(arguments.paths, arguments.arrays) if is_quantized(leaf)]
-    shown = [path for path in arguments.paths if path in delta or path in quantized]
-    return Explanation({path: tuple(use for use in unique(uses) if use.path == path) for path in shown})
+    listed = [path for path in arguments.paths if path in delta or path in quantized]
+    return Explanation({path: tuple(use for use in unique(uses) if use.path == path) for path in listed})
 
 
 @dataclasses.dataclass(frozen=True)
