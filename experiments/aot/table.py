@@ -125,8 +125,8 @@ def line(row: Row, found: Mapping[str, Any]) -> str:
 def table(rows: Sequence[Row], out: Path | None) -> Iterator[str]:
     """The lines of the table, each as soon as it is compiled."""
     head = (
-        "| config | slice | length | batch | mesh | remat | HBM a chip, GiB | TFLOP a chip | sent a chip, GB "
-        "| compute, s | HBM, s | links, s | limit | MFU at most | tokens/s a chip at most | flags |"
+        "| config | slice | length | batch | mesh | remat | HBM per chip, GiB | TFLOP per chip | sent per chip, GB "
+        "| compute, s | HBM, s | links, s | limit | max. MFU | max. tokens/s per chip | flags |"
     )
     yield head
     yield f"|{'---|' * (head.count('|') - 1)}"
@@ -136,7 +136,7 @@ def table(rows: Sequence[Row], out: Path | None) -> Iterator[str]:
 
 def scaling(rows: Sequence[Row], out: Path | None) -> Iterator[str]:
     """What a chip sends on more and more chips, and how much more than on half as many."""
-    yield "| slice | chips | mesh | batch | sent a chip, GB | more than on half | MFU at most |"
+    yield "| slice | chips | mesh | batch | sent per chip, GB | change from half the chips | max. MFU |"
     yield "|---|---|---|---|---|---|---|"
     before = None
     for row in rows:
