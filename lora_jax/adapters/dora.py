@@ -15,8 +15,8 @@ from lora_jax.adapters.factored import Factor, Factored, chain, compute_dtype, f
 from lora_jax.adapters.lowrank import LoRA, LoRAAdapter
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter, adapter, needed, static, trained
 from lora_jax.leaves import is_abstract, is_quantized
-from lora_jax.regions import region
 from lora_jax.renamed import module_getattr
+from lora_jax.transform.regions import region
 
 NORM_OVER = (IN, OUT)
 

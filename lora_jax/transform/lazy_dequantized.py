@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.regions import region
 from lora_jax.transform import jaxprs
+from lora_jax.transform.regions import region
 
 ELEMENTWISE = ("convert_element_type", "copy", "copy_p", "name", "reduce_precision", "optimization_barrier")
 """Views of each element by itself, which act on a part as on the whole."""
