@@ -1,5 +1,6 @@
 """What a leaf of a base may be: an array, or a pytree node that stands for one (a quantized weight)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +25,16 @@ def is_abstract(leaf: Any) -> bool:
 def dequantized(leaf: Any) -> Any:
     """The array that a leaf stands for: itself, unless it is quantized."""
     return leaf.dequantize() if is_quantized(leaf) else leaf
+
+
+def apply_dequantized(function: Callable[..., jax.Array], leaf: Any, *operands: Any) -> jax.Array:
+    """Computes `function(weight, *operands)` of a quantized leaf's weight, of which the backward pass keeps the codes.
+
+    A leaf with a method `apply_dequantized(function, *operands)` computes it itself.
+    """
+    if hasattr(leaf, "apply_dequantized"):
+        return leaf.apply_dequantized(function, *operands)
+    return jax.checkpoint(lambda leaf, *operands: function(leaf.dequantize(), *operands))(leaf, *operands)
 
 
 def canonical(leaf: Any) -> Any:

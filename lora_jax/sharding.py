@@ -1,8 +1,7 @@
 """Where a delta and its training state lie on a mesh, from where the base lies."""
 
 import dataclasses
-import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import optax
@@ -12,12 +11,11 @@ from lora_jax import paths
 from lora_jax.adapters.consistency import check_adapters
 from lora_jax.adapters.protocol import BATCH, IN, OUT, SCALAR, SPLIT, WEIGHT, Adapter, Delta
 from lora_jax.leaves import is_array, is_quantized
+from lora_jax.meshes import replicated, shard_count, spec_entries
 from lora_jax.optim import partition, trainable_mask
-from lora_jax.optim.offload import HOST, KIND
+from lora_jax.optim.shardings import optimizer_shardings
 from lora_jax.quantization.placement import shardings as of_quantized
-
-if TYPE_CHECKING:  # which is placed by what is here
-    from lora_jax.training import TrainState
+from lora_jax.state import TrainState
 
 
 def delta_shardings(base_shardings: Any, delta: Delta) -> Delta:
@@ -60,7 +58,7 @@ def delta_shardings(base_shardings: Any, delta: Delta) -> Delta:
     return made
 
 
-def state_shardings(base_shardings: Any, state: "TrainState", tx: optax.GradientTransformation) -> "TrainState":
+def state_shardings(base_shardings: Any, state: TrainState, tx: optax.GradientTransformation) -> TrainState:
     """The sharding of every array of a training state, from those of the weights.
 
     For what has to be known before there are arrays: compiling for devices that are not here, restoring a checkpoint
@@ -97,41 +95,12 @@ def state_shardings(base_shardings: Any, state: "TrainState", tx: optax.Gradient
     known = [leaf for leaf in jax.tree.leaves((delta, base)) if isinstance(leaf, Sharding)]
     if not known:
         raise ValueError("The state has neither a delta nor a base with arrays, so that no sharding is known.")
-    whole = next((whole_on(sharding.mesh) for sharding in known if isinstance(sharding, NamedSharding)), known[0])
+    whole = next((replicated(sharding.mesh) for sharding in known if isinstance(sharding, NamedSharding)), known[0])
     train = partition(state.delta)[0]
     of_train = jax.tree.map(lambda trains, to: to if trains else None, trainable_mask(state.delta), delta)
     opt_state = optimizer_shardings(_types(state.opt_state, tx, train), train, of_train, whole)
     places: Any = {"base": base, "delta": delta, "opt_state": opt_state, "step": whole, "key": whole}
     return dataclasses.replace(state, **places)
-
-
-def optimizer_shardings(opt_state: Any, train: Delta, places: Delta, whole: Sharding) -> Any:
-    """Where optimizer state lies: with the trained leaves that it belongs to, or whole.
-
-    Args:
-      opt_state: The types of its arrays (`jax.typeof`), which tell shape and memory.
-      train: The trained half of a delta, of arrays or shapes.
-      places: The sharding of each of its leaves.
-      whole: For what belongs to none of them.
-
-    Returns:
-      A tree like `opt_state` of shardings, with the memory kind that each leaf has.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(train)
-    known = {keys: (leaf.shape, to) for (keys, leaf), to in zip(leaves, jax.tree.leaves(places), strict=True)}
-
-    def place(keys: tuple[Any, ...], leaf: Any) -> Sharding:
-        tails = (keys[start:] for start in range(len(keys)))
-        shape, to = next((known[tail] for tail in tails if tail in known), (None, whole))
-        to = to if shape == leaf.shape else whole
-        return to.with_memory_kind(KIND) if leaf.memory_space == HOST else to
-
-    return jax.tree_util.tree_map_with_path(place, opt_state)
-
-
-def whole_on(mesh: Any) -> NamedSharding:
-    """The sharding of what every device of a mesh has a copy of."""
-    return NamedSharding(mesh, PartitionSpec())
 
 
 def _types(opt_state: Any, tx: optax.GradientTransformation, train: Delta) -> Any:
@@ -179,8 +148,7 @@ def _sharding_of(path: str, leaf: Any, ndim: int) -> Sharding:
 def _of_adapter(node: Adapter, sharding: Sharding) -> Adapter:
     if not isinstance(sharding, NamedSharding):  # a single device: everything lies there
         return jax.tree.map(lambda _: sharding, node)
-    shape = node.shape()
-    entries = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
+    entries = spec_entries(sharding.spec, len(node.shape()))
     by_role = {role: [e for e, r in zip(entries, node.axes) if r == role] for role in (BATCH, IN, OUT)}
     by_role |= {SPLIT + role: [None] * len(by_role[role]) for role in (IN, OUT)}
     by_role |= {WEIGHT: list(entries), SCALAR: []}
@@ -192,7 +160,8 @@ def _of_adapter(node: Adapter, sharding: Sharding) -> Adapter:
                 continue
             named = [entry for word in node.layout(field.name).split() for entry in by_role.get(word, [None])]
             spec = [
-                entry if size % _ways(entry, sharding.mesh) == 0 else None for entry, size in zip(named, array.shape)
+                entry if size % shard_count(entry, sharding.mesh) == 0 else None
+                for entry, size in zip(named, array.shape)
             ]
             changes[field.name] = NamedSharding(
                 sharding.mesh,
@@ -200,10 +169,3 @@ def _of_adapter(node: Adapter, sharding: Sharding) -> Adapter:
                 memory_kind=sharding.memory_kind,
             )
     return dataclasses.replace(node, **changes)  # pyrefly: ignore[bad-specialization]
-
-
-def _ways(names: Any, mesh: Any) -> int:
-    """How many parts an axis is in."""
-    if names is None:
-        return 1
-    return math.prod(mesh.shape[name] for name in (names if isinstance(names, tuple) else (names,)))

@@ -6,16 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
 
 from lora_jax import checks, paths
 from lora_jax.adapters.fingerprints import check_base
 from lora_jax.adapters.protocol import Delta
 from lora_jax.leaves import shapes
+from lora_jax.meshes import mesh_sharding, replicated
 from lora_jax.optim import join, partition
 from lora_jax.optim.extra import check_transform, check_usable, init_optimizer
 from lora_jax.optim.offload import in_host_memory
-from lora_jax.sharding import optimizer_shardings, whole_on
+from lora_jax.optim.shardings import optimizer_shardings
 from lora_jax.transform.call import Arguments, check_delta
 
 
@@ -75,7 +75,7 @@ class TrainState:
         number = jnp.zeros((), jnp.int32)
         meshes = [sharding.mesh for sharding in map(mesh_sharding, jax.tree.leaves(train)) if sharding is not None]
         if meshes:  # where a step would put the rest too: it compiles once
-            whole = whole_on(meshes[0])
+            whole = replicated(meshes[0])
             places = jax.tree.map(lambda leaf: mesh_sharding(leaf) or whole, train)
             places = optimizer_shardings(jax.tree.map(jax.typeof, opt_state), train, places, whole)
             opt_state, number, key = jax.device_put((opt_state, number, key), (places, whole, whole))
@@ -116,12 +116,6 @@ def replace_fields(state: Any, changes: dict[str, Any]) -> Any:
                 f"The fields are {', '.join(names)}."
             )
     return dataclasses.replace(state, **changes)
-
-
-def mesh_sharding(leaf: Any) -> NamedSharding | None:
-    """The sharding of an array that lies on a mesh; of a tracer none is known."""
-    sharding = getattr(leaf, "sharding", None)
-    return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def _copied(leaf: Any) -> jax.Array:

@@ -10,16 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from lora_jax.adapters.protocol import Delta
 from lora_jax.compiled import Lowered, Metrics, Step
 from lora_jax.finite import check_finite
 from lora_jax.leaves import is_array
+from lora_jax.meshes import mesh_sharding, replicated
 from lora_jax.optim import trainable_mask
 from lora_jax.optim.extra import check_transform
 from lora_jax.optim.offload import in_host_memory
-from lora_jax.state import TrainState, mesh_sharding
+from lora_jax.state import TrainState
 from lora_jax.transform import dropout_keys
 from lora_jax.update import update_of
 
@@ -243,7 +244,7 @@ def _kept(leaf: Any) -> NamedSharding | None:
 
 def _replicated(tree: Any) -> Any:
     """The arrays of a tree on every local device; one that stands in several places stays one."""
-    sharding = NamedSharding(Mesh(jax.local_devices(), (DEVICES,)), PartitionSpec())
+    sharding = replicated(Mesh(jax.local_devices(), (DEVICES,)))
     placed: dict[int, jax.Array] = {}
 
     def place(leaf: Any) -> jax.Array:

@@ -14,9 +14,8 @@ from lora_jax.adapters import roles
 from lora_jax.adapters.factored import Factor, Factored, chain, compute_dtype, folded
 from lora_jax.adapters.lowrank import LoRA, LoRAAdapter
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter, adapter, needed, static, trained
-from lora_jax.leaves import is_abstract, is_quantized
+from lora_jax.leaves import apply_dequantized, is_abstract, is_quantized
 from lora_jax.renamed import module_getattr
-from lora_jax.transform.regions import region
 
 NORM_OVER = (IN, OUT)
 
@@ -149,10 +148,10 @@ def _of_quantized(leaf: Any, factors: tuple[Factor, ...], axes: tuple[tuple[str,
     labels, batch = kept
     if not batch or not getattr(leaf, "layers", 0) or axes[0] != labels[:1]:
 
-        def whole(leaf, factors):
-            return norms(leaf.dequantize(), Factored(labels=axes, factors=factors), labels, batch)
+        def whole(weight, factors):
+            return norms(weight, Factored(labels=axes, factors=factors), labels, batch)
 
-        return region(whole, leaf, factors)
+        return apply_dequantized(whole, leaf, factors)
     layer = labels[0]
     own = tuple(factor for factor in factors if layer in factor.labels)
     shared = tuple(factor for factor in factors if layer not in factor.labels)

@@ -1,4 +1,4 @@
-"""Quantized bases: weights as codes of four or eight bits, which `adapt` takes as they are."""
+"""Quantized bases: weights as codes of four or eight bits, which `adapt` accepts in place of arrays."""
 
 from lora_jax.quantization.bitsandbytes import bitsandbytes_tensors, from_bitsandbytes
 from lora_jax.quantization.formats import FP4, NF4, Format, Int4, Int8

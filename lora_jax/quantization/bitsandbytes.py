@@ -1,4 +1,4 @@
-"""Checkpoints in four and eight bits as transformers and bitsandbytes write them."""
+"""Checkpoints in four and eight bits, in the format of transformers and bitsandbytes."""
 
 import json
 import math
@@ -20,20 +20,21 @@ _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
 def from_bitsandbytes(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights of a quantized checkpoint, as it stands in safetensors files.
+    """Reads the weights of a quantized checkpoint from the tensors of its safetensors files.
 
     Args:
-      tensors: Names and arrays, with what bitsandbytes puts beside a weight: in four bits `NAME.absmax`,
-        `NAME.quant_map`, `NAME.quant_state.bitsandbytes__nf4` (or fp4) and, doubly quantized, `NAME.nested_absmax` and
-        `NAME.nested_quant_map`; in eight (LLM.int8) `SCB` and `weight_format`.
+      tensors: `{name: array}`, including those that bitsandbytes stores with a weight: for four bits `NAME.absmax`,
+        `NAME.quant_map`, `NAME.quant_state.bitsandbytes__nf4` (or fp4) and, with double quantization,
+        `NAME.nested_absmax` and `NAME.nested_quant_map`; for eight bits (LLM.int8) `SCB` and `weight_format`.
 
     Returns:
-      The tensors by name. A quantized weight, `[out, in]` in PyTorch (of a Conv1D too: bitsandbytes turns it), is a
-      leaf for a kernel `[in, out]`: the same codes and scales, so the same numbers. Other tensors are what they were.
+      `{name: leaf}`. A quantized weight, `[out, in]` in PyTorch (also of a Conv1D, which bitsandbytes transposes),
+      becomes a leaf for a kernel `[in, out]` with the same codes and scales, so the same values. Other tensors are
+      unchanged.
 
     Raises:
-      ValueError: A weight's tensors are incomplete or do not fit each other, or hold what these leaves do not:
-        another type, codebook or layout.
+      ValueError: The tensors of a weight are incomplete or inconsistent, or have an unsupported type, codebook or
+        layout.
 
     Example:
       >>> import safetensors.numpy
@@ -48,7 +49,7 @@ def from_bitsandbytes(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def bitsandbytes_tensors(names: Iterable[str]) -> dict[str, list[str]]:
-    """The quantized weights of a checkpoint by name, and the names of the tensors of each, what tells its kind last.
+    """Returns, for each quantized weight of a checkpoint, the names of its tensors; the last one identifies its kind.
 
     Example:
       >>> bitsandbytes_tensors(["a.weight", "a.weight.absmax", "a.weight.quant_state.bitsandbytes__nf4", "b.weight"])
@@ -56,15 +57,15 @@ def bitsandbytes_tensors(names: Iterable[str]) -> dict[str, list[str]]:
       >>> bitsandbytes_tensors(["a.weight", "a.SCB", "a.weight_format", "b.weight"])
       {'a.weight': ['a.weight', 'a.weight_format', 'a.SCB']}
     """
-    known = set(names)
-    states = {name.rpartition(_STATE)[0]: name for name in known if _STATE in name}
+    names = set(names)
+    states = {name.rpartition(_STATE)[0]: name for name in names if _STATE in name}
     four = {
-        weight: [name for name in (weight, *(f"{weight}.{part}" for part in _PARTS), state) if name in known]
+        weight: [name for name in (weight, *(f"{weight}.{part}" for part in _PARTS), state) if name in names]
         for weight, state in states.items()
     }
-    modules = [name.removesuffix(_SCALES) for name in known if name.endswith(_SCALES)]
+    modules = [name.removesuffix(_SCALES) for name in names if name.endswith(_SCALES)]
     eight = {
-        f"{module}.weight": [x for x in (f"{module}.weight", f"{module}.weight_format", module + _SCALES) if x in known]
+        f"{module}.weight": [x for x in (f"{module}.weight", f"{module}.weight_format", module + _SCALES) if x in names]
         for module in modules
     }
     return four | eight
@@ -75,20 +76,20 @@ def _leaf(tensors: Mapping[str, Any], name: str, last: str) -> Quantized:
 
 
 def _eight_bits(tensors: Mapping[str, Any], name: str, scales_name: str) -> Quantized:
-    """LLM.int8: integers, and for each output the largest magnitude."""
+    """LLM.int8: integers, and the largest magnitude of each output."""
     if name not in tensors:
         raise ValueError(f"{name}: missing beside {scales_name}.")
     codes, scales = (np.asarray(tensors[x]) for x in (name, scales_name))
     layout = np.asarray(tensors.get(f"{name}_format", 0))
     if layout.any():
-        raise ValueError(f"{name}_format: {layout}; expected 0, the weight in rows.")
+        raise ValueError(f"{name}_format: {layout}; expected 0 (row-major).")
     if codes.ndim != 2 or codes.dtype != np.int8 or scales.shape != codes.shape[:1] or scales.dtype != np.float32:
         raise ValueError(
             f"{name}: {codes.shape} × {codes.dtype} with SCB {scales.shape} × {scales.dtype}; expected int8[out, in] "
             "with float32[out]."
         )
     if codes.shape[1] % 2:
-        raise ValueError(f"{name}: of shape {codes.shape}, an odd number of inputs.")
+        raise ValueError(f"{name}: shape {codes.shape}; expected an even number of inputs.")
     return Quantized(
         codes=jnp.asarray((codes.T.astype(np.int16) + 128).astype(np.uint8)),
         scales=jnp.asarray(scales[None]),
@@ -107,11 +108,11 @@ def _four_bits(tensors: Mapping[str, Any], name: str, state_name: str) -> Quanti
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{state_name}: not the state of a quantized weight ({error}).") from error
     if kind not in _FORMATS:
-        raise ValueError(f"{name}: of the type {kind!r}; expected one of {', '.join(map(repr, _FORMATS))}.")
+        raise ValueError(f"{name}: type {kind!r}; expected one of {', '.join(map(repr, _FORMATS))}.")
     recipe, levels = _FORMATS[kind]
     if len(shape) != 2 or block < 2 or block % 2 or shape[0] * shape[1] % 2:
-        raise ValueError(f"{name}: of shape {shape} in blocks of {block}; expected a matrix in blocks of an even size.")
-    out, into = shape
+        raise ValueError(f"{name}: shape {shape} in blocks of {block}; expected a matrix in blocks of an even size.")
+    outputs, inputs = shape
     double = "nested_blocksize" in state
 
     def part(suffix: str, size: int, dtype: Any) -> np.ndarray:
@@ -129,25 +130,27 @@ def _four_bits(tensors: Mapping[str, Any], name: str, state_name: str) -> Quanti
 
     if not np.array_equal(part("quant_map", 16, np.float32), np.asarray(levels, np.float32)):
         raise ValueError(f"{name}.quant_map: not the levels of {kind}.")
-    packed = part("", out * into // 2, np.uint8)
-    number = math.ceil(out * into / block)
+    packed = part("", outputs * inputs // 2, np.uint8)
+    number = math.ceil(outputs * inputs / block)
     absmax = part("absmax", number, np.uint8 if double else np.float32)
-    # bitsandbytes packs neighbors into a byte; here the halves of a block share their bytes.
+    # bitsandbytes packs neighboring codes into a byte; here a byte holds one code of each half of a block.
     codes = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)
     codes = np.pad(codes, (0, number * block - codes.size)).reshape(number, 2, block // 2)
     codes = (codes[:, 0] << 4) | codes[:, 1]
     blocked: tuple[int, ...]
-    if into % block:  # blocks cross rows, and the last may be in part
-        codes, blocked, sizes = codes.reshape(-1), (-1, -2), (out, into)
+    if inputs % block:  # blocks cross rows, and the last one may be incomplete
+        codes, blocked, sizes = codes.reshape(-1), (-1, -2), (outputs, inputs)
     else:
-        codes, blocked, sizes = codes.reshape(out, into // 2).T, (-2,), (into,)
-        absmax = absmax.reshape(out, -1).T
+        codes, blocked, sizes = codes.reshape(outputs, inputs // 2).T, (-2,), (inputs,)
+        absmax = absmax.reshape(outputs, -1).T
     scales: Any = jnp.asarray(absmax)
     if double:
         if state["nested_blocksize"] != SECOND_BLOCK or not np.array_equal(
             part("nested_quant_map", 256, np.float32), codebooks.dynamic_map()
         ):
-            raise ValueError(f"{name}: scales in blocks of {state['nested_blocksize']} or of another codebook.")
+            raise ValueError(
+                f"{name}: scales in blocks of {state['nested_blocksize']} or with an unsupported codebook."
+            )
         scales = Scales(
             codes=scales,
             second=jnp.asarray(part("nested_absmax", math.ceil(number / SECOND_BLOCK), np.float32)),

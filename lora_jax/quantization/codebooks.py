@@ -1,7 +1,7 @@
-"""The numbers in [-1, 1] that codes stand for, and how they are found and looked up.
+"""The numbers in [-1, 1] that codes stand for, the search for the nearest one, and the lookup.
 
-The values are those of bitsandbytes, whose NF4 table differs from what the QLoRA paper's equation 4 gives: its
-outermost quantile is 1 − (1/30 + 1/32)/2. They are written out, so that no platform rounds them otherwise.
+The values are those of bitsandbytes. Its NF4 table differs from equation 4 of the QLoRA paper: its outermost quantile
+is 1 − (1/30 + 1/32)/2. The values are literals so that they do not depend on a platform's rounding.
 
 References:
   Dettmers et al., `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023, §3 and appendix E
@@ -30,7 +30,7 @@ FLOAT = (*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES))
 
 
 def dynamic_map() -> np.ndarray:
-    """Eight bits: a sign, an exponent of ten of varying length, and a fraction in the bits that it leaves; 0 and 1.
+    """Eight bits: a sign, a decimal exponent of variable length, and a fraction in the remaining bits; also 0 and 1.
 
     Returns:
       `[256]`, float32, ascending.
@@ -45,7 +45,7 @@ def dynamic_map() -> np.ndarray:
 
 
 def _linspace(start: float, stop: float, count: int) -> np.ndarray:
-    """Equal steps from both ends to the middle, each point rounded to float32 once, as torch has them."""
+    """Equal steps from both ends to the middle, each point rounded to float32 once, as in torch."""
     first, last = np.float32(start), np.float32(stop)
     step = np.float64((last - first) / np.float32(count - 1))
     number = np.arange(count)
@@ -54,11 +54,11 @@ def _linspace(start: float, stop: float, count: int) -> np.ndarray:
 
 
 def nearest(values: jax.Array, levels: Sequence[float] | np.ndarray) -> jax.Array:
-    """The code of the level nearest to each value; in the middle between two, the lower level's.
+    """Returns the code of the level nearest to each value; halfway between two levels, that of the lower one.
 
     Args:
       values: Floats.
-      levels: By code, in any order; at most 256.
+      levels: Indexed by code, in any order; at most 256.
 
     Returns:
       Codes, uint8.
@@ -67,19 +67,19 @@ def nearest(values: jax.Array, levels: Sequence[float] | np.ndarray) -> jax.Arra
     order = np.argsort(table, kind="stable")
     bounds = (table[order][:-1] + table[order][1:]) / np.float32(2)
     if len(bounds) <= 16:
-        # Comparisons are fused with what makes the values; a search is not.
-        place = sum(((values > bound).astype(jnp.uint8) for bound in bounds), jnp.zeros(values.shape, jnp.uint8))
+        # XLA fuses comparisons with the computation of the values, but not a search.
+        rank = sum(((values > bound).astype(jnp.uint8) for bound in bounds), jnp.zeros(values.shape, jnp.uint8))
     else:
-        place = jnp.searchsorted(jnp.asarray(bounds), values, side="left").astype(jnp.uint8)
+        rank = jnp.searchsorted(jnp.asarray(bounds), values, side="left").astype(jnp.uint8)
     if (order == np.arange(len(order))).all():
-        return place
-    return jnp.take(jnp.asarray(order, jnp.uint8), place.astype(jnp.int32), mode="clip")
+        return rank
+    return jnp.take(jnp.asarray(order, jnp.uint8), rank.astype(jnp.int32), mode="clip")
 
 
-def chosen(codes: jax.Array, levels: Sequence[float]) -> jax.Array:
-    """The level of each four-bit code, float32.
+def lookup(codes: jax.Array, levels: Sequence[float]) -> jax.Array:
+    """Returns the level of each four-bit code, float32.
 
-    A tree of selections, which XLA fuses with what follows on every platform; a gather would be a pass of its own.
+    A tree of selections, which XLA fuses with its consumer on every platform; a gather would not be fused.
     """
     values = [jax.lax.full(codes.shape, level, jnp.float32) for level in levels]
     for bit in range(4):

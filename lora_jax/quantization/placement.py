@@ -1,4 +1,4 @@
-"""Where the arrays of a quantized weight lie, from where the weight lay."""
+"""Shardings of the arrays of a quantized weight, derived from that of the weight in floats."""
 
 import dataclasses
 import math
@@ -8,17 +8,24 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from lora_jax.leaves import is_quantized
+from lora_jax.meshes import spec_entries
 from lora_jax.quantization.leaf import Quantized
 
 
 def shardings(leaf: Quantized, sharding: Sharding) -> Any:
-    """The sharding of each array of a quantized weight, from that of the weight in floats.
+    """Computes the sharding of each array of a quantized weight from that of the weight in floats.
 
-    Codes and scales are divided as the weight is; scales of the second level only where each shard has whole blocks
-    of them.
+    Codes and scales are divided as the weight is; second-level scales only if each shard has whole blocks of them.
+
+    Args:
+      leaf: The quantized weight; its arrays may be `jax.ShapeDtypeStruct`.
+      sharding: The sharding of the weight in floats.
+
+    Returns:
+      A tree like `leaf` of shardings.
 
     Raises:
-      ValueError: A shard of the weight would be no whole number of blocks.
+      ValueError: A shard of the weight is not a whole number of blocks.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -28,7 +35,7 @@ def shardings(leaf: Quantized, sharding: Sharding) -> Any:
       >>> shardings(leaf, NamedSharding(mesh, PartitionSpec(None, "tensor"))).codes.spec
       P(None, 'tensor')
     """
-    if not isinstance(sharding, NamedSharding):  # of one device: everything lies there
+    if not isinstance(sharding, NamedSharding):  # on one device
         return jax.tree.map(lambda _: sharding, leaf)
     _check_shards(leaf, sharding)
     return jax.tree.map(
@@ -39,22 +46,22 @@ def shardings(leaf: Quantized, sharding: Sharding) -> Any:
 
 
 def gathered(base: Any, *names: str) -> Any:
-    """A base whose quantized weights are gathered as codes, along axes of an automatic mesh, where they are used.
+    """Marks quantized weights to be gathered as codes, along axes of an automatic mesh, when they are used.
 
-    For FSDP. Without this the compiler dequantizes on each device what lies there and gathers floats. With it a fourth
-    of the bytes is sent and each device dequantizes all that it uses: which is faster depends on the network. Both
-    passes gather for themselves; where weights lie does not change.
+    For FSDP. Without this mark the compiler dequantizes each shard on its device and gathers floats. With it a fourth
+    of the bytes is sent and each device dequantizes all that it uses; which is faster depends on the network. The
+    forward and the backward pass each gather. The stored shardings do not change.
 
     Args:
-      base: With quantized leaves that are placed: arrays, or `jax.ShapeDtypeStruct` with shardings.
-      *names: Of the mesh's axes. Axes of layers and experts that they divide stay divided.
+      base: Parameters whose quantized leaves are sharded arrays, or `jax.ShapeDtypeStruct` with shardings.
+      *names: Names of mesh axes. Layer and expert axes that they divide stay divided.
 
     Returns:
-      The tree with leaves that know it. What `names` do not divide is as it was. On a mesh of explicit axes, where
-      the function says by `reshard` what is gathered, and in `shard_map`, leaves do not act on it.
+      The tree with marked leaves. Leaves that `names` do not divide are unchanged. The mark has no effect on a mesh of
+      explicit axes, on which the function gathers by `reshard`, and in `shard_map`.
 
     Raises:
-      ValueError: The mesh has no axis of a name, or a leaf is traced.
+      ValueError: The mesh has no axis of one of the names, or a leaf is traced.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -70,44 +77,42 @@ def gathered(base: Any, *names: str) -> Any:
 
 def _gathered(leaf: Any, names: tuple[str, ...]) -> Any:
     if isinstance(leaf.codes, jax.core.Tracer):
-        raise ValueError(
-            "gathered() was given a traced leaf, of which it is not known where it lies; call it before jit."
-        )
+        raise ValueError("gathered() got a traced leaf, whose sharding is not known; call it outside of jit.")
     sharding = leaf.codes.sharding
-    if not isinstance(sharding, NamedSharding):  # of one device
+    if not isinstance(sharding, NamedSharding):  # on one device
         return leaf
     unknown = [name for name in names if name not in sharding.mesh.shape]
     if unknown:
         raise ValueError(f"gathered(…, {unknown[0]!r}): the mesh has the axes {', '.join(sharding.mesh.axis_names)}.")
-    spec = (*sharding.spec, *[None] * (len(leaf.codes.shape) - len(sharding.spec)))
-    used = PartitionSpec(*(_without(entry, names) for entry in spec[leaf.layers :]))
-    stays = all(entry is PartitionSpec.UNCONSTRAINED for entry in used)
-    return dataclasses.replace(leaf, used=PartitionSpec() if stays else used)
+    entries = spec_entries(sharding.spec, len(leaf.codes.shape))[leaf.layers :]
+    used = PartitionSpec(*(_without(entry, names) for entry in entries))
+    is_unchanged = all(entry is PartitionSpec.UNCONSTRAINED for entry in used)
+    return dataclasses.replace(leaf, used=PartitionSpec() if is_unchanged else used)
 
 
 def _without(entry: Any, names: tuple[str, ...]) -> Any:
-    """What divides an axis, but for some axes of the mesh; nothing is said of an axis that they do not divide."""
-    along = entry if isinstance(entry, tuple) else (entry,)
-    if not set(along) & set(names):
+    """An entry of a partition spec without some mesh axes; UNCONSTRAINED if they do not occur in it."""
+    mesh_axes = entry if isinstance(entry, tuple) else (entry,)
+    if not set(mesh_axes) & set(names):
         return PartitionSpec.UNCONSTRAINED
-    return tuple(name for name in along if name not in names) or None
+    return tuple(name for name in mesh_axes if name not in names) or None
 
 
 def _check_shards(leaf: Quantized, sharding: NamedSharding) -> None:
-    """Raises `ValueError` where a shard of the weight is no whole number of blocks, and says which blocks fit."""
-    spec = (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
-    divided = {axis: spec[axis] for axis in leaf.blocked if spec[axis] is not None}
-    if not divided or tuple(leaf.specs(sharding.spec, sharding.mesh).codes)[leaf.place] is not None:
+    """Raises `ValueError` unless each shard of the weight is a whole number of blocks; names a block that fits."""
+    spec = spec_entries(sharding.spec, leaf.ndim)
+    divided = [axis for axis in leaf.blocked if spec[axis] is not None]
+    if not divided or tuple(leaf.specs(sharding.spec, sharding.mesh).codes)[leaf.block_axis] is not None:
         return
-    if list(divided) != [leaf.blocked[0]]:
+    if divided != [leaf.blocked[0]]:
         raise ValueError(
-            f"blocks run along the axes {leaf.blocked} of a weight of shape {leaf.shape} together, of which the first "
-            f"may be divided over devices; the sharding {sharding.spec} divides others."
+            f"blocks run along the axes {leaf.blocked} of a weight of shape {leaf.shape} together, and only the first "
+            f"of these can be sharded; the sharding {sharding.spec} divides others."
         )
     part = math.prod(sharding.shard_shape(leaf.shape)[axis] for axis in leaf.blocked)
     fitting = math.gcd(part, leaf.format.block)
     hint = f"; block={fitting} fits" if fitting >= 2 and fitting % 2 == 0 else ""
     raise ValueError(
-        f"each shard of a weight of shape {leaf.shape} under {sharding.spec} has {part} weights an output, no whole "
-        f"blocks of {leaf.format.block}{hint}. Or divide another axis."
+        f"each shard of a weight of shape {leaf.shape} under {sharding.spec} has {part} weights for an output, "
+        f"which is not a multiple of the block of {leaf.format.block}{hint}. Or shard another axis."
     )

@@ -1,4 +1,4 @@
-"""quantize() and dequantize(): which leaves of a base, and the whole tree."""
+"""quantize() and dequantize(): the choice of leaves of a base, and the conversion of a tree."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -12,27 +12,27 @@ from lora_jax import paths
 from lora_jax.adapters.protocol import BATCH, LOOKUP, check_axes, is_adapter
 from lora_jax.functions import check_function
 from lora_jax.leaves import dequantized, is_array, is_quantized, short
-from lora_jax.quantization.encoding import encoded
+from lora_jax.quantization.encoding import quantize_leaf
 from lora_jax.quantization.formats import Format, blocked_axes
 
 HEAD = r"^((params|model)/)?(output|head|classifier|score|logits)(/|$)|(^|/)(lm_head|unembed\w*)(/|$)"
-"""Paths of weights that make a model's output."""
+"""Matches the paths of weights that compute a model's output."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What becomes of each leaf of a base: made from shapes, before there are weights.
+    """The format of each leaf of a base, computed from shapes alone.
 
     Attributes:
-      chosen: By path of what is quantized, the format and the role of each axis.
-      shapes: By path of every array.
+      chosen: `{path: (format, role of each axis)}` of the weights that are quantized.
+      shapes: `{path: shape}` of every array.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
       >>> fn = lambda base, x: x @ base["w"] + base["b"]
       >>> shapes = {"w": jax.ShapeDtypeStruct((64, 8), jnp.bfloat16), "b": jax.ShapeDtypeStruct((8,), jnp.bfloat16)}
       >>> plan = Plan.of(shapes, {"": lora.NF4()}, fn, jax.ShapeDtypeStruct((2, 64), jnp.bfloat16))
-      >>> stream = [("w", jnp.ones((64, 8), jnp.bfloat16)), ("b", jnp.ones(8, jnp.bfloat16))]  # as tensors come in
+      >>> stream = [("w", jnp.ones((64, 8), jnp.bfloat16)), ("b", jnp.ones(8, jnp.bfloat16))]  # a checkpoint
       >>> {path: plan(path, array).dtype.name for path, array in stream}, list(plan.chosen)
       ({'w': 'bfloat16', 'b': 'bfloat16'}, ['w'])
     """
@@ -42,11 +42,11 @@ class Plan:
 
     @classmethod
     def of(cls, base: Any, rules: Mapping[str, Format | None], fn: Callable | None = None, /, *args: Any) -> "Plan":
-        """The plan for a base, whose leaves may be `jax.ShapeDtypeStruct`. Arguments are those of :func:`quantize`."""
+        """Plans for a base, whose leaves may be `jax.ShapeDtypeStruct`. Takes the arguments of :func:`quantize`."""
         if any(map(is_adapter, jax.tree.leaves(base, is_leaf=is_adapter))):
-            raise TypeError("quantize takes a base; got adapters, which stay floats.")
+            raise TypeError("quantize takes a base; got adapters, which are not quantized.")
         if not isinstance(rules, Mapping):
-            raise TypeError(f"Rules are a dict from path patterns to formats; got {type(rules).__name__}.")
+            raise TypeError(f"Expected rules as a dict from path patterns to formats; got {type(rules).__name__}.")
         for pattern, form in rules.items():
             if form is not None and not isinstance(form, Format):
                 value = f"the class {form.__name__}: write {form.__name__}()" if isinstance(form, type) else short(form)
@@ -59,79 +59,84 @@ class Plan:
         for path, pattern in paths.match_patterns(rules, list(leaves)).items():
             if pattern in matched:
                 matched[pattern].append(path)
-        named = [path for found in matched.values() for path in found]
-        uses = None if fn is None else axis_roles.uses_of(fn, base, named, args, {})
+        matches = [path for group in matched.values() for path in group]
+        uses = None if fn is None else axis_roles.uses_of(fn, base, matches, args, {})
         chosen: dict[str, tuple[Format, tuple[str, ...]]] = {}
-        for pattern, found in matched.items():
+        for pattern, group in matched.items():
             form = rules[pattern]
             assert form is not None
-            roles = {path: _roles(form, path, leaves[path], uses) for path in found}
-            able = {path: axes for path, axes in roles.items() if not isinstance(axes, str)}
-            if not able:
+            roles = {path: _roles(form, path, leaves[path], uses) for path in group}
+            quantizable = {path: axes for path, axes in roles.items() if not isinstance(axes, str)}
+            if not quantizable:
                 first = next(iter(roles))
                 raise ValueError(
                     f"The rule {pattern!r} matches nothing that can be quantized: {first!r} {roles[first]}."
                 )
-            usual = {path: axes for path, axes in able.items() if LOOKUP not in axes and not paths.search(HEAD, path)}
-            # A rule that matches embeddings or heads alone means them.
-            chosen |= {path: (form, axes) for path, axes in (usual or able).items()}
+            body = {
+                path: axes for path, axes in quantizable.items() if LOOKUP not in axes and not paths.search(HEAD, path)
+            }
+            # Embeddings and heads are quantized only by a rule that matches nothing else.
+            chosen |= {path: (form, axes) for path, axes in (body or quantizable).items()}
         ordered = {path: chosen[path] for path in leaves if path in chosen}
         return cls(ordered, {path: tuple(leaf.shape) for path, leaf in leaves.items()})
 
     def __call__(self, path: str, leaf: Any) -> Any:
-        """The leaf of a path as the plan wants it.
+        """Quantizes a leaf if the plan says so.
 
         Args:
-          path: In the base.
-          leaf: An array (quantized where it is, each device its shard), or a `jax.ShapeDtypeStruct`. It may be some of
-            the layers of a stack.
+          path: Its path in the base.
+          leaf: An array, of which each device quantizes its own shard, or a `jax.ShapeDtypeStruct`. It may hold some
+            of the layers of a stack.
+
+        Returns:
+          The quantized leaf, or the leaf itself.
 
         Raises:
-          ValueError: The base that the plan was made for has no such path or another shape there; the leaf holds NaN
-            or Inf, or its shards are no whole blocks.
+          ValueError: The plan has no such path or has another shape for it; the leaf contains NaN or Inf, or its shards
+            are not whole blocks.
         """
         if path not in self.shapes:
-            raise ValueError(f"The plan knows no {path!r}; {paths.nearest(path, list(self.shapes))}.")
+            raise ValueError(f"The plan has no path {path!r}; {paths.nearest(path, list(self.shapes))}.")
         if path not in self.chosen:
             return leaf
         form, axes = self.chosen[path]
-        shape, wanted = tuple(leaf.shape), self.shapes[path]
-        if len(shape) != len(wanted) or any(n != m and role != BATCH for n, m, role in zip(shape, wanted, axes)):
-            raise ValueError(f"{path!r} has the shape {shape}; the plan was made for {wanted}.")
+        shape, planned = tuple(leaf.shape), self.shapes[path]
+        if len(shape) != len(planned) or any(n != m and role != BATCH for n, m, role in zip(shape, planned, axes)):
+            raise ValueError(f"{path!r} has shape {shape}; the plan is for shape {planned}.")
         try:
-            made, finite = encoded(leaf, form, axes)
+            quantized, is_finite = quantize_leaf(leaf, form, axes)
         except ValueError as error:
             raise ValueError(f"{path!r}: {error}") from error
-        if not finite:
-            raise ValueError(f"{path!r} holds NaN or Inf, or numbers beyond float32, which no block of codes can.")
-        return made
+        if not is_finite:
+            raise ValueError(f"{path!r} contains NaN, Inf or numbers beyond float32, which cannot be quantized.")
+        return quantized
 
 
 def quantize(base: Any, rules: Mapping[str, Format | None], fn: Callable | None = None, /, *args: Any) -> Any:
     """Replaces weights by codes of few bits and scales.
 
-    The function itself is not changed: `lora_jax.adapt(fn)(quantized, delta, …)` takes the tree, with any adapters and
-    with none (`{}`). Weights are dequantized where they are used, and again in the backward pass, which keeps their
-    codes. A weight that meets an operation without a rule before its product (two joined to one, a mask) is dequantized
-    there, and what comes of it is an array like any other; :func:`lora_jax.explain` says so.
+    The function does not change: `lora_jax.adapt(fn)(quantized, delta, …)` accepts the tree, with any adapters or none
+    (`{}`). Weights are dequantized when they are used, and again in the backward pass, whose residuals are the codes.
+    A weight that reaches an operation without a rule before its contraction is dequantized there, and the result is an
+    ordinary array; :func:`lora_jax.explain` reports it.
 
     Args:
-      base: Parameters. Leaves are quantized one after another, where they are, and each device its own shard. Leaves
-        may be `jax.ShapeDtypeStruct`.
-      rules: `{pattern: format}`; patterns are searched in '/'-joined paths, the first match wins, None leaves a match
-        alone. Of what a pattern matches, weights that the function contracts are quantized. Norms and biases stay,
-        and so do embeddings and the head, unless a pattern matches nothing else.
-      fn: `fn(base, *args)` is traced (not run) to find which axes are contracted: blocks run along them. Without it
-        every format gives `axes=`.
+      base: Parameters. Leaves are quantized one at a time, and each device quantizes its own shard. Leaves may be
+        `jax.ShapeDtypeStruct`.
+      rules: `{pattern: format}`. Patterns are searched in '/'-joined paths, the first match wins, and None excludes
+        its matches. A pattern quantizes the matching weights that the function contracts. Norms and biases are not
+        quantized; embeddings and the head only if a pattern matches nothing else.
+      fn: `fn(base, *args)` is traced (not run) to find the contracted axes, along which blocks run. Without it every
+        format needs `axes=`.
       *args: Arguments of fn; arrays or `jax.ShapeDtypeStruct`.
 
     Returns:
-      The tree with quantized leaves, which print their format and count what they take.
+      The tree with quantized leaves, which print their format and their bits per weight.
 
     Raises:
-      ValueError: A pattern matches nothing, or nothing that can be quantized; a weight holds NaN or Inf; its shards are
-        no whole blocks.
-      TypeError: A rule has no format.
+      ValueError: A pattern matches nothing, or nothing that can be quantized; a weight contains NaN or Inf; its shards
+        are not whole blocks.
+      TypeError: The value of a rule is not a format.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -149,16 +154,17 @@ def quantize(base: Any, rules: Mapping[str, Format | None], fn: Callable | None 
 
 
 def dequantize(base: Any) -> Any:
-    """The tree with floats in the place of quantized leaves.
+    """Dequantizes every quantized leaf of a tree.
 
-    For those who have the memory and prefer the speed: a loop over the quantized base dequantizes each weight in every
-    turn, one over this tree never does.
+    Trades memory for speed: a loop over the quantized base dequantizes each weight in every iteration, a loop over this
+    tree does not.
 
     Args:
       base: From :func:`quantize`.
 
     Returns:
-      Every quantized leaf dequantized, in the dtype of the weight it was made of; other leaves are the same arrays.
+      The tree with arrays instead of quantized leaves, in the dtypes of the original weights; other leaves are the
+      same objects.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -172,7 +178,7 @@ def dequantize(base: Any) -> Any:
 
 
 def _roles(form: Format, path: str, leaf: Any, uses: Mapping[str, Any] | None) -> tuple[str, ...] | str:
-    """The roles of a leaf's axes; or why it cannot be quantized."""
+    """Returns the roles of a leaf's axes, or the reason why it cannot be quantized."""
     if is_quantized(leaf):
         return "is quantized already"
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -184,7 +190,7 @@ def _roles(form: Format, path: str, leaf: Any, uses: Mapping[str, Any] | None) -
             check_axes(form.axes, leaf.shape)
             axes = form.axes
         elif uses is None:
-            raise ValueError(f"{form} needs axis roles: give a function to trace, or the format axes=.")
+            raise ValueError(f"{form} needs axis roles: pass a function to trace, or axes= to the format.")
         elif not uses[path]:
             return "is not used by the function"
         elif not axis_roles.are_told(uses[path], len(leaf.shape)):
@@ -193,4 +199,4 @@ def _roles(form: Format, path: str, leaf: Any, uses: Mapping[str, Any] | None) -
             axes = axis_roles.roles(uses[path], leaf.shape)
     except ValueError as error:
         raise ValueError(f"{path!r}: {error}") from error
-    return tuple(axes) if blocked_axes(axes)[0] else f"has no axis that blocks could run along, with the roles {axes}"
+    return tuple(axes) if blocked_axes(axes)[0] else f"has no axis for blocks: its roles are {axes}"

@@ -1,4 +1,4 @@
-"""The scales of blocks, quantized in their turn: eight bits each, about their mean."""
+"""Double quantization: the scales of blocks, quantized to eight bits about their mean."""
 
 import dataclasses
 import math
@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from lora_jax.quantization import codebooks
 
 SECOND_BLOCK = 256
-"""How many scales share a scale of the second level."""
+"""The number of scales that share a second-level scale."""
 
 _HUGE = 2.0**120
-"""Above it the reciprocal of a float32 is no normal number."""
+"""The reciprocal of a larger float32 is subnormal."""
 
 
 @jax.tree_util.register_dataclass
@@ -20,10 +20,10 @@ _HUGE = 2.0**120
 class Scales:
     """The scales of a weight's blocks in eight bits.
 
-    Those of a layer stand in the order of its outputs, of each output all, and so make blocks of 256.
+    The scales of a layer are ordered by output, all scales of an output together, and form blocks of 256.
 
     Attributes:
-      codes: `[*layers, …]`, uint8, in the place of the scales.
+      codes: `[*layers, …]`, uint8, of the shape of the scales.
       second: `[*layers, n/256]`, float32; a scale for each block of scales.
       offset: `[*layers]`, float32; the mean of the layer's scales.
     """
@@ -33,40 +33,40 @@ class Scales:
     offset: jax.Array
 
     @classmethod
-    def of(cls, scales: jax.Array, layers: int, place: int) -> "Scales":
+    def of(cls, scales: jax.Array, layers: int, axis: int) -> "Scales":
         """Quantizes scales.
 
         Args:
           scales: float32, one for each block.
-          layers: How many leading axes run over layers.
-          place: The axis along which one output's scales lie, as a negative number.
+          layers: The number of leading axes over layers.
+          axis: The axis of the scales of one output, as a negative number.
         """
         offset = _mean(scales, tuple(range(layers, scales.ndim)))
         centered = scales - offset.reshape(*offset.shape, *(1,) * (scales.ndim - layers))
-        ordered = jnp.moveaxis(centered, place, -1)
+        ordered = jnp.moveaxis(centered, axis, -1)
         values = ordered.reshape(*offset.shape, -1)
         number = -(-values.shape[-1] // SECOND_BLOCK)
         padding = number * SECOND_BLOCK - values.shape[-1]
         blocks = jnp.pad(values, [*((0, 0),) * layers, (0, padding)]).reshape(*offset.shape, number, SECOND_BLOCK)
         second = jnp.max(jnp.abs(blocks), axis=-1)
-        codes = codebooks.nearest(divided(blocks, second[..., None]), codebooks.dynamic_map())
+        codes = codebooks.nearest(normalize(blocks, second[..., None]), codebooks.dynamic_map())
         codes = codes.reshape(*offset.shape, -1)[..., : values.shape[-1]].reshape(ordered.shape)
-        return cls(codes=jnp.moveaxis(codes, -1, place), second=second, offset=offset)
+        return cls(codes=jnp.moveaxis(codes, -1, axis), second=second, offset=offset)
 
-    def decoded(self, place: int) -> jax.Array:
-        """The scales, float32; `place` as for :meth:`of`."""
+    def decode(self, axis: int) -> jax.Array:
+        """Returns the scales in float32; `axis` as for :meth:`of`."""
         ordered = list(self.codes.shape[self.offset.ndim :])
-        ordered.append(ordered.pop(place))
+        ordered.append(ordered.pop(axis))
         spread = jnp.repeat(self.second, SECOND_BLOCK, axis=-1)[..., : math.prod(ordered)]
-        spread = jnp.moveaxis(spread.reshape(*self.offset.shape, *ordered), -1, place)
+        spread = jnp.moveaxis(spread.reshape(*self.offset.shape, *ordered), -1, axis)
         values = jnp.take(codebooks.dynamic_map(), self.codes.astype(jnp.int32), mode="clip")
         return values * spread + self.offset.reshape(*self.offset.shape, *(1,) * len(ordered))
 
 
 def _mean(scales: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """The mean of at most 2²⁶ scales, the same bits in whatever order, hence on however many devices, they are added.
+    """The mean of at most 2²⁶ scales, with the same bits for every order of addition, so for any number of devices.
 
-    As multiples of 2⁻³⁰ of the largest, whose six-bit digits are summed as integers.
+    The scales are written as multiples of 2⁻³⁰ of the largest, whose six-bit digits are summed as integers.
     """
     largest = jnp.max(scales, axis=axes, keepdims=True)
     steps = (scales / jnp.where(largest > 0.0, largest, 1.0) * 2.0**30).astype(jnp.uint32)
@@ -77,10 +77,10 @@ def _mean(scales: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return jnp.squeeze(total / math.prod(scales.shape[axis] for axis in axes) * largest, axes)
 
 
-def divided(values: jax.Array, largest: jax.Array) -> jax.Array:
-    """Values over the largest magnitude of their block; zeros where that is zero."""
-    # By the reciprocal, as bitsandbytes does: its rounding decides the code of a value in the middle of two. That of
-    # very large floats is no normal number.
+def normalize(values: jax.Array, largest: jax.Array) -> jax.Array:
+    """Divides values by the largest magnitude of their block; zero if that is zero."""
+    # Multiplies by the reciprocal, as bitsandbytes does: its rounding decides the code of a value halfway between two
+    # levels. The reciprocal of a very large float is subnormal.
     shrunk = jnp.where(largest < _HUGE, 1.0, 2.0**-64)
     safe = jnp.where(largest == 0.0, 1.0, largest * shrunk)
     return jnp.clip(values * shrunk * (1.0 / safe), -1.0, 1.0)

@@ -142,7 +142,7 @@ def test_what_is_not_finite_stays_so_where_nothing_can_be_raised(form, double, v
 
 
 def test_a_double_that_is_no_boolean_is_refused():
-    with pytest.raises(ValueError, match=r"NF4\(double='yes'\): True or False"):
+    with pytest.raises(ValueError, match=r"NF4\(double='yes'\): expected True or False"):
         lora.NF4(64, "yes")
 
 
