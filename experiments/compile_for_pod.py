@@ -24,7 +24,7 @@ from experiments.aot.analysis import DoesNotFit
 from experiments.aot.compilation import PROGRAM, compile_config, parse_config
 from experiments.errors import UserError
 from experiments.models import location, shapes
-from lora_jax.files import replaced_file
+from lora_jax.io.files import replaced_file
 
 
 def main(args: Sequence[str] | None = None) -> int:

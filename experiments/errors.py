@@ -3,7 +3,7 @@
 import contextlib
 import os
 
-from lora_jax import reading as readers
+from lora_jax.io import read_errors as readers
 
 
 class UserError(ValueError):

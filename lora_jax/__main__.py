@@ -9,8 +9,9 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from lora_jax import __version__, termination
-from lora_jax.reading import clipped, printable
+from lora_jax import __version__
+from lora_jax.io import signals as termination
+from lora_jax.io.read_errors import clipped, printable
 
 PROGRAM = "lora-jax"
 DIFFERENT, WRONG, INTERRUPTED, TERMINATED = 1, 2, 130, 143

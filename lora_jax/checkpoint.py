@@ -27,11 +27,11 @@ import orbax.checkpoint as ocp
 from lora_jax import checks, manifest
 from lora_jax.adapters.fingerprints import check_base
 from lora_jax.adapters.protocol import Delta
-from lora_jax.array_store import read_arrays
-from lora_jax.files import listed, naming, new_parents, replaced_file, resolved, sync_tree
-from lora_jax.locks import locked, matching
+from lora_jax.io.arrays import read_arrays
+from lora_jax.io.files import listed, naming, new_parents, replaced_file, resolved, sync_tree
+from lora_jax.io.locks import locked, matching
+from lora_jax.io.read_errors import clipped, raised_by_reader, reason
 from lora_jax.manifest import ARRAYS, FORMAT, MANIFEST, NAME
-from lora_jax.reading import clipped, raised_by_reader, reason
 
 _ATTEMPTS = 8  # to load what others replace
 _TEMPORARY = r"(\.orbax-checkpoint-tmp.*)?"

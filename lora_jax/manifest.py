@@ -16,8 +16,8 @@ from lora_jax import paths
 from lora_jax.adapters import fingerprints
 from lora_jax.adapters.consistency import check_adapter, check_adapters, check_static_fields
 from lora_jax.adapters.protocol import KINDS, Delta
+from lora_jax.io.read_errors import reason
 from lora_jax.leaves import is_abstract, is_quantized
-from lora_jax.reading import reason
 
 FORMAT = "lora_jax adapter"
 VERSION = 1

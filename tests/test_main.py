@@ -20,9 +20,9 @@ from safetensors import deserialize
 from safetensors.numpy import save_file
 
 import lora_jax as lora
-from lora_jax import files
 from lora_jax.__main__ import main
 from lora_jax.commands import merging as merge_command
+from lora_jax.io import files
 from tests.peft.cases import CASES, PREFIX, read, read_config, write_adapter
 
 FIXTURE = {case.fixture: case for case in CASES.values()}

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
-from lora_jax import files
+from lora_jax.io import files
 
 SCRIPT = pathlib.Path(__file__).with_name("saving_processes.py")
 

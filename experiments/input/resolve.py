@@ -15,7 +15,7 @@ from experiments.input.json_rows import JsonRows
 from experiments.input.opening import COMPRESSED, data_suffix, open_content
 from experiments.input.records import Completion, Record
 from experiments.tasks import examples
-from lora_jax.reading import reason
+from lora_jax.io.read_errors import reason
 
 
 class Rows(Protocol):

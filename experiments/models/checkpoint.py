@@ -17,7 +17,7 @@ from flax import nnx
 import lora_jax as lora
 from experiments.errors import UserError
 from lora_jax import peft
-from lora_jax.files import replaced
+from lora_jax.io.files import replaced
 from lora_jax.quantization import Format, Plan, bitsandbytes_tensors, from_bitsandbytes, shardings
 
 M = TypeVar("M", bound=nnx.Module)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments.errors import UserError
-from lora_jax import reading as readers
-from lora_jax.files import replaced_file
+from lora_jax.io import read_errors as readers
+from lora_jax.io.files import replaced_file
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 import lora_jax as lora
 from experiments.models import bert, checkpoint, classifier, location
 from experiments.studies.problem import HEAD, Problem
-from lora_jax.files import replaced_file
+from lora_jax.io.files import replaced_file
 
 DIRECTORY, LOGITS = "peft", "test_logits.npy"
 _PUBLISHED = {location.MINILM: "sentence-transformers/all-MiniLM-L6-v2"}  # what a package carries, by its hub name

@@ -18,8 +18,8 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from experiments.errors import UserError
 from experiments.training import checksum, processes
-from lora_jax.array_store import open_arrays, read_arrays
-from lora_jax.reading import printable, quiet, raised_by_reader
+from lora_jax.io.arrays import open_arrays, read_arrays
+from lora_jax.io.read_errors import printable, quiet, raised_by_reader
 
 S = TypeVar("S")
 SCORE = "score"

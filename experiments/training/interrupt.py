@@ -11,7 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from experiments.errors import Preempted
-from lora_jax import termination
+from lora_jax.io import signals as termination
 
 
 class Interrupt:

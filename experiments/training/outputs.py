@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from experiments.errors import UserError, reading
 from experiments.training import lock, processes
-from lora_jax.files import listed, new_parents, replaced_file
+from lora_jax.io.files import listed, new_parents, replaced_file
 
 R = TypeVar("R")
 LISTING = ".lora_jax.json"

@@ -9,7 +9,7 @@ from tensorboardX import SummaryWriter
 
 from experiments.errors import reading
 from experiments.training.processes import is_first
-from lora_jax.files import replaced_file
+from lora_jax.io.files import replaced_file
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 

@@ -18,7 +18,7 @@ from lora_jax.commands import biases, fitting_methods, layout
 from lora_jax.commands.outputs import check_new
 from lora_jax.commands.reading import MODEL, adapter_directory, check_directory, check_peft, model_config, opened
 from lora_jax.commands.wording import counted, few, progress_bar, shown
-from lora_jax.files import replaced
+from lora_jax.io.files import replaced
 from lora_jax.peft import ties
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.tensors import (

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_jax.files import check_replaceable, resolved
+from lora_jax.io.files import check_replaceable, resolved
 
 
 def check_new(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.checks import unusable
+from lora_jax.io.read_errors import reading
 from lora_jax.peft.tensors import read_json
-from lora_jax.reading import reading
 
 CONFIG = "adapter_config.json"
 TOKENS = "TRAINABLE_TOKENS"

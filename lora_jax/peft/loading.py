@@ -15,6 +15,7 @@ from lora_jax import checks, paths
 from lora_jax.adapters.full import FullAdapter, RowsAdapter
 from lora_jax.adapters.offset import OffsetAdapter
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
+from lora_jax.io.read_errors import clipped, counted
 from lora_jax.leaves import is_abstract
 from lora_jax.peft import experts, keys, ties
 from lora_jax.peft.config import CONFIG
@@ -25,7 +26,6 @@ from lora_jax.peft.names import Binding, Names, check_names
 from lora_jax.peft.opening import find_adapter, opened
 from lora_jax.peft.stored import Module, Stored
 from lora_jax.peft.tensors import read_json
-from lora_jax.reading import clipped, counted
 
 
 def load(directory: str | os.PathLike, base: Any, names: Names, ignore: Sequence[str] = ()) -> dict[str, Adapter]:

@@ -11,6 +11,7 @@ import numpy as np
 from lora_jax.adapters.dora import DoRAAdapter
 from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.protocol import BATCH, IN, OUT
+from lora_jax.io.read_errors import BREAK
 from lora_jax.leaves import is_abstract
 from lora_jax.peft import experts, keys
 from lora_jax.peft.config import CONFIG
@@ -18,7 +19,6 @@ from lora_jax.peft.factor_layout import FactorLayout, pad_rank
 from lora_jax.peft.keys import Key
 from lora_jax.peft.names import Binding
 from lora_jax.peft.stored import Module, Stored
-from lora_jax.reading import BREAK
 
 
 def low_rank(

@@ -10,13 +10,13 @@ from lora_jax import checks
 from lora_jax.adapters.consistency import check_adapters
 from lora_jax.adapters.fingerprints import needs_moved_base
 from lora_jax.adapters.protocol import Adapter
+from lora_jax.io.read_errors import counted
 from lora_jax.peft import experts
 from lora_jax.peft.exported import export
 from lora_jax.peft.methods import method_of, save_method
 from lora_jax.peft.modules_to_save import complete
 from lora_jax.peft.names import Names, check_names
 from lora_jax.peft.targets import TARGETS
-from lora_jax.reading import counted
 
 
 def save(

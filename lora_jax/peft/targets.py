@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.files import replaced
+from lora_jax.io.files import replaced
 from lora_jax.peft import experts, keys
 from lora_jax.peft.config import CONFIG, Config, exactly
 from lora_jax.peft.exported import Exported, Module

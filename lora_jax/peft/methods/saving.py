@@ -12,6 +12,7 @@ from lora_jax.adapters.conversion import is_low_rank
 from lora_jax.adapters.full import FullAdapter, RowsAdapter
 from lora_jax.adapters.ia3 import IA3Adapter
 from lora_jax.adapters.protocol import BATCH, OUT, Adapter
+from lora_jax.io.read_errors import counted
 from lora_jax.peft import keys
 from lora_jax.peft.config import TOKENS, exactly
 from lora_jax.peft.exported import Exported, ends_alike, export, multiplied
@@ -23,7 +24,6 @@ from lora_jax.peft.methods.vera import VeRAMethod, shared_pair
 from lora_jax.peft.modules_to_save import complete
 from lora_jax.peft.names import Names
 from lora_jax.peft.targets import write_files
-from lora_jax.reading import counted
 
 
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.errors import Preempted, UserError
 from experiments.errors import reading as reading_of_experiments
-from lora_jax.reading import reading
+from lora_jax.io.read_errors import reading
 
 
 class PanicException(BaseException):

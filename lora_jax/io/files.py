@@ -12,7 +12,7 @@ import sys
 import uuid
 from collections.abc import Callable, Collection, Iterator
 
-from lora_jax.locks import created, matching, remove_abandoned
+from lora_jax.io.locks import created, matching, remove_abandoned
 
 _UNFINISHED = r"\.(.+\.)?[0-9a-f]{32}\.(writing|replaced)(\..+)?"
 _AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2  # from fcntl.h, linux/fs.h and sys/stdio.h

@@ -12,7 +12,7 @@ import weakref
 
 import pytest
 
-from lora_jax.termination import raising
+from lora_jax.io.signals import raising
 
 sent = signal.SIGTERM
 
@@ -103,7 +103,7 @@ def test_cleaning_up_is_not_interrupted():
 
 def test_other_exceptions_that_python_drops_are_shown():
     code = (
-        "from lora_jax.termination import raising\n"
+        "from lora_jax.io.signals import raising\n"
         "class Failing:\n    def __del__(self): raise ValueError('dropped')\n"
         "with raising(SystemExit):\n    Failing()"
     )

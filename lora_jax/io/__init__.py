@@ -1,0 +1,1 @@
+"""Files that are replaced atomically, errors of damaged files, Orbax arrays, and termination signals."""
