@@ -24,7 +24,7 @@ from experiments.aot.analysis import DoesNotFit
 from experiments.aot.compilation import PROGRAM, compile_config, parse_config
 from experiments.errors import UserError
 from experiments.models import location, shapes
-from lora_jax.io.files import replaced_file
+from lora_jax.io import replace_file
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -56,7 +56,7 @@ def main(args: Sequence[str] | None = None) -> int:
         console.print(part)
     if chosen.json is not None:
         try:
-            with replaced_file(chosen.json) as file:
+            with replace_file(chosen.json) as file:
                 file.write_text(json.dumps(report.as_json(analysis, slice_), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             print(f"error: {chosen.json}: {error.strerror}", file=sys.stderr)

@@ -3,7 +3,7 @@
 import contextlib
 import os
 
-from lora_jax.io import read_errors as readers
+from lora_jax import io
 
 
 class UserError(ValueError):
@@ -13,7 +13,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(readers.clipped(message))
+        super().__init__(io.shorten(message))
 
 
 class Preempted(BaseException):
@@ -25,4 +25,4 @@ class Preempted(BaseException):
 
 def reading(path: str | os.PathLike, form: str = "") -> contextlib.AbstractContextManager[None]:
     """Converts errors that a file's content causes in the `with` block to a :class:`UserError` that names the file."""
-    return readers.reading(path, form, error=UserError)
+    return io.reading(path, form, error=UserError)

@@ -10,8 +10,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from lora_jax import __version__
-from lora_jax.io import signals as termination
-from lora_jax.io.read_errors import clipped, printable
+from lora_jax.io import printable, raise_on_signal, shorten
 
 PROGRAM = "lora-jax"
 DIFFERENT, WRONG, INTERRUPTED, TERMINATED = 1, 2, 130, 143
@@ -32,7 +31,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     try:
         given = _parser().parse_args(args)
-        with termination.raising(_Terminated):
+        with raise_on_signal(_Terminated):
             return _run(given)
     except SystemExit as stop:  # argparse's own (--help, or arguments that do not parse), or a closed pipe
         return stop.code if isinstance(stop.code, int) else WRONG
@@ -92,9 +91,9 @@ class _Terminated(BaseException):
 def _said(error: Exception) -> str:
     """An error's message: an operating system's with the file first, a long list with its beginning."""
     if isinstance(error, OSError) and error.strerror:
-        return clipped(f"{error.filename or error.filename2 or 'output'}: {error.strerror}.")
+        return shorten(f"{error.filename or error.filename2 or 'output'}: {error.strerror}.")
     text = re.sub(r"ignore=\('([^']+)',\)", r"--ignore \1", str(error))  # the library's argument, as the option
-    lines = clipped(printable(text)).splitlines() or [type(error).__name__]
+    lines = shorten(printable(text)).splitlines() or [type(error).__name__]
     more = len(lines) - 1 - _PROBLEMS
     return "\n".join(lines if more <= 0 else [*lines[: _PROBLEMS + 1], f"  … and {more} more"])
 

@@ -28,9 +28,9 @@ from lora_jax import checks, manifest
 from lora_jax.adapters.fingerprints import check_base
 from lora_jax.adapters.protocol import Delta
 from lora_jax.io.arrays import read_arrays
-from lora_jax.io.files import listed, naming, new_parents, replaced_file, resolved, sync_tree
-from lora_jax.io.locks import locked, matching
-from lora_jax.io.read_errors import clipped, raised_by_reader, reason
+from lora_jax.io.files import create_parents, errors_naming, join_names, replace_file, resolve, sync_tree
+from lora_jax.io.locks import lock, match_entries
+from lora_jax.io.read_errors import describe_error, is_read_error, shorten
 from lora_jax.manifest import ARRAYS, FORMAT, MANIFEST, NAME
 
 _ATTEMPTS = 8  # to load what others replace
@@ -71,9 +71,9 @@ def save(directory: str | os.PathLike, delta: Delta, *, base: Any = None) -> Non
 
 def write(directory: str | os.PathLike, described: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a manifest and the arrays that it describes; see :func:`save`."""
-    path, directory = directory, resolved(directory)
+    path, directory = directory, resolve(directory)
     _check_replaceable(directory)
-    with naming(path, directory), new_parents(directory / MANIFEST), locked(directory) as alone:
+    with errors_naming(path, directory), create_parents(directory / MANIFEST), lock(directory) as alone:
         old = _current(directory)
         if alone:
             _remove_stale(directory, old)
@@ -86,7 +86,7 @@ def write(directory: str | os.PathLike, described: dict[str, Any], arrays: Mappi
             if old is None and not os.path.lexists(directory / ARRAYS):
                 os.rename(directory / name, directory / ARRAYS)
                 name = ARRAYS
-            with replaced_file(directory / MANIFEST) as file:
+            with replace_file(directory / MANIFEST) as file:
                 file.write_text(manifest.readable({**described, "arrays": name}), encoding="utf-8")
         except BaseException:
             _remove_arrays(directory, {name} - {_current(directory)})
@@ -125,14 +125,14 @@ def read(directory: str | os.PathLike, base: Any) -> tuple[Delta, dict[str, Any]
     """The delta, the manifest, and the arrays beside those of the delta (of a training state); see :func:`load`."""
     directory = pathlib.Path(directory).absolute()
     for attempt in range(_ATTEMPTS):
-        with locked(directory, shared=True) if attempt else contextlib.nullcontext():
+        with lock(directory, shared=True) if attempt else contextlib.nullcontext():
             version = _version(directory)
             try:
                 return _loaded(directory, base)
             except (ValueError, OSError) as error:
                 if attempt + 1 < _ATTEMPTS and _version(directory) != version:
                     continue
-                if isinstance(error, ValueError) and (message := clipped(str(error))) != str(error):
+                if isinstance(error, ValueError) and (message := shorten(str(error))) != str(error):
                     raise ValueError(message) from error
                 raise
     raise AssertionError("unreachable")
@@ -172,7 +172,7 @@ def _check_replaceable(directory: pathlib.Path) -> None:
     others = [path.name for path in sorted(directory.iterdir()) if not _is_left(path)]
     if others:
         raise FileExistsError(
-            f"{directory} holds {listed(others)} and is no adapter directory (it has no {MANIFEST}); not replaced."
+            f"{directory} holds {join_names(others)} and is no adapter directory (it has no {MANIFEST}); not replaced."
         )
 
 
@@ -194,7 +194,7 @@ def _remove_stale(directory: pathlib.Path, current: str | None) -> None:
 
 def _remove_arrays(directory: pathlib.Path, names: Collection[str | None]) -> None:
     for name in names:
-        for path in matching(directory, rf"{name}{_TEMPORARY}"):
+        for path in match_entries(directory, rf"{name}{_TEMPORARY}"):
             if path.is_symlink():
                 continue
             if path.name == ARRAYS:  # half removed, only its name would tell whose it was
@@ -226,8 +226,8 @@ def _restored(folder: pathlib.Path, expected: dict[str, jax.ShapeDtypeStruct]) -
     try:
         restored = read_arrays(folder, expected, MANIFEST)
     except BaseException as error:
-        if not raised_by_reader(error):
+        if not is_read_error(error):
             raise
-        raise ValueError(f"{folder} is damaged or no Orbax checkpoint: {reason(error)}.") from error
+        raise ValueError(f"{folder} is damaged or no Orbax checkpoint: {describe_error(error)}.") from error
     # Not committed to a device, so that they go along with a base on any mesh.
     return {name: jnp.asarray(array) for name, array in restored.items()}

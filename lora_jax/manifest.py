@@ -16,7 +16,7 @@ from lora_jax import paths
 from lora_jax.adapters import fingerprints
 from lora_jax.adapters.consistency import check_adapter, check_adapters, check_static_fields
 from lora_jax.adapters.protocol import KINDS, Delta
-from lora_jax.io.read_errors import reason
+from lora_jax.io.read_errors import describe_error
 from lora_jax.leaves import is_abstract, is_quantized
 
 FORMAT = "lora_jax adapter"
@@ -148,7 +148,7 @@ def read(directory: pathlib.Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: {reason(error)}.") from error
+        raise ValueError(f"{file} is damaged: {describe_error(error)}.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{file} is not the manifest of a {FORMAT}.")
     if manifest.get("version") != VERSION or isinstance(manifest["version"], bool):

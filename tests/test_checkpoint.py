@@ -221,5 +221,5 @@ def test_long_names_lose_their_middle(saved):
 
 def test_arrays_that_are_missing(saved):
     (saved / "arrays" / "manifest.ocdbt").unlink()
-    with pytest.raises(ValueError, match=r"arrays is damaged or no Orbax checkpoint: it has no manifest\.ocdbt"):
+    with pytest.raises(ValueError, match=r"arrays is damaged or no Orbax checkpoint: manifest\.ocdbt is missing"):
         lora.load(saved)

@@ -30,7 +30,7 @@ def nested():
         (TypeError("unhashable"), "TypeError: unhashable"),
         (AttributeError("no items"), "AttributeError: no items"),
         (OverflowError("too large"), "OverflowError: too large"),
-        (MemoryError(), "it asks for more memory than there is"),
+        (MemoryError(), "out of memory"),
         (struct.error("unpack requires 8 bytes"), "error: unpack requires 8 bytes"),
         (zlib.error("incorrect header check"), "error: incorrect header check"),
         (Exception("data did not match any variant"), "data did not match any variant"),

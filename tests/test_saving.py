@@ -109,8 +109,8 @@ def test_what_is_no_directory_for_an_adapter(tmp_path):
     for where, message in {
         "/": "is no adapter directory",
         tmp_path / "file": "is no directory",
-        tmp_path / "nowhere": "leads nowhere",
-        tmp_path / "circle": "in a circle",
+        tmp_path / "nowhere": "broken or circular link",
+        tmp_path / "circle": "broken or circular link",
     }.items():
         with pytest.raises(FileExistsError, match=message) as error:
             lora.save(where, adapter(1))

@@ -12,7 +12,7 @@ import weakref
 
 import pytest
 
-from lora_jax.io.signals import raising
+from lora_jax.io.signals import raise_on_signal
 
 sent = signal.SIGTERM
 
@@ -79,7 +79,7 @@ def test_the_block_ends_by_the_exception(where, rest, number, error, capsys, mon
     monkeypatch.setitem(globals(), "sent", number)
     before, hook, threads = signal.getsignal(number), sys.unraisablehook, set(threading.enumerate())
     began = time.monotonic()
-    with pytest.raises(error), raising(Terminated):
+    with pytest.raises(error), raise_on_signal(Terminated):
         where()
         time.sleep(rest)
     assert time.monotonic() - began < 20
@@ -91,7 +91,7 @@ def test_the_block_ends_by_the_exception(where, rest, number, error, capsys, mon
 
 def test_cleaning_up_is_not_interrupted():
     done = False
-    with pytest.raises(Terminated), raising(Terminated):
+    with pytest.raises(Terminated), raise_on_signal(Terminated):
         try:
             in_a_collection()
             time.sleep(30)
@@ -103,9 +103,9 @@ def test_cleaning_up_is_not_interrupted():
 
 def test_other_exceptions_that_python_drops_are_shown():
     code = (
-        "from lora_jax.io.signals import raising\n"
+        "from lora_jax.io.signals import raise_on_signal\n"
         "class Failing:\n    def __del__(self): raise ValueError('dropped')\n"
-        "with raising(SystemExit):\n    Failing()"
+        "with raise_on_signal(SystemExit):\n    Failing()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "ValueError: dropped" in done.stderr
@@ -115,7 +115,7 @@ def test_other_threads_have_no_handler():
     before, handlers = signal.getsignal(signal.SIGTERM), []
 
     def inside():
-        with raising(Terminated):
+        with raise_on_signal(Terminated):
             handlers.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=inside)
@@ -127,7 +127,7 @@ def test_other_threads_have_no_handler():
 def test_an_ignored_interrupt_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts a command in the background
     try:
-        with raising(Terminated):
+        with raise_on_signal(Terminated):
             os.kill(os.getpid(), signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:

@@ -15,7 +15,7 @@ from experiments.input.json_rows import JsonRows
 from experiments.input.opening import COMPRESSED, data_suffix, open_content
 from experiments.input.records import Completion, Record
 from experiments.tasks import examples
-from lora_jax.io.read_errors import reason
+from lora_jax.io import describe_error
 
 
 class Rows(Protocol):
@@ -216,7 +216,7 @@ def hub(name: str, split: str, form: FormName | None = None) -> list[Source]:
     except Exception as error:  # the library, the network and a data set's files raise exceptions of many types
         raise UserError(
             f"{':'.join([dataset, *rest[:-1], split])}: no such file, and the Hugging Face Hub does not provide it as "
-            f"ORGANIZATION/DATASET:SPLIT or ORGANIZATION/DATASET:CONFIG:SPLIT ({reason(error)})"
+            f"ORGANIZATION/DATASET:SPLIT or ORGANIZATION/DATASET:CONFIG:SPLIT ({describe_error(error)})"
         ) from None
     names = [str(name) for name in tables]
     chosen = layout.choose(names, split, ":".join([dataset, *rest[:-1]]), named=bool(rest))

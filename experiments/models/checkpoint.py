@@ -17,7 +17,7 @@ from flax import nnx
 import lora_jax as lora
 from experiments.errors import UserError
 from lora_jax import peft
-from lora_jax.io.files import replaced
+from lora_jax.io import replace_directory
 from lora_jax.quantization import Format, Plan, bitsandbytes_tensors, from_bitsandbytes, shardings
 
 M = TypeVar("M", bound=nnx.Module)
@@ -195,7 +195,7 @@ def save(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory}: holds files already")
     try:
-        with replaced(directory, "config.json", what="checkpoint", owns=lambda entry: False) as fresh:
+        with replace_directory(directory, "config.json", what="checkpoint", owns=lambda entry: False) as fresh:
             peft.write_model(fresh, _tensors_of(base, names, bare), shard_bytes=shard_bytes)
             (fresh / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
             for file in [tokenizer / name for name in _COPIED] if tokenizer else ():

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments.errors import UserError
-from lora_jax.io import read_errors as readers
-from lora_jax.io.files import replaced_file
+from lora_jax.io import reading, replace_file
 
 T = TypeVar("T")
 
@@ -72,12 +71,12 @@ def read_json(path: Path, make: Callable[[Any], T]) -> T:
       UserError: It is damaged, or was written by another version.
     """
     template = "{path}: damaged, or of another version ({reason}); --fresh starts over"
-    with readers.reading(path, error=UserError, template=template):
+    with reading(path, error=UserError, template=template):
         return make(json.loads(path.read_text(encoding="utf-8")))
 
 
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON so that a reader finds the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replaced_file(path) as file:
+    with replace_file(path) as file:
         file.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 import lora_jax as lora
 from experiments.models import bert, checkpoint, classifier, location
 from experiments.studies.problem import HEAD, Problem
-from lora_jax.io.files import replaced_file
+from lora_jax.io import replace_file
 
 DIRECTORY, LOGITS = "peft", "test_logits.npy"
 _PUBLISHED = {location.MINILM: "sentence-transformers/all-MiniLM-L6-v2"}  # what a package carries, by its hub name
@@ -86,7 +86,7 @@ def export(
     place = directory / DIRECTORY
     lora.peft.save(place, encoder, names, base_model=base, task_type="FEATURE_EXTRACTION")
     tensors = {"weight": np.ascontiguousarray(np.asarray(merged["kernel"]).T), "bias": np.asarray(merged["bias"])}
-    with replaced_file(place / "classifier.safetensors") as file:
+    with replace_file(place / "classifier.safetensors") as file:
         save_file(tensors, file)
     labels = textwrap.fill(json.dumps(problem.names), 100, subsequent_indent="    ", break_long_words=False)
     text = _README.format(
@@ -96,6 +96,6 @@ def export(
         length=problem.lengths[-1],
         note=_QUANTIZED if quantized else "",
     )
-    with replaced_file(place / "README.md") as file:
+    with replace_file(place / "README.md") as file:
         file.write_text(text, encoding="utf-8")
     np.save(directory / LOGITS, logits)

@@ -18,8 +18,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from experiments.errors import UserError
 from experiments.training import checksum, processes
-from lora_jax.io.arrays import open_arrays, read_arrays
-from lora_jax.io.read_errors import printable, quiet, raised_by_reader
+from lora_jax.io import is_read_error, open_arrays, printable, read_arrays, silence_logs
 
 S = TypeVar("S")
 SCORE = "score"
@@ -220,7 +219,7 @@ class Checkpoints:
     def _content(self, step: int) -> Any:
         """The JSON of a step, read on this process alone: there may be an error that the others do not have."""
         handler = ocp.JsonCheckpointHandler(multiprocessing_options=_ALONE)
-        with quiet(), ocp.Checkpointer(handler, multiprocessing_options=_ALONE) as checkpointer:
+        with silence_logs(), ocp.Checkpointer(handler, multiprocessing_options=_ALONE) as checkpointer:
             return checkpointer.restore(self._directory / str(step) / "content", args=ocp.args.JsonRestore())
 
     def _base(self, state: Any) -> str:
@@ -237,12 +236,12 @@ class Checkpoints:
     def _telling(self, what: str) -> Iterator[None]:
         """Turns what a disk refuses into one sentence, and keeps Orbax's own messages about it back."""
         try:
-            with quiet():
+            with silence_logs():
                 yield
         except UserError:
             raise
         except Exception as error:
-            if processes.is_lost(error) or not raised_by_reader(error):
+            if processes.is_lost(error) or not is_read_error(error):
                 raise
             raise UserError(f"{self._directory}: a checkpoint cannot {what} ({self._reason(error)})") from error
 

@@ -11,7 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from experiments.errors import Preempted
-from lora_jax.io import signals as termination
+from lora_jax.io import raise_on_signal
 
 
 class Interrupt:
@@ -33,7 +33,7 @@ class Interrupt:
 
 def terminable() -> AbstractContextManager[None]:
     """Makes SIGTERM inside the `with` block raise :class:`Preempted`, but for what :func:`deferred` has within."""
-    return termination.raising(lambda: Preempted("outside of the steps: nothing to save"))
+    return raise_on_signal(lambda: Preempted("outside of the steps: nothing to save"))
 
 
 @contextmanager

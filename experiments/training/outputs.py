@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from experiments.errors import UserError, reading
 from experiments.training import lock, processes
-from lora_jax.io.files import listed, new_parents, replaced_file
+from lora_jax.io import create_parents, join_names, replace_file
 
 R = TypeVar("R")
 LISTING = ".lora_jax.json"
@@ -43,7 +43,7 @@ def exclusive(run: Callable[[Any], R]) -> Callable[[Any], R]:
                 if processes.is_first():
                     if os.path.lexists(out) and not out.is_dir():
                         raise UserError(f"out {out}: is {'a link' if out.is_symlink() else 'a file'}, not a directory")
-                    stack.enter_context(new_parents(out / LISTING))
+                    stack.enter_context(create_parents(out / LISTING))
                     stack.enter_context(lock.held(out))
             return run(config)
 
@@ -80,11 +80,11 @@ def claim(directory: Path, *patterns: str) -> None:
     others = [entry.name for entry in entries if entry.is_symlink() or not _matches(entry.name, claimed)]
     if others:
         raise UserError(
-            f"{directory}: holds {listed(others)}, which this program did not write there; give another --out, or "
+            f"{directory}: holds {join_names(others)}, which this program did not write there; give another --out, or "
             "move what is there"
         )
     if more := [pattern for pattern in patterns if pattern not in claimed]:
-        with replaced_file(directory / LISTING) as file:
+        with replace_file(directory / LISTING) as file:
             content = {"format": _FORMAT, "entries": [*claimed, *more]}
             file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -9,7 +9,7 @@ from tensorboardX import SummaryWriter
 
 from experiments.errors import reading
 from experiments.training.processes import is_first
-from lora_jax.io.files import replaced_file
+from lora_jax.io import replace_file
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 
@@ -30,11 +30,11 @@ class Record:
         if not is_first():
             return
         directory.mkdir(parents=True, exist_ok=True)
-        with replaced_file(directory / CONFIG) as file:
+        with replace_file(directory / CONFIG) as file:
             file.write_text(json.dumps(dict(config), indent=2, default=str) + "\n", encoding="utf-8")
         path = directory / METRICS
         lines = [line for line in read(path) if line["step"] <= step] if path.exists() else []
-        with replaced_file(path) as file:
+        with replace_file(path) as file:
             file.write_text("".join(map(_line, lines)), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)

@@ -11,7 +11,7 @@ from lora_jax.commands import fitting_methods, layout
 from lora_jax.commands.outputs import check_new
 from lora_jax.commands.reading import adapter_directory, check_directory, check_peft, check_shapes, model_config, opened
 from lora_jax.commands.wording import few, kinds_of
-from lora_jax.io.files import replaced
+from lora_jax.io.files import replace_directory
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.opening import config_of
 from lora_jax.peft.saving import write
@@ -62,7 +62,7 @@ def convert(
                     "into the checkpoint instead (lora-jax merge)."
                 )
         delta = peft.load(directory, weights, names, ignore=ignore)
-        with replaced(out, CONFIG, what="adapter", owns=owns) as fresh:
+        with replace_directory(out, CONFIG, what="adapter", owns=owns) as fresh:
             write(
                 fresh,
                 delta,

@@ -18,7 +18,7 @@ from lora_jax.commands import biases, fitting_methods, layout
 from lora_jax.commands.outputs import check_new
 from lora_jax.commands.reading import MODEL, adapter_directory, check_directory, check_peft, model_config, opened
 from lora_jax.commands.wording import counted, few, progress_bar, shown
-from lora_jax.io.files import replaced
+from lora_jax.io.files import replace_directory
 from lora_jax.peft import ties
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.tensors import (
@@ -54,7 +54,7 @@ def merge(
     owns = written_here({INDEX, *(file.name for file in copied)})
     check_new(out, MODEL, "checkpoint", owns, force, apart_from=(base, adapter))
     config = model_config(base)
-    with opened(base) as tensors, replaced(out, MODEL, what="checkpoint", owns=owns) as fresh:
+    with opened(base) as tensors, replace_directory(out, MODEL, what="checkpoint", owns=owns) as fresh:
         fit = fitting_methods.of_checkpoint(tensors, adapter, config, ignore)
         delta = peft.load(adapter, fit.base, fit.names, ignore=ignore)
         heads = [(table, head) for head, (table, _) in fit.untied.items()]

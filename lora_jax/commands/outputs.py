@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_jax.io.files import check_replaceable, resolved
+from lora_jax.io.files import check_replaceable, resolve
 
 
 def check_new(
@@ -19,7 +19,7 @@ def check_new(
       force: Whether one of the same kind is replaced.
       apart_from: What is read.
     """
-    target = resolved(out)
+    target = resolve(out)
     for given in apart_from:
         source = given.resolve()
         if target == source or source in target.parents or target in source.parents:

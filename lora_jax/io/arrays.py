@@ -1,7 +1,8 @@
-"""Arrays of Orbax checkpoints, read by TensorStore alone.
+"""Reads the arrays of Orbax checkpoints with TensorStore.
 
-Orbax reads all arrays at once in an event loop, and closes the loop at the first error: the other reads then print
-tracebacks, some of them after the error was handled. Read here, damaged files raise an error and print nothing.
+Orbax reads all arrays at once in an event loop and closes the loop at the first error. The other reads then print
+tracebacks, some of them after the error was handled. With the functions here damaged files raise an error and print
+nothing.
 """
 
 import pathlib
@@ -16,22 +17,22 @@ _MANIFEST = "manifest.ocdbt"
 
 
 def open_arrays(folder: pathlib.Path, expected: Mapping[str, Any], described_in: str) -> dict[str, ts.TensorStore]:
-    """Opens the arrays of an Orbax checkpoint of a flat dict; an index of one reads that part alone.
+    """Opens the arrays of an Orbax checkpoint of a flat dict. Indexing an array reads that part only.
 
     Args:
       folder: The checkpoint's directory.
-      expected: By name, what has the shape and dtype of the array.
-      described_in: The file that says so, for the message.
+      expected: `{name: value}` with values of the expected shapes and dtypes.
+      described_in: The file that describes them, for the message.
 
     Returns:
-      The arrays by name.
+      `{name: array}`.
 
     Raises:
       ValueError: A file is missing or damaged, or the names, shapes or dtypes are not the expected ones.
       OSError: A file cannot be read.
     """
     if not (folder / _MANIFEST).is_file():
-        raise ValueError(f"it has no {_MANIFEST}")
+        raise ValueError(f"{_MANIFEST} is missing")
     store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}}
     keys = [key.decode() for key in ts.KvStore.open(store).result().list().result()]
     opened = {}
@@ -51,6 +52,6 @@ def open_arrays(folder: pathlib.Path, expected: Mapping[str, Any], described_in:
 
 
 def read_arrays(folder: pathlib.Path, expected: Mapping[str, Any], described_in: str) -> dict[str, np.ndarray]:
-    """Reads the arrays of an Orbax checkpoint of a flat dict, whole; see :func:`open_arrays`."""
+    """Reads the arrays of an Orbax checkpoint of a flat dict; see :func:`open_arrays`."""
     reads = {name: array.read() for name, array in open_arrays(folder, expected, described_in).items()}
     return {name: future.result() for name, future in reads.items()}

@@ -1,4 +1,4 @@
-"""Files and directories that are replaced atomically, and never at the cost of another program's files."""
+"""Atomic replacement of files and directories, which never removes the files of another program."""
 
 import contextlib
 import ctypes
@@ -12,27 +12,27 @@ import sys
 import uuid
 from collections.abc import Callable, Collection, Iterator
 
-from lora_jax.io.locks import created, matching, remove_abandoned
+from lora_jax.io.locks import create_locked, match_entries, remove_abandoned
 
 _UNFINISHED = r"\.(.+\.)?[0-9a-f]{32}\.(writing|replaced)(\..+)?"
 _AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2  # from fcntl.h, linux/fs.h and sys/stdio.h
 
 
 @contextlib.contextmanager
-def replaced_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A new file to write, which replaces `path` by one atomic rename when the block ends without an error.
+def replace_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a new file to write, which replaces `path` in one atomic rename if the block ends without an error.
 
     Args:
-      path: A file or nothing. A symbolic link is refused: it is neither followed nor replaced.
+      path: A file, which need not exist. A symbolic link is an error: it is neither followed nor replaced.
 
     Raises:
       FileExistsError: `path` is a link or a directory.
-      OSError: It cannot be written; the error names `path`.
+      OSError: The file cannot be written; the error names `path`.
 
     Example:
       >>> import tempfile
       >>> file = pathlib.Path(tempfile.mkdtemp()) / "result.json"
-      >>> with replaced_file(file) as fresh:
+      >>> with replace_file(file) as fresh:
       ...     size = fresh.write_text("{}")
       >>> file.read_text()
       '{}'
@@ -40,12 +40,12 @@ def replaced_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     path = pathlib.Path(path)
     if path.is_symlink() or path.is_dir():
         kind = "is a link" if path.is_symlink() else "is a directory"
-        raise FileExistsError(errno.EEXIST, f"{kind}, which is not replaced", str(path))
+        raise FileExistsError(errno.EEXIST, f"{kind}, expected a file", str(path))
     remove_abandoned(path.parent, rf"\.[0-9a-f]{{32}}\.writing\.{re.escape(path.name)}")
     fresh = path.with_name(f".{uuid.uuid4().hex}.writing.{path.name}")
-    with naming(path, fresh):
+    with errors_naming(path, fresh):
         try:
-            with created(fresh, fresh.touch):
+            with create_locked(fresh, fresh.touch):
                 yield fresh
                 sync(fresh)
                 os.replace(fresh, path)
@@ -55,7 +55,7 @@ def replaced_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def replaced(
+def replace_directory(
     directory: str | os.PathLike,
     manifest: str,
     *,
@@ -63,40 +63,39 @@ def replaced(
     owns: Callable[[pathlib.Path], bool],
     keep: bool = False,
 ) -> Iterator[pathlib.Path]:
-    """A new directory to write into, which replaces `directory` when the block ends without an error.
+    """Yields a new directory to write into, which replaces `directory` if the block ends without an error.
 
-    The replacement is one atomic exchange where the platform has it; elsewhere :func:`recover` completes what a
-    killed process began. After an error everything new is removed, including new parents.
+    The replacement is one atomic exchange if the platform supports it. On other platforms :func:`recover` completes the
+    replacement of a killed process. After an error everything new is removed, including new parents.
 
     Args:
-      directory: New, empty, or written by this program before. A link to a directory stays; the rules apply to the
-        directory that it leads to.
-      manifest: The file that makes the directory one of its kind. It appears last.
-      what: The kind, for errors.
+      directory: A new or empty directory, or one that this program has written. A link to a directory is followed.
+      manifest: The file that identifies a directory of this kind. It is written last.
+      what: The kind, for error messages.
       owns: Whether a file of an existing directory was written by this program.
       keep: Whether other entries stay in the directory; otherwise they are an error.
 
     Raises:
-      FileExistsError: The directory holds files of others, or is a file. Nothing is changed.
-      OSError: It cannot be written; the error names `directory`.
+      FileExistsError: The directory holds files of other programs, or is a file. Nothing is changed.
+      OSError: The directory cannot be written; the error names `directory`.
     """
-    target = resolved(directory)
+    target = resolve(directory)
     recover(target)
     check_replaceable(target, manifest, what=what, owns=owns, names={manifest} if keep else None)
     unfinished = rf"\.{re.escape(target.name)}\.[0-9a-f]{{32}}\.writing"
-    # A directory in which somebody works, or on which a disk is mounted, stays where it is.
-    inside = target.is_dir() and (os.path.ismount(target) or _holds_working_directory(target) or not _entries(target))
-    folder = target if inside else target.parent
+    # A working directory and a mount point cannot be exchanged; their entries are replaced.
+    in_place = target.is_dir() and (os.path.ismount(target) or _holds_working_directory(target) or not _entries(target))
+    folder = target if in_place else target.parent
     remove_abandoned(folder, unfinished)
     fresh = folder / f".{target.name}.{uuid.uuid4().hex}.writing"
-    with naming(directory, fresh), new_parents(fresh):
+    with errors_naming(directory, fresh), create_parents(fresh):
         try:
-            with created(fresh, fresh.mkdir):
+            with create_locked(fresh, fresh.mkdir):
                 yield fresh
                 sync_tree(fresh)
                 names = {entry.name for entry in fresh.iterdir()}
                 check_replaceable(target, manifest, what=what, owns=owns, names=names if keep else None)
-                _commit(fresh, target, manifest, owns, inside)
+                _commit(fresh, target, manifest, owns, in_place=in_place)
             sync(target)
             sync(target.parent)
         finally:
@@ -111,52 +110,54 @@ def check_replaceable(
     owns: Callable[[pathlib.Path], bool],
     names: Collection[str] | None = None,
 ) -> None:
-    """Raises `FileExistsError` unless :func:`replaced` may write a directory.
+    """Raises `FileExistsError` unless :func:`replace_directory` may write a directory.
 
     Args:
-      directory: See :func:`replaced`, like `manifest`, `what` and `owns`.
-      names: Entries that will be written, if others may stay; None if all entries have to be this program's.
+      directory: As for :func:`replace_directory`, like `manifest`, `what` and `owns`.
+      names: The entries to write, if others may stay; None if all entries must be this program's.
     """
     if not os.path.lexists(directory):
         return
     if not directory.is_dir():
-        raise FileExistsError(f"{directory} exists and is no {what}; nothing replaces it.")
+        raise FileExistsError(f"{directory} exists and is not a directory; expected a {what} to replace.")
     entries = _entries(directory)
     if entries and not (directory / manifest).is_file():
-        raise FileExistsError(f"{directory} exists and is no {what} (it has no {manifest}); nothing replaces it.")
-    others = [entry for entry in entries if (names is None or entry.name in names) and not _owned(entry, owns)]
+        raise FileExistsError(f"{directory} exists and is not a {what} (it has no {manifest}), so it is not replaced.")
+    others = [entry for entry in entries if (names is None or entry.name in names) and not _is_owned(entry, owns)]
     if others:
-        shown = listed([f"{entry.name}/" if entry.is_dir() else entry.name for entry in others])
-        raise FileExistsError(f"{directory} holds what lora_jax did not write ({shown}); nothing replaces it.")
+        shown = join_names([f"{entry.name}/" if entry.is_dir() else entry.name for entry in others])
+        raise FileExistsError(
+            f"{directory} contains entries that lora_jax did not write ({shown}), so it is not replaced."
+        )
 
 
-def resolved(directory: str | os.PathLike) -> pathlib.Path:
-    """The directory that a path leads to, which need not exist.
+def resolve(directory: str | os.PathLike) -> pathlib.Path:
+    """Returns a path without links; the directory need not exist.
 
     Raises:
-      FileExistsError: The path is a link that leads nowhere, or in a circle.
+      FileExistsError: The path is a broken or circular link.
     """
     if os.path.islink(directory) and not os.path.exists(directory):
-        raise FileExistsError(f"{os.fspath(directory)}: a link that leads nowhere, or in a circle.")
+        raise FileExistsError(f"{os.fspath(directory)}: a broken or circular link.")
     return pathlib.Path(os.path.realpath(directory))
 
 
 def recover(directory: str | os.PathLike) -> None:
-    """Puts back a directory that a process moved aside and, being killed, did not replace.
+    """Restores a directory that a killed process had renamed and not yet replaced.
 
-    Only where the platform has no atomic exchange can there be one.
+    This can happen only on platforms without an atomic exchange.
     """
     directory = pathlib.Path(directory)
     if os.path.lexists(directory) or not directory.parent.is_dir():
         return
-    for aside in matching(directory.parent, rf"\.{re.escape(directory.name)}\.[0-9a-f]{{32}}\.replaced"):
-        with contextlib.suppress(OSError):  # another process may be faster
-            os.rename(aside, directory)
+    for renamed in match_entries(directory.parent, rf"\.{re.escape(directory.name)}\.[0-9a-f]{{32}}\.replaced"):
+        with contextlib.suppress(OSError):  # another process may have restored it
+            os.rename(renamed, directory)
             return
 
 
 def exchange(one: pathlib.Path, other: pathlib.Path) -> bool:
-    """Swaps two directories atomically; False where the platform or the file system cannot."""
+    """Swaps two directories atomically; returns False if the platform or the file system cannot."""
     swap = _exchange_function()
     if swap is None:
         return False
@@ -169,7 +170,7 @@ def exchange(one: pathlib.Path, other: pathlib.Path) -> bool:
 
 
 def sync(path: pathlib.Path) -> None:
-    """Makes a file or a directory's entries survive a power failure, where the file system can."""
+    """Flushes a file, or the entries of a directory, to the disk if the file system supports it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -181,22 +182,22 @@ def sync(path: pathlib.Path) -> None:
 
 
 def sync_tree(directory: pathlib.Path) -> None:
-    """:func:`sync` for a directory and everything in it."""
+    """Applies :func:`sync` to a directory and everything in it."""
     for folder, _, names in os.walk(directory):
         for name in names:
             sync(pathlib.Path(folder, name))
         sync(pathlib.Path(folder))
 
 
-def listed(names: Collection[str], limit: int = 5) -> str:
-    """Names on one line: the first ones, and how many more there are."""
+def join_names(names: Collection[str], limit: int = 5) -> str:
+    """Joins names on one line; beyond the limit it gives their number."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(list(names)[:limit]) + more
 
 
 @contextlib.contextmanager
-def new_parents(path: pathlib.Path) -> Iterator[None]:
-    """Makes the parents of a path; after an error those that were made are removed again, unless they hold files."""
+def create_parents(path: pathlib.Path) -> Iterator[None]:
+    """Creates the parents of a path; an error in the block removes them again, unless they hold files."""
     missing = [parent for parent in path.parents if not parent.exists()]
     if not path.parents[len(missing)].is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
@@ -211,16 +212,16 @@ def new_parents(path: pathlib.Path) -> Iterator[None]:
 
 
 def _commit(
-    fresh: pathlib.Path, target: pathlib.Path, manifest: str, owns: Callable[[pathlib.Path], bool], inside: bool
+    fresh: pathlib.Path, target: pathlib.Path, manifest: str, owns: Callable[[pathlib.Path], bool], *, in_place: bool
 ) -> None:
-    """Puts a finished directory in place of another."""
+    """Replaces a directory by a finished one."""
     if not target.exists():
         os.rename(fresh, target)
         return
-    written = {entry.name for entry in _entries(target) if _owned(entry, owns)}
-    others = [entry for entry in _entries(target) if entry.name not in written]
-    if inside or not _linked(others, fresh):
-        _move_in(fresh, target, manifest, written)
+    owned = {entry.name for entry in _entries(target) if _is_owned(entry, owns)}
+    others = [entry for entry in _entries(target) if entry.name not in owned]
+    if in_place or not _link_entries(others, fresh):
+        _replace_entries(fresh, target, manifest, owned)
         return
     if exchange(fresh, target):
         old = fresh
@@ -232,15 +233,15 @@ def _commit(
         except BaseException:
             os.rename(old, target)
             raise
-    for entry in _entries(old):  # what appeared or changed in the meantime is not this program's to remove
-        here = target / entry.name
-        if entry.name not in written and not (here.exists() and here.samefile(entry)):
-            os.rename(entry, here)
+    for entry in _entries(old):  # entries that other programs have created or changed meanwhile stay
+        current = target / entry.name
+        if entry.name not in owned and not (current.exists() and current.samefile(entry)):
+            os.rename(entry, current)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _linked(entries: Collection[pathlib.Path], fresh: pathlib.Path) -> bool:
-    """Links files into the new directory too; False if an entry is no file or the file system has no links."""
+def _link_entries(entries: Collection[pathlib.Path], fresh: pathlib.Path) -> bool:
+    """Links files into the new directory; False if an entry is not a file or the file system has no hard links."""
     if not all(entry.is_file() and not entry.is_symlink() for entry in entries):
         return False
     try:
@@ -251,35 +252,35 @@ def _linked(entries: Collection[pathlib.Path], fresh: pathlib.Path) -> bool:
     return True
 
 
-def _move_in(fresh: pathlib.Path, target: pathlib.Path, manifest: str, written: set[str]) -> None:
-    """Replaces files one by one; without a manifest, a killed process leaves no mixture of two."""
-    if manifest in written:
+def _replace_entries(fresh: pathlib.Path, target: pathlib.Path, manifest: str, owned: set[str]) -> None:
+    """Replaces files one by one. The manifest is removed first, so that a partial replacement has none."""
+    if manifest in owned:
         (target / manifest).unlink()
     new = sorted(fresh.iterdir(), key=lambda entry: entry.name == manifest)
     for entry in new:
         os.replace(entry, target / entry.name)
-    for name in written - {entry.name for entry in new} - {manifest}:
+    for name in owned - {entry.name for entry in new} - {manifest}:
         (target / name).unlink()
 
 
-def _owned(entry: pathlib.Path, owns: Callable[[pathlib.Path], bool]) -> bool:
+def _is_owned(entry: pathlib.Path, owns: Callable[[pathlib.Path], bool]) -> bool:
     return not entry.is_symlink() and not entry.is_dir() and owns(entry)
 
 
 def _entries(directory: pathlib.Path) -> list[pathlib.Path]:
-    """What is in a directory, folders first; unfinished work of this module does not count."""
+    """The entries of a directory, folders first, without unfinished files and directories of this module."""
     entries = [entry for entry in directory.iterdir() if not re.fullmatch(_UNFINISHED, entry.name)]
     return sorted(entries, key=lambda entry: (not entry.is_dir(), entry.name))
 
 
 def _holds_working_directory(directory: pathlib.Path) -> bool:
-    here = pathlib.Path(os.path.realpath(os.curdir))
-    return here == directory or directory in here.parents
+    current = pathlib.Path(os.path.realpath(os.curdir))
+    return current == directory or directory in current.parents
 
 
 @contextlib.contextmanager
-def naming(path: str | os.PathLike, fresh: pathlib.Path) -> Iterator[None]:
-    """Errors of the operating system about a path within `fresh` name `path`, which is what the caller knows."""
+def errors_naming(path: str | os.PathLike, fresh: pathlib.Path) -> Iterator[None]:
+    """Makes errors of the operating system about paths within `fresh` name `path`, the argument of the caller."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Locks on files and directories, which end with the process that holds them."""
+"""Locks on files and directories, which are released when the process that holds them ends."""
 
 import contextlib
 import os
@@ -17,10 +17,10 @@ _DAY = 86_400
 
 
 @contextlib.contextmanager
-def locked(directory: pathlib.Path, *, shared: bool = False) -> Iterator[bool]:
-    """Holds a lock on a directory against other processes and threads; yields False where there are no locks.
+def lock(directory: pathlib.Path, *, shared: bool = False) -> Iterator[bool]:
+    """Holds a lock on a directory against other processes and threads; yields False if locks are not supported.
 
-    The lock ends with the process, however that ends.
+    The operating system releases the lock if the process is killed.
     """
     descriptor = None
     try:
@@ -38,8 +38,8 @@ def locked(directory: pathlib.Path, *, shared: bool = False) -> Iterator[bool]:
 
 
 def remove_abandoned(parent: pathlib.Path, pattern: str) -> None:
-    """Removes unfinished files and directories of processes that were killed, which hold no lock any more."""
-    for path in matching(parent, pattern) if parent.is_dir() else ():
+    """Removes unfinished files and directories of killed processes, which no longer hold a lock."""
+    for path in match_entries(parent, pattern) if parent.is_dir() else ():
         with _unused(path) as unused:
             if not unused or path.is_symlink():
                 continue
@@ -50,28 +50,28 @@ def remove_abandoned(parent: pathlib.Path, pattern: str) -> None:
 
 
 @contextlib.contextmanager
-def created(path: pathlib.Path, create: Callable[[], object]) -> Iterator[None]:
-    """Creates a file or directory and holds a lock on it, by which :func:`remove_abandoned` knows that it is in use."""
+def create_locked(path: pathlib.Path, create: Callable[[], object]) -> Iterator[None]:
+    """Creates a file or directory and holds a lock on it, so that :func:`remove_abandoned` does not remove it."""
     while True:
         create()
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(locked(path))
+                stack.enter_context(lock(path))
             except FileNotFoundError:
                 continue
-            if path.exists():  # else it was removed before it was locked
+            if path.exists():  # otherwise it was removed before it was locked
                 yield
                 return
 
 
-def matching(folder: pathlib.Path, pattern: str) -> list[pathlib.Path]:
-    """The entries of a directory whose whole names match a pattern."""
+def match_entries(folder: pathlib.Path, pattern: str) -> list[pathlib.Path]:
+    """Returns the entries of a directory whose whole names match a pattern."""
     return sorted(path for path in folder.iterdir() if re.fullmatch(pattern, path.name))
 
 
 @contextlib.contextmanager
 def _unused(path: pathlib.Path) -> Iterator[bool]:
-    """Whether nobody holds a lock on a file or directory; where there are no locks, whether it is a day old."""
+    """Yields whether no lock on a file or directory is held; if locks are not supported, whether it is a day old."""
     descriptor = None
     try:
         if fcntl is not None:

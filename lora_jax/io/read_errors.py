@@ -1,4 +1,4 @@
-"""The one place that knows what a reader may raise on a missing, damaged or malicious file."""
+"""The errors that readers may raise on a missing, damaged or malicious file, as one error that names the file."""
 
 import contextlib
 import gc
@@ -25,26 +25,27 @@ _RAISED = (
     zlib.error,
 )
 _LIBRARIES = {"jinja2", "orbax", "pyarrow", "pyo3_runtime", "safetensors", "safetensors_rust", "zstandard", "_zstd"}
-_LENGTH = 400
-_LINE = 1000
-_SHOWN = 11  # problems
-BREAK = "\n  "  # between the problems of one message
+_REASON_LENGTH = 400
+_LINE_LENGTH = 1000
+_PROBLEMS = 11
+BREAK = "\n  "
+"""Separates the problems of one message."""
 
 
 @contextlib.contextmanager
 def reading(
     path: str | os.PathLike, form: str = "", *, error: type[ValueError] = ValueError, template: str = ""
 ) -> Generator[None]:
-    """Turns whatever the `with` block raises because of a file's content into one error that names the file.
+    """Converts errors of the `with` block about a file's content to one error that names the file.
 
-    An error that names the file already, and any instance of a narrower `error`, keeps its message. Interrupts and
-    errors that no reader raises pass unchanged.
+    An error that already names the file, or is an instance of a narrower `error`, keeps its message. Interrupts and
+    errors that readers do not raise are not converted.
 
     Args:
-      path: The file or directory that is read.
+      path: The file or directory to read.
       form: The file format, for the message.
-      error: What is raised.
-      template: The message in other words, with the fields `path` and `reason`.
+      error: The class of the error to raise.
+      template: Another message, with the fields `path` and `reason`.
 
     Raises:
       ValueError: The file cannot be read. The original error is its cause.
@@ -60,21 +61,21 @@ def reading(
     try:
         yield
     except BaseException as raised:
-        if not raised_by_reader(raised) or (error is not ValueError and isinstance(raised, error)):
+        if not is_read_error(raised) or (error is not ValueError and isinstance(raised, error)):
             raise
         message = str(raised)
         if isinstance(raised, ValueError) and str(path) in message:
-            if error is ValueError and message == clipped(message):
+            if error is ValueError and message == shorten(message):
                 raise
-            raise error(clipped(message)) from raised
+            raise error(shorten(message)) from raised
         as_form = f" as {form}" if form and not isinstance(raised, OSError) else ""
         template = template or f"{{path}}: cannot be read{as_form} ({{reason}})."
-        raise error(template.format(path=printable(str(path)), reason=reason(raised))) from raised
+        raise error(template.format(path=printable(str(path)), reason=describe_error(raised))) from raised
 
 
 @contextlib.contextmanager
-def quiet() -> Generator[None]:
-    """Keeps what Orbax and asyncio log about damaged files out of the `with` block's output: its error says that."""
+def silence_logs() -> Generator[None]:
+    """Disables log messages of Orbax and asyncio about damaged files in the `with` block, which raises an error."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     disabled = [logger.disabled for logger in loggers]
     for logger in loggers:
@@ -83,7 +84,7 @@ def quiet() -> Generator[None]:
         yield
     except BaseException as raised:
         error: BaseException | None = raised
-        while error is not None:  # frames hold unfinished reads, which complain when they are freed
+        while error is not None:  # frames hold unfinished reads, which log when they are freed
             traceback.clear_frames(error.__traceback__)
             error = error.__cause__
         gc.collect()
@@ -95,65 +96,65 @@ def quiet() -> Generator[None]:
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:
-    """Whether a log record of asyncio is not about an error that one of Orbax's unfinished reads raised."""
+    """Whether a log record of asyncio is not about an error of an unfinished read of Orbax."""
     error = record.exc_info[1] if record.exc_info else None
     frames = traceback.extract_tb(error.__traceback__) if error is not None else []
     return not any("orbax" in frame.filename for frame in frames)
 
 
-def raised_by_reader(raised: BaseException) -> bool:
-    """Whether an exception is one that readers raise; a Rust panic is no `Exception`."""
+def is_read_error(raised: BaseException) -> bool:
+    """Whether readers raise this kind of exception. A Rust panic is not an `Exception`, but counts."""
     library = type(raised).__module__.partition(".")[0]
     return isinstance(raised, _RAISED) or type(raised) is Exception or library in _LIBRARIES
 
 
-def reason(raised: BaseException) -> str:
-    """What an exception says, on one line of bounded length."""
+def describe_error(raised: BaseException) -> str:
+    """Returns the message of an exception, on one line of bounded length."""
     if isinstance(raised, RecursionError):
         return "nested too deeply"
     if isinstance(raised, MemoryError):
-        return "it asks for more memory than there is"
+        return "out of memory"
     if isinstance(raised, OSError) and raised.strerror:
         return raised.strerror
     text = printable(str(raised)).partition(" [tensorstore_spec")[0].strip().rstrip(".")
     if not isinstance(raised, ValueError) and type(raised) is not Exception:
         text = f"{type(raised).__name__}: {text}" if text else type(raised).__name__
     text = " ".join(text.split()) or type(raised).__name__
-    return text if len(text) <= _LENGTH else f"{text[:_LENGTH]} …"
+    return text if len(text) <= _REASON_LENGTH else f"{text[:_REASON_LENGTH]} …"
 
 
-def clipped(message: str) -> str:
-    """A message whose long lines have lost their middle: a value of any length may be quoted in it.
+def shorten(message: str) -> str:
+    """Removes the middle of long lines of a message, which may quote a value of any length.
 
     Example:
-      >>> message = clipped(f"x.json: bias is {'a' * 10_000!r}; expected 'none'.")
+      >>> message = shorten(f"x.json: bias is {'a' * 10_000!r}; expected 'none'.")
       >>> message[:24], message[-24:]
       ("x.json: bias is 'aaaaaaa", "aaaaa'; expected 'none'.")
     """
-    head, tail = 2 * _LINE // 3, _LINE // 3
+    head, tail = 2 * _LINE_LENGTH // 3, _LINE_LENGTH // 3
     lines = message.split("\n")
-    return "\n".join(line if len(line) <= _LINE else f"{line[:head]} … {line[-tail:]}" for line in lines)
+    return "\n".join(line if len(line) <= _LINE_LENGTH else f"{line[:head]} … {line[-tail:]}" for line in lines)
 
 
-def counted(problems: Iterable[str]) -> str:
-    """How many problems there are, and the first of them, a line each.
+def list_problems(problems: Iterable[str]) -> str:
+    """Returns the number of problems and the first of them, a line each.
 
     Args:
-      problems: Of one line each, or of several that :data:`BREAK` separates. Equal ones count once.
+      problems: Messages of one line, or of several separated by :data:`BREAK`. Equal ones count once.
 
     Example:
-      >>> print("b.json does not fit", counted(["no x", f"no y{BREAK}no z", "no x"]))
+      >>> print("b.json does not fit", list_problems(["no x", f"no y{BREAK}no z", "no x"]))
       b.json does not fit (3 problems):
         no x
         no y
         no z
     """
     lines = list(dict.fromkeys(BREAK.join(problems).split(BREAK)))
-    more = [f"… and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    more = [f"… and {len(lines) - _PROBLEMS} more"] if len(lines) > _PROBLEMS else []
     number = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
-    return BREAK.join([f"({number}):", *lines[:_SHOWN], *more])
+    return BREAK.join([f"({number}):", *lines[:_PROBLEMS], *more])
 
 
 def printable(text: str) -> str:
-    """A text that every UTF-8 stream accepts: lone surrogates are escaped."""
+    """Escapes lone surrogates, so that every UTF-8 stream accepts the text."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""Termination signals and Ctrl-C as exceptions that are not lost."""
+"""Termination signals and Ctrl-C as exceptions that cannot get lost."""
 
 import contextlib
 import queue
@@ -13,33 +13,33 @@ _PAUSE = 0.05  # seconds before the signal is sent again
 
 
 class _Interrupt(KeyboardInterrupt):
-    """One that accepts weak references, which the built-in class does not."""
+    """A KeyboardInterrupt that accepts weak references, which the built-in class does not."""
 
 
 @contextlib.contextmanager
-def raising(error: Callable[[], BaseException]) -> Iterator[None]:
-    """Makes SIGTERM raise an exception inside the `with` block, which ends by it, as it does by Ctrl-C.
+def raise_on_signal(error: Callable[[], BaseException]) -> Iterator[None]:
+    """Makes SIGTERM raise an exception that ends the `with` block, like Ctrl-C.
 
-    Python runs a signal handler wherever it is. In a `__del__`, a callback of the garbage collector or of a weak
-    reference it drops what the handler raises, and the program goes on. Here the signal is sent again when the
-    exception is dropped before the block has ended. So is SIGINT, unless it is ignored or has a handler other than
-    Python's. Outside of the main thread, which alone may set handlers, this does nothing.
+    Python can run a signal handler at any point. In a `__del__` method and in callbacks of the garbage collector and of
+    weak references it drops the exception of the handler, and the program continues. Here the signal is sent again if
+    the exception is dropped before the block ends. The same applies to SIGINT, unless it is ignored or has a handler
+    other than Python's. In threads other than the main thread, which cannot set handlers, this does nothing.
 
     Args:
-      error: Returns a new exception for SIGTERM. Its type accepts weak references, as classes defined in Python do, and
-        is best no subclass of `Exception`, so that nothing on the way catches it.
+      error: Returns a new exception for SIGTERM. Its type must accept weak references, as classes defined in Python do.
+        It should not be a subclass of `Exception`, so that no caller catches it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    main, dropped = threading.get_ident(), queue.SimpleQueue()  # whose `put` may be called in any such place
+    main, dropped = threading.get_ident(), queue.SimpleQueue()  # its `put` is reentrant
     reference: weakref.ref[BaseException] | None = None
-    ending, late = False, 0
+    is_ending, late = False, 0
     errors: dict[int, Callable[[], BaseException]] = {signal.SIGTERM: error}
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         errors[signal.SIGINT] = _Interrupt
 
-    def watched(number: int) -> BaseException:
+    def make_error(number: int) -> BaseException:
         nonlocal reference
         raised = errors[number]()
         reference = weakref.ref(raised, lambda _: dropped.put(number))
@@ -47,10 +47,10 @@ def raising(error: Callable[[], BaseException]) -> Iterator[None]:
 
     def handle(number: int, _: object) -> None:
         nonlocal late
-        if ending:
+        if is_ending:
             late = number
             return
-        raise watched(number)  # no variable here refers to it: its traceback holds this frame
+        raise make_error(number)  # no variable of this frame, which its traceback holds, may refer to it
 
     def send_again() -> None:
         while number := dropped.get():
@@ -68,9 +68,9 @@ def raising(error: Callable[[], BaseException]) -> Iterator[None]:
     try:
         yield
     finally:
-        ending, reference = True, None
+        is_ending, reference = True, None
         dropped.put(0)
-        thread.join()  # a signal that is still to be sent again is late
+        thread.join()  # a signal that was to be sent again now counts as late
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -15,7 +15,7 @@ from lora_jax import checks, paths
 from lora_jax.adapters.full import FullAdapter, RowsAdapter
 from lora_jax.adapters.offset import OffsetAdapter
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
-from lora_jax.io.read_errors import clipped, counted
+from lora_jax.io.read_errors import list_problems, shorten
 from lora_jax.leaves import is_abstract
 from lora_jax.peft import experts, keys, ties
 from lora_jax.peft.config import CONFIG
@@ -89,7 +89,7 @@ def finished(directory: Path, loader: "Loader", delta: Mapping[str, Adapter]) ->
       ValueError: The loader met problems, or there is no adapter.
     """
     if loader.problems:
-        raise ValueError(clipped(f"{directory}: the adapter does not fit {counted(loader.problems)}"))
+        raise ValueError(shorten(f"{directory}: the adapter does not fit {list_problems(loader.problems)}"))
     if not delta:
         raise ValueError(f"{directory}: holds no adapter.")
     order = {path: number for number, path in enumerate(loader.leaves)}

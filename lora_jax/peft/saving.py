@@ -10,7 +10,7 @@ from lora_jax import checks
 from lora_jax.adapters.consistency import check_adapters
 from lora_jax.adapters.fingerprints import needs_moved_base
 from lora_jax.adapters.protocol import Adapter
-from lora_jax.io.read_errors import counted
+from lora_jax.io.read_errors import list_problems
 from lora_jax.peft import experts
 from lora_jax.peft.exported import export
 from lora_jax.peft.methods import method_of, save_method
@@ -98,5 +98,5 @@ def write(
         exported.modules = [dataclasses.replace(module, offset=None) for module in exported.modules]
     problems = [*exported.problems, *TARGETS[target].refuses(exported)]
     if problems:
-        raise ValueError(f"The delta cannot be written for {TARGETS[target].reader} {counted(problems)}")
+        raise ValueError(f"The delta cannot be written for {TARGETS[target].reader} {list_problems(problems)}")
     TARGETS[target].write(directory, exported, base_model, task_type)

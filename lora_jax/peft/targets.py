@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.io.files import replaced
+from lora_jax.io.files import replace_directory
 from lora_jax.peft import experts, keys
 from lora_jax.peft.config import CONFIG, Config, exactly
 from lora_jax.peft.exported import Exported, Module
@@ -169,7 +169,9 @@ def _write_mlx(directory: Path, exported: Exported, base_model: str | None, task
     }
     if base_model is not None:
         config["model"] = base_model
-    with replaced(directory, CONFIG, what="adapter directory", owns=written_here({CONFIG}), keep=True) as fresh:
+    with replace_directory(
+        directory, CONFIG, what="adapter directory", owns=written_here({CONFIG}), keep=True
+    ) as fresh:
         write(fresh / "adapters.safetensors", tensors)
         _write_json(fresh / CONFIG, config)
 
@@ -251,7 +253,9 @@ def _write(directory: Path, exported: Exported, config: Config) -> None:
 
 def write_files(directory: Path, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
     """Writes the two files of an adapter of PEFT; an adapter that is there is replaced when they are complete."""
-    with replaced(directory, CONFIG, what="adapter directory", owns=written_here({CONFIG}), keep=True) as fresh:
+    with replace_directory(
+        directory, CONFIG, what="adapter directory", owns=written_here({CONFIG}), keep=True
+    ) as fresh:
         write(fresh / ADAPTER, tensors)
         _write_json(fresh / CONFIG, config)
 

@@ -12,7 +12,7 @@ from lora_jax.adapters.conversion import is_low_rank
 from lora_jax.adapters.full import FullAdapter, RowsAdapter
 from lora_jax.adapters.ia3 import IA3Adapter
 from lora_jax.adapters.protocol import BATCH, OUT, Adapter
-from lora_jax.io.read_errors import counted
+from lora_jax.io.read_errors import list_problems
 from lora_jax.peft import keys
 from lora_jax.peft.config import TOKENS, exactly
 from lora_jax.peft.exported import Exported, ends_alike, export, multiplied
@@ -116,7 +116,7 @@ def save_method(
         }
         content = _targets(sorted(exported.saved), names)
     if problems:
-        raise ValueError(f"The delta cannot be written for PEFT's {kind} {counted(problems)}")
+        raise ValueError(f"The delta cannot be written for PEFT's {kind} {list_problems(problems)}")
     write_files(directory, tensors, {**shared, **content, "peft_type": kind})
 
 
