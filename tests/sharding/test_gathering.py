@@ -151,5 +151,5 @@ def test_errors(mesh):
     leaf = leaf_on(mesh, P(None, "fsdp"))
     with pytest.raises(ValueError, match=r"gathered\(…, 'model'\): the mesh has the axes fsdp, tensor"):
         gathered({"w": leaf}, "model")
-    with pytest.raises(ValueError, match="call it before jit"):
+    with pytest.raises(ValueError, match="call it outside of jit"):
         jax.jit(lambda leaf: gathered({"w": leaf}, "fsdp"))(leaf)
