@@ -178,13 +178,13 @@ def test_what_cannot_be_analyzed():
     base, delta = made(lora.Full())
     with pytest.raises(ValueError, match=r"'w': the Full adapter has the axis roles \(\)"):
         analysis.decompose(delta, base)
-    with pytest.raises(ValueError, match="give base="):
+    with pytest.raises(ValueError, match="pass base="):
         analysis.decompose(delta, axes={"w": ("in", "out")})
     with pytest.raises(ValueError, match="gives 3 roles"):
         analysis.decompose(delta, base, axes={"w": ("batch", "in", "out")})
     with pytest.raises(ValueError, match="which is not in the base; nearest: 'v'"):
         analysis.drift(delta, {"v": base["w"]}, axes={"w": ("in", "out")})
-    with pytest.raises(ValueError, match="two points or more, there are 1"):
+    with pytest.raises(ValueError, match="at least two points, got 1"):
         analysis.correlation([analysis.Drift(np.array(1.0), np.array(0.1))])
-    with pytest.raises(ValueError, match="there are 0"):
+    with pytest.raises(ValueError, match="got 0"):
         analysis.correlation([])

@@ -1,8 +1,8 @@
-"""What a delta does to its weights: spectra, shared subspaces, amplification, changes of direction and magnitude.
+"""Analysis of deltas: spectra, shared subspaces, amplification, changes of direction and magnitude.
 
-Everything is computed on the host in float64. Where an adapter adds a product of factors, its ΔW is never formed.
-Results are per path, with an axis for each batch axis of the weight (and one for its blocks) in front: a number or a
-matrix for each layer of a stack. A weight counts as a matrix `[in, out]`, each group of axes flattened.
+Everything is computed on the host in float64. For adapters that add a product of factors, ΔW is not formed. Results
+are dicts by path. Their leading axes are the batch axes of the weight (and its blocks), so that each layer of a stack
+has its own number or matrix. A weight is treated as a matrix `[in, out]`, with its in and its out axes flattened.
 """
 
 from lora_jax.analysis.decomposition import Decomposition, decompose, decompose_weights

@@ -1,4 +1,4 @@
-"""The change that a delta makes, and its weights, as matrices and their singular value decompositions."""
+"""Singular value decompositions of weight changes and of weights."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,13 +19,13 @@ Axes = Mapping[str, Sequence[str]]
 
 @dataclasses.dataclass(frozen=True)
 class Decomposition:
-    """Singular value decompositions, the largest value first. Directions of zero values are zero.
+    """Singular value decompositions, in descending order of values. Singular vectors of zero values are zero.
 
     Attributes:
-      inputs: `[*lead, in, k]`; the directions of the input, which are the right-singular vectors of the papers'
-        (out, in) matrices.
-      values: `[*lead, k]`; their norm is the Frobenius norm of the matrix.
-      outputs: `[*lead, out, k]`.
+      inputs: `[*lead, in, k]`, the singular vectors in the input space: the right-singular vectors of the (out, in)
+        matrices in papers.
+      values: `[*lead, k]`, the singular values; their norm is the Frobenius norm of the matrix.
+      outputs: `[*lead, out, k]`, the singular vectors in the output space.
     """
 
     inputs: np.ndarray
@@ -34,18 +34,18 @@ class Decomposition:
 
 
 def decompose(delta: Delta, base: Any = None, *, axes: Axes | None = None) -> dict[str, Decomposition]:
-    """The singular value decomposition of every ΔW.
+    """Computes the singular value decomposition of every ΔW.
 
-    For adapters that add a product of factors (LoRA, AdaLoRA, VeRA, …) it is that of a small matrix between the
-    orthogonal parts of the factors. For all others ΔW is the merged weight minus the base's.
+    For adapters that add a product of factors (LoRA, AdaLoRA, VeRA, …), a small matrix between the orthogonal parts of
+    the factors is decomposed. For all others ΔW is the merged weight minus the base weight.
 
     Args:
       delta: Adapters.
       base: The parameters; needed for adapters that do not add a product of factors.
-      axes: `{path: roles}` for adapters that know none (`Full`).
+      axes: `{path: roles}` for adapters without axis roles (`Full`).
 
     Returns:
-      `{path: Decomposition}`. The values are the spectrum, their norm is ‖ΔW‖_F.
+      `{path: Decomposition}`. The norm of the values is ‖ΔW‖_F.
 
     Raises:
       ValueError: An adapter needs the base, or has no in or no out axes; the delta does not fit the base.
@@ -57,12 +57,12 @@ def decompose(delta: Delta, base: Any = None, *, axes: Axes | None = None) -> di
       >>> decompose(delta)["w"].values.tolist()
       [0.0, 0.0]
     """
-    weights = weights_of(delta, base)
-    return {path: decomposed(path, node, weights.get(path), axes) for path, node in delta.items()}
+    weights = get_weights(delta, base)
+    return {path: decompose_adapter(path, node, weights.get(path), axes) for path, node in delta.items()}
 
 
 def decompose_weights(base: Any, delta: Delta, *, axes: Axes | None = None) -> dict[str, Decomposition]:
-    """The singular value decomposition of every weight that a delta adapts, in the delta's reading of its axes.
+    """Computes the singular value decomposition of every adapted weight, with the axis roles of its adapter.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -71,12 +71,12 @@ def decompose_weights(base: Any, delta: Delta, *, axes: Axes | None = None) -> d
       >>> decompose_weights(base, delta)["w"].values.tolist()
       [3.0, 1.0]
     """
-    weights = weights_of(delta, base)
-    return {path: svd(matrices_of(weights[path], *reading_of(path, node, axes))) for path, node in delta.items()}
+    weights = get_weights(delta, base)
+    return {path: svd(to_matrices(weights[path], *get_layout(path, node, axes))) for path, node in delta.items()}
 
 
-def weights_of(delta: Delta, base: Any) -> dict[str, Any]:
-    """The adapted weights by path; none without a base."""
+def get_weights(delta: Delta, base: Any) -> dict[str, Any]:
+    """Returns the adapted weights by path, or an empty dict without a base."""
     if base is None:
         return {}
     check_delta(delta, Arguments.create(base))
@@ -84,39 +84,39 @@ def weights_of(delta: Delta, base: Any) -> dict[str, Any]:
     return {path: dequantized(leaves[path]) for path in delta}
 
 
-def reading_of(path: str, node: Adapter, axes: Axes | None) -> tuple[tuple[str, ...], int]:
-    """How a weight is read as matrices: the roles of its axes, and into how many blocks its out axis is split."""
+def get_layout(path: str, node: Adapter, axes: Axes | None) -> tuple[tuple[str, ...], int]:
+    """Returns the roles of a weight's axes, and the number of blocks that its out axis is split into."""
     roles = tuple((axes or {}).get(path, node.axes))
     if IN not in roles or OUT not in roles:
         raise ValueError(
-            f"{path!r}: the {node.kind} adapter has the axis roles {roles}; it takes in and out axes to read a weight "
-            f"of shape {node.shape()} as a matrix. Give axes={{path: roles}}, or leave the path out."
+            f"{path!r}: the {node.kind} adapter has the axis roles {roles}; in and out axes are needed to treat a "
+            f"weight of shape {node.shape()} as a matrix. Pass axes={{path: roles}}, or omit the path."
         )
     check_axes(roles, node.shape())
     return roles, len(getattr(node, "blocks", (True,)))
 
 
-def decomposed(path: str, node: Adapter, weight: Any, axes: Axes | None) -> Decomposition:
-    """The decomposition of one ΔW."""
-    reading = reading_of(path, node, axes)
+def decompose_adapter(path: str, node: Adapter, weight: Any, axes: Axes | None) -> Decomposition:
+    """Computes the decomposition of one ΔW."""
+    layout = get_layout(path, node, axes)
     if node.additive:
         pair = _pair(node)
         if pair is None:
-            return svd(matrices_of(node.merge(jnp.zeros(node.shape(), jnp.float32)), *reading))
+            return svd(to_matrices(node.merge(jnp.zeros(node.shape(), jnp.float32)), *layout))
         (q_in, r_in), (q_out, r_out) = np.linalg.qr(pair[0]), np.linalg.qr(pair[1])
         core = svd(r_in @ r_out.swapaxes(-1, -2))
         return Decomposition(q_in @ core.inputs, core.values, q_out @ core.outputs)
     if weight is None:
-        raise ValueError(f"{path!r}: the {node.kind} adapter adds no term of its own to its weight: give base=.")
-    return svd(matrices_of(node.merge(wide(weight)), *reading) - matrices_of(weight, *reading))
+        raise ValueError(f"{path!r}: ΔW of a {node.kind} adapter depends on the weight; pass base=.")
+    return svd(to_matrices(node.merge(to_merge_dtype(weight)), *layout) - to_matrices(weight, *layout))
 
 
 def svd(matrix: np.ndarray) -> Decomposition:
-    """The decomposition of `[*lead, in, out]`."""
+    """Computes the decomposition of matrices `[*lead, in, out]`."""
     u, s, vt = np.linalg.svd(matrix, full_matrices=False)
     zero = s <= s.max(axis=-1, keepdims=True, initial=0.0) * np.finfo(s.dtype).eps * max(matrix.shape[-2:])
-    keep = ~zero[..., None, :]
-    return Decomposition(u * keep, np.where(zero, 0.0, s), vt.swapaxes(-1, -2) * keep)
+    nonzero = ~zero[..., None, :]
+    return Decomposition(u * nonzero, np.where(zero, 0.0, s), vt.swapaxes(-1, -2) * nonzero)
 
 
 def _pair(node: Adapter) -> tuple[np.ndarray, np.ndarray] | None:
@@ -150,31 +150,31 @@ def _product(
     ones = np.ones([sizes[label] for label in (*lead, *own)])
     operands: list[Any] = [ones, [number[label] for label in (*lead, *own)]]
     for factor in factors:
-        operands += [float64(factor.array), [number[label] for label in factor.labels]]
+        operands += [to_float64(factor.array), [number[label] for label in factor.labels]]
     product = np.einsum(*operands, [number[label] for label in (*lead, *own, *bonds)], optimize=True)
     rest = product.shape[len(lead) + len(own) :]
     return product.reshape(*product.shape[: len(lead)], -1, int(np.prod(rest)))
 
 
-def matrices_of(weight: Any, roles: Sequence[str], blocks: int) -> np.ndarray:
-    """A weight as `[*batch, (blocks,) in, out]`."""
-    groups = [[i for i, role in enumerate(roles) if role == wanted] for wanted in (BATCH, IN, OUT)]
-    array = float64(weight).transpose([i for group in groups for i in group])
-    batch, into = array.shape[: len(groups[0])], array.shape[len(groups[0]) : len(groups[0]) + len(groups[1])]
-    matrices = array.reshape(*batch, int(np.prod(into)), blocks, -1).swapaxes(-2, -3)
+def to_matrices(weight: Any, roles: Sequence[str], blocks: int) -> np.ndarray:
+    """Returns a weight as `[*batch, (blocks,) in, out]`."""
+    groups = [[i for i, role in enumerate(roles) if role == group] for group in (BATCH, IN, OUT)]
+    array = to_float64(weight).transpose([i for group in groups for i in group])
+    batch, ins = array.shape[: len(groups[0])], array.shape[len(groups[0]) : len(groups[0]) + len(groups[1])]
+    matrices = array.reshape(*batch, int(np.prod(ins)), blocks, -1).swapaxes(-2, -3)
     return matrices if blocks > 1 else matrices[..., 0, :, :]
 
 
-def wide(weight: Any) -> jax.Array:
-    """In the dtype that merges are computed in, so that a change is not rounded to the weight's own."""
+def to_merge_dtype(weight: Any) -> jax.Array:
+    """Casts a weight to the dtype that merges are computed in, so that the change is not rounded to its own dtype."""
     return jnp.asarray(weight).astype(compute_dtype(weight.dtype))
 
 
-def float64(array: Any) -> np.ndarray:
-    """On the host, in the precision of the analysis."""
+def to_float64(array: Any) -> np.ndarray:
+    """Returns a float64 array on the host."""
     return np.asarray(array).astype(np.float64)
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray, otherwise: float) -> np.ndarray:
-    """The quotient, and `otherwise` where the denominator is zero."""
+    """Returns the quotient, and `otherwise` where the denominator is zero."""
     return np.divide(numerator, denominator, out=np.full(np.shape(numerator), otherwise), where=denominator != 0)

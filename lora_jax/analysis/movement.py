@@ -1,4 +1,4 @@
-"""How far training has moved each weight's vectors: their direction, their magnitude, and how the two go together."""
+"""Changes of direction and magnitude of weight vectors in training, and their correlation."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 
 from lora_jax.adapters.conversion import without_bias
-from lora_jax.analysis.decomposition import Axes, Delta, matrices_of, ratio, reading_of, weights_of, wide
+from lora_jax.analysis.decomposition import Axes, Delta, get_layout, get_weights, ratio, to_matrices, to_merge_dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class Drift:
-    """How far a weight's vectors (one for each output) have moved, in the mean over them. `[*lead]` each.
+    """The mean change of a weight's vectors, one per output. Each field is `[*lead]`.
 
     Attributes:
       magnitude: ΔM, the mean of | ‖w'‖ − ‖w‖ |.
-      direction: ΔD, the mean of 1 − cos(w', w). A vector of zeros has no direction and counts as unmoved.
+      direction: ΔD, the mean of 1 − cos(w', w), where a zero vector counts as unchanged.
     """
 
     magnitude: np.ndarray
@@ -24,12 +24,12 @@ class Drift:
 
 
 def drift(delta: Delta, base: Any, *, axes: Axes | None = None) -> dict[str, Drift]:
-    """How far each adapted weight has moved in direction and in magnitude.
+    """Computes how much each adapted weight has changed in direction and in magnitude.
 
     Args:
-      delta: Adapters: LoRA, DoRA, full fine-tuning (`Full`), any.
-      base: The parameters that they adapt.
-      axes: `{path: roles}` for adapters that know none (`Full`).
+      delta: Adapters of any kind.
+      base: The parameters.
+      axes: `{path: roles}` for adapters without axis roles (`Full`).
 
     Returns:
       `{path: Drift}`.
@@ -41,31 +41,31 @@ def drift(delta: Delta, base: Any, *, axes: Axes | None = None) -> dict[str, Dri
       >>> import jax, jax.numpy as jnp, lora_jax as lora
       >>> base = {"w": jnp.ones((4, 3))}
       >>> delta = lora.init(jax.random.key(0), {"w": 2 * base["w"]}, {"w": lora.Full()})
-      >>> moved = drift(delta, base, axes={"w": ("in", "out")})["w"]
-      >>> float(moved.magnitude), float(moved.direction)
+      >>> change = drift(delta, base, axes={"w": ("in", "out")})["w"]
+      >>> float(change.magnitude), float(change.direction)
       (2.0, 0.0)
 
     References:
       Liu et al., `DoRA <https://arxiv.org/abs/2402.09353>`_, 2024, §3.2, Eqs. 3–4
     """
-    weights, found = weights_of(delta, base), {}
+    weights, drifts = get_weights(delta, base), {}
     for path, node in delta.items():
-        reading = reading_of(path, node, axes)
-        merged = without_bias(node).merge(wide(weights[path]))
-        before, after = (matrices_of(weight, *reading) for weight in (weights[path], merged))
+        layout = get_layout(path, node, axes)
+        merged = without_bias(node).merge(to_merge_dtype(weights[path]))
+        before, after = (to_matrices(weight, *layout) for weight in (weights[path], merged))
         norms = [np.linalg.norm(matrix, axis=-2) for matrix in (before, after)]
         cosine = ratio(np.sum(before * after, axis=-2), norms[0] * norms[1], 1.0)
-        found[path] = Drift(
+        drifts[path] = Drift(
             magnitude=np.mean(np.abs(norms[1] - norms[0]), axis=-1), direction=np.mean(1.0 - cosine, axis=-1)
         )
-    return found
+    return drifts
 
 
 def correlation(drifts: Iterable[Drift]) -> float:
-    """Pearson's correlation of ΔD and ΔM over everything in several drifts: paths, layers, steps of a training.
+    """Computes Pearson's correlation of ΔD and ΔM over several drifts (of paths, layers and training steps).
 
     Raises:
-      ValueError: There are fewer than two points, or all have one ΔD or one ΔM.
+      ValueError: There are fewer than two points, or all have the same ΔD or the same ΔM.
 
     Example:
       >>> import numpy as np
@@ -79,7 +79,7 @@ def correlation(drifts: Iterable[Drift]) -> float:
     points = [(drift.direction.ravel(), drift.magnitude.ravel()) for drift in drifts]
     direction, magnitude = (np.concatenate(values) for values in zip(*points)) if points else (np.zeros(0), np.zeros(0))
     if len(direction) < 2:
-        raise ValueError(f"correlation: it takes two points or more, there are {len(direction)}.")
+        raise ValueError(f"correlation: expected at least two points, got {len(direction)}.")
     for name, values in (("directions", direction), ("magnitudes", magnitude)):
         if np.ptp(values) == 0:
             raise ValueError(f"correlation: all {len(values)} changes of {name} are {values[0]:g}.")

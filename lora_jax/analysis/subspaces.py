@@ -1,4 +1,4 @@
-"""Directions that two matrices share: φ, and the amplification of a weight in the directions of its change."""
+"""Similarity of subspaces, and the amplification of a weight in the directions of its change."""
 
 import dataclasses
 from typing import Any
@@ -10,27 +10,27 @@ from lora_jax.analysis.decomposition import (
     Axes,
     Decomposition,
     Delta,
-    decomposed,
-    float64,
-    matrices_of,
+    decompose_adapter,
+    get_layout,
+    get_weights,
     ratio,
-    reading_of,
     svd,
-    weights_of,
+    to_float64,
+    to_matrices,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Amplification:
-    """How much a delta amplifies what its weight already does in the delta's own directions. `[*lead]` each.
+    """How much a delta amplifies its weight in the delta's own directions. Each field is `[*lead]`.
 
     Attributes:
       change: ‖ΔW‖_F.
       weight: ‖W‖_F.
       projected: ‖UᵀWVᵀ‖_F with U and V from ΔW.
-      largest: The same with as many directions from W, which no other directions exceed.
+      largest: The same with as many leading directions of W, the maximum over all directions.
       random: The same with as many random directions, in root mean square.
-      scale: What ΔW holds of the adapter's scale: ΔW / scale is the product of the factors.
+      scale: The adapter's scale, which ΔW includes: ΔW / scale is the product of the factors.
     """
 
     change: np.ndarray
@@ -42,20 +42,20 @@ class Amplification:
 
     @property
     def factor(self) -> np.ndarray:
-        """‖ΔW‖_F / ‖UᵀWVᵀ‖_F, the scale in ΔW."""
+        """‖ΔW‖_F / ‖UᵀWVᵀ‖_F, with the scale included in ΔW."""
         return ratio(self.change, self.projected, np.nan)
 
     @property
     def unscaled_factor(self) -> np.ndarray:
-        """The same for the product of the factors alone."""
+        """The same for the product of the factors, without the scale."""
         return ratio(self.change, self.projected * self.scale, np.nan)
 
 
 def factor_directions(delta: Delta) -> dict[str, np.ndarray]:
-    """The right-singular vectors of every factor `a`, the largest singular value first.
+    """Returns the right-singular vectors of every factor `a`, in descending order of singular values.
 
-    They span what ΔW reads, as `decompose(delta)[path].inputs` do, in the order of `a` alone: the LoRA paper compares
-    runs by these.
+    They span the same space as `decompose(delta)[path].inputs`, ordered by `a` alone. The LoRA paper compares runs by
+    these directions.
 
     Returns:
       `{path: [*lead, in, rank]}`.
@@ -76,18 +76,18 @@ def factor_directions(delta: Delta) -> dict[str, np.ndarray]:
     for path, node in delta.items():
         a = getattr(node, "a", None)
         if a is None or node.rank is None:
-            raise ValueError(f"{path!r}: the {node.kind} adapter has no factor a; decompose() serves every adapter.")
-        rows = float64(a).reshape(*a.shape[: a.ndim - node.axes.count(IN)], -1)
+            raise ValueError(f"{path!r}: the {node.kind} adapter has no factor a; decompose() supports every adapter.")
+        rows = to_float64(a).reshape(*a.shape[: a.ndim - node.axes.count(IN)], -1)
         directions[path] = svd(rows.swapaxes(-1, -2)).inputs
     return directions
 
 
 def similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    r"""φ(i, j) between the first i directions of one matrix and the first j of another, for all i and j at once.
+    r"""Computes φ(i, j) between the first i directions of one matrix and the first j of another, for all i and j.
 
     .. math:: \phi(A, B, i, j) = \frac{\lVert U_A^{i\top} U_B^j \rVert_F^2}{\min(i, j)}
 
-    It is 1 where one of the two subspaces holds the other, 0 where they are orthogonal.
+    φ is 1 if one of the two subspaces contains the other, and 0 if they are orthogonal.
 
     Args:
       one: `[*lead, n, k]`, orthonormal columns, such as `factor_directions(delta)[path]`, or the inputs of a
@@ -98,7 +98,7 @@ def similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
       `[*lead, k, l]`; element (0, 0) compares the first direction of each.
 
     Raises:
-      ValueError: The directions are of spaces of different sizes.
+      ValueError: The directions are in spaces of different sizes.
 
     Example:
       >>> import numpy as np
@@ -110,7 +110,7 @@ def similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """
     if one.shape[-2] != other.shape[-2]:
         raise ValueError(
-            f"similarity: the directions are of spaces of different sizes, {one.shape[-2]} and {other.shape[-2]}."
+            f"similarity: the directions are in spaces of different sizes, {one.shape[-2]} and {other.shape[-2]}."
         )
     squares = np.square(one.swapaxes(-1, -2) @ other)
     counts = np.minimum.outer(np.arange(1, squares.shape[-2] + 1), np.arange(1, squares.shape[-1] + 1))
@@ -120,21 +120,21 @@ def similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 def amplification(
     delta: Delta, base: Any, *, rank: int | None = None, axes: Axes | None = None
 ) -> dict[str, Amplification]:
-    r"""How much each ΔW amplifies its weight in its own directions.
+    r"""Computes how much each ΔW amplifies its weight in the directions of ΔW.
 
     .. math:: \lVert \Delta W \rVert_F \,/\, \lVert U^\top W V^\top \rVert_F
 
-    U and V are the directions of ΔW; W is cut down to them.
+    U and V are the directions of ΔW, which W is projected onto.
 
     Args:
       delta: Adapters.
       base: The parameters.
-      rank: How many directions, those of the largest values, with ΔW cut to them; None takes all (for a ΔW of
-        full rank these span everything).
-      axes: `{path: roles}` for adapters that know none (`Full`).
+      rank: The number of leading directions, which ΔW is truncated to; None uses all of them (for a ΔW of full rank
+        they span the whole space).
+      axes: `{path: roles}` for adapters without axis roles (`Full`).
 
     Returns:
-      `{path: Amplification}`; a factor is NaN where ΔW is zero.
+      `{path: Amplification}`; a factor is NaN if ΔW is zero.
 
     Raises:
       ValueError: As :func:`decompose`.
@@ -144,29 +144,29 @@ def amplification(
       >>> base = {"w": 0.5 * jnp.eye(3)}
       >>> node = lora.init(jax.random.key(0), base, {"w": lora.LoRA(1, alpha=2, axes=("in", "out"))})["w"]
       >>> delta = {"w": dataclasses.replace(node, a=jnp.eye(3)[:1], b=jnp.eye(3)[:1])}
-      >>> found = amplification(delta, base)["w"]
-      >>> float(found.factor), float(found.unscaled_factor)
+      >>> result = amplification(delta, base)["w"]
+      >>> float(result.factor), float(result.unscaled_factor)
       (4.0, 2.0)
 
     References:
       Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, §7.3, Table 7
     """
-    weights, found = weights_of(delta, base), {}
+    weights, results = get_weights(delta, base), {}
     for path, node in delta.items():
-        change = decomposed(path, node, weights[path], axes)
-        weight = matrices_of(weights[path], *reading_of(path, node, axes))
+        change = decompose_adapter(path, node, weights[path], axes)
+        weight = to_matrices(weights[path], *get_layout(path, node, axes))
         change = Decomposition(change.inputs[..., :rank], change.values[..., :rank], change.outputs[..., :rank])
         count = np.count_nonzero(change.values, axis=-1)
-        own = np.linalg.svd(weight, compute_uv=False)
+        values = np.linalg.svd(weight, compute_uv=False)
         total = np.linalg.norm(weight, axis=(-2, -1))
-        used = np.arange(own.shape[-1]) < count[..., None]
-        scale = float64(getattr(node, "scale", np.ones(())))
-        found[path] = Amplification(
+        leading = np.arange(values.shape[-1]) < count[..., None]
+        scale = to_float64(getattr(node, "scale", np.ones(())))
+        results[path] = Amplification(
             change=np.linalg.norm(change.values, axis=-1),
             weight=total,
             projected=np.linalg.norm(change.inputs.swapaxes(-1, -2) @ weight @ change.outputs, axis=(-2, -1)),
-            largest=np.linalg.norm(own * used, axis=-1),
+            largest=np.linalg.norm(values * leading, axis=-1),
             random=total * count / np.sqrt(weight.shape[-2] * weight.shape[-1]),
             scale=np.broadcast_to(scale.reshape(scale.shape + (1,) * (count.ndim - scale.ndim)), count.shape),
         )
-    return found
+    return results
