@@ -23,7 +23,7 @@ from flax import nnx
 
 from experiments.models import checkpoint, stack
 from experiments.models import config as config_json
-from experiments.models.attention import attend
+from experiments.models.blocks import Attention, encoder_layers
 from experiments.models.norm import LayerNorm
 from experiments.models.options import DEFAULT, Options
 from lora_jax.peft import LINEAR, Names, Weight
@@ -146,79 +146,16 @@ class Embeddings(nnx.Module):
         return jnp.cumsum(is_text_BL, axis=1) * is_text_BL + self.config.pad_token_id
 
 
-class Attention(nnx.Module):
-    """Multi-head self-attention; query, key, value and output are a kernel each."""
-
-    def __init__(self, config: BertConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
-        width, dtype = config.hidden_size, options.dtype
-        self.heads = config.num_attention_heads
-        self.options = options
-        self.query = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
-        self.key = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
-        self.value = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
-        self.output = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
-
-    def __call__(self, x_BLD: jax.Array, mask_BL: jax.Array) -> jax.Array:
-        q_BLHK, k_BLHK, v_BLHK = (self.split(f(x_BLD)) for f in (self.query, self.key, self.value))
-        mask_B11L, kernel = mask_BL[:, None, None, :], self.options.attention
-        drops = self.dropout.rate and not self.dropout.deterministic
-        if kernel == "xla" or drops:
-            mixed_BLHK = self.mix(q_BLHK, k_BLHK, v_BLHK, mask_B11L)
-        else:
-            mask, segments = (None, mask_BL) if kernel == "flash" else (mask_B11L, None)
-            platform, shards = self.options.platform, self.options.shards
-            mixed_BLHK = attend(
-                q_BLHK, k_BLHK, v_BLHK, mask, segments_BL=segments, kernel=kernel, platform=platform, shards=shards
-            )
-        return self.output(mixed_BLHK.reshape(x_BLD.shape))
-
-    def mix(self, q_BLHK: jax.Array, k_BLHK: jax.Array, v_BLHK: jax.Array, mask_B11L: jax.Array) -> jax.Array:
-        """What `attend` computes, written out: it may drop attention weights."""
-        scores_BHLL = jnp.einsum("bqhk,bthk->bhqt", q_BLHK, k_BLHK).astype(jnp.float32) * (q_BLHK.shape[-1] ** -0.5)
-        scores_BHLL = jnp.where(mask_B11L, scores_BHLL, jnp.finfo(jnp.float32).min)
-        weights_BHLL = self.dropout(jax.nn.softmax(scores_BHLL, axis=-1).astype(v_BLHK.dtype))
-        return jnp.einsum("bhqt,bthk->bqhk", weights_BHLL, v_BLHK)
-
-    def split(self, x_BLD: jax.Array) -> jax.Array:
-        return x_BLD.reshape(*x_BLD.shape[:2], self.heads, -1)
-
-
-class FeedForward(nnx.Module):
-    """Two linear layers with a (true, not tanh-approximated) GELU between them."""
-
-    def __init__(self, config: BertConfig, options: Options, *, rngs: nnx.Rngs):
-        self.up = nnx.Linear(config.hidden_size, config.intermediate_size, dtype=options.dtype, rngs=rngs)
-        self.down = nnx.Linear(config.intermediate_size, config.hidden_size, dtype=options.dtype, rngs=rngs)
-
-    def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        h_BLF = jax.nn.gelu(self.up(x_BLD), approximate=False)
-        return self.down(h_BLF)
-
-
-class Layer(nnx.Module):
-    """Attention, then feed-forward; each adds to its input and the sum is normalized."""
-
-    def __init__(self, config: BertConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
-        self.attention = Attention(config, options, dropout=dropout, rngs=rngs)
-        self.attention_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
-        self.feed_forward = FeedForward(config, options, rngs=rngs)
-        self.feed_forward_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
-
-    def __call__(self, x_BLD: jax.Array, _: None, mask_BL: jax.Array) -> tuple[jax.Array, None]:
-        x_BLD = self.attention_norm(x_BLD + self.dropout(self.attention(x_BLD, mask_BL)))
-        return self.feed_forward_norm(x_BLD + self.dropout(self.feed_forward(x_BLD))), None
-
-
 class Encoder(nnx.Module):
     """The layers, one after another."""
 
     def __init__(self, config: BertConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
         self.options = options
-        self.layers = stack.build(
-            lambda rngs: Layer(config, options, dropout=dropout, rngs=rngs), config.num_hidden_layers, options, rngs
-        )
+
+        def attention(rngs: nnx.Rngs) -> Attention:
+            return Attention(config.hidden_size, config.num_attention_heads, options, dropout=dropout, rngs=rngs)
+
+        self.layers = encoder_layers(config, attention, options, norm_first=False, dropout=dropout, rngs=rngs)
 
     def __call__(self, x_BLD: jax.Array, mask_BL: jax.Array) -> jax.Array:
         return stack.run(self.layers, x_BLD, mask_BL, options=self.options)[0]
@@ -300,7 +237,7 @@ AXES = (
     (r"feed_forward/up/bias$", ("hidden",)),
     (r"feed_forward/down/kernel$", ("hidden", "embed")),
 )
-"""What the axes of a weight are, for :func:`experiments.training.mesh.of_weights`."""
+"""What the axes of a weight are, for :func:`experiments.training.mesh.weight_shardings`."""
 
 _PART = "{part=query|key|value}"
 _LAYER = "encoder/layers/{layer}"

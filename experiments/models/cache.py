@@ -1,4 +1,4 @@
-"""What tokens see of each other and of earlier calls: segments, positions, a cache of keys and values.
+"""Which tokens attend to which: segments, positions, and a cache of the keys and values of earlier calls.
 
 Shapes are in the names: B examples, L tokens of this call, T slots of the cache, H heads, G groups of heads that
 share keys and values, K width of a head.
@@ -18,16 +18,17 @@ from experiments.models.options import Options
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of the tokens so far, in arrays whose shapes stay: a value, which calls take and return.
+    """Keys and values of the tokens so far, in arrays of fixed shapes; calls take a cache and return a new one.
 
-    All rows write to the same slots. Each slot knows its token's position, and a token sees the slots whose
-    position is not after its own: padding, on whichever side, is no slot to see.
+    All rows write to the same slots. A slot stores the position of its token, and a token attends to the slots whose
+    position is at most its own. Padding, on either side, has position -1 and is masked.
 
     Attributes:
-      layers: A pair `keys_BTGK, values_BTGK` for each layer, in the form of :func:`experiments.models.stack.run`.
-      positions_BT: Position of the token in each slot; -1 where there is none to see.
-      used: How many slots are written.
-      fresh: Whether none is: the first call's tokens see each other only, so that any attention kernel serves it.
+      layers: A pair `keys_BTGK, values_BTGK` for each layer, as :func:`experiments.models.stack.run` takes it.
+      positions_BT: The position of the token in each slot; -1 for an empty slot or padding.
+      used: The number of slots that are written.
+      fresh: Whether no slot is written. The tokens of the first call attend to each other only, so every attention
+        kernel supports it.
     """
 
     layers: Any
@@ -40,32 +41,32 @@ class Cache:
         return self.positions_BT.shape[1]
 
     def select(self, rows: jax.Array) -> "Cache":
-        """The cache of a batch made of these rows of this one's batch."""
-        # A stacked cache has its layers first, then its rows.
+        """Returns the cache of a batch that consists of the given rows of this batch."""
+        # A stacked cache has a leading axis of layers before the axis of rows.
         layers = jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4), self.layers)
         return dataclasses.replace(self, layers=layers, positions_BT=jnp.take(self.positions_BT, rows, axis=0))
 
 
-def empty(layers: int, batch: int, slots: int, groups: int, width: int, options: Options) -> Cache:
-    """A cache in which nothing is written."""
+def empty_cache(layers: int, batch: int, slots: int, groups: int, width: int, options: Options) -> Cache:
+    """Returns a cache without tokens."""
     shape_BTGK = (batch, slots, groups, width)
     pairs = [tuple(jnp.zeros(shape_BTGK, options.dtype) for _ in range(2)) for _ in range(layers)]
     return Cache(
-        stack.per_layer(pairs, options), jnp.full((batch, slots), -1, jnp.int32), jnp.zeros((), jnp.int32), True
+        stack.stack_states(pairs, options), jnp.full((batch, slots), -1, jnp.int32), jnp.zeros((), jnp.int32), True
     )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionContext:
-    """What the tokens of one call see; the same for all layers.
+    """Which tokens the tokens of one call attend to; the same for all layers.
 
     Attributes:
-      positions_BL: Of the tokens.
-      segments_BL: Tokens of one number see each other; None is one segment.
-      slots_BT: Positions of the tokens in the cache, those of this call included; None without a cache.
+      positions_BL: The positions of the tokens.
+      segments_BL: Tokens attend to tokens of the same segment; None is one segment.
+      slots_BT: The positions of the tokens in the cache, including those of this call; None without a cache.
       start: The first slot of this call.
-      fresh: Whether nothing was in the cache.
+      fresh: Whether the cache was empty.
     """
 
     positions_BL: jax.Array
@@ -75,9 +76,9 @@ class AttentionContext:
     fresh: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def attend(
-        self, q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, kept: Any, window: int | None, options: Options
+        self, q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, cache: Any, window: int | None, options: Options
     ) -> jax.Array:
-        """Causal attention among the tokens of the call, or to all that `kept` holds (see :meth:`write`)."""
+        """Computes causal attention among the tokens of the call, or to a layer's cache (see :meth:`write`)."""
         if self.fresh:
             return attend(
                 q_BLHK,
@@ -92,43 +93,43 @@ class AttentionContext:
             )
         assert self.slots_BT is not None
         q_BL1, slots_B1T = self.positions_BL[:, :, None], self.slots_BT[:, None, :]
-        seen_BLT = (slots_B1T >= 0) & (slots_B1T <= q_BL1)
+        visible_BLT = (slots_B1T >= 0) & (slots_B1T <= q_BL1)
         if window is not None:
-            seen_BLT &= q_BL1 - slots_B1T < window
-        # One query a row is a product of a matrix and a vector: no kernel has blocks to skip there.
-        keys_BTGK, values_BTGK = kept
-        return attend(q_BLHK, keys_BTGK, values_BTGK, seen_BLT[:, None])
+            visible_BLT &= q_BL1 - slots_B1T < window
+        # One query per row is a matrix-vector product, in which a kernel has no blocks to skip.
+        keys_BTGK, values_BTGK = cache
+        return attend(q_BLHK, keys_BTGK, values_BTGK, visible_BLT[:, None])
 
-    def write(self, kept: Any, k_BLGK: jax.Array, v_BLGK: jax.Array) -> Any:
-        """A layer's keys and values with those of this call; None stays None."""
-        if kept is None or self.start is None:
+    def write(self, cache: Any, k_BLGK: jax.Array, v_BLGK: jax.Array) -> Any:
+        """Returns a layer's keys and values with those of this call written; None without a cache."""
+        if cache is None or self.start is None:
             return None
         start = self.start
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(all_BTGK, new_BLGK, start, axis=1)
-            for all_BTGK, new_BLGK in zip(kept, (k_BLGK, v_BLGK))
+            for all_BTGK, new_BLGK in zip(cache, (k_BLGK, v_BLGK))
         )
 
 
-def look(
+def make_context(
     shape_BL: tuple[int, ...], segments_BL: jax.Array | None, positions_BL: jax.Array | None, cache: Cache | None
 ) -> AttentionContext:
-    """What the tokens of a call see.
+    """Returns the attention context of a call.
 
     Args:
-      shape_BL: Of the tokens.
-      segments_BL: 0 (or False) at padding; tokens of one number stand together and see each other. With a cache
-        there is one segment a row.
-      positions_BL: Of the tokens; None counts from 0 in each segment, or on from what is in the cache.
-      cache: What came before.
+      shape_BL: The shape of the tokens.
+      segments_BL: 0 (or False) at padding. The tokens of a segment are contiguous and attend to each other. With a
+        cache, each row is one segment.
+      positions_BL: The positions of the tokens. None counts from 0 in each segment, or continues from the cache.
+      cache: The tokens of earlier calls.
 
     Raises:
-      ValueError: The tokens are more than the cache has slots.
+      ValueError: The cache has fewer slots than there are tokens.
     """
     length = shape_BL[1]
     if cache is None:
         if positions_BL is None:
-            positions_BL = _places(segments_BL, shape_BL)
+            positions_BL = _count_positions(segments_BL, shape_BL)
         return AttentionContext(positions_BL, segments_BL)
     if length > cache.slots:
         raise ValueError(f"{length} tokens, {cache.slots} slots in the cache.")
@@ -142,14 +143,14 @@ def look(
     return AttentionContext(positions_BL, segments_BL, slots_BT, cache.used, cache.fresh)
 
 
-def kept(cache: Cache, context: AttentionContext, layers: Any) -> Cache:
-    """The cache after a call: what its layers keep, and where its tokens are."""
+def update_cache(cache: Cache, context: AttentionContext, layers: Any) -> Cache:
+    """Returns the cache after a call, from the layers' keys and values and the context of the call."""
     assert context.slots_BT is not None
     return Cache(layers, context.slots_BT, cache.used + context.positions_BL.shape[1], False)
 
 
-def _places(segments_BL: jax.Array | None, shape_BL: tuple[int, ...]) -> jax.Array:
-    """Positions counted from 0 in each run of one segment."""
+def _count_positions(segments_BL: jax.Array | None, shape_BL: tuple[int, ...]) -> jax.Array:
+    """Counts positions from 0 in each segment."""
     index_BL = jax.lax.broadcasted_iota(jnp.int32, shape_BL, 1)
     if segments_BL is None:
         return index_BL

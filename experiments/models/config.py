@@ -63,10 +63,10 @@ def parsing(parse: Callable[..., R]) -> Callable[..., R]:
 
 
 def check_heads(config: Any) -> None:
-    """Raises a UserError where the width is no multiple of the number of heads."""
+    """Raises a UserError where the width is not a multiple of the number of heads."""
     if config.num_attention_heads < 1 or config.hidden_size % config.num_attention_heads:
         raise UserError(
-            f"config.json: hidden_size {config.hidden_size} is no multiple of "
+            f"config.json: hidden_size {config.hidden_size} is not a multiple of "
             f"num_attention_heads {config.num_attention_heads}"
         )
 

@@ -21,6 +21,7 @@ from flax import nnx
 from experiments.errors import UserError
 from experiments.models import checkpoint, stack
 from experiments.models import config as config_json
+from experiments.models.blocks import Attention, encoder_layers, products, split_heads
 from experiments.models.norm import LayerNorm
 from experiments.models.options import DEFAULT, Options
 from lora_jax.peft import LINEAR, Names, Weight
@@ -148,72 +149,35 @@ class Embeddings(nnx.Module):
         return self.dropout(self.norm(x_BLD))
 
 
-class Attention(nnx.Module):
+class DisentangledAttention(Attention):
     """Self-attention whose scores are content to content, content to position and position to content."""
 
     def __init__(self, config: DebertaConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
-        def linear() -> nnx.Linear:
-            return nnx.Linear(config.hidden_size, config.hidden_size, dtype=options.dtype, rngs=rngs)
-
+        width = config.hidden_size
+        super().__init__(width, config.num_attention_heads, options, dropout=dropout, rngs=rngs)
         self.config = config
-        self.query, self.key, self.value, self.output = linear(), linear(), linear(), linear()
         self.pos_query = self.pos_key = nnx.data(None)
         if not config.share_att_key:
-            self.pos_key = linear() if "c2p" in config.pos_att_type else nnx.data(None)
-            self.pos_query = linear() if "p2c" in config.pos_att_type else nnx.data(None)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+            if "c2p" in config.pos_att_type:
+                self.pos_key = nnx.Linear(width, width, dtype=options.dtype, rngs=rngs)
+            if "p2c" in config.pos_att_type:
+                self.pos_query = nnx.Linear(width, width, dtype=options.dtype, rngs=rngs)
 
-    def __call__(self, x_BLD: jax.Array, mask_BL: jax.Array, relative_RD: jax.Array, rows_LL: jax.Array) -> jax.Array:
-        q_BLHK, k_BLHK, v_BLHK = (self.split(f(x_BLD)) for f in (self.query, self.key, self.value))
+    def scores(self, q_BLHK: jax.Array, k_BLHK: jax.Array, *positions: jax.Array) -> jax.Array:
+        """Returns the scaled scores; `positions` are the vectors of relative positions and each pair's row in them."""
+        relative_RD, rows_LL = positions
         kinds = self.config.pos_att_type
-        scores_BHLL = jnp.einsum("bqhk,bthk->bhqt", q_BLHK, k_BLHK)
-        relative_RD = self.dropout(relative_RD) if kinds else relative_RD
+        scores_BHLL = products(q_BLHK, k_BLHK)
+        relative_RD = self.dropout(relative_RD) if kinds and self.dropout is not None else relative_RD
         if "c2p" in kinds:
-            k_RHK = self.split((self.pos_key or self.key)(relative_RD))
+            k_RHK = split_heads((self.pos_key or self.key)(relative_RD), self.heads)
             by_row_BHLR = jnp.einsum("bqhk,rhk->bhqr", q_BLHK, k_RHK)
             scores_BHLL += jnp.take_along_axis(by_row_BHLR, rows_LL[None, None], axis=3)
         if "p2c" in kinds:
-            q_RHK = self.split((self.pos_query or self.query)(relative_RD))
+            q_RHK = split_heads((self.pos_query or self.query)(relative_RD), self.heads)
             by_row_BHRL = jnp.einsum("rhk,bthk->bhrt", q_RHK, k_BLHK)
             scores_BHLL += jnp.take_along_axis(by_row_BHRL, rows_LL[None, None], axis=2)
-        scores_BHLL = scores_BHLL.astype(jnp.float32) * (q_BLHK.shape[-1] * (1 + len(kinds))) ** -0.5
-        scores_BHLL = jnp.where(mask_BL[:, None, None, :], scores_BHLL, jnp.finfo(jnp.float32).min)
-        weights_BHLL = self.dropout(jax.nn.softmax(scores_BHLL, axis=-1).astype(x_BLD.dtype))
-        mixed_BLHK = jnp.einsum("bhqt,bthk->bqhk", weights_BHLL, v_BLHK)
-        return self.output(mixed_BLHK.reshape(x_BLD.shape))
-
-    def split(self, x: jax.Array) -> jax.Array:
-        """The last axis as heads and width of a head."""
-        return x.reshape(*x.shape[:-1], self.config.num_attention_heads, -1)
-
-
-class FeedForward(nnx.Module):
-    """Two linear layers with a (true, not tanh-approximated) GELU between them."""
-
-    def __init__(self, config: DebertaConfig, options: Options, *, rngs: nnx.Rngs):
-        self.up = nnx.Linear(config.hidden_size, config.intermediate_size, dtype=options.dtype, rngs=rngs)
-        self.down = nnx.Linear(config.intermediate_size, config.hidden_size, dtype=options.dtype, rngs=rngs)
-
-    def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        h_BLF = jax.nn.gelu(self.up(x_BLD), approximate=False)
-        return self.down(h_BLF)
-
-
-class Layer(nnx.Module):
-    """Attention, then feed-forward; each adds to its input and the sum is normalized."""
-
-    def __init__(self, config: DebertaConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
-        self.attention = Attention(config, options, dropout=dropout, rngs=rngs)
-        self.attention_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
-        self.feed_forward = FeedForward(config, options, rngs=rngs)
-        self.feed_forward_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
-
-    def __call__(
-        self, x_BLD: jax.Array, _: None, mask_BL: jax.Array, relative_RD: jax.Array, rows_LL: jax.Array
-    ) -> tuple[jax.Array, None]:
-        x_BLD = self.attention_norm(x_BLD + self.dropout(self.attention(x_BLD, mask_BL, relative_RD, rows_LL)))
-        return self.feed_forward_norm(x_BLD + self.dropout(self.feed_forward(x_BLD))), None
+        return scores_BHLL.astype(jnp.float32) * (q_BLHK.shape[-1] * (1 + len(kinds))) ** -0.5
 
 
 class Encoder(nnx.Module):
@@ -225,9 +189,11 @@ class Encoder(nnx.Module):
         self.relative_norm = nnx.data(None)
         if config.norm_rel_ebd == "layer_norm":
             self.relative_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
-        self.layers = stack.build(
-            lambda rngs: Layer(config, options, dropout=dropout, rngs=rngs), config.num_hidden_layers, options, rngs
-        )
+
+        def attention(rngs: nnx.Rngs) -> Attention:
+            return DisentangledAttention(config, options, dropout=dropout, rngs=rngs)
+
+        self.layers = encoder_layers(config, attention, options, norm_first=False, dropout=dropout, rngs=rngs)
 
     def __call__(self, x_BLD: jax.Array, mask_BL: jax.Array) -> jax.Array:
         relative_RD = self.relative(jnp.arange(2 * self.config.span))

@@ -1,4 +1,4 @@
-"""How a decoder is called: for logits, for losses, or a step at a time with a cache."""
+"""The interface of decoders: logits, losses, or one step at a time with a cache."""
 
 import abc
 import math
@@ -7,18 +7,17 @@ from typing import Any
 import jax
 from flax import nnx
 
-from experiments.models import cache as caches
-from experiments.models.cache import AttentionContext, Cache
+from experiments.models.cache import AttentionContext, Cache, make_context, update_cache
 from experiments.models.chunked_loss import cross_entropy
 from experiments.models.options import Options
 
 
 class Decoder(nnx.Module):
-    """A model of the next token.
+    """A language model that predicts the next token.
 
-    A subclass sets `config` (its shape), `options`, `longest` (the most tokens it can tell apart; None has no
-    bound) and `trained_length` (the longest sequence that its checkpoint is made for; None where that is unknown), and
-    gives :meth:`embed`, :meth:`run`, :meth:`head` and :meth:`cache`.
+    A subclass sets `config` (its shape), `options`, `longest` (its number of positions; None has no limit) and
+    `trained_length` (the longest sequence that its checkpoint supports; None if unknown), and defines :meth:`embed`,
+    :meth:`run`, :meth:`head` and :meth:`cache`.
     """
 
     config: Any
@@ -38,29 +37,29 @@ class Decoder(nnx.Module):
         cache: Cache | None = None,
         last: bool = False,
     ) -> Any:
-        """Logits of the next tokens, or the losses of given ones.
+        """Returns the logits of the next tokens, or the losses of labels.
 
         Args:
           tokens_BL: Token ids, `int[batch, length]`.
-          segments_BL: A mask, False (or 0) at padding; or the number of the text that a token belongs to, where a
-            row packs several. A text stands together. Padding on the right needs no mask: no token sees what
-            comes after it.
-          positions_BL: Of the tokens; None counts from 0 in each segment, or on from the cache.
-          labels_BL: The token that each place should predict, negative where none is. Their losses are returned
-            and no more than `options.loss_chunk` logits a row exist at a time.
-          label_smoothing: The share of each label that is spread evenly over the vocabulary.
-          noise: A PRNG key and the scale of NEFTune's noise: uniform, added to what goes into the first layer, with
-            a largest absolute value of the scale divided by the root of length times width.
-          cache: What came before, from :meth:`cache` or an earlier call.
-          last: Only the logits of the last place are wanted.
+          segments_BL: A mask, False (or 0) at padding; or, if a row packs several texts, the number of the text that
+            a token belongs to. The tokens of a text are contiguous. Padding on the right needs no mask, since
+            attention is causal.
+          positions_BL: The positions of the tokens; None counts from 0 in each segment, or continues from the cache.
+          labels_BL: The label of each token; negative labels are ignored. Losses are returned, and at most
+            `options.loss_chunk` logits per row exist at a time.
+          label_smoothing: The fraction of each label that is spread evenly over the vocabulary.
+          noise: A PRNG key and the scale of NEFTune's noise, which is added to the input of the first layer: uniform
+            with absolute values up to the scale divided by the square root of length times width.
+          cache: The tokens of earlier calls, from :meth:`cache` or an earlier call.
+          last: Whether to return the logits of the last token only.
 
         Returns:
           Logits `float[batch, length, vocabulary]`, or `float[batch, vocabulary]` with `last`, in
-          `options.dtype`; what stands at padding means nothing. With `labels_BL` losses `float32[batch, length]`
-          in their place. With `cache` a pair of that and the new cache.
+          `options.dtype`; undefined at padding. With `labels_BL`, losses `float32[batch, length]` instead. With
+          `cache`, a pair of that and the new cache.
 
         Raises:
-          ValueError: There are more tokens than positions, or than slots in the cache.
+          ValueError: There are more tokens than positions, or more tokens than slots in the cache.
 
         References:
           Jain et al., `NEFTune <https://arxiv.org/abs/2310.05914>`_, 2023, Algorithm 1
@@ -70,19 +69,19 @@ class Decoder(nnx.Module):
             key, scale = noise
             bound = scale / math.sqrt(x_BLD.shape[1] * x_BLD.shape[2])
             x_BLD = x_BLD + jax.random.uniform(key, x_BLD.shape, x_BLD.dtype, -bound, bound)
-        x_BLD, kept = self.run(x_BLD, context, None if cache is None else cache.layers)
+        x_BLD, layers = self.run(x_BLD, context, None if cache is None else cache.layers)
         if labels_BL is not None:
             out = cross_entropy(self.head, x_BLD, labels_BL, chunk=self.options.loss_chunk, smoothing=label_smoothing)
         else:
             out = self.head(x_BLD[:, -1] if last else x_BLD)
-        return out if cache is None else (out, caches.kept(cache, context, kept))
+        return out if cache is None else (out, update_cache(cache, context, layers))
 
     def hidden(self, tokens_BL: jax.Array, mask_BL: jax.Array | None = None) -> jax.Array:
-        """The last hidden states, normalized, `float[batch, length, width]`: what goes into the head.
+        """Returns the normalized last hidden states `float[batch, length, width]`, which are the input of the head.
 
         Args:
           tokens_BL: Token ids.
-          mask_BL: False at padding; None sees no padding.
+          mask_BL: False at padding; None without padding.
 
         Raises:
           ValueError: There are more tokens than positions.
@@ -98,30 +97,30 @@ class Decoder(nnx.Module):
         cache: Cache | None,
     ) -> tuple[AttentionContext, jax.Array]:
         self.check_length(tokens_BL.shape[1])
-        context = caches.look(tokens_BL.shape, segments_BL, positions_BL, cache)
+        context = make_context(tokens_BL.shape, segments_BL, positions_BL, cache)
         return context, self.embed(tokens_BL, context)
 
     @abc.abstractmethod
     def embed(self, tokens_BL: jax.Array, context: AttentionContext) -> jax.Array:
-        """What goes into the first layer."""
+        """Returns the input of the first layer."""
 
     @abc.abstractmethod
-    def run(self, x_BLD: jax.Array, context: AttentionContext, kept: Any) -> tuple[jax.Array, Any]:
-        """The last hidden states, normalized, and what the layers keep."""
+    def run(self, x_BLD: jax.Array, context: AttentionContext, layers: Any) -> tuple[jax.Array, Any]:
+        """Returns the normalized last hidden states and the new caches of the layers, `Cache.layers`."""
 
     @abc.abstractmethod
     def head(self, x_BLD: jax.Array) -> jax.Array:
-        """The logits of hidden states."""
+        """Returns the logits of hidden states."""
 
     @abc.abstractmethod
     def cache(self, batch: int, slots: int) -> Cache:
-        """An empty cache for `slots` tokens a row.
+        """Returns an empty cache for `slots` tokens per row.
 
         Raises:
-          ValueError: They are more than there are positions.
+          ValueError: There are more slots than positions.
         """
 
     def check_length(self, tokens: int) -> None:
-        """Raises a ValueError where the model cannot tell so many tokens apart."""
+        """Raises a ValueError if the model has fewer positions than `tokens`."""
         if self.longest is not None and tokens > self.longest:
             raise ValueError(f"{tokens} tokens, {self.longest} positions.")

@@ -78,12 +78,12 @@ def load(
       UserError: The config or the weights are missing, damaged or of another architecture.
     """
     described = _headless(checkpoint.read_config(directory))
-    family = families.of(described)
+    family = families.get_family(described)
     shape = family.shape(described)
     count = config_json.count_classes(described) if classes is None else classes
 
     def build(rngs: nnx.Rngs) -> DecoderClassifier:
-        decoder = family.build(shape, options, rngs)
+        decoder = family.build(shape, options, rngs=rngs)
         width = shape.n_embd if hasattr(shape, "n_embd") else shape.hidden_size
         return DecoderClassifier(decoder, width, count, options, rngs=rngs)
 
@@ -102,7 +102,7 @@ def load(
 def names(config: Mapping[str, Any]) -> Names:
     """The names of a :class:`DecoderClassifier`'s weights in a checkpoint whose `config.json` this is."""
     described = _headless(config)
-    family = families.of(described)
+    family = families.get_family(described)
     table = family.names(family.shape(described))
     rows = (dataclasses.replace(row, path=f"decoder/{row.path}", tied=()) for row in table.weights)
     return dataclasses.replace(table, weights=(*rows, Weight("score/kernel", "score.weight", LINEAR)))

@@ -11,29 +11,26 @@ References:
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from experiments.errors import UserError
-from experiments.models import cache as caches
-from experiments.models import checkpoint, stack
-from experiments.models.cache import AttentionContext, Cache
+from experiments.models import stack
+from experiments.models.cache import AttentionContext, Cache, empty_cache
 from experiments.models.config import parsing, read
 from experiments.models.decoder import Decoder
+from experiments.models.decoder_loading import Loading, load_decoder, tie_names
 from experiments.models.options import DEFAULT, Options
 from experiments.models.rope import Rope, apply_rope
 from lora_jax.peft import LINEAR, Names, Weight
-from lora_jax.quantization import Format
 
-M = TypeVar("M", bound=Decoder)
-
-# What transformers takes for a field that a config.json leaves out; null is another matter.
+# The values that transformers uses for fields that a config.json omits; a null is not an omission.
 _ABSENT: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
@@ -44,14 +41,14 @@ _ABSENT: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a model of the family; names are those of Hugging Face's `config.json` where it has them.
+    """The shape of a model of the family; fields have the names of Hugging Face's `config.json` if it has them.
 
     Attributes:
       qkv_bias: Whether query, key and value have a bias.
-      output_bias: Whether attention's output has one.
+      output_bias: Whether attention's output has a bias.
       qk_norm: Whether queries and keys are normalized.
-      rope: How positions turn queries and keys.
-      sliding: Of each layer, whether it sees the last `sliding_window` tokens only.
+      rope: The rotary position embedding.
+      sliding: For each layer, whether it attends to the last `sliding_window` tokens only.
     """
 
     vocab_size: int
@@ -74,10 +71,10 @@ class LlamaConfig:
     @classmethod
     @parsing
     def from_json(cls, config: Mapping[str, Any]) -> "LlamaConfig":
-        """The shape that a `config.json` describes.
+        """Reads the shape from the content of a `config.json`.
 
         Raises:
-          UserError: It lacks a field or describes something that this model does not compute.
+          UserError: A field is missing or describes something that this model does not support.
         """
         family = config.get("model_type", "llama")
         supported: dict[str, tuple[Any, ...]] = {"model_type": tuple(_ABSENT), "hidden_act": ("silu",)}
@@ -98,16 +95,16 @@ class LlamaConfig:
         )
         if shape.num_key_value_heads < 1 or shape.num_attention_heads % shape.num_key_value_heads:
             raise UserError(
-                f"config.json: num_attention_heads {shape.num_attention_heads} is no multiple of "
+                f"config.json: num_attention_heads {shape.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {shape.num_key_value_heads}"
             )
         if shape.head_dim % 2:
-            raise UserError(f"config.json: head_dim {shape.head_dim} is odd, RoPE turns pairs")
+            raise UserError(f"config.json: head_dim {shape.head_dim} is odd, RoPE rotates pairs of features")
         return shape
 
 
 def _sliding(family: str, config: Mapping[str, Any], count: int) -> tuple[bool, ...]:
-    """Of each layer, whether it has a window."""
+    """Returns for each layer whether its attention has a window."""
     window = config.get("sliding_window") if family != "llama" else None
     if family.startswith("qwen") and not config.get("use_sliding_window"):
         window = None
@@ -115,17 +112,17 @@ def _sliding(family: str, config: Mapping[str, Any], count: int) -> tuple[bool, 
     if family == "mistral" or types is None:
         first = 0 if family == "mistral" else config.get("max_window_layers", 0)
         return tuple(window is not None and number >= first for number in range(count))
-    known = ("full_attention", *(["sliding_attention"] if window is not None else []))
-    if len(types) != count or not set(types) <= set(known):
+    supported = ("full_attention", *(["sliding_attention"] if window is not None else []))
+    if len(types) != count or not set(types) <= set(supported):
         raise UserError(
-            f"config.json: layer_types is {types!r}, supported is one of {' or '.join(map(repr, known))} for each "
+            f"config.json: layer_types is {types!r}, supported is one of {' or '.join(map(repr, supported))} for each "
             f"of {count} layers (with sliding_window {window})"
         )
     return tuple(kind == "sliding_attention" for kind in types)
 
 
 class RMSNorm(nnx.RMSNorm):
-    """Unit mean square along the last axis, in float32, then a scale; the input's dtype comes out."""
+    """Scales the last axis to unit mean square in float32; the output has the input's dtype."""
 
     def __init__(self, width: int, config: LlamaConfig, *, rngs: nnx.Rngs):
         super().__init__(width, epsilon=config.rms_norm_eps, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
@@ -151,7 +148,7 @@ class Attention(nnx.Module):
         self.key_norm = RMSNorm(head, config, rngs=rngs) if config.qk_norm else None
 
     def __call__(
-        self, x_BLD: jax.Array, sliding: jax.Array | None, kept: Any, context: AttentionContext, turns: Any
+        self, x_BLD: jax.Array, sliding: jax.Array | None, cache: Any, context: AttentionContext, rotations: Any
     ) -> tuple[jax.Array, Any]:
         (batch, length, _), (heads, groups, head) = x_BLD.shape, self.shape
         q_BLHK = self.query(x_BLD).reshape(batch, length, heads, head)
@@ -159,21 +156,21 @@ class Attention(nnx.Module):
         v_BLGK = self.value(x_BLD).reshape(batch, length, groups, head)
         if self.query_norm is not None and self.key_norm is not None:
             q_BLHK, k_BLGK = self.query_norm(q_BLHK), self.key_norm(k_BLGK)
-        q_BLHK, k_BLGK = apply_rope(q_BLHK, turns), apply_rope(k_BLGK, turns)
-        kept = context.write(kept, k_BLGK, v_BLGK)
+        q_BLHK, k_BLGK = apply_rope(q_BLHK, rotations), apply_rope(k_BLGK, rotations)
+        cache = context.write(cache, k_BLGK, v_BLGK)
 
         def mix(window: int | None) -> jax.Array:
-            return context.attend(q_BLHK, k_BLGK, v_BLGK, kept, window, self.options)
+            return context.attend(q_BLHK, k_BLGK, v_BLGK, cache, window, self.options)
 
         if sliding is None:
             mixed_BLHK = mix(self.window)
         else:
             mixed_BLHK = jax.lax.cond(sliding, lambda: mix(self.window), lambda: mix(None))
-        return self.output(mixed_BLHK.reshape(batch, length, heads * head)), kept
+        return self.output(mixed_BLHK.reshape(batch, length, heads * head)), cache
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU: one linear layer gates another, a third brings both back."""
+    """SwiGLU: the product of a gate and a linear layer, projected back by a third."""
 
     def __init__(self, config: LlamaConfig, options: Options, *, rngs: nnx.Rngs):
         width, hidden = config.hidden_size, config.intermediate_size
@@ -186,7 +183,7 @@ class FeedForward(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention, then feed-forward; each is given its normalized input and adds to it."""
+    """Attention, then a feed-forward layer; each adds to its input, which is normalized first."""
 
     def __init__(self, config: LlamaConfig, options: Options, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.hidden_size, config, rngs=rngs)
@@ -194,28 +191,32 @@ class Layer(nnx.Module):
         self.feed_forward_norm = RMSNorm(config.hidden_size, config, rngs=rngs)
         self.feed_forward = FeedForward(config, options, rngs=rngs)
 
-    def __call__(self, x_BLD: jax.Array, own: Any, context: AttentionContext, turns: Any) -> tuple[jax.Array, Any]:
-        sliding, kept = own
-        mixed_BLD, kept = self.attention(self.attention_norm(x_BLD), sliding, kept, context, turns)
+    def __call__(
+        self, x_BLD: jax.Array, state: Any, context: AttentionContext, rotations: Any
+    ) -> tuple[jax.Array, Any]:
+        sliding, cache = state
+        mixed_BLD, cache = self.attention(self.attention_norm(x_BLD), sliding, cache, context, rotations)
         x_BLD = x_BLD + mixed_BLD
-        return x_BLD + self.feed_forward(self.feed_forward_norm(x_BLD)), kept
+        return x_BLD + self.feed_forward(self.feed_forward_norm(x_BLD)), cache
 
 
 class Llama(Decoder):
-    """Embedding, layers and a head, which may be the embedding once more.
+    """Embedding, layers and a head, which may be tied to the embedding.
 
     Args:
       config: The shape.
-      options: How to compute.
+      options: How the model computes.
       rngs: Keys of the random initial weights.
     """
+
+    LAYER = Layer
 
     def __init__(self, config: LlamaConfig, options: Options = DEFAULT, *, rngs: nnx.Rngs):
         self.config, self.options = config, options
         self.longest, self.trained_length = config.rope.longest, config.rope.trained_length
         self.token = nnx.Embed(config.vocab_size, config.hidden_size, dtype=options.dtype, rngs=rngs)
         self.layers = stack.build(
-            lambda rngs: Layer(config, options, rngs=rngs), config.num_hidden_layers, options, rngs
+            lambda rngs: self.LAYER(config, options, rngs=rngs), config.num_hidden_layers, options, rngs
         )
         if not options.scan:
             for layer, sliding in zip(self.layers, config.sliding):
@@ -229,16 +230,16 @@ class Llama(Decoder):
     def embed(self, tokens_BL: jax.Array, context: AttentionContext) -> jax.Array:
         return self.token(tokens_BL)
 
-    def run(self, x_BLD: jax.Array, context: AttentionContext, kept: Any) -> tuple[jax.Array, Any]:
+    def run(self, x_BLD: jax.Array, context: AttentionContext, layers: Any) -> tuple[jax.Array, Any]:
         sliding = self.config.sliding
         if self.options.scan:
-            # One body serves all layers: where they differ, each is told whether it has a window.
-            each = (jnp.asarray(sliding) if len(set(sliding)) > 1 else None, kept)
+            # One body computes all layers, so whether a layer has a window is an array if they differ.
+            states = (jnp.asarray(sliding) if len(set(sliding)) > 1 else None, layers)
         else:
-            each = tuple((None, one) for one in (kept or [None] * len(sliding)))
-        turns = self.config.rope.turns(context.positions_BL)
-        x_BLD, kept = stack.run(self.layers, x_BLD, context, turns, each=each, options=self.options)
-        return self.norm(x_BLD), kept
+            states = tuple((None, cache) for cache in (layers or [None] * len(sliding)))
+        rotations = self.config.rope.rotations(context.positions_BL)
+        x_BLD, layers = stack.run(self.layers, x_BLD, context, rotations, states=states, options=self.options)
+        return self.norm(x_BLD), layers
 
     def head(self, x_BLD: jax.Array) -> jax.Array:
         return self.token.attend(x_BLD) if self.config.tie_word_embeddings else self.output(x_BLD)
@@ -246,7 +247,7 @@ class Llama(Decoder):
     def cache(self, batch: int, slots: int) -> Cache:
         self.check_length(slots)
         shape = self.config
-        return caches.empty(
+        return empty_cache(
             shape.num_hidden_layers, batch, slots, shape.num_key_value_heads, shape.head_dim, self.options
         )
 
@@ -263,15 +264,14 @@ AXES = (
     (r"feed_forward/down/kernel$", ("hidden", "embed")),
     (r"^output/kernel$", ("embed", "vocab")),
 )
-"""What the axes of a weight are, for :func:`experiments.training.mesh.of_weights`."""
+"""Names of the axes of weights, for :func:`experiments.training.mesh.weight_shardings`."""
 
 _LAYER, _HF_LAYER = "layers/{layer}", "model.layers.{layer}"
 _ATTENTION, _HF_ATTENTION = f"{_LAYER}/attention", f"{_HF_LAYER}.self_attn"
 _GLU = "{part=gate|up|down}"
-_TOKEN = Weight("token/embedding", "model.embed_tokens.weight", module="embedding")
 NAMES = Names(
     (
-        _TOKEN,
+        Weight("token/embedding", "model.embed_tokens.weight", module="embedding"),
         Weight(f"{_ATTENTION}/query/kernel", f"{_HF_ATTENTION}.q_proj.weight", LINEAR),
         Weight(f"{_ATTENTION}/query/bias", f"{_HF_ATTENTION}.q_proj.bias"),
         Weight(f"{_ATTENTION}/query_norm/scale", f"{_HF_ATTENTION}.q_norm.weight"),
@@ -291,64 +291,22 @@ NAMES = Names(
     ),
     prefix="model.",
 )
-_TIED = dataclasses.replace(_TOKEN, tied=("lm_head.weight",))
-TIED_NAMES = dataclasses.replace(NAMES, weights=tuple(_TIED if row is _TOKEN else row for row in NAMES.weights))
+TIED_NAMES = tie_names(NAMES)
 UNUSED = r"rotary_emb\.inv_freq$"  # in old checkpoints
 
 
 def names(config: LlamaConfig) -> Names:
-    """The names of a model's weights, which depend on whether its head is its embedding."""
+    """Returns the names of a model's weights, which depend on whether its head is tied to its embedding."""
     return TIED_NAMES if config.tie_word_embeddings else NAMES
 
 
-def load(
-    directory: Path,
-    options: Options = DEFAULT,
-    *,
-    dtype: Any = jnp.float32,
-    sharding: checkpoint.Sharding | None = None,
-    rules: Mapping[str, Format | None] | None = None,
-    untied: bool = False,
-) -> Llama:
-    """A model of the family with the weights of a checkpoint in Hugging Face layout.
-
-    Args:
-      directory: Holds `config.json` and safetensors.
-      options: How to compute.
-      dtype: Of the weights; None keeps what is stored.
-      sharding: See :func:`experiments.models.checkpoint.load`.
-      rules: Weights to quantize as they are read; likewise.
-      untied: Whether a head that is the embedding becomes a weight of its own, with the embedding's values.
-
-    Raises:
-      UserError: The directory's config or weights are missing, damaged or of another architecture.
-    """
-    config = LlamaConfig.from_json(checkpoint.read_config(directory, untied=untied))
-    how = {"dtype": dtype, "sharding": sharding, "rules": rules, "untied": untied}
-    return load_as(Llama, config, names(config), directory, options, **how)
-
-
-def load_as(
-    build: Callable[..., M],
-    config: LlamaConfig,
-    table: Names,
-    directory: Path,
-    options: Options,
-    *,
-    dtype: Any = jnp.float32,
-    sharding: checkpoint.Sharding | None = None,
-    rules: Mapping[str, Format | None] | None = None,
-    untied: bool = False,
-) -> M:
-    """What :func:`load` does, of any model of this form: `build(config, options, rngs=…)` and its names."""
-    return checkpoint.load(
-        lambda rngs: build(config, options, rngs=rngs),
-        table,
+def load(directory: Path, options: Options = DEFAULT, **loading: Unpack[Loading]) -> Llama:
+    """Returns a model of the family with the weights of a checkpoint; see :func:`load_decoder`."""
+    return load_decoder(
+        lambda config, rngs: Llama(config, options, rngs=rngs),
+        LlamaConfig.from_json,
+        names,
         directory,
-        dtype=dtype,
-        sharding=sharding,
-        unused=UNUSED,
-        rules=rules,
-        copies={"lm_head.weight": _TOKEN.name} if untied else None,
-        example=(jax.ShapeDtypeStruct((1, 8), jnp.int32),),
+        UNUSED,
+        **loading,
     )

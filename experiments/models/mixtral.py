@@ -10,13 +10,14 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from flax import nnx
 
 from experiments.errors import UserError
-from experiments.models import checkpoint, llama, stack
+from experiments.models import llama
 from experiments.models.config import parsing
+from experiments.models.decoder_loading import Loading, load_decoder
 from experiments.models.experts import SparseFeedForward
 from experiments.models.options import DEFAULT, Options
 from lora_jax.peft import LINEAR, Fused, Names, Weight
@@ -27,7 +28,7 @@ _ABSENT = {"sliding_window": None, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
 
 @dataclass(frozen=True)
 class MixtralConfig(llama.LlamaConfig):
-    """The shape of a Mixtral; names are those of Hugging Face's `config.json`."""
+    """The shape of a Mixtral; fields have the names of Hugging Face's `config.json`."""
 
     num_local_experts: int = 8
     num_experts_per_tok: int = 2
@@ -35,14 +36,14 @@ class MixtralConfig(llama.LlamaConfig):
     @classmethod
     @parsing
     def from_json(cls, config: Mapping[str, Any]) -> "MixtralConfig":
-        """The shape that a `config.json` describes.
+        """Reads the shape from the content of a `config.json`.
 
         Raises:
-          UserError: It lacks a field or describes something that this model does not compute.
+          UserError: A field is missing or describes something that this model does not support.
         """
         for name, value in {"model_type": "mixtral", "router_jitter_noise": 0}.items():
-            if (given := config.get(name)) is not None and given != value:
-                raise UserError(f"config.json: {name} is {given!r}, supported is {value!r}")
+            if config.get(name) not in (None, value):
+                raise UserError(f"config.json: {name} is {config[name]!r}, supported is {value!r}")
         shape = super().from_json(_ABSENT | dict(config) | {"model_type": "mistral"})
         assert isinstance(shape, MixtralConfig)
         if not 1 <= shape.num_experts_per_tok <= shape.num_local_experts:
@@ -54,7 +55,7 @@ class MixtralConfig(llama.LlamaConfig):
 
 
 class Layer(llama.Layer):
-    """Attention, then a mixture of experts; each is given its normalized input and adds to it."""
+    """Attention, then a mixture of experts; each adds to its input, which is normalized first."""
 
     def __init__(self, config: MixtralConfig, options: Options, *, rngs: nnx.Rngs):
         width = config.hidden_size
@@ -67,27 +68,15 @@ class Layer(llama.Layer):
 
 
 class Mixtral(llama.Llama):
-    """Embedding, layers and a head, which may be the embedding once more.
+    """Embedding, layers and a head, which may be tied to the embedding.
 
     Args:
       config: The shape.
-      options: How to compute.
+      options: How the model computes.
       rngs: Keys of the random initial weights.
     """
 
-    def __init__(self, config: MixtralConfig, options: Options = DEFAULT, *, rngs: nnx.Rngs):
-        self.config: llama.LlamaConfig = config
-        self.options = options
-        self.longest, self.trained_length = config.rope.longest, config.rope.trained_length
-        self.token = nnx.Embed(config.vocab_size, config.hidden_size, dtype=options.dtype, rngs=rngs)
-        self.layers = stack.build(
-            lambda rngs: Layer(config, options, rngs=rngs), config.num_hidden_layers, options, rngs
-        )
-        self.norm = llama.RMSNorm(config.hidden_size, config, rngs=rngs)
-        if not config.tie_word_embeddings:
-            self.output = nnx.Linear(
-                config.hidden_size, config.vocab_size, use_bias=False, dtype=options.dtype, rngs=rngs
-            )
+    LAYER = Layer
 
 
 AXES = (
@@ -96,7 +85,7 @@ AXES = (
     (r"feed_forward/down/kernel$", ("experts", "hidden", "embed")),
     *((pattern, names) for pattern, names in llama.AXES if "feed_forward" not in pattern),
 )
-"""What the axes of a weight are, for :func:`experiments.training.mesh.of_weights`."""
+"""Names of the axes of weights, for :func:`experiments.training.mesh.weight_shardings`."""
 
 _FEED_FORWARD, _HF_MIXTURE = "layers/{layer}/feed_forward", "model.layers.{layer}.block_sparse_moe"
 _EXPERTS = "expert in out -> out in"
@@ -122,23 +111,19 @@ _FUSED = (
 
 
 def names(config: MixtralConfig) -> Names:
-    """The names of a model's weights in checkpoint files, which hold a matrix for each expert, and in adapters."""
+    """Returns the names of a model's weights in checkpoints, which hold a matrix per expert, and in adapters."""
     dense = llama.names(config)
-    kept = (row for row in dense.weights if "/feed_forward/" not in row.path)
-    return dataclasses.replace(dense, weights=(*kept, *_SPARSE), fused=_FUSED)
+    shared = (row for row in dense.weights if "/feed_forward/" not in row.path)
+    return dataclasses.replace(dense, weights=(*shared, *_SPARSE), fused=_FUSED)
 
 
-def load(directory: Path, options: Options = DEFAULT, *, untied: bool = False, **how: Any) -> Mixtral:
-    """A Mixtral with the weights of a checkpoint in Hugging Face layout.
-
-    Args:
-      directory: Holds `config.json` and safetensors.
-      options: How to compute.
-      untied: Likewise.
-      **how: `dtype`, `sharding` and `rules`, as for :func:`experiments.models.llama.load`.
-
-    Raises:
-      UserError: The directory's config or weights are missing, damaged or of another architecture.
-    """
-    config = MixtralConfig.from_json(checkpoint.read_config(directory, untied=untied))
-    return llama.load_as(Mixtral, config, names(config), directory, options, untied=untied, **how)
+def load(directory: Path, options: Options = DEFAULT, **loading: Unpack[Loading]) -> Mixtral:
+    """Returns a Mixtral with the weights of a checkpoint; see :func:`load_decoder`."""
+    return load_decoder(
+        lambda config, rngs: Mixtral(config, options, rngs=rngs),
+        MixtralConfig.from_json,
+        names,
+        directory,
+        llama.UNUSED,
+        **loading,
+    )

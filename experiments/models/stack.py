@@ -1,4 +1,4 @@
-"""Equal layers one after another: unrolled, or stacked and scanned; with or without rematerialization."""
+"""A sequence of equal layers, unrolled or stacked and scanned, with or without rematerialization."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from experiments.models.options import Options
 
 Layers = Any
-"""An `nnx.List` of layers, or one layer whose variables have a leading axis that runs over layers."""
+"""An `nnx.List` of layers, or one layer whose variables have a leading axis over layers."""
 
 _INPUT = "layer_input"
 _POLICIES = {
@@ -27,51 +27,51 @@ _POLICIES = {
 
 
 def build(make: Callable[[nnx.Rngs], nnx.Module], count: int, options: Options, rngs: nnx.Rngs) -> Layers:
-    """Makes `count` layers, stacked where they are to be scanned."""
+    """Builds `count` layers, stacked if `options.scan`."""
     if not options.scan:
         return nnx.List(make(rngs) for _ in range(count))
     return nnx.vmap(make)(rngs.split(count))
 
 
-def per_layer(trees: Sequence[Any], options: Options) -> Any:
-    """One tree a layer in the form that :func:`run` takes: stacked where layers are scanned, else a tuple."""
+def stack_states(trees: Sequence[Any], options: Options) -> Any:
+    """Converts one tree per layer to what :func:`run` takes: stacked trees for scanned layers, otherwise a tuple."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) if options.scan else tuple(trees)
 
 
-def run(layers: Layers, x: Any, *shared: Any, each: Any = None, options: Options) -> tuple[Any, Any]:
-    """Calls `layer(x, own, *shared) -> (x, kept)` for one layer after another.
+def run(layers: Layers, x: Any, *shared: Any, states: Any = None, options: Options) -> tuple[Any, Any]:
+    """Calls `layer(x, state, *shared) -> (x, state)` for one layer after another.
 
     Args:
       layers: From :func:`build`.
-      x: What goes from layer to layer.
-      *shared: What every layer is given.
-      each: What each layer is given of its own (its keys and values), from :func:`per_layer`; None is None for all.
-      options: Whether to scan and what to rematerialize.
+      x: The input of the first layer.
+      *shared: Arguments that are the same for every layer.
+      states: The state of each layer (its keys and values), from :func:`stack_states`; None passes None to every layer.
+      options: Whether to scan, and what to rematerialize.
 
     Returns:
-      What the last layer gives, and what the layers give to keep, in the form of `each`: unrolled layers have
-      arrays of their own, which nothing stacks; scanned ones read and write parts of one array.
+      The output of the last layer, and the new states in the form of `states`: separate arrays for unrolled layers,
+      slices of one array for scanned layers.
     """
 
-    def call(layer: nnx.Module, x: Any, own: Any, *shared: Any) -> tuple[Any, Any]:
-        x, kept = layer(checkpoint_name(x, _INPUT), own, *shared)  # pyrefly: ignore[not-callable]
-        return _placed(x, options), kept
+    def call(layer: nnx.Module, x: Any, state: Any, *shared: Any) -> tuple[Any, Any]:
+        x, state = layer(checkpoint_name(x, _INPUT), state, *shared)  # pyrefly: ignore[not-callable]
+        return _constrain(x, options), state
 
     if options.remat != "none":
         call = nnx.remat(call, policy=_POLICIES[options.remat])
-    x = _placed(x, options)
+    x = _constrain(x, options)
     if options.scan:
         axes = (0, nnx.Carry, 0, *(None for _ in shared))
-        return nnx.scan(call, in_axes=axes, out_axes=(nnx.Carry, 0))(layers, x, each, *shared)
-    kept = []
-    for layer, own in zip(layers, [None] * len(layers) if each is None else each):
-        x, mine = call(layer, x, own, *shared)
-        kept.append(mine)
-    return x, tuple(kept)
+        return nnx.scan(call, in_axes=axes, out_axes=(nnx.Carry, 0))(layers, x, states, *shared)
+    new_states = []
+    for layer, state in zip(layers, [None] * len(layers) if states is None else states):
+        x, state = call(layer, x, state, *shared)
+        new_states.append(state)
+    return x, tuple(new_states)
 
 
-def _placed(x: Any, options: Options) -> Any:
-    """What goes from layer to layer, `[batch, length, …]`, where the options say that it lies on the mesh."""
+def _constrain(x: Any, options: Options) -> Any:
+    """Constrains the sharding of activations between layers, `[batch, length, …]`, to that of the options."""
     if options.shards is None:
         return x
     return jax.lax.with_sharding_constraint(x, jax.P(options.shards.batch, options.shards.length))

@@ -19,7 +19,7 @@ from flax import nnx
 from experiments.errors import UserError
 from experiments.models import checkpoint, stack
 from experiments.models import config as config_json
-from experiments.models.attention import attend
+from experiments.models.blocks import Attention, encoder_layers
 from experiments.models.norm import LayerNorm
 from experiments.models.options import DEFAULT, Options
 from lora_jax.peft import CONV2D, LINEAR, SAME, Names, Weight
@@ -51,7 +51,7 @@ class VitConfig:
         config_json.check_heads(shape)
         if not shape.patch_size or shape.image_size % shape.patch_size:
             raise UserError(
-                f"config.json: image_size {shape.image_size} is no multiple of patch_size {shape.patch_size}"
+                f"config.json: image_size {shape.image_size} is not a multiple of patch_size {shape.patch_size}"
             )
         return shape
 
@@ -88,69 +88,18 @@ class Embeddings(nnx.Module):
         return self.dropout(x_BLD + self.position[...].astype(self.dtype))
 
 
-class Attention(nnx.Module):
-    """Multi-head self-attention; query, key, value and output are a kernel each."""
-
-    def __init__(self, config: VitConfig, options: Options, *, rngs: nnx.Rngs):
-        def linear(use_bias: bool = True) -> nnx.Linear:
-            width = config.hidden_size
-            return nnx.Linear(width, width, use_bias=use_bias, dtype=options.dtype, rngs=rngs)
-
-        self.heads = config.num_attention_heads
-        self.options = options
-        self.query, self.key, self.value = (linear(config.qkv_bias) for _ in range(3))
-        self.output = linear()
-
-    def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        q_BLHK, k_BLHK, v_BLHK = (self.split(f(x_BLD)) for f in (self.query, self.key, self.value))
-        if self.options.attention == "xla":
-            scores_BHLL = jnp.einsum("bqhk,bthk->bhqt", q_BLHK, k_BLHK).astype(jnp.float32) * (q_BLHK.shape[-1] ** -0.5)
-            weights_BHLL = jax.nn.softmax(scores_BHLL, axis=-1).astype(x_BLD.dtype)
-            mixed_BLHK = jnp.einsum("bhqt,bthk->bqhk", weights_BHLL, v_BLHK)
-        else:
-            kernel, platform = self.options.attention, self.options.platform
-            mixed_BLHK = attend(q_BLHK, k_BLHK, v_BLHK, kernel=kernel, platform=platform)
-        return self.output(mixed_BLHK.reshape(x_BLD.shape))
-
-    def split(self, x_BLD: jax.Array) -> jax.Array:
-        return x_BLD.reshape(*x_BLD.shape[:2], self.heads, -1)
-
-
-class FeedForward(nnx.Module):
-    """Two linear layers with a (true, not tanh-approximated) GELU between them."""
-
-    def __init__(self, config: VitConfig, options: Options, *, rngs: nnx.Rngs):
-        self.up = nnx.Linear(config.hidden_size, config.intermediate_size, dtype=options.dtype, rngs=rngs)
-        self.down = nnx.Linear(config.intermediate_size, config.hidden_size, dtype=options.dtype, rngs=rngs)
-
-    def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        h_BLF = jax.nn.gelu(self.up(x_BLD), approximate=False)
-        return self.down(h_BLF)
-
-
-class Layer(nnx.Module):
-    """Attention, then feed-forward; each reads its input normalized and adds to it."""
-
-    def __init__(self, config: VitConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
-        self.attention_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
-        self.attention = Attention(config, options, rngs=rngs)
-        self.feed_forward_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
-        self.feed_forward = FeedForward(config, options, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
-
-    def __call__(self, x_BLD: jax.Array, _: None) -> tuple[jax.Array, None]:
-        x_BLD = x_BLD + self.dropout(self.attention(self.attention_norm(x_BLD)))
-        return x_BLD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BLD))), None
-
-
 class Encoder(nnx.Module):
     """The layers, one after another, and a last normalization."""
 
     def __init__(self, config: VitConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
         self.options = options
-        self.layers = stack.build(
-            lambda rngs: Layer(config, options, dropout=dropout, rngs=rngs), config.num_hidden_layers, options, rngs
-        )
+
+        def attention(rngs: nnx.Rngs) -> Attention:
+            return Attention(
+                config.hidden_size, config.num_attention_heads, options, qkv_bias=config.qkv_bias, rngs=rngs
+            )
+
+        self.layers = encoder_layers(config, attention, options, norm_first=True, dropout=dropout, rngs=rngs)
         self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:

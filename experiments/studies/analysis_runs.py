@@ -99,7 +99,7 @@ def _train(
 
         return accuracy(answers(logits, splits["validation"], problem.lengths), splits["validation"])
 
-    run = loop.Run(directory, meshes.make(MeshSizes()), {"method": repr(method), "seed": seed}, checkpoint_every)
+    run = loop.Run(directory, meshes.make_mesh(MeshSizes()), {"method": repr(method), "seed": seed}, checkpoint_every)
     with bar(console, f"{method.name} (seed {seed})", method.epochs * len(splits["train"])) as shown:
         _, history = loop.train(
             run,

@@ -69,7 +69,7 @@ def run(start: Start, method: Method, seed: int, run: Run, console: Console) -> 
     if processes.agreed(stored.exists()):
         return Result.load(stored)
     problem, splits = start.problem, start.problem.splits
-    base = meshes.place_weights(mesh, bert.AXES, start.base)
+    base = meshes.put_weights(mesh, bert.AXES, start.base)
     base = problem.quantized(base, method.rules) if method.rules else base
     init_key, train_key = jax.random.split(jax.random.key(seed))
     delta = problem.delta(init_key, base, method.spec, mesh)
@@ -81,12 +81,12 @@ def run(start: Start, method: Method, seed: int, run: Run, console: Console) -> 
         "trained_parameters": sum(leaf.size for leaf in jax.tree.leaves(lora.partition(delta)[0])),
         "adam_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
     }
-    adapted = jax.jit(lora.adapt(problem.apply), out_shardings=meshes.whole(mesh))
-    plain = jax.jit(problem.apply, out_shardings=meshes.whole(mesh))
+    adapted = jax.jit(lora.adapt(problem.apply), out_shardings=meshes.replicated(mesh))
+    plain = jax.jit(problem.apply, out_shardings=meshes.replicated(mesh))
 
     def logits(split: str, function: Callable, *params: Any) -> np.ndarray:
         def answer(*inputs: np.ndarray) -> jax.Array:
-            return function(*params, *(meshes.divided(mesh, one) for one in inputs))[0]
+            return function(*params, *(meshes.shard_examples(mesh, one) for one in inputs))[0]
 
         return answers(answer, splits[split], problem.lengths)
 
@@ -105,7 +105,7 @@ def run(start: Start, method: Method, seed: int, run: Run, console: Console) -> 
         )
     unmerged = logits("test", adapted, base, state.delta)
     merged = logits("test", plain, lora.merge(base, state.delta))
-    trained = meshes.gathered(state.delta)
+    trained = meshes.gather(state.delta)
     with processes.first_before_others():
         if processes.is_first():
             lora.save(directory / "adapter", trained, base=problem.base)  # the head is in the delta: any will do

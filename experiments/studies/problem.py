@@ -64,7 +64,7 @@ class Problem:
         def make(key: jax.Array, base: Any) -> dict[str, Any]:
             return lora.init(key, base, spec, self.apply, *self._shapes())
 
-        return make(key, base) if mesh is None else meshes.made(mesh, make, key, base)
+        return make(key, base) if mesh is None else meshes.init_delta(mesh, make, key, base)
 
     def check(self, name: str, spec: Mapping[str, Any]) -> None:
         """Raises a UserError where a spec, of a method of this name, does not fit the base."""

@@ -33,7 +33,7 @@ def run(config: Config) -> list[Result]:
       UserError: The model or the data are missing or malformed.
     """
     console = processes.console()
-    meshes.make(config.mesh)
+    meshes.make_mesh(config.mesh)
     meshes.check_batch(config.batch_size, config.mesh, "batch_size")
     with processes.first_before_others():
         if processes.is_first():
@@ -53,7 +53,7 @@ def run(config: Config) -> list[Result]:
         if processes.is_first():
             sentences.describe(directory, config.model, problem)
     results = [start.result] if "head" in config.methods else []
-    with meshes.entered(config.mesh) as mesh:
+    with meshes.use_mesh(config.mesh) as mesh:
         for name in config.methods:
             if name != "head":
                 for seed in range(config.seeds):

@@ -105,7 +105,7 @@ def _trained(config: Config, start: Start, directory: Path, console: Console) ->
         scores = measured[_done(states)] = accuracies(states)
         return float(np.nanmax(scores))
 
-    run = Run(directory, meshes.make(MeshSizes()), asdict(config), config.checkpoint_every)
+    run = Run(directory, meshes.make_mesh(MeshSizes()), asdict(config), config.checkpoint_every)
     with bar(console, f"{len(deltas)} adapters", config.epochs * len(splits["train"])) as shown:
         states, history = train(
             run,

@@ -172,7 +172,7 @@ def train(
         if found:
             bar.say(f"  resumed at step {start} of {total}")
             bar.start_at(sum(map(batches.examples, range(start))))
-        rows = meshes.rows(run.mesh, batches.batch_size)
+        rows = meshes.process_rows(run.mesh, batches.batch_size)
         with (
             closing(iterate(batches, total, rows=rows, start=start)) as iterator,
             Record(run.directory, run.config, start) as record,
@@ -185,7 +185,7 @@ def train(
             for done in range(start + 1, total + 1):
                 profile(done, meter)
                 batch = next(iterator)
-                state, metrics = step(state, meshes.place(run.mesh, batch, batches.batch_size))
+                state, metrics = step(state, meshes.put_batch(run.mesh, batch, batches.batch_size))
                 meter.add(done, metrics, batch["tokens"].size * batches.batch_size // (rows.stop - rows.start))
                 stopping = interrupt.reached(done)
                 # Clocks differ: where there are several processes, all follow the first one's.

@@ -1,4 +1,4 @@
-"""The mesh of devices of a run, and where weights and batches lie on it."""
+"""The device mesh of a run, and the shardings of weights and batches on it."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,124 +27,124 @@ RULES: Mapping[str | None, str | None] = {
     "experts": None,
     None: None,
 }
-"""The axis of the mesh that divides an axis of a weight."""
+"""The mesh axis that an axis of a weight is sharded over, by the name of the latter."""
 
 
 @dataclass(frozen=True)
 class MeshSizes:
-    """How many devices there are along each axis of the mesh; their product is the devices that a run uses."""
+    """The number of devices along each mesh axis. A run uses as many devices as their product."""
 
     data: int = 1
-    """Copies of the base: each takes an equal part of the batch."""
+    """Number of copies of the base. Each copy processes an equal part of the batch."""
 
     fsdp: int = 1
-    """Parts of each weight, and of the batch; a weight is gathered where it is used."""
+    """Number of shards of each weight and of the batch. A weight is gathered when it is used."""
 
     tensor: int = 1
-    """Parts of each layer's heads and hidden width."""
+    """Number of shards of each layer's heads and hidden width."""
 
     sequence: bool = False
-    """Whether the tensor axis divides the tokens of a sequence too, from layer to layer."""
+    """Whether the tokens of a sequence are sharded over the tensor axis between layers."""
 
     def __post_init__(self) -> None:
         for name in NAMES:
             if getattr(self, name) < 1:
                 raise ValueError(f"mesh.{name} must be positive, not {getattr(self, name)}")
         if self.sequence and self.tensor == 1:
-            raise ValueError("mesh.sequence divides tokens over the tensor axis; mesh.tensor is 1")
+            raise ValueError("mesh.sequence shards tokens over the tensor axis, but mesh.tensor is 1")
 
     @property
     def count(self) -> int:
-        """Devices in all."""
+        """Number of devices."""
         return self.data * self.fsdp * self.tensor
 
     @property
     def replicas(self) -> int:
-        """Parts of a batch."""
+        """Number of parts of a batch."""
         return self.data * self.fsdp
 
     @property
     def shards(self) -> Shards:
-        """What divides a model's activations."""
+        """The mesh axes that shard a model's activations."""
         return Shards(BATCH, TENSOR, TENSOR if self.sequence else None)
 
     def __str__(self) -> str:
-        named = " × ".join(f"{name} {getattr(self, name)}" for name in NAMES)
-        return named + (", sequences over tensor" if self.sequence else "")
+        sizes = " × ".join(f"{name} {getattr(self, name)}" for name in NAMES)
+        return sizes + (", sequences over tensor" if self.sequence else "")
 
 
-def make(sizes: MeshSizes, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh, on these devices or on those of all processes.
+def make_mesh(sizes: MeshSizes, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a mesh of the given devices, or of the devices of all processes.
 
     Raises:
-      UserError: There are fewer devices than the mesh has, or more where several processes have to have a part in it.
+      UserError: There are fewer devices than the mesh needs, or more and several processes.
     """
-    found = list(jax.devices() if devices is None else devices)
-    alone = len({device.process_index for device in found}) == 1
-    if sizes.count > len(found) or (sizes.count < len(found) and not alone):
-        hint = " or ".join(fitting(sizes, len(found))) or f"choose sizes whose product is {len(found)}"
-        raise UserError(f"the mesh ({sizes}) has {sizes.count} devices, here are {len(found)}; {hint}")
+    devices = list(jax.devices() if devices is None else devices)
+    one_process = len({device.process_index for device in devices}) == 1
+    if sizes.count > len(devices) or (sizes.count < len(devices) and not one_process):
+        hint = " or ".join(fitting_sizes(sizes, len(devices))) or f"choose sizes whose product is {len(devices)}"
+        raise UserError(f"the mesh ({sizes}) has {sizes.count} devices, here are {len(devices)}; {hint}")
     shape = (sizes.data, sizes.fsdp, sizes.tensor)
-    # Where sizes are no products of the slice's own, an axis goes along a part of a link's: slower, but a mesh.
-    placed = mesh_utils.create_device_mesh(shape, found[: sizes.count], allow_split_physical_axes=True)
-    return Mesh(placed, NAMES, axis_types=(AxisType.Auto,) * 3)
+    # Sizes that are not products of the slice's axes split a physical axis, which is slower.
+    grid = mesh_utils.create_device_mesh(shape, devices[: sizes.count], allow_split_physical_axes=True)
+    return Mesh(grid, NAMES, axis_types=(AxisType.Auto,) * 3)
 
 
-def fitting(sizes: MeshSizes, count: int) -> list[str]:
-    """The sizes along one axis that give a mesh of so many devices, the others left as they are."""
+def fitting_sizes(sizes: MeshSizes, count: int) -> list[str]:
+    """Returns the changes of one size that make a mesh of `count` devices."""
     rest = {name: sizes.count // getattr(sizes, name) for name in NAMES}
     return [f"mesh.{name} {count // rest[name]} fits" for name in NAMES if count % rest[name] == 0]
 
 
 @contextmanager
-def entered(sizes: MeshSizes) -> Iterator[Mesh]:
-    """The mesh of all processes' devices, set for what is traced in the `with` block.
+def use_mesh(sizes: MeshSizes) -> Iterator[Mesh]:
+    """A context in which the mesh of all processes' devices is set.
 
     Raises:
-      UserError: See :func:`make`.
+      UserError: See :func:`make_mesh`.
     """
-    mesh = make(sizes)
+    mesh = make_mesh(sizes)
     with jax.set_mesh(mesh):
         yield mesh
 
 
-def place_weights(mesh: Mesh, axes: WeightAxes, base: Any) -> Any:
-    """Weights on the mesh; on one device as they are.
+def put_weights(mesh: Mesh, axes: WeightAxes, base: Any) -> Any:
+    """Puts weights on the mesh; returns them unchanged if it has one device.
 
     Raises:
-      UserError: See :func:`of_weights`.
+      UserError: See :func:`weight_shardings`.
     """
     if mesh.size == 1:
         return base
-    sharding = of_weights(mesh, axes)
+    sharding = weight_shardings(mesh, axes)
     return paths.flatten(base).map(
         lambda path, weight: jax.device_put(np.asarray(weight), sharding(path, weight.shape))
     )
 
 
-def made(mesh: Mesh, make: Callable[[jax.Array, Any], Any], key: jax.Array, base: Any) -> Any:
-    """The delta that `make(key, base)` makes of a placed base, on the mesh; on one device without a compilation."""
+def init_delta(mesh: Mesh, init: Callable[[jax.Array, Any], Any], key: jax.Array, base: Any) -> Any:
+    """Returns the delta `init(key, base)` with shardings derived from the base's; compiles only for several devices."""
     if mesh.size == 1:
-        return make(key, base)
-    return jax.jit(make, out_shardings=lora.delta_shardings(base, jax.eval_shape(make, key, base)))(key, base)
+        return init(key, base)
+    return jax.jit(init, out_shardings=lora.delta_shardings(base, jax.eval_shape(init, key, base)))(key, base)
 
 
-def of_weights(mesh: Mesh, axes: WeightAxes) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """The sharding of a weight, from its path and shape, for :func:`experiments.models.checkpoint.load`.
+def weight_shardings(mesh: Mesh, axes: WeightAxes) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """Returns a function from a weight's path and shape to its sharding, for `experiments.models.checkpoint.load`.
 
-    A weight that no pattern names is whole. A vocabulary that cannot be divided is whole too (many cannot); any other
-    axis that cannot be divided is an error (from the function that is returned), a UserError that names what could.
+    A weight that no pattern matches is replicated, as is a vocabulary that its mesh axis does not divide. If a mesh
+    axis does not divide another axis of a weight, the function raises a UserError that names sizes which do.
     """
 
     def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding:
         names = next((names for pattern, names in axes if re.search(pattern, path)), ())
         spec = [RULES[name] for name in names]
-        for i, (name, along, size) in enumerate(zip(names, spec, shape[len(shape) - len(names) :])):
-            if along is not None and size % mesh.shape[along]:
+        for i, (name, mesh_axis, size) in enumerate(zip(names, spec, shape[len(shape) - len(names) :])):
+            if mesh_axis is not None and size % mesh.shape[mesh_axis]:
                 if name != "vocab":
-                    fits = ", ".join(map(str, around(mesh.shape[along], lambda n, size=size: size % n == 0)))
+                    fits = ", ".join(map(str, nearest_fits(mesh.shape[mesh_axis], lambda n, size=size: size % n == 0)))
                     raise UserError(
-                        f"mesh.{along} {mesh.shape[along]} does not divide {name}, which is {size} in {path} "
+                        f"mesh.{mesh_axis} {mesh.shape[mesh_axis]} does not divide {name}, which is {size} in {path} "
                         f"{shape}; nearest that do: {fits}"
                     )
                 spec[i] = None
@@ -153,80 +153,80 @@ def of_weights(mesh: Mesh, axes: WeightAxes) -> Callable[[str, tuple[int, ...]],
     return sharding
 
 
-def of_batches(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch: its examples are divided."""
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a batch, which divides its examples."""
     return NamedSharding(mesh, jax.P(BATCH))
 
 
-def whole(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device has a copy of."""
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a replicated array."""
     return NamedSharding(mesh, jax.P())
 
 
 def check_batch(size: int, sizes: MeshSizes, name: str, *, accumulate: int = 1) -> None:
-    """Raises a UserError unless so many examples can be divided over microbatches and devices."""
+    """Raises a UserError if microbatches and devices do not divide a batch of `size` examples."""
     parts = sizes.replicas * accumulate
     if size % parts:
-        fits = " and ".join(map(str, around(size, lambda n: n % parts == 0)))
+        fits = " and ".join(map(str, nearest_fits(size, lambda n: n % parts == 0)))
         steps = f" in {accumulate} microbatches" if accumulate > 1 else ""
         raise UserError(f"{name} {size} cannot be divided over a mesh of {sizes}{steps}; nearest that can: {fits}")
 
 
-def around(value: int, fits: Callable[[int], bool]) -> list[int]:
-    """The nearest positive numbers that fit, below and above, where there are any up to twice the value."""
+def nearest_fits(value: int, fits: Callable[[int], bool]) -> list[int]:
+    """Returns the nearest positive numbers that fit, below and (up to twice the value) above."""
     below = next((n for n in range(value - 1, 0, -1) if fits(n)), None)
     above = next((n for n in range(value + 1, 2 * value + 2) if fits(n)), None)
     above = above if above is not None or below is not None else next(n for n in range(value + 1, 10**9) if fits(n))
     return [n for n in (below, above) if n is not None]
 
 
-def rows(mesh: Mesh, size: int) -> slice:
-    """The examples, out of a batch of so many, that this process's devices need."""
-    parts = of_batches(mesh).addressable_devices_indices_map((size,)).values()
+def process_rows(mesh: Mesh, size: int) -> slice:
+    """Returns the examples of a batch of `size` that the devices of this process need."""
+    parts = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
     limits = [part[0].indices(size)[:2] for part in parts if part is not None]
     first, last = min(start for start, _ in limits), max(stop for _, stop in limits)
     if last - first != len({row for start, stop in limits for row in range(start, stop)}):
         raise UserError(
-            f"the examples of process {jax.process_index()} do not stand together on the mesh; a smaller mesh.tensor "
-            "would give whole rows of the mesh to each process"
+            f"the examples of process {jax.process_index()} are not contiguous on the mesh; with a smaller mesh.tensor "
+            "each process has whole rows of the mesh"
         )
     return slice(first, last)
 
 
-def place(mesh: Mesh, batch: Mapping[str, np.ndarray], size: int) -> dict[str, Any]:
-    """A batch of `size` examples on the mesh, of which each process has its :func:`rows`; on one device as it is."""
-    first = rows(mesh, size).start
-    return {name: _divided(mesh, mine, size, first) for name, mine in batch.items()}
+def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], size: int) -> dict[str, Any]:
+    """Puts a batch of `size` examples, of which each process has its :func:`process_rows`, on the mesh."""
+    first = process_rows(mesh, size).start
+    return {name: _shard(mesh, rows, size, first) for name, rows in batch.items()}
 
 
-def divided(mesh: Mesh, examples: np.ndarray) -> Any:
-    """Examples, all of which every process has, over the mesh; on one device as they are, where not divisible whole."""
-    return _divided(mesh, examples, len(examples), 0) if len(examples) % _replicas(mesh) == 0 else examples
+def shard_examples(mesh: Mesh, examples: np.ndarray) -> Any:
+    """Shards examples that every process holds over the mesh; returns them unchanged if they are not divisible."""
+    return _shard(mesh, examples, len(examples), 0) if len(examples) % _replicas(mesh) == 0 else examples
 
 
-def _divided(mesh: Mesh, mine: np.ndarray, size: int, first: int) -> Any:
-    """An array of `size` rows on the mesh, of which this process has those from `first` on."""
+def _shard(mesh: Mesh, rows: np.ndarray, size: int, first: int) -> Any:
+    """Returns an array of `size` rows on the mesh, of which this process holds the `rows` from `first` on."""
     if mesh.size == 1:
-        return mine
+        return rows
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         start, stop, _ = (index or (slice(None),))[0].indices(size)
-        return mine[start - first : stop - first]
+        return rows[start - first : stop - first]
 
-    return jax.make_array_from_callback((size, *mine.shape[1:]), of_batches(mesh), part)
+    return jax.make_array_from_callback((size, *rows.shape[1:]), batch_sharding(mesh), part)
 
 
 def _replicas(mesh: Mesh) -> int:
     return mesh.shape[DATA] * mesh.shape[FSDP]
 
 
-def gathered(tree: Any) -> Any:
-    """The arrays of a tree as NumPy arrays, whole on every process; each process has to call it."""
+def gather(tree: Any) -> Any:
+    """Returns the arrays of a tree as full NumPy arrays on every process. All processes must call it."""
 
-    def one(leaf: jax.Array) -> np.ndarray:
+    def gather_leaf(leaf: jax.Array) -> np.ndarray:
         if not leaf.is_fully_addressable and not leaf.is_fully_replicated:
             mesh = leaf.sharding.mesh  # pyrefly: ignore[missing-attribute]: only meshes span processes
-            leaf = jax.jit(lambda x: x, out_shardings=whole(mesh))(leaf)
+            leaf = jax.jit(lambda x: x, out_shardings=replicated(mesh))(leaf)
         return np.asarray(leaf)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(gather_leaf, tree)

@@ -222,7 +222,7 @@ def test_half_precision_is_cast(tmp_path, tiny_model, dtype):
         ({"model_type": "albert"}, "model_type is 'albert', supported is 'bert' or 'roberta'"),
         ({"is_decoder": True}, "is_decoder is True"),
         ({"vocab_size": "20"}, "vocab_size is '20', expected a whole number"),
-        ({"num_attention_heads": 3}, "no multiple"),
+        ({"num_attention_heads": 3}, "not a multiple"),
         ({"vocab_size": None}, "vocab_size"),
     ],
 )

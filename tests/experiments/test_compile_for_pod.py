@@ -234,6 +234,6 @@ def test_the_table_of_slices(tmp_path):
 )
 def test_meshes_that_do_and_do_not_follow_the_axes_of_a_slice(slice_, sizes):
     devices = topology.describe(slice_).devices
-    mesh = meshes.make(sizes, devices)
+    mesh = meshes.make_mesh(sizes, devices)
     assert mesh.devices.shape == (sizes.data, sizes.fsdp, sizes.tensor)
     assert {device.id for device in mesh.devices.flat} == {device.id for device in devices}

@@ -92,7 +92,7 @@ def test_other_attention_kernels_are_refused():
         ({"embedding_size": 8}, "embedding_size is 8, supported is 16"),
         ({"attention_head_size": 8}, "attention_head_size is 8, supported is 4"),
         ({"position_buckets": 1}, "position_buckets is 1"),
-        ({"hidden_size": 18, "pooler_hidden_size": 18}, "no multiple"),
+        ({"hidden_size": 18, "pooler_hidden_size": 18}, "not a multiple"),
     ],
 )
 def test_other_architectures_are_refused(change, message):

@@ -93,7 +93,7 @@ def test_later_tokens_change_no_earlier_logits():
         ({"scale_attn_weights": False}, "scale_attn_weights is False, supported is True"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ({"add_cross_attention": True}, "add_cross_attention is True"),
-        ({"n_head": 3}, "n_embd 16 is no multiple of n_head 3"),
+        ({"n_head": 3}, "n_embd 16 is not a multiple of n_head 3"),
         ({"n_layer": None}, "n_layer is missing"),
     ],
 )

@@ -161,7 +161,7 @@ def config(name, **changes):
         (config("qwen2", attention_bias=True), "attention_bias is True"),
         (config("llama", vocab_size="absent"), "vocab_size is missing"),
         (config("llama", vocab_size="many"), "vocab_size is 'many'"),
-        (config("llama", num_key_value_heads=3), "4 is no multiple of num_key_value_heads 3"),
+        (config("llama", num_key_value_heads=3), "4 is not a multiple of num_key_value_heads 3"),
         (config("llama", head_dim=5), "head_dim 5 is odd"),
         (config("llama", rope_parameters={"rope_type": "longrope"}), "'longrope' .its frequencies depend"),
         (config("llama", rope_parameters={"rope_type": "spiral"}), "rope_type is 'spiral', supported is 'default'"),

@@ -17,7 +17,7 @@ from experiments.training.runtime import Runtime
 
 @pytest.fixture(scope="module")
 def mesh():
-    return meshes.make(MeshSizes(data=2, fsdp=2, tensor=2))
+    return meshes.make_mesh(MeshSizes(data=2, fsdp=2, tensor=2))
 
 
 @pytest.mark.parametrize(
@@ -34,16 +34,16 @@ def mesh():
     ],
 )
 def test_where_a_weight_lies(mesh, axes, path, shape, spec):
-    assert tuple(meshes.of_weights(mesh, axes)(path, shape).spec) == spec
+    assert tuple(meshes.weight_shardings(mesh, axes)(path, shape).spec) == spec
 
 
 def test_what_does_not_divide_is_told_with_what_does(mesh):
     with pytest.raises(UserError, match=r"mesh\.tensor 2 does not divide heads, which is 5 in .*query/kernel.*: 1, 5"):
-        meshes.of_weights(mesh, llama.AXES)("layers/attention/query/kernel", (8, 5))
+        meshes.weight_shardings(mesh, llama.AXES)("layers/attention/query/kernel", (8, 5))
     with pytest.raises(UserError, match=r"here are 8; mesh\.data 4 fits or mesh\.tensor 1 fits"):
-        meshes.make(MeshSizes(data=8, tensor=2))
+        meshes.make_mesh(MeshSizes(data=8, tensor=2))
     with pytest.raises(UserError, match="choose sizes whose product is 8"):
-        meshes.make(MeshSizes(data=3, fsdp=3, tensor=3))
+        meshes.make_mesh(MeshSizes(data=3, fsdp=3, tensor=3))
     with pytest.raises(UserError, match=r"batch\.global 10 cannot be divided .* nearest that can: 8 and 12"):
         meshes.check_batch(10, MeshSizes(data=2, fsdp=2), "batch.global")
     with pytest.raises(ValueError, match=r"mesh\.fsdp must be positive, not 0"):
@@ -51,17 +51,17 @@ def test_what_does_not_divide_is_told_with_what_does(mesh):
 
 
 def test_fewer_devices_than_there_are():
-    assert meshes.make(MeshSizes(data=3)).size == 3
+    assert meshes.make_mesh(MeshSizes(data=3)).size == 3
 
 
 def test_a_batch_lies_on_the_mesh(mesh):
     batch = {"tokens": np.arange(32).reshape(8, 4)}
-    placed = meshes.place(mesh, batch, 8)["tokens"]
+    placed = meshes.put_batch(mesh, batch, 8)["tokens"]
     np.testing.assert_array_equal(placed, batch["tokens"])
     assert placed.sharding.shard_shape(placed.shape) == (2, 4)
-    assert meshes.rows(mesh, 8) == slice(0, 8)
-    np.testing.assert_array_equal(meshes.gathered(placed), batch["tokens"])
-    assert meshes.divided(mesh, np.ones((3, 2))).shape == (3, 2)  # as it is
+    assert meshes.process_rows(mesh, 8) == slice(0, 8)
+    np.testing.assert_array_equal(meshes.gather(placed), batch["tokens"])
+    assert meshes.shard_examples(mesh, np.ones((3, 2))).shape == (3, 2)  # as it is
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_record_goes_on_from_a_step(tmp_path):
 
 
 def test_the_share_of_the_arithmetic(tmp_path):
-    run = loop.Run(tmp_path, meshes.make(MeshSizes()), {}, 1, costs=loop.Costs(flops=6.0, peak=100.0))
+    run = loop.Run(tmp_path, meshes.make_mesh(MeshSizes()), {}, 1, costs=loop.Costs(flops=6.0, peak=100.0))
     with record.Record(tmp_path, {}) as log:
         meter = loop._Meter(run, loop.History(), log)
         meter.add(1, {"loss": jax.numpy.float32(1), "grad_norm": jax.numpy.float32(1)}, tokens=50)

@@ -162,8 +162,8 @@ def test_on_a_mesh_it_computes_and_learns_the_same(recipe, rules, sequence):
     model, base, delta = adapted(recipe, rules)
     want, wanted = loss_of(lora.adapt(model.apply))(*lora.partition(delta), base, batch())
     sizes = meshes.MeshSizes(data=2, fsdp=2, tensor=2, sequence=sequence)
-    mesh = meshes.make(sizes)
-    sharding_of = meshes.of_weights(mesh, mixtral.AXES)
+    mesh = meshes.make_mesh(sizes)
+    sharding_of = meshes.weight_shardings(mesh, mixtral.AXES)
     with jax.set_mesh(mesh):
         options = Options(scan=True, shards=sizes.shards)
         divided = mixtral.load(FIXTURES / "mixtral", options, rules=rules, sharding=sharding_of)
@@ -173,7 +173,7 @@ def test_on_a_mesh_it_computes_and_learns_the_same(recipe, rules, sequence):
     assert (gate.codes if rules else gate).sharding.spec[-3:] == (None, "fsdp", "tensor")
     where = paths.flatten(base).map(lambda path, leaf: sharding_of(path, leaf.shape))
     there = jax.device_put(delta, lora.delta_shardings(where, delta))
-    tokens = jax.device_put(batch(), meshes.of_batches(mesh))
+    tokens = jax.device_put(batch(), meshes.batch_sharding(mesh))
     with jax.set_mesh(mesh):
         compiled = loss_of(lora.adapt(apply)).lower(*lora.partition(there), here, tokens).compile()
         actual, grads = compiled(*lora.partition(there), here, tokens)
@@ -191,7 +191,7 @@ def test_examples_that_the_mesh_cannot_divide(getkey):
     x_BLD = jax.random.normal(getkey(), (3, 7, 6))
     want = layer(x_BLD)
     layer.options = Options(shards=meshes.MeshSizes(data=4, tensor=2, sequence=True).shards)
-    with jax.set_mesh(meshes.make(meshes.MeshSizes(data=4, tensor=2))):
+    with jax.set_mesh(meshes.make_mesh(meshes.MeshSizes(data=4, tensor=2))):
         np.testing.assert_allclose(nnx.jit(lambda layer, x: layer(x))(layer, x_BLD), want, atol=1e-5)
 
 

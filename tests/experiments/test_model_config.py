@@ -19,7 +19,7 @@ GPT2 = {"model_type": "gpt2", "vocab_size": 64, "n_positions": 128, "n_embd": 32
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2])
 def test_shapes(config):
-    assert families.of(config).shape(config)
+    assert families.get_family(config).shape(config)
 
 
 @pytest.mark.parametrize(
@@ -46,10 +46,10 @@ def test_shapes(config):
 def test_fields_of_other_types(config, field, value, message):
     changed = config | {field: value}
     with pytest.raises(UserError, match=message) as error:
-        families.of(changed).shape(changed)
+        families.get_family(changed).shape(changed)
     assert len(str(error.value)) < 500
 
 
 def test_fields_that_do_not_matter():
     for value in (True, [], {"a": 1}, None):
-        assert families.of(LLAMA | {"architectures": value}).shape(LLAMA | {"architectures": value})
+        assert families.get_family(LLAMA | {"architectures": value}).shape(LLAMA | {"architectures": value})

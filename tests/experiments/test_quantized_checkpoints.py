@@ -34,7 +34,7 @@ def test_weights_are_those_of_bitsandbytes(case):
 @pytest.mark.parametrize("scan", [False, True])
 def test_logits(case, scan):
     directory = QUANTIZED / case
-    family = families.of(json.loads((directory / "config.json").read_text()))
+    family = families.get_family(json.loads((directory / "config.json").read_text()))
     model = family.load(directory, families.Options(scan=scan))
     fn, base = lora.nnx.functional(model)
     expected = load_file(directory / "expected.safetensors")

@@ -196,7 +196,7 @@ def test_what_a_user_can_put_right(flags, message, tmp_path, capsys, monkeypatch
 
 def test_every_family_has_names_and_axes():
     for model in ("tiny-llama", "tiny-gpt2", "Mixtral-8x7B-v0.1"):
-        family = families.of(program.described(model))
+        family = families.get_family(program.described(model))
         assert family.axes and family.names(family.shape(program.described(model)))
     with pytest.raises(UserError, match="model_type is 'lama'; did you mean llama"):
-        families.of({"model_type": "lama"})
+        families.get_family({"model_type": "lama"})

@@ -29,7 +29,7 @@ TX = optax.adam(1e-2)
 
 
 def base_on(sizes, seed=0):
-    mesh = meshes.make(sizes)
+    mesh = meshes.make_mesh(sizes)
     weight = jax.random.normal(jax.random.key(seed), (WIDTH, WIDTH))
     return {"w": jax.device_put(weight, NamedSharding(mesh, jax.P("fsdp", "tensor")))}
 

@@ -57,7 +57,7 @@ def test_other_sizes_are_refused(shape):
         ({"model_type": "deit"}, "model_type is 'deit', supported is 'vit'"),
         ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'"),
         ({"image_size": [16, 20]}, r"image_size is \[16, 20\], expected a whole number"),
-        ({"patch_size": 5}, "image_size 16 is no multiple of patch_size 5"),
+        ({"patch_size": 5}, "image_size 16 is not a multiple of patch_size 5"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"qkv_bias": 1}, "qkv_bias is 1, expected true or false"),
     ],

@@ -113,7 +113,7 @@ def _model(directory: Path) -> None:
 
 def _read_model(directory: Path) -> Any:
     config = checkpoint.read_config(directory)
-    family = families.of(config)
+    family = families.get_family(config)
     shape = family.shape(config)
     model = family.load(directory, Options())
     del model
@@ -122,7 +122,7 @@ def _read_model(directory: Path) -> Any:
 
 def _read_shape(directory: Path) -> Any:
     config = checkpoint.read_config(directory)
-    return str(families.of(config).shape(config))
+    return str(families.get_family(config).shape(config))
 
 
 def _tokenizer(directory: Path) -> None:

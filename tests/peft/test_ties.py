@@ -34,7 +34,7 @@ def model_of(case):
 
 def program(directory, **how):
     """A model of a directory as a function, its parameters and its names."""
-    family = families.of(json.loads((directory / "config.json").read_text()))
+    family = families.get_family(json.loads((directory / "config.json").read_text()))
     model = family.load(directory, **how)
     return *lora.nnx.functional(model), family.names(model.config)
 

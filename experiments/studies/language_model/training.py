@@ -112,7 +112,7 @@ def run(
       The trained adapter and what was measured.
     """
     total, due = loop.passes(config.epochs, prepared.stream.steps_per_epoch)
-    run = loop.Run(directory, meshes.make(MeshSizes()), asdict(config), config.checkpoint_every, best="min")
+    run = loop.Run(directory, meshes.make_mesh(MeshSizes()), asdict(config), config.checkpoint_every, best="min")
     with bar(console, config.family, config.epochs * prepared.examples) as shown:
         state, history = loop.train(
             run,

@@ -75,7 +75,7 @@ class Program:
 
     def load(self, directory: Path) -> Any:
         """The base from a checkpoint, each device's part straight onto it."""
-        sharding = meshes.of_weights(self.mesh, self.family.axes)
+        sharding = meshes.weight_shardings(self.mesh, self.family.axes)
         dtype, options = jnp.dtype(self.config.dtype), self.model.options
         model = self.family.load(directory, options, dtype=dtype, sharding=sharding, rules=rules_of(self.config))
         return gathered(lora.nnx.functional(model)[1], meshes.FSDP)
@@ -87,7 +87,7 @@ class Program:
             delta = jax.tree.map(lambda leaf, shape: jax.device_put(leaf, shape.sharding), self.start, self.delta)
         else:
             spec, example = spec_of(self.config, self.base), _example(self.config)
-            delta = meshes.made(
+            delta = meshes.init_delta(
                 self.mesh, lambda key, base: lora.init(key, base, spec, self.apply, example), init_key, base
             )
         return lora.TrainState.create(base, delta, self.tx, train_key)
@@ -101,7 +101,7 @@ class Program:
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of a batch, with their shardings."""
         size = (self.config.batch.global_, self.config.length)
-        one = jax.ShapeDtypeStruct(size, jnp.int32, sharding=meshes.of_batches(self.mesh))
+        one = jax.ShapeDtypeStruct(size, jnp.int32, sharding=meshes.batch_sharding(self.mesh))
         return dict.fromkeys(("tokens", "segments", "positions", "labels"), one)
 
     def lower(self) -> jax.stages.Lowered:
@@ -131,18 +131,18 @@ def abstract(
     """
     mesh = check(config, devices)
     description = described(config.model)
-    family = families.of(description)
+    family = families.get_family(description)
     shape = family.shape(description)
     _check_heads(config, shape)
     options = options_of(config, platform)
-    model = nnx.eval_shape(lambda: family.build(shape, options, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: family.build(shape, options, rngs=nnx.Rngs(0)))
     if model.trained_length is not None and config.length > model.trained_length:
         raise UserError(
             f"length {config.length:,}: {config.model} is made for sequences of up to {model.trained_length:,} tokens"
         )
     apply, base = lora.nnx.functional(model)
     with jax.set_mesh(mesh):
-        base = _base(config, base, apply, meshes.of_weights(mesh, family.axes))
+        base = _base(config, base, apply, meshes.weight_shardings(mesh, family.axes))
         key, tokens = jax.eval_shape(lambda: jax.random.key(0)), _example(config)
         try:
             jax.eval_shape(lora.adapt(apply), base, {}, tokens)
@@ -240,10 +240,10 @@ def check(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """
     if config.init_from is not None:
         _check_adapter(config.init_from)
-    mesh = meshes.make(config.mesh, devices)
+    mesh = meshes.make_mesh(config.mesh, devices)
     meshes.check_batch(config.batch.global_, config.mesh, "batch.global", accumulate=config.batch.accumulate)
     if config.mesh.sequence and config.length % config.mesh.tensor:
-        fits = meshes.around(config.length, lambda n: n % config.mesh.tensor == 0)
+        fits = meshes.nearest_fits(config.length, lambda n: n % config.mesh.tensor == 0)
         raise UserError(
             f"length {config.length} cannot be divided over mesh.tensor {config.mesh.tensor}, which mesh.sequence asks "
             f"for; nearest that can: {' and '.join(map(str, fits))}"

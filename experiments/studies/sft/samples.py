@@ -61,7 +61,7 @@ class Writer:
         # Nothing divides the few rows: weights alone are on the mesh.
         options = Options(scan=True, dtype=jnp.dtype(config.dtype))
         family, shape = program.family, program.shape
-        self._model = nnx.eval_shape(lambda: family.build(shape, options, nnx.Rngs(0)))
+        self._model = nnx.eval_shape(lambda: family.build(shape, options, rngs=nnx.Rngs(0)))
         slots = self.prompts.tokens.shape[1] + config.new_tokens
         try:
             self._model.check_length(slots)
@@ -90,7 +90,7 @@ class Writer:
             eos=self._ends,
             pad=self._ends[0] if self._ends else 0,
         )
-        rows = meshes.gathered(found)
+        rows = meshes.gather(found)
         ended = np.isin(rows, self._ends)
         kept = np.cumsum(ended, axis=1) == 0
         decode = self._tokenizer.decode

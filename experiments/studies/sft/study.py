@@ -272,7 +272,7 @@ def _trained(
     if history.evaluations and min(history.evaluations[1:], key=lambda one: one[1])[0] != last_step:
         with Checkpoints(run.checkpoints, best="min", settings=settings) as checkpoints:
             best, best_step = checkpoints.best(state)
-    adapters = {ADAPTER: meshes.gathered(state.delta), BEST: meshes.gathered(best.delta)}
+    adapters = {ADAPTER: meshes.gather(state.delta), BEST: meshes.gather(best.delta)}
     prompts = writer.prompts
     report = Report(
         settings=settings,
@@ -299,12 +299,12 @@ def _evaluator(program: Program, batches: Packed | None) -> Callable[[lora.Train
     """The mean loss a token on validation, of a state; NaN without such examples."""
     if batches is None:
         return lambda state: math.nan
-    summed, mesh = jax.jit(program.loss, out_shardings=meshes.whole(program.mesh)), program.mesh
+    summed, mesh = jax.jit(program.loss, out_shardings=meshes.replicated(program.mesh)), program.mesh
     size, steps = batches.batch_size, batches.steps_per_epoch
 
     def evaluate(state: lora.TrainState) -> float:
-        turns = pipeline.iterate(batches, steps, rows=meshes.rows(mesh, size))
-        sums = [summed(state.base, state.delta, meshes.place(mesh, batch, size), None) for batch in turns]
+        turns = pipeline.iterate(batches, steps, rows=meshes.process_rows(mesh, size))
+        sums = [summed(state.base, state.delta, meshes.put_batch(mesh, batch, size), None) for batch in turns]
         return sum(float(total) for total, _ in sums) / sum(int(count) for _, count in sums)
 
     return evaluate
