@@ -131,7 +131,7 @@ def test_all_misfits_are_named_at_once(tmp_path):
             "  missing: embeddings.LayerNorm.weight (16,)",
             "  missing: encoder.layer.0.attention.self.key.bias (16,)",
             "  unexpected: encoder.layer.7.surprise (3,)",
-            "  shape: encoder.layer.0.output.dense.weight is (16, 31), the model wants (16, 32)",
+            "  shape: encoder.layer.0.output.dense.weight is (16, 31), expected (16, 32)",
         ]
 
 

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lora
 from experiments.errors import UserError
 from experiments.models import families
+from experiments.models.options import Options
 from lora_jax.quantization import from_bitsandbytes
 
 QUANTIZED = pathlib.Path(__file__).parents[1] / "fixtures" / "transformers" / "quantized"
@@ -35,7 +36,7 @@ def test_weights_are_those_of_bitsandbytes(case):
 def test_logits(case, scan):
     directory = QUANTIZED / case
     family = families.get_family(json.loads((directory / "config.json").read_text()))
-    model = family.load(directory, families.Options(scan=scan))
+    model = family.load(directory, Options(scan=scan))
     fn, base = lora.nnx.functional(model)
     expected = load_file(directory / "expected.safetensors")
     x = jnp.asarray(expected["x"], jnp.int32)
@@ -50,5 +51,5 @@ def test_fp8_is_named(tmp_path):
     tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
-    with pytest.raises(UserError, match=r"up_proj\.weight is stored in FP8 .*not supported yet.*bfloat16"):
+    with pytest.raises(UserError, match=r"up_proj\.weight is stored in FP8 .*is not supported.*bfloat16"):
         families.LLAMA.load(tmp_path)

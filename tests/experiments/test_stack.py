@@ -39,8 +39,8 @@ def test_all_forms_compute_the_same(scan, remat):
     x, shift = jnp.ones((2, 4)), jnp.float32(0.5)
 
     def run(layers, x, options):
-        each = stack.per_layer([jnp.float32(number) for number in range(3)], options)
-        return stack.run(layers, x, shift, each=each, options=options)
+        states = stack.stack_states([jnp.float32(number) for number in range(3)], options)
+        return stack.run(layers, x, shift, states=states, options=options)
 
     y, entries = nnx.jit(run, static_argnums=2)(layers_of(options), x, options)
     want, want_kept = run(layers_of(Options()), x, Options())
