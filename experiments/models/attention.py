@@ -1,4 +1,4 @@
-"""Scaled dot-product attention by the kernel that a platform has."""
+"""Scaled dot-product attention with a choice of kernels."""
 
 import functools
 from typing import Any
@@ -10,8 +10,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from experiments.models.options import AttentionKernel, Platform, Shards
 
 _PLATFORMS = {"cudnn": "gpu", "flash": "tpu"}
-# A block of the TPU kernel is a multiple of the 128 lanes of a register; larger blocks amortise its loop, up to
-# what fits in the fast memory beside the accumulators of the backward pass.
+# Blocks of the TPU kernel are multiples of the 128 lanes of a register. Larger blocks amortize the loop overhead; the
+# largest fits in vector memory together with the accumulators of the backward pass.
 _BLOCKS = (512, 256, 128)
 
 
@@ -29,45 +29,45 @@ def attend(
     platform: Platform | None = None,
     shards: Shards | None = None,
 ) -> jax.Array:
-    """Mixes values by the softmax of scaled products of queries and keys.
+    """Computes scaled dot-product attention.
 
     Args:
       q_BLHK: `[batch, queries, heads, width]`.
-      k_BTGK: `[batch, keys, groups, width]`; each group serves heads / groups heads (grouped-query attention).
-      v_BTGK: Like the keys.
-      mask_B1LT: True where a query may see a key, broadcast over heads; None sees all. Not for 'flash'.
-      segments_BL: Where the queries are the keys' tokens: a token sees tokens of its own segment only. A mask of
-        padding is such: tokens see tokens, padding sees padding.
-      causal: Query i sees keys 0 … i only.
-      window: With `causal`, query i sees the last `window` keys up to its own only.
-      scale: Of the products; None is 1/√width.
+      k_BTGK: `[batch, keys, groups, width]`; heads / groups heads share a group (grouped-query attention).
+      v_BTGK: `[batch, keys, groups, width]`.
+      mask_B1LT: True where a query attends to a key, broadcast over heads; None does not mask. Not for 'flash'.
+      segments_BL: For self-attention: tokens attend to tokens of the same segment only. A padding mask is a special
+        case, in which padding attends to padding.
+      causal: Whether query i attends to keys 0 … i only.
+      window: With `causal`, query i attends to the last `window` keys up to its own only.
+      scale: The scale of the products; None is 1/√width.
       kernel: See :class:`Options`.
-      platform: Likewise.
-      shards: Likewise.
+      platform: See :class:`Options`.
+      shards: See :class:`Options`.
 
     Returns:
       `[batch, queries, heads, width]`.
 
     Raises:
-      ValueError: The kernel does not serve the platform, the shapes, the dtype or the mask.
+      ValueError: The kernel does not support the platform, the shapes, the dtype or the mask.
     """
     if window is not None and not causal:
-        raise ValueError(f"window={window} is for causal attention; give causal=True too.")
+        raise ValueError(f"window={window} requires causal=True.")
     _check(kernel, q_BLHK, k_BTGK, mask_B1LT, platform)
     if kernel == "flash":
         local = functools.partial(_flash, causal=causal, window=window, scale=scale)
-        if shards is not None:  # XLA cannot divide a kernel: each device runs it on its examples and heads
-            each = jax.P(shards.batch, None, shards.heads, None)
-            in_specs = (each, each, each, None if segments_BL is None else jax.P(shards.batch, None))
-            # The kernel does not tell along which axes of the mesh its results vary.
-            local = jax.shard_map(local, in_specs=in_specs, out_specs=each, check_vma=False)
+        if shards is not None:  # XLA cannot partition a kernel, so each device runs it on its examples and heads
+            spec = jax.P(shards.batch, None, shards.heads, None)
+            in_specs = (spec, spec, spec, None if segments_BL is None else jax.P(shards.batch, None))
+            # The kernel has no information about the mesh axes along which its results vary.
+            local = jax.shard_map(local, in_specs=in_specs, out_specs=spec, check_vma=False)
         return local(q_BLHK, k_BTGK, v_BTGK, segments_BL)
     if segments_BL is not None:
         same_B1LL = segments_BL[:, None, :, None] == segments_BL[:, None, None, :]
         mask_B1LT = same_B1LL if mask_B1LT is None else mask_B1LT & same_B1LL
-    if kernel == "cudnn" and mask_B1LT is not None:  # it broadcasts over batch and heads only
+    if kernel == "cudnn" and mask_B1LT is not None:  # cuDNN broadcasts over batch and heads only
         mask_B1LT = jnp.broadcast_to(mask_B1LT, (*mask_B1LT.shape[:2], q_BLHK.shape[1], k_BTGK.shape[1]))
-    with jax.numpy_dtype_promotion("standard"):  # its own scores of bfloat16 inputs are float32
+    with jax.numpy_dtype_promotion("standard"):  # it computes float32 scores from bfloat16 inputs
         return jax.nn.dot_product_attention(
             q_BLHK,
             k_BTGK,
@@ -90,7 +90,7 @@ def _flash(
     window: int | None,
     scale: float | None,
 ) -> jax.Array:
-    """JAX's splash attention, which skips the blocks that no query sees."""
+    """Computes attention by JAX's splash attention, which skips fully masked blocks."""
     _, length, heads, width = q_BLHK.shape
     square = (length, length)
     if window is not None:
@@ -127,27 +127,27 @@ def _check(
     platform = platform or jax.default_backend()  # pyrefly: ignore[bad-assignment]
     if platform != _PLATFORMS[kernel]:
         raise ValueError(
-            f"attention={kernel!r} runs on {_PLATFORMS[kernel]}, this is {platform}; attention='xla' runs anywhere. "
-            f"To compile ahead of time, say platform={_PLATFORMS[kernel]!r}."
+            f"attention={kernel!r} runs on {_PLATFORMS[kernel]}, this is {platform}; attention='xla' runs everywhere. "
+            f"To compile ahead of time, set platform={_PLATFORMS[kernel]!r}."
         )
     _, queries, heads, width = q_BLHK.shape
     keys, dtype = k_BTGK.shape[1], q_BLHK.dtype
     problems = []
     if kernel == "cudnn":
         if dtype not in (jnp.bfloat16, jnp.float16):
-            problems.append(f"bfloat16 or float16, given {dtype}")
+            problems.append(f"bfloat16 or float16, got {dtype}")
         if width % 8:
-            problems.append(f"heads whose width is a multiple of 8, given {width}")
+            problems.append(f"heads whose width is a multiple of 8, got {width}")
     else:
         if mask is not None:
             problems.append("segments, no mask")
         if queries != keys or queries % _BLOCKS[-1]:
             problems.append(
-                f"as many queries as keys, a multiple of {_BLOCKS[-1]}, given {queries} queries and {keys} keys"
+                f"as many queries as keys, a multiple of {_BLOCKS[-1]}, got {queries} queries and {keys} keys"
             )
         if dtype not in (jnp.bfloat16, jnp.float32):
-            problems.append(f"bfloat16 or float32, given {dtype}")
+            problems.append(f"bfloat16 or float32, got {dtype}")
     if heads % k_BTGK.shape[2]:
-        problems.append(f"heads in equal groups, given {heads} heads and {k_BTGK.shape[2]} groups")
+        problems.append(f"heads in equal groups, got {heads} heads and {k_BTGK.shape[2]} groups")
     if problems:
         raise ValueError(f"attention={kernel!r} takes {'; and '.join(problems)}.")

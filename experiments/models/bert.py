@@ -1,6 +1,6 @@
 """The encoders of BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT and ELECTRA in Flax NNX.
 
-Token ids in, one vector a token out.
+They map token ids to a vector per token.
 
 Shapes are in the names: B examples, L tokens, D width, H heads, K width of a head, F hidden width.
 
@@ -23,14 +23,15 @@ from flax import nnx
 
 from experiments.models import checkpoint, stack
 from experiments.models import config as config_json
+from experiments.models.bert_names import DISTILBERT_NAMES, SPELLINGS, UNUSED, encoder_names
 from experiments.models.blocks import Attention, encoder_layers
 from experiments.models.norm import LayerNorm
 from experiments.models.options import DEFAULT, Options
-from lora_jax.peft import LINEAR, Names, Weight
+from lora_jax.peft import Names
 
-_ROBERTA = ("roberta", "xlm-roberta", "camembert")  # one architecture, and one prefix in checkpoints
+_ROBERTA = ("roberta", "xlm-roberta", "camembert")  # the same architecture, and the same prefix in checkpoints
 
-# What transformers takes for a field that a config.json leaves out, where it is not what BERT's would mean.
+# The values that transformers uses for fields that a config.json omits, if they differ from BERT's.
 _ABSENT: dict[str, dict[str, Any]] = {
     **{family: {"pad_token_id": 1} for family in _ROBERTA},
     "electra": {"embedding_size": 128},
@@ -44,16 +45,16 @@ _DISTILBERT = {
     "hidden_dim": "intermediate_size",
     "activation": "hidden_act",
 }
-"""DistilBERT's names of fields, and BERT's."""
+"""BERT's names of DistilBERT's fields."""
 
 
 @dataclass(frozen=True)
 class BertConfig:
-    """The shape of an encoder of BERT's form; names are those of Hugging Face's `config.json`.
+    """The shape of an encoder of BERT's form; fields have the names of Hugging Face's `config.json`.
 
     Attributes:
-      type_vocab_size: 0 does without segment vectors.
-      embedding_size: Width of the embeddings, which a linear layer brings to `hidden_size`; 0 is `hidden_size`.
+      type_vocab_size: The number of segments; 0 has no segment embeddings.
+      embedding_size: Width of the embeddings, which a linear layer projects to `hidden_size`; 0 is `hidden_size`.
     """
 
     vocab_size: int
@@ -71,10 +72,10 @@ class BertConfig:
     @classmethod
     @config_json.parsing
     def from_json(cls, config: Mapping[str, Any]) -> "BertConfig":
-        """The shape that a `config.json` describes.
+        """Reads the shape from the content of a `config.json`.
 
         Raises:
-          UserError: It lacks a field or describes something that this encoder does not compute.
+          UserError: A field is missing or describes something that this encoder does not support.
         """
         family = config.get("model_type", "bert")
         supported = {
@@ -91,21 +92,21 @@ class BertConfig:
 
     @property
     def positions(self) -> int:
-        """How many tokens there are positions for."""
+        """The maximum number of tokens."""
         return self.max_position_embeddings - self.first_position
 
     @property
     def counts_padding(self) -> bool:
-        """Whether positions number all tokens from 0, as BERT's do; RoBERTa's skip padding."""
+        """Whether positions count padding, from 0, as in BERT; RoBERTa's positions skip padding."""
         return self.model_type not in _ROBERTA
 
     @property
     def first_position(self) -> int:
-        """The position of a text's first token: RoBERTa keeps a row for padding and leaves those before it unused."""
+        """The position of a text's first token; RoBERTa reserves a row for padding and skips the rows before it."""
         return 0 if self.counts_padding else self.pad_token_id + 1
 
     @property
-    def embedded(self) -> int:
+    def embedding_width(self) -> int:
         """The width of the embeddings."""
         return self.embedding_size or self.hidden_size
 
@@ -115,15 +116,17 @@ class BertConfig:
         if self.model_type == "distilbert":
             return DISTILBERT_NAMES
         prefix = "roberta" if self.model_type in _ROBERTA else self.model_type
-        return _names(f"{prefix}.", segments=self.type_vocab_size > 0, projected=self.embedded != self.hidden_size)
+        return encoder_names(
+            f"{prefix}.", segments=self.type_vocab_size > 0, projected=self.embedding_width != self.hidden_size
+        )
 
 
 class Embeddings(nnx.Module):
-    """Word, position and segment vectors, summed and normalized."""
+    """The normalized sum of word, position and segment embeddings."""
 
     def __init__(self, config: BertConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
         self.config = config
-        width, dtype = config.embedded, options.dtype
+        width, dtype = config.embedding_width, options.dtype
         self.word = nnx.Embed(config.vocab_size, width, dtype=dtype, rngs=rngs)
         self.position = nnx.Embed(config.max_position_embeddings, width, dtype=dtype, rngs=rngs)
         segments = config.type_vocab_size
@@ -135,11 +138,11 @@ class Embeddings(nnx.Module):
         x_BLD = self.word(tokens_BL)
         if self.token_type is not None:
             x_BLD = x_BLD + self.token_type(types_BL)
-        x_BLD = x_BLD + self.position(self.numbers(tokens_BL))
+        x_BLD = x_BLD + self.position(self.positions(tokens_BL))
         return self.dropout(self.norm(x_BLD))
 
-    def numbers(self, tokens_BL: jax.Array) -> jax.Array:
-        """The position of each token, `[batch or 1, length]`."""
+    def positions(self, tokens_BL: jax.Array) -> jax.Array:
+        """Returns the position of each token, `[batch or 1, length]`."""
         if self.config.counts_padding:
             return jnp.arange(tokens_BL.shape[1])[None]
         is_text_BL = (tokens_BL != self.config.pad_token_id).astype(jnp.int32)
@@ -147,7 +150,7 @@ class Embeddings(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """The layers, one after another."""
+    """The sequence of layers."""
 
     def __init__(self, config: BertConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
         self.options = options
@@ -166,30 +169,30 @@ class Bert(nnx.Module):
 
     Args:
       config: The shape.
-      options: How it computes.
-      dropout: Rate on embeddings, attention weights and both branches of a layer, while training. Attention
-        weights that are dropped are computed one by one, whatever kernel `options` names.
+      options: How the model computes.
+      dropout: Rate on embeddings, attention weights and both blocks of a layer while training. Dropped attention
+        weights are computed by the 'xla' kernel, whatever the options say.
       rngs: Keys of the random initial weights and of dropout.
     """
 
     def __init__(self, config: BertConfig, options: Options = DEFAULT, *, dropout: float = 0.0, rngs: nnx.Rngs):
         self.config = config
         self.embeddings = Embeddings(config, options, dropout=dropout, rngs=rngs)
-        sizes = (config.embedded, config.hidden_size)
+        sizes = (config.embedding_width, config.hidden_size)
         self.projection = nnx.Linear(*sizes, dtype=options.dtype, rngs=rngs) if sizes[0] != sizes[1] else None
         self.encoder = Encoder(config, options, dropout=dropout, rngs=rngs)
 
     def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array, types_BL: jax.Array | None = None) -> jax.Array:
-        """The last hidden states.
+        """Returns the last hidden states.
 
         Args:
           tokens_BL: Token ids, `int[batch, length]`.
-          mask_BL: True (or 1) at tokens, False at padding. RoBERTa numbers the positions of a text by the tokens
-            that are not its padding token, so padding has to be that token there.
-          types_BL: Segment ids; None means all in segment 0.
+          mask_BL: True (or 1) at tokens, False at padding. RoBERTa's positions count the tokens that differ from its
+            padding token, so padding must be that token.
+          types_BL: Segment ids; None is segment 0 for all tokens.
 
         Returns:
-          `float[batch, length, width]`; rows at padding mean nothing.
+          `float[batch, length, width]`; undefined at padding.
 
         Raises:
           ValueError: There are more tokens than positions.
@@ -211,7 +214,7 @@ def load(
     dtype: Any = jnp.float32,
     sharding: checkpoint.Sharding | None = None,
 ) -> Bert:
-    """The encoder of a checkpoint in Hugging Face layout; see :func:`checkpoint.load`.
+    """Returns the encoder of a checkpoint in Hugging Face layout; see :func:`checkpoint.load`.
 
     Raises:
       UserError: The config or the weights are missing, damaged or of another architecture.
@@ -237,76 +240,4 @@ AXES = (
     (r"feed_forward/up/bias$", ("hidden",)),
     (r"feed_forward/down/kernel$", ("hidden", "embed")),
 )
-"""What the axes of a weight are, for :func:`experiments.training.mesh.weight_shardings`."""
-
-_PART = "{part=query|key|value}"
-_LAYER = "encoder/layers/{layer}"
-
-
-def _embeddings(prefix: str, tables: str) -> tuple[Weight, ...]:
-    path, name = f"embeddings/{{table={tables}}}/embedding", prefix + "embeddings.{table}_embeddings.weight"
-    return (
-        Weight(path, name, module="embedding"),
-        Weight("embeddings/norm/scale", f"{prefix}embeddings.LayerNorm.weight"),
-        Weight("embeddings/norm/bias", f"{prefix}embeddings.LayerNorm.bias"),
-    )
-
-
-def _names(prefix: str, *, segments: bool = True, projected: bool = False) -> Names:
-    layer = prefix + "encoder.layer.{layer}"
-    projection = (
-        Weight("projection/kernel", f"{prefix}embeddings_project.weight", LINEAR),
-        Weight("projection/bias", f"{prefix}embeddings_project.bias"),
-    )
-    return Names(
-        (
-            *_embeddings(prefix, "word|position|token_type" if segments else "word|position"),
-            *(projection if projected else ()),
-            Weight(f"{_LAYER}/attention/output/kernel", f"{layer}.attention.output.dense.weight", LINEAR),
-            Weight(f"{_LAYER}/attention/output/bias", f"{layer}.attention.output.dense.bias"),
-            Weight(f"{_LAYER}/attention/{_PART}/kernel", layer + ".attention.self.{part}.weight", LINEAR),
-            Weight(f"{_LAYER}/attention/{_PART}/bias", layer + ".attention.self.{part}.bias"),
-            Weight(f"{_LAYER}/attention_norm/scale", f"{layer}.attention.output.LayerNorm.weight"),
-            Weight(f"{_LAYER}/attention_norm/bias", f"{layer}.attention.output.LayerNorm.bias"),
-            Weight(f"{_LAYER}/feed_forward/up/kernel", f"{layer}.intermediate.dense.weight", LINEAR),
-            Weight(f"{_LAYER}/feed_forward/up/bias", f"{layer}.intermediate.dense.bias"),
-            Weight(f"{_LAYER}/feed_forward/down/kernel", f"{layer}.output.dense.weight", LINEAR),
-            Weight(f"{_LAYER}/feed_forward/down/bias", f"{layer}.output.dense.bias"),
-            Weight(f"{_LAYER}/feed_forward_norm/scale", f"{layer}.output.LayerNorm.weight"),
-            Weight(f"{_LAYER}/feed_forward_norm/bias", f"{layer}.output.LayerNorm.bias"),
-        ),
-        prefix=prefix,
-    )
-
-
-def _distilbert_names() -> Names:
-    prefix = "distilbert."
-    layer = prefix + "transformer.layer.{layer}"
-    linear = {
-        "attention/query": "attention.q_lin",
-        "attention/key": "attention.k_lin",
-        "attention/value": "attention.v_lin",
-        "attention/output": "attention.out_lin",
-        "feed_forward/up": "ffn.lin1",
-        "feed_forward/down": "ffn.lin2",
-    }
-    norms = {"attention_norm": "sa_layer_norm", "feed_forward_norm": "output_layer_norm"}
-    rows = [*_embeddings(prefix, "word|position")]
-    for ours, name in linear.items():
-        rows.append(Weight(f"{_LAYER}/{ours}/kernel", f"{layer}.{name}.weight", LINEAR))
-        rows.append(Weight(f"{_LAYER}/{ours}/bias", f"{layer}.{name}.bias"))
-    for ours, name in norms.items():
-        rows.append(Weight(f"{_LAYER}/{ours}/scale", f"{layer}.{name}.weight"))
-        rows.append(Weight(f"{_LAYER}/{ours}/bias", f"{layer}.{name}.bias"))
-    return Names(tuple(rows), prefix=prefix)
-
-
-NAMES = _names("bert.")
-ROBERTA_NAMES = _names("roberta.")
-DISTILBERT_NAMES = _distilbert_names()
-# the first checkpoints call a norm's scale and bias gamma and beta
-SPELLINGS = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
-UNUSED = (
-    r"position_ids$|^pooler\.|^cls\.|^lm_head\.|^(pre_)?classifier\.|^qa_outputs\."
-    r"|^vocab_(transform|layer_norm|projector)\.|^(discriminator|generator)_predictions\.|^generator_lm_head\."
-)
+"""Names of the axes of weights, for :func:`experiments.training.mesh.weight_shardings`."""

@@ -1,4 +1,4 @@
-"""The cross-entropy of a language model without all logits at once."""
+"""The cross-entropy of a language model, computed for chunks of tokens."""
 
 from collections.abc import Callable
 
@@ -14,22 +14,20 @@ def cross_entropy(
     chunk: int,
     smoothing: float = 0.0,
 ) -> jax.Array:
-    r"""Each token's :math:`-\log p(\text{label})` from the last hidden states.
+    r"""Returns each token's :math:`-\log p(\text{label})` from the last hidden states.
 
-    The logits of `chunk` tokens of every sequence exist at a time, in the forward pass and, computed again, in
-    the backward pass. The head is a function, so that the product with its weight stays a product where the
-    weight carries an adapter, is tied to an embedding, or is quantized.
+    Only the logits of `chunk` tokens per sequence exist at a time, in the forward pass and, recomputed, in the
+    backward pass. The head is a function, so its weight may have an adapter, be tied to an embedding, or be quantized.
 
     Args:
-      head: `[batch, tokens, width] -> [batch, tokens, vocabulary]`, closing over its weights.
-      x_BLD: What the head is given.
-      labels_BL: The token that each place should predict; a negative one is ignored.
-      chunk: Tokens of a sequence at a time.
-      smoothing: The share of the target that is spread evenly over the vocabulary.
+      head: A function `[batch, tokens, width] -> [batch, tokens, vocabulary]` that closes over its weights.
+      x_BLD: The input of the head.
+      labels_BL: The label of each token; negative labels are ignored.
+      chunk: The number of tokens per sequence and chunk.
+      smoothing: The fraction of each label that is spread evenly over the vocabulary.
 
     Returns:
-      `float32[batch, tokens]`, 0 where the label is ignored: its sum divided by the number of labels is the
-      usual loss.
+      `float32[batch, tokens]`, 0 for ignored labels. Its sum divided by the number of labels is the usual loss.
 
     Raises:
       ValueError: `chunk` is less than 1.
@@ -37,34 +35,34 @@ def cross_entropy(
     Example:
       >>> x, w = jnp.ones((1, 4, 2)), jnp.zeros((2, 8))
       >>> loss = cross_entropy(lambda x: x @ w, x, jnp.array([[1, 2, 3, -100]]), chunk=2)
-      >>> [round(float(value), 3) for value in loss[0]]  # log 8, of as many equal logits
+      >>> [round(float(value), 3) for value in loss[0]]  # log 8, for 8 equal logits
       [2.079, 2.079, 2.079, 0.0]
     """
     if chunk < 1:
-        raise ValueError(f"chunk={chunk}: at least one token at a time.")
+        raise ValueError(f"chunk={chunk}, expected at least 1.")
     batch, length, width = x_BLD.shape
     chunk = min(chunk, length)
     count = -(-length // chunk)
     rest = count * chunk - length
     x_BLD = jnp.pad(x_BLD, ((0, 0), (0, rest), (0, 0)))
     labels_BL = jnp.pad(labels_BL, ((0, 0), (0, rest)), constant_values=-1)
-    # Chunks along the length leave the batch axis, and so its sharding, alone.
+    # Chunks along the length preserve the batch axis and its sharding.
     x_CBlD = jnp.moveaxis(x_BLD.reshape(batch, count, chunk, width), 1, 0)
     labels_CBl = jnp.moveaxis(labels_BL.reshape(batch, count, chunk), 1, 0)
 
     @jax.checkpoint
-    def of_chunk(x_BlD: jax.Array, labels_Bl: jax.Array) -> jax.Array:
+    def chunk_loss(x_BlD: jax.Array, labels_Bl: jax.Array) -> jax.Array:
         return _cross_entropy(head(x_BlD), labels_Bl, smoothing)
 
-    _, loss_CBl = jax.lax.scan(lambda _, one: (None, of_chunk(*one)), None, (x_CBlD, labels_CBl))
+    _, loss_CBl = jax.lax.scan(lambda _, chunk: (None, chunk_loss(*chunk)), None, (x_CBlD, labels_CBl))
     return jnp.moveaxis(loss_CBl, 0, 1).reshape(batch, count * chunk)[:, :length]
 
 
 def _cross_entropy(logits_BlV: jax.Array, labels_Bl: jax.Array, smoothing: float) -> jax.Array:
     logits_BlV = logits_BlV.astype(jnp.float32)
-    # A comparison with every entry, not an index: it fuses, and works where the vocabulary is sharded.
+    # A comparison with every entry instead of an index: it fuses, and supports a sharded vocabulary.
     ids_11V = jnp.arange(logits_BlV.shape[-1])[None, None]
-    hit_Bl = jnp.sum(jnp.where(ids_11V == labels_Bl[..., None], logits_BlV, 0), axis=-1)
+    label_logit_Bl = jnp.sum(jnp.where(ids_11V == labels_Bl[..., None], logits_BlV, 0), axis=-1)
     if smoothing:
-        hit_Bl = (1 - smoothing) * hit_Bl + smoothing * jnp.mean(logits_BlV, axis=-1)
-    return jnp.where(labels_Bl >= 0, jax.nn.logsumexp(logits_BlV, axis=-1) - hit_Bl, 0)
+        label_logit_Bl = (1 - smoothing) * label_logit_Bl + smoothing * jnp.mean(logits_BlV, axis=-1)
+    return jnp.where(labels_Bl >= 0, jax.nn.logsumexp(logits_BlV, axis=-1) - label_logit_Bl, 0)

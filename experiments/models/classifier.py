@@ -1,4 +1,7 @@
-"""A sentence classifier: an encoder, the mean over its tokens, one linear layer. Heads as in transformers: heads.py."""
+"""A sentence classifier: an encoder, the mean over its tokens, and a linear layer.
+
+The heads of transformers are in :mod:`experiments.models.heads`.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -12,13 +15,13 @@ from lora_jax.peft import Names
 
 
 class SentenceClassifier(nnx.Module):
-    """Class logits for sentences; the new layer starts at zero.
+    """Class logits of sentences; the new layer is initialized to zero.
 
     Args:
-      encoder: Gives a vector a token.
-      width: Of these vectors.
-      classes: How many classes.
-      rngs: Asked for by the layer, not used.
+      encoder: Maps tokens and mask to a vector per token.
+      width: The width of these vectors.
+      classes: The number of classes.
+      rngs: Required by the linear layer, not used.
     """
 
     def __init__(self, encoder: bert.Bert, width: int, classes: int, *, rngs: nnx.Rngs):
@@ -26,13 +29,13 @@ class SentenceClassifier(nnx.Module):
         self.classifier = nnx.Linear(width, classes, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Logits `float[batch, classes]` and the sentence vectors `float[batch, width]` they come from."""
+        """Returns the logits `float[batch, classes]` and the sentence vectors `float[batch, width]`."""
         sentence_BD = mean_pool(self.encoder(tokens_BL, mask_BL), mask_BL)
         return self.classifier(sentence_BD), sentence_BD
 
 
 def load(directory: Path, classes: int) -> SentenceClassifier:
-    """A classifier on the BERT encoder in a directory in Hugging Face layout.
+    """Returns a classifier on the BERT encoder of a checkpoint in Hugging Face layout.
 
     Raises:
       UserError: The directory's config or weights are missing, damaged or of another architecture.
@@ -42,7 +45,7 @@ def load(directory: Path, classes: int) -> SentenceClassifier:
 
 
 def encoder_names(config: bert.BertConfig) -> Names:
-    """The names of the encoder's weights in a classifier, as the bare encoder has them (transformers' `AutoModel`)."""
+    """Returns the names of a classifier's encoder weights in the bare encoder (`AutoModel` in transformers)."""
     prefix = config.names.prefix
     rows = [
         dataclasses.replace(weight, path=f"encoder/{weight.path}", name=weight.name.removeprefix(prefix))
@@ -52,6 +55,6 @@ def encoder_names(config: bert.BertConfig) -> Names:
 
 
 def mean_pool(x_BLD: jax.Array, mask_BL: jax.Array) -> jax.Array:
-    """The mean over the tokens that `mask_BL` marks; 0 where it marks none."""
+    """Returns the mean over the tokens of `mask_BL`; 0 without tokens."""
     mask_BL1 = mask_BL[..., None].astype(x_BLD.dtype)
     return jnp.sum(x_BLD * mask_BL1, axis=1) / jnp.maximum(jnp.sum(mask_BL1, axis=1), 1)

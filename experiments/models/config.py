@@ -1,4 +1,4 @@
-"""A model's shape from Hugging Face's `config.json`: whatever a model does not compute is refused by name."""
+"""Reads a model's shape from Hugging Face's `config.json`; unsupported fields are errors that name them."""
 
 import dataclasses
 import functools
@@ -20,39 +20,39 @@ _KINDS: dict[Any, str] = {
 
 
 def read(shape: type[C], config: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> C:
-    """The dataclass `shape` from the fields of a `config.json` that have its names; null is as good as absent.
+    """Returns an instance of `shape` from the fields of a `config.json` with its names; null is the same as absent.
 
     Args:
-      shape: A dataclass of whole numbers, numbers, booleans and strings.
+      shape: A dataclass with fields of type int, float, bool and str.
       config: The content of the file.
-      supported: The values of other fields that the model computes; the first is what an absent field means.
+      supported: The supported values of other fields; the first is the value of an absent field.
 
     Raises:
-      UserError: A field is missing, of another type, or asks for what the model does not compute.
+      UserError: A field is missing, has another type, or has an unsupported value.
     """
     for name, values in supported.items():
         if config.get(name) is not None and config[name] not in values:
-            wanted = " or ".join(map(repr, values))
-            raise UserError(f"config.json: {name} is {reprlib.repr(config[name])}, supported is {wanted}")
-    given: dict[str, Any] = {}
+            expected = " or ".join(map(repr, values))
+            raise UserError(f"config.json: {name} is {reprlib.repr(config[name])}, supported is {expected}")
+    fields: dict[str, Any] = {}
     for field in dataclasses.fields(shape):  # pyrefly: ignore[bad-argument-type]
         value = config.get(field.name)
-        least = 1 if field.default is dataclasses.MISSING else 0  # of what may be left out there may be none
+        least = 1 if field.default is dataclasses.MISSING else 0  # optional fields may be zero
         if value is None:
             if field.default is dataclasses.MISSING:
                 raise UserError(f"config.json: {field.name} is missing")
         elif field.name in _LAYERS and _fits(value, int, least) and value > _MOST_LAYERS:
-            raise UserError(f"config.json: {field.name} is {value:,}, expected {_MOST_LAYERS:,} at most")
+            raise UserError(f"config.json: {field.name} is {value:,}, expected at most {_MOST_LAYERS:,}")
         elif not _fits(value, field.type, least):
             kind = _KINDS[field.type].format(least=least)
             raise UserError(f"config.json: {field.name} is {reprlib.repr(value)}, expected {kind}")
         else:
-            given[field.name] = value
-    return shape(**given)
+            fields[field.name] = value
+    return shape(**fields)
 
 
 def parsing(parse: Callable[..., R]) -> Callable[..., R]:
-    """Makes a function that reads a `config.json`'s fields raise a UserError for whatever it meets there."""
+    """Decorates a function that reads the fields of a `config.json` so that every error in them is a UserError."""
 
     @functools.wraps(parse)
     def parsed(*args: Any) -> R:
@@ -63,7 +63,7 @@ def parsing(parse: Callable[..., R]) -> Callable[..., R]:
 
 
 def check_heads(config: Any) -> None:
-    """Raises a UserError where the width is not a multiple of the number of heads."""
+    """Raises a UserError if the width is not a multiple of the number of heads."""
     if config.num_attention_heads < 1 or config.hidden_size % config.num_attention_heads:
         raise UserError(
             f"config.json: hidden_size {config.hidden_size} is not a multiple of "
@@ -73,7 +73,7 @@ def check_heads(config: Any) -> None:
 
 @parsing
 def count_classes(config: Mapping[str, Any]) -> int:
-    """How many outputs the head of a checkpoint has: `id2label` says it; 2 where it is left out."""
+    """Returns the number of outputs of a checkpoint's head, from `id2label`; 2 by default."""
     labels = config.get("id2label")
     return len(labels) if labels is not None else int(config.get("num_labels", 2))
 

@@ -29,16 +29,16 @@ from lora_jax.peft import LINEAR, Names, Weight
 
 @dataclass(frozen=True)
 class DebertaConfig:
-    """The shape of a DeBERTa-v2 encoder; names are those of Hugging Face's `config.json`.
+    """The shape of a DeBERTa-v2 encoder; fields have the names of Hugging Face's `config.json`.
 
     Attributes:
-      type_vocab_size: 0 does without segment vectors.
-      position_biased_input: Whether absolute positions are added to the words.
-      share_att_key: Positions are projected by the kernels of query and key, not by kernels of their own.
-      pos_att_type: 'c2p' lets contents attend to positions, 'p2c' positions to contents.
-      position_buckets: How many relative positions of each sign are told apart, distant ones roughly; 0: all.
-      max_relative_positions: The largest distance.
-      norm_rel_ebd: 'layer_norm' normalizes the vectors of relative positions, 'none' does not.
+      type_vocab_size: The number of segments; 0 has no segment embeddings.
+      position_biased_input: Whether absolute positions are added to the word embeddings.
+      share_att_key: Whether the kernels of query and key project positions too, without separate kernels.
+      pos_att_type: 'c2p' adds attention of contents to positions, 'p2c' attention of positions to contents.
+      position_buckets: The number of buckets of relative positions of each sign, coarser with distance; 0 has none.
+      max_relative_positions: The maximum distance.
+      norm_rel_ebd: 'layer_norm' normalizes the embeddings of relative positions, 'none' does not.
     """
 
     vocab_size: int
@@ -60,10 +60,10 @@ class DebertaConfig:
     @classmethod
     @config_json.parsing
     def from_json(cls, config: Mapping[str, Any]) -> "DebertaConfig":
-        """The shape that a `config.json` describes.
+        """Reads the shape from the content of a `config.json`.
 
         Raises:
-          UserError: It lacks a field or describes something that this encoder does not compute.
+          UserError: A field is missing or describes something that this encoder does not support.
         """
         width, heads = config.get("hidden_size"), config.get("num_attention_heads") or 1
         supported = {
@@ -76,16 +76,15 @@ class DebertaConfig:
             "attention_head_size": (width // heads if isinstance(width, int) and isinstance(heads, int) else width,),
             "norm_rel_ebd": ("none", "layer_norm"),
         }
-        if not config.get("relative_attention"):  # absent means no
+        if not config.get("relative_attention"):  # false by default
             raise UserError("config.json: relative_attention is false, supported is true")
         kinds = config.get("pos_att_type") or ()
         kinds = tuple(kind.strip() for kind in kinds.lower().split("|")) if isinstance(kinds, str) else tuple(kinds)
         if unknown := [kind for kind in kinds if kind not in ("c2p", "p2c")]:
             raise UserError(f"config.json: pos_att_type has {unknown[0]!r}, supported is 'c2p' or 'p2c'")
-        # -1 is how the file says none
-        sizes = ("position_buckets", "max_relative_positions")
-        given = {name: max(config[name], 0) for name in sizes if isinstance(config.get(name), int)}
-        shape = config_json.read(cls, {**config, **given, "pos_att_type": kinds}, supported)
+        names = ("position_buckets", "max_relative_positions")  # the file has -1 for none
+        sizes = {name: max(config[name], 0) for name in names if isinstance(config.get(name), int)}
+        shape = config_json.read(cls, {**config, **sizes, "pos_att_type": kinds}, supported)
         config_json.check_heads(shape)
         if shape.position_buckets in (1, 2, 3) or shape.max_distance < 2:
             raise UserError(
@@ -96,7 +95,7 @@ class DebertaConfig:
 
     @property
     def span(self) -> int:
-        """How many relative positions of each sign there are."""
+        """The number of relative positions of each sign."""
         return self.position_buckets or self.max_distance
 
     @property
@@ -110,15 +109,15 @@ class DebertaConfig:
 
 
 def relative_rows(length: int, config: DebertaConfig) -> np.ndarray:
-    """The row of the relative positions' table for each query and key, `int32[length, length]`.
+    """Returns the row of each query and key in the table of relative positions, `int32[length, length]`.
 
-    Distances up to half the buckets have a row each; the rest share rows on a logarithmic scale.
+    Distances up to half the number of buckets have a row each; larger ones share rows on a logarithmic scale.
     """
     distance = np.arange(length)[:, None] - np.arange(length)[None, :]
     if config.position_buckets:
         middle = config.position_buckets // 2
         near = np.abs(distance) < middle
-        # in float32, like the computation that the weights were trained with: a bucket's edge may hang on it
+        # float32, as in training: the edges of buckets may depend on it
         far = np.where(near, middle - 1, np.abs(distance)).astype(np.float32)
         scale = np.log(np.float32((config.max_distance - 1) / middle))
         bucket = np.ceil(np.log(far / np.float32(middle)) / scale * np.float32(middle - 1)) + middle
@@ -127,7 +126,7 @@ def relative_rows(length: int, config: DebertaConfig) -> np.ndarray:
 
 
 class Embeddings(nnx.Module):
-    """Word vectors, with absolute positions and segments where the config asks for them, normalized."""
+    """The normalized sum of word embeddings and, if configured, position and segment embeddings."""
 
     def __init__(self, config: DebertaConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
         width, dtype = config.hidden_size, options.dtype
@@ -150,7 +149,7 @@ class Embeddings(nnx.Module):
 
 
 class DisentangledAttention(Attention):
-    """Self-attention whose scores are content to content, content to position and position to content."""
+    """Self-attention with scores of content to content, content to position, and position to content."""
 
     def __init__(self, config: DebertaConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
         width = config.hidden_size
@@ -164,7 +163,7 @@ class DisentangledAttention(Attention):
                 self.pos_query = nnx.Linear(width, width, dtype=options.dtype, rngs=rngs)
 
     def scores(self, q_BLHK: jax.Array, k_BLHK: jax.Array, *positions: jax.Array) -> jax.Array:
-        """Returns the scaled scores; `positions` are the vectors of relative positions and each pair's row in them."""
+        """Returns the scaled scores; `positions` are the relative positions' embeddings and each pair's row in them."""
         relative_RD, rows_LL = positions
         kinds = self.config.pos_att_type
         scores_BHLL = products(q_BLHK, k_BLHK)
@@ -181,7 +180,7 @@ class DisentangledAttention(Attention):
 
 
 class Encoder(nnx.Module):
-    """The layers, one after another, and the vectors of relative positions that all of them attend to."""
+    """The sequence of layers, and the embeddings of relative positions that all of them attend to."""
 
     def __init__(self, config: DebertaConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
         self.config, self.options = config, options
@@ -208,9 +207,8 @@ class Deberta(nnx.Module):
 
     Args:
       config: The shape.
-      options: How it computes; positions enter the scores, which no attention kernel but 'xla' serves.
-      dropout: Rate on embeddings, attention weights, relative positions and both branches of a layer, while
-        training.
+      options: How the model computes. Only the attention kernel 'xla' supports positions in the scores.
+      dropout: Rate on embeddings, attention weights, relative positions and both blocks of a layer while training.
       rngs: Keys of the random initial weights and of dropout.
 
     Raises:
@@ -225,15 +223,15 @@ class Deberta(nnx.Module):
         self.encoder = Encoder(config, options, dropout=dropout, rngs=rngs)
 
     def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array, types_BL: jax.Array | None = None) -> jax.Array:
-        """The last hidden states.
+        """Returns the last hidden states.
 
         Args:
           tokens_BL: Token ids, `int[batch, length]`.
           mask_BL: True (or 1) at tokens, False at padding.
-          types_BL: Segment ids; None means all in segment 0. Without segment vectors they change nothing.
+          types_BL: Segment ids; None is segment 0 for all tokens. Ignored without segment embeddings.
 
         Returns:
-          `float[batch, length, width]`; rows at padding mean nothing.
+          `float[batch, length, width]`; undefined at padding.
 
         Raises:
           ValueError: There are more tokens than absolute positions.
@@ -252,7 +250,7 @@ def load(
     dtype: Any = jnp.float32,
     sharding: checkpoint.Sharding | None = None,
 ) -> Deberta:
-    """The encoder of a checkpoint in Hugging Face layout; see :func:`checkpoint.load`.
+    """Returns the encoder of a checkpoint in Hugging Face layout; see :func:`checkpoint.load`.
 
     Raises:
       UserError: The config or the weights are missing, damaged or of another architecture.
@@ -294,7 +292,7 @@ NAMES = Names(
     ),
     prefix="deberta.",
 )
-# v3's generator and discriminator come with heads for pretraining, and with positions that they do not add to words
+# The generator and discriminator of v3 have heads for pretraining, and positions that are not added to words.
 UNUSED = (
     r"position_ids$|^embeddings\.position_embeddings\.weight$|^pooler\.|^cls\.|^(lm|mask)_predictions\.|^classifier\."
     r"|^qa_outputs\."

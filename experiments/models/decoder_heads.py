@@ -1,7 +1,7 @@
-"""Classification and regression of texts on a decoder's last token.
+"""Classification and regression of texts from a decoder's last token.
 
-What transformers calls `LlamaForSequenceClassification`, and likewise for the other decoders: one linear layer without
-a bias, in place of the head of a language model.
+Equivalent to `LlamaForSequenceClassification` in transformers and its counterparts for the other decoders: a linear
+layer without a bias replaces the head of the language model.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ class DecoderClassifier(nnx.Module):
     """Logits of a text from the hidden state of its last token.
 
     Args:
-      decoder: Whose own head is not used.
-      width: Of its hidden states.
-      classes: How many logits; a regression has one.
-      options: How it computes.
+      decoder: The decoder; its head is not used.
+      width: The width of its hidden states.
+      classes: The number of logits; one for a regression.
+      options: How the model computes.
       rngs: Keys of the random initial weights.
     """
 
@@ -37,12 +37,12 @@ class DecoderClassifier(nnx.Module):
         self.score = nnx.Linear(width, classes, use_bias=False, dtype=options.dtype, kernel_init=small, rngs=rngs)
 
     def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array, types_BL: jax.Array | None = None) -> jax.Array:
-        """Logits of texts.
+        """Returns the logits of texts.
 
         Args:
           tokens_BL: Token ids, `int[batch, length]`.
           mask_BL: True (or 1) at tokens, False at padding, on either side.
-          types_BL: Taken for the sake of encoders; decoders have no segments.
+          types_BL: Ignored, since decoders have no segments.
 
         Returns:
           `float32[batch, classes]`.
@@ -64,23 +64,23 @@ def load(
     dtype: Any = jnp.float32,
     sharding: checkpoint.Sharding | None = None,
 ) -> DecoderClassifier:
-    """A classifier on the decoder of a checkpoint in Hugging Face layout.
+    """Returns a classifier on the decoder of a checkpoint in Hugging Face layout.
 
     Args:
-      directory: Where the checkpoint is, of a classifier or of a language model.
+      directory: The directory of the checkpoint of a classifier or of a language model.
       options: How the model computes.
-      classes: Of a new last layer; None takes the one of the checkpoint.
-      seed: Of the new layer.
+      classes: The number of classes of a new last layer; None loads the checkpoint's.
+      seed: The seed of the new layer.
       dtype: See :func:`checkpoint.load`.
       sharding: See :func:`checkpoint.load`.
 
     Raises:
       UserError: The config or the weights are missing, damaged or of another architecture.
     """
-    described = _headless(checkpoint.read_config(directory))
-    family = families.get_family(described)
-    shape = family.shape(described)
-    count = config_json.count_classes(described) if classes is None else classes
+    content = _headless(checkpoint.read_config(directory))
+    family = families.get_family(content)
+    shape = family.shape(content)
+    count = config_json.count_classes(content) if classes is None else classes
 
     def build(rngs: nnx.Rngs) -> DecoderClassifier:
         decoder = family.build(shape, options, rngs=rngs)
@@ -89,7 +89,7 @@ def load(
 
     return checkpoint.load(
         build,
-        names(described),
+        names(content),
         directory,
         dtype=dtype,
         sharding=sharding,
@@ -100,14 +100,14 @@ def load(
 
 
 def names(config: Mapping[str, Any]) -> Names:
-    """The names of a :class:`DecoderClassifier`'s weights in a checkpoint whose `config.json` this is."""
-    described = _headless(config)
-    family = families.get_family(described)
-    table = family.names(family.shape(described))
+    """Returns the names of a :class:`DecoderClassifier`'s weights in a checkpoint with this `config.json`."""
+    content = _headless(config)
+    family = families.get_family(content)
+    table = family.names(family.shape(content))
     rows = (dataclasses.replace(row, path=f"decoder/{row.path}", tied=()) for row in table.weights)
     return dataclasses.replace(table, weights=(*rows, Weight("score/kernel", "score.weight", LINEAR)))
 
 
 def _headless(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a decoder without a head of its own: as if it were tied."""
+    """Returns the config of a decoder without a head, which is that of a tied head."""
     return {**config, "tie_word_embeddings": True}

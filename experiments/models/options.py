@@ -1,4 +1,4 @@
-"""How a model computes, beside what it computes."""
+"""Options for how a model computes its result."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ WeightAxes = Sequence[tuple[str, tuple[str | None, ...]]]
 
 
 class Shards(NamedTuple):
-    """The axes of the mesh (of `jax.set_mesh`) that divide activations; None leaves an axis whole.
+    """The axes of the mesh (of `jax.set_mesh`) that shard activations; None does not shard.
 
     Attributes:
-      batch: Examples.
-      heads: Heads within attention, hidden width within a feed-forward layer.
-      length: Tokens of a sequence, from layer to layer; within attention a sequence is whole.
+      batch: For examples.
+      heads: For the heads of attention and the hidden width of feed-forward layers.
+      length: For the tokens of a sequence between layers. Attention gathers sequences.
     """
 
     batch: MeshAxes = None
@@ -30,20 +30,20 @@ class Shards(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """Choices that change time and memory but, up to rounding, no result.
+    """Options that change time and memory but, up to rounding, not the result.
 
     Attributes:
-      scan: Layers are stacked along a leading axis and run by one scanned body: compile time and code size
-        of one layer.
-      remat: What the backward pass computes again within a layer: nothing, all but products with weights
-        ('dots'), everything ('full'); 'offload' is 'full' with the layers' inputs kept in the host's memory
-        until then. That is for scanned layers: the inputs of unrolled ones go to the host and back so close
-        together, as XLA schedules them for TPUs, that they take the device's memory all the same.
-      dtype: Of activations; weights are cast to it at each use.
-      attention: 'xla' anywhere, 'cudnn' on NVIDIA GPUs, 'flash' on TPUs.
-      platform: What the model is compiled for, where it is not what this process runs on (ahead of time).
-      shards: What divides activations on a mesh; None leaves it to XLA ('flash' runs on one device then).
-      loss_chunk: How many tokens of a sequence have logits at the same time, where a model gives losses.
+      scan: Whether layers are stacked along a leading axis and run by one scanned body, which has the compile time and
+        the code size of one layer.
+      remat: What the backward pass recomputes within a layer: nothing ('none'), everything but products with weights
+        ('dots'), or everything ('full'). 'offload' is 'full' with the layers' inputs in the host's memory. It needs
+        scanned layers: for unrolled layers on TPUs, XLA schedules the transfers so closely together that the inputs
+        take the device's memory anyway.
+      dtype: The dtype of activations; weights are cast to it at each use.
+      attention: The kernel of attention: 'xla' on every platform, 'cudnn' on NVIDIA GPUs, 'flash' on TPUs.
+      platform: The platform to compile for ahead of time; None is that of this process.
+      shards: How activations are sharded on a mesh; None leaves it to XLA ('flash' then runs on one device).
+      loss_chunk: The number of tokens of a sequence whose logits exist at a time when a model computes losses.
     """
 
     scan: bool = False

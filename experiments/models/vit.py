@@ -1,7 +1,7 @@
-"""A ViT image classifier in Flax NNX: images in, class logits out.
+"""A ViT image classifier in Flax NNX, which maps images to class logits.
 
 Shapes are in the names: B images, P patches, L = P + 1 tokens, D width, H heads, K width of a head, F hidden
-width. Images are `[batch, height, width, channels]`; transformers wants the channels before height and width.
+width. Images are `[batch, height, width, channels]`; transformers has the channels before height and width.
 
 References:
   Dosovitskiy et al., `An Image is Worth 16x16 Words <https://arxiv.org/abs/2010.11929>`_, 2020
@@ -27,7 +27,7 @@ from lora_jax.peft import CONV2D, LINEAR, SAME, Names, Weight
 
 @dataclass(frozen=True)
 class VitConfig:
-    """The shape of a ViT for square images; names are those of Hugging Face's `config.json`."""
+    """The shape of a ViT for square images; fields have the names of Hugging Face's `config.json`."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -42,10 +42,10 @@ class VitConfig:
     @classmethod
     @config_json.parsing
     def from_json(cls, config: Mapping[str, Any]) -> "VitConfig":
-        """The shape that a `config.json` describes.
+        """Reads the shape from the content of a `config.json`.
 
         Raises:
-          UserError: It lacks a field or describes something that this model does not compute.
+          UserError: A field is missing or describes something that this model does not support.
         """
         shape = config_json.read(cls, config, {"model_type": ("vit",), "hidden_act": ("gelu",)})
         config_json.check_heads(shape)
@@ -57,7 +57,7 @@ class VitConfig:
 
     @property
     def patches(self) -> int:
-        """How many patches an image has."""
+        """The number of patches of an image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
@@ -67,7 +67,7 @@ class VitConfig:
 
 
 class Embeddings(nnx.Module):
-    """A vector of each patch, after one that stands for the image; positions are added."""
+    """The class token and a vector per patch, with position embeddings."""
 
     def __init__(self, config: VitConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
         width, patch = config.hidden_size, (config.patch_size, config.patch_size)
@@ -89,7 +89,7 @@ class Embeddings(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """The layers, one after another, and a last normalization."""
+    """The sequence of layers, and a final normalization."""
 
     def __init__(self, config: VitConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
         self.options = options
@@ -107,13 +107,13 @@ class Encoder(nnx.Module):
 
 
 class VitClassifier(nnx.Module):
-    """Class logits of images, from the vector that stands for the whole image.
+    """Class logits of images, from the vector of the class token.
 
     Args:
       config: The shape.
-      classes: How many logits.
-      options: How it computes.
-      dropout: Rate on embeddings and on both branches of a layer, while training; no attention weight is dropped.
+      classes: The number of logits.
+      options: How the model computes.
+      dropout: Rate on embeddings and on both blocks of a layer while training; attention weights are not dropped.
       rngs: Keys of the random initial weights and of dropout.
     """
 
@@ -133,20 +133,20 @@ class VitClassifier(nnx.Module):
         self.classifier = nnx.Linear(config.hidden_size, classes, dtype=options.dtype, kernel_init=small, rngs=rngs)
 
     def __call__(self, images_BHWC: jax.Array) -> jax.Array:
-        """Logits `float32[batch, classes]` of images `float[batch, height, width, channels]`."""
+        """Returns the logits `float32[batch, classes]` of images `float[batch, height, width, channels]`."""
         return self.classifier(self.hidden(images_BHWC)[:, 0]).astype(jnp.float32)
 
     def hidden(self, images_BHWC: jax.Array) -> jax.Array:
-        """The last hidden states: of the image, then of its patches, row by row.
+        """Returns the last hidden states of the class token and of the patches, row by row.
 
         Raises:
-          ValueError: The images are not of the size that the positions were trained for.
+          ValueError: The images differ in size from those that the positions were trained for.
         """
         size, channels = self.config.image_size, self.config.num_channels
         if images_BHWC.shape[1:] != (size, size, channels):
             raise ValueError(
                 f"images are {images_BHWC.shape[1:]}, expected (height, width, channels) = {(size, size, channels)}: "
-                "positions are not interpolated, resize the images"
+                "positions are not interpolated, so resize the images"
             )
         return self.encoder(self.embeddings(images_BHWC))
 
@@ -161,13 +161,13 @@ def load(
     dtype: Any = jnp.float32,
     sharding: checkpoint.Sharding | None = None,
 ) -> VitClassifier:
-    """The classifier of a checkpoint in Hugging Face layout; see :func:`checkpoint.load`.
+    """Returns the classifier of a checkpoint in Hugging Face layout; see :func:`checkpoint.load`.
 
     Args:
-      directory: Where the checkpoint is.
+      directory: The directory of the checkpoint.
       options: How the model computes.
-      classes: Of a new last layer; None takes the checkpoint's.
-      seed: Of the new layer.
+      classes: The number of classes of a new last layer; None loads the checkpoint's.
+      seed: The seed of the new layer.
       dropout: See :class:`VitClassifier`.
       dtype: See :func:`checkpoint.load`.
       sharding: See :func:`checkpoint.load`.
@@ -190,7 +190,7 @@ def load(
     )
 
 
-# The parts of a layer here, in checkpoint files, and in transformers 5, which renames them as it loads.
+# The parts of a layer here, in checkpoint files, and in transformers 5, which renames them while loading.
 _LINEAR_PARTS = (
     ("attention/query", "attention.attention.query", "attention.q_proj"),
     ("attention/key", "attention.attention.key", "attention.k_proj"),
@@ -205,16 +205,16 @@ _NORMS = (
 )
 
 
-def _rows(parts: tuple[tuple[str, str, str], ...], ours: str, theirs: str, layout: str = SAME) -> list[Weight]:
-    """The rows of one kind of variable in all layers."""
+def _rows(parts: tuple[tuple[str, str, str], ...], variable: str, parameter: str, layout: str = SAME) -> list[Weight]:
+    """Returns the rows of a kind of variable in all layers."""
     return [
         Weight(
-            f"encoder/layers/{{layer}}/{here}/{ours}",
-            f"vit.encoder.layer.{{layer}}.{in_files}.{theirs}",
+            f"encoder/layers/{{layer}}/{part}/{variable}",
+            f"vit.encoder.layer.{{layer}}.{in_files}.{parameter}",
             layout,
-            in_model=f"vit.layers.{{layer}}.{in_model}.{theirs}",
+            in_model=f"vit.layers.{{layer}}.{in_model}.{parameter}",
         )
-        for here, in_files, in_model in parts
+        for part, in_files, in_model in parts
     ]
 
 

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 import lora_jax as lora
 from experiments.errors import UserError
 from experiments.models.options import Shards, WeightAxes
-from lora_jax import paths
+from experiments.models.weights import map_weights
 
 DATA, FSDP, TENSOR = NAMES = ("data", "fsdp", "tensor")
 BATCH = (DATA, FSDP)
@@ -117,9 +117,7 @@ def put_weights(mesh: Mesh, axes: WeightAxes, base: Any) -> Any:
     if mesh.size == 1:
         return base
     sharding = weight_shardings(mesh, axes)
-    return paths.flatten(base).map(
-        lambda path, weight: jax.device_put(np.asarray(weight), sharding(path, weight.shape))
-    )
+    return map_weights(lambda path, weight: jax.device_put(np.asarray(weight), sharding(path, weight.shape)), base)
 
 
 def init_delta(mesh: Mesh, init: Callable[[jax.Array, Any], Any], key: jax.Array, base: Any) -> Any:

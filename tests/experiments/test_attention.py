@@ -83,13 +83,13 @@ def test_windows_segments_and_masks(getkey):
 @pytest.mark.parametrize(
     ("kernel", "platform", "shape", "message"),
     [
-        ("flash", None, {}, r"'flash' runs on tpu, this is cpu; .*say platform='tpu'"),
+        ("flash", None, {}, r"'flash' runs on tpu, this is cpu; .*set platform='tpu'"),
         ("cudnn", None, {}, "'cudnn' runs on gpu, this is cpu"),
-        ("flash", "tpu", {"length": 100}, "a multiple of 128, given 100 queries and 100 keys"),
-        ("flash", "tpu", {"dtype": jnp.float16}, "bfloat16 or float32, given float16"),
-        ("cudnn", "gpu", {}, "bfloat16 or float16, given float32"),
-        ("cudnn", "gpu", {"width": 12, "dtype": jnp.bfloat16}, "a multiple of 8, given 12"),
-        ("flash", "tpu", {"heads": 3}, "given 3 heads and 2 groups"),
+        ("flash", "tpu", {"length": 100}, "a multiple of 128, got 100 queries and 100 keys"),
+        ("flash", "tpu", {"dtype": jnp.float16}, "bfloat16 or float32, got float16"),
+        ("cudnn", "gpu", {}, "bfloat16 or float16, got float32"),
+        ("cudnn", "gpu", {"width": 12, "dtype": jnp.bfloat16}, "a multiple of 8, got 12"),
+        ("flash", "tpu", {"heads": 3}, "got 3 heads and 2 groups"),
         ("fast", None, {}, "attention='fast'; the kernels are 'xla', 'cudnn', 'flash'"),
     ],
 )
@@ -102,7 +102,7 @@ def test_masks_are_not_for_flash_and_windows_are_causal(getkey):
     qkv = inputs(getkey)
     with pytest.raises(ValueError, match="segments, no mask"):
         attend(*qkv, jnp.ones((1, 1, 1, LENGTH), bool), kernel="flash", platform="tpu")
-    with pytest.raises(ValueError, match="window=3 is for causal attention"):
+    with pytest.raises(ValueError, match="window=3 requires causal=True"):
         attend(*qkv, window=3)
 
 

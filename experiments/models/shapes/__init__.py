@@ -1,4 +1,4 @@
-"""The `config.json` of models that are too large to ship, for compiling their steps where their weights are not."""
+"""The `config.json` of models that are too large to ship, to compile their steps without their weights."""
 
 import json
 from collections.abc import Mapping
@@ -12,22 +12,22 @@ _CHATS = {
     "Meta-Llama-3-8B-Instruct": "Meta-Llama-3-8B",
     "Mixtral-8x7B-Instruct-v0.1": "Mixtral-8x7B-v0.1",
 }
-"""Fine-tuned models, and the base whose shape they have."""
+"""Fine-tuned models, and the base with the same shape."""
 
 NAMES = tuple(sorted((*_FILES, *_CHATS)))
-"""The models whose shapes are shipped, as on the hub without the organization."""
+"""The models whose shapes are shipped, by their names on the hub without the organization."""
 
 
 def has(model: str) -> bool:
     """Whether a model's shape is shipped, by its name on the hub with or without the organization.
 
-    A directory, whatever its name, has a shape of its own.
+    A directory of that name takes precedence.
     """
     return _name(model) in NAMES and not Path(model).is_dir()
 
 
 def read(model: str) -> Mapping[str, Any]:
-    """The content of its `config.json`; of a fine-tuned model that of its base."""
+    """Returns the content of the model's `config.json`, or of its base's if it is fine-tuned."""
     name = _name(model)
     return json.loads(_FILES[_CHATS.get(name, name)].read_text(encoding="utf-8"))
 
