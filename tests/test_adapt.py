@@ -51,6 +51,21 @@ def test_keyword_static_string_and_callable_arguments(base, delta, x):
     chex.assert_trees_all_close(adapted(base, delta, x, 3.0, **kwargs), expected * 1.5, rtol=1e-5)
 
 
+def test_adapters_of_other_ranks_swap_without_a_retrace(base, delta, x, getkey):
+    traces = []
+
+    def fn(base, x):
+        traces.append(x)
+        return x @ base["w"]
+
+    run = jax.jit(lora.adapt(fn))
+    other = lora.init(getkey(), base, {"^w$": lora.LoRA(1, alpha=7, init="gaussian")}, matmul, x)["w"]
+    other = dataclasses.replace(other, b=jax.random.normal(getkey(), (1, 6))).pad_rank(2)
+    for swapped in (delta, {"w": other}):
+        chex.assert_trees_all_close(run(base, swapped, x), x @ merged(base, swapped), rtol=1e-5, atol=1e-5)
+    assert len(traces) == 1
+
+
 def test_one_and_true_and_one_point_zero_are_different_static_arguments(base, delta, x):
     adapted = lora.adapt(lambda base, x, flag: (x @ base["w"], flag))
     assert [type(adapted(base, delta, x, flag)[1]) for flag in (1, True, 1.0)] == [int, bool, float]

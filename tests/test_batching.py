@@ -191,6 +191,14 @@ def test_gradients_reach_the_members_that_were_chosen(name, grouped):
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["plain", "grouped"])
+@pytest.mark.parametrize("ids", [[0], [0] * (BATCH + 1)], ids=len)
+def test_the_batch_has_as_many_examples_as_ids(ids, grouped):
+    routed = lora.route(lora.adapt(fn), grouped=grouped)
+    with pytest.raises(ValueError, match=f"adapter_ids has {len(ids)} entries; the batch has {BATCH} examples"):
+        routed(BASE, lora.stack(low_rank()), ids, X)
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["plain", "grouped"])
 def test_an_id_that_is_no_member(grouped):
     for deltas in (low_rank(), other_kinds()):
         stacked = lora.stack(iter(deltas), base=BASE)

@@ -50,6 +50,13 @@ def test_round_trip(saved, base, delta):
         assert loaded["head/bias"].value.dtype == jnp.bfloat16
 
 
+def test_names_of_any_characters(tmp_path, getkey):
+    base = {"a.b/c d": {"ключ:é$[0]": jax.random.normal(getkey(), (4, 3))}}
+    delta = lora.init(getkey(), base, {r"\$\[0\]$": lora.LoRA(1, axes=("in", "out"))})
+    lora.save(tmp_path / "ein Adapter.v1:β", delta, base=base)
+    chex.assert_trees_all_equal(lora.load(tmp_path / "ein Adapter.v1:β", base), delta)
+
+
 def test_the_manifest_reads_well(saved):
     entry = json.loads((saved / "adapter.json").read_text())["adapters"]["layers_0/kernel"]
     assert {k: entry[k] for k in ("kind", "rank", "alpha", "scale", "weight_shape")} == {

@@ -34,7 +34,7 @@ def added(node):
     return np.asarray(node.merge(jnp.zeros(node.shape())))
 
 
-def made(seed, rank=2, shape=(6, 8), axes=("in", "out"), alpha=3.0, **options):
+def make(seed, rank=2, shape=(6, 8), axes=("in", "out"), alpha=3.0, **options):
     base = {"w": jnp.zeros(shape)}
     recipe = lora.LoRA(rank, alpha=alpha, axes=axes, init="gaussian", **options)
     delta = lora.init(jax.random.key(seed), base, {"w": recipe})
@@ -70,7 +70,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_cat_is_the_weighted_sum(form):
-    one, two = made(1, 2, **form), made(2, 1, alpha=5.0, **form)
+    one, two = make(1, 2, **form), make(2, 1, alpha=5.0, **form)
     combined = merging.combine([one, two], [0.5, -2.0])
     assert combined["w"].rank == 3
     np.testing.assert_allclose(
@@ -80,7 +80,7 @@ def test_cat_is_the_weighted_sum(form):
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_truncation_is_the_nearest(form):
-    delta = made(1, 3, **form)
+    delta = make(1, 3, **form)
     np.testing.assert_allclose(added(merging.truncate(delta, 3)["w"]), added(delta["w"]), rtol=1e-5, atol=1e-5)
     cut = merging.truncate(delta, 1)["w"]
     assert cut.rank == 1
@@ -94,20 +94,27 @@ def test_truncation_is_the_nearest(form):
 
 
 def test_the_svd_of_all_ranks_is_the_sum():
-    one, two = made(1, 2), made(2, 3)
+    one, two = make(1, 2), make(2, 3)
     combined = merging.combine([one, two], [1.0, -1.0], method="svd", rank=5)
     np.testing.assert_allclose(merging.norm(combined["w"]), merging.distance(one["w"], two["w"]), rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", merging.METHODS)
+def test_every_method_preserves_a_single_adapter(method):
+    delta = make(1)
+    alone = merging.combine([delta], [1.0], method=method, density=1.0, key=jax.random.key(0))
+    np.testing.assert_allclose(added(alone["w"]), added(delta["w"]), rtol=2e-5, atol=2e-5)
+
+
 def test_scaling_and_negating():
-    delta = made(1)
+    delta = make(1)
     np.testing.assert_allclose(added(merging.scale(delta, -2.0)["w"]), -2.0 * added(delta["w"]), rtol=1e-6)
     gone = merging.combine([delta, merging.scale(delta, -1.0)], [1.0, 1.0])
     np.testing.assert_allclose(added(gone["w"]), 0.0, atol=1e-5)
 
 
 def test_deltas_on_different_weights():
-    one, two = made(1), {"v": made(2)["w"]}
+    one, two = make(1), {"v": make(2)["w"]}
     combined = merging.combine([one, two], [1.0, 0.5])
     np.testing.assert_allclose(added(combined["w"]), added(one["w"]), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(added(combined["v"]), 0.5 * added(two["v"]), rtol=1e-5, atol=1e-6)
@@ -115,7 +122,7 @@ def test_deltas_on_different_weights():
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_linear_svd"])
 def test_dare_is_unbiased(method):
-    delta = made(1, 6)
+    delta = make(1, 6)
 
     @jax.jit
     @jax.vmap
@@ -138,13 +145,13 @@ def test_offsets_add():
 
 
 def test_what_cannot_be_combined():
-    one = made(1)
+    one = make(1)
     with pytest.raises(ValueError, match="'w': the Full adapter"):
         merging.scale({"w": lora.Full().create(jax.random.key(0), jnp.ones(3), ())}, 2.0)
     with pytest.raises(ValueError, match="equal rank"):
-        merging.combine([one, made(2, 3)], [1.0, 1.0], method="linear")
+        merging.combine([one, make(2, 3)], [1.0, 1.0], method="linear")
     with pytest.raises(ValueError, match="different kinds, shapes"):
-        merging.combine([one, made(2, shape=(5, 8))], [1.0, 1.0])
+        merging.combine([one, make(2, shape=(5, 8))], [1.0, 1.0])
     with pytest.raises(ValueError, match="'cat', 'linear'"):
         merging.combine([one], [1.0], method="mean")
     with pytest.raises(ValueError, match="2 deltas and 1 weights"):
@@ -214,6 +221,6 @@ def test_a_term_that_is_no_product_of_two_factors_is_not_combined():
 
 
 def test_the_order_of_deltas_decides_no_dtype():
-    narrow = made(1, dtype=jnp.bfloat16)
-    for pair in ([narrow, made(2)], [made(2), narrow]):
+    narrow = make(1, dtype=jnp.bfloat16)
+    for pair in ([narrow, make(2)], [make(2), narrow]):
         assert merging.combine(pair, [1.0, 1.0])["w"].a.dtype == jnp.float32

@@ -68,6 +68,13 @@ def test_unmerge_restores(base, getkey):
     chex.assert_trees_all_equal(lora.unmerge(lora.merge(base, delta), delta, base), base)
 
 
+def test_merging_twice_adds_twice_and_merging_nothing_adds_nothing(base, getkey):
+    delta = make(base, getkey(), LOW)
+    once = lora.merge(base, delta)
+    chex.assert_trees_all_close(lora.unmerge(lora.merge(once, delta), delta), once, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_equal(lora.merge(base, {}), base)
+
+
 @pytest.mark.parametrize("spec", [{"t": ALL["t"]}, {"n": ALL["n"]}])
 def test_unmerge_without_base_refuses_replacements(base, spec, getkey):
     delta = make(base, getkey(), spec)

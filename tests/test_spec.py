@@ -38,6 +38,21 @@ def test_first_match_wins_and_none_freezes():
     assert [node.rank for node in delta.values()] == [1, 3]
 
 
+def test_ranks_and_scales_follow_the_patterns():
+    options = {"alpha": 6, "scaling": "alpha/sqrt(r)"}
+    delta = init({r"layers/1/kernel": lora.LoRA(4, **options), r"kernel": lora.LoRA(1, **options)})
+    assert {path: (node.rank, float(node.scale)) for path, node in delta.items() if path.endswith("kernel")} == {
+        "layers/0/kernel": (1, 6.0),
+        "layers/1/kernel": (4, 3.0),
+    }
+
+
+def test_a_number_in_a_pattern_is_that_of_its_position():
+    experts = {"layers": {str(i): {"experts": {str(1 - i): {"kernel": jnp.ones((4, 4))}}} for i in range(2)}}
+    delta = lora.init(jax.random.key(0), experts, {r"^layers/1/": lora.LoRA(1, axes=("in", "out"))})
+    assert list(delta) == ["layers/1/experts/0/kernel"]
+
+
 def test_a_pattern_without_match_names_the_nearest():
     with pytest.raises(ValueError, match=r"'layers/0/kernal' matches no path.*'layers/0/kernel'"):
         init({"layers/0/kernal": lora.LoRA(1)})

@@ -149,6 +149,17 @@ def test_a_nested_base_gives_the_same_delta():
     jax.tree.map(np.testing.assert_array_equal, again, delta)
 
 
+def test_the_parameter_of_a_module_is_the_module(tmp_path):
+    case = CASES["parameter_of_a_linear"]
+    config = read_config(case.adapter)
+    modules = [name.removesuffix(".weight") for name in config["target_parameters"]]
+    tensors = read(case.adapter / "adapter_model.safetensors")
+    cases.write_adapter(tmp_path, tensors, config | {"target_parameters": None, "target_modules": modules})
+    by_module = lora.peft.load(tmp_path, case.base, case.names)
+    assert by_module.keys() == loaded("parameter_of_a_linear")[1].keys()
+    jax.tree.map(np.testing.assert_array_equal, by_module, loaded("parameter_of_a_linear")[1])
+
+
 def test_every_fixture_is_used():
     stored = {directory.name for directory in cases.FIXTURES.iterdir() if (directory / "adapter").is_dir()}
     assert stored == {case.fixture for case in CASES.values()}

@@ -56,6 +56,10 @@ def test_an_unknown_module_with_the_nearest_names(edited):
     assert "q_porj" in text and "model.layers.0.self_attn.q_proj" in text
 
 
+def test_a_tensor_under_two_names(edited):
+    assert "lora_A" in message(edited, "linear", {"fc.base_layer.lora_A.weight": A})
+
+
 def test_a_missing_tensor(edited):
     assert "fc.lora_B.weight" in message(edited, "linear", {"fc.lora_B.weight": None})
 
