@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import lora_jax as lora
 from contract.layers import LAYERS
@@ -118,7 +119,7 @@ class Case:
       fn: The function of parameters.
       base: Its parameters; may hold leaves that are no arrays, and quantized ones.
       args: Its other arguments.
-      fresh: The delta as it is made.
+      fresh: The delta before training.
       delta: The delta with every trained leaf moved.
       other: Moved otherwise.
       axes: The roles that the trace should find.
@@ -148,19 +149,24 @@ class Case:
 
 
 @functools.lru_cache(maxsize=4)
-def _made(layer: str, dtype: str) -> tuple[Callable, Any, tuple]:
+def build_layer(layer: str, dtype: str) -> tuple[Callable, Any, tuple]:
     """A layer's function, parameters and arguments; consecutive cases share them."""
     return LAYERS[layer].make(DTYPES[dtype])
 
 
 def build(layer: str, recipe: str, dtype: str) -> Case:
-    made = LAYERS[layer]
-    fn, base, args = _made(layer, dtype)
+    definition = LAYERS[layer]
+    fn, base, args = build_layer(layer, dtype)
     if dtype == "NF4":
-        rules = {f"^{path}$": lora.NF4(block=4, axes=axes if made.merged else None) for path, axes in made.axes.items()}
+        rules = {
+            f"^{path}$": lora.NF4(block=4, axes=axes if definition.merged else None)
+            for path, axes in definition.axes.items()
+        }
         base = lora.quantize(base, rules, fn, *args)
     # Where a custom derivative rule hides the product, the trace tells no roles and the user gives them.
-    spec = {f"^{path}$": RECIPES[recipe](axes=axes if made.merged else None) for path, axes in made.axes.items()}
+    spec = {
+        f"^{path}$": RECIPES[recipe](axes=axes if definition.merged else None) for path, axes in definition.axes.items()
+    }
     fresh = lora.init(jax.random.key(1), base, spec, fn, *args)
     case = Case(
         layer=layer,
@@ -170,15 +176,15 @@ def build(layer: str, recipe: str, dtype: str) -> Case:
         fresh=fresh,
         delta=moved(fresh, 2),
         other=moved(fresh, 3),
-        axes=made.axes,
-        factored=not made.merged and recipe != "Full" and (layer, recipe) not in MERGED,
+        axes=definition.axes,
+        factored=not definition.merged and recipe != "Full" and (layer, recipe) not in MERGED,
         forward_mode=layer != "raw.custom_vjp",
         # bfloat16 has 8 bits, and a layer is several products and sums.
         tolerance=5e-2 if "bfloat16" in (dtype, *recipe.split("_")) else 2e-5,
     )
     if dtype != "bfloat16":
         return case
-    fn, _, _ = _made(layer, "float32")
+    fn, _, _ = build_layer(layer, "float32")
     values = widened({name: getattr(case, name) for name in ("base", "args", "fresh", "delta", "other")})
     return dataclasses.replace(case, wide=dataclasses.replace(case, fn=fn, **values))
 
@@ -200,7 +206,11 @@ def weight(base, path):
 def moved(delta, seed):
     """The delta after some training: every trained leaf is another."""
     train, frozen = lora.partition(delta)
-    leaves, treedef = jax.tree.flatten(train)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    leaves = [leaf + 0.3 * jax.random.normal(key, leaf.shape, leaf.dtype) for leaf, key in zip(leaves, keys)]
-    return lora.join(jax.tree.unflatten(treedef, leaves), frozen)
+    random = np.random.default_rng(seed)
+
+    def move(leaf):
+        # By NumPy: JAX would compile a program for each shape.
+        values = np.asarray(leaf, np.float32) + 0.3 * random.standard_normal(leaf.shape)
+        return jnp.asarray(values.astype(leaf.dtype))
+
+    return lora.join(jax.tree.map(move, train), frozen)

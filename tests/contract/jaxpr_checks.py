@@ -29,8 +29,8 @@ def bodies(equation):
 def forms(shape, axes):
     """The shapes in which the gradient of a weight may show: any order of axes, groups flattened, one layer."""
     groups = {role: [n for n, r in zip(shape, axes) if r == role] for role in ("batch", "in", "out")}
-    into, out = math.prod(groups["in"]), math.prod(groups["out"])
-    lists = [shape, [*groups["batch"], into, out], [into, out], [*groups["in"], *groups["out"]]]
+    n_in, n_out = math.prod(groups["in"]), math.prod(groups["out"])
+    lists = [shape, [*groups["batch"], n_in, n_out], [n_in, n_out], [*groups["in"], *groups["out"]]]
     return {tuple(sorted(n for n in form if n != 1)) for form in lists}
 
 
@@ -48,12 +48,12 @@ def weight_gradients(jaxpr, shapes_and_axes):
 
 def constants(closed):
     """The constants of a closed jaxpr, at any depth."""
-    found = list(closed.consts)
+    consts = list(closed.consts)
     for equation in equations(closed):
         for value in equation.params.values():
             for item in value if isinstance(value, tuple | list) else (value,):
-                found.extend(getattr(item, "consts", ()))
-    return [np.asarray(const) for const in found if hasattr(const, "shape") and const.dtype.kind == "f"]
+                consts.extend(getattr(item, "consts", ()))
+    return [np.asarray(const) for const in consts if hasattr(const, "shape") and const.dtype.kind == "f"]
 
 
 def dense_dependents(closed, sizes):

@@ -9,6 +9,7 @@ import flax.linen as nn
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -44,7 +45,8 @@ def layer(name: str, axes: dict[str, tuple[str, ...]], *, merged: bool = False):
 
 
 def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    """Normal numbers. NumPy draws them: JAX would compile a program for each shape."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
 
 
 IDS = jnp.asarray([[0, 3, 5], [6, 6, 1]])
@@ -62,7 +64,7 @@ def linen(name: str, axes, *inputs: Callable, **options):
         @layer(f"linen.{name}", axes, **options)
         def make(dtype):
             module = build(dtype)
-            args = tuple(given(dtype) for given in inputs)
+            args = tuple(arg(dtype) for arg in inputs)
             base = cast(module.init(jax.random.key(0), *args), dtype)
 
             def fn(base, *args):
@@ -154,7 +156,7 @@ def nnx_layer(name: str, axes, *inputs: Callable):
         @layer(f"nnx.{name}", axes)
         def make(dtype):
             fn, base = lora.nnx.functional(build(dtype))
-            return fn, cast(base, dtype), tuple(given(dtype) for given in inputs)
+            return fn, cast(base, dtype), tuple(arg(dtype) for arg in inputs)
 
         return make
 
@@ -202,14 +204,14 @@ nnx_layer("BatchNorm_Dropout", {"layers/0/kernel": ("in", "out"), "layers/1/kern
 )
 
 
-def equinox_layer(name: str, axes, given: Callable):
+def equinox_layer(name: str, axes, arg: Callable):
     def register(build):
         @layer(f"equinox.{name}", axes)
         def make(dtype):
             return (
                 (lambda model, x: jax.vmap(model)(x)),
                 cast(build(jax.random.key(0)), dtype),
-                (given(dtype),),
+                (arg(dtype),),
             )
 
         return make
@@ -227,12 +229,12 @@ equinox_layer("MLP", {"layers/0/weight": ("out", "in"), "layers/1/weight": ("out
 )
 
 
-def haiku_layer(name: str, axes, given: Callable):
+def haiku_layer(name: str, axes, arg: Callable):
     def register(build):
         @layer(f"haiku.{name}", axes)
         def make(dtype):
             pure = hk.without_apply_rng(hk.transform(lambda x: build()(x)))
-            x = given(dtype)
+            x = arg(dtype)
             return pure.apply, cast(pure.init(jax.random.key(0), x), dtype), (x,)
 
         return make
@@ -245,13 +247,13 @@ haiku_layer("Conv2D", {"conv2_d/w": ("in", "in", "in", "out")}, tokens(2, 6, 6, 
 haiku_layer("Embed", {"embed/embeddings": EMBED}, ids)(lambda: hk.Embed(7, 4))
 
 
-def raw(name: str, shape, axes, given: Callable = tokens(2, 5, 4), **options):  # noqa: B008
+def raw(name: str, shape, axes, arg: Callable = tokens(2, 5, 4), **options):  # noqa: B008
     """Registers a plain function of one weight `w`."""
 
     def register(fn):
         @layer(f"raw.{name}", {"w": axes}, **options)
         def make(dtype):
-            return (lambda base, x: fn(x, base["w"])), {"w": normal(1, *shape, dtype=dtype)}, (given(dtype),)
+            return (lambda base, x: fn(x, base["w"])), {"w": normal(1, *shape, dtype=dtype)}, (arg(dtype),)
 
         return fn
 
@@ -340,7 +342,7 @@ def _custom_vjp(x, w):
 
 _custom_vjp.defvjp(
     lambda x, w: (x @ w, (x, w)),
-    lambda kept, g: (g @ kept[1].T, jnp.einsum("bti,bto->io", kept[0], g)),
+    lambda residuals, g: (g @ residuals[1].T, jnp.einsum("bti,bto->io", residuals[0], g)),
 )
 
 

@@ -164,10 +164,10 @@ def check_grad(case):
     train, adapted = adapted_loss(case)
     close(case, jax.jit(jax.grad(adapted))(train), merged_gradient)
     if case.factored:
-        known = [(cases.weight(case.base, path).shape, case.axes[path]) for path in case.delta]
-        assert weight_gradients(jax.make_jaxpr(jax.grad(adapted))(train), known) == []
+        weights = [(cases.weight(case.base, path).shape, case.axes[path]) for path in case.delta]
+        assert weight_gradients(jax.make_jaxpr(jax.grad(adapted))(train), weights) == []
         if case.layer not in cases.IN_PARTS:
-            assert weight_gradients(jax.make_jaxpr(jax.grad(merged_loss(case)))(train), known) != []
+            assert weight_gradients(jax.make_jaxpr(jax.grad(merged_loss(case)))(train), weights) != []
 
 
 @check
@@ -276,6 +276,6 @@ def test_a_saved_adapter_is_the_same(layer, recipe, tmp_path):
 def test_a_merge_only_stand_in_fails_the_check_for_weight_gradients(layer):
     case = cases.build(layer, "LoRA", "float32")
     train, adapted = adapted_loss(case)
-    known = [(cases.weight(case.base, path).shape, case.axes[path]) for path in case.delta]
-    assert weight_gradients(jax.make_jaxpr(jax.grad(adapted))(train), known) == []
-    assert weight_gradients(jax.make_jaxpr(jax.grad(merged_loss(case)))(train), known) != []
+    weights = [(cases.weight(case.base, path).shape, case.axes[path]) for path in case.delta]
+    assert weight_gradients(jax.make_jaxpr(jax.grad(adapted))(train), weights) == []
+    assert weight_gradients(jax.make_jaxpr(jax.grad(merged_loss(case)))(train), weights) != []

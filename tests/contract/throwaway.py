@@ -27,8 +27,8 @@ def sizes(weight, axes, role):
     return tuple(n for n, r in zip(weight.shape, axes) if r == role)
 
 
-def shape_of(axes, batch, into, out):
-    queues = {BATCH: iter(batch), IN: iter(into), OUT: iter(out)}
+def shape_of(axes, batch, ins, out):
+    queues = {BATCH: iter(batch), IN: iter(ins), OUT: iter(out)}
     return tuple(next(queues[role]) for role in axes)
 
 
@@ -67,12 +67,12 @@ class FrozenPairRecipe(Recipe):
 
     def create(self, key, weight, axes):
         axes = plain(axes)
-        lead, into, out = (sizes(weight, axes, role) for role in (BATCH, IN, OUT))
+        lead, ins, out = (sizes(weight, axes, role) for role in (BATCH, IN, OUT))
         one, two = jax.random.split(key)
         return FrozenPair(
             diagonal=jnp.zeros((*lead, self.rank)),
             gain=jnp.ones((*lead, *out)),
-            a=jax.random.normal(one, (*lead, self.rank, *into)) * 0.1,
+            a=jax.random.normal(one, (*lead, self.rank, *ins)) * 0.1,
             b=jax.random.normal(two, (*lead, self.rank, *out)) * 0.1,
             axes=axes,
         )
@@ -111,11 +111,11 @@ class PickedRecipe(Recipe):
 
     def create(self, key, weight, axes):
         axes = plain(axes)
-        lead, into, out = (sizes(weight, axes, role) for role in (BATCH, IN, OUT))
+        lead, ins, out = (sizes(weight, axes, role) for role in (BATCH, IN, OUT))
         return Picked(
             rows=jnp.zeros((*lead, self.number, *out)),
-            picked=jax.random.permutation(key, math.prod(into))[: self.number].astype(jnp.int32),
-            count=into,
+            picked=jax.random.permutation(key, math.prod(ins))[: self.number].astype(jnp.int32),
+            count=ins,
             axes=axes,
         )
 
@@ -135,11 +135,11 @@ class Blocked(Adapter):
         return shape_of(self.axes, self.a.shape[:lead], self.a.shape[lead + 2 :], out)
 
     def factored(self, weight):
-        lead, into, out = (labels(self.axes, role) for role in (BATCH, IN, OUT))
+        lead, ins, out = (labels(self.axes, role) for role in (BATCH, IN, OUT))
         return Factored(
             labels=tuple(("half", str(i)) if str(i) == out[-1] else (str(i),) for i in range(weight.ndim)),
             factors=(
-                Factor(self.a, (*lead, "half", "rank", *into)),
+                Factor(self.a, (*lead, "half", "rank", *ins)),
                 Factor(self.b, (*lead, "half", "rank", *out)),
             ),
         )
@@ -152,10 +152,10 @@ class BlockedRecipe(Recipe):
 
     def create(self, key, weight, axes):
         axes = plain(axes)
-        lead, into, out = (sizes(weight, axes, role) for role in (BATCH, IN, OUT))
+        lead, ins, out = (sizes(weight, axes, role) for role in (BATCH, IN, OUT))
         out = (*out[:-1], out[-1] // 2)
         return Blocked(
-            a=jax.random.normal(key, (*lead, 2, self.rank, *into)) * 0.1,
+            a=jax.random.normal(key, (*lead, 2, self.rank, *ins)) * 0.1,
             b=jnp.zeros((*lead, 2, self.rank, *out)),
             axes=axes,
         )
