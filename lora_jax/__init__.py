@@ -4,9 +4,10 @@ Frozen base parameters and trainable low-rank deltas sit in separate pytrees; a 
 becomes a function of (base, delta) without touching the model's code. See :func:`adapt`.
 """
 
-from lora_jax import analysis, initializers, merging, nnx, optim, peft
+from lora_jax import adapters, analysis, initializers, merging, nnx, optim, peft
 from lora_jax.adapters.adalora import AdaLoRA
 from lora_jax.adapters.dora import DoRA
+from lora_jax.adapters.factored import Factored
 from lora_jax.adapters.fingerprints import WrongBaseWarning
 from lora_jax.adapters.full import Full, Rows
 from lora_jax.adapters.ia3 import IA3
@@ -15,10 +16,12 @@ from lora_jax.adapters.lokr import LoKr
 from lora_jax.adapters.lora_fa import LoRAFA
 from lora_jax.adapters.lowrank import LoRA
 from lora_jax.adapters.offset import Offset
+from lora_jax.adapters.protocol import Adapter, Recipe, adapter
 from lora_jax.adapters.vera import DVoRA, VeRA
 from lora_jax.batching import TrainStates, route, stack, swap, train_many, unstack
 from lora_jax.checkpoint import load, save
 from lora_jax.conversion import to_plain_lora
+from lora_jax.finite import check_finite
 from lora_jax.linear import all_linear
 from lora_jax.manifest import BasePrecisionWarning
 from lora_jax.merging import combine, merge, switch_task, truncate, unmerge
@@ -26,7 +29,7 @@ from lora_jax.optim import join, optimizer, partition, trainable_mask
 from lora_jax.quantization import FP4, NF4, Int4, Int8, dequantize, quantize
 from lora_jax.report import explain, summary
 from lora_jax.resume import restore_state, save_state
-from lora_jax.sharding import delta_shardings
+from lora_jax.sharding import delta_shardings, state_shardings
 from lora_jax.spec import init, prepare
 from lora_jax.training import TrainState, train_step
 from lora_jax.transform.adapt import adapt
@@ -38,9 +41,11 @@ __all__ = [
     "IA3",
     "NF4",
     "AdaLoRA",
+    "Adapter",
     "BasePrecisionWarning",
     "DVoRA",
     "DoRA",
+    "Factored",
     "Full",
     "Int4",
     "Int8",
@@ -49,14 +54,18 @@ __all__ = [
     "LoRA",
     "LoRAFA",
     "Offset",
+    "Recipe",
     "Rows",
     "TrainState",
     "TrainStates",
     "VeRA",
     "WrongBaseWarning",
     "adapt",
+    "adapter",
+    "adapters",
     "all_linear",
     "analysis",
+    "check_finite",
     "combine",
     "delta_shardings",
     "dequantize",
@@ -79,6 +88,7 @@ __all__ = [
     "save",
     "save_state",
     "stack",
+    "state_shardings",
     "summary",
     "swap",
     "switch_task",

@@ -5,8 +5,10 @@ import dataclasses
 import jax.numpy as jnp
 
 from lora_jax.adapters.consistency import check_adapters
+from lora_jax.adapters.layouts import RANK
 from lora_jax.adapters.lowrank import LoRAAdapter
-from lora_jax.adapters.protocol import BATCH, Adapter, Delta
+from lora_jax.adapters.protocol import Adapter, Delta
+from lora_jax.leaves import align_leading
 
 
 def to_plain_lora(delta: Delta, start: Delta) -> Delta:
@@ -63,11 +65,9 @@ def _beside(path: str, node: Adapter, start: Adapter) -> Adapter:
         raise ValueError(f"{path!r}: the start has a bias, which none from lora_jax.prepare has.")
     if not (jnp.any(start.a) and jnp.any(start.b)):
         return node
-    axis = node.axes.count(BATCH) + (len(node.blocks) > 1)
+    axis = node.labels("a").index(RANK)
     # Equal scales, the rule, leave b as it is.
     ratio = jnp.where(start.scale == node.scale, 1.0, start.scale / node.scale)
-    taken = -start.b.astype(node.b.dtype) * ratio.reshape(ratio.shape + (1,) * (node.b.ndim - ratio.ndim)).astype(
-        node.b.dtype
-    )
+    opposite = -start.b.astype(node.b.dtype) * align_leading(ratio, node.b.ndim).astype(node.b.dtype)
     a = jnp.concatenate([node.a, start.a.astype(node.a.dtype)], axis=axis)
-    return dataclasses.replace(node, a=a, b=jnp.concatenate([node.b, taken], axis=axis))
+    return dataclasses.replace(node, a=a, b=jnp.concatenate([node.b, opposite], axis=axis))

@@ -51,6 +51,16 @@ def canonical(leaf: Any) -> Any:
 _SHORT_NAMES = {"bfloat": "bf", "float": "f", "uint": "u", "int": "i", "complex": "c"}
 
 
+def align_leading(array: Any, ndim: int) -> Any:
+    """An array with axes of size 1 appended, so that it broadcasts along the leading ones of `ndim` axes.
+
+    Example:
+      >>> align_leading(np.ones((2, 3)), 4).shape
+      (2, 3, 1, 1)
+    """
+    return array.reshape(array.shape + (1,) * (ndim - array.ndim))
+
+
 def short(leaf: Any) -> str:
     """A leaf in a few characters: `f32[8,64]` for an array of any kind, else its own representation, cut."""
     if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):

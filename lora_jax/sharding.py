@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from lora_jax import paths
 from lora_jax.adapters.consistency import check_adapters
-from lora_jax.adapters.protocol import BATCH, IN, OUT, SCALAR, SPLIT, WEIGHT, Adapter, Delta
+from lora_jax.adapters.protocol import Adapter, Delta
 from lora_jax.leaves import is_array, is_quantized
 from lora_jax.meshes import replicated, shard_count, spec_entries
 from lora_jax.optim import partition, trainable_mask
@@ -149,16 +149,14 @@ def _of_adapter(node: Adapter, sharding: Sharding) -> Adapter:
     if not isinstance(sharding, NamedSharding):  # a single device: everything lies there
         return jax.tree.map(lambda _: sharding, node)
     entries = spec_entries(sharding.spec, len(node.shape()))
-    by_role = {role: [e for e, r in zip(entries, node.axes) if r == role] for role in (BATCH, IN, OUT)}
-    by_role |= {SPLIT + role: [None] * len(by_role[role]) for role in (IN, OUT)}
-    by_role |= {WEIGHT: list(entries), SCALAR: []}
+    by_label = {str(axis): entry for axis, entry in enumerate(entries)}
     changes = {}
     for field in dataclasses.fields(node):  # pyrefly: ignore[bad-argument-type]
         if "trained" in field.metadata:
             array = getattr(node, field.name)
             if array is None:
                 continue
-            named = [entry for word in node.layout(field.name).split() for entry in by_role.get(word, [None])]
+            named = [by_label.get(label) for label in node.labels(field.name)]
             spec = [
                 entry if size % shard_count(entry, sharding.mesh) == 0 else None
                 for entry, size in zip(named, array.shape)

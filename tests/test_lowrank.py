@@ -273,7 +273,7 @@ def test_a_quantized_base(getkey):
 def test_a_dora_has_none(getkey):
     base, delta = biased(getkey, (4, 6), ("in", "out"))
     dora = lora.init(getkey(), base, {"w": lora.DoRA(2, axes=("in", "out"))})["w"]
-    with pytest.raises(ValueError, match=r"a DoRA has no bias"):
+    with pytest.raises(ValueError, match=r"DoRA has no bias"):
         lora.merge(base, {"w": dataclasses.replace(dora, bias=delta["w"].bias)})
 
 

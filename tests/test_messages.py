@@ -126,10 +126,10 @@ def test_a_function_that_calls_an_adapted_one_is_a_function():
 
 
 def test_adapters_print_shapes():
-    assert repr(delta()) == "{'hidden': LoRA(a=f32[2,64], b=f32[2,8], scale=f32[], dropout=f32[])}"
+    assert repr(delta()) == "{'hidden': LoRAAdapter(a=f32[2,64], b=f32[2,8], scale=f32[], dropout=f32[])}"
     train = halves()[0]
-    assert repr(train["hidden"]) == "LoRA(a=f32[2,64], b=f32[2,8], scale=None, dropout=None)"
-    assert repr(lora.trainable_mask(delta())["hidden"]) == "LoRA(a=True, b=True, scale=False, dropout=False)"
+    assert repr(train["hidden"]) == "LoRAAdapter(a=f32[2,64], b=f32[2,8], scale=None, dropout=None)"
+    assert repr(lora.trainable_mask(delta())["hidden"]) == "LoRAAdapter(a=True, b=True, scale=False, dropout=False)"
     shapes = jax.eval_shape(lambda: delta())["hidden"]
     assert repr(shapes) == repr(delta()["hidden"]) == repr(jax.tree.map(np.asarray, delta()["hidden"]))
     traced = []
@@ -138,7 +138,7 @@ def test_adapters_print_shapes():
     rows = lora.init(jax.random.key(0), BASE, {"hidden": lora.Rows([1, 3])}, lambda p, i: p["hidden"][i], jnp.arange(2))
     assert "ids=i32[2]" in repr(rows)
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), delta()["hidden"])
-    assert repr(narrow).startswith("LoRA(a=bf16[2,64]")
+    assert repr(narrow).startswith("LoRAAdapter(a=bf16[2,64]")
 
 
 def test_states_print_shapes():
@@ -151,7 +151,7 @@ def test_states_print_shapes():
     )
     states = repr(lora.TrainStates.create(BASE, [adapter] * 3, tx, [KEY] * 3))
     assert states.startswith(
-        "TrainStates(base={'bias': f32[8], 'hidden': f32[64,8]}, delta={'hidden': LoRA(a=f32[3,2,64]"
+        "TrainStates(base={'bias': f32[8], 'hidden': f32[64,8]}, delta={'hidden': LoRAAdapter(a=f32[3,2,64]"
     )
     assert "active=bool[3]" in states and "\n" not in states
     quantized = lora.quantize(BASE, {"hidden": lora.Int8()}, fn, X)

@@ -1,15 +1,17 @@
 """AdaLoRA: a low-rank term in the form of a singular value decomposition, whose values can be pruned."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters.factored import Factored, compute_dtype
-from lora_jax.adapters.lowrank import LoRA, LoRAAdapter
-from lora_jax.adapters.protocol import IN, Adapter, adapter, frozen, pad_axis, static, trained
+from lora_jax.adapters.layouts import IN
+from lora_jax.adapters.lowrank import LoRA, LoRAAdapter, low_rank_form
+from lora_jax.adapters.protocol import Adapter, adapter, frozen, static, trained
 from lora_jax.initializers import Drawn, Initializer
+from lora_jax.leaves import align_leading
 from lora_jax.renamed import module_getattr
 
 
@@ -40,39 +42,26 @@ class AdaLoRAAdapter(Adapter):
     additive = True
 
     def folded(self) -> LoRAAdapter:
-        """The same term as a plain pair, with the values in `b`: what combining, exporting and measuring take."""
+        """The same term as a pair of factors, with the values in `b`, for combining, exporting and measuring."""
         dtype = compute_dtype(self.b.dtype)
-        values = self.values.reshape(self.values.shape + (1,) * (self.b.ndim - self.values.ndim))
-        return self._pair(self.b.astype(dtype) * values.astype(dtype))
-
-    def _pair(self, b: jax.Array) -> LoRAAdapter:
-        return LoRAAdapter(a=self.a, b=b, scale=self.scale, dropout=self.dropout, axes=self.axes, blocks=self.blocks)
-
-    @property
-    def rank(self) -> int:
-        return self.values.shape[-1]
-
-    def shape(self) -> tuple[int, ...]:
-        return self._pair(self.b).shape()
+        return LoRAAdapter(
+            a=self.a,
+            b=self.b.astype(dtype) * align_leading(self.values.astype(dtype), self.b.ndim),
+            scale=self.scale,
+            dropout=self.dropout,
+            axes=self.axes,
+            blocks=self.blocks,
+        )
 
     def factored(self, weight: jax.Array) -> Factored:
         del weight
         dtype = compute_dtype(self.values.dtype)
-        scale = self.scale.astype(dtype).reshape(self.scale.shape + (1,) * (self.values.ndim - self.scale.ndim))
-        return self._pair(self.b).with_diagonal(self.values.astype(dtype) * scale)
-
-    def pad_rank(self, rank: int) -> Self:
-        axis = self.values.ndim - 1
-        a, values, b = (pad_axis(x, axis, rank) for x in (self.a, self.values, self.b))
-        return dataclasses.replace(self, a=a, values=values, b=b)
-
-    def identity_like(self, weight: jax.Array | None) -> Self:
-        del weight
-        a, values, b = (jnp.zeros_like(x) for x in (self.a, self.values, self.b))
-        return dataclasses.replace(self, a=a, values=values, b=b)
+        return low_rank_form(
+            self, self.values.astype(dtype) * align_leading(self.scale.astype(dtype), self.values.ndim)
+        )
 
     def describe(self) -> dict[str, Any]:
-        return self._pair(self.b).describe()
+        return self.folded().describe()
 
 
 def _normal(key, batch, rank, fan_in, fan_out):
@@ -98,8 +87,8 @@ class AdaLoRA(LoRA):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> made = AdaLoRA(rank=12, alpha=24).create(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
-      >>> made.a.shape, made.values.shape, made.b.shape, float(made.scale)
+      >>> adapter = AdaLoRA(rank=12, alpha=24).create(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
+      >>> adapter.a.shape, adapter.values.shape, adapter.b.shape, float(adapter.scale)
       ((12, 16), (12,), (12, 32), 2.0)
 
     References:
@@ -108,11 +97,10 @@ class AdaLoRA(LoRA):
 
     init: Initializer = dataclasses.field(default=NORMAL, init=False, repr=False)  # pyrefly: ignore[bad-override]
 
-    def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, AdaLoRAAdapter]:  # pyrefly: ignore
-        weight, pair = super()._make(key, weight, axes, moves)
-        fields = {field.name: getattr(pair, field.name) for field in dataclasses.fields(pair) if not field.kw_only}
-        lead = pair.a.shape[: pair.a.ndim - pair.axes.count(IN)]
-        return weight, AdaLoRAAdapter(**fields, values=jnp.zeros(lead, self.dtype))
+    def _adapter(self, fields: dict[str, Any], weight: jax.Array) -> AdaLoRAAdapter:
+        del weight
+        lead = fields["a"].shape[: fields["a"].ndim - fields["axes"].count(IN)]
+        return AdaLoRAAdapter(**fields, values=jnp.zeros(lead, self.dtype))
 
 
 __getattr__ = module_getattr(__name__, SingularTriplets="AdaLoRAAdapter")

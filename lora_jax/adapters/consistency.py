@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.adapters.protocol import BATCH, IN, LOOKUP, OUT, ROLES, SCALAR, SPLIT, WEIGHT, Adapter, is_adapter
+from lora_jax.adapters import layouts
+from lora_jax.adapters.protocol import ROLES, Adapter, is_adapter
 from lora_jax.leaves import short
 
 
@@ -74,8 +75,7 @@ def check_adapter(node: Adapter) -> None:
 def _check(structure: Any, types_of_leaves: tuple[tuple[tuple[int, ...], Any], ...]) -> None:
     leaves = [jax.ShapeDtypeStruct(shape, dtype or np.float32) for shape, dtype in types_of_leaves]
     node = jax.tree.unflatten(structure, leaves)
-    arrays = {field.name: field for field in fields(node) if "trained" in field.metadata}
-    if not arrays:  # what stands for an adapter declares nothing
+    if not layouts.array_fields(node):  # an adapter of the package's own, such as a member of a stack
         return
     check_static_fields(node)
     axes, blocks = node.axes, getattr(node, "blocks", (True,))
@@ -83,55 +83,14 @@ def _check(structure: Any, types_of_leaves: tuple[tuple[tuple[int, ...], Any], .
         raise ValueError(f"axes={axes}: {unknown[0]!r} is no axis role; the roles are {', '.join(ROLES)}.")
     if not any(blocks):
         raise ValueError(f"blocks={blocks}: no block is adapted.")
-    sizes: dict[Any, tuple[int, str]] = {"block": (sum(blocks), "blocks")}
-    for name, field in arrays.items():
-        array = getattr(node, name)
-        if isinstance(array, jax.ShapeDtypeStruct) and field.metadata["layout"]:
-            _check_array(node, name, array.shape, field.metadata["leading"], sizes)
+    layouts.check_sizes(node)
     if problem := node.contradiction():
         raise ValueError(problem)
-    shape = node.shape()
+    shape, by_layouts = node.shape(), layouts.shape(node)
     if axes and len(shape) != len(axes):
         raise ValueError(f"axes={axes} are {len(axes)} roles; the arrays are those of a weight of shape {shape}.")
-    for axis, size in enumerate(shape):
-        known = sizes.get(axis, (size, ""))
-        parts = len(blocks) if axes and axes[axis] == OUT and "block" in _layouts(node) else 1
-        if known[0] * parts != size:
-            raise ValueError(f"the weight's axis {axis} is {size} by its other parts and {known[0]} by {known[1]}.")
-
-
-def _layouts(node: Adapter) -> set[str]:
-    return {word for field in fields(node) for word in field.metadata.get("layout", "").split()}  # pyrefly: ignore
-
-
-def _check_array(node: Adapter, name: str, shape: tuple[int, ...], leading: bool, sizes: dict[Any, Any]) -> None:
-    """Compares an array with its declared layout, and its sizes with those of the arrays before it."""
-    words, blocks = node.layout(name).split(), getattr(node, "blocks", (True,))
-    divided = len(blocks) > 1 and "block" not in words and "block" in _layouts(node)
-    keys: list[tuple[str, Any]] = []
-    for word in words:
-        roles = (IN, LOOKUP) if word == IN else (word,)
-        if word in (BATCH, IN, OUT):
-            keys += [(word, axis) for axis, role in enumerate(node.axes) if role in roles]
-        elif word.startswith(SPLIT):
-            keys += [(word, (word, axis)) for axis, role in enumerate(node.axes) if role == word.removeprefix(SPLIT)]
-        elif word == WEIGHT:
-            keys += [(word, axis) for axis in range(len(shape))]
-        elif word != SCALAR:
-            keys.append((word, word))
-    if len(shape) != len(keys) and not (leading and len(shape) < len(keys)):
-        raise ValueError(
-            f"{name} has the shape {shape}; {' '.join(word for word, _ in keys) or 'a scalar'} is expected, "
-            f"{len(keys)} axes, with the roles {node.axes}."
-        )
-    for (word, key), size in zip(keys, shape):
-        if divided and word == OUT:
-            size, rest = divmod(size, len(blocks))
-            if rest:
-                raise ValueError(f"{name} has the shape {shape}, whose out axis is no multiple of the blocks.")
-        before = sizes.setdefault(key, (size, name))
-        if before[0] != size:
-            raise ValueError(f"{name} has the shape {shape}, with {size} for {word}; by {before[1]} it is {before[0]}.")
+    if by_layouts is not None and by_layouts != shape:
+        raise ValueError(f"shape() gives {shape}; by the layouts of its arrays the weight has the shape {by_layouts}.")
 
 
 def check_static_fields(node: Adapter) -> None:

@@ -12,61 +12,67 @@ from jax import lax
 from lora_jax import checks
 from lora_jax.adapters import roles
 from lora_jax.adapters.factored import Factor, Factored, chain, compute_dtype, folded
+from lora_jax.adapters.layouts import BATCH, IN, OUT, zeros
 from lora_jax.adapters.lowrank import LoRA, LoRAAdapter
-from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter, adapter, needed, static, trained
+from lora_jax.adapters.protocol import Adapter, adapter, check_weight, static, trained
 from lora_jax.leaves import apply_dequantized, is_abstract, is_quantized
 from lora_jax.renamed import module_getattr
 
 NORM_OVER = (IN, OUT)
 
-Kept = tuple[tuple[str, ...], int]
 
+@dataclasses.dataclass(frozen=True, repr=False)
+class Decomposed(Adapter):
+    """Decomposes the weight that another class of adapter makes: W' = magnitude / ‖V‖ · V, where V is that weight.
 
-@adapter("DoRA")
-class DoRAAdapter(LoRAAdapter):
-    """W' = magnitude / ‖V‖ · V with V = W + scale · Σᵣ a[r] · b[r], a norm for each output (or input).
+    It comes before the other class: `class DoRAAdapter(Decomposed, LoRAAdapter)`.
 
     Attributes:
-      magnitude: `[*batch, *out]` where the norm is over the in axes, `[*batch, *in]` where it is over the out axes.
+      magnitude: `[*batch, *out]` if the norm is over the in axes, `[*batch, *in]` if it is over the out axes.
       norm_over: The axes that a norm is taken over, 'in' or 'out'.
       norm_gradient: Whether gradients flow through ‖V‖.
     """
 
-    magnitude: jax.Array = trained("batch kept", vector=True)
+    magnitude: jax.Array = trained("batch ~norm_over", vector=True)  # noqa: RUF009 (declares a field)
     norm_over: str = static(choices=NORM_OVER)
     norm_gradient: bool = static()
 
     additive = False
 
-    def layout(self, name: str) -> str:
-        return super().layout(name).replace("kept", OUT if self.norm_over == IN else IN)
-
-    def factored(self, weight: jax.Array) -> Factored:
+    def factored(self, weight: jax.Array) -> Factored | None:
         form = super().factored(weight)
+        if form is None:
+            return None
         return decomposed(form, weight, self.axes, self.magnitude, self.norm_over, self.norm_gradient)
 
-    def contradiction(self) -> str | None:
-        return None if self.bias is None else "a DoRA has no bias: it is of LoRA and LoRA-FA."
-
     def identity_like(self, weight: jax.Array | None) -> Self:
-        low = LoRAAdapter(
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(LoRAAdapter)}
-        ).identity_like(None)
-        magnitude = magnitude_of(self.kind, low, needed(weight, self.kind), self.norm_over)
-        return dataclasses.replace(self, a=low.a, b=low.b, magnitude=magnitude.astype(self.magnitude.dtype))
+        weight = check_weight(weight, self.kind)
+        node = dataclasses.replace(self, **zeros(self))
+        form = super(Decomposed, node).factored(weight)
+        assert form is not None
+        magnitude = magnitude_of(self.kind, node, form, weight, self.norm_over)
+        return dataclasses.replace(node, magnitude=magnitude.astype(self.magnitude.dtype))
+
+
+@adapter("DoRA")
+class DoRAAdapter(Decomposed, LoRAAdapter):
+    """W' = magnitude / ‖V‖ · V with V = W + scale · Σᵣ a[r] · b[r], a norm for each output (or input)."""
+
+    def contradiction(self) -> str | None:
+        return None if self.bias is None else "DoRA has no bias; LoRA and LoRA-FA have one."
 
 
 def decomposed(
     form: Factored, weight: jax.Array, axes: Sequence[str], magnitude: jax.Array, norm_over: str, norm_gradient: bool
 ) -> Factored:
-    """The factored form of a weight, decomposed: its magnitudes over its norms are gains."""
-    labels = _kept(form, axes, norm_over)
-    still = form
+    """The factored form of a weight, decomposed: magnitudes divided by norms are gains."""
+    labels = _norm_labels(form, axes, norm_over)
+    direction = form
     if not norm_gradient:
-        # Of what goes in, so that nothing is kept for a gradient that is not taken.
+        # At the inputs of the norm, so that no residuals are saved for a gradient that is not computed.
         factors = tuple(Factor(lax.stop_gradient(factor.array), factor.labels) for factor in form.factors)
-        still = dataclasses.replace(form, factors=factors)
-    norm = norms(weight, still, labels, axes.count(BATCH))
+        direction = dataclasses.replace(form, factors=factors)
+    norm = norms(weight, direction, labels, axes.count(BATCH))
     sizes = dict(pair for axis in form.dims(weight.shape) for pair in axis)
     magnitude = magnitude.astype(norm.dtype).reshape([sizes[label] for label in labels])
     # A column of zeros has no direction; its magnitude is zero too.
@@ -74,22 +80,29 @@ def decomposed(
     return dataclasses.replace(form, gains=(Factor(gain, labels),))
 
 
-def magnitude_of(recipe: str, term: Adapter, weight: jax.Array, norm_over: str) -> jax.Array:
-    """The norms that magnitudes start from: of the weight with the term that `term` adds. At least float32, whatever
-    the dtype of the factors: a magnitude of few bits would not give back its weight."""
+def magnitude_of(recipe: str, node: Adapter, form: Factored, weight: jax.Array, norm_over: str) -> jax.Array:
+    """The norms of a weight plus a term, from which magnitudes start.
+
+    At least float32, whatever the dtype of the factors: magnitudes of few bits would change the weight.
+
+    Args:
+      recipe: Its name, for messages.
+      node: An adapter of the weight.
+      form: The term's factored form.
+      weight: The weight.
+      norm_over: The axes that a norm is taken over.
+    """
     if is_abstract(weight):
         raise ValueError(f"{recipe}(…) starts from the weight's norms; the base has its shape only.")
-    form = term.factored(weight)
-    assert form is not None
-    kept = OUT if norm_over == IN else IN
-    shape = [n for wanted in (BATCH, kept) for n in roles.sizes(term.shape(), term.axes, wanted)]
-    return norms(weight, form, _kept(form, term.axes, norm_over), term.axes.count(BATCH)).reshape(shape)
+    axes, order = node.axes, (BATCH, OUT if norm_over == IN else IN)
+    shape = [size for role in order for size in roles.sizes(node.shape(), axes, role)]
+    return norms(weight, form, _norm_labels(form, axes, norm_over), axes.count(BATCH)).reshape(shape)
 
 
-def _kept(form: Factored, axes: Sequence[str], norm_over: str) -> tuple[str, ...]:
-    """The labels of the axes that norms are not over, batch axes first."""
+def _norm_labels(form: Factored, axes: Sequence[str], norm_over: str) -> tuple[str, ...]:
+    """The labels of the axes that norms have, batch axes first."""
     order = (BATCH, OUT if norm_over == IN else IN)
-    return tuple(label for wanted in order for axis, role in zip(form.labels, axes) if role == wanted for label in axis)
+    return tuple(label for role in order for axis, r in zip(form.labels, axes) if r == role for label in axis)
 
 
 def norms(weight: Any, form: Factored, labels: Sequence[str], batch: int) -> jax.Array:
@@ -108,7 +121,7 @@ def norms(weight: Any, form: Factored, labels: Sequence[str], batch: int) -> jax
       At least float32, an axis a label.
     """
     if is_quantized(weight):
-        return _of_quantized(weight, form.factors, form.labels, (tuple(labels), batch))
+        return _quantized_norms(weight, form.factors, form.labels, tuple(labels), batch)
     dtype = compute_dtype(weight.dtype)
     pairs = [pair for axis in form.dims(weight.shape) for pair in axis]
     sizes = dict(pairs)
@@ -133,9 +146,11 @@ def norms(weight: Any, form: Factored, labels: Sequence[str], batch: int) -> jax
     return jnp.where(total > 0.0, jnp.sqrt(jnp.where(total > 0.0, total, 1.0)), 0.0)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _of_quantized(leaf: Any, factors: tuple[Factor, ...], axes: tuple[tuple[str, ...], ...], kept: Kept) -> jax.Array:
-    """The norms of a quantized weight: no more than one layer is dequantized at a time, nor kept.
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _quantized_norms(
+    leaf: Any, factors: tuple[Factor, ...], axes: tuple[tuple[str, ...], ...], labels: tuple[str, ...], batch: int
+) -> jax.Array:
+    """The norms of a quantized weight: one layer at a time is dequantized, and none is saved for gradients.
 
     Compiled once for each kind of weight, outside of `jit` too.
 
@@ -143,9 +158,9 @@ def _of_quantized(leaf: Any, factors: tuple[Factor, ...], axes: tuple[tuple[str,
       leaf: The weight.
       factors: Of its adapter.
       axes: The labels of each of its axes.
-      kept: The labels that the norms have, those of batch axes first, and how many these are.
+      labels: Those of the norms, batch axes first.
+      batch: The number of batch axes.
     """
-    labels, batch = kept
     if not batch or not getattr(leaf, "layers", 0) or axes[0] != labels[:1]:
 
         def whole(weight, factors):
@@ -153,18 +168,18 @@ def _of_quantized(leaf: Any, factors: tuple[Factor, ...], axes: tuple[tuple[str,
 
         return apply_dequantized(whole, leaf, factors)
     layer = labels[0]
-    own = tuple(factor for factor in factors if layer in factor.labels)
+    stacked = tuple(factor for factor in factors if layer in factor.labels)
     shared = tuple(factor for factor in factors if layer not in factor.labels)
 
     def first(factor: Factor) -> Factor:
         return factor.transposed([layer, *(label for label in factor.labels if label != layer)])
 
-    def of_layer(parts):
+    def layer_norms(parts):
         leaf, arrays = parts
-        cut = tuple(Factor(array, first(factor).labels[1:]) for array, factor in zip(arrays, own))
-        return _of_quantized(leaf, (*cut, *shared), axes[1:], (labels[1:], batch - 1))
+        sliced = tuple(Factor(array, first(factor).labels[1:]) for array, factor in zip(arrays, stacked))
+        return _quantized_norms(leaf, (*sliced, *shared), axes[1:], labels[1:], batch - 1)
 
-    return lax.map(of_layer, (leaf, [first(factor).array for factor in own]))
+    return lax.map(layer_norms, (leaf, [first(factor).array for factor in stacked]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +187,7 @@ class DoRA(LoRA):
     r"""LoRA on the direction of each output's weights, with a trained magnitude: :math:`m\,V/\lVert V\rVert`.
 
     Takes what :class:`LoRA` takes; `dtype` is that of the factors, magnitudes are at least float32. Dropout acts on the
-    input of the low-rank product alone: the magnitudes scale what it leaves. And:
+    input of the low-rank product only. And:
 
     Args:
       norm_over: The axes that a norm is taken over. 'in' gives each output a magnitude, as the authors' code does;
@@ -181,8 +196,8 @@ class DoRA(LoRA):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> made = DoRA(rank=2, alpha=4).create(jax.random.key(0), jnp.full((3, 5), 2.0), ("in", "out"))
-      >>> made.magnitude.shape, float(made.magnitude[0]).__round__(4)
+      >>> adapter = DoRA(rank=2, alpha=4).create(jax.random.key(0), jnp.full((3, 5), 2.0), ("in", "out"))
+      >>> adapter.magnitude.shape, float(adapter.magnitude[0]).__round__(4)
       ((5,), 3.4641)
 
     References:
@@ -197,13 +212,10 @@ class DoRA(LoRA):
         checks.one_of("DoRA", "norm_over", self.norm_over, NORM_OVER)
         checks.flag("DoRA", "norm_gradient", self.norm_gradient)
 
-    def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, DoRAAdapter]:
-        weight, low = super()._make(key, weight, axes, moves)
-        fields = {field.name: getattr(low, field.name) for field in dataclasses.fields(low)}
-        magnitude = magnitude_of("DoRA", low, weight, self.norm_over)
-        return weight, DoRAAdapter(
-            **fields, magnitude=magnitude, norm_over=self.norm_over, norm_gradient=self.norm_gradient
-        )
+    def _adapter(self, fields: dict[str, Any], weight: jax.Array) -> DoRAAdapter:
+        term = LoRAAdapter(**fields)
+        magnitude = magnitude_of("DoRA", term, term.factored(weight), weight, self.norm_over)
+        return DoRAAdapter(**fields, magnitude=magnitude, norm_over=self.norm_over, norm_gradient=self.norm_gradient)
 
 
 __getattr__ = module_getattr(__name__, WeightDecomposed="DoRAAdapter")

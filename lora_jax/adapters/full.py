@@ -10,20 +10,8 @@ import numpy as np
 
 from lora_jax import checks
 from lora_jax.adapters.factored import Factor, Factored, compute_dtype
-from lora_jax.adapters.protocol import (
-    BATCH,
-    IN,
-    LOOKUP,
-    OUT,
-    Adapter,
-    Recipe,
-    adapter,
-    check_axes,
-    frozen,
-    needed,
-    static,
-    trained,
-)
+from lora_jax.adapters.layouts import BATCH, IN, LOOKUP, OUT
+from lora_jax.adapters.protocol import Adapter, Recipe, adapter, check_axes, check_weight, frozen, static, trained
 from lora_jax.leaves import dequantized, is_abstract
 from lora_jax.renamed import module_getattr
 
@@ -33,7 +21,7 @@ class FullAdapter(Adapter):
     """A leaf trained outright.
 
     Attributes:
-      value: Takes the place of the weight.
+      value: Replaces the weight.
       axes: Empty: no role is needed.
     """
 
@@ -42,21 +30,18 @@ class FullAdapter(Adapter):
 
     merged_because = "Full trains the leaf itself"
 
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.value.shape)
-
     def merge(self, weight: jax.Array) -> jax.Array:
         return self.value.astype(weight.dtype)
 
     def identity_like(self, weight: jax.Array | None) -> Self:
-        return dataclasses.replace(self, value=dequantized(needed(weight, self.kind)).astype(self.value.dtype))
+        return dataclasses.replace(self, value=dequantized(check_weight(weight, self.kind)).astype(self.value.dtype))
 
 
 def enlarges(node: Adapter, shape: tuple[int, ...]) -> bool:
     """Whether an adapter replaces a weight of this shape by one that is larger along one axis: more tokens."""
     if not isinstance(node, FullAdapter) or len(node.shape()) != len(shape):
         return False
-    different = [(mine, its) for mine, its in zip(node.shape(), shape) if mine != its]
+    different = [(new, old) for new, old in zip(node.shape(), shape) if new != old]
     return len(different) == 1 and different[0][0] > different[0][1]
 
 
@@ -90,12 +75,12 @@ class Full(Recipe):
         return FullAdapter(value=jnp.array(weight, dtype=self.dtype or compute_dtype(weight.dtype), copy=True), axes=())
 
 
-@adapter("Rows")
+@adapter("Rows", sizes=("row",))
 class RowsAdapter(Adapter):
     """Chosen rows of a lookup table trained outright.
 
     Attributes:
-      rows: `[n, *out]`; take the places of the table's rows.
+      rows: `[n, *out]`; replace rows of the table.
       ids: `[n]`, int32; which rows.
       count: The number of rows of the table.
       axes: The role of each axis of the table: one in axis, the others out.
@@ -103,26 +88,15 @@ class RowsAdapter(Adapter):
 
     rows: jax.Array = trained("row out")
     ids: jax.Array = frozen("row")
-    count: int = static()
+    count: int = static("in")
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
-
-    def shape(self) -> tuple[int, ...]:
-        rest = iter(self.rows.shape[1:])
-        return tuple(self.count if role == IN else next(rest) for role in self.axes)
 
     def factored(self, weight: jax.Array) -> Factored:
         # W + onehotᵀ·(rows − W[ids]): a low-rank term whose first factor is fixed.
         axis = self.axes.index(IN)
         old = jnp.moveaxis(jnp.take(dequantized(weight), self.ids, axis=axis), axis, 0).astype(self.rows.dtype)
         onehot = jax.nn.one_hot(self.ids, self.count, dtype=self.rows.dtype)
-        others = tuple(str(i) for i in range(weight.ndim) if i != axis)
-        return Factored(
-            labels=tuple((str(i),) for i in range(weight.ndim)),
-            factors=(
-                Factor(onehot, ("row", str(axis))),
-                Factor(self.rows - old, ("row", *others)),
-            ),
-        )
+        return self.form(Factor(onehot, ("row", str(axis))), Factor(self.rows - old, self.labels("rows")))
 
     def merge(self, weight: jax.Array) -> jax.Array:
         axis = self.axes.index(IN)
@@ -130,7 +104,7 @@ class RowsAdapter(Adapter):
         return jnp.moveaxis(table.at[self.ids].set(self.rows.astype(weight.dtype)), 0, axis)
 
     def identity_like(self, weight: jax.Array | None) -> Self:
-        rows = jnp.take(dequantized(needed(weight, self.kind)), self.ids, axis=self.axes.index(IN))
+        rows = jnp.take(dequantized(check_weight(weight, self.kind)), self.ids, axis=self.axes.index(IN))
         return dataclasses.replace(self, rows=jnp.moveaxis(rows, self.axes.index(IN), 0).astype(self.rows.dtype))
 
     def describe(self) -> dict[str, Any]:
@@ -158,12 +132,12 @@ class Rows(Recipe):
     dtype: jax.typing.DTypeLike | None = None
 
     def __post_init__(self):
-        given: Any = self.ids
-        if not isinstance(given, Iterable):
+        rows: Any = self.ids
+        if not isinstance(rows, Iterable):
             raise TypeError(
-                f"Rows(ids={given!r}): expected a sequence of row numbers; for one row write Rows([{given}])."
+                f"Rows(ids={rows!r}): expected a sequence of row numbers; for one row write Rows([{rows}])."
             )
-        rows = given.tolist() if isinstance(given, np.ndarray | jax.Array) else given
+        rows = rows.tolist() if isinstance(rows, np.ndarray | jax.Array) else rows
         ids = tuple(checks.integer("Rows", "ids", row) for row in rows)
         object.__setattr__(self, "ids", ids)
         if not ids or len(set(ids)) != len(ids) or min(ids) < 0:

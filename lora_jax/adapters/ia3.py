@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from lora_jax import checks
 from lora_jax.adapters import roles
-from lora_jax.adapters.factored import Factor, Factored
-from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter, Recipe, adapter, check_axes, static, trained
+from lora_jax.adapters.factored import Factored
+from lora_jax.adapters.layouts import BATCH, IN, OUT
+from lora_jax.adapters.protocol import Adapter, Recipe, adapter, check_axes, static, trained
 from lora_jax.renamed import module_getattr
 
 
@@ -18,7 +19,7 @@ class IA3Adapter(Adapter):
     """W times a gain for each output, or for each input.
 
     Attributes:
-      gain: `[*batch, *out]` where `on` is 'out', `[*batch, *in]` where it is 'in'.
+      gain: `[*batch, *out]` if `on` is 'out', `[*batch, *in]` if it is 'in'.
       on: Which axes have gains, 'out' or 'in'.
       rest: Sizes of the axes that have none.
       axes: The role of each axis of the weight.
@@ -26,21 +27,12 @@ class IA3Adapter(Adapter):
 
     gain: jax.Array = trained("batch on", vector=True)
     on: str = static(choices=(OUT, IN))
-    rest: tuple[int, ...] = static()
+    rest: tuple[int, ...] = static("~on")
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
 
-    def layout(self, name: str) -> str:
-        return super().layout(name).replace("on", self.on)
-
-    def shape(self) -> tuple[int, ...]:
-        lead = self.axes.count(BATCH)
-        scaled = self.gain.shape[lead:]
-        into, out = (self.rest, scaled) if self.on == OUT else (scaled, self.rest)
-        return roles.assembled(self.axes, batch=self.gain.shape[:lead], into=into, out=out)
-
     def factored(self, weight: jax.Array) -> Factored:
-        labels = (*roles.labels(self.axes, BATCH), *roles.labels(self.axes, self.on))
-        return Factored(labels=tuple((str(axis),) for axis in range(weight.ndim)), gains=(Factor(self.gain, labels),))
+        del weight
+        return self.form(gains=(self.factor("gain"),))
 
     def identity_like(self, weight: jax.Array | None) -> Self:
         del weight
@@ -54,8 +46,8 @@ class IA3Adapter(Adapter):
 class IA3(Recipe):
     r"""Trains a gain of each output (or input) of a frozen weight: :math:`l \odot (x W)` or :math:`(l \odot x) W`.
 
-    The paper has it on the outputs of keys and values and on the inputs of the second feed-forward weight. A bias
-    that follows is not scaled; where it should be, as in PEFT, it is a leaf of its own: `IA3(axes=("out",))`.
+    The paper adapts the outputs of keys and values and the inputs of the second feed-forward weight. A bias that
+    follows is not scaled; to scale it too, as PEFT does, adapt its leaf by `IA3(axes=("out",))`.
 
     Args:
       on: 'out' or 'in'. The in axes of a convolution are its window and its channels.

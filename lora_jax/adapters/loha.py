@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +11,8 @@ from jax import lax
 from lora_jax import checks
 from lora_jax.adapters import roles
 from lora_jax.adapters.factored import Factor, Factored, chain, compute_dtype
-from lora_jax.adapters.protocol import (
-    BATCH,
-    IN,
-    OUT,
-    Adapter,
-    Recipe,
-    adapter,
-    frozen,
-    pad_axis,
-    static,
-    trained,
-)
+from lora_jax.adapters.layouts import BATCH, IN, OUT, RANK
+from lora_jax.adapters.protocol import Adapter, Recipe, adapter, frozen, static, trained
 from lora_jax.renamed import module_getattr
 
 
@@ -31,7 +21,7 @@ class LoHaAdapter(Adapter):
     """ΔW = scale · (Σᵣ a1[r] · b1[r]) ⊙ (Σᵣ a2[r] · b2[r]).
 
     ΔW is of rank rank² at most: its factors are the products of each row of a1 with each of a2, and likewise of b1
-    and b2. It is applied through them where rank² is no more than the weight's own rank, and merged elsewhere.
+    and b2. It is applied through them if rank² is at most the rank of the weight, and merged otherwise.
 
     Attributes:
       a1: `[*batch, rank, *in]`.
@@ -52,55 +42,33 @@ class LoHaAdapter(Adapter):
     additive = True
     merged_because = "LoHa's rank² is above the rank of the weight, so that its term is not of low rank"
 
-    @property
-    def rank(self) -> int:
-        return self.a1.shape[self.axes.count(BATCH)]
-
-    def shape(self) -> tuple[int, ...]:
-        lead = self.axes.count(BATCH)
-        into, out = (x.shape[lead + 1 :] for x in (self.a1, self.b1))
-        return roles.assembled(self.axes, batch=self.a1.shape[:lead], into=into, out=out)
-
     def factored(self, weight: jax.Array) -> Factored | None:
-        batch, into, out = (roles.labels(self.axes, role) for role in (BATCH, IN, OUT))
-        lead = len(batch)
-        if self.rank**2 > min(math.prod(x.shape[lead + 1 :]) for x in (self.a1, self.b1)):
+        del weight
+        fan_in, fan_out = (math.prod(roles.sizes(self.shape(), self.axes, role)) for role in (IN, OUT))
+        if (self.rank or 0) ** 2 > min(fan_in, fan_out):
             return None
         dtype = compute_dtype(self.a1.dtype)
+        a, b = self._pairwise("a1", "a2"), self._pairwise("b1", "b2")
+        return self.form(a, Factor(b.array * self.scale.astype(dtype), b.labels))
 
-        def products(one: jax.Array, two: jax.Array) -> jax.Array:
-            """The product of each row of one with each row of the other, `[*batch, rank², …]`."""
-            all_pairs = jnp.expand_dims(one.astype(dtype), lead + 1) * jnp.expand_dims(two.astype(dtype), lead)
-            return all_pairs.reshape(*one.shape[:lead], -1, *one.shape[lead + 1 :])
-
-        return Factored(
-            labels=tuple((str(axis),) for axis in range(weight.ndim)),
-            factors=(
-                Factor(products(self.a1, self.a2), (*batch, "rank", *into)),
-                Factor(products(self.b1, self.b2) * self.scale.astype(dtype), (*batch, "rank", *out)),
-            ),
-        )
+    def _pairwise(self, one: str, two: str) -> Factor:
+        """The product of each row of one factor with each row of the other, `[*batch, rank², …]`."""
+        labels, dtype = self.labels(one), compute_dtype(self.a1.dtype)
+        lead = labels.index(RANK)
+        x, y = getattr(self, one).astype(dtype), getattr(self, two).astype(dtype)
+        products = jnp.expand_dims(x, lead + 1) * jnp.expand_dims(y, lead)
+        return Factor(products.reshape(*x.shape[:lead], -1, *x.shape[lead + 1 :]), labels)
 
     def merge(self, weight: jax.Array) -> jax.Array:
-        batch, into, out = (roles.labels(self.axes, role) for role in (BATCH, IN, OUT))
         dtype = compute_dtype(weight.dtype)
         order = [(str(axis), size) for axis, size in enumerate(weight.shape)]
 
-        def term(a: jax.Array, b: jax.Array) -> jax.Array:
-            one, two = Factor(a.astype(dtype), (*batch, "rank", *into)), Factor(b.astype(dtype), (*batch, "rank", *out))
+        def term(a: str, b: str) -> jax.Array:
+            one, two = (Factor(getattr(self, name).astype(dtype), self.labels(name)) for name in (a, b))
             return chain(one, [two], order, precision=lax.Precision.HIGHEST)
 
-        change = self.scale.astype(dtype) * term(self.a1, self.b1) * term(self.a2, self.b2)
+        change = self.scale.astype(dtype) * term("a1", "b1") * term("a2", "b2")
         return (weight.astype(dtype) + change).astype(weight.dtype)
-
-    def pad_rank(self, rank: int) -> Self:
-        lead = self.axes.count(BATCH)
-        wide = {name: pad_axis(getattr(self, name), lead, rank) for name in ("a1", "b1", "a2", "b2")}
-        return dataclasses.replace(self, **wide)
-
-    def identity_like(self, weight: jax.Array | None) -> Self:
-        del weight
-        return dataclasses.replace(self, b2=jnp.zeros_like(self.b2))
 
     def describe(self) -> dict[str, Any]:
         return {"rank": self.rank}
@@ -118,8 +86,8 @@ class LoHa(Recipe):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> made = LoHa(rank=4, alpha=4).create(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
-      >>> made.a1.shape, made.b2.shape, float(made.scale)
+      >>> adapter = LoHa(rank=4, alpha=4).create(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
+      >>> adapter.a1.shape, adapter.b2.shape, float(adapter.scale)
       ((4, 16), (4, 32), 1.0)
 
     References:
@@ -143,7 +111,7 @@ class LoHa(Recipe):
 
     def create(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> LoHaAdapter:
         axes = roles.in_and_out("LoHa", axes, weight.shape)
-        batch, into, out = (roles.sizes(weight.shape, axes, role) for role in (BATCH, IN, OUT))
+        batch, in_sizes, out = (roles.sizes(weight.shape, axes, role) for role in (BATCH, IN, OUT))
         roles.rank_of("LoHa", self.rank, weight.shape, axes)
         one, two, three = jax.random.split(key, 3)
 
@@ -151,9 +119,9 @@ class LoHa(Recipe):
             return (deviation * jax.random.normal(key, (*batch, self.rank, *sizes), jnp.float32)).astype(self.dtype)
 
         return LoHaAdapter(
-            a1=normal(one, into, 1.0),
+            a1=normal(one, in_sizes, 1.0),
             b1=normal(two, out, 0.1),
-            a2=normal(three, into, 1.0),
+            a2=normal(three, in_sizes, 1.0),
             b2=jnp.zeros((*batch, self.rank, *out), self.dtype),
             scale=jnp.asarray(self._scale(), jnp.float32),
             axes=axes,

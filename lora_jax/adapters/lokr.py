@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +11,8 @@ import jax.numpy as jnp
 from lora_jax import checks
 from lora_jax.adapters import roles
 from lora_jax.adapters.factored import Factor, Factored, compute_dtype
-from lora_jax.adapters.protocol import (
-    BATCH,
-    IN,
-    OUT,
-    Adapter,
-    Recipe,
-    adapter,
-    frozen,
-    pad_axis,
-    static,
-    trained,
-)
+from lora_jax.adapters.layouts import BATCH, IN, OUT
+from lora_jax.adapters.protocol import Adapter, Recipe, adapter, frozen, static, trained
 from lora_jax.renamed import module_getattr
 
 
@@ -39,9 +29,9 @@ class LoKrAdapter(Adapter):
       axes: The role of each axis of the weight.
     """
 
-    c: jax.Array = trained("batch c_in c_out")
-    a: jax.Array = trained("batch rank split-in")
-    b: jax.Array = trained("batch rank split-out")
+    c: jax.Array = trained("batch slow-in slow-out")
+    a: jax.Array = trained("batch rank fast-in")
+    b: jax.Array = trained("batch rank fast-out")
     scale: jax.Array = frozen("scalar")
     split: tuple[int, ...] = static()
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
@@ -51,26 +41,9 @@ class LoKrAdapter(Adapter):
     def contradiction(self) -> str | None:
         return _wrong_split(self)
 
-    @property
-    def rank(self) -> int:
-        return self.a.shape[self.axes.count(BATCH)]
-
-    def shape(self) -> tuple[int, ...]:
-        skip = self.axes.count(BATCH) + 1
-        return _shape(self, self.a.shape[skip:], self.b.shape[skip:])
-
     def factored(self, weight: jax.Array) -> Factored:
-        batch, into, out = _second_labels(self)
-        a, b = Factor(self.a, (*batch, "rank", *into)), Factor(self.b, (*batch, "rank", *out))
-        return _form(self, weight.ndim, (a, b))
-
-    def pad_rank(self, rank: int) -> Self:
-        lead = self.axes.count(BATCH)
-        return dataclasses.replace(self, a=pad_axis(self.a, lead, rank), b=pad_axis(self.b, lead, rank))
-
-    def identity_like(self, weight: jax.Array | None) -> Self:
         del weight
-        return dataclasses.replace(self, c=jnp.zeros_like(self.c))
+        return self.form(_scaled(self), self.factor("a"), self.factor("b"))
 
     def describe(self) -> dict[str, Any]:
         return {"rank": self.rank}
@@ -88,8 +61,8 @@ class LoKrFullAdapter(Adapter):
       axes: The role of each axis of the weight.
     """
 
-    c: jax.Array = trained("batch c_in c_out")
-    d: jax.Array = trained("batch split-in split-out")
+    c: jax.Array = trained("batch slow-in slow-out")
+    d: jax.Array = trained("batch fast-in fast-out")
     scale: jax.Array = frozen("scalar")
     split: tuple[int, ...] = static()
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
@@ -99,18 +72,9 @@ class LoKrFullAdapter(Adapter):
     def contradiction(self) -> str | None:
         return _wrong_split(self)
 
-    def shape(self) -> tuple[int, ...]:
-        lead = self.axes.count(BATCH)
-        middle = lead + self.axes.count(IN)
-        return _shape(self, self.d.shape[lead:middle], self.d.shape[middle:])
-
     def factored(self, weight: jax.Array) -> Factored:
-        batch, into, out = _second_labels(self)
-        return _form(self, weight.ndim, (Factor(self.d, (*batch, *into, *out)),))
-
-    def identity_like(self, weight: jax.Array | None) -> Self:
         del weight
-        return dataclasses.replace(self, c=jnp.zeros_like(self.c))
+        return self.form(_scaled(self), self.factor("d"))
 
 
 Kronecker = LoKrAdapter | LoKrFullAdapter
@@ -123,32 +87,10 @@ def _wrong_split(node: Kronecker) -> str | None:
     return f"split={node.split} does not name an in and an out axis of {node.axes}."
 
 
-def _shape(node: Kronecker, into: Sequence[int], out: Sequence[int]) -> tuple[int, ...]:
-    """The shape of the weight, from the sizes of the second matrix's axes."""
-    lead = node.axes.count(BATCH)
-    first = dict(zip(node.split, node.c.shape[lead:]))
-    second = roles.assembled(node.axes, batch=node.c.shape[:lead], into=into, out=out)
-    return tuple(size * first.get(axis, 1) for axis, size in enumerate(second))
-
-
-def _second_labels(node: Kronecker) -> tuple[tuple[str, ...], ...]:
-    """The labels of the second matrix's batch, in and out axes."""
-
-    def of(role: str) -> tuple[str, ...]:
-        axes = (axis for axis, found in enumerate(node.axes) if found == role)
-        return tuple(f"{axis}.1" if axis in node.split else str(axis) for axis in axes)
-
-    return of(BATCH), of(IN), of(OUT)
-
-
-def _form(node: Kronecker, ndim: int, second: tuple[Factor, ...]) -> Factored:
-    """The factored form: each divided axis has two labels."""
+def _scaled(node: Kronecker) -> Factor:
+    """The first matrix with the scale."""
     dtype = compute_dtype(node.c.dtype)
-    first = (*roles.labels(node.axes, BATCH), *(f"{axis}.0" for axis in node.split))
-    return Factored(
-        labels=tuple((f"{i}.0", f"{i}.1") if i in node.split else (str(i),) for i in range(ndim)),
-        factors=(Factor(node.c.astype(dtype) * node.scale.astype(dtype), first), *second),
-    )
+    return Factor(node.c.astype(dtype) * node.scale.astype(dtype), node.labels("c"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +111,8 @@ class LoKr(Recipe):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> made = LoKr(rank=2, alpha=4).create(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
-      >>> made.c.shape, made.a.shape, made.b.shape
+      >>> adapter = LoKr(rank=2, alpha=4).create(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
+      >>> adapter.c.shape, adapter.a.shape, adapter.b.shape
       ((4, 4), (2, 4), (2, 8))
 
     References:
@@ -200,8 +142,8 @@ class LoKr(Recipe):
         split = tuple(_largest(weight.shape, axes, role) for role in (IN, OUT))
         first = tuple(_divisor(weight.shape[axis], self.factor) for axis in split)
         inner = [size // dict(zip(split, first)).get(axis, 1) for axis, size in enumerate(weight.shape)]
-        batch, into, out = (roles.sizes(inner, axes, role) for role in (BATCH, IN, OUT))
-        fan_in = math.prod(into)
+        batch, in_sizes, out = (roles.sizes(inner, axes, role) for role in (BATCH, IN, OUT))
+        fan_in = math.prod(in_sizes)
         one, two = jax.random.split(key)
 
         def uniform(key: jax.Array, shape: Sequence[int], fan: int) -> jax.Array:
@@ -215,9 +157,9 @@ class LoKr(Recipe):
         }
         divided = [inner[axis] for axis in split]
         if self.rank >= max(divided) / 2:
-            return LoKrFullAdapter(d=uniform(one, (*batch, *into, *out), fan_in), **common)
+            return LoKrFullAdapter(d=uniform(one, (*batch, *in_sizes, *out), fan_in), **common)
         return LoKrAdapter(
-            a=uniform(one, (*batch, self.rank, *into), fan_in),
+            a=uniform(one, (*batch, self.rank, *in_sizes), fan_in),
             b=uniform(two, (*batch, self.rank, *out), self.rank),
             **common,
         )
@@ -225,7 +167,7 @@ class LoKr(Recipe):
 
 def _largest(shape: Sequence[int], axes: Sequence[str], role: str) -> int:
     """The number of the largest axis of a role, the last of several."""
-    return max((size, axis) for axis, (size, found) in enumerate(zip(shape, axes)) if found == role)[1]
+    return max((size, axis) for axis, (size, axis_role) in enumerate(zip(shape, axes)) if axis_role == role)[1]
 
 
 def _divisor(size: int, limit: int | None) -> int:

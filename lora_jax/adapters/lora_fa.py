@@ -1,6 +1,7 @@
-"""LoRA-FA: LoRA whose first factor stays as it was drawn."""
+"""LoRA-FA: LoRA with a frozen first factor."""
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -18,7 +19,7 @@ class LoRAFAAdapter(LoRAAdapter):
 
 @dataclasses.dataclass(frozen=True)
 class LoRAFA(LoRA):
-    r"""LoRA with `a` frozen: half of the trained numbers, and no input kept for the gradient of `a`.
+    r"""LoRA with `a` frozen: half of the trained numbers, and no input saved for the gradient of `a`.
 
     Takes what :class:`LoRA` takes. Embeddings start, as LoRA's do, from a zero `a`, which would stay zero: they need
     an `init` that draws it, such as 'gaussian'.
@@ -33,16 +34,20 @@ class LoRAFA(LoRA):
       Zhang et al., `LoRA-FA <https://arxiv.org/abs/2308.03303>`_, 2023, §3
     """
 
-    def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, LoRAFAAdapter]:
-        weight, low = super()._make(key, weight, axes, moves)
-        drawn = isinstance(low.a, jax.core.Tracer)  # whose values nobody knows yet
-        zero = self.init == "zero_a" or (self.init == "kaiming_uniform" and LOOKUP in axes)
-        if zero if drawn else not low.a.any():
+    def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, LoRAAdapter]:
+        weight, node = super()._make(key, weight, axes, moves)
+        starts_at_zero = self.init == "zero_a" or (self.init == "kaiming_uniform" and LOOKUP in axes)
+        # A tracer has no values yet.
+        if starts_at_zero if isinstance(node.a, jax.core.Tracer) else not node.a.any():
             raise ValueError(
                 f"LoRAFA(init={self.init!r}) starts this weight from a zero a, which stays zero: choose an init that "
                 "draws a, such as 'gaussian'."
             )
-        return weight, LoRAFAAdapter(**{field.name: getattr(low, field.name) for field in dataclasses.fields(low)})
+        return weight, node
+
+    def _adapter(self, fields: dict[str, Any], weight: jax.Array) -> LoRAFAAdapter:
+        del weight
+        return LoRAFAAdapter(**fields)
 
 
 __getattr__ = module_getattr(__name__, FrozenA="LoRAFAAdapter")

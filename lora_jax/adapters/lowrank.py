@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,22 +11,11 @@ import jax.numpy as jnp
 from lora_jax import checks, initializers
 from lora_jax.adapters import roles
 from lora_jax.adapters.factored import Factor, Factored, compute_dtype
+from lora_jax.adapters.layouts import BATCH, BLOCK, IN, LOOKUP, OUT, RANK
 from lora_jax.adapters.matrices import Matrices
-from lora_jax.adapters.protocol import (
-    BATCH,
-    IN,
-    LOOKUP,
-    OUT,
-    Adapter,
-    Recipe,
-    adapter,
-    frozen,
-    pad_axis,
-    static,
-    trained,
-)
+from lora_jax.adapters.protocol import Adapter, Recipe, adapter, frozen, static, trained
 from lora_jax.initializers import Reading
-from lora_jax.leaves import dequantized, is_abstract, is_quantized
+from lora_jax.leaves import align_leading, dequantized, is_abstract, is_quantized
 from lora_jax.renamed import module_getattr
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
@@ -34,12 +23,10 @@ SCALINGS: dict[str, Callable[[float, int], float]] = {
     "alpha/sqrt(r)": lambda alpha, rank: alpha / math.sqrt(rank),
 }
 
-BLOCK, RANK = "block", "rank"
 
-
-@adapter("LoRA")
+@adapter("LoRA", sizes=("sketch",))
 class LoRAAdapter(Adapter):
-    """ΔW[in, out] = scale · Σᵣ a[r, in] · b[r, out], and scale · bias[out] added to the outputs where there is a bias.
+    """ΔW[in, out] = scale · Σᵣ a[r, in] · b[r, out]; a bias adds scale · bias[out] to the outputs.
 
     Attributes:
       a: `[*batch, (blocks,) rank, *in]`.
@@ -49,9 +36,9 @@ class LoRAAdapter(Adapter):
       axes: The role of each axis of the weight.
       blocks: Which of the equal parts of the out axis are adapted; `(True,)` for the whole axis. `a` and
         `b` hold the adapted ones only.
-      fingerprint: Of the weight, where `prepare` moved a part of it into the factors; see
+      fingerprint: Of the weight, if `prepare` moved a part of it into the factors; see
         :mod:`lora_jax.adapters.fingerprints`.
-      bias: `[*batch, (blocks,) *out]`; of the second product, as PEFT's `lora_bias` has it, on a layer that has no bias
+      bias: `[*batch, (blocks,) *out]`; of the second product, like PEFT's `lora_bias`, on a layer that has no bias
         of its own; None for none. An adapter with one is not merged.
     """
 
@@ -66,75 +53,16 @@ class LoRAAdapter(Adapter):
 
     additive = True
 
-    @property
-    def _rank_axis(self) -> int:
-        return self.axes.count(BATCH) + (len(self.blocks) > 1)
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[self._rank_axis]
-
-    def pad_rank(self, rank: int) -> Self:
-        a, b = (pad_axis(factor, self._rank_axis, rank) for factor in (self.a, self.b))
-        return dataclasses.replace(self, a=a, b=b)
-
-    def identity_like(self, weight: jax.Array | None) -> Self:
-        del weight
-        a, b, fingerprint, bias = jax.tree.map(jnp.zeros_like, (self.a, self.b, self.fingerprint, self.bias))
-        return dataclasses.replace(self, a=a, b=b, fingerprint=fingerprint, bias=bias)
-
-    def shape(self) -> tuple[int, ...]:
-        lead, skip = self.axes.count(BATCH), self._rank_axis + 1
-        out = tuple(size * len(self.blocks) for size in self.b.shape[skip:])
-        return roles.assembled(self.axes, batch=self.a.shape[:lead], into=self.a.shape[skip:], out=out)
-
     def factored(self, weight: jax.Array) -> Factored:
         del weight
-        form = self.with_diagonal(self.scale)
+        form = low_rank_form(self, self.scale)
         return form if self.bias is None else dataclasses.replace(form, offset=self._offset(self.bias))
 
     def _offset(self, bias: jax.Array) -> Factor:
         """The scaled bias, with the labels of the batch and out axes."""
-        batch, out = (roles.labels(self.axes, role) for role in (BATCH, OUT))
         dtype = compute_dtype(bias.dtype)
-        scaled = bias.astype(dtype) * self.scale.astype(dtype).reshape(
-            self.scale.shape + (1,) * (bias.ndim - self.scale.ndim)
-        )
-        return Factor(self._spread_blocks(scaled), (*batch, *((BLOCK,) if len(self.blocks) > 1 else ()), *out))
-
-    def with_diagonal(self, diagonal: jax.Array) -> Factored:
-        """The factored form of Σᵣ a[r] · diagonal[r] · b[r].
-
-        What scales the rank is a factor of its own: multiplied into b it would make another b, as large and one more
-        for its gradient.
-
-        Args:
-          diagonal: `[*batch, (blocks,) rank]`, or its leading axes.
-        """
-        batch, into, out = (roles.labels(self.axes, role) for role in (BATCH, IN, OUT))
-        fused = len(self.blocks) > 1
-        lead = (*batch, *((BLOCK,) if fused else ()), RANK)
-        shape = self.a.shape[: len(lead)]
-        dtype = compute_dtype(self.b.dtype)  # a scale of few bits would be another scale
-        diagonal = diagonal.astype(dtype).reshape(diagonal.shape + (1,) * (len(shape) - diagonal.ndim))
-        return Factored(
-            labels=tuple((BLOCK, str(i)) if fused and role == OUT else (str(i),) for i, role in enumerate(self.axes)),
-            factors=(
-                Factor(self._spread_blocks(self.a), (*lead, *into)),
-                Factor(self._spread_blocks(jnp.broadcast_to(diagonal, shape)), lead),
-                Factor(self._spread_blocks(self.b), (*lead, *out)),
-            ),
-            dropout=self.dropout,
-        )
-
-    def _spread_blocks(self, factor: jax.Array) -> jax.Array:
-        """Zeros in place of the blocks that are not adapted."""
-        if all(self.blocks):
-            return factor
-        axis = self.axes.count(BATCH)
-        kept = iter(jnp.split(factor, sum(self.blocks), axis=axis))
-        zero = jnp.zeros((*factor.shape[:axis], 1, *factor.shape[axis + 1 :]), factor.dtype)
-        return jnp.concatenate([next(kept) if adapted else zero for adapted in self.blocks], axis=axis)
+        scaled = bias.astype(dtype) * align_leading(self.scale.astype(dtype), bias.ndim)
+        return _spread_blocks(self, Factor(scaled, self.labels("bias")))
 
     def describe(self) -> dict[str, Any]:
         described: dict[str, Any] = {"rank": self.rank}
@@ -142,6 +70,35 @@ class LoRAAdapter(Adapter):
             scale = float(self.scale)
             described |= {"alpha": scale * self.rank, "scale": scale, "dropout": float(self.dropout)}
         return described
+
+
+def low_rank_form(node: Any, diagonal: jax.Array) -> Factored:
+    """The factored form of Σᵣ a[r] · diagonal[r] · b[r].
+
+    The diagonal is a factor of its own: multiplied into b it would make another b, as large and one more for its
+    gradient.
+
+    Args:
+      node: An adapter with the fields `a`, `b`, `blocks` and `dropout` of :class:`LoRAAdapter`.
+      diagonal: `[*batch, (blocks,) rank]`, or its leading axes.
+    """
+    a, b = node.factor("a"), node.factor("b")
+    lead = a.labels[: a.labels.index(RANK) + 1]
+    dtype = compute_dtype(node.b.dtype)  # in few bits a scale would be rounded
+    diagonal = jnp.broadcast_to(align_leading(diagonal.astype(dtype), len(lead)), node.a.shape[: len(lead)])
+    factors = (_spread_blocks(node, factor) for factor in (a, Factor(diagonal, lead), b))
+    return node.form(*factors, dropout=node.dropout)
+
+
+def _spread_blocks(node: Any, factor: Factor) -> Factor:
+    """The factor with zeros for the blocks that are not adapted."""
+    if all(node.blocks):
+        return factor
+    axis, array = factor.axis(BLOCK), factor.array
+    adapted = iter(jnp.split(array, sum(node.blocks), axis=axis))
+    zero = jnp.zeros((*array.shape[:axis], 1, *array.shape[axis + 1 :]), array.dtype)
+    parts = [next(adapted) if is_adapted else zero for is_adapted in node.blocks]
+    return Factor(jnp.concatenate(parts, axis=axis), factor.labels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +126,8 @@ class LoRA(Recipe):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> made = LoRA(rank=4, alpha=8).create(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
-      >>> made.a.shape, made.b.shape, float(made.scale)
+      >>> adapter = LoRA(rank=4, alpha=8).create(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
+      >>> adapter.a.shape, adapter.b.shape, float(adapter.scale)
       ((4, 16), (4, 32), 2.0)
 
     References:
@@ -226,9 +183,9 @@ class LoRA(Recipe):
         limits = {path: min(matrices.fan_in, matrices.fan_out) for path, matrices in split.items()}
         ranks = initializer.distributed(self.rank, readings, limits, sum(self._block_mask()))
         recipes: dict[str, Recipe | None] = {}
-        for path, found in readings.items():
-            own = None if ranks is None else ranks[path]
-            rank = self.rank if own is None else max(own)
+        for path, reading in readings.items():
+            matrix_ranks = None if ranks is None else ranks[path]
+            rank = self.rank if matrix_ranks is None else max(matrix_ranks)
             if rank == 0:
                 recipes[path] = None
                 continue
@@ -237,7 +194,7 @@ class LoRA(Recipe):
                 rank=rank,
                 # The scale is that of the recipe, whatever the rank.
                 alpha=None if self.alpha is None else self.scale() / SCALINGS[self.scaling](1.0, rank),
-                init=initializers.Calibrated(initializer, found, own),
+                init=initializers.Calibrated(initializer, reading, matrix_ranks),
             )
         return recipes
 
@@ -258,15 +215,15 @@ class LoRA(Recipe):
             raise ValueError(f"{self._name}(alpha={self.alpha}, init={self.init!r}) divides by a positive scale.")
         matrices = self._matrices(weight.shape, axes)
 
-        def term(a: jax.Array, b: jax.Array, scale: float) -> LoRAAdapter:
-            return LoRAAdapter(
-                a=a.reshape(*matrices.batch, self.rank, *matrices.into).astype(self.dtype),
-                b=b.reshape(*matrices.batch, self.rank, *matrices.out).astype(self.dtype),
-                scale=jnp.asarray(scale, jnp.float32),
-                dropout=jnp.asarray(self.dropout, jnp.float32),
-                axes=matrices.axes,
-                blocks=matrices.blocks,
-            )
+        def fields(a: jax.Array, b: jax.Array, scale: float) -> dict[str, Any]:
+            return {
+                "a": a.reshape(*matrices.batch, self.rank, *matrices.in_sizes).astype(self.dtype),
+                "b": b.reshape(*matrices.batch, self.rank, *matrices.out_sizes).astype(self.dtype),
+                "scale": jnp.asarray(scale, jnp.float32),
+                "dropout": jnp.asarray(self.dropout, jnp.float32),
+                "axes": matrices.axes,
+                "blocks": matrices.blocks,
+            }
 
         start = initializer.start(
             initializers.Given(
@@ -280,19 +237,24 @@ class LoRA(Recipe):
                 leaf=weight,
                 matrices=matrices.of,
                 axes=axes,
-                without=lambda a, b: term(a, b, -scale).merge(dequantized(weight)),
+                without=lambda a, b: LoRAAdapter(**fields(a, b, -scale)).merge(dequantized(weight)),
             )
         )
-        moved = weight if start.leaf is None else start.leaf
-        if is_quantized(weight) and not is_quantized(moved):
-            moved = weight.requantized(moved)
-        return moved, term(start.a, start.b, scale)
+        residual = weight if start.leaf is None else start.leaf
+        if is_quantized(weight) and not is_quantized(residual):
+            residual = weight.requantized(residual)
+        return residual, self._adapter(fields(start.a, start.b, scale), residual)
+
+    def _adapter(self, fields: dict[str, Any], weight: jax.Array) -> Any:
+        """The adapter with the fields of a :class:`LoRAAdapter`, for the weight that remains in the base."""
+        del weight
+        return LoRAAdapter(**fields)
 
     def _matrices(self, shape: Sequence[int], axes: Sequence[str]) -> Matrices:
         """The weight as matrices; raises where it has none of this rank."""
         name = self._name
         axes = roles.in_and_out(name, axes, shape)
-        batch, into, out = (roles.sizes(shape, axes, role) for role in (BATCH, IN, OUT))
+        batch, in_sizes, out = (roles.sizes(shape, axes, role) for role in (BATCH, IN, OUT))
         mask = self._block_mask()
         if len(mask) > 1:
             if len(out) != 1 or out[0] % len(mask):
@@ -302,14 +264,14 @@ class LoRA(Recipe):
                     "parts can be declared 'batch' by axes=."
                 )
             batch, out = (*batch, sum(mask)), (out[0] // len(mask),)
-        found = Matrices(axes=axes, blocks=mask, batch=batch, into=into, out=out)
-        limit = min(found.fan_in, found.fan_out)
+        matrices = Matrices(axes=axes, blocks=mask, batch=batch, in_sizes=in_sizes, out_sizes=out)
+        limit = min(matrices.fan_in, matrices.fan_out)
         if self.rank > limit:
             raise ValueError(
                 f"{name}(rank={self.rank}) is above the rank of the weight: shape {tuple(shape)} with roles "
                 f"{axes} is at most of rank {limit}."
             )
-        return found
+        return matrices
 
 
 __getattr__ = module_getattr(__name__, LowRank="LoRAAdapter")

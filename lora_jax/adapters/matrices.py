@@ -19,30 +19,30 @@ class Matrices:
       axes: The role of each axis of the weight: 'batch', 'in' or 'out'.
       blocks: Which of the equal parts of the out axis are adapted.
       batch: Sizes of the batch axes, and the number of adapted blocks where there are several parts.
-      into: Sizes of the in axes.
-      out: Sizes of the out axes, of one part.
+      in_sizes: Sizes of the in axes.
+      out_sizes: Sizes of the out axes, of one part.
     """
 
     axes: tuple[str, ...]
     blocks: tuple[bool, ...]
     batch: tuple[int, ...]
-    into: tuple[int, ...]
-    out: tuple[int, ...]
+    in_sizes: tuple[int, ...]
+    out_sizes: tuple[int, ...]
 
     @property
     def fan_in(self) -> int:
-        return math.prod(self.into)
+        return math.prod(self.in_sizes)
 
     @property
     def fan_out(self) -> int:
-        return math.prod(self.out)
+        return math.prod(self.out_sizes)
 
     def of(self, weight: jax.Array) -> jax.Array:
         """`[batch, in, out]`, at least float32."""
-        order = [axis for wanted in (BATCH, IN, OUT) for axis, role in enumerate(self.axes) if role == wanted]
+        order = sorted(range(len(self.axes)), key=lambda axis: (BATCH, IN, OUT).index(self.axes[axis]))
         parts = len(self.blocks)
         grouped = jnp.transpose(weight, order).reshape(-1, self.fan_in, parts, self.fan_out)
-        kept = jnp.moveaxis(grouped, 2, 1)
+        matrices = jnp.moveaxis(grouped, 2, 1)
         if not all(self.blocks):
-            kept = kept[:, np.flatnonzero(self.blocks)]
-        return kept.reshape(-1, self.fan_in, self.fan_out).astype(compute_dtype(weight.dtype))
+            matrices = matrices[:, np.flatnonzero(self.blocks)]
+        return matrices.reshape(-1, self.fan_in, self.fan_out).astype(compute_dtype(weight.dtype))

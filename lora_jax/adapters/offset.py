@@ -1,7 +1,7 @@
 """A trained, scaled term beside a leaf: the bias that some LoRA variants add to their second product."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from lora_jax import checks
 from lora_jax.adapters.factored import compute_dtype
 from lora_jax.adapters.protocol import Adapter, Recipe, adapter, frozen, static, trained
+from lora_jax.leaves import align_leading
 from lora_jax.renamed import module_getattr
 
 
@@ -29,17 +30,10 @@ class OffsetAdapter(Adapter):
     additive = True
     merged_because = "an offset is as large as its leaf"
 
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.value.shape)
-
     def merge(self, weight: jax.Array) -> jax.Array:
         dtype = compute_dtype(weight.dtype)
-        scale = self.scale.astype(dtype).reshape(self.scale.shape + (1,) * (self.value.ndim - self.scale.ndim))
+        scale = align_leading(self.scale.astype(dtype), self.value.ndim)
         return (weight.astype(dtype) + scale * self.value.astype(dtype)).astype(weight.dtype)
-
-    def identity_like(self, weight: jax.Array | None) -> Self:
-        del weight
-        return dataclasses.replace(self, value=jnp.zeros_like(self.value))
 
     def describe(self) -> dict[str, Any]:
         return {"scale": float(self.scale)} if isinstance(self.scale, jax.Array) and self.scale.ndim == 0 else {}

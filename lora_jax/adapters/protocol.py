@@ -1,4 +1,4 @@
-"""What an adapter is and what a recipe is: the two small contracts that every family fulfils."""
+"""What an adapter is and what a recipe is: the two small contracts that every family fulfills."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -7,17 +7,12 @@ from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters.factored import Factored, dense
+from lora_jax.adapters import layouts
+from lora_jax.adapters.factored import Factor, Factored, dense
+from lora_jax.adapters.layouts import BATCH, IN, LOOKUP, OUT, ROLES  # noqa: F401 (roles belong to the protocol)
 from lora_jax.initializers import Reading
 from lora_jax.leaves import shapes
 from lora_jax.renamed import RenamedMethod
-
-BATCH, IN, OUT, LOOKUP = "batch", "in", "out", "lookup"
-"""Axis roles. `lookup` is an in axis that is indexed (an embedding's vocabulary) instead of contracted."""
-ROLES = (BATCH, IN, OUT, LOOKUP)
-
-WEIGHT, SCALAR, SPLIT = "weight", "scalar", "split-"
-"""Other words of layouts: see :func:`trained`."""
 
 NO_BIAS = (
     "the adapter adds a bias to the outputs, which no merged weight holds. Use the adapter unmerged, or load it on a "
@@ -33,10 +28,9 @@ def trained(layout: str = "", *, vector: bool = False, **options: Any) -> Any:
     """Declares a field of an adapter whose inexact leaves are trained.
 
     Args:
-      layout: What the axes of its array are, in words: 'batch', 'in' and 'out' are the weight's axes of that role,
-        'weight' all of its axes, 'split-in' and 'split-out' axes of that role of which one is a part of the weight's,
-        and another word is an axis that the weight does not have ('batch rank in'). 'scalar' is none. Shardings are
-        made from it, and arrays that contradict it are refused. Empty says nothing.
+      layout: The axes of its array in words, such as 'batch rank in'; see :mod:`lora_jax.adapters.layouts`. The
+        weight's shape, the rank, padding and shardings are derived from it, and arrays that contradict it are refused.
+        Empty declares nothing.
       vector: Whether it holds a number for each output, input or rank, as a bias does, instead of a factor.
         Optimizers treat the two differently (:func:`lora_jax.optim.decay_mask`).
       **options: Of `dataclasses.field`. A field with `default=None, kw_only=True` may be absent, from checkpoints too.
@@ -50,19 +44,20 @@ def frozen(layout: str = "", *, leading: bool = False, **options: Any) -> Any:
 
     Args:
       layout: As for :func:`trained`.
-      leading: Whether the array may have only the first of these axes.
+      leading: Whether the array may have only the first of these axes, as scales have.
       **options: As for :func:`trained`.
     """
     return dataclasses.field(metadata={"trained": False, "layout": layout, "leading": leading}, **options)
 
 
-def static(*, choices: tuple[Any, ...] = ()) -> Any:
+def static(layout: str = "", *, choices: tuple[Any, ...] = ()) -> Any:
     """Declares a field that is part of the structure: strings, numbers, booleans and tuples of these.
 
     Args:
+      layout: Of a field that holds sizes of the weight's axes which no array has: these axes, as for :func:`trained`.
       choices: The values that it may have; empty for any of its type.
     """
-    return dataclasses.field(metadata={"static": True, "choices": choices})
+    return dataclasses.field(metadata={"static": True, "choices": choices, "layout": layout, "leading": False})
 
 
 class Adapter:
@@ -79,9 +74,11 @@ class Adapter:
     axes: tuple[str, ...]
     kind: ClassVar[str]
     additive: ClassVar[bool] = False
+    _sizes: ClassVar[tuple[str, ...]] = ()
     merged_because: ClassVar[str] = "the adapter has no factored form"
     padded = RenamedMethod("pad_rank")
     neutral = RenamedMethod("identity_like")
+    layout = RenamedMethod("labels")
 
     def __init_subclass__(cls) -> None:
         RenamedMethod.check(cls)
@@ -91,11 +88,35 @@ class Adapter:
         values = {field.name: getattr(self, field.name) for field in fields if "trained" in field.metadata}
         absent = {field.name for field in fields if field.kw_only and values.get(field.name) is None}
         shown = ", ".join(f"{name}={shapes(value)}" for name, value in values.items() if name not in absent)
-        return f"{self.kind}({shown})"
+        return f"{type(self).__name__}({shown})"
 
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight that the adapter fits."""
-        raise TypeError(f"{type(self).__name__} does not say the shape of its weight: define shape().")
+        shape = layouts.shape(self)
+        if shape is None:
+            raise TypeError(
+                f"The layouts of {type(self).__name__} do not determine the weight's shape: define shape(), or declare "
+                "the missing sizes by static(layout)."
+            )
+        return shape
+
+    def labels(self, name: str) -> tuple[str, ...]:
+        """The label of each axis of a field's array; see :func:`lora_jax.adapters.layouts.labels`."""
+        return layouts.labels(self, name)
+
+    def factor(self, name: str) -> Factor:
+        """A field's array as a factor of the factored form, labeled as its layout declares."""
+        array = getattr(self, name)
+        return Factor(array, self.labels(name)[: array.ndim])
+
+    def form(self, *factors: Factor, **parts: Any) -> Factored:
+        """The factored form of a weight whose axes have the labels that layouts give them.
+
+        Args:
+          *factors: Their product is added to the weight.
+          **parts: Gains, an offset and a dropout rate, as of :class:`lora_jax.adapters.factored.Factored`.
+        """
+        return Factored(labels=layouts.axis_labels(self), factors=factors, **parts)
 
     def factored(self, weight: Any) -> Factored | None:
         """The adapted weight as labeled tensors, or None where only :meth:`merge` exists.
@@ -121,36 +142,48 @@ class Adapter:
         return dense(weight, form.dims(weight.shape), form.factors, form.gains)
 
     @property
-    def rank(self) -> int | None:
-        """The size that :meth:`pad_rank` raises; None for kinds without one."""
+    def rank(self) -> Any:
+        """The size that :meth:`pad_rank` raises, an integer; None for kinds without one."""
+        for name, (axis, *_) in layouts.rank_axes(self).items():
+            return getattr(self, name).shape[axis]
         return None
 
     def pad_rank(self, rank: int) -> Self:
         """The same adapter with a larger rank, so that adapters of different ranks stack.
 
-        What is added are zeros behind the present entries. They change neither the weight nor the gradients of
-        the present entries, and have no gradients themselves. (Where two zero factors multiply, both hold.)
+        The present entries are followed by zeros, which change neither the weight nor the gradients of the present
+        entries, and have no gradients themselves. (For a product of two factors that are both padded, both hold.)
 
         Args:
           rank: At least :attr:`rank`.
         """
-        raise TypeError(f"{type(self).__name__} has no rank to pad to {rank}.")
+        axes = layouts.rank_axes(self)
+        if not axes:
+            raise TypeError(f"{type(self).__name__} has no rank to pad to {rank}.")
+        padded = {name: getattr(self, name) for name in axes}
+        for name, ranks in axes.items():
+            for axis in ranks:
+                padded[name] = pad_axis(padded[name], axis, rank)
+        return dataclasses.replace(self, **padded)  # pyrefly: ignore[bad-specialization]
 
     def identity_like(self, weight: jax.Array | None) -> Self:
         """An adapter with the structure, shapes and dtypes of this one that leaves its weight as it is.
 
-        It stands for this path in members of a stack that do not adapt it.
+        It represents this path in members of a stack that do not adapt it. For additive kinds all arrays but scales
+        are zero.
 
         Args:
-          weight: The weight; may be None for kinds whose neutral adapter does not depend on it.
+          weight: The weight; may be None for kinds whose identity does not depend on it.
 
         Raises:
-          ValueError: The kind needs the weight, and there is none.
+          ValueError: The kind needs the weight, which is None.
         """
         del weight
-        raise TypeError(
-            f"{type(self).__name__} does not say which of its adapters changes nothing: define identity_like()."
-        )
+        if not self.additive:
+            raise TypeError(
+                f"{type(self).__name__} is not additive: define identity_like(), which leaves the weight as it is."
+            )
+        return dataclasses.replace(self, **layouts.zeros(self))  # pyrefly: ignore[bad-specialization]
 
     def trainable(self) -> Self:
         """The adapter with each leaf replaced by whether it trains. Integers never do."""
@@ -163,12 +196,6 @@ class Adapter:
             if "trained" in field.metadata
         }
         return dataclasses.replace(self, **masks)  # pyrefly: ignore[bad-specialization]
-
-    def layout(self, name: str) -> str:
-        """What the axes of a field's array are; see :func:`trained`. A single block has no axis of its own."""
-        fields = {field.name: field for field in dataclasses.fields(self)}  # pyrefly: ignore[bad-argument-type]
-        words = fields[name].metadata["layout"]
-        return words if len(getattr(self, "blocks", ())) > 1 else words.replace(" block", "")
 
     def contradiction(self) -> str | None:
         """What contradicts in static fields, where their types and the layouts of arrays do not tell."""
@@ -183,22 +210,52 @@ T = TypeVar("T", bound="Adapter")
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(trained, frozen, static))
-def adapter(kind: str) -> Callable[[type[T]], type[T]]:
-    """Makes a class an adapter: a frozen dataclass, a pytree node, known to checkpoints as `kind`.
+def adapter(kind: str, *, sizes: tuple[str, ...] = ()) -> Callable[[type[T]], type[T]]:
+    """Registers a class as an adapter: a frozen dataclass, a pytree node, stored in checkpoints as `kind`.
 
     Fields are declared by :func:`trained`, :func:`frozen` and :func:`static`. Unflattening calls
     nothing but the dataclass's own constructor, so leaves may be anything (None, booleans, shapes).
+
+    Args:
+      kind: The name in checkpoints. Executing the same definition again (a notebook's cell, a reload) replaces it.
+      sizes: Words of layouts for axes that the weight does not have.
+
+    Raises:
+      ValueError: Another class has this kind; a layout has an unknown word.
+
+    Example:
+      >>> import jax, lora_jax as lora
+      >>> @lora.adapter("docs.Shift")
+      ... class ShiftAdapter(lora.Adapter):
+      ...     shift: jax.Array = trained("weight")
+      ...     axes: tuple[str, ...] = static()
+      ...
+      ...     additive = True
+      ...
+      ...     def merge(self, weight):
+      ...         return weight + self.shift
+      >>> ShiftAdapter(jax.numpy.ones(3), axes=()).shape()
+      (3,)
     """
 
     def decorate(cls: type[T]) -> type[T]:
+        other = KINDS.get(kind)
+        if other is not None and ((other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__)):
+            raise ValueError(
+                f"adapter({kind!r}) on {cls.__module__}.{cls.__qualname__}: {other.__module__}.{other.__qualname__} "
+                "has this kind already. Choose another name, such as one that begins with your package's."
+            )
         cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
         fields = dataclasses.fields(cls)  # pyrefly: ignore[bad-argument-type]
+        declared = {*sizes, *(word for base in cls.__mro__[1:] for word in getattr(base, "_sizes", ()))}
+        layouts.check_layouts(cls, kind, sorted(declared))
         jax.tree_util.register_dataclass(
             cls,
             data_fields=[f.name for f in fields if "trained" in f.metadata],
             meta_fields=[f.name for f in fields if "static" in f.metadata],
         )
         cls.kind = kind
+        cls._sizes = tuple(declared)
         KINDS[kind] = cls
         return cls
 
@@ -245,18 +302,18 @@ class Recipe:
         raise TypeError(f"{type(self).__name__} reads {self.reads}: define with_calibration().")
 
 
-def needed(weight: jax.Array | None, kind: str) -> jax.Array:
-    """The weight that :meth:`Adapter.identity_like` cannot do without; raises where there is none."""
+def check_weight(weight: jax.Array | None, kind: str) -> jax.Array:
+    """The weight that :meth:`Adapter.identity_like` needs; raises `ValueError` if it is None."""
     if weight is None:
         raise ValueError(f"A {kind} adapter that changes nothing is made from the weight: give base=.")
     return weight
 
 
 def pad_axis(array: jax.Array, axis: int, size: int) -> jax.Array:
-    """Zeros behind the entries of one axis, up to `size`."""
+    """Appends zeros along one axis, up to `size`."""
     if size < array.shape[axis]:
         raise ValueError(f"An axis of size {array.shape[axis]} cannot be padded to {size}.")
-    return jnp.pad(array, [(0, size - array.shape[axis] if i == axis else 0) for i in range(array.ndim)])
+    return jnp.pad(array, [(0, size - array.shape[axis] if i == axis % array.ndim else 0) for i in range(array.ndim)])
 
 
 Delta = dict[str, Adapter]

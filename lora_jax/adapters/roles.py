@@ -1,9 +1,10 @@
-"""The axes of a weight by their roles: labels, sizes, and shapes put together again."""
+"""The axes of a weight by their roles: sizes, and what recipes require."""
 
 import math
 from collections.abc import Sequence
 
-from lora_jax.adapters.protocol import BATCH, IN, LOOKUP, OUT, check_axes
+from lora_jax.adapters.layouts import IN, LOOKUP, OUT
+from lora_jax.adapters.protocol import check_axes
 
 
 def contracted(axes: Sequence[str]) -> tuple[str, ...]:
@@ -11,20 +12,9 @@ def contracted(axes: Sequence[str]) -> tuple[str, ...]:
     return tuple(IN if role == LOOKUP else role for role in axes)
 
 
-def labels(axes: Sequence[str], role: str) -> tuple[str, ...]:
-    """The labels of the axes of one role: their numbers."""
-    return tuple(str(number) for number, found in enumerate(axes) if found == role)
-
-
 def sizes(shape: Sequence[int], axes: Sequence[str], role: str) -> tuple[int, ...]:
     """The sizes of the axes of one role."""
-    return tuple(size for size, found in zip(shape, axes) if found == role)
-
-
-def assembled(axes: Sequence[str], *, batch: Sequence[int], into: Sequence[int], out: Sequence[int]) -> tuple[int, ...]:
-    """The shape of a weight from the sizes of its batch, in and out axes."""
-    queues = {BATCH: iter(batch), IN: iter(into), OUT: iter(out)}
-    return tuple(next(queues[role]) for role in axes)
+    return tuple(size for size, axis_role in zip(shape, axes) if axis_role == role)
 
 
 def in_and_out(name: str, axes: Sequence[str], shape: Sequence[int]) -> tuple[str, ...]:

@@ -3,36 +3,25 @@
 import dataclasses
 import math
 import weakref
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax import checks
 from lora_jax.adapters import roles
-from lora_jax.adapters.dora import NORM_OVER, decomposed, magnitude_of
+from lora_jax.adapters.dora import NORM_OVER, Decomposed, magnitude_of
 from lora_jax.adapters.factored import Factor, Factored, compute_dtype
-from lora_jax.adapters.protocol import (
-    BATCH,
-    IN,
-    OUT,
-    Adapter,
-    Recipe,
-    adapter,
-    frozen,
-    needed,
-    pad_axis,
-    static,
-    trained,
-)
+from lora_jax.adapters.layouts import BATCH, IN, OUT
+from lora_jax.adapters.protocol import Adapter, Recipe, adapter, frozen, static, trained
 from lora_jax.renamed import module_getattr
 
 _SHARED: weakref.WeakValueDictionary[tuple, jax.Array] = weakref.WeakValueDictionary()
 
 
 def shared(seed: int, part: int, shape: tuple[int, ...], fan: int, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Random numbers U(±√(6/fan)): one array for all who ask for the same, as long as one of them lives."""
-    # What is made under a mesh with explicit axes lies there and has another type.
+    """Random numbers U(±√(6/fan)): one array for all calls with the same arguments, while it is referenced."""
+    # An array made under a mesh with explicit axes has a type of its own.
     name = (seed, part, shape, fan, jnp.dtype(dtype), jax.sharding.get_abstract_mesh())
     array = _SHARED.get(name)
     if array is None:
@@ -67,68 +56,19 @@ class VeRAAdapter(Adapter):
 
     additive = True
 
-    def shape(self) -> tuple[int, ...]:
-        return roles.assembled(self.axes, batch=self.d.shape[:-1], into=self.a.shape[1:], out=self.b.shape[1:])
-
     def factored(self, weight: jax.Array) -> Factored:
-        batch, into, out = (roles.labels(self.axes, role) for role in (BATCH, IN, OUT))
-        dtype = compute_dtype(self.g.dtype)  # a scale of few bits would be another scale
-        return Factored(
-            labels=tuple((str(axis),) for axis in range(weight.ndim)),
-            factors=(
-                Factor(self.a, ("rank", *into)),
-                Factor(self.d, (*batch, "rank")),
-                Factor(self.b, ("rank", *out)),
-                Factor(self.g.astype(dtype) * self.scale.astype(dtype), (*batch, *out)),
-            ),
-            dropout=self.dropout,
-        )
-
-    @property
-    def rank(self) -> int:
-        return self.d.shape[-1]
-
-    def pad_rank(self, rank: int) -> Self:
-        axis = self.d.ndim - 1
-        return dataclasses.replace(
-            self, d=pad_axis(self.d, axis, rank), a=pad_axis(self.a, 0, rank), b=pad_axis(self.b, 0, rank)
-        )
-
-    def identity_like(self, weight: jax.Array | None) -> Self:
         del weight
-        return dataclasses.replace(self, g=jnp.zeros_like(self.g))
+        dtype = compute_dtype(self.g.dtype)  # in few bits a scale would be rounded
+        g = Factor(self.g.astype(dtype) * self.scale.astype(dtype), self.labels("g"))
+        return self.form(self.factor("a"), self.factor("d"), self.factor("b"), g, dropout=self.dropout)
 
     def describe(self) -> dict[str, Any]:
         return {"rank": self.rank}
 
 
 @adapter("DVoRA")
-class DVoRAAdapter(VeRAAdapter):
-    """The same on the direction of the weight, with a trained magnitude, as in DoRA.
-
-    Attributes:
-      magnitude: `[*batch, *out]`, or `[*batch, *in]` where the norm is over the out axes.
-      norm_over: The axes that a norm is taken over, 'in' or 'out'.
-      norm_gradient: Whether gradients flow through the norm.
-    """
-
-    magnitude: jax.Array = trained("batch kept", vector=True)
-    norm_over: str = static(choices=NORM_OVER)
-    norm_gradient: bool = static()
-
-    additive = False
-
-    def layout(self, name: str) -> str:
-        return super().layout(name).replace("kept", OUT if self.norm_over == IN else IN)
-
-    def factored(self, weight: jax.Array) -> Factored:
-        form = super().factored(weight)
-        return decomposed(form, weight, self.axes, self.magnitude, self.norm_over, self.norm_gradient)
-
-    def identity_like(self, weight: jax.Array | None) -> Self:
-        zero = super().identity_like(weight)
-        magnitude = magnitude_of(self.kind, zero, needed(weight, self.kind), self.norm_over)
-        return dataclasses.replace(zero, magnitude=magnitude.astype(self.magnitude.dtype))
+class DVoRAAdapter(Decomposed, VeRAAdapter):
+    """The same on the direction of the weight, with a trained magnitude, as in DoRA."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +85,8 @@ class VeRA(Recipe):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> made = VeRA(rank=64).create(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
-      >>> made.d.shape, made.g.shape, made.a.shape
+      >>> adapter = VeRA(rank=64).create(jax.random.key(0), jnp.zeros((16, 32)), ("in", "out"))
+      >>> adapter.d.shape, adapter.g.shape, adapter.a.shape
       ((64,), (32,), (64, 16))
 
     References:
@@ -172,16 +112,22 @@ class VeRA(Recipe):
     def create(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> VeRAAdapter:
         del key
         axes = roles.in_and_out(type(self).__name__, axes, weight.shape)
-        batch, into, out = (roles.sizes(weight.shape, axes, role) for role in (BATCH, IN, OUT))
-        return VeRAAdapter(
-            d=jnp.full((*batch, self.rank), self.d, self.dtype),
-            g=jnp.zeros((*batch, *out), self.dtype),
-            a=shared(self.seed, 0, (self.rank, *into), math.prod(into), self.dtype),
-            b=shared(self.seed, 1, (self.rank, *out), self.rank, self.dtype),
-            scale=jnp.ones((), jnp.float32),
-            dropout=jnp.asarray(self.dropout, jnp.float32),
-            axes=axes,
-        )
+        batch, in_sizes, out = (roles.sizes(weight.shape, axes, role) for role in (BATCH, IN, OUT))
+        fields = {
+            "d": jnp.full((*batch, self.rank), self.d, self.dtype),
+            "g": jnp.zeros((*batch, *out), self.dtype),
+            "a": shared(self.seed, 0, (self.rank, *in_sizes), math.prod(in_sizes), self.dtype),
+            "b": shared(self.seed, 1, (self.rank, *out), self.rank, self.dtype),
+            "scale": jnp.ones((), jnp.float32),
+            "dropout": jnp.asarray(self.dropout, jnp.float32),
+            "axes": axes,
+        }
+        return self._adapter(fields, weight)
+
+    def _adapter(self, fields: dict[str, Any], weight: jax.Array) -> VeRAAdapter:
+        """The adapter with the fields of a :class:`VeRAAdapter`, for a weight."""
+        del weight
+        return VeRAAdapter(**fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,10 +157,9 @@ class DVoRA(VeRA):
         checks.one_of("DVoRA", "norm_over", self.norm_over, NORM_OVER)
         checks.flag("DVoRA", "norm_gradient", self.norm_gradient)
 
-    def create(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> DVoRAAdapter:
-        pair = super().create(key, weight, axes)
-        fields = {field.name: getattr(pair, field.name) for field in dataclasses.fields(pair)}
-        magnitude = magnitude_of("DVoRA", pair, weight, self.norm_over)
+    def _adapter(self, fields: dict[str, Any], weight: jax.Array) -> DVoRAAdapter:
+        term = VeRAAdapter(**fields)
+        magnitude = magnitude_of("DVoRA", term, term.factored(weight), weight, self.norm_over)
         return DVoRAAdapter(**fields, magnitude=magnitude, norm_over=self.norm_over, norm_gradient=self.norm_gradient)
 
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.adapters.factored import Factor, compute_dtype
+from lora_jax.adapters.factored import compute_dtype
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter, Delta, check_axes
+from lora_jax.adapters.terms import pair
 from lora_jax.leaves import dequantized
 from lora_jax.transform.call import Arguments, check_delta
 
@@ -100,10 +101,10 @@ def decompose_adapter(path: str, node: Adapter, weight: Any, axes: Axes | None) 
     """Computes the decomposition of one ΔW."""
     layout = get_layout(path, node, axes)
     if node.additive:
-        pair = _pair(node)
-        if pair is None:
+        factors = pair(node)
+        if factors is None:
             return svd(to_matrices(node.merge(jnp.zeros(node.shape(), jnp.float32)), *layout))
-        (q_in, r_in), (q_out, r_out) = np.linalg.qr(pair[0]), np.linalg.qr(pair[1])
+        (q_in, r_in), (q_out, r_out) = map(np.linalg.qr, factors.matrices())
         core = svd(r_in @ r_out.swapaxes(-1, -2))
         return Decomposition(q_in @ core.inputs, core.values, q_out @ core.outputs)
     if weight is None:
@@ -117,43 +118,6 @@ def svd(matrix: np.ndarray) -> Decomposition:
     zero = s <= s.max(axis=-1, keepdims=True, initial=0.0) * np.finfo(s.dtype).eps * max(matrix.shape[-2:])
     nonzero = ~zero[..., None, :]
     return Decomposition(u * nonzero, np.where(zero, 0.0, s), vt.swapaxes(-1, -2) * nonzero)
-
-
-def _pair(node: Adapter) -> tuple[np.ndarray, np.ndarray] | None:
-    """ΔW as two matrices, `[*lead, in, k]` and `[*lead, out, k]`, or None where the factors do not part so."""
-    weight: Any = jax.ShapeDtypeStruct(node.shape(), jnp.float32)  # an additive term has no use for the values
-    form = node.factored(weight)
-    if form is None:
-        return None
-    sizes = dict(pair for axis in form.dims(node.shape()) for pair in axis)
-    role_of = {label: role for labels, role in zip(form.labels, node.axes) for label in labels}
-    reads: list[Factor] = []  # with labels of in axes
-    writes: list[Factor] = []
-    for factor in form.factors:
-        (reads if any(role_of.get(label) == IN for label in factor.labels) else writes).append(factor)
-    read, written = ({label for factor in side for label in factor.labels} for side in (reads, writes))
-    # An out label on both sides counts matrices, as batch labels do: the blocks of a fused axis.
-    lead = [x for x, role in role_of.items() if role == BATCH or (role == OUT and x in read & written)]
-    if any(role_of.get(label) == OUT and label not in lead for label in read):
-        return None
-    bonds = sorted(label for label in read & written if label not in role_of)
-    into, out = ([x for x, role in role_of.items() if role == wanted and x not in lead] for wanted in (IN, OUT))
-    return _product(reads, lead, into, bonds, sizes), _product(writes, lead, out, bonds, sizes)
-
-
-def _product(
-    factors: Sequence[Factor], lead: Sequence[str], own: Sequence[str], bonds: Sequence[str], sizes: Mapping[str, int]
-) -> np.ndarray:
-    """`[*lead, own, bonds]`: the product of factors, with the labels of each of the last two groups flattened."""
-    number = {label: i for i, label in enumerate({*lead, *own, *bonds, *(x for f in factors for x in f.labels)})}
-    # Ones along what no factor has: one pair of factors may serve all layers.
-    ones = np.ones([sizes[label] for label in (*lead, *own)])
-    operands: list[Any] = [ones, [number[label] for label in (*lead, *own)]]
-    for factor in factors:
-        operands += [to_float64(factor.array), [number[label] for label in factor.labels]]
-    product = np.einsum(*operands, [number[label] for label in (*lead, *own, *bonds)], optimize=True)
-    rest = product.shape[len(lead) + len(own) :]
-    return product.reshape(*product.shape[: len(lead)], -1, int(np.prod(rest)))
 
 
 def to_matrices(weight: Any, roles: Sequence[str], blocks: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.adapters.conversion import without_bias
+from lora_jax.adapters.terms import without_bias
 from lora_jax.analysis.decomposition import Axes, Delta, get_layout, get_weights, ratio, to_matrices, to_merge_dtype
 
 

@@ -18,6 +18,7 @@ from lora_jax.analysis.decomposition import (
     to_float64,
     to_matrices,
 )
+from lora_jax.leaves import align_leading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +168,6 @@ def amplification(
             projected=np.linalg.norm(change.inputs.swapaxes(-1, -2) @ weight @ change.outputs, axis=(-2, -1)),
             largest=np.linalg.norm(values * leading, axis=-1),
             random=total * count / np.sqrt(weight.shape[-2] * weight.shape[-1]),
-            scale=np.broadcast_to(scale.reshape(scale.shape + (1,) * (count.ndim - scale.ndim)), count.shape),
+            scale=np.broadcast_to(align_leading(scale, count.ndim), count.shape),
         )
     return results

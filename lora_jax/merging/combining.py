@@ -11,12 +11,14 @@ from jax import lax
 
 from lora_jax import checks
 from lora_jax.adapters.consistency import check_adapters
-from lora_jax.adapters.conversion import as_low_rank, is_low_rank
 from lora_jax.adapters.factored import compute_dtype
 from lora_jax.adapters.fingerprints import needs_moved_base
+from lora_jax.adapters.layouts import BATCH, RANK
 from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.offset import OffsetAdapter
-from lora_jax.adapters.protocol import BATCH, Adapter, Delta
+from lora_jax.adapters.protocol import Adapter, Delta
+from lora_jax.adapters.terms import as_low_rank, is_low_rank
+from lora_jax.leaves import align_leading
 
 METHODS = (
     "cat",
@@ -197,7 +199,7 @@ class _Merge:
         elif self.method.startswith("dare") and self.key is not None:
             kept = jax.random.bernoulli(jax.random.fold_in(self.key, part), self.density, arrays.shape)
             arrays = jnp.where(kept, arrays / self.density, 0.0)
-        weighted = arrays * weights.reshape((-1,) + (1,) * (arrays.ndim - 1))
+        weighted = arrays * align_leading(weights, arrays.ndim)
         if self.method not in ("ties", "dare_ties"):
             return weighted.sum(axis=0)
         signs = jnp.sign(arrays)
@@ -278,12 +280,11 @@ def _common(dtypes: Sequence[jnp.dtype]) -> jnp.dtype:
 
 def _lead(node: LoRAAdapter) -> int:
     """The number of axes before the rank."""
-    return node.axes.count(BATCH) + (len(node.blocks) > 1)
+    return node.labels("a").index(RANK)
 
 
 def _by_scale(array: jax.Array, scale: jax.Array, factor: float = 1.0) -> jax.Array:
-    total = (scale * factor).reshape(scale.shape + (1,) * (array.ndim - scale.ndim))
-    return array.astype(jnp.float32) * total
+    return array.astype(jnp.float32) * align_leading(scale * factor, array.ndim)
 
 
 def _matrices(node: LoRAAdapter) -> tuple[jax.Array, jax.Array]:

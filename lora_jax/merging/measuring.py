@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.conversion import as_low_rank, without_bias
 from lora_jax.adapters.factored import Factored
 from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.protocol import Adapter
+from lora_jax.adapters.terms import as_low_rank, term, without_bias
 
 
 def norm(node: Adapter) -> float:
@@ -56,17 +55,13 @@ def distance(one: Adapter, other: Adapter, *, sign: float = -1.0) -> float:
 
 
 def _form(node: Adapter) -> Factored | None:
-    """The factors of an adapter's term; None where it has none."""
-    if isinstance(node, LoRAAdapter):
-        node = as_low_rank(node)
-    if not node.additive:
-        raise ValueError(f"A {node.kind} adapter adds no term of its own to its weight.")
-    return node.factored(jax.ShapeDtypeStruct(node.shape(), jnp.float32))  # pyrefly: ignore[bad-argument-type]
+    """The factors of an adapter's term; None if it has none."""
+    return term(as_low_rank(node) if isinstance(node, LoRAAdapter) else node)
 
 
 def _dense(node: Adapter) -> np.ndarray:
-    term = as_low_rank(node) if isinstance(node, LoRAAdapter) else node
-    return np.asarray(without_bias(term).merge(jnp.zeros(node.shape(), jnp.float32))).astype(np.float64)
+    additive = as_low_rank(node) if isinstance(node, LoRAAdapter) else node
+    return np.asarray(without_bias(additive).merge(jnp.zeros(node.shape(), jnp.float32))).astype(np.float64)
 
 
 def _inner(one: Factored, other: Factored) -> float:

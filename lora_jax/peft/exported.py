@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from lora_jax.adapters.conversion import as_low_rank, is_low_rank
 from lora_jax.adapters.dora import DoRAAdapter
 from lora_jax.adapters.full import FullAdapter, RowsAdapter
 from lora_jax.adapters.lowrank import RANK, LoRAAdapter
 from lora_jax.adapters.offset import OffsetAdapter
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
+from lora_jax.adapters.terms import as_low_rank, is_low_rank
 from lora_jax.peft import keys
 from lora_jax.peft.factor_layout import FactorLayout, Labeled, pad_rank
 from lora_jax.peft.names import Binding, Names

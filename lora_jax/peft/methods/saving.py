@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.adapters.conversion import is_low_rank
 from lora_jax.adapters.full import FullAdapter, RowsAdapter
 from lora_jax.adapters.ia3 import IA3Adapter
 from lora_jax.adapters.protocol import BATCH, OUT, Adapter
+from lora_jax.adapters.terms import is_low_rank
 from lora_jax.io.read_errors import list_problems
 from lora_jax.peft import keys
 from lora_jax.peft.config import TOKENS, exactly

@@ -1,0 +1,219 @@
+"""What the layouts of an adapter's fields state: the axes of each array, and everything that follows from them.
+
+A layout names the axes of an array in words, such as `"batch rank in"`:
+
+  batch, in, out    the weight's axes of that role
+  block             the adapted blocks of the out axis; absent when there is one block
+  rank              an axis that :meth:`Adapter.pad_rank` enlarges; twice in a layout for a square matrix
+  slow-in, fast-in  the axes of that role, of which the one that the static field `split` names is in two parts: its
+                    slow part, or all the others and its fast part (likewise slow-out, fast-out)
+  weight            all axes of the weight, whatever their roles
+  scalar            no axis
+
+The name of a static field that holds a role stands for that role, and `~name` for the opposite one. Any other word is
+the size of an axis that the weight does not have; :func:`lora_jax.adapters.protocol.adapter` declares these.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import paths
+
+if TYPE_CHECKING:
+    from lora_jax.adapters.protocol import Adapter
+
+BATCH, IN, OUT, LOOKUP = "batch", "in", "out", "lookup"
+"""Axis roles. `lookup` is an in axis that is indexed (an embedding's vocabulary) instead of contracted."""
+ROLES = (BATCH, IN, OUT, LOOKUP)
+
+BLOCK, RANK, WEIGHT, SCALAR = "block", "rank", "weight", "scalar"
+SLOW, FAST = "slow-", "fast-"
+WORDS = (BATCH, IN, OUT, BLOCK, RANK, WEIGHT, SCALAR, *(part + role for role in (IN, OUT) for part in (SLOW, FAST)))
+"""The words that every layout may use."""
+
+_OPPOSITE = {IN: OUT, OUT: IN}
+
+
+def check_layouts(cls: type, kind: str, sizes: Collection[str]) -> None:
+    """Raises `ValueError` unless every layout of an adapter class is made of words that exist, roles once each."""
+    fields = dataclasses.fields(cls)
+    choices = [field.name for field in fields if "static" in field.metadata]
+    known = [*WORDS, *sizes, *choices, *(f"~{name}" for name in choices)]
+    for field in fields:
+        words = field.metadata.get("layout", "").split()
+        for word in words:
+            if word not in known:
+                raise ValueError(
+                    f"{cls.__name__}.{field.name}: the layout {' '.join(words)!r} has the unknown word {word!r}; "
+                    f"{paths.nearest(word, known)}. The words are {', '.join((*WORDS, *sizes))}, and names of static "
+                    f"fields that hold a role. Declare the size of an axis that the weight does not have: "
+                    f"adapter({kind!r}, sizes=({word!r},))."
+                )
+            if words.count(word) > 1 and word not in (RANK, *sizes):
+                raise ValueError(
+                    f"{cls.__name__}.{field.name}: the layout {' '.join(words)!r} has {word!r} {words.count(word)} "
+                    "times; only sizes may repeat."
+                )
+
+
+def labels(node: "Adapter", name: str) -> tuple[str, ...]:
+    """The label of each axis of a field's array; an axis of the weight is labeled by its number.
+
+    The slow and the fast part of axis 1 are '1.0' and '1.1'. A size that occurs twice gets a prime.
+    """
+    return tuple(label for _, label in labeled_words(node, name))
+
+
+def labeled_words(node: "Adapter", name: str) -> Iterator[tuple[str, str]]:
+    """Per axis of a field's array (or entry of a static field that holds sizes), its word and its label."""
+    seen: set[str] = set()
+    axes, split = node.axes, getattr(node, "split", ())
+    for word in _metadata(node, name)["layout"].split():
+        word = _resolved(node, word)
+        part, role = (word[:5], word[5:]) if word.startswith((SLOW, FAST)) else ("", word)
+        if role in (BATCH, IN, OUT):
+            for axis, axis_role in enumerate(axes):
+                if (IN if axis_role == LOOKUP else axis_role) != role or (part == SLOW and axis not in split):
+                    continue
+                yield word, f"{axis}.{0 if part == SLOW else 1}" if part and axis in split else str(axis)
+        elif word == WEIGHT:
+            yield from ((word, str(axis)) for axis in range(np.ndim(getattr(node, name))))
+        elif word != SCALAR and not (word == BLOCK and blocks(node) == 1):
+            label = word
+            while label in seen:
+                label += "'"
+            seen.add(label)
+            yield word, label
+
+
+def axis_labels(node: "Adapter") -> tuple[tuple[str, ...], ...]:
+    """Per axis of the weight, the labels that make it up, the slowest first."""
+    split, fused = getattr(node, "split", ()), blocks(node) > 1
+    return tuple(
+        (f"{axis}.0", f"{axis}.1") if axis in split else (BLOCK, str(axis)) if fused and role == OUT else (str(axis),)
+        for axis, role in enumerate(node.axes)
+    )
+
+
+def blocks(node: "Adapter") -> int:
+    """The number of blocks of the out axis."""
+    return len(getattr(node, "blocks", (True,)))
+
+
+def shape(node: "Adapter") -> tuple[int, ...] | None:
+    """The shape of the weight, from the sizes of arrays and of static fields; None if they do not determine it."""
+    leaves, structure = jax.tree.flatten(node)
+    return _shape(structure, tuple(getattr(leaf, "shape", None) for leaf in leaves))
+
+
+@functools.lru_cache(maxsize=4096)
+def _shape(structure: Any, shapes: tuple[tuple[int, ...] | None, ...]) -> tuple[int, ...] | None:
+    structs = [None if shape is None else jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    node = jax.tree.unflatten(structure, structs)
+    sizes: dict[str, int] = {}
+    for name, array_sizes in _declared(node):
+        if WEIGHT in _words(node, name) and not _metadata(node, name)["leading"]:
+            return array_sizes
+        pairs = list(labeled_words(node, name))
+        # Counted from the end: arrays of a stack begin with an axis of members.
+        for (word, label), size in zip(reversed(pairs), reversed(array_sizes)):
+            if len(array_sizes) >= len(pairs):
+                sizes.setdefault(label, size // (blocks(node) if word == OUT and _is_whole(node, name) else 1))
+    sizes[BLOCK] = blocks(node)
+    if any(label not in sizes for axis in axis_labels(node) for label in axis):
+        return None
+    return tuple(math.prod(sizes[label] for label in axis) for axis in axis_labels(node))
+
+
+def check_sizes(node: "Adapter") -> None:
+    """Raises `ValueError` if the arrays of an adapter contradict their layouts or each other."""
+    sizes: dict[str, tuple[int, str]] = {BLOCK: (sum(getattr(node, "blocks", (True,))), "blocks")}
+    for name, array_sizes in _declared(node):
+        pairs = list(labeled_words(node, name))
+        leading = _metadata(node, name)["leading"]
+        if len(array_sizes) != len(pairs) and not (leading and len(array_sizes) < len(pairs)):
+            raise ValueError(
+                f"{name} has the shape {array_sizes}; {' '.join(word for word, _ in pairs) or 'a scalar'} is expected, "
+                f"{len(pairs)} axes, with the roles {node.axes}."
+            )
+        for (word, label), size in zip(pairs, array_sizes):
+            if word == OUT and _is_whole(node, name):
+                size, rest = divmod(size, blocks(node))
+                if rest:
+                    raise ValueError(
+                        f"{name} has the shape {array_sizes}, whose out axis is no multiple of the blocks."
+                    )
+            label = label.rstrip("'")
+            expected, other = sizes.setdefault(label, (size, name))
+            if expected != size:
+                raise ValueError(
+                    f"{name} has the shape {array_sizes}, with {size} for {word}; by {other} it is {expected}."
+                )
+
+
+def rank_axes(node: "Adapter") -> dict[str, tuple[int, ...]]:
+    """Per field with a rank, the axes of its array that are ranks, counted from the end."""
+    axes = {}
+    for name in array_fields(node):
+        names = [label.rstrip("'") for label in labels(node, name)]
+        if RANK in names and getattr(node, name) is not None:
+            axes[name] = tuple(axis - len(names) for axis, label in enumerate(names) if label == RANK)
+    return axes
+
+
+def zeros(node: "Adapter") -> dict[str, jax.Array]:
+    """Zeros for all arrays of an adapter but scales and scalars: what makes its term zero, with no gradient."""
+    arrays = {name: getattr(node, name) for name in array_fields(node) if not _is_scale(node, name)}
+    return {name: jnp.zeros_like(array) for name, array in arrays.items() if array is not None}
+
+
+def array_fields(node: "Adapter") -> list[str]:
+    """The names of the fields that hold arrays."""
+    return [field.name for field in dataclasses.fields(node) if "trained" in field.metadata]  # pyrefly: ignore
+
+
+def _declared(node: "Adapter") -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The fields that declare sizes, arrays and static ones, with the sizes that they hold."""
+    for field in dataclasses.fields(node):  # pyrefly: ignore[bad-argument-type]
+        value = getattr(node, field.name)
+        if not field.metadata.get("layout"):
+            continue
+        if "static" in field.metadata:
+            yield field.name, value if isinstance(value, tuple) else (value,)
+        elif hasattr(value, "shape"):
+            yield field.name, tuple(value.shape)
+
+
+def _metadata(node: "Adapter", name: str) -> Any:
+    return type(node).__dataclass_fields__[name].metadata  # pyrefly: ignore[missing-attribute]
+
+
+def _words(node: "Adapter", name: str) -> list[str]:
+    return _metadata(node, name)["layout"].split()
+
+
+def _resolved(node: "Adapter", word: str) -> str:
+    """A word, or the role that the static field of this name holds."""
+    if word in WORDS:
+        return word
+    name = word.removeprefix("~")
+    if name not in type(node).__dataclass_fields__:  # pyrefly: ignore[missing-attribute]
+        return word
+    role = getattr(node, name)
+    return _OPPOSITE[role] if word.startswith("~") else role
+
+
+def _is_whole(node: "Adapter", name: str) -> bool:
+    """Whether a field spans the whole out axis of a weight of which other fields have blocks."""
+    return blocks(node) > 1 and BLOCK not in _words(node, name)
+
+
+def _is_scale(node: "Adapter", name: str) -> bool:
+    return _metadata(node, name)["leading"] or _words(node, name) == [SCALAR]
