@@ -57,6 +57,12 @@ class Factored:
       offset: Added to each product of an input with the sum, before the gains that multiply outputs; its labels are
         those of the axes that the product does not sum over. Only beside factors. A weight with one cannot be merged.
       dropout: Rate of the dropout on the input of the product with `factors`, a scalar; None for none.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> a, b = Factor(jnp.ones((2, 4)), ("rank", "0")), Factor(jnp.ones((2, 3)), ("rank", "1"))
+      >>> Factored(labels=(("0",), ("1",)), factors=(a, b)).dims((4, 3))
+      ((('0', 4),), (('1', 3),))
     """
 
     labels: tuple[tuple[Label, ...], ...]

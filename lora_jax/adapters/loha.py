@@ -112,7 +112,7 @@ class LoHa(Recipe):
     def create(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> LoHaAdapter:
         axes = roles.in_and_out("LoHa", axes, weight.shape)
         batch, in_sizes, out = (roles.sizes(weight.shape, axes, role) for role in (BATCH, IN, OUT))
-        roles.rank_of("LoHa", self.rank, weight.shape, axes)
+        roles.check_rank("LoHa", self.rank, weight.shape, axes)
         one, two, three = jax.random.split(key, 3)
 
         def normal(key: jax.Array, sizes: tuple[int, ...], deviation: float) -> jax.Array:

@@ -39,7 +39,7 @@ class LoKrAdapter(Adapter):
     additive = True
 
     def contradiction(self) -> str | None:
-        return _wrong_split(self)
+        return roles.wrong_split(self.split, self.axes, (IN, OUT))
 
     def factored(self, weight: jax.Array) -> Factored:
         del weight
@@ -70,7 +70,7 @@ class LoKrFullAdapter(Adapter):
     additive = True
 
     def contradiction(self) -> str | None:
-        return _wrong_split(self)
+        return roles.wrong_split(self.split, self.axes, (IN, OUT))
 
     def factored(self, weight: jax.Array) -> Factored:
         del weight
@@ -78,13 +78,6 @@ class LoKrFullAdapter(Adapter):
 
 
 Kronecker = LoKrAdapter | LoKrFullAdapter
-
-
-def _wrong_split(node: Kronecker) -> str | None:
-    roles_of_split = tuple(node.axes[axis] for axis in node.split if axis < len(node.axes))
-    if roles_of_split == (IN, OUT):
-        return None
-    return f"split={node.split} does not name an in and an out axis of {node.axes}."
 
 
 def _scaled(node: Kronecker) -> Factor:
@@ -139,7 +132,7 @@ class LoKr(Recipe):
 
     def create(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> Kronecker:
         axes = roles.in_and_out("LoKr", axes, weight.shape)
-        split = tuple(_largest(weight.shape, axes, role) for role in (IN, OUT))
+        split = tuple(roles.largest(weight.shape, axes, role) for role in (IN, OUT))
         first = tuple(_divisor(weight.shape[axis], self.factor) for axis in split)
         inner = [size // dict(zip(split, first)).get(axis, 1) for axis, size in enumerate(weight.shape)]
         batch, in_sizes, out = (roles.sizes(inner, axes, role) for role in (BATCH, IN, OUT))
@@ -163,11 +156,6 @@ class LoKr(Recipe):
             b=uniform(two, (*batch, self.rank, *out), self.rank),
             **common,
         )
-
-
-def _largest(shape: Sequence[int], axes: Sequence[str], role: str) -> int:
-    """The number of the largest axis of a role, the last of several."""
-    return max((size, axis) for axis, (size, axis_role) in enumerate(zip(shape, axes)) if axis_role == role)[1]
 
 
 def _divisor(size: int, limit: int | None) -> int:

@@ -69,6 +69,24 @@ class Adapter:
       additive: Whether merging adds a term that does not depend on the weight, so that subtracting it
         restores the weight. Such kinds have a leaf `scale` that multiplies the term.
       merged_because: Why the weight is merged before use, for adapters without a factored form.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> from lora_jax.adapters import frozen, static, trained
+      >>> @lora.adapter("docs.Outer")
+      ... class OuterAdapter(lora.Adapter):
+      ...     u: jax.Array = trained("batch in")
+      ...     v: jax.Array = trained("batch out")
+      ...     scale: jax.Array = frozen("scalar")
+      ...     axes: tuple[str, ...] = static()
+      ...
+      ...     additive = True
+      ...
+      ...     def factored(self, weight):
+      ...         return self.form(self.factor("u"), self.factor("v"), self.factor("scale"))
+      >>> outer = OuterAdapter(jnp.ones(4), jnp.ones(3), jnp.float32(2), axes=("in", "out"))
+      >>> outer.shape(), outer.merge(jnp.zeros((4, 3))).tolist()[0]
+      ((4, 3), [2.0, 2.0, 2.0])
     """
 
     axes: tuple[str, ...]
@@ -104,10 +122,15 @@ class Adapter:
         """The label of each axis of a field's array; see :func:`lora_jax.adapters.layouts.labels`."""
         return layouts.labels(self, name)
 
-    def factor(self, name: str) -> Factor:
-        """A field's array as a factor of the factored form, labeled as its layout declares."""
+    def factor(self, name: str, **renamed: str) -> Factor:
+        """A field's array as a factor of the factored form, labeled as its layout declares.
+
+        Args:
+          name: Of the field.
+          **renamed: Other labels for some of the layout's, such as `rank="other"`.
+        """
         array = getattr(self, name)
-        return Factor(array, self.labels(name)[: array.ndim])
+        return Factor(array, tuple(renamed.get(label, label) for label in self.labels(name)[: array.ndim]))
 
     def form(self, *factors: Factor, **parts: Any) -> Factored:
         """The factored form of a weight whose axes have the labels that layouts give them.
@@ -263,13 +286,25 @@ def adapter(kind: str, *, sizes: tuple[str, ...] = ()) -> Callable[[type[T]], ty
 
 
 class Recipe:
-    """Makes an adapter for a weight. Recipes are frozen dataclasses.
+    """Creates an adapter for a weight. Recipes are frozen dataclasses.
 
     Attributes:
-      axes: The roles of the weight's axes where tracing should not decide them; None lets it.
-      needs_axes: Whether the recipe has to know the roles at all.
-      reads: What :func:`lora_jax.prepare` is to read of the data for it; see
+      axes: The roles of the weight's axes; None takes them from the trace.
+      needs_axes: Whether the recipe needs the roles.
+      reads: The statistics of the data that :func:`lora_jax.prepare` collects for it; see
         :class:`lora_jax.initializers.Initializer`.
+
+    Example:
+      >>> import dataclasses, jax, lora_jax as lora
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class Head(lora.Recipe):
+      ...     axes: tuple[str, ...] | None = None
+      ...
+      ...     def create(self, key, weight, axes):
+      ...         return lora.Full().create(key, weight, axes)
+      >>> delta = lora.init(jax.random.key(0), {"head": jax.numpy.ones(3)}, {"head": Head(("out",))})
+      >>> delta["head"].value.tolist()
+      [1.0, 1.0, 1.0]
     """
 
     axes: tuple[str, ...] | None = None

@@ -39,7 +39,7 @@ def in_and_out(name: str, axes: Sequence[str], shape: Sequence[int]) -> tuple[st
     return roles
 
 
-def rank_of(name: str, rank: int, shape: Sequence[int], axes: Sequence[str]) -> None:
+def check_rank(name: str, rank: int, shape: Sequence[int], axes: Sequence[str]) -> None:
     """Raises `ValueError` where a rank is above that of a weight."""
     limit = min(math.prod(sizes(shape, axes, role)) for role in (IN, OUT))
     if rank > limit:
@@ -47,3 +47,33 @@ def rank_of(name: str, rank: int, shape: Sequence[int], axes: Sequence[str]) -> 
             f"{name}(rank={rank}) is above the rank of the weight: shape {tuple(shape)} with roles {tuple(axes)} is "
             f"at most of rank {limit}."
         )
+
+
+def largest(shape: Sequence[int], axes: Sequence[str], role: str) -> int:
+    """The number of the largest axis of a role, the last of several."""
+    return max((size, axis) for axis, (size, axis_role) in enumerate(zip(shape, axes)) if axis_role == role)[1]
+
+
+def divided(name: str, argument: str, part: int, shape: Sequence[int], axis: int) -> int:
+    """The number of parts of a size in an axis of a weight.
+
+    Raises:
+      ValueError: The size does not divide the axis; the message has the nearest ones that do.
+    """
+    count, rest = divmod(shape[axis], part)
+    if rest or not count:
+        divisors = [size for size in range(2, shape[axis] + 1) if shape[axis] % size == 0]
+        nearest = sorted(sorted(divisors, key=lambda size: abs(size - part))[:3])
+        raise ValueError(
+            f"{name}({argument}={part}) does not divide the in axis {axis} of the weight of shape {tuple(shape)}; "
+            f"nearest: {', '.join(map(str, nearest)) or 'none'}."
+        )
+    return count
+
+
+def wrong_split(split: Sequence[int], axes: Sequence[str], roles: Sequence[str]) -> str | None:
+    """What is wrong with the numbers of divided axes, which have these roles; None if they are right."""
+    if tuple(axes[axis] for axis in split if axis < len(axes)) == tuple(roles):
+        return None
+    expected = " and ".join(f"an {role}" for role in roles)
+    return f"split={tuple(split)} does not name {expected} axis of {tuple(axes)}."
