@@ -207,7 +207,7 @@ def test_terms_of_other_families_become_low_rank(recipe, shape, axes):
 
 def test_a_term_that_is_no_product_of_two_factors_is_not_combined():
     delta = lora.init(jax.random.key(0), {"w": jnp.zeros((6, 8))}, {"w": lora.LoKr(1, axes=("in", "out"))})
-    with pytest.raises(ValueError, match=r"'w': the change that a LoKr(.full)? adapter makes to its weight is no product of two"):
+    with pytest.raises(ValueError, match=r"'w': the change that a LoKr(.full)? adapter makes .* is no product of two"):
         merging.combine([delta], [1.0])
     with pytest.raises(ValueError, match=r"'w': what a LoKr(.full)? adapter does .* cannot be brought to rank 1"):
         merging.truncate(delta, 1)
