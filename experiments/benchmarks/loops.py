@@ -87,7 +87,7 @@ def programs(config: Config) -> dict[str, tuple[Any, Callable[[], tuple[Any, ...
 
     def decode(read: Callable, state: lora.TrainState, tokens: jax.Array) -> jax.Array:
         cache = model.cache(1, config.prompt + config.new_tokens)
-        step = generation.stepper(adapted)
+        step = generation.make_step(adapted)
         params = (read(state.base), state.delta)
         return generation.greedy(step, params, tokens, cache=cache, new_tokens=config.new_tokens)
 

@@ -1,1 +1,1 @@
-"""Checks that need packages which this project does not depend on; run by hand."""
+"""Checks that need packages outside of this project's dependencies. They are run manually."""

@@ -1,11 +1,11 @@
-"""Whether transformers and peft reproduce the predictions of an adapter that the quickstart exported.
+"""Checks that transformers and peft reproduce the predictions of an adapter that the quickstart exported.
 
     python -m experiments.run quickstart --export peft
     python -m experiments.checks.exported_quickstart runs/quickstart/lora-seed0-… --base DIRECTORY
 
-The second command needs torch, transformers, peft and numpy, and none of this project's own dependencies. It runs the
-code in the export's README as it stands there, on all test examples of the run, and prints how far its logits are from
-those of the run. --base is a copy of the base on disk, where the README names one of the hub's.
+The second command needs torch, transformers, peft and numpy, and no dependency of this project. It runs the code in the
+export's README on all test examples of the run and compares its logits with those of the run. --base is a local copy of
+the base, if the README names a model on the Hugging Face Hub.
 """
 
 import argparse
@@ -25,19 +25,19 @@ _TOLERANCE = 1e-4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the directory of a run, which holds peft/ and test_logits.npy")
-    parser.add_argument("--base", type=Path, help="the base in Hugging Face layout (default: as the README says)")
-    chosen = parser.parse_args()
-    config = json.loads((chosen.run.parent / "run.json").read_text(encoding="utf-8"))["config"]
+    parser.add_argument("run", type=Path, help="the directory of a run, which contains peft/ and test_logits.npy")
+    parser.add_argument("--base", type=Path, help="the base in Hugging Face layout (default: as in the README)")
+    args = parser.parse_args()
+    config = json.loads((args.run.parent / "run.json").read_text(encoding="utf-8"))["config"]
     test = examples.load(config["data"], "test", config["test_examples"])
-    expected = np.load(chosen.run / "test_logits.npy")
-    names = readme(chosen.run / "peft", chosen.base and chosen.base.absolute())
-    found = [names["logits"](list(test.texts[i : i + _BATCH])).numpy() for i in range(0, len(test), _BATCH)]
-    compare(np.concatenate(found), expected, test)
+    expected = np.load(args.run / "test_logits.npy")
+    names = run_readme(args.run / "peft", args.base and args.base.absolute())
+    logits = [names["logits"](list(test.texts[i : i + _BATCH])).numpy() for i in range(0, len(test), _BATCH)]
+    compare(np.concatenate(logits), expected, test)
 
 
-def readme(directory: Path, base: Path | None) -> dict:
-    """Runs the code of an export's README in the export's directory; the names that it defines."""
+def run_readme(directory: Path, base: Path | None) -> dict:
+    """Runs the code of an export's README in the export's directory and returns the names that it defines."""
     (code,) = re.findall(r"```python\n(.*?)```", (directory / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     if base is not None:
         code, count = re.subn(r"^base, adapter = .*$", f'base, adapter = {str(base)!r}, "."', code, flags=re.MULTILINE)
@@ -52,20 +52,20 @@ def readme(directory: Path, base: Path | None) -> dict:
     return names
 
 
-def compare(found: np.ndarray, expected: np.ndarray, test: examples.Examples) -> None:
-    """Prints how far the logits are apart.
+def compare(logits: np.ndarray, expected: np.ndarray, test: examples.Examples) -> None:
+    """Compares logits with those of the run.
 
     Raises:
-      SystemExit: Further than float32 explains.
+      SystemExit: They differ by more than float32 explains.
     """
-    if found.shape != expected.shape:
-        sys.exit(f"logits of shape {found.shape}, the run's are {expected.shape}")
-    apart, same = np.abs(found - expected).max(), np.mean(found.argmax(-1) == expected.argmax(-1))
-    print(f"{len(test):,} test examples, logits up to {np.abs(expected).max():.3g}")
-    print(f"largest difference of a logit: {apart:.2g}")
-    print(f"the same class: {same:.2%}; accuracy {np.mean(found.argmax(-1) == test.labels):.1%}")
-    if apart > _TOLERANCE:
-        sys.exit(f"more than {_TOLERANCE} apart")
+    if logits.shape != expected.shape:
+        sys.exit(f"expected logits of shape {expected.shape}, got {logits.shape}")
+    difference, same = np.abs(logits - expected).max(), np.mean(logits.argmax(-1) == expected.argmax(-1))
+    print(f"{len(test):,} test examples, largest logit {np.abs(expected).max():.3g}")
+    print(f"largest difference of a logit: {difference:.2g}")
+    print(f"the same class: {same:.2%}; accuracy {np.mean(logits.argmax(-1) == test.labels):.1%}")
+    if difference > _TOLERANCE:
+        sys.exit(f"logits differ by more than {_TOLERANCE}")
 
 
 if __name__ == "__main__":

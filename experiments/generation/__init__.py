@@ -1,12 +1,12 @@
-"""Text from a decoder: greedy, sampled, or the best of several beams.
+"""Text generation with a decoder: greedy, sampling, and beam search.
 
-All take `step(params, tokens_BL, mask_BL, cache) -> (logits_BV, cache)`, which gives the logits of the last place.
-The parameters are one argument, whatever they are: a base, a base with its delta, a quantized base.
+All functions take `step(params, tokens_BL, mask_BL, cache) -> (logits_BV, cache)`, which computes the logits of the
+last position. The parameters are one argument of any type: a base, a base with its delta, or a quantized base.
 """
 
 from experiments.generation.beams import Beams, beam_search
-from experiments.generation.loop import Step, greedy, sample, stepper
+from experiments.generation.loop import Step, greedy, make_step, sample
 from experiments.generation.ngrams import forbid_repeats
-from experiments.generation.sampling import filtered
+from experiments.generation.sampling import filter_logits
 
-__all__ = ["Beams", "Step", "beam_search", "filtered", "forbid_repeats", "greedy", "sample", "stepper"]
+__all__ = ["Beams", "Step", "beam_search", "filter_logits", "forbid_repeats", "greedy", "make_step", "sample"]

@@ -1,4 +1,4 @@
-"""One token after another, in one compiled loop that stops when all texts have ended."""
+"""Greedy decoding and sampling, in a compiled loop that stops when all texts have ended."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,17 +9,17 @@ import jax.numpy as jnp
 
 from experiments.generation import prompts
 from experiments.generation.ngrams import forbid_repeats
-from experiments.generation.sampling import filtered
+from experiments.generation.sampling import filter_logits
 from experiments.models.cache import Cache
 
 Step = Callable[[Any, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
-"""`step(params, tokens_BL, mask_BL, cache) -> (logits_BV, cache)`: the logits of the last place."""
+"""`step(params, tokens_BL, mask_BL, cache) -> (logits_BV, cache)`: computes the logits of the last position."""
 
 
-def stepper(apply: Callable) -> Step:
-    """A step from a decoder's function.
+def make_step(apply: Callable) -> Step:
+    """Returns a step function of a decoder.
 
-    Keep the result: what generates compiles once for each step function that it is given.
+    Reuse the result: the generation functions are compiled once for each step function.
 
     Args:
       apply: `apply_fn` of `lora.nnx.functional(model)`, with `params` the base; or `lora.adapt(apply_fn)`, with
@@ -45,24 +45,24 @@ def greedy(
     pad: int = 0,
     no_repeat: int = 0,
 ) -> jax.Array:
-    """Continues each prompt with the likeliest token, again and again.
+    """Continues each prompt with the likeliest tokens.
 
     Args:
-      step: Computes the next logits; see :func:`stepper`.
-      params: What `step` is given first.
+      step: Computes the next logits; see :func:`make_step`.
+      params: The first argument of `step`.
       tokens_BL: Prompts, padded on either side.
-      mask_BL: True at tokens, False at padding; None has no padding.
-      cache: An empty one of as many rows, with slots for the prompts and the new tokens.
-      new_tokens: The most tokens to add.
-      eos: The token, or tokens, that end a text.
-      pad: What follows the end of a text.
-      no_repeat: n, to have no n-gram twice in a prompt and its continuation; 0 allows all.
+      mask_BL: True at tokens, False at padding. None: no padding.
+      cache: An empty cache with the same number of rows and slots for prompts and new tokens.
+      new_tokens: Maximum number of tokens to add.
+      eos: The token or tokens that end a text.
+      pad: The token after the end of a text.
+      no_repeat: The size n of n-grams that may not occur twice in a prompt and its continuation; 0 allows all.
 
     Returns:
       The new tokens, `int[batch, new_tokens]`.
 
     Raises:
-      ValueError: The cache does not fit, or is in use.
+      ValueError: The cache does not fit or is in use.
     """
     prompts.check(tokens_BL, new_tokens, cache)
     return _continue(
@@ -86,29 +86,32 @@ def sample(
     pad: int = 0,
     no_repeat: int = 0,
 ) -> jax.Array:
-    """Continues each prompt with tokens drawn by their probability; like :func:`greedy` but for what follows.
+    """Continues each prompt with sampled tokens.
 
     Args:
-      key: Of the draws.
-      step: See :func:`greedy`.
-      params: Likewise.
-      tokens_BL: Likewise.
-      mask_BL: Likewise.
-      cache: Likewise.
-      new_tokens: Likewise.
-      temperature: See :func:`experiments.generation.sampling.filtered`.
-      top_k: Likewise.
-      top_p: Likewise.
-      eos: See :func:`greedy`.
-      pad: Likewise.
-      no_repeat: Likewise.
+      key: The random key.
+      step: See :func:`greedy`, also for the other arguments that are not described here.
+      params: The first argument of `step`.
+      tokens_BL: Prompts, padded on either side.
+      mask_BL: True at tokens, False at padding.
+      cache: An empty cache.
+      new_tokens: Maximum number of tokens to add.
+      temperature: See :func:`experiments.generation.sampling.filter_logits`.
+      top_k: See :func:`experiments.generation.sampling.filter_logits`.
+      top_p: See :func:`experiments.generation.sampling.filter_logits`.
+      eos: The token or tokens that end a text.
+      pad: The token after the end of a text.
+      no_repeat: See :func:`greedy`.
+
+    Returns:
+      The new tokens, `int[batch, new_tokens]`.
 
     Raises:
-      ValueError: The cache does not fit or is in use, or a choice is out of range.
+      ValueError: The cache does not fit or is in use, or an option is out of range.
     """
     prompts.check(tokens_BL, new_tokens, cache)
     if temperature <= 0:
-        raise ValueError(f"temperature={temperature}, expected above 0; greedy() takes the likeliest token.")
+        raise ValueError(f"temperature={temperature}, expected above 0; greedy() selects the likeliest token.")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k}, expected at least 1, or None for all.")
     if top_p is not None and not 0 < top_p <= 1:
@@ -146,7 +149,7 @@ def _continue(
     no_repeat: int,
     top_k: int | None,
 ) -> jax.Array:
-    """Greedy without a key."""
+    """Samples with a key; selects the likeliest tokens without one."""
     tokens_BL, mask_BL = prompts.align(tokens_BL, mask_BL)
     batch, length = tokens_BL.shape
     begins_B = jnp.argmax(mask_BL, axis=1)
@@ -156,26 +159,26 @@ def _continue(
         scores_BV = forbid_repeats(logits_BV, texts_BT, begins_B, length + count, no_repeat)
         if key is None:
             return jnp.argmax(scores_BV, axis=-1).astype(texts_BT.dtype)
-        scores_BV = filtered(scores_BV, temperature=temperature, top_k=top_k, top_p=top_p)
+        scores_BV = filter_logits(scores_BV, temperature=temperature, top_k=top_k, top_p=top_p)
         return jax.random.categorical(jax.random.fold_in(key, count), scores_BV).astype(texts_BT.dtype)
 
-    def write(texts_BT: jax.Array, done_B: jax.Array, logits_BV: jax.Array, count: jax.Array | int):
+    def append(texts_BT: jax.Array, done_B: jax.Array, logits_BV: jax.Array, count: jax.Array | int):
         next_B = jnp.where(done_B, pad, choose(logits_BV, texts_BT, count))
         texts_BT = jax.lax.dynamic_update_slice_in_dim(texts_BT, next_B[:, None], length + count, axis=1)
         return texts_BT, done_B | prompts.is_end(next_B, eos)
 
-    def goes_on(state: Any) -> jax.Array:
+    def should_continue(state: Any) -> jax.Array:
         _, done_B, _, count = state
         return (count < new_tokens) & ~jnp.all(done_B)
 
-    def go_on(state: Any) -> Any:
+    def extend(state: Any) -> Any:
         texts_BT, done_B, cache, count = state
         last_B1 = jax.lax.dynamic_slice_in_dim(texts_BT, length + count - 1, 1, axis=1)
         logits_BV, cache = step(params, last_B1, ~done_B[:, None], cache)
-        return *write(texts_BT, done_B, logits_BV, count), cache, count + 1
+        return *append(texts_BT, done_B, logits_BV, count), cache, count + 1
 
     texts_BT = jnp.pad(tokens_BL, ((0, 0), (0, new_tokens)), constant_values=pad)
     logits_BV, cache = step(params, tokens_BL, mask_BL, cache)
-    texts_BT, done_B = write(texts_BT, jnp.zeros(batch, bool), logits_BV, 0)
-    texts_BT, *_ = jax.lax.while_loop(goes_on, go_on, (texts_BT, done_B, cache, jnp.ones((), jnp.int32)))
+    texts_BT, done_B = append(texts_BT, jnp.zeros(batch, bool), logits_BV, 0)
+    texts_BT, *_ = jax.lax.while_loop(should_continue, extend, (texts_BT, done_B, cache, jnp.ones((), jnp.int32)))
     return texts_BT[:, length:]

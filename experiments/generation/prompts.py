@@ -1,4 +1,4 @@
-"""Prompts of different lengths in one batch."""
+"""Batches of prompts with different lengths."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,26 +9,26 @@ import numpy as np
 
 
 def align(tokens_BL: jax.Array, mask_BL: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Moves each prompt to the right end of its row, so that all continue at the same place.
+    """Moves each prompt to the right end of its row, so that all continue at the same position.
 
     Args:
       tokens_BL: Prompts with padding on either side.
-      mask_BL: True at tokens; None has no padding.
+      mask_BL: True at tokens. None: no padding.
 
     Returns:
-      The tokens and their mask, padding on the left.
+      The tokens and their mask, with padding on the left.
     """
     if mask_BL is None:
         return tokens_BL, jnp.ones(tokens_BL.shape, bool)
     mask_BL = mask_BL.astype(bool)
     length = tokens_BL.shape[1]
-    after_B1 = jnp.argmax(mask_BL[:, ::-1], axis=1, keepdims=True)  # places behind the last token
-    from_BL = (jnp.arange(length)[None] - after_B1) % length
-    return jnp.take_along_axis(tokens_BL, from_BL, axis=1), jnp.take_along_axis(mask_BL, from_BL, axis=1)
+    padding_B1 = jnp.argmax(mask_BL[:, ::-1], axis=1, keepdims=True)  # positions after the last token
+    source_BL = (jnp.arange(length)[None] - padding_B1) % length
+    return jnp.take_along_axis(tokens_BL, source_BL, axis=1), jnp.take_along_axis(mask_BL, source_BL, axis=1)
 
 
 def check(tokens_BL: jax.Array, new_tokens: int, cache: Any) -> None:
-    """Raises a ValueError where the cache is not new or cannot hold the prompts and what follows."""
+    """Raises a ValueError if the cache is in use or too small for the prompts and new tokens."""
     batch, length = tokens_BL.shape
     if new_tokens < 1:
         raise ValueError(f"new_tokens={new_tokens}, expected at least 1.")
@@ -43,10 +43,10 @@ def check(tokens_BL: jax.Array, new_tokens: int, cache: Any) -> None:
 
 
 def ends(eos: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The ids that end a text, as a tuple."""
+    """Returns the tokens that end a text as a tuple."""
     return () if eos is None else tuple(np.atleast_1d(eos).tolist())
 
 
 def is_end(tokens: jax.Array, eos: tuple[int, ...]) -> jax.Array:
-    """Where a token ends its text."""
+    """Whether each token ends its text."""
     return jnp.isin(tokens, jnp.asarray(eos, tokens.dtype)) if eos else jnp.zeros(tokens.shape, bool)

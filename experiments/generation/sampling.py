@@ -1,26 +1,26 @@
-"""Which tokens sampling may choose."""
+"""Filters the tokens that sampling may select."""
 
 import jax
 import jax.numpy as jnp
 
 
-def filtered(
+def filter_logits(
     logits_BV: jax.Array,
     *,
     temperature: float | jax.Array | None = None,
     top_k: int | None = None,
     top_p: float | jax.Array | None = None,
 ) -> jax.Array:
-    """Logits divided by the temperature, then -∞ but for the likeliest; in transformers' order.
+    """Divides logits by the temperature, then sets all but the likeliest to -∞, in transformers' order.
 
     Args:
-      logits_BV: Of the next tokens.
-      temperature: Below 1 sharpens, above 1 flattens.
-      top_k: Keeps this many tokens, and those as likely as the last of them; static.
-      top_p: Keeps the likeliest tokens until their probability together reaches this, at least one.
+      logits_BV: Logits of the next tokens.
+      temperature: Values below 1 sharpen the distribution, values above 1 flatten it.
+      top_k: Keeps this many tokens, and those as likely as the last of them. Static.
+      top_p: Keeps the likeliest tokens until their total probability reaches this, at least one.
 
     Example:
-      >>> filtered(jnp.log(jnp.array([[0.5, 0.3, 0.2]])), top_p=0.6)[0, 2].item()
+      >>> filter_logits(jnp.log(jnp.array([[0.5, 0.3, 0.2]])), top_p=0.6)[0, 2].item()
       -inf
     """
     logits_BV = logits_BV.astype(jnp.float32)

@@ -1,1 +1,1 @@
-"""What a study shows and writes: tables, pictures, JSON."""
+"""Tables, plots and JSON records of studies."""

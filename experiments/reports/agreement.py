@@ -1,4 +1,4 @@
-"""By how much two ways to compute the same thing differ."""
+"""Comparisons of two ways to compute the same result."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ class Agreement:
 
     Attributes:
       what: What is compared with base and adapter.
-      where: In what.
-      same: How many numbers are the same; None where it is asked how far they are apart.
-      count: How many there are.
-      difference: The largest absolute difference; None where it is asked how many are the same.
+      where: The quantity that is compared.
+      same: Number of equal values; None if `difference` is set.
+      count: Number of values.
+      difference: The largest absolute difference; None if `same` is set.
     """
 
     what: str
@@ -27,19 +27,17 @@ class Agreement:
 
     @property
     def verdict(self) -> str:
-        """The result in words."""
+        """The result as text."""
         if self.difference is not None:
-            return "the same" if self.difference == 0 else f"{self.difference:.1e} apart at most"
-        return (
-            f"all {self.count:,} the same" if self.same == self.count else f"{self.same:,} of {self.count:,} the same"
-        )
+            return "equal" if self.difference == 0 else f"differ by at most {self.difference:.1e}"
+        return f"all {self.count:,} equal" if self.same == self.count else f"{self.same:,} of {self.count:,} equal"
 
 
-def agreement_table(found: Sequence[Agreement]) -> Table:
-    """A line a comparison."""
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+def agreement_table(agreements: Sequence[Agreement]) -> Table:
+    """Returns a table with a line for each comparison."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("against base and adapter", "compared", "result"):
-        shown.add_column(name)
-    for one in found:
-        shown.add_row(one.what, one.where, one.verdict)
-    return shown
+        table.add_column(name)
+    for agreement in agreements:
+        table.add_row(agreement.what, agreement.where, agreement.verdict)
+    return table

@@ -1,4 +1,4 @@
-"""The pictures of studies: what training measured over its steps."""
+"""Plots of losses and accuracies over training steps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,20 +11,20 @@ from matplotlib.figure import Figure
 from experiments.reports.results import Result
 from experiments.reports.table import by_method
 
-_COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
-_WINDOW = 25  # steps that a point of the smooth loss averages
+_COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
+_WINDOW = 25  # steps over which the loss is smoothed
 
 
 def draw(path: Path, results: Sequence[Result], title: str) -> None:
-    """Writes a PNG with the training loss on the left and validation accuracy on the right.
+    """Writes a PNG with training loss on the left and validation accuracy on the right.
 
-    Seeds of one method share its color; their mean is drawn on top. A method without steps (a head that is
-    fitted, not trained) is a horizontal line.
+    Each method has a color; the mean over its seeds is drawn on top. A method without training steps (a fitted head) is
+    a horizontal line.
     """
     figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    for color, (method, runs) in zip(_COLOURS, by_method(results).items()):
+    for color, (method, runs) in zip(_COLORS, by_method(results).items()):
         test = 100 * np.mean([run.test_accuracy for run in runs])
         label = f"{method} (test {test:.1f} %)"
         if not runs[0].losses:
@@ -38,15 +38,15 @@ def draw(path: Path, results: Sequence[Result], title: str) -> None:
 
 
 def draw_losses(path: Path, losses: Sequence[float], evaluations: Sequence[tuple[int, float]], title: str) -> None:
-    """Writes a PNG of one run's loss a token: every step of training, and the evaluations on validation."""
+    """Writes a PNG of a run's loss per token: training steps and evaluations on validation data."""
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    _losses(axes, _COLOURS[0], "training", [np.array(losses)])
+    _losses(axes, _COLORS[0], "training", [np.array(losses)])
     if evaluations:
         steps, values = zip(*evaluations)
-        axes.plot(steps, values, color=_COLOURS[1], marker="o", markersize=6, linestyle="", label="validation")
-    axes.set(xlabel="step", ylabel="loss a token, nats")
+        axes.plot(steps, values, color=_COLORS[1], marker="o", markersize=6, linestyle="", label="validation")
+    axes.set(xlabel="step", ylabel="loss per token, nats")
     _finish(path, figure, (axes,), title)
 
 

@@ -12,16 +12,16 @@ from rich.table import Table
 
 
 def grid_table(scores: np.ndarray, rows: Sequence[str], columns: Sequence[str], corner: str) -> Table:
-    """A line a row of `scores`, in percent; the best one is bold, NaN a dash."""
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column(corner)
+    """Returns a table of `scores` in percent. The best score is bold; NaN is a dash."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(corner)
     for name in columns:
-        shown.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=True)
     for name, values in zip(rows, scores):
         cells = ["–" if np.isnan(value) else f"{100 * value:.1f}" for value in values]
         best = [f"[bold]{cell}[/]" if value == np.nanmax(scores) else cell for cell, value in zip(cells, values)]
-        shown.add_row(name, *best)
-    return shown
+        table.add_row(name, *best)
+    return table
 
 
 def draw_grid(
@@ -34,23 +34,23 @@ def draw_grid(
     chosen: tuple[int, int],
     title: str,
 ) -> None:
-    """Writes a PNG with a cell a score, in percent.
+    """Writes a PNG heat map of scores in percent.
 
     Args:
-      path: Of the picture.
-      scores: `[rows, columns]`; NaN where there is none.
-      rows: Names of the rows, from the bottom up.
+      path: The output file.
+      scores: `[rows, columns]`; NaN if training diverged.
+      rows: Names of the rows, from bottom to top.
       columns: Names of the columns.
-      labels: What rows and columns are.
-      chosen: Row and column of the cell with a frame.
-      title: Above the picture.
+      labels: The axis labels of rows and columns.
+      chosen: Row and column of the cell to highlight.
+      title: The title.
     """
     figure = Figure(figsize=(2.4 + 1.1 * len(columns), 2.2 + 0.75 * len(rows)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     percent = 100 * scores
     image = axes.imshow(percent, cmap="viridis", origin="lower", aspect="auto")
-    axes.set_facecolor("#dddddd")  # where there is no score
+    axes.set_facecolor("#dddddd")  # the color of NaN
     middle = (np.nanmin(percent) + np.nanmax(percent)) / 2
     for row, column in np.ndindex(*percent.shape):
         value = percent[row, column]

@@ -1,7 +1,7 @@
-"""What is known of a method after a run, and its JSON."""
+"""The result of a run, and reading and writing of JSON records."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,17 +18,17 @@ class Result:
 
     Attributes:
       method: Its name in the table.
-      seed: Of the initial factors and the order of the examples.
-      trained_parameters: Scalars that training moves.
-      adam_bytes: The optimizer's state; None where no optimizer ran.
-      adapter_bytes: What the saved adapter takes on disk.
-      seconds: Training and its evaluations, compilation included.
-      validation_accuracy: At the end.
-      test_accuracy: At the end.
+      seed: The random seed of the initial factors and the order of the examples.
+      trained_parameters: Number of trained scalars.
+      adam_bytes: Size of the optimizer state; None if there was no optimizer.
+      adapter_bytes: Size of the saved adapter.
+      seconds: Time of training and evaluation, including compilation.
+      validation_accuracy: Validation accuracy at the end.
+      test_accuracy: Test accuracy at the end.
       merged_difference: Largest absolute difference between merged and unmerged test logits.
-      merged_agreement: Share of test examples for which both predict the same class.
-      losses: Of every training step.
-      evaluations: (step, accuracy on validation) pairs.
+      merged_agreement: Fraction of test examples for which both predict the same class.
+      losses: The loss of every training step.
+      evaluations: Pairs (step, validation accuracy).
     """
 
     method: str
@@ -50,33 +50,46 @@ class Result:
 
     @classmethod
     def load(cls, path: Path) -> "Result":
-        """Reads what `save` wrote."""
-
-        def make(content: Any) -> "Result":
-            pairs = [(step, accuracy) for step, accuracy in content.pop("evaluations")]
-            return cls(**content, evaluations=pairs)
-
-        return read_json(path, make)
+        """Reads a result that :meth:`save` wrote."""
+        return read_record(path, cls, tuples=("evaluations",))
 
 
 def stored_bytes(directory: Path) -> int:
-    """What the files under a directory hold."""
+    """Returns the total size of the files in a directory."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def read_json(path: Path, make: Callable[[Any], T]) -> T:
-    """What `make` makes of the content of a file that :func:`write_json` wrote.
+    """Returns `make(content)` of a file that :func:`write_json` wrote.
 
     Raises:
-      UserError: It is damaged, or was written by another version.
+      UserError: The file is damaged, or another version wrote it.
     """
     template = "{path}: damaged, or of another version ({reason}); --fresh starts over"
     with reading(path, error=UserError, template=template):
         return make(json.loads(path.read_text(encoding="utf-8")))
 
 
+def read_record(path: Path, kind: type[T], *, tuples: Collection[str]) -> T:
+    """Reads a dataclass that :func:`write_json` wrote.
+
+    Args:
+      path: The file.
+      kind: The dataclass.
+      tuples: Fields that are lists of tuples, which JSON represents as lists.
+
+    Raises:
+      UserError: The file is damaged, or another version wrote it.
+    """
+
+    def make(content: Any) -> T:
+        return kind(**content | {name: [tuple(entry) for entry in content[name]] for name in tuples})
+
+    return read_json(path, make)
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON so that a reader finds the old file or the new one, never a part."""
+    """Writes JSON atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as file:
         file.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The table at the end of a study: a line a method, over its seeds."""
+"""The table of a study's results, with a line for each method."""
 
 from collections.abc import Sequence
 
@@ -19,14 +19,14 @@ _COLUMNS = (
 
 
 def table(results: Sequence[Result]) -> Table:
-    """Costs and accuracy of each method; mean ± standard deviation where it ran with several seeds."""
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("method")
+    """Returns costs and accuracy of each method, as mean ± standard deviation if it ran with several seeds."""
+    rows = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    rows.add_column("method")
     for name in _COLUMNS:
-        shown.add_column(name, justify="right", no_wrap=True)
+        rows.add_column(name, justify="right", no_wrap=True)
     for group in by_method(results).values():
         first = group[0]
-        shown.add_row(
+        rows.add_row(
             first.method,
             f"{first.trained_parameters:,}",
             "–" if first.adam_bytes is None else size(first.adam_bytes),
@@ -35,22 +35,22 @@ def table(results: Sequence[Result]) -> Table:
             spread([100 * run.validation_accuracy for run in group], "{:.1f}"),
             spread([100 * run.test_accuracy for run in group], "{:.1f}"),
         )
-    return shown
+    return rows
 
 
 def merged_line(results: Sequence[Result]) -> str:
-    """Says by how much merged weights answer differently from base and adapter kept apart."""
+    """Describes the differences between merged and unmerged predictions."""
     difference = max(run.merged_difference for run in results)
     agreement = min(run.merged_agreement for run in results)
-    verdict = "agree" if agreement == 1 else "disagree in places"
+    verdict = "agree" if agreement == 1 else "differ"
     return (
-        f"merged and unmerged predictions {verdict}: {agreement:.2%} of the test examples get the same "
-        f"class, logits differ by {difference:.1e} at most"
+        f"merged and unmerged predictions {verdict}: {agreement:.2%} of the test examples have the same "
+        f"class, logits differ by at most {difference:.1e}"
     )
 
 
 def by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """The runs of each method, in the order in which methods first occur."""
+    """Groups results by method, in the order in which the methods first occur."""
     groups: dict[str, list[Result]] = {}
     for run in results:
         groups.setdefault(run.method, []).append(run)
@@ -58,13 +58,13 @@ def by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """`mean` of one value, `mean ± deviation` of several."""
+    """Formats one value, or mean ± standard deviation of several."""
     mean = form.format(np.mean(values))
     return mean if len(values) == 1 else f"{mean} ± {form.format(np.std(values, ddof=1))}"
 
 
 def size(count: float) -> str:
-    """Bytes in the unit in which they read best."""
+    """Formats a number of bytes with a suitable unit."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,1 +1,1 @@
-"""Data: what is learned from, how it is read, tokenized and cut into batches."""
+"""Labeled texts and continuations: reading, tokenizing and batching."""

@@ -1,7 +1,7 @@
-"""Sequences of many lengths, cut into batches of a few static shapes.
+"""Batches of a few static shapes from sequences of many lengths.
 
-Padding to the longest text would make most of the arithmetic padding, a shape a batch would compile a program
-a batch. Here every sequence goes to the smallest of a few lengths that holds it, and every batch is full.
+Padding all sequences to the longest would waste most of the arithmetic, and a shape per batch would compile a program
+per batch. Here every sequence is padded to the smallest sufficient length of a few, and every batch is full.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ import numpy as np
 
 Batch = dict[str, np.ndarray]
 Labels = np.ndarray | Sequence[np.ndarray]
-"""`int32[examples]`; or an array an example with a label for each of its tokens."""
+"""`int32[examples]`, or for each example an array with a label per token."""
 
 NO_LABEL = -1
 
 
 class Planned(NamedTuple):
-    """Which examples stand in a batch, and the length to which they are padded."""
+    """The examples of a batch, and the length to which they are padded."""
 
     indices: np.ndarray
     length: int
@@ -29,37 +29,37 @@ def plan(
     batch_size: int,
     rng: np.random.Generator | None = None,
 ) -> list[Planned]:
-    """Cuts one pass over the data into batches.
+    """Assigns the examples of one epoch to batches.
 
     Args:
-      sequences: Token ids, an array an example.
-      lengths: The static lengths, ascending; the last one holds every sequence.
-      batch_size: Examples a batch. What does not fill a batch joins the next longer one; only the very
-        last batch may be short of examples.
-      rng: Shuffles the examples and the batches; None keeps their order.
+      sequences: The token ids of each example.
+      lengths: The static lengths, ascending. The last is sufficient for every sequence.
+      batch_size: Examples per batch. The remainder of a length is padded to the next length; only the last batch may
+        have fewer examples.
+      rng: Shuffles examples and batches; None keeps their order.
 
     Returns:
-      Batches that together hold every example once: a function of the arguments and nothing else.
+      Batches that contain every example once. The result depends only on the arguments.
     """
     order = np.arange(len(sequences)) if rng is None else rng.permutation(len(sequences))
     sizes = np.array([len(sequence) for sequence in sequences])
     bucket = np.searchsorted(lengths, sizes)
     planned: list[Planned] = []
-    waiting = np.array([], order.dtype)
+    remaining = np.array([], order.dtype)
     for position, length in enumerate(lengths):
-        waiting = np.concatenate([waiting, order[bucket[order] == position]])
-        full = len(waiting) if length == lengths[-1] else len(waiting) - len(waiting) % batch_size
-        planned += [Planned(waiting[i : i + batch_size], length) for i in range(0, full, batch_size)]
-        waiting = waiting[full:]
+        remaining = np.concatenate([remaining, order[bucket[order] == position]])
+        full = len(remaining) if length == lengths[-1] else len(remaining) - len(remaining) % batch_size
+        planned += [Planned(remaining[i : i + batch_size], length) for i in range(0, full, batch_size)]
+        remaining = remaining[full:]
     return planned if rng is None else [planned[i] for i in rng.permutation(len(planned))]
 
 
 def assemble(planned: Planned, sequences: Sequence[np.ndarray], labels: Labels, batch_size: int) -> Batch:
-    """The arrays of a planned batch; rows beyond its examples have weight 0.
+    """Returns the arrays of a planned batch. Rows without an example have weight 0.
 
     Returns:
-      `tokens` int32 and `mask` bool [batch_size, length], `labels` int32 and `weights` float32 [batch_size];
-      labels of tokens are [batch_size, length], `NO_LABEL` at padding.
+      `tokens` int32 and `mask` bool `[batch_size, length]`, `labels` int32 and `weights` float32 `[batch_size]`. Labels
+      of tokens are `[batch_size, length]` and `NO_LABEL` at padding.
     """
     batch: Batch = {
         "tokens": np.zeros((batch_size, planned.length), np.int32),

@@ -1,4 +1,4 @@
-"""Texts that a language model is to continue a prompt with: next tokens as labels, the prompt's own left out."""
+"""Texts that continue a prompt: the labels are the next tokens, except those of the prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ class Continuations:
     """Tokenized examples.
 
     Attributes:
-      sequences: Token ids, an array an example: the prompt and the text but for its last token.
-      labels: For each of them the token that follows, `NO_LABEL` where that is still the prompt's.
+      sequences: The token ids of each example: the prompt and the text without its last token.
+      labels: The next token at each position, `NO_LABEL` if it belongs to the prompt.
     """
 
     sequences: list[np.ndarray]
@@ -28,32 +28,32 @@ class Continuations:
 def encode(
     tokenizer: Tokenizer, prompts: Sequence[str], texts: Sequence[str], max_length: int, end: int | None
 ) -> Continuations:
-    """Tokenizes `PROMPT TEXT`, with a space between them, as one string each.
+    """Tokenizes each `PROMPT TEXT` as one string, with a space between prompt and text.
 
     Args:
-      tokenizer: With its special tokens, which are the prompt's where they come first.
-      prompts: What is given.
-      texts: What is to be predicted.
-      max_length: Of a sequence; longer ones are cut, and then have no end.
-      end: The token that ends a text; None teaches no end.
+      tokenizer: A tokenizer. Special tokens that it adds at the beginning belong to the prompt.
+      prompts: The prompts.
+      texts: The texts to predict.
+      max_length: Maximum length of a sequence. Longer ones are truncated and have no end token.
+      end: The token that ends a text; None adds no token.
     """
     tokenizer.no_truncation()
     sequences, labels = [], []
-    joined = [f"{prompt} {text}" for prompt, text in zip(prompts, texts)]
-    for prompt, encoding in zip(prompts, tokenizer.encode_batch(joined)):
+    strings = [f"{prompt} {text}" for prompt, text in zip(prompts, texts)]
+    for prompt, encoding in zip(prompts, tokenizer.encode_batch(strings)):
         ids, starts = list(encoding.ids), [start for start, _ in encoding.offsets]
         if end is not None and ids[-1] != end:
             ids, starts = [*ids, end], [*starts, len(prompt)]
-        # a special token of the tokenizer's has no place in the string; an end counts all the same
-        given = [start < len(prompt) and token != end for token, start in zip(ids, starts)]
-        following = [NO_LABEL if known else token for known, token in zip(given, ids)][1:]
+        # Special tokens of the tokenizer have the offset 0 and belong to the prompt, except an end token.
+        in_prompt = [start < len(prompt) and token != end for token, start in zip(ids, starts)]
+        next_tokens = [NO_LABEL if excluded else token for excluded, token in zip(in_prompt, ids)][1:]
         sequences.append(np.array(ids[:-1][:max_length], np.int32))
-        labels.append(np.array(following[:max_length], np.int32))
+        labels.append(np.array(next_tokens[:max_length], np.int32))
     return Continuations(sequences, labels)
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], end: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of prompts and their mask, padded on the right; no end token behind them."""
+    """Returns the tokens of prompts and their mask, padded on the right, without end tokens."""
     tokenizer.no_truncation()
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(list(prompts))]
     encoded = [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in encoded]

@@ -1,4 +1,4 @@
-"""Labeled texts read from a directory: `labels.txt` and one table a split."""
+"""Reads labeled texts from a directory with `labels.txt` and a table for each split."""
 
 import gzip
 import zlib
@@ -14,12 +14,12 @@ SHIPPED = {"debian_sections": Path(__file__).parent / "debian_sections"}
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts with their labels.
+    """Labeled texts.
 
     Attributes:
-      texts: One string an example.
-      labels: `int32[examples]`, positions in `names`.
-      names: What the labels are called, in the order of a model's outputs.
+      texts: The text of each example.
+      labels: `int32[examples]`, indices in `names`.
+      names: The names of the labels, in the order of a model's outputs.
     """
 
     texts: tuple[str, ...]
@@ -33,55 +33,55 @@ class Examples:
 def load(directory: str | Path, split: str, limit: int | None = None) -> Examples:
     """Reads one split of a data set.
 
-    The directory holds `labels.txt`, a label a line, and for each split `SPLIT.tsv` or `SPLIT.tsv.gz`: a
-    header, then a line an example. The first column is the label, the last one the text; others are ignored.
+    The directory contains `labels.txt` with one label per line, and for each split `SPLIT.tsv` or `SPLIT.tsv.gz` with a
+    header and one example per line. The first column is the label and the last one the text; others are ignored.
 
     Args:
-      directory: Such a directory, or the name of a shipped one: `debian_sections`.
+      directory: A directory, or the name of a shipped one: `debian_sections`.
       split: `train`, `validation` or `test`.
-      limit: Keep the first `limit` examples; None keeps all.
+      limit: Number of examples to keep, from the beginning; None keeps all.
 
     Raises:
-      UserError: A file is missing or empty, a line is malformed or its label is not in `labels.txt`,
-        or the split has fewer than `limit` examples.
+      UserError: A file is missing or empty, a line is malformed, a label is not in `labels.txt`, or the split has fewer
+        than `limit` examples.
     """
     directory = SHIPPED.get(str(directory), Path(directory))
     if not directory.is_dir():
         raise UserError(f"{directory}: no such data directory")
     names = _labels(directory / "labels.txt")
-    position = {name: index for index, name in enumerate(names)}
+    index_of = {name: index for index, name in enumerate(names)}
     path = next((p for p in (directory / f"{split}.tsv", directory / f"{split}.tsv.gz") if p.exists()), None)
     if path is None:
         raise UserError(f"{directory}: no {split}.tsv or {split}.tsv.gz in this data directory")
     header, *rows = _lines(path) or [""]
     width = header.count("\t") + 1
     if not rows:
-        raise UserError(f"{path}: the file is empty" + (" but for its header" if header else ""))
+        raise UserError(f"{path}: the file is empty" + (" except for its header" if header else ""))
     if width < 2:
         raise UserError(f"{path}, line 1: the header must name at least two columns separated by tabs")
     texts, labels = [], []
     for number, row in enumerate(rows, start=2):
         fields = row.split("\t")
         if len(fields) != width or not fields[-1].strip():
-            raise UserError(f"{path}, line {number}: expected {width} tab-separated columns with a text in the last")
-        if fields[0] not in position:
+            raise UserError(f"{path}, line {number}: expected {width} tab-separated columns and a text in the last one")
+        if fields[0] not in index_of:
             raise UserError(f"{path}, line {number}: label {fields[0]!r} is not in {directory / 'labels.txt'}")
         texts.append(fields[-1])
-        labels.append(position[fields[0]])
+        labels.append(index_of[fields[0]])
     if limit is not None and not 0 < limit <= len(texts):
-        raise UserError(f"{path}: {limit} examples asked for, the file has {len(texts)}")
+        raise UserError(f"{path}: expected at least {limit} examples, got {len(texts)}")
     return Examples(tuple(texts[:limit]), np.array(labels[:limit], np.int32), names)
 
 
 def _labels(path: Path) -> tuple[str, ...]:
     names = tuple(line.strip() for line in _lines(path) if line.strip())
     if len(names) < 2 or len(set(names)) != len(names):
-        raise UserError(f"{path}: expected at least two different labels, one a line")
+        raise UserError(f"{path}: expected at least two different labels, one per line")
     return names
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a plain or compressed text file."""
+    """Reads the lines of a plain or compressed text file."""
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")

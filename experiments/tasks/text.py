@@ -1,4 +1,4 @@
-"""Texts to token ids with a checkpoint's own tokenizer."""
+"""Converts texts to token ids with a checkpoint's tokenizer."""
 
 import contextlib
 import json
@@ -15,15 +15,15 @@ from experiments.errors import UserError, reading
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a directory in Hugging Face layout, without its padding and truncation.
+    """Loads the tokenizer of a directory in Hugging Face layout, without padding and truncation.
 
     Raises:
-      UserError: There is no `tokenizer.json`, or it cannot be read.
+      UserError: `tokenizer.json` is missing or cannot be read.
     """
     path = directory / "tokenizer.json"
     if not path.exists():
         raise UserError(f"{path}: no such file")
-    with reading(path, "a tokenizer"), _panics_unprinted():
+    with reading(path, "a tokenizer"), _suppress_panic_output():
         text = path.read_text("utf-8")
         _check_post_processor(json.loads(text).get("post_processor"))
         tokenizer = Tokenizer.from_str(text)
@@ -33,11 +33,11 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 @contextlib.contextmanager
-def _panics_unprinted() -> Generator[None]:
-    """Drops what the `with` block prints on file descriptor 2 if it panics: Rust writes there what the error says."""
+def _suppress_panic_output() -> Generator[None]:
+    """Discards the `with` block's output on file descriptor 2 if Rust panics; the exception has the same message."""
     stderr, panicked = os.dup(2), False
-    with tempfile.TemporaryFile() as printed:
-        os.dup2(printed.fileno(), 2)
+    with tempfile.TemporaryFile() as output:
+        os.dup2(output.fileno(), 2)
         try:
             yield
         except BaseException as error:
@@ -47,12 +47,12 @@ def _panics_unprinted() -> Generator[None]:
             os.dup2(stderr, 2)
             os.close(stderr)
             if not panicked:
-                printed.seek(0)
-                os.write(2, printed.read())
+                output.seek(0)
+                os.write(2, output.read())
 
 
 def _check_post_processor(content: Any) -> None:
-    """Raises a ValueError where a post-processor uses a token that it does not define: tokenizers panics on it."""
+    """Raises a ValueError if a post-processor uses an undefined token, which would make tokenizers panic."""
     if not isinstance(content, dict):
         return
     for processor in content.get("processors") or ():
@@ -60,11 +60,11 @@ def _check_post_processor(content: Any) -> None:
     pieces = [*(content.get("single") or ()), *(content.get("pair") or ())]
     names = [piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece]
     if missing := sorted(set(names) - set(content.get("special_tokens") or ())):
-        raise ValueError(f"its post-processor uses the token {missing[0]}, which it does not define")
+        raise ValueError(f"the post-processor uses the undefined token {missing[0]}")
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> list[np.ndarray]:
-    """The token ids of each text with the tokenizer's special tokens, cut to `max_length`."""
+    """Returns the token ids of each text including special tokens, truncated to `max_length`."""
     tokenizer.enable_truncation(max_length)
     return [np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch(list(texts))]
 
@@ -72,7 +72,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> list[
 def encode_pairs(
     tokenizer: Tokenizer, first: Sequence[str], second: Sequence[str], max_length: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The token ids and the segment of each token of pairs of texts, the longer text cut first."""
+    """Returns the token ids and segment ids of pairs of texts; the longer text is truncated first."""
     tokenizer.enable_truncation(max_length)
     encoded = tokenizer.encode_batch(list(zip(first, second, strict=True)))
     return [(np.array(pair.ids, np.int32), np.array(pair.type_ids, np.int32)) for pair in encoded]

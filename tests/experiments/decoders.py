@@ -47,4 +47,4 @@ class Loaded:
     def __init__(self, model, apply, base):
         self.model, self.apply, self.base = model, apply, base
         self.jitted = jax.jit(apply, static_argnames="last")
-        self.step = generation.stepper(apply)
+        self.step = generation.make_step(apply)

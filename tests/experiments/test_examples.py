@@ -88,7 +88,7 @@ def test_missing_files(tmp_path):
 
 def test_too_few_examples(tmp_path):
     write(tmp_path, "label\ttext\ngames\tchess\n")
-    with pytest.raises(UserError, match="2 examples asked for, the file has 1"):
+    with pytest.raises(UserError, match="expected at least 2 examples, got 1"):
         examples.load(tmp_path, "train", 2)
 
 

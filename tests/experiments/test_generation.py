@@ -97,7 +97,7 @@ def test_base_and_delta_generate_what_merged_weights_generate(getkey):
     delta = lora.init(getkey(), base, spec, model.apply, args[2])
     delta = jax.tree.map(lambda x: x if x.ndim == 0 else 0.3 * jax.random.normal(getkey(), x.shape), delta)
     merged = lora.merge(base, delta)
-    step = generation.stepper(lora.adapt(model.apply))
+    step = generation.make_step(lora.adapt(model.apply))
     together = generation.greedy(step, (base, delta), *args[2:], **how)
     np.testing.assert_array_equal(together, generation.greedy(model.step, merged, *args[2:], **how))
     assert (np.asarray(together) != expected("llama")["greedy_eos"]).any()
@@ -115,7 +115,7 @@ def test_a_quantized_base_with_an_adapter_generates_as_its_merged_weights():
     base = lora.quantize(model.base, rules, model.apply, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     spec = {"layers/.*kernel": lora.LoRA(2, init="orthogonal")}
     delta = lora.init(jax.random.key(0), base, spec, model.apply, jax.ShapeDtypeStruct((1, 8), jnp.int32))
-    step = generation.stepper(lora.adapt(model.apply))
+    step = generation.make_step(lora.adapt(model.apply))
     continuations = generation.greedy(step, (base, delta), *args[2:], **how)
     np.testing.assert_array_equal(
         continuations, generation.greedy(model.step, lora.merge(base, delta), *args[2:], **how)
@@ -158,12 +158,12 @@ def test_samples_are_drawn_by_their_probability(getkey):
 )
 def test_filters_are_those_of_transformers(name, how):
     with np.load(FIXTURES / "sampling.npz") as file:
-        np.testing.assert_allclose(generation.filtered(jnp.asarray(file["scores"]), **how), file[name], rtol=1e-6)
+        np.testing.assert_allclose(generation.filter_logits(jnp.asarray(file["scores"]), **how), file[name], rtol=1e-6)
 
 
 def test_filters_beyond_the_vocabulary_keep_all():
     logits = jnp.array([[1.0, 2.0, 3.0]])
-    np.testing.assert_array_equal(generation.filtered(logits, top_k=9, top_p=1.0), logits)
+    np.testing.assert_array_equal(generation.filter_logits(logits, top_k=9, top_p=1.0), logits)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -210,7 +210,7 @@ def test_what_cannot_be_generated_is_refused(getkey):
         generation.beam_search(*args, **how, beams=0)
     with pytest.raises(ValueError, match="early_stopping='soon'"):
         generation.beam_search(*args, **how, beams=2, early_stopping="soon")
-    with pytest.raises(ValueError, match="30 beams and 2 ends need 90 tokens, 61 there are"):
+    with pytest.raises(ValueError, match="30 beams and 2 ends need 90 tokens, got 61"):
         generation.beam_search(*args, **how, beams=30)
     with pytest.raises(ValueError, match="33 tokens, 32 positions"):
         model.model.cache(1, 33)

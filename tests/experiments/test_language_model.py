@@ -170,8 +170,8 @@ def test_what_the_user_can_put_right_is_one_sentence(capsys, tmp_path, tiny_mode
 
 def test_differences_are_told():
     same = exchange.Agreement("x", "y", same=3, count=4)
-    assert same.verdict == "3 of 4 the same"
-    assert exchange.Agreement("x", "y", difference=1.5e-5).verdict == "1.5e-05 apart at most"
+    assert same.verdict == "3 of 4 equal"
+    assert exchange.Agreement("x", "y", difference=1.5e-5).verdict == "differ by at most 1.5e-05"
     assert exchange._equal([np.ones(3)], [np.array([1, 1, 2.0])]) == (2, 3)
     with pytest.raises(ValueError, match="different paths"):
         exchange._arrays({"a": np.ones(1)}, {"b": np.ones(1)})

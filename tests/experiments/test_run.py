@@ -121,7 +121,7 @@ def test_what_the_user_can_put_right_is_one_sentence(capsys, tmp_path, tiny_data
         assert err.startswith("error: ") and err.count("\n") == 1
 
     check("no such data directory", "--data", tmp_path / "nowhere")
-    check("examples asked for", "--train-examples", "100000")
+    check("expected at least 100000 examples", "--train-examples", "100000")
     ours = ("--train-examples", "None", "--test-examples", "None", "--data", tiny_data)
     check("no such directory", *ours, "--model", "./nowhere")
     check(r"config.json: no such file", *ours, "--model", tmp_path)

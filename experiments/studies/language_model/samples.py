@@ -15,7 +15,7 @@ def generate(problem: Problem, step: generation.Step, params: Any, new_tokens: i
 
     Args:
       problem: Has the prompts.
-      step: See :func:`experiments.generation.stepper`.
+      step: See :func:`experiments.generation.make_step`.
       params: What it is given first.
       new_tokens: The most tokens to add.
     """

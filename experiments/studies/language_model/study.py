@@ -100,13 +100,13 @@ def _run(problem: Problem, config: Config, directory: Path, console: Console) ->
     console.print()
     # a new adapter changes nothing: this is the base
     base_loss = {split: prepared.loss(prepared.delta, split) for split in ("validation", "test")}
-    step = generation.stepper(problem.apply)
+    step = generation.make_step(problem.apply)
     before = samples.generate(problem, step, problem.base, config.new_tokens)
     delta, history = training.run(prepared, config, directory, base_loss["validation"], console)
     test = problem.splits["test"].labels
     frequencies = training.frequency_loss(problem.splits["train"].labels, test, problem.model.config.vocab_size)
     losses = {"base": base_loss["test"], "frequencies": frequencies, "adapted": prepared.loss(delta, "test")}
-    adapted = generation.stepper(lora.adapt(problem.apply))
+    adapted = generation.make_step(lora.adapt(problem.apply))
     after = samples.generate(problem, adapted, (problem.base, delta), config.new_tokens)
     agreements = exchange.run(problem, delta, directory, step=step, generated=after, base_model=config.model)
     return Report(

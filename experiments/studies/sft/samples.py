@@ -71,7 +71,7 @@ class Writer:
                 f"{self._model.longest} positions"
             ) from None
         apply, _ = lora.nnx.functional(self._model)
-        self._step = generation.stepper(lora.adapt(apply))
+        self._step = generation.make_step(lora.adapt(apply))
 
     def write(self, base: Any, delta: Any) -> list[str]:
         """An answer to each prompt, of the likeliest tokens."""

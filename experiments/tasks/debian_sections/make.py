@@ -1,9 +1,9 @@
-"""Makes this folder's data from the package lists of the Debian machine it runs on.
+"""Generates this directory's data from the package lists of a Debian machine.
 
     apt-get update
     apt-cache dumpavail | python -m experiments.tasks.debian_sections.make
 
-The same package lists give the same lines in the same order.
+The same package lists yield the same lines in the same order.
 """
 
 import gzip
@@ -30,12 +30,12 @@ SECTIONS = frozenset(
     }
     | {"math", "net", "science", "sound", "text", "vcs", "video", "web", "x11"}
 )
-SPLITS = {"train": 0.65, "validation": 0.80, "test": 1.0}  # upper ends of each split's share of the hashes
-NOT_TOPICAL = re.compile(r"^lib(?!reoffice)|-(dev|docs?|data|dbg|dbgsym)$")  # libraries and their company
+SPLITS = {"train": 0.65, "validation": 0.80, "test": 1.0}  # upper bounds of each split's range of hashes
+NOT_TOPICAL = re.compile(r"^lib(?!reoffice)|-(dev|docs?|data|dbg|dbgsym)$")  # libraries and accompanying packages
 
 
 class Example(NamedTuple):
-    """One line of the data: what is to be predicted, where it comes from, the text."""
+    """One line of the data: the label, its origin, and the text."""
 
     section: str
     source: str
@@ -44,7 +44,7 @@ class Example(NamedTuple):
 
 
 def stanzas(lines: Iterable[str]) -> Iterator[dict[str, str]]:
-    """The one-line fields of each paragraph of a Debian control file."""
+    """Yields the one-line fields of each paragraph of a Debian control file."""
     fields: dict[str, str] = {}
     for line in lines:
         if not line.strip():
@@ -59,44 +59,44 @@ def stanzas(lines: Iterable[str]) -> Iterator[dict[str, str]]:
 
 
 def examples(lines: Iterable[str]) -> list[Example]:
-    """Topical packages with distinct synopses, in an order that a hash of the package's name decides."""
+    """Returns topical packages with distinct synopses, ordered by a hash of their names."""
     by_text: dict[str, Example] = {}
     sections: dict[str, set[str]] = {}
-    kept = [s for s in stanzas(lines) if s.get("Section") in SECTIONS and not NOT_TOPICAL.search(s["Package"])]
-    for fields in sorted(kept, key=lambda fields: fields["Package"]):
+    packages = [s for s in stanzas(lines) if s.get("Section") in SECTIONS and not NOT_TOPICAL.search(s["Package"])]
+    for fields in sorted(packages, key=lambda fields: fields["Package"]):
         synopsis = " ".join(fields.get("Description", "").split())
         source = fields.get("Source", fields["Package"]).split(" ")[0]
         if synopsis:
             sections.setdefault(synopsis.casefold(), set()).add(fields["Section"])
             example = Example(fields["Section"], source, fields["Package"], synopsis)
             by_text.setdefault(synopsis.casefold(), example)
-    clear = [example for text, example in by_text.items() if len(sections[text]) == 1]
-    return sorted(clear, key=lambda example: hashlib.sha256(example.package.encode()).digest())
+    unambiguous = [example for text, example in by_text.items() if len(sections[text]) == 1]
+    return sorted(unambiguous, key=lambda example: hashlib.sha256(example.package.encode()).digest())
 
 
 def split(source: str) -> str:
-    """The split of every package that is built from `source`: siblings never straddle."""
-    share = int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "big") / 2**64
-    return next(name for name, end in SPLITS.items() if share < end)
+    """Returns the split of all packages that are built from `source`, so that related packages share a split."""
+    fraction = int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "big") / 2**64
+    return next(name for name, end in SPLITS.items() if fraction < end)
 
 
-def write(directory: Path, found: list[Example]) -> None:
-    """Writes `labels.txt` and one compressed table a split."""
+def write(directory: Path, packages: list[Example]) -> None:
+    """Writes `labels.txt` and a compressed table for each split."""
     (directory / "labels.txt").write_text("\n".join(sorted(SECTIONS)) + "\n", encoding="utf-8")
     for name in SPLITS:
-        rows = [Example._fields, *(example for example in found if split(example.source) == name)]
+        rows = [Example._fields, *(example for example in packages if split(example.source) == name)]
         text = "".join("\t".join(row) + "\n" for row in rows)
         (directory / f"{name}.tsv.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
         print(f"{name}: {len(rows) - 1} examples")
 
 
 def main() -> None:
-    """Reads `apt-cache dumpavail` from standard input and writes beside this file."""
-    found = examples(sys.stdin)
-    if missing := SECTIONS - {example.section for example in found}:
+    """Reads the output of `apt-cache dumpavail` from standard input and writes the data next to this file."""
+    packages = examples(sys.stdin)
+    if missing := SECTIONS - {example.section for example in packages}:
         raise SystemExit(f"no package of {', '.join(sorted(missing))}: run `apt-get update` first")
-    write(Path(__file__).parent, found)
-    for section, count in Counter(example.section for example in found).most_common():
+    write(Path(__file__).parent, packages)
+    for section, count in Counter(example.section for example in packages).most_common():
         print(f"{count:6} {section}")
 
 
