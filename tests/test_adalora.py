@@ -57,8 +57,8 @@ def test_outputs_and_gradients_are_pefts(name):
     gradients = jax.grad(lambda train: jnp.sum(jnp.sin(adapted(base, lora.join(train, frozen), x))))(train)["weight"]
     expected = {"a": stored["grad_A"], "values": stored["grad_E"], "b": stored["grad_B"].T}
     for leaf, value in expected.items():
-        found = getattr(gradients, leaf)
-        np.testing.assert_allclose(found, value.reshape(found.shape), rtol=1e-4, atol=1e-5)
+        result = getattr(gradients, leaf)
+        np.testing.assert_allclose(result, value.reshape(result.shape), rtol=1e-4, atol=1e-5)
 
 
 def stored_delta():
@@ -107,10 +107,10 @@ def test_every_step_of_the_allocation_is_pefts():
     tx = lora.optim.allocate_ranks(optax.sgd(0.3), TARGET, **SCHEDULE)
     values, state = jax.jit(lambda train, gradients: trained(tx, train, gradients))(train, stored_gradients(train))
     assert isinstance(state, AllocationState) and int(state.step) == 20
-    for name, found in values.items():
+    for name, result in values.items():
         expected = STORED[f"allocation.{name}.values"]
-        np.testing.assert_array_equal(found == 0, expected == 0)
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(result == 0, expected == 0)
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(state.active[name], expected[-1] != 0)
     assert sum(int(active.sum()) for active in state.active.values()) == TARGET * 3
 
@@ -129,9 +129,9 @@ def test_the_penalty_is_pefts():
     np.testing.assert_allclose(lora.optim.orthogonality(delta), STORED["allocation.penalty"], rtol=1e-5)
     # Layers that are stacked count as layers; orthonormal factors cost nothing and have a gradient.
     rows = jnp.eye(3)[:2]
-    made = lora.AdaLoRA(2).create(jax.random.key(0), jnp.zeros((4, 3, 3)), ("batch", "in", "out"))
+    node = lora.AdaLoRA(2).create(jax.random.key(0), jnp.zeros((4, 3, 3)), ("batch", "in", "out"))
     tiled = jnp.broadcast_to(rows, (4, 2, 3))
-    whole = dataclasses.replace(made, a=tiled, b=tiled)
+    whole = dataclasses.replace(node, a=tiled, b=tiled)
     value, gradient = jax.value_and_grad(lambda a: lora.optim.orthogonality({"w": dataclasses.replace(whole, a=a)}))(
         whole.a
     )
@@ -175,9 +175,9 @@ def test_members_are_pruned_apart():
     members = jax.tree.map(lambda x: jnp.stack([x, x]), train)
     values, _ = jax.vmap(lambda train, gradients: trained(tx, train, gradients))(members, both)
     alone, _ = trained(tx, train, jax.tree.map(lambda x: -x[::-1], gradients))
-    for name, found in values.items():
-        np.testing.assert_allclose(found[0], STORED[f"allocation.{name}.values"], rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(found[1], alone[name], rtol=1e-5, atol=1e-6)
+    for name, result in values.items():
+        np.testing.assert_allclose(result[0], STORED[f"allocation.{name}.values"], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(result[1], alone[name], rtol=1e-5, atol=1e-6)
 
 
 def fn(base, x):

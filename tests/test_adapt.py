@@ -31,8 +31,8 @@ def x(getkey):
 
 @pytest.fixture
 def delta(base, x, getkey):
-    made = lora.init(getkey(), base, {"^w$": lora.LoRA(2, alpha=4)}, matmul, x)
-    return {"w": dataclasses.replace(made["w"], b=jax.random.normal(getkey(), (2, 6)))}
+    start = lora.init(getkey(), base, {"^w$": lora.LoRA(2, alpha=4)}, matmul, x)
+    return {"w": dataclasses.replace(start["w"], b=jax.random.normal(getkey(), (2, 6)))}
 
 
 def merged(base, delta):

@@ -65,7 +65,7 @@ X = normal(3, BATCH, LENGTH, 4)
 IDS = [2, 0, 1, 2, 3, 0, 2]
 
 
-def made(seed, spec, function=fn):
+def make_delta(seed, spec, function=fn):
     """A delta that changes something."""
     delta = lora.init(jax.random.key(seed), BASE, spec, function, X[0])
     train, frozen = lora.partition(delta)
@@ -77,20 +77,20 @@ def made(seed, spec, function=fn):
 def low_rank():
     """Members of different ranks on different layers, one that changes nothing among them."""
     return [
-        made(1, {"^w$": lora.LoRA(1, alpha=2)}),
+        make_delta(1, {"^w$": lora.LoRA(1, alpha=2)}),
         {},
-        made(2, {"^w$": lora.LoRA(3), "head": lora.LoRA(2, alpha=8)}),
-        made(3, {"head": lora.LoRA(1)}),
+        make_delta(2, {"^w$": lora.LoRA(3), "head": lora.LoRA(2, alpha=8)}),
+        make_delta(3, {"head": lora.LoRA(1)}),
     ]
 
 
 @functools.cache
 def other_kinds():
     return [
-        made(1, {"^w$": lora.DoRA(2), "bias": lora.Full(), "head": lora.LoRA(2, blocks=4)}),
+        make_delta(1, {"^w$": lora.DoRA(2), "bias": lora.Full(), "head": lora.LoRA(2, blocks=4)}),
         {},
-        made(2, {"^w$": lora.DoRA(1, alpha=3)}),
-        made(3, {"bias": lora.Full(), "head": lora.LoRA(1, blocks=4)}),
+        make_delta(2, {"^w$": lora.DoRA(1, alpha=3)}),
+        make_delta(3, {"bias": lora.Full(), "head": lora.LoRA(1, blocks=4)}),
     ]
 
 
@@ -98,7 +98,7 @@ def other_kinds():
 def scanned():
     axes = ("batch", "in", "out")
     spec = [{"layers": lora.LoRA(rank, alpha=3, axes=axes)} for rank in (1, 2)]
-    return [made(1, spec[0], layers), {}, made(2, spec[1], layers), made(3, spec[1], layers)]
+    return [make_delta(1, spec[0], layers), {}, make_delta(2, spec[1], layers), make_delta(3, spec[1], layers)]
 
 
 def products(base, x):
@@ -119,13 +119,13 @@ def experts(base, x):
 @functools.cache
 def adapted_experts():
     small, large = ({f"experts/{path}$": recipe(rank) for path, recipe in EXPERTS.items()} for rank in (1, 2))
-    return [made(1, small, experts), {}, made(2, large, experts), made(3, small, experts)]
+    return [make_delta(1, small, experts), {}, make_delta(2, large, experts), make_delta(3, small, experts)]
 
 
 @functools.cache
 def families():
     small, large = ({f"families/{path}$": recipe(rank) for path, recipe in FAMILIES.items()} for rank in (1, 2))
-    return [made(1, small, products), {}, made(2, large, products), made(3, small, products)]
+    return [make_delta(1, small, products), {}, make_delta(2, large, products), make_delta(3, small, products)]
 
 
 MEMBERS = {
@@ -184,10 +184,10 @@ def test_gradients_reach_the_members_that_were_chosen(name, grouped):
     def loss(train):
         return jnp.sum(jnp.square(routed(BASE, lora.join(train, frozen), CHOSEN, X)))
 
-    found = jax.jit(jax.grad(loss))(train)
-    chex.assert_trees_all_close(found, gradients(name), rtol=1e-4, atol=1e-4)
-    assert any(np.asarray(leaf[0]).any() for leaf in jax.tree.leaves(found))
-    assert not any(np.asarray(leaf[3]).any() for leaf in jax.tree.leaves(found))
+    result = jax.jit(jax.grad(loss))(train)
+    chex.assert_trees_all_close(result, gradients(name), rtol=1e-4, atol=1e-4)
+    assert any(np.asarray(leaf[0]).any() for leaf in jax.tree.leaves(result))
+    assert not any(np.asarray(leaf[3]).any() for leaf in jax.tree.leaves(result))
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["plain", "grouped"])
@@ -229,8 +229,8 @@ def test_grouped_products_of_bfloat16():
     plain, grouped = (lora.route(lora.adapt(wide), grouped=grouped) for grouped in (False, True))
     arguments = base, lora.stack([ones, thirds]), ids, x
     chex.assert_trees_all_close(grouped(*arguments), plain(*arguments), rtol=1e-2, atol=1e-2)
-    found = [e for e in equations(jax.make_jaxpr(grouped)(*arguments)) if e.primitive.name == "lora_ragged_product"]
-    assert [e.params["dtype"] for e in found] == [jnp.bfloat16, jnp.float32]
+    products = [e for e in equations(jax.make_jaxpr(grouped)(*arguments)) if e.primitive.name == "lora_ragged_product"]
+    assert [e.params["dtype"] for e in products] == [jnp.bfloat16, jnp.float32]
 
 
 def test_a_batch_of_no_examples():
@@ -257,7 +257,7 @@ def test_axes_are_those_of_vmap():
 
 
 def test_dropout_keys_are_of_examples_not_of_their_order():
-    delta = made(1, {"^w$": lora.LoRA(2, dropout=0.5)})
+    delta = make_delta(1, {"^w$": lora.LoRA(2, dropout=0.5)})
     stacked, ids, key = lora.stack([{}, delta]), jnp.array([1, 0, 1, 1, 0, 0, 1]), jax.random.key(5)
     same = jnp.broadcast_to(X[:1], X.shape)
     plain, grouped = (
@@ -301,8 +301,8 @@ def test_products_with_the_base_are_those_of_the_whole_batch():
     shapes = {tuple(sorted(BASE[path].shape)) for path in ("w", "head")}
     for grouped in (False, True):
         jaxpr = jax.make_jaxpr(lora.route(lora.adapt(fn), grouped=grouped))(BASE, stacked, jnp.array(IDS), X)
-        found = [equation for equation in equations(jaxpr) if equation.primitive.name == "dot_general"]
-        with_base = [e for e in found if any(tuple(sorted(v.aval.shape)) in shapes for v in e.invars)]
+        products = [equation for equation in equations(jaxpr) if equation.primitive.name == "dot_general"]
+        with_base = [e for e in products if any(tuple(sorted(v.aval.shape)) in shapes for v in e.invars)]
         of_batch = [e for e in with_base if any(v.aval.shape[:1] == (BATCH,) for v in e.invars)]
         # x·W and h·head; DoRA's norms are of members.
         assert len(of_batch) == 2 and all(not e.params["dimension_numbers"][1][0] for e in of_batch)
@@ -361,9 +361,9 @@ def test_unstacked_members_are_what_was_stacked(name):
 
 def test_what_does_not_stack():
     one, _, two, _ = low_rank()
-    dora = made(1, {"^w$": lora.DoRA(1)})
-    blocks = made(1, {"^w$": lora.LoRA(1, blocks=2)})
-    half = made(1, {"^w$": lora.LoRA(1, dtype=jnp.bfloat16)})
+    dora = make_delta(1, {"^w$": lora.DoRA(1)})
+    blocks = make_delta(1, {"^w$": lora.LoRA(1, blocks=2)})
+    half = make_delta(1, {"^w$": lora.LoRA(1, dtype=jnp.bfloat16)})
     for deltas, message in (
         ([one, dora], "'w': DoRA and LoRA adapters cannot be stacked"),
         ([one, blocks], r"'w': adapters with different static fields .*blocks=\(True, True\).* and .*blocks=\(True,\)"),
@@ -495,16 +495,16 @@ def test_stopped_members_stay_bit_for_bit():
     step, traces = many()
     states, _ = together(step, first_states(), 2)
     states = dataclasses.replace(states, active=jnp.array([True, False, True, False]))
-    moving = lambda states: (states.delta, states.opt_state, states.step, jax.random.key_data(states.key))  # noqa: E731
-    before = jax.tree.map(np.asarray, moving(states))
+    trained_fields = lambda states: (states.delta, states.opt_state, states.step, jax.random.key_data(states.key))  # noqa: E731
+    before = jax.tree.map(np.asarray, trained_fields(states))
     states, _ = together(step, states, 2, first=2)
     ends, _ = separate(4)
-    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(moving(states)), strict=True):
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(trained_fields(states)), strict=True):
         np.testing.assert_array_equal(np.asarray(new)[[1, 3]], old[[1, 3]])
     assert states.step.tolist() == [4, 2, 4, 2]
-    found = lora.unstack(states.delta, starts())
+    deltas = lora.unstack(states.delta, starts())
     for member in (0, 2):
-        chex.assert_trees_all_close(found[member], ends[member], rtol=1e-5, atol=1e-5)
+        chex.assert_trees_all_close(deltas[member], ends[member], rtol=1e-5, atol=1e-5)
     assert len(traces) == 1
 
 

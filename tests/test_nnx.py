@@ -78,8 +78,8 @@ def test_dropout_needs_a_key_and_follows_it(x):
     apply_fn, base = lora.nnx.functional(Model())
     outs = [apply_fn(base, x, mutable="batch_stats", rngs=key)[0] for key in jax.random.split(jax.random.key(2), 2)]
     assert (outs[0] == 0).any() and (outs[0] != outs[1]).any()
-    still, _ = apply_fn(base, x, mutable="batch_stats")
-    assert (still != 0).all()
+    deterministic, _ = apply_fn(base, x, mutable="batch_stats")
+    assert (deterministic != 0).all()
     # Under jit the key is an argument like any other: two keys, two masks.
     compiled = jax.jit(lambda key: apply_fn(base, x, mutable="batch_stats", rngs=key)[0])
     assert (compiled(jax.random.key(3)) != compiled(jax.random.key(4))).any()

@@ -75,14 +75,14 @@ def test_numbers_are_those_of_the_transform(name, jit, params, lenient):
     chex.assert_trees_all_close(got, want, rtol=1e-6)
     chex.assert_trees_all_close(jax.device_put(state, jax.memory.Space.Device), want_state, rtol=1e-6)
     large, small = kinds(state)
-    own = {"device"} if name == "in MultiSteps" else set()  # the sums of gradients are its own
-    assert large - own <= {"pinned_host"} and small <= {"device"}
+    multi_steps = {"device"} if name == "in MultiSteps" else set()  # the sums of gradients are its own
+    assert large - multi_steps <= {"pinned_host"} and small <= {"device"}
 
 
 def test_what_is_large(params, lenient):
     state = host_offloaded(optax.adam(1e-2)).init({"w": jnp.ones((400, 250)), "v": jnp.ones((400, 249))})
-    found = {leaf.shape: leaf.sharding.memory_kind for leaf in jax.tree.leaves(state)}
-    assert found == {(400, 250): "pinned_host", (400, 249): "device", (): "device"}
+    memory_kinds = {leaf.shape: leaf.sharding.memory_kind for leaf in jax.tree.leaves(state)}
+    assert memory_kinds == {(400, 250): "pinned_host", (400, 249): "device", (): "device"}
     _, state = trained(host_offloaded(optax.adam(1e-2), min_size=0), params)
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state)} == {"pinned_host"}
 
@@ -192,9 +192,11 @@ def test_train_step(options, spread, base, delta, getkey, lenient):
 
 
 def test_the_first_state_has_buffers_of_its_own(base, delta):
-    kept = host_offloaded(optax.GradientTransformation(lambda params: params, lambda u, s, p=None: (u, s)), min_size=0)
+    identity = host_offloaded(
+        optax.GradientTransformation(lambda params: params, lambda u, s, p=None: (u, s)), min_size=0
+    )
     shared = jax.device_put(lora.partition(delta)[0], jax.memory.Space.Host)
-    tx = optax.GradientTransformation(lambda params: shared, kept.update)
+    tx = optax.GradientTransformation(lambda params: shared, identity.update)
     state = lora.TrainState.create(base, delta, tx, jax.random.key(1))
     state, _ = lora.train_step(loss, tx)(state, jnp.ones((2, 8)))
     chex.assert_trees_all_equal(jax.device_get(shared), jax.device_get(lora.partition(delta)[0]))

@@ -168,8 +168,8 @@ def test_decay_mask(train):
 
 def test_decay_in_adamw(train, lenient):
     tx = optax.adamw(0.1, weight_decay=0.5, mask=lora.optim.decay_mask)
-    still = jax.tree.map(jnp.zeros_like, train)
-    updates = by_leaf(jax.jit(lambda train: tx.update(still, tx.init(train), train)[0])(train))
+    zeros = jax.tree.map(jnp.zeros_like, train)
+    updates = by_leaf(jax.jit(lambda train: tx.update(zeros, tx.init(train), train)[0])(train))
     for path, leaf in by_leaf(train).items():
         expected = np.zeros_like(leaf) if path in VECTORS else -0.05 * leaf
         np.testing.assert_allclose(updates[path], expected, rtol=1e-6, err_msg=path)
@@ -258,8 +258,8 @@ def test_patterns_that_cannot_be(train, patterns, message):
 
 def pair(a, b, recipe=None):
     recipe = recipe or lora.LoRA(a.shape[-2], alpha=3, axes=("batch", "in", "out"))
-    made = lora.init(jax.random.key(0), {"w": jnp.ones((a.shape[0], a.shape[-1], b.shape[-1]))}, {"w": recipe})["w"]
-    return lora.partition({"w": dataclasses.replace(made, a=a, b=b)})
+    node = lora.init(jax.random.key(0), {"w": jnp.ones((a.shape[0], a.shape[-1], b.shape[-1]))}, {"w": recipe})["w"]
+    return lora.partition({"w": dataclasses.replace(node, a=a, b=b)})
 
 
 def slope(train, frozen):
@@ -277,11 +277,11 @@ def test_preconditioned_gradients_are_the_papers(factors):
     train, frozen = pair(*factors)
     gradients = slope(train, frozen)
     tx = lora.optim.scale_by_riemannian(damping=0.1)
-    found, _ = jax.jit(tx.update)(gradients, tx.init(train), train)
+    updates, _ = jax.jit(tx.update)(gradients, tx.init(train), train)
     for layer in range(2):
         a, b, g_a, g_b = (np.asarray(x[layer], np.float64) for x in (*factors, gradients["w"].a, gradients["w"].b))
-        np.testing.assert_allclose(found["w"].a[layer], np.linalg.solve(b @ b.T + 0.1 * np.eye(3), g_a), rtol=1e-3)
-        np.testing.assert_allclose(found["w"].b[layer], np.linalg.solve(a @ a.T + 0.1 * np.eye(3), g_b), rtol=1e-3)
+        np.testing.assert_allclose(updates["w"].a[layer], np.linalg.solve(b @ b.T + 0.1 * np.eye(3), g_a), rtol=1e-3)
+        np.testing.assert_allclose(updates["w"].b[layer], np.linalg.solve(a @ a.T + 0.1 * np.eye(3), g_b), rtol=1e-3)
 
 
 def test_the_step_does_not_depend_on_the_factorisation(factors, getkey):
@@ -308,12 +308,12 @@ def test_padded_and_singular_factors_stay_finite(factors):
     a, b = (x.at[:, 2].set(0.0) for x in factors)  # a padded rank
     train, frozen = pair(a, b.at[0].set(0.0))  # and a b at its start
     tx = lora.optim.scale_by_riemannian()
-    found, _ = tx.update(slope(train, frozen), tx.init(train), train)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
-    assert (found["w"].a[:, 2] == 0).all() and (found["w"].b[:, 2] == 0).all()
+    updates, _ = tx.update(slope(train, frozen), tx.init(train), train)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
+    assert (updates["w"].a[:, 2] == 0).all() and (updates["w"].b[:, 2] == 0).all()
     equal = jnp.broadcast_to(1e3 * factors[0][:, :1], factors[0].shape)  # three rows that are one
-    found, _ = tx.update(slope(*pair(equal, factors[1])), optax.EmptyState(), pair(equal, factors[1])[0])
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+    updates, _ = tx.update(slope(*pair(equal, factors[1])), optax.EmptyState(), pair(equal, factors[1])[0])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
 
 
 def test_blocks_and_other_adapters(train):
@@ -322,30 +322,30 @@ def test_blocks_and_other_adapters(train):
     both = {**train, **blocks}
     tx = lora.optim.scale_by_riemannian(damping=0.5)
     ones = jax.tree.map(jnp.ones_like, both)
-    found, _ = tx.update(ones, optax.EmptyState(), both)
-    unchanged = lambda path, leaf: by_leaf(found)[path] is by_leaf(ones)[path]  # noqa: E731
+    updates, _ = tx.update(ones, optax.EmptyState(), both)
+    unchanged = lambda path, leaf: by_leaf(updates)[path] is by_leaf(ones)[path]  # noqa: E731
     changed = {path for path, leaf in by_leaf(both).items() if not unchanged(path, leaf)}
     assert changed == {f"{x}/{y}" for x in ("attention/kernel", "mlp/kernel", "w") for y in "ab"}
     a = np.asarray(blocks["w"].a, np.float64)
     expected = np.linalg.solve(a @ a.swapaxes(1, 2) + 0.5 * np.eye(2), np.ones((2, 2, 3)))
-    np.testing.assert_allclose(found["w"].b, expected, rtol=1e-4)
+    np.testing.assert_allclose(updates["w"].b, expected, rtol=1e-4)
 
 
 def test_a_frozen_factor_is_given(factors):
     train, frozen = pair(*factors, lora.LoRAFA(3, alpha=3, axes=("batch", "in", "out")))
     gradients = slope(train, frozen)
     tx = lora.optim.scale_by_riemannian(damping=0.1)
-    found, _ = tx.update(gradients, tx.init(train), train, frozen=frozen)
+    updates, _ = tx.update(gradients, tx.init(train), train, frozen=frozen)
     both, _ = pair(*factors)
     expected, _ = tx.update({"w": dataclasses.replace(both["w"], b=gradients["w"].b)}, tx.init(both), both)
-    np.testing.assert_array_equal(found["w"].b, expected["w"].b)
-    assert found["w"].a is None
+    np.testing.assert_array_equal(updates["w"].b, expected["w"].b)
+    assert updates["w"].a is None
     with pytest.raises(ValueError, match=r"\['w'\] trains only b; pass frozen="):
         tx.update(gradients, tx.init(train), train)
     one_tree = lora.optimizer(tx)
     tree = {"delta": lora.join(train, frozen)}
-    updates, _ = one_tree.update({"delta": lora.join(gradients, frozen)}, one_tree.init(tree), tree)
-    np.testing.assert_array_equal(updates["delta"]["w"].b, found["w"].b)
+    tree_updates, _ = one_tree.update({"delta": lora.join(gradients, frozen)}, one_tree.init(tree), tree)
+    np.testing.assert_array_equal(tree_updates["delta"]["w"].b, updates["w"].b)
 
 
 def test_preconditioning_that_cannot_be(train):

@@ -37,5 +37,5 @@ def test_ragged_products_inside_shard_map(getkey, recipe):
         return jax.jit(jax.value_and_grad(loss))(train)
 
     with jax.set_mesh(mesh):
-        found = learn(divided)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, learn(whole))
+        result = learn(divided)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), result, learn(whole))

@@ -15,13 +15,13 @@ def test_roberta_base_counts():
     kernel = jax.ShapeDtypeStruct((768, 768), jnp.float32)
     base = {"layers": {str(i): {"query": {"kernel": kernel}, "value": {"kernel": kernel}} for i in range(12)}}
     delta = lora.init(jax.random.key(0), base, {"kernel": lora.LoRA(8, alpha=16, axes=("in", "out"))})
-    made = lora.summary(base, delta)
-    assert made.trainable == 294_912
-    assert made.total == 24 * 768 * 768 + 294_912
-    assert made.base_bytes == made.full_bytes == 4 * 24 * 768 * 768
-    assert made.delta_bytes == 4 * 294_912 + 24 * 8
-    assert [made.optimizer_bytes(name) for name in ("SGD", "momentum", "Adam")] == [0, 4 * 294_912, 8 * 294_912]
-    text = str(made)
+    figures = lora.summary(base, delta)
+    assert figures.trainable == 294_912
+    assert figures.total == 24 * 768 * 768 + 294_912
+    assert figures.base_bytes == figures.full_bytes == 4 * 24 * 768 * 768
+    assert figures.delta_bytes == 4 * 294_912 + 24 * 8
+    assert [figures.optimizer_bytes(name) for name in ("SGD", "momentum", "Adam")] == [0, 4 * 294_912, 8 * 294_912]
+    text = str(figures)
     for part in ("layers/*/query/kernel", "rank=8 alpha=16", "294,912", "2.041 %", "momentum state"):
         assert part in text
 
@@ -44,8 +44,8 @@ def test_groups_by_kind_of_layer():
 
 def test_full_copies_count_once():
     base = {"b": jnp.ones(4), "w": jnp.ones((2, 2))}
-    made = lora.summary(base, lora.init(jax.random.key(0), base, {".": lora.Full()}))
-    assert (made.trainable, made.total, made.percent) == (8, 8, 100.0)
+    figures = lora.summary(base, lora.init(jax.random.key(0), base, {".": lora.Full()}))
+    assert (figures.trainable, figures.total, figures.percent) == (8, 8, 100.0)
 
 
 W = {"w": jnp.arange(24.0).reshape(4, 6) / 24}
