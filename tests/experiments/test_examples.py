@@ -60,12 +60,12 @@ def test_reads_plain_and_compressed_tables(tmp_path, name):
     ("text", "message"),
     [
         ("", "is empty"),
-        ("label\ttext\n", "empty but for its header"),
+        ("label\ttext\n", "empty except for its header"),
         ("text\nchess\n", "line 1: the header must name at least two columns"),
         ("label\ttext\ngames\tchess\nsport\tball\n", "line 3: label 'sport' is not in"),
         ("label\ttext\ngames chess\n", "line 2: expected 2 tab-separated columns"),
         ("label\ttext\ngames\tchess\tboard\n", "line 2: expected 2 tab-separated columns"),
-        ("label\ttext\ngames\t \n", "line 2: expected 2 tab-separated columns with a text"),
+        ("label\ttext\ngames\t \n", "line 2: expected 2 tab-separated columns and a text"),
         ("label\ttext\n\ngames\tchess\n", "line 2"),
     ],
 )

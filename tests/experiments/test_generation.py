@@ -210,7 +210,7 @@ def test_what_cannot_be_generated_is_refused(getkey):
         generation.beam_search(*args, **how, beams=0)
     with pytest.raises(ValueError, match="early_stopping='soon'"):
         generation.beam_search(*args, **how, beams=2, early_stopping="soon")
-    with pytest.raises(ValueError, match="30 beams and 2 ends need 90 tokens, got 61"):
+    with pytest.raises(ValueError, match="30 beams with 2 end tokens need 90 tokens, got 61"):
         generation.beam_search(*args, **how, beams=30)
     with pytest.raises(ValueError, match="33 tokens, 32 positions"):
         model.model.cache(1, 33)
