@@ -1,4 +1,4 @@
-"""Adapters on disk: `python -m lora_jax inspect | merge | convert | diff`."""
+"""The command line: `python -m lora_jax inspect | merge | convert | diff`."""
 
 import argparse
 import re
@@ -15,69 +15,73 @@ from lora_jax.io import printable, raise_on_signal, shorten
 PROGRAM = "lora-jax"
 DIFFERENT, WRONG, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
-_WIDE = 1000  # of a table into a file or another program, where no window tells
-_PROBLEMS = 12  # how many of an adapter's problems are listed
+_WIDE = 1000  # the width of tables if the output is not a terminal
+_PROBLEMS = 12  # the number of an adapter's problems that are listed
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-      args: In place of `sys.argv[1:]`.
+      args: The arguments; None for `sys.argv[1:]`.
 
     Returns:
-      The exit status: 0; 1 where `diff` finds a difference; 2 for what the user can put right; 130 and 143 after
-      an interrupt and a termination signal.
+      The exit status: 0; 1 if `diff` finds a difference; 2 for an error that the user can correct; 130 after an
+      interrupt, and 143 after a termination signal.
     """
     try:
-        given = _parser().parse_args(args)
+        arguments = _parser().parse_args(args)
         with raise_on_signal(_Terminated):
-            return _run(given)
-    except SystemExit as stop:  # argparse's own (--help, or arguments that do not parse), or a closed pipe
+            return _run(arguments)
+    except SystemExit as stop:  # from argparse (--help, or invalid arguments), or a closed pipe
         return stop.code if isinstance(stop.code, int) else WRONG
     except (ValueError, OSError) as error:
-        print(f"error: {_said(error)}", file=sys.stderr)
+        print(f"error: {_format_error(error)}", file=sys.stderr)
         return WRONG
     except (KeyboardInterrupt, _Terminated) as error:
         print("interrupted: nothing was written", file=sys.stderr)
         return INTERRUPTED if isinstance(error, KeyboardInterrupt) else TERMINATED
 
 
-def _run(given: argparse.Namespace) -> int:
-    from lora_jax import commands  # after the arguments are known to be right: JAX takes seconds to start
+def _run(arguments: argparse.Namespace) -> int:
+    from lora_jax import commands  # imported only for valid arguments, since JAX takes seconds to start
 
     console, progress = _console(), _console(stderr=True)
-    match given.command:
+    match arguments.command:
         case "inspect":
-            commands.inspect(given.adapter, given.base, console, progress, ignore=given.ignore)
+            commands.inspect(arguments.adapter, arguments.base, console, progress, ignore=arguments.ignore)
         case "merge":
             commands.merge(
-                given.base,
-                given.adapter,
-                given.out,
-                force=given.force,
-                ignore=given.ignore,
+                arguments.base,
+                arguments.adapter,
+                arguments.out,
+                force=arguments.force,
+                ignore=arguments.ignore,
                 console=console,
                 progress=progress,
             )
         case "convert":
             commands.convert(
-                given.adapter,
-                given.out,
-                target=given.target,
-                base=given.base,
-                force=given.force,
-                ignore=given.ignore,
+                arguments.adapter,
+                arguments.out,
+                target=arguments.target,
+                base=arguments.base,
+                force=arguments.force,
+                ignore=arguments.ignore,
                 console=console,
                 progress=progress,
             )
         case "diff":
-            return DIFFERENT if commands.diff(given.adapter, given.other, console, progress, ignore=given.ignore) else 0
+            return (
+                DIFFERENT
+                if commands.diff(arguments.adapter, arguments.other, console, progress, ignore=arguments.ignore)
+                else 0
+            )
     return 0
 
 
 def _console(*, stderr: bool = False) -> Console:
-    """Plain text: names of files and weights are no markup."""
+    """Makes a console for plain text: names of files and weights may contain markup characters."""
     console = Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = _WIDE
@@ -85,11 +89,11 @@ def _console(*, stderr: bool = False) -> Console:
 
 
 class _Terminated(BaseException):
-    """A termination signal, as an exception: what is half-written is removed on the way out."""
+    """A termination signal as an exception, so that incomplete outputs are removed."""
 
 
-def _said(error: Exception) -> str:
-    """An error's message: an operating system's with the file first, a long list with its beginning."""
+def _format_error(error: Exception) -> str:
+    """Formats an error: an operating system's error begins with the file, and long lists are truncated."""
     if isinstance(error, OSError) and error.strerror:
         return shorten(f"{error.filename or error.filename2 or 'output'}: {error.strerror}.")
     text = re.sub(r"ignore=\('([^']+)',\)", r"--ignore \1", str(error))  # the library's argument, as the option
@@ -99,13 +103,13 @@ def _said(error: Exception) -> str:
 
 
 class _CommandParser(argparse.ArgumentParser):
-    """The arguments of one command. Errors end with the form of the command."""
+    """Parses the arguments of one command. Errors end with the form of the command."""
 
     form: str
 
     def parse_known_args(self, args=None, namespace=None):
         parsed, unknown = super().parse_known_args(args, namespace)
-        if unknown:  # otherwise the main parser reports them, which does not know the command
+        if unknown:  # otherwise the main parser reports them, without the command's form
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return parsed, unknown
 
@@ -116,7 +120,7 @@ class _CommandParser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Adapters on disk: look at them, merge, convert, compare.",
+        description="Inspects, merges, converts and compares adapters on disk.",
         epilog=f"{PROGRAM} COMMAND --help has an example of each.",
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
@@ -135,18 +139,18 @@ def _parser() -> argparse.ArgumentParser:
     inspect = add(
         "inspect",
         "ADAPTER [--base BASE]",
-        "What an adapter holds: ranks, scales, norms of ΔW, and which base it fits.",
+        "Prints an adapter's ranks, scales, norms of ΔW, and which base it fits.",
         "With --base every tensor is checked against the checkpoint, and norms are compared with its weights'.",
         "inspect my-adapter --base llama",
     )
     inspect.add_argument("adapter", metavar="ADAPTER", type=Path, help="a directory that PEFT or lora_jax wrote")
-    inspect.add_argument("--base", type=Path, help="the checkpoint directory that a PEFT adapter may be for")
+    inspect.add_argument("--base", type=Path, help="the checkpoint directory to check a PEFT adapter against")
 
     merge = add(
         "merge",
         "BASE ADAPTER OUT",
-        "Folds a PEFT adapter into a checkpoint that transformers loads.",
-        "Sums are computed in float32 and rounded once to the stored dtype; files, shards and dtypes stay the base's.",
+        "Merges a PEFT adapter into a checkpoint that transformers loads.",
+        "Sums are computed in float32 and rounded once to the stored dtype; files, shards and dtypes are the base's.",
         "merge llama my-adapter merged",
     )
     merge.add_argument("base", metavar="BASE", type=Path, help="a checkpoint directory: config.json and safetensors")
@@ -156,8 +160,8 @@ def _parser() -> argparse.ArgumentParser:
     convert = add(
         "convert",
         "ADAPTER OUT --target TARGET",
-        "Writes a PEFT adapter for another reader.",
-        "What the reader cannot hold is refused by name; uneven scales are folded into B where it has one for all.",
+        "Converts a PEFT adapter for another reader.",
+        "Anything that the reader does not support is an error; uneven scales are folded into B if it has one for all.",
         "convert my-adapter for-vllm --target vllm",
     )
     convert.add_argument("adapter", metavar="ADAPTER", type=Path, help="a directory that PEFT wrote")
@@ -166,13 +170,13 @@ def _parser() -> argparse.ArgumentParser:
         "--target",
         required=True,
         choices=("peft", "vllm", "gguf", "mlx"),
-        help="vllm and gguf (llama.cpp's converter) read PEFT's format in part, mlx (mlx-lm) has its own",
+        help="vllm and gguf (llama.cpp's converter) support a part of PEFT's format, mlx (mlx-lm) has its own",
     )
     convert.add_argument(
         "--base",
         type=Path,
-        help="the checkpoint directory: tells embeddings that are stored but were not trained, and the shapes of "
-        "weights, which adapters of ADALORA, IA3, LN_TUNING, LOHA, LOKR and VERA do not tell",
+        help="the checkpoint directory: needed if the adapter stores embeddings that may not be trained, and for "
+        "ADALORA, IA3, LN_TUNING, LOHA, LOKR and VERA, whose adapters do not define the shapes of weights",
     )
     for command in (merge, convert):
         command.add_argument("--force", action="store_true", help="replace an existing output of the same kind")
@@ -180,20 +184,20 @@ def _parser() -> argparse.ArgumentParser:
     diff = add(
         "diff",
         "ADAPTER OTHER",
-        "How two adapters differ.",
-        "Adapters of lora_jax, and of PEFT's LORA and TRAINABLE_TOKENS. The exit status is 0 if they hold the same, "
-        "bit for bit, 1 if they differ, 2 if one cannot be read.",
+        "Compares two adapters.",
+        "Supports adapters of lora_jax, and of PEFT's LORA and TRAINABLE_TOKENS. The exit status is 0 if they are "
+        "equal, bit for bit, 1 if they differ, 2 if one cannot be read.",
         "diff before after",
     )
     diff.add_argument("adapter", metavar="ADAPTER", type=Path, help="a directory that PEFT or lora_jax wrote")
-    diff.add_argument("other", metavar="OTHER", type=Path, help="another")
+    diff.add_argument("other", metavar="OTHER", type=Path, help="the adapter to compare with")
     for command in (inspect, merge, convert, diff):
         command.add_argument(
             "--ignore",
             action="append",
             default=[],
             metavar="NAME",
-            help="pass over tensors of a PEFT adapter whose name, or a part of it, begins so (v_head); may be repeated",
+            help="ignore tensors of a PEFT adapter whose name, or a part of it, begins with NAME (v_head); repeatable",
         )
     return parser
 

@@ -50,8 +50,8 @@ def shard(directory, tensors, count=2):
     names = sorted(tensors)
     files = {name: f"model-{i % count + 1:05}-of-{count:05}.safetensors" for i, name in enumerate(names)}
     for file in set(files.values()):
-        own = {name: tensors[name] for name in names if files[name] == file}
-        save_file(own, directory / file, metadata={"format": "pt"})
+        shard = {name: tensors[name] for name in names if files[name] == file}
+        save_file(shard, directory / file, metadata={"format": "pt"})
     index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())}, "weight_map": files}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return index
@@ -150,7 +150,7 @@ def test_inspect_with_another_base(fails, tmp_path, adapter):
 
 def test_inspect_names_the_base(run, adapter):
     edit_adapter(adapter, config={"base_model_name_or_path": "some/[bold]model[/bold] :smile:"})
-    assert "base: some/[bold]model[/bold] :smile:, says the adapter" in run("inspect", adapter)[1]
+    assert "base: some/[bold]model[/bold] :smile:, according to the adapter" in run("inspect", adapter)[1]
 
 
 def test_inspect_numbers_sort_as_numbers(run, tmp_path):
@@ -180,7 +180,7 @@ def test_one_weight_that_does_not_change(run, base, adapter):
     edit_adapter(adapter, {"model.layers.0.mlp.up_proj.lora_B.weight": np.zeros((12, 2), np.float32)})
     assert "ΔW is zero for 1 weight: model.layers.0.mlp.up_proj.weight" in run("inspect", adapter)[1]
     assert (
-        "1 adapted weight as before: model.layers.0.mlp.up_proj.weight"
+        "1 adapted weight unchanged: model.layers.0.mlp.up_proj.weight"
         in run("merge", base, adapter, base.parent / "out")[1]
     )
 
@@ -197,22 +197,22 @@ def test_inspect_with_the_base_says_what_every_kind_changes(run, fixture, tmp_pa
         assert any(x == f"{change:.4g}" for x in row) or float(row[-3]) == pytest.approx(change, rel=1e-3, abs=1e-6)
 
 
-def test_an_embedding_stored_whole(run, fails, tmp_path):
+def test_an_embedding_stored_in_full(run, fails, tmp_path):
     """Only the base tells whether it was trained."""
     case = CASES["embedding_saved"]
     base = write_base(tmp_path / "base", case.base_tensors)
-    assert "also holds embed_tokens.weight whole" in run("inspect", case.adapter)[1]
-    assert "also holds" not in run("inspect", case.adapter, "--base", base)[1]
+    assert "also stores embed_tokens.weight in full" in run("inspect", case.adapter)[1]
+    assert "also stores" not in run("inspect", case.adapter, "--base", base)[1]
     text = fails("convert", case.adapter, tmp_path / "out", "--target", "vllm")
     assert "embed_tokens.weight" in text and "--base" in text
     assert run("convert", case.adapter, tmp_path / "out", "--target", "vllm", "--base", base)[0] == 0
     assert not any("base_layer" in key for key in read(tmp_path / "out" / "adapter_model.safetensors"))
     assert run("diff", case.adapter, case.adapter)[0] == 0
     status, out, _ = run("diff", case.adapter, tmp_path / "out")  # the copy of the base's is beside factors
-    assert status == 0 and "the same: 2 weights" in out and "whole" not in out
+    assert status == 0 and "the same: 2 weights" in out and "in full" not in out
     edit_adapter(tmp_path / "out", {"embed_tokens.base_layer.weight": np.ones((14, 8), np.float32)})
     status, out, _ = run("diff", case.adapter, tmp_path / "out")
-    assert status == 1 and "embed_tokens.weight, stored whole in both, differs" in out
+    assert status == 1 and "embed_tokens.weight, stored in full in both, differs" in out
 
 
 def test_a_module_that_is_saved_by_the_end_of_its_name(run, base, adapter, tmp_path):
@@ -222,10 +222,10 @@ def test_a_module_that_is_saved_by_the_end_of_its_name(run, base, adapter, tmp_p
     shutil.copytree(adapter, tmp_path / "other")
     edit_adapter(tmp_path / "other", {}, {"modules_to_save": [norm]})
     status, out, _ = run("diff", adapter, tmp_path / "other")
-    assert status == 0 and "modules_to_save" not in out and "whole" not in out
+    assert status == 0 and "modules_to_save" not in out and "in full" not in out
     edit_adapter(tmp_path / "other", {}, {"modules_to_save": None})
     status, out, _ = run("diff", adapter, tmp_path / "other")
-    assert status == 1 and f"{tmp_path / 'other'} holds {norm}.weight whole" in out
+    assert status == 1 and f"{tmp_path / 'other'} stores {norm}.weight in full" in out
 
 
 def native(directory, change=0.0):
@@ -567,10 +567,10 @@ def reader(request, base, adapter, tmp_path):
     return READERS[request.param](base, adapter, tmp_path / "out")
 
 
-@pytest.mark.parametrize("kept", [0, 4, 200, -1])
-def test_a_truncated_adapter(fails, reader, adapter, kept):
+@pytest.mark.parametrize("length", [0, 4, 200, -1])
+def test_a_truncated_adapter(fails, reader, adapter, length):
     file = adapter / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:kept])
+    file.write_bytes(file.read_bytes()[:length])
     assert str(file) in fails(*reader)
 
 
@@ -621,7 +621,7 @@ def test_a_file_that_is_none(fails, reader, adapter, file, fault):
     text = fails(*reader)
     assert file in text
     if fault == "loop":
-        assert "link that leads nowhere, or in a circle" in text
+        assert "broken or circular link" in text
 
 
 def test_a_pickle(fails, reader, adapter):
@@ -633,12 +633,12 @@ def test_a_pickle(fails, reader, adapter):
 def test_an_adapter_that_is_no_directory(fails, adapter, base, tmp_path):
     for name, command in READERS.items():
         text = fails(*command(base, adapter / "adapter_config.json", tmp_path / "out"))
-        assert "is a file, expected the directory that it is in" in text, name
+        assert "is a file, expected the directory that contains it" in text, name
         assert "no such directory" in fails(*command(base, tmp_path / "nowhere", tmp_path / "out"))
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
     for command in READERS.values():
-        assert "in a circle" in fails(*command(base, loop, tmp_path / "out"))
+        assert "circular link" in fails(*command(base, loop, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("inside", ["checkpoint-10", "default", "checkpoint-10/default"])
@@ -673,7 +673,7 @@ def test_several_adapters_inside_of_the_directory(fails, adapter, tmp_path):
 def test_tensors_of_something_else(run, fails, base, adapter, tmp_path):
     edit_adapter(adapter, {"v_head.summary.weight": np.ones((1, 8), np.float32)})
     assert "--ignore v_head passes it over" in fails("inspect", adapter, "--base", base)
-    assert "give that directory" in fails("inspect", adapter / "adapter_model.safetensors")
+    assert "pass that directory" in fails("inspect", adapter / "adapter_model.safetensors")
     for args in (
         ("inspect", adapter, "--base", base),
         ("merge", base, adapter, tmp_path / "merged"),
@@ -688,20 +688,20 @@ def test_a_base_that_is_none(fails, adapter, base, tmp_path):
     (tmp_path / "empty").mkdir()
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
-    for given, said in {
+    for path, said in {
         base / "config.json": "is a file",
         tmp_path / "nowhere": "names on a hub are not looked up",
         tmp_path / "empty": "model.safetensors",
-        loop: "in a circle",
+        loop: "circular link",
     }.items():
-        assert said in fails("merge", given, adapter, tmp_path / "out")
-        assert said in fails("inspect", adapter, "--base", given)
+        assert said in fails("merge", path, adapter, tmp_path / "out")
+        assert said in fails("inspect", adapter, "--base", path)
 
 
-@pytest.mark.parametrize("kept", [0, 7, 500, -1])
-def test_a_truncated_base(fails, base, adapter, tmp_path, kept):
+@pytest.mark.parametrize("length", [0, 7, 500, -1])
+def test_a_truncated_base(fails, base, adapter, tmp_path, length):
     file = base / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:kept])
+    file.write_bytes(file.read_bytes()[:length])
     assert str(file) in fails("merge", base, adapter, tmp_path / "out")
 
 
@@ -737,15 +737,15 @@ def linked_in_a_circle(name):
     "fault, said",
     [
         (broken_index(lambda files: files.update({"lm_head.weight": "../base/model.safetensors"})), "../base/model"),
-        (broken_index(lambda files: files.update({"lm_head.weight": "/etc/passwd"})), "no file of this directory"),
-        (broken_index(lambda files: files.update({"lm_head.weight": ".."})), "is no file of this directory"),
+        (broken_index(lambda files: files.update({"lm_head.weight": "/etc/passwd"})), "not a file of this directory"),
+        (broken_index(lambda files: files.update({"lm_head.weight": ".."})), "is not a file of this directory"),
         (broken_index(lambda files: files.update({"nowhere": "model-00001-of-00002.safetensors"})), "'nowhere'"),
         (broken_index(lambda files: files.pop("lm_head.weight")), "'lm_head.weight'"),
         (broken_index(lambda files: files.clear()), "names no tensor"),
         (truncated_shard, "model-00002-of-00002.safetensors"),
         (missing_shard, "1 of 2 shards missing"),
-        (linked_in_a_circle("model.safetensors"), "in a circle"),
-        (linked_in_a_circle("tokenizer.json"), "tokenizer.json: a link that leads nowhere, or in a circle"),
+        (linked_in_a_circle("model.safetensors"), "circular link"),
+        (linked_in_a_circle("tokenizer.json"), "tokenizer.json: a broken or circular link"),
     ],
 )
 def test_a_base_with_faults(fails, base, adapter, tmp_path, fault, said):
@@ -846,7 +846,7 @@ def test_an_output_among_what_is_read(fails, writer, base, adapter, tmp_path):
         tmp_path / "link": "be",
         adapter / "inside": "be inside of",
         adapter / ".." / "adapter": "be",
-        tmp_path: "hold",
+        tmp_path: "contain",
     }.items():
         assert f"may not {relation}" in fails(*writer(base, adapter, out), "--force")
 
@@ -859,7 +859,7 @@ def test_the_base_as_output(fails, base, adapter):
 def test_an_output_that_is_a_link(run, fails, writer, base, adapter, tmp_path):
     loop, link, real = tmp_path / "loop", tmp_path / "link", tmp_path / "real"
     loop.symlink_to(loop)
-    assert "in a circle" in fails(*writer(base, adapter, loop))
+    assert "circular link" in fails(*writer(base, adapter, loop))
     real.mkdir()
     link.symlink_to(real)
     assert run(*writer(base, adapter, link))[0] == 0
@@ -915,10 +915,10 @@ def test_a_full_disk_leaves_what_was_there(run, fails, writer, base, adapter, tm
 def test_a_signal_in_the_middle(run, monkeypatch, base, adapter, tmp_path, number, status):
     def interrupted(*args):
         os.kill(os.getpid(), number)
-        return merged(*args)
+        return merge_tensor(*args)
 
-    merged = merge_command.merged
-    monkeypatch.setattr(merge_command, "merged", interrupted)
+    merge_tensor = merge_command.merge_tensor
+    monkeypatch.setattr(merge_command, "merge_tensor", interrupted)
     before, handler = listing(tmp_path), signal.getsignal(signal.SIGTERM)
     assert run("merge", base, adapter, tmp_path / "new" / "out") == (status, "", "interrupted: nothing was written\n")
     assert listing(tmp_path) == before and signal.getsignal(signal.SIGTERM) == handler
@@ -932,10 +932,10 @@ def test_a_signal_whose_exception_python_drops(run, monkeypatch, base, adapter, 
     def interrupted(*args):
         Signaling()
         time.sleep(1)
-        return merged(*args)
+        return merge_tensor(*args)
 
-    merged = merge_command.merged
-    monkeypatch.setattr(merge_command, "merged", interrupted)
+    merge_tensor = merge_command.merge_tensor
+    monkeypatch.setattr(merge_command, "merge_tensor", interrupted)
     before = listing(tmp_path)
     assert run("merge", base, adapter, tmp_path / "new" / "out") == (143, "", "interrupted: nothing was written\n")
     assert listing(tmp_path) == before

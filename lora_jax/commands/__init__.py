@@ -1,4 +1,4 @@
-"""What the command line does: inspect, merge, convert and compare adapters on disk."""
+"""The commands of the command line: inspect, merge, convert and compare adapters on disk."""
 
 from lora_jax.commands.comparison import diff
 from lora_jax.commands.conversion import convert

@@ -1,4 +1,4 @@
-"""Biases that a checkpoint does not have and its model can have, by a flag of the config."""
+"""Biases that a checkpoint lacks and that its model can have if a flag of the config is set."""
 
 import dataclasses
 import re
@@ -8,7 +8,7 @@ from typing import Any
 from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.offset import OffsetAdapter
 from lora_jax.adapters.protocol import Adapter
-from lora_jax.commands.layout import leaf_path
+from lora_jax.commands.leaves import leaf_path
 from lora_jax.peft import keys
 
 _FLAGS = (
@@ -29,7 +29,7 @@ _FLAGS = (
         "arcee cwm doge dory exaone granite granite_swa helium hyperclovax iquestcoder llama minicpm3 seed_oss smollm3",
     ),
 )
-"""The flag, the modules of each layer that have a bias with it, and the model types, in transformers 5.24."""
+"""The flag, the modules of each layer that have a bias if it is set, and the model types, in transformers 5.24."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,29 +37,29 @@ class NewBiases:
     """Biases to add to a checkpoint.
 
     Attributes:
-      weights: By the bias's name, the weight's, in the checkpoint's files.
-      flags: Of the config, to be set.
+      weights: The weights' names in the checkpoint's files, by the biases' names.
+      flags: The flags of the config to set.
     """
 
     weights: dict[str, str]
     flags: tuple[str, ...]
 
 
-def separated(
+def split_biases(
     delta: dict[str, Adapter], tensors: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
 ) -> NewBiases:
-    """Makes offsets of new biases from the biases of a delta's low-rank adapters.
+    """Converts the biases of a delta's low-rank adapters to offsets of new biases of the checkpoint, in place.
 
     Args:
-      delta: By the path of each tensor; changed in place.
+      delta: The adapters, by the path of each tensor.
       tensors: The shapes of the checkpoint's tensors.
-      config: The checkpoint's `config.json`.
+      config: The content of the checkpoint's `config.json`.
 
     Returns:
-      The biases that the checkpoint then needs. A flag is for all layers: those without an adapter are among them.
+      The biases to add to the checkpoint. A flag applies to all layers, so they include layers without adapter.
 
     Raises:
-      ValueError: The model has no bias where an adapter has one; the message names the modules.
+      ValueError: A module whose adapter has a bias cannot have one; the message names the modules.
     """
     biased = {
         path.replace("/", "."): (node, node.bias)
@@ -73,20 +73,21 @@ def separated(
         for name in tensors
         if model_type in types.split() and re.fullmatch(rf"(model\.)?layers\.\d+\.{modules}\.weight", name)
     }
-    if lacking := [keys.split_name(name)[0] for name in biased if name not in flags]:
-        of = f"a model of type {model_type!r}" if model_type else "a model whose type no config.json tells"
-        more = f" ({len(lacking)} such modules)" if len(lacking) > 1 else ""
+    if unsupported := [keys.split_name(name)[0] for name in biased if name not in flags]:
+        model = f"a model of type {model_type!r}" if model_type else "a model without a config.json that names its type"
+        more = f" ({len(unsupported)} such modules)" if len(unsupported) > 1 else ""
         raise ValueError(
-            f"{lacking[0]}{more}: the adapter has a bias on B (lora_bias), which {of} cannot have "
-            "there: use the adapter unmerged."
+            f"{unsupported[0]}{more}: the adapter has a bias on B (lora_bias), and {model} cannot have a bias in this "
+            "module: use the adapter unmerged."
         )
     for name, (node, bias) in biased.items():
         delta[leaf_path(name)] = dataclasses.replace(node, bias=None)
-        delta[leaf_path(_bias_of(name))] = OffsetAdapter(value=bias, scale=node.scale, axes=())
-    wanted = tuple(flag for flag in dict.fromkeys(flags.values()) if flag in {flags[name] for name in biased})
-    needed = {_bias_of(name): name for name, flag in flags.items() if flag in wanted}
-    return NewBiases({bias: name for bias, name in needed.items() if bias not in tensors}, wanted)
+        delta[leaf_path(_bias_name(name))] = OffsetAdapter(value=bias, scale=node.scale, axes=())
+    required = {flags[name] for name in biased}
+    selected = tuple(flag for flag in dict.fromkeys(flags.values()) if flag in required)
+    weights = {_bias_name(name): name for name, flag in flags.items() if flag in selected}
+    return NewBiases({bias: name for bias, name in weights.items() if bias not in tensors}, selected)
 
 
-def _bias_of(name: str) -> str:
+def _bias_name(name: str) -> str:
     return f"{keys.split_name(name)[0]}.bias"

@@ -1,4 +1,4 @@
-"""`diff`: how two adapters differ."""
+"""`diff`: compares two adapters."""
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
@@ -11,97 +11,95 @@ from rich.console import Console
 from lora_jax.adapters.full import FullAdapter, RowsAdapter
 from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.protocol import Adapter
-from lora_jax.commands import layout
 from lora_jax.commands.inspection import euclidean
+from lora_jax.commands.layout import find_copies, infer_base
+from lora_jax.commands.leaves import leaf_path
 from lora_jax.commands.reading import adapter_directory, is_native, read
 from lora_jax.commands.wording import (
-    counted,
-    kinds_of,
-    number_text,
-    numbered,
+    format_count,
+    format_number,
+    format_path,
+    format_shape,
+    make_table,
+    natural_order,
     progress_bar,
-    shape_text,
-    shown,
-    table_of,
+    summarize_kinds,
 )
 from lora_jax.merging import distance, norm
 from lora_jax.peft import keys
 from lora_jax.peft.config import TOKENS
-from lora_jax.peft.opening import config_of
+from lora_jax.peft.opening import read_config
 
-_WITHOUT_SHAPES = f"diff compares adapters of lora_jax and of PEFT's LORA and {TOKENS}"
+_UNSUPPORTED = f"diff compares adapters of lora_jax and of PEFT's LORA and {TOKENS}"
 
 
 def diff(one: Path, other: Path, console: Console, progress: Console, *, ignore: Sequence[str] = ()) -> bool:
-    """Prints how two adapters differ; returns whether they do."""
+    """Prints the differences of two adapters; returns whether there are any."""
     one, other = adapter_directory(one, progress), adapter_directory(other, progress)
     native = is_native(one), is_native(other)
     if native[0] != native[1]:
-        raise ValueError(f"{one} and {other}: one is of PEFT, the other of lora_jax; their weights have other names.")
-    first, second = (read(directory, ignore, _WITHOUT_SHAPES) for directory in (one, other))
-    paths = sorted({*first, *second}, key=numbered)
-    table = table_of("weight", "first", "second", "‖difference‖", "relative")
+        raise ValueError(
+            f"{one} and {other}: one is of PEFT, the other of lora_jax, and their weights have different names."
+        )
+    first, second = (read(directory, ignore, _UNSUPPORTED) for directory in (one, other))
+    paths = sorted({*first, *second}, key=natural_order)
+    table = make_table("weight", "first", "second", "‖difference‖", "relative")
     different = 0
     with progress_bar(progress, "comparing", len(paths)) as advance:
         for path in paths:
             x, y = first.get(path), second.get(path)
             if x is None or y is None or not _same(x, y):
                 different += 1
-                table.add_row(shown(path, native[0]), *_said(x, y), *_apart(x, y))
+                table.add_row(format_path(path, native[0]), *_describe(x, y), *_format_distance(x, y))
             advance(1)
-    stored = (
-        []
-        if any(native)
-        else [
-            *_copies_apart((one, other), (first, second), ignore),
-            *_configs_apart((one, other), {*first, *second}),
-        ]
-    )
+    further = []
+    if not any(native):
+        further += _compare_copies((one, other), (first, second), ignore)
+        further += _compare_configs((one, other), {*first, *second})
     if different:
         console.print(table)
         console.print()
     console.print(
-        f"different: {different} of {counted(len(paths), 'weight')}" if different else f"the same: {kinds_of(first)}"
+        f"different: {different} of {format_count(len(paths), 'weight')}"
+        if different
+        else f"the same: {summarize_kinds(first)}"
     )
-    for line in stored:
+    for line in further:
         console.print(line)
-    return bool(different or stored)
+    return bool(different or further)
 
 
 def _same(one: Adapter, other: Adapter) -> bool:
     """Whether two adapters are equal, bit for bit."""
-    return type(one) is type(other) and not _differing(one, other)
-
-
-def _differing(one: Adapter, other: Adapter) -> list[str]:
-    """The fields in which two adapters of one kind differ."""
+    if type(one) is not type(other):
+        return False
     names = [field.name for field in dataclasses.fields(one)]  # pyrefly: ignore[bad-argument-type]
-    pairs = {name: [np.asarray(getattr(node, name)) for node in (one, other)] for name in names}
-    return [name for name, (x, y) in pairs.items() if x.dtype != y.dtype or not np.array_equal(x, y)]
+    pairs = [[np.asarray(getattr(node, name)) for node in (one, other)] for name in names]
+    return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)
 
 
-def _said(one: Adapter | None, other: Adapter | None) -> tuple[str, str]:
-    """Two adapters in words: what each is, and those facts in which they differ."""
-    abouts = [_facts(node) if node is not None else {} for node in (one, other)]
-    shown = ("rank", "scale", "rows")
-    keys = [k for k in dict.fromkeys((*abouts[0], *abouts[1])) if k in shown or abouts[0].get(k) != abouts[1].get(k)]
+def _describe(one: Adapter | None, other: Adapter | None) -> tuple[str, str]:
+    """Describes two adapters: the kind of each, and the facts in which they differ."""
+    first, second = (_facts(node) if node is not None else {} for node in (one, other))
+    always = ("rank", "scale", "rows")
+    keys = [k for k in dict.fromkeys((*first, *second)) if k in always or first.get(k) != second.get(k)]
     texts = []
-    for node, about in zip((one, other), abouts):
-        facts = [f"{key} {about[key]}" for key in keys if key in about and ((one and other) or key in shown)]
-        texts.append("–" if node is None else " ".join((node.kind, *facts)))
+    for node, facts in ((one, first), (other, second)):
+        listed = [f"{key} {facts[key]}" for key in keys if key in facts and ((one and other) or key in always)]
+        texts.append("–" if node is None else " ".join((node.kind, *listed)))
     return texts[0], texts[1]
 
 
 def _facts(node: Adapter) -> dict[str, str]:
-    facts = {name: number_text(value) for name, value in node.describe().items()}
+    facts = {name: format_number(value) for name, value in node.describe().items()}
     if (bias := getattr(node, "bias", None)) is not None:
         facts["‖bias‖"] = f"{euclidean(bias):.4g}"
     arrays = [getattr(node, field) for field in ("a", "rows", "value") if hasattr(node, field)]
-    return facts | {"shape": shape_text(node.shape()), "dtype": arrays[0].dtype.name if arrays else ""}
+    return facts | {"shape": format_shape(node.shape()), "dtype": arrays[0].dtype.name if arrays else ""}
 
 
-def _apart(one: Adapter | None, other: Adapter | None) -> tuple[str, str]:
-    """The norm of the difference of two adapters, and relative to the first's."""
+def _format_distance(one: Adapter | None, other: Adapter | None) -> tuple[str, str]:
+    """Formats the norm of the difference of two adapters, and its ratio to the first's norm."""
     if one is None or other is None or one.shape() != other.shape():
         return "", ""
     if all(node.additive or isinstance(node, LoRAAdapter) for node in (one, other)) and one.axes == other.axes:
@@ -115,34 +113,35 @@ def _apart(one: Adapter | None, other: Adapter | None) -> tuple[str, str]:
     return f"{gap:.4g}", f"{gap / size:.2%}" if size else ""
 
 
-def _copies_apart(
+def _compare_copies(
     directories: tuple[Path, Path], deltas: tuple[Mapping[str, Adapter], Mapping[str, Adapter]], ignore: Sequence[str]
 ) -> list[str]:
-    """Lines about matrices that only one of two PEFT adapters holds whole, or that differ.
+    """Compares the matrices that two PEFT adapters store in full without `modules_to_save`.
 
-    What only one holds beside factors is the base's: :func:`lora_jax.peft.load` takes nothing else there.
+    A matrix that only one of them stores in addition to factors is the base's: :func:`lora_jax.peft.load` accepts no
+    other.
     """
     lines = []
-    bases = [layout.of_adapter(directory, ignore)[0] for directory in directories]
-    held = [layout.copies(directory, ignore) for directory in directories]
+    bases = [infer_base(directory, ignore)[0] for directory in directories]
+    held = [find_copies(directory, ignore) for directory in directories]
     for name in dict.fromkeys((*held[0], *held[1])):
-        where, path = [name in names for names in held], layout.leaf_path(name)
-        if all(where):
+        is_held, path = [name in names for names in held], leaf_path(name)
+        if all(is_held):
             if not np.array_equal(bases[0][path], bases[1][path]):
-                lines.append(f"{name}, stored whole in both, differs")
-        elif path not in deltas[where.index(True)]:
+                lines.append(f"{name}, stored in full in both, differs")
+        elif path not in deltas[is_held.index(True)]:
             lines.append(
-                f"{directories[where.index(True)]} holds {name} whole without modules_to_save: only the base tells "
-                "whether it was trained"
+                f"{directories[is_held.index(True)]} stores {name} in full without modules_to_save: only the base "
+                "shows whether it was trained"
             )
     return lines
 
 
-def _configs_apart(directories: tuple[Path, Path], paths: Collection[str]) -> list[str]:
-    """Lines about what two configs make of the same tensors: as which modules PEFT saves them, and for which task."""
+def _compare_configs(directories: tuple[Path, Path], paths: Collection[str]) -> list[str]:
+    """Compares what two configs define for the same tensors: the modules that PEFT saves, and the task."""
     lines = []
     one, other = directories
-    first, second = (config_of(directory) for directory in directories)
+    first, second = (read_config(directory) for directory in directories)
     modules = [keys.split_name(path.replace("/", "."))[0] for path in paths]
     saved = [[keys.saved_as(x, config.modules_to_save) for x in modules] for config in (first, second)]
     if saved[0] != saved[1]:

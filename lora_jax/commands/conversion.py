@@ -1,4 +1,4 @@
-"""`convert`: an adapter written again for another reader."""
+"""`convert`: converts an adapter for another reader."""
 
 import contextlib
 from collections.abc import Sequence
@@ -7,19 +7,27 @@ from pathlib import Path
 from rich.console import Console
 
 from lora_jax import peft
-from lora_jax.commands import fitting_methods, layout
+from lora_jax.commands.fitting import fit_checkpoint
+from lora_jax.commands.layout import find_copies, infer_base
 from lora_jax.commands.outputs import check_new
-from lora_jax.commands.reading import adapter_directory, check_directory, check_peft, check_shapes, model_config, opened
-from lora_jax.commands.wording import few, kinds_of
+from lora_jax.commands.reading import (
+    adapter_directory,
+    check_directory,
+    check_peft,
+    check_shapes,
+    model_config,
+    open_checkpoint,
+)
+from lora_jax.commands.wording import abbreviate, summarize_kinds
 from lora_jax.io.files import replace_directory
 from lora_jax.peft.config import CONFIG
-from lora_jax.peft.opening import config_of
-from lora_jax.peft.saving import write
+from lora_jax.peft.opening import read_config
+from lora_jax.peft.saving import write_adapter
 from lora_jax.peft.targets import TARGETS
-from lora_jax.peft.tensors import written_here
+from lora_jax.peft.tensor_files import written_here
 
 _ONE_WEIGHT = ("gguf", "mlx")
-"""Readers that apply the factors of an embedding to a head that is tied to it, too."""
+"""Readers that also apply the factors of an embedding to a head that is tied to it."""
 
 
 def convert(
@@ -33,28 +41,26 @@ def convert(
     console: Console,
     progress: Console,
 ) -> None:
-    """Writes a PEFT adapter again for another reader."""
+    """Converts a PEFT adapter for another reader."""
     directory = adapter_directory(directory, progress)
     check_peft(directory, "a conversion")
-    config = config_of(directory)
+    config = read_config(directory)
     if base is None:
         check_shapes(directory)
-    if base is None and (names := layout.copies(directory, ignore)):
+    if base is None and (names := find_copies(directory, ignore)):
         raise ValueError(
-            f"{directory}: holds {few(names)} whole, as PEFT does for embeddings; only the base tells whether it "
-            "was trained: give --base."
+            f"{directory}: stores {abbreviate(names)} in full, as PEFT does for embeddings; only the base shows "
+            "whether it was trained: give --base."
         )
     if base:
         check_directory(base)
     owns = written_here({CONFIG})
-    check_new(out, CONFIG, "adapter", owns, force, apart_from=(directory, *([base] if base else [])))
+    check_new(out, CONFIG, "adapter", owns, force, inputs=(directory, *([base] if base else [])))
     with contextlib.ExitStack() as stack:
         if base is None:
-            weights, names = layout.of_adapter(directory, ignore)
+            weights, names = infer_base(directory, ignore)
         else:
-            fit = fitting_methods.of_checkpoint(
-                stack.enter_context(opened(base)), directory, model_config(base), ignore
-            )
+            fit = fit_checkpoint(stack.enter_context(open_checkpoint(base)), directory, model_config(base), ignore)
             weights, names = fit.base, fit.names
             for head, (table, why) in fit.untied.items() if target in _ONE_WEIGHT else ():
                 raise ValueError(
@@ -63,7 +69,7 @@ def convert(
                 )
         delta = peft.load(directory, weights, names, ignore=ignore)
         with replace_directory(out, CONFIG, what="adapter", owns=owns) as fresh:
-            write(
+            write_adapter(
                 fresh,
                 delta,
                 names,
@@ -72,4 +78,4 @@ def convert(
                 task_type=config.task_type,
                 modules_to_save=config.modules_to_save,
             )
-    console.print(f"{out}: {kinds_of(delta)}, written for {TARGETS[target].reader}")
+    console.print(f"{out}: {summarize_kinds(delta)}, written for {TARGETS[target].reader}")

@@ -1,4 +1,4 @@
-"""Where the commands may write."""
+"""Checks of the commands' output paths."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,24 +7,28 @@ from lora_jax.io.files import check_replaceable, resolve
 
 
 def check_new(
-    out: Path, manifest: str, what: str, owns: Callable[[Path], bool], force: bool, apart_from: tuple[Path, ...]
+    out: Path, manifest: str, what: str, owns: Callable[[Path], bool], force: bool, inputs: tuple[Path, ...]
 ) -> None:
-    """Raises an error where an output must not be written.
+    """Checks that an output may be written.
 
     Args:
       out: The output.
-      manifest: The file by which a directory of the same kind is known.
-      what: The kind.
-      owns: Whether a file of an existing directory was written by this program.
-      force: Whether one of the same kind is replaced.
-      apart_from: What is read.
+      manifest: The file that identifies a directory of the same kind.
+      what: The kind of output, for messages.
+      owns: Whether this program wrote a file of an existing directory.
+      force: Whether to replace an existing output of the same kind.
+      inputs: The paths that the command reads.
+
+    Raises:
+      ValueError: The output overlaps with an input, or is not of the same kind.
+      FileExistsError: The output exists, and `force` is False.
     """
     target = resolve(out)
-    for given in apart_from:
-        source = given.resolve()
+    for path in inputs:
+        source = path.resolve()
         if target == source or source in target.parents or target in source.parents:
-            relation = "be" if target == source else "be inside of" if source in target.parents else "hold"
-            raise ValueError(f"{out}: the output may not {relation} {given}, which is read.")
+            relation = "be" if target == source else "be inside of" if source in target.parents else "contain"
+            raise ValueError(f"{out}: the output may not {relation} {path}, which is read.")
     check_replaceable(target, manifest, what=what, owns=owns)
     if not force and target.is_dir() and any(target.iterdir()):
         raise FileExistsError(f"{out} exists; --force replaces it.")

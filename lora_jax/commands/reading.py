@@ -1,4 +1,4 @@
-"""What the commands read: adapters of this library and of PEFT, checkpoints in Hugging Face layout."""
+"""Reads the commands' inputs: adapters of this library and of PEFT, checkpoints in Hugging Face layout."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -9,13 +9,15 @@ from rich.console import Console
 
 from lora_jax import checkpoint, peft
 from lora_jax.adapters.protocol import Adapter
-from lora_jax.commands import fitting_methods, layout
+from lora_jax.commands.fitting import fit_checkpoint
+from lora_jax.commands.layout import infer_base
 from lora_jax.peft.config import CONFIG
+from lora_jax.peft.methods import method_in
 from lora_jax.peft.opening import find_adapter, single_file
 from lora_jax.peft.tensors import (
     Tensors,
-    absent,
     check_index,
+    describe_missing,
     model_files,
     pickle_beside,
     read_json,
@@ -25,10 +27,10 @@ MODEL = "config.json"
 
 
 def adapter_directory(directory: Path, console: Console) -> Path:
-    """The directory of an adapter, which may be the only one inside of what is given; a line says so.
+    """Returns the directory of an adapter: this one, or the only one inside it, which is then printed.
 
     Raises:
-      ValueError: There are several inside.
+      ValueError: There are several inside it.
     """
     if single_file(directory) is None:
         check_directory(directory)
@@ -41,47 +43,47 @@ def adapter_directory(directory: Path, console: Console) -> Path:
 
 
 def read(directory: Path, ignore: Sequence[str] = (), otherwise: str = "give --base") -> dict[str, Adapter]:
-    """The delta in a directory, of this library or of PEFT; PEFT's is given PyTorch's names and orientation.
+    """Reads an adapter of this library or of PEFT; PEFT's gets PyTorch's names and orientation.
 
     Args:
-      directory: The adapter's.
-      ignore: Tensors that are passed over.
-      otherwise: What the user can do where an adapter alone does not tell the shapes of its weights.
+      directory: The adapter's directory.
+      ignore: Tensors to ignore.
+      otherwise: What the user can do if the adapter does not define the shapes of its weights.
 
     Raises:
-      ValueError: It is neither, or is damaged.
+      ValueError: The directory has no adapter, or a damaged one.
     """
     if is_native(directory):
         return checkpoint.load(directory)
     check_shapes(directory, otherwise)
-    return peft.load(directory, *layout.of_adapter(directory, ignore), ignore=ignore)
+    return peft.load(directory, *infer_base(directory, ignore), ignore=ignore)
 
 
 def check_shapes(directory: Path, otherwise: str = "give --base") -> None:
-    """Raises `ValueError` for an adapter of a method of PEFT that does not tell the shapes of its weights."""
-    if (kind := fitting_methods.method_in(directory)) is not None:
-        raise ValueError(f"{directory}: an adapter of PEFT's {kind} does not tell its weights' shapes; {otherwise}.")
+    """Raises `ValueError` for an adapter of a method of PEFT that does not define the shapes of its weights."""
+    if (kind := method_in(directory)) is not None:
+        raise ValueError(f"{directory}: an adapter of PEFT's {kind} does not define its weights' shapes; {otherwise}.")
 
 
-def fitted(
+def load_on_checkpoint(
     directory: Path, base: Path, ignore: Sequence[str] = ()
 ) -> tuple[dict[str, Adapter], dict[str, tuple[str, str]]]:
-    """The delta of a PEFT adapter on a checkpoint.
+    """Loads a PEFT adapter on a checkpoint.
 
     Returns:
       The delta, and the heads that it unties: see :class:`lora_jax.commands.fitting.Fitting`.
 
     Raises:
-      ValueError: It is no adapter of PEFT, is damaged, or does not fit.
+      ValueError: It is not an adapter of PEFT, is damaged, or does not fit.
     """
     check_peft(directory, "its fit")
-    with opened(base) as tensors:
-        fit = fitting_methods.of_checkpoint(tensors, directory, model_config(base), ignore)
+    with open_checkpoint(base) as tensors:
+        fit = fit_checkpoint(tensors, directory, model_config(base), ignore)
         return peft.load(directory, fit.base, fit.names, ignore=ignore), fit.untied
 
 
 def check_peft(directory: Path, task: str) -> None:
-    """Raises `ValueError` unless an adapter is of PEFT."""
+    """Raises `ValueError` unless an adapter is one of PEFT."""
     if is_native(directory):
         raise ValueError(
             f"{directory}: {task} takes a PEFT adapter; this one of lora_jax has the paths of a JAX model, and "
@@ -93,7 +95,7 @@ def is_native(directory: Path) -> bool:
     """Whether an adapter is of this library; otherwise it is of PEFT.
 
     Raises:
-      ValueError: It is neither.
+      ValueError: The directory has no adapter.
     """
     if single_file(directory) is None:
         check_directory(directory)
@@ -102,18 +104,18 @@ def is_native(directory: Path) -> bool:
     if (directory / CONFIG).is_file() or single_file(directory) is not None:
         return False
     if (directory / CONFIG).is_symlink():
-        raise ValueError(absent(directory / CONFIG))
+        raise ValueError(describe_missing(directory / CONFIG))
     raise ValueError(
-        f"{directory}: no adapter (it has neither {CONFIG} nor {checkpoint.MANIFEST}){pickle_beside(directory)}."
+        f"{directory}: not an adapter (it has neither {CONFIG} nor {checkpoint.MANIFEST}){pickle_beside(directory)}."
     )
 
 
 @contextlib.contextmanager
-def opened(base: Path) -> Iterator[Tensors]:
-    """The tensors of a checkpoint in Hugging Face layout.
+def open_checkpoint(base: Path) -> Iterator[Tensors]:
+    """Opens the tensors of a checkpoint in Hugging Face layout.
 
     Raises:
-      ValueError: It is none, or its files are damaged or do not go together.
+      ValueError: It is not a checkpoint, or its files are damaged or inconsistent.
     """
     check_directory(base)
     with Tensors(model_files(base)) as tensors:
@@ -122,13 +124,15 @@ def opened(base: Path) -> Iterator[Tensors]:
 
 
 def check_directory(path: Path) -> None:
+    """Raises `ValueError` unless a path is a directory."""
     if not path.is_dir():
         if path.exists():
-            raise ValueError(f"{path}: is a file, expected the directory that it is in.")
+            raise ValueError(f"{path}: is a file, expected the directory that contains it.")
         if path.is_symlink():
-            raise ValueError(absent(path))
+            raise ValueError(describe_missing(path))
         raise ValueError(f"{path}: no such directory (names on a hub are not looked up).")
 
 
 def model_config(base: Path) -> dict[str, Any]:
+    """Reads a checkpoint's `config.json`; empty if there is none."""
     return read_json(base / MODEL) if (base / MODEL).is_file() else {}

@@ -1,10 +1,12 @@
-"""Adapters of Hugging Face's PEFT, in and out; weights of PyTorch models by name."""
+"""Loads and saves adapters of Hugging Face's PEFT; tables of the names of weights in PyTorch."""
 
 from lora_jax.peft.loading import load
-from lora_jax.peft.names import CONV1D, CONV2D, CONV3D, LINEAR, SAME, Binding, Fused, Names, Weight
+from lora_jax.peft.names import CONV1D, CONV2D, CONV3D, LINEAR, SAME, Fused, Names
 from lora_jax.peft.saving import save
-from lora_jax.peft.tensors import INDEX, SHARD_BYTES, WEIGHTS, Tensors, model_files, read_json, write_model
+from lora_jax.peft.tensor_files import SHARD_BYTES, write_model
+from lora_jax.peft.tensors import INDEX, WEIGHTS, Tensors, model_files, read_json
 from lora_jax.peft.ties import tied_head
+from lora_jax.peft.weights import Binding, Weight
 from lora_jax.renamed import module_getattr
 
 __all__ = [

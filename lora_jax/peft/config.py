@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`: what it says of each module."""
+"""PEFT's `adapter_config.json`, and the rank and scale that it gives each module."""
 
 import dataclasses
 import functools
@@ -14,12 +14,12 @@ from lora_jax.peft.tensors import read_json
 
 CONFIG = "adapter_config.json"
 TOKENS = "TRAINABLE_TOKENS"
-"""PEFT's method of trained rows alone, which is read as LoRA without factors."""
+"""PEFT's method that only trains rows, which is loaded as LoRA without factors."""
 METHODS = ("LORA", "ADALORA", "IA3", "LN_TUNING", "LOHA", "LOKR", TOKENS, "VERA")
-"""The values of `peft_type` that are read."""
-_OF_ALL = ("base_model_name_or_path", "modules_to_save", "task_type", "trainable_token_indices")
+"""The supported values of `peft_type`."""
+_COMMON_FIELDS = ("base_model_name_or_path", "modules_to_save", "task_type", "trainable_token_indices")
 
-# Fields that change what an adapter computes and that have no counterpart here.
+# Fields that change what an adapter computes, without counterpart in this library.
 _REFUSED = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -29,16 +29,16 @@ _REFUSED = (
     "use_bdlora",
     "use_qalora",
 )
-# Initializers that change the base too: PEFT repeats that when it loads the adapter on the original base.
-_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Initializers that also change the base: PEFT repeats that when it loads the adapter on the original base.
+_CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The fields of an `adapter_config.json` that say what an adapter computes; the names are PEFT's.
+    """The fields of an `adapter_config.json` that define what an adapter computes; the names are PEFT's.
 
     Attributes:
-      trainable_token_indices: Per module (or a suffix of it) the rows; under `""` for the input embedding.
+      trainable_token_indices: By module (or a suffix of it) the rows; the key `""` is the input embedding.
     """
 
     r: int = 8
@@ -64,11 +64,11 @@ class Config:
 
     @classmethod
     def read(cls, directory: Path) -> "Config":
-        """The config of an adapter directory: of other methods than LoRA, the fields that they have in common.
+        """Reads the config of an adapter directory; for methods other than LoRA, only their common fields.
 
         Raises:
-          ValueError: It is missing or damaged, is of a method that is not read, or uses a variant of LoRA that is not
-            supported; the message names the field.
+          ValueError: It is missing or damaged, or its method or variant of LoRA is not supported; the message names the
+            field.
         """
         file = directory / CONFIG
         content = read_json(file)
@@ -79,9 +79,9 @@ class Config:
             if used := [name for name in _REFUSED if content.get(name)]:
                 raise ValueError(f"{file}: {used[0]} = {content[used[0]]!r} is not supported.")
             init = content.get("init_lora_weights")
-            if isinstance(init, str) and init.startswith(_MOVES_BASE):
+            if isinstance(init, str) and init.startswith(_CHANGE_BASE):
                 raise ValueError(
-                    f"{file}: init_lora_weights = {init!r} changed the base, by a part that no file holds; PEFT's "
+                    f"{file}: init_lora_weights = {init!r} changed the base, and no file has the change; PEFT's "
                     "save_pretrained(path_initial_model_for_weight_conversion=…) writes an ordinary adapter."
                 )
             if kind == "LORA" and not content.get("target_modules") and not content.get("target_parameters"):
@@ -92,7 +92,7 @@ class Config:
                 field.name: field.default_factory if field.default is dataclasses.MISSING else field.default
                 for field in dataclasses.fields(cls)
             }
-            fields = defaults if kind == "LORA" else _OF_ALL
+            fields = defaults if kind == "LORA" else _COMMON_FIELDS
             values = {name: content[name] for name in fields if content.get(name) is not None}
             for name, value in values.items():
                 _check(file, name, value)
@@ -107,20 +107,20 @@ class Config:
         return Patterns(self.alpha_pattern)
 
     def rank(self, module: str) -> int:
-        """The rank of a module's factors."""
-        return int(self._ranks.find(module, self.r))
+        """Returns the rank of a module's factors."""
+        return int(self._ranks.get(module, self.r))
 
     def alpha(self, module: str) -> float:
-        """The numerator of a module's scale."""
-        return self._alphas.find(module, self.lora_alpha)
+        """Returns the numerator of a module's scale."""
+        return self._alphas.get(module, self.lora_alpha)
 
     def scale(self, module: str) -> float:
-        """What a module's low-rank term is multiplied by."""
+        """Returns the scale of a module's low-rank term."""
         rank = self.rank(module)
         return self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def tokens(self, module: str) -> Sequence[int] | None:
-        """The rows of a module that are trained; None where none are."""
+        """Returns the trained rows of a module; None if there are none."""
         return next(
             (
                 ids
@@ -131,21 +131,21 @@ class Config:
         )
 
     def targets(self, module: str) -> bool:
-        """Whether `target_modules` names a module, as far as the config alone can tell."""
-        wanted = self.target_modules
-        if wanted == "all-linear" or not _named(module, wanted) or _named(module, self.exclude_modules):
+        """Whether `target_modules` selects a module; False for 'all-linear', which depends on the model."""
+        targets = self.target_modules
+        if targets == "all-linear" or not _selects(targets, module) or _selects(self.exclude_modules, module):
             return False
         if self.layers_to_transform is None:
             return True
         layers = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
         for pattern in patterns or [r"[^.]*"]:
-            if found := re.match(rf"(?:.*\.)?{pattern}\.(\d+)\.", module):
-                return int(found[1]) in layers
+            if match := re.match(rf"(?:.*\.)?{pattern}\.(\d+)\.", module):
+                return int(match[1]) in layers
         return False
 
     def to_json(self) -> dict[str, Any]:
-        """The content of an `adapter_config.json` that PEFT loads."""
+        """Returns the content of an `adapter_config.json` that PEFT loads."""
         fields, targets = dataclasses.asdict(self), self.target_modules
         return {
             **dict(sorted(fields.items())),
@@ -159,22 +159,22 @@ class Config:
         }
 
 
-def exactly(label: str) -> str:
-    """A key of a pattern that means one module, and none whose path ends so: PEFT puts `(.*\\.)?` before it."""
+def exact_pattern(label: str) -> str:
+    """Returns a pattern that matches one module only; PEFT prepends `(.*\\.)?` to patterns, which match suffixes."""
     return f"^{re.escape(label)}"
 
 
-def _named(module: str, wanted: Sequence[str] | str) -> bool:
-    if isinstance(wanted, str):
-        return bool(wanted) and re.fullmatch(wanted, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in wanted)
+def _selects(targets: Sequence[str] | str, module: str) -> bool:
+    if isinstance(targets, str):
+        return bool(targets) and re.fullmatch(targets, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in targets)
 
 
 class Patterns:
-    """Values by pattern: that of the first, in the file's order, which is the module's name or the end of it.
+    """Values by pattern; the first one in the file's order that matches a module's name or a suffix of it applies.
 
     Patterns are regular expressions. Most are plain names, and there may be one for each of thousands of modules,
-    so that these are looked up.
+    so these are looked up in a dict.
     """
 
     def __init__(self, pattern: Mapping[str, Any]):
@@ -187,11 +187,12 @@ class Patterns:
             else:
                 self._others.append((number, re.compile(rf"(.*\.)?({key})$"), value))
 
-    def find(self, module: str, default: Any) -> Any:
+    def get(self, module: str, default: Any) -> Any:
+        """Returns the value for a module."""
         segments = module.split(".")
-        ends = (".".join(segments[start:]) for start in range(len(segments)))
-        found = [self._plain[end] for end in ends if end in self._plain]
-        first, value = min(found, key=lambda entry: entry[0], default=(math.inf, default))
+        suffixes = (".".join(segments[start:]) for start in range(len(segments)))
+        matches = [self._plain[suffix] for suffix in suffixes if suffix in self._plain]
+        first, value = min(matches, key=lambda entry: entry[0], default=(math.inf, default))
         return next((v for number, regex, v in self._others if number < first and regex.match(module)), value)
 
 
@@ -216,9 +217,8 @@ def _check(file: Path, name: str, value: Any) -> None:
     kinds = _KINDS.get(name, (str,) if name in ("base_model_name_or_path", "task_type") else (bool,))
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise ValueError(f"{file}: {name} is {value!r}; expected {' or '.join(kind.__name__ for kind in kinds)}.")
-    said = _wrong_inside(name, value)
-    if said:
-        raise ValueError(f"{file}: {name} is {value!r}; {said}.")
+    if problem := _check_entries(name, value):
+        raise ValueError(f"{file}: {name} is {value!r}; {problem}.")
     if name == "lora_alpha" and unusable(value, nonzero=True):
         raise ValueError(f"{file}: lora_alpha is {value!r}; expected a finite number other than zero.")
     if name == "lora_dropout" and not 0 <= value <= 1:
@@ -229,8 +229,8 @@ def _check(file: Path, name: str, value: Any) -> None:
         raise ValueError(f"{file}: bias is {value!r}; expected 'none', 'all' or 'lora_only'.")
 
 
-def _wrong_inside(name: str, value: Any) -> str:
-    """What is wrong with the entries of a list or an object; empty where nothing is."""
+def _check_entries(name: str, value: Any) -> str:
+    """Describes the first invalid entry of a list or an object; empty if all are valid."""
     patterns: list[Any] = []
     if name in ("rank_pattern", "alpha_pattern"):
         patterns = list(value)
@@ -243,16 +243,16 @@ def _wrong_inside(name: str, value: Any) -> str:
     elif name in ("target_modules", "exclude_modules") and isinstance(value, str):
         patterns = [value]
     elif name == "layers_to_transform" and isinstance(value, list):
-        return "" if all(isinstance(x, int) for x in value) else "expected numbers of layers"
+        return "" if all(isinstance(x, int) for x in value) else "expected indices of layers"
     elif name == "trainable_token_indices":
         lists = [ids for ids in value.values() if isinstance(ids, list)]
-        good = len(lists) == len(value) and all(isinstance(i, int) for ids in lists for i in ids)
-        return "" if good else "expected a list of rows for each module"
+        is_valid = len(lists) == len(value) and all(isinstance(i, int) for ids in lists for i in ids)
+        return "" if is_valid else "expected a list of rows for each module"
     elif isinstance(value, list) and not all(isinstance(x, str) for x in value):
         return "expected a list of names"
     for pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:
-            return f"{pattern!r} is no regular expression: {error}"
+            return f"{pattern!r} is not a regular expression: {error}"
     return ""

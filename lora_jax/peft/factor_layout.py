@@ -1,32 +1,14 @@
 """The axes of a leaf's factors, and conversion between them and the axes of PyTorch modules' factors."""
 
-import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from lora_jax.adapters.protocol import BATCH, IN, LOOKUP, OUT
-from lora_jax.peft.names import Binding
-
-
-@dataclasses.dataclass(frozen=True)
-class Labeled:
-    """An array with a label for each of its axes."""
-
-    array: np.ndarray
-    labels: tuple[str, ...]
-
-    def at(self, index: Mapping[str, int]) -> "Labeled":
-        """The array at an index of some labels; labels that the array lacks are ignored."""
-        part = self.array[tuple(index.get(label, slice(None)) for label in self.labels)]
-        return Labeled(part, tuple(label for label in self.labels if label not in index))
-
-    def transpose(self, labels: Sequence[str]) -> np.ndarray:
-        """The array with its axes in the order of `labels`."""
-        return self.array.transpose([self.labels.index(label) for label in labels])
+from lora_jax.peft.weights import Binding
 
 
 class FactorLayout:

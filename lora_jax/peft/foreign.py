@@ -1,16 +1,15 @@
-"""LoRA files of kohya's scripts, diffusers and mlx-lm, as PEFT's tensors and config.
+"""Converts LoRA files of kohya's scripts, diffusers and mlx-lm to PEFT's tensors and config.
 
 =========  ===========================================================================================================
 kohya      `lora_unet_down_blocks_0_…_to_q.lora_down.weight`, `.lora_up.weight`, `.alpha`, `.dora_scale`: a module's
-           dots are underscores. The scale is alpha / rank, 1 without alpha.
+           dots are underscores. The scale is alpha / rank, or 1 if there is no alpha.
 diffusers  `unet.down_blocks.0.….to_q.lora_A.weight` and `.lora_B.weight`; in older files `lora.down.weight` or
-           `….processor.to_q_lora.down.weight`. Alphas are tensors, or in the file's metadata; 1 is the scale without.
-mlx-lm     `….q_proj.lora_a` [in, rank], `.lora_b` [rank, out], `.m`; of experts `….switch_mlp.up_proj.lora_a`
+           `….processor.to_q_lora.down.weight`. Alphas are tensors, or in the file's metadata; otherwise the scale is 1.
+mlx-lm     `….q_proj.lora_a` [in, rank], `.lora_b` [rank, out], `.m`; for experts `….switch_mlp.up_proj.lora_a`
            [experts, rank, in] and `.lora_b` [experts, out, rank]. `adapter_config.json` states the scale itself.
 =========  ===========================================================================================================
 """
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -19,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from lora_jax.checks import unusable
-from lora_jax.peft import experts, keys
-from lora_jax.peft.config import CONFIG, Config, exactly
+from lora_jax.peft import keys, mlx_experts
+from lora_jax.peft.config import CONFIG, Config, exact_pattern
 from lora_jax.peft.tensors import Tensors
 from lora_jax.peft.view import View
 
 MLX = "adapters.safetensors"
-"""The file of mlx-lm, beside an `adapter_config.json` of its own."""
+"""mlx-lm's file of tensors; its `adapter_config.json` has other fields than PEFT's."""
 
 _KOHYA = re.compile(r"lora_(?:unet|te\d*|transformer|prior\w*?)_(?P<module>.+?)\.(?P<part>[a-z_]+(?:\.weight)?)")
 _DIFFUSERS = (
@@ -50,84 +49,85 @@ _PARTS = {
 _TABLES = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared")
 
 
-@dataclasses.dataclass
-class _Module:
-    """The keys of one module's tensors, by part; `expert` is its index in tensors of all experts."""
-
-    parts: dict[str, str] = dataclasses.field(default_factory=dict)
-    expert: int | None = None
+_Parts = dict[str, str]
+"""The keys of a module's tensors, by part."""
 
 
-def of_file(tensors: Tensors, metadata: Mapping[str, str], base_modules: Iterable[str]) -> tuple[Config, View] | None:
-    """A file of kohya's scripts or of diffusers in PEFT's terms; None where it is neither.
+def convert_file(
+    tensors: Tensors, metadata: Mapping[str, str], base_modules: Iterable[str]
+) -> tuple[Config, View] | None:
+    """Converts a file of kohya's scripts or of diffusers to PEFT's terms; returns None if it is neither.
 
     Args:
       tensors: The open file.
-      metadata: Of the file.
-      base_modules: The names of the base's modules, without a prefix, as far as they are known: they tell where the
-        underscores of kohya's names are dots.
+      metadata: The file's metadata.
+      base_modules: The names of the base's modules, without a prefix, if available: they resolve underscores in kohya's
+        names.
     """
     modules, rest = _kohya(tensors, base_modules)
     if not modules:
         modules, rest = _diffusers(tensors, base_modules)
     if not modules:
         return None
-    stated = {name: module.parts["alpha"] for name, module in modules.items() if "alpha" in module.parts}
-    alphas = {name: _number(tensors, key) for name, key in stated.items()}
+    alphas = {name: _read_number(tensors, parts["alpha"]) for name, parts in modules.items() if "alpha" in parts}
     if not alphas:
-        alphas = _from_metadata(metadata, modules, tensors)
-    return _in_peft(tensors, modules, alphas, rest)
+        alphas = _read_metadata(metadata, modules)
+    ranks = {name: tensors[parts["a"]][0] for name, parts in modules.items() if "a" in parts}
+    return _convert(tensors, modules, ranks, alphas, rest)
 
 
-def of_mlx(tensors: Tensors, content: Mapping[str, Any], base_modules: Iterable[str] = ()) -> tuple[Config, View]:
-    """An adapter of mlx-lm in PEFT's terms.
+def convert_mlx(tensors: Tensors, content: Mapping[str, Any], base_modules: Iterable[str] = ()) -> tuple[Config, View]:
+    """Converts an adapter of mlx-lm to PEFT's terms.
 
     Args:
       tensors: The open file.
-      content: Of the config.
-      base_modules: The names of the base's modules, as far as they are known: they tell what an expert's matrices are
-        called.
+      content: The content of the config.
+      base_modules: The names of the base's modules, if available: they resolve the names of an expert's matrices.
 
     Raises:
-      ValueError: Its config states no scale.
+      ValueError: Its config has no valid scale.
     """
     parameters = content.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, Mapping) else None
     if isinstance(scale, bool) or not isinstance(scale, int | float) or unusable(scale, nonzero=True):
         raise ValueError(f"{CONFIG}: lora_parameters.scale is {scale!r}; expected a finite number other than zero.")
-    modules: dict[str, _Module] = {}
+    modules: dict[str, _Parts] = {}
+    experts: dict[str, int] = {}
     rest, base = [], set(base_modules)
     for key in tensors:
         module, _, part = key.rpartition(".")
-        if part in ("lora_a", "lora_b", "m") and len(shape := tensors[key]) == 3:
-            for expert, name in enumerate(experts.separate(module, shape[0], base)):
-                modules.setdefault(name, _Module(expert=expert)).parts[_PARTS[part]] = key
-        elif part in ("lora_a", "lora_b", "m"):
-            modules.setdefault(module, _Module()).parts[_PARTS[part]] = key
-        else:
+        if part not in ("lora_a", "lora_b", "m"):
             rest.append(key)
-    alphas = {name: scale * _rank(x, tensors, True) for name, x in modules.items() if "a" in x.parts}
+        elif len(shape := tensors[key]) == 3:
+            for expert, name in enumerate(mlx_experts.split_experts(module, shape[0], base)):
+                modules.setdefault(name, {})[_PARTS[part]] = key
+                experts[name] = expert
+        else:
+            modules.setdefault(module, {})[_PARTS[part]] = key
+    # A is [in, rank], of experts [experts, rank, in].
+    ranks = {x: tensors[parts["a"]][1] for x, parts in modules.items() if "a" in parts}
+    alphas = {name: scale * rank for name, rank in ranks.items()}
     dropout = parameters.get("dropout", 0.0) if isinstance(parameters, Mapping) else 0.0
-    return _in_peft(tensors, modules, alphas, rest, transposed=True, dropout=dropout)
+    return _convert(tensors, modules, ranks, alphas, rest, transpose=True, experts=experts, dropout=dropout)
 
 
-def _kohya(tensors: Tensors, base_modules: Iterable[str]) -> tuple[dict[str, _Module], list[str]]:
+def _kohya(tensors: Tensors, base_modules: Iterable[str]) -> tuple[dict[str, _Parts], list[str]]:
     dotted = {name.replace(".", "_"): name for name in base_modules}
-    modules: dict[str, _Module] = {}
+    modules: dict[str, _Parts] = {}
     rest = []
     for key in tensors:
         match = _KOHYA.fullmatch(key)
         if match and (part := _PARTS.get(match["part"])):
             flat = match["module"]
-            modules.setdefault(dotted.get(flat, flat), _Module()).parts[part] = key
+            modules.setdefault(dotted.get(flat, flat), {})[part] = key
         else:
             rest.append(key)
     return modules, rest
 
 
-def _diffusers(tensors: Tensors, base_modules: Iterable[str]) -> tuple[dict[str, _Module], list[str]]:
+def _diffusers(tensors: Tensors, base_modules: Iterable[str]) -> tuple[dict[str, _Parts], list[str]]:
     base = set(base_modules)
-    modules: dict[str, _Module] = {}
+    modules: dict[str, _Parts] = {}
     rest = []
     for key in tensors:
         match = next(filter(None, (pattern.fullmatch(key) for pattern in _DIFFUSERS)), None)
@@ -140,53 +140,61 @@ def _diffusers(tensors: Tensors, base_modules: Iterable[str]) -> tuple[dict[str,
         component, _, inside = module.partition(".")
         if inside and module not in base and (inside in base or component in ("unet", "transformer", "text_encoder")):
             module = inside
-        modules.setdefault(module, _Module()).parts[_PARTS[match["part"]]] = key
+        modules.setdefault(module, {})[_PARTS[match["part"]]] = key
     return modules, rest
 
 
-def _in_peft(
+def _convert(
     tensors: Tensors,
-    modules: Mapping[str, _Module],
+    modules: Mapping[str, _Parts],
+    ranks: Mapping[str, int],
     alphas: Mapping[str, float],
     rest: Iterable[str],
     *,
-    transposed: bool = False,
+    transpose: bool = False,
+    experts: Mapping[str, int] | None = None,
     dropout: float = 0.0,
 ) -> tuple[Config, View]:
-    names = {key: key for key in rest}  # the loader names what it has no use for
-    turned, slices = [], {}
-    ranks, of_modules = {}, {}
-    for name, module in modules.items():
-        shown = keys.factor_keys(name, embedding=name.rpartition(".")[2] in _TABLES)
-        for part, key in module.parts.items():
-            if part != "alpha":
-                names[shown[part]] = key
-                if module.expert is not None:
-                    slices[shown[part]] = module.expert
-                elif transposed and part in ("a", "b"):
-                    turned.append(shown[part])
-        if "a" in module.parts:
-            ranks[name] = _rank(module, tensors, transposed)
-            of_modules[name] = alphas.get(name, ranks[name])
-    rank, alpha = next(iter(ranks.values()), 1), next(iter(of_modules.values()), 1)
+    """Renames tensors to PEFT's keys and makes the config.
+
+    Args:
+      tensors: The open file.
+      modules: The keys of each module's tensors.
+      ranks: The rank of each module.
+      alphas: The alpha of each module; missing ones equal the rank.
+      rest: Keys of other tensors, which retain their names.
+      transpose: Whether A is `[in, rank]` and B `[rank, out]`.
+      experts: By module of an expert, its index in the stored tensors, whose factors are not transposed.
+      dropout: The dropout rate.
+    """
+    experts = experts or {}
+    names = {key: key for key in rest}  # the loader reports those that it does not use
+    transposed, slices = [], {}
+    for name, parts in modules.items():
+        peft_keys = keys.factor_keys(name, embedding=name.rpartition(".")[2] in _TABLES)
+        for part, key in parts.items():
+            if part == "alpha":
+                continue
+            names[peft_keys[part]] = key
+            if name in experts:
+                slices[peft_keys[part]] = experts[name]
+            elif transpose and part in ("a", "b"):
+                transposed.append(peft_keys[part])
+    alphas = {name: alphas.get(name, rank) for name, rank in ranks.items()}
+    rank, alpha = next(iter(ranks.values()), 1), next(iter(alphas.values()), 1)
     config = Config(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        use_dora=any("magnitude" in module.parts for module in modules.values()),
-        rank_pattern={exactly(name): r for name, r in ranks.items() if r != rank},
-        alpha_pattern={exactly(name): a for name, a in of_modules.items() if a != alpha},
+        use_dora=any("magnitude" in parts for parts in modules.values()),
+        rank_pattern={exact_pattern(name): r for name, r in ranks.items() if r != rank},
+        alpha_pattern={exact_pattern(name): a for name, a in alphas.items() if a != alpha},
         target_modules=tuple(modules),
     )
-    return config, View(tensors, names, turned, slices)
+    return config, View(tensors, names, transposed, slices)
 
 
-def _rank(module: _Module, tensors: Tensors, transposed: bool) -> int:
-    shape = tensors[module.parts["a"]]
-    return shape[1] if module.expert is not None else shape[-1] if transposed else shape[0]
-
-
-def _number(tensors: Tensors, key: str) -> float:
+def _read_number(tensors: Tensors, key: str) -> float:
     value = tensors.read(key)
     number = float(value.astype(np.float32).reshape(-1)[0]) if value.size == 1 else float("nan")
     if unusable(number, nonzero=True):
@@ -194,15 +202,15 @@ def _number(tensors: Tensors, key: str) -> float:
     return number
 
 
-def _from_metadata(metadata: Mapping[str, str], modules: Mapping[str, _Module], tensors: Tensors) -> dict[str, float]:
-    """Alphas of diffusers: the config of PEFT by component, as JSON in the file's metadata."""
+def _read_metadata(metadata: Mapping[str, str], modules: Mapping[str, _Parts]) -> dict[str, float]:
+    """Reads diffusers' alphas: the file's metadata contains PEFT's config of each component as JSON."""
     try:
         content = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except ValueError:
         return {}
     alphas = {}
-    for name, module in modules.items():
-        key = next(iter(module.parts.values()))
+    for name, parts in modules.items():
+        key = next(iter(parts.values()))
         component = key.partition(".")[0]
         alpha = content.get(f"{component}.lora_alpha") if isinstance(content, Mapping) else None
         pattern = content.get(f"{component}.alpha_pattern") or {} if alpha is not None else {}

@@ -1,4 +1,4 @@
-"""The keys of PEFT's `adapter_model.safetensors`: which module and which part of it each tensor is."""
+"""The keys of PEFT's `adapter_model.safetensors`: the module and the part that each names."""
 
 import dataclasses
 import re
@@ -17,26 +17,26 @@ _PARTS = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",  # releases before 0.12
     "token_adapter.trainable_tokens_delta": "rows",
-    "trainable_tokens_delta": "rows",  # of trained rows alone
+    "trainable_tokens_delta": "rows",  # of TRAINABLE_TOKENS
 }
 _KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+?)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
 
 _INSIDE_SAVED = (
     re.compile(r"\.(modules_to_save|original_module)(?=\.)"),
-    re.compile(r"\.modules_to_save\.[^.]+(?=\.)"),  # of a module of several layers, with the adapter's name
+    re.compile(r"\.modules_to_save\.[^.]+(?=\.)"),  # of a module with several layers: followed by the adapter's name
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a tensor of an adapter is.
+    """A parsed key.
 
     Attributes:
-      key: As it is stored.
-      module: The module, without PEFT's own wrappers.
+      key: The stored key.
+      module: The module, without PEFT's wrappers.
       part: 'a', 'b', 'b_bias', 'magnitude', 'rows', or 'value' for a tensor that replaces one of the base.
-      depth: How many wrappers stand between the module and the part: one for each further parameter of
-        one module that has factors.
+      depth: The number of wrappers between the module and the part: one for each further parameter of the module that
+        has factors.
       embedding: Whether it is a factor of a lookup.
       name: For a 'value', the name of the base's tensor.
       wrapped: For a 'value', whether its module has factors too.
@@ -52,7 +52,7 @@ class Key:
 
 
 def parse(key: str) -> Key | None:
-    """What a key says; None where it is none of PEFT's."""
+    """Parses a key; returns None if it is not one of PEFT's LoRA."""
     if match := _KEY.fullmatch(key):
         segments = match["module"].split(".")
         depth = 0
@@ -71,12 +71,12 @@ def parse(key: str) -> Key | None:
 
 
 def is_repeated(key: str, stored: Container[str]) -> bool:
-    """Whether a key repeats another, or the base's: with `bias` set, PEFT also stores saved modules' biases so."""
-    return any((once := inside.sub("", key)) != key and once in stored for inside in _INSIDE_SAVED)
+    """Whether a key repeats another one: if `bias` is set, PEFT stores the biases of saved modules twice."""
+    return any((plain := pattern.sub("", key)) != key and plain in stored for pattern in _INSIDE_SAVED)
 
 
 def factor_keys(module: str, *, embedding: bool, depth: int = 0) -> dict[str, str]:
-    """The keys of a module's parts."""
+    """Returns the keys of a module's parts."""
     inside = PREFIX + ".".join([module, *[WRAPPED] * depth])
     a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
     return {
@@ -88,27 +88,29 @@ def factor_keys(module: str, *, embedding: bool, depth: int = 0) -> dict[str, st
 
 
 def rows_key(module: str) -> str:
+    """Returns the key of a module's trained rows."""
     return f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"
 
 
 def value_key(module: str, parameter: str, *, wrapped: bool) -> str:
+    """Returns the key of a replaced tensor, in a module that has factors if `wrapped`."""
     return f"{PREFIX}{module}.{WRAPPED + '.' if wrapped else ''}{parameter}"
 
 
 def under_wrappers(module: str, parents: Iterable[str]) -> str:
-    """A module's path where some of its ancestors are wrapped, because a parameter of theirs has factors."""
+    """Returns a module's path in keys if some of its ancestors are wrapped, because their parameters have factors."""
     wrapped = set(parents)
     segments = module.split(".")
-    found: list[str] = []
+    path: list[str] = []
     for count, segment in enumerate(segments, 1):
-        found.append(segment)
+        path.append(segment)
         if count < len(segments) and ".".join(segments[:count]) in wrapped:
-            found.append(WRAPPED)
-    return ".".join(found)
+            path.append(WRAPPED)
+    return ".".join(path)
 
 
 def wrapped_parents(key: str) -> Iterator[str]:
-    """The modules that have wrappers, and in a key stand before a module of their own."""
+    """Yields the modules in a key that have wrappers and contain another module of the key."""
     segments = key.removeprefix(PREFIX).split(".")
     for number, segment in enumerate(segments[:-3]):
         if segment == WRAPPED and segments[number + 1] != WRAPPED:
@@ -116,31 +118,31 @@ def wrapped_parents(key: str) -> Iterator[str]:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """The module and the parameter of a tensor's name."""
+    """Splits a tensor's name into the module and the parameter."""
     module, _, parameter = name.rpartition(".")
     return module, parameter
 
 
 def is_parameter(name: str) -> bool:
-    """Whether PEFT targets the tensor as a parameter of its module, not as the module's weight."""
+    """Whether PEFT targets the tensor as a parameter of its module instead of the module."""
     return split_name(name)[1] not in ("weight", "in_proj_weight")
 
 
 def matches(module: str, targets: Sequence[str]) -> bool:
-    """Whether a module is named by one of the targets: in full, or as a suffix."""
+    """Whether one of the targets is a module's name or a suffix of it."""
     return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
 def inside(module: str, target: str) -> bool:
-    """Whether a module is, or is inside, one that a target names."""
+    """Whether a target names a module, or one that contains it."""
     segments = module.split(".")
     return any(matches(".".join(segments[:count]), [target]) for count in range(1, len(segments) + 1))
 
 
 def saved_as(module: str, entries: Sequence[str]) -> str:
-    """The module that PEFT wraps for `modules_to_save`: this one or one that it is in; empty where there is none.
+    """Returns the module that PEFT wraps for `modules_to_save`: this one or one that contains it; empty for neither.
 
-    PEFT compares ends of paths as text: `norm` names `post_attention_layernorm` too.
+    PEFT compares suffixes of paths as text: `norm` also matches `post_attention_layernorm`.
 
     Example:
       >>> saved_as("layers.0.input_layernorm", ["norm"]), saved_as("score.out", ["score"]), saved_as("up", ["norm"])

@@ -1,4 +1,4 @@
-"""An adapter of PEFT, kohya's scripts, diffusers or mlx-lm, opened: its config and its tensors, in PEFT's terms."""
+"""Opens adapters of PEFT, kohya's scripts, diffusers and mlx-lm: their config and tensors in PEFT's terms."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from lora_jax.peft import foreign
 from lora_jax.peft.config import CONFIG, Config
 from lora_jax.peft.keys import ADAPTER
-from lora_jax.peft.tensors import Tensors, absent, pickle_beside, read_json
+from lora_jax.peft.tensors import Tensors, describe_missing, pickle_beside, read_json
 from lora_jax.peft.view import View
 
 SUFFIX = ".safetensors"
@@ -34,64 +34,66 @@ def find_adapter(directory: Path) -> Path:
 
 
 @contextlib.contextmanager
-def opened(
+def open_adapter(
     path: Path, ignore: Sequence[str] = (), base_modules: Iterable[str] = ()
 ) -> Iterator[tuple[Config, Tensors | View]]:
-    """The config and the tensors of an adapter of LoRA.
+    """Opens the config and the tensors of an adapter of LoRA.
 
     Args:
       path: A directory that PEFT or mlx-lm wrote; or a safetensors file of kohya's scripts or diffusers, or a directory
         with a single one.
-      ignore: Tensors that are passed over; see :class:`Tensors`.
-      base_modules: The names of the base's modules, which tell where the underscores of kohya's names are dots, and
-        what mlx-lm's experts are called.
+      ignore: Tensors to ignore; see :class:`Tensors`.
+      base_modules: The names of the base's modules, which resolve underscores in kohya's names and the names of
+        mlx-lm's experts.
 
     Raises:
-      ValueError: It is none of these, or is damaged.
+      ValueError: The path has another content, or is damaged.
     """
     if (file := single_file(path)) is not None:
         with Tensors([file], ignore) as tensors:
-            adapter = foreign.of_file(tensors, _metadata(file), base_modules)
+            adapter = foreign.convert_file(tensors, _metadata(file), base_modules)
             if adapter is None and (file.parent / CONFIG).is_file():
-                raise ValueError(f"{file}: is one file of the adapter in {file.parent}; give that directory.")
+                raise ValueError(f"{file}: is one file of the adapter in {file.parent}; pass that directory.")
             if adapter is None:
-                raise ValueError(f"{file}: no LoRA of kohya's scripts or diffusers, and no {CONFIG} beside it.")
+                raise ValueError(
+                    f"{file}: not a LoRA of kohya's scripts or diffusers, and its directory has no {CONFIG}."
+                )
             yield adapter
         return
     if is_mlx(path):
         if not (path / foreign.MLX).is_file():
-            raise ValueError(f"{absent(path / foreign.MLX)}")
+            raise ValueError(f"{describe_missing(path / foreign.MLX)}")
         with Tensors([path / foreign.MLX], ignore) as tensors:
-            yield foreign.of_mlx(tensors, read_json(path / CONFIG), base_modules)
+            yield foreign.convert_mlx(tensors, read_json(path / CONFIG), base_modules)
         return
     config = Config.read(path)
     with adapter_tensors(path, ignore) as tensors:
         yield config, tensors
 
 
-def config_of(path: Path) -> Config:
-    """The config of an adapter of LoRA, as :func:`opened` gives it."""
-    with opened(path) as (config, _):
+def read_config(path: Path) -> Config:
+    """The config of an adapter of LoRA, as :func:`open_adapter` gives it."""
+    with open_adapter(path) as (config, _):
         return config
 
 
 def adapter_tensors(directory: Path, ignore: Sequence[str] = ()) -> Tensors:
-    """The tensors of an adapter directory of PEFT.
+    """Returns the tensors of an adapter directory of PEFT, to be opened.
 
     Args:
-      directory: The adapter's.
-      ignore: Tensors that are passed over; see :class:`Tensors`.
+      directory: The adapter's directory.
+      ignore: Tensors to ignore; see :class:`Tensors`.
 
     Raises:
-      ValueError: It has none in safetensors.
+      ValueError: It has no safetensors file.
     """
     if not (directory / ADAPTER).is_file():
-        raise ValueError(f"{absent(directory / ADAPTER).removesuffix('.')}{pickle_beside(directory)}.")
+        raise ValueError(f"{describe_missing(directory / ADAPTER).removesuffix('.')}{pickle_beside(directory)}.")
     return Tensors([directory / ADAPTER], ignore)
 
 
 def single_file(path: Path) -> Path | None:
-    """The safetensors file that is an adapter by itself: this one, or the only one of a directory without a config."""
+    """Returns the file that is a complete adapter: this one, or the only one of a directory without config."""
     if path.is_file():
         return path if path.suffix == SUFFIX else None
     if not path.is_dir() or (path / CONFIG).exists() or (path / CONFIG).is_symlink():
@@ -101,7 +103,7 @@ def single_file(path: Path) -> Path | None:
 
 
 def is_mlx(path: Path) -> bool:
-    """Whether a directory is an adapter of mlx-lm, whose config has PEFT's name and other fields."""
+    """Whether a directory is an adapter of mlx-lm, whose config has PEFT's file name and other fields."""
     if not (path / CONFIG).is_file():
         return False
     content = read_json(path / CONFIG)
@@ -110,7 +112,7 @@ def is_mlx(path: Path) -> bool:
 
 def _metadata(file: Path) -> dict[str, str]:
     try:
-        with safe_open(file, "np") as opened_file:
-            return opened_file.metadata() or {}
+        with safe_open(file, "np") as reader:
+            return reader.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{file}: damaged ({error}).") from None

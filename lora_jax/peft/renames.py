@@ -1,4 +1,4 @@
-"""Names in checkpoint files that transformers changes as it loads them: adapters have the running model's names."""
+"""Names in checkpoint files that transformers changes when it loads them: adapters have the running model's names."""
 
 import re
 from collections.abc import Iterator
@@ -26,14 +26,14 @@ _RULES = (
     ),
     ((r"\.block_sparse_moe\.", ".mlp."),),  # Mixtral
 )
-"""The changes of one model stand together, in the order in which they are made. Read from transformers 5.24."""
+"""The changes of each model, in the order in which they apply. Read from transformers 5.24."""
 
 
-def running(name: str) -> Iterator[str]:
-    """The names that a tensor of a checkpoint may have in the running model, apart from its own.
+def model_names(name: str) -> Iterator[str]:
+    """Yields the names that a tensor of a checkpoint may have in the running model, except its own.
 
     Example:
-      >>> list(running("model.layers.0.block_sparse_moe.gate.weight"))[-1]
+      >>> list(model_names("model.layers.0.block_sparse_moe.gate.weight"))[-1]
       'model.layers.0.mlp.gate.weight'
     """
     for rules in _RULES:

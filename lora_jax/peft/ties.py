@@ -1,7 +1,7 @@
-"""Weights that PyTorch ties: an embedding that is its model's output head too.
+"""Weights that PyTorch ties: an embedding that is also its model's output head.
 
-What an adapter does to the two is read from its tensors. PEFT keeps the weights tied where both modules are changed
-alike; where one is changed alone, or both differently, its model has two weights from then on.
+An adapter's tensors decide whether the two stay one weight. PEFT keeps them tied if both modules change in the same
+way. If only one changes, or both change differently, its model has two weights from then on.
 """
 
 import re
@@ -15,8 +15,7 @@ from lora_jax.adapters.protocol import Adapter
 from lora_jax.peft import keys
 from lora_jax.peft.config import Config
 from lora_jax.peft.keys import Key
-from lora_jax.peft.tensors import Tensors
-from lora_jax.peft.view import View
+from lora_jax.peft.tensors import Tensors, TensorSource
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
 
@@ -40,12 +39,12 @@ _HEADS_OF = {
 
 
 def has_tokens(name: str) -> bool:
-    """Whether a tensor has a row for each token: an embedding or the head of a language model, by its name."""
+    """Whether a tensor has a row for each token (an embedding or the head of a language model), by its name."""
     return name.endswith((*_TABLES, *_HEADS))
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` ties the head to the embedding, where the checkpoint has no head of its own."""
+    """Whether a `config.json` ties the head to the embedding, if the checkpoint stores no head."""
     inner = config.get("text_config")
     stated = config.get("tie_word_embeddings")
     if stated is None and isinstance(inner, Mapping):
@@ -54,14 +53,14 @@ def is_tied(config: Mapping[str, Any]) -> bool:
 
 
 def is_shared(table: str, names: Iterable[str]) -> bool:
-    """Whether an encoder and a decoder have modules of their own for a table, as in T5 and BART.
+    """Whether an encoder and a decoder have their own modules for a table, as in T5 and BART.
 
     transformers calls `encoder.embed_tokens` and `decoder.embed_tokens`, which have the weight of `shared`, and never
-    `shared` itself: what PEFT wraps there changes nothing, except for trained rows, which PEFT shares.
+    `shared` itself. So a PEFT wrapper of `shared` has no effect, except for trained rows, which PEFT shares.
 
     Args:
       table: The name of a tensor.
-      names: Those of all tensors of the model.
+      names: The names of all tensors of the model.
     """
     parent, _, last = keys.split_name(table)[0].rpartition(".")
     if last == "shared":
@@ -72,23 +71,31 @@ def is_shared(table: str, names: Iterable[str]) -> bool:
     )
 
 
+def describe_shared(module: str) -> str:
+    """The problem of an adapter on a table for which :func:`is_shared` holds."""
+    return (
+        f"no effect in PEFT: {module} is wrapped, and the model calls encoder.embed_tokens and decoder.embed_tokens, "
+        "which have its weight"
+    )
+
+
 def check_shared(
-    delta: Mapping[str, Adapter], apart: Iterable[tuple[str, str]], names: Collection[str], config: Mapping[str, Any]
+    delta: Mapping[str, Adapter], untied: Iterable[tuple[str, str]], names: Collection[str], config: Mapping[str, Any]
 ) -> None:
-    """Checks that a checkpoint whose encoder and decoder share a table can hold an adapter.
+    """Checks that an adapter can be merged into a checkpoint whose encoder and decoder share a table.
 
     Args:
-      delta: For the checkpoint's tensors.
-      apart: Tables and heads that are tied in the checkpoint, and two weights with the adapter.
-      names: Those of the checkpoint's tensors.
+      delta: The adapter of the checkpoint's tensors.
+      untied: Tables and heads that are tied in the checkpoint, and two weights with the adapter.
+      names: The names of the checkpoint's tensors.
       config: The content of its `config.json`.
 
     Raises:
-      ValueError: The head must be stored apart, with tie_word_embeddings false: BART's encoder and decoder would lose
-        their table by it, and T5 would scale its logits in another way. Or PEFT does not share trained rows: Marian's
+      ValueError: The head must be stored separately, with tie_word_embeddings false: BART's encoder and decoder would
+        lose their table, and T5 would scale its logits differently. Or PEFT does not share trained rows: Marian's
         input embedding is its encoder's.
     """
-    for table, head in apart:
+    for table, head in untied:
         if is_shared(table, names):
             module = keys.split_name(head)[0]
             raise ValueError(
@@ -107,15 +114,15 @@ def check_shared(
 
 
 def tied_head(table: str, config: Mapping[str, Any], task: str | None = None) -> str | None:
-    """The name of the head that a table also is, in a checkpoint that does not store it.
+    """Returns the name of the head that shares an embedding's weight, in a checkpoint that does not store the head.
 
     Args:
       table: The name of an embedding's tensor.
       config: The content of the checkpoint's `config.json`.
-      task: The adapter's `task_type`, which tells where the config names no architecture.
+      task: The adapter's `task_type`, used if the config names no architecture.
 
     Returns:
-      None where the table is no such embedding, or the model has no head.
+      The name of the head's tensor; None if the tensor is not such an embedding, or the model has no head.
     """
     if not table.endswith(_TABLES) or not is_tied(config):
         return None
@@ -130,24 +137,24 @@ def tied_head(table: str, config: Mapping[str, Any], task: str | None = None) ->
     return f"{outer[1] if outer else ''}lm_head.weight"
 
 
-def parted(table: Iterable[Key], head: Iterable[Key], config: Config, tensors: Tensors | View) -> str:
-    """What makes the two modules of a tied weight different ones; empty where they stay one weight.
+def untied_reason(table: Iterable[Key], head: Iterable[Key], config: Config, tensors: TensorSource) -> str:
+    """Why an adapter makes the two modules of a tied weight different; empty if they stay one weight.
 
     Args:
       table: The adapter's keys of the embedding's module.
-      head: Those of the head's.
-      config: The adapter's.
-      tensors: Its tensors, open.
+      head: The adapter's keys of the head's module.
+      config: The adapter's config.
+      tensors: The adapter's open tensors.
 
     Raises:
-      ValueError: The file has other rows for the head than for the embedding, where the config has one list for both.
+      ValueError: The config has one list of rows for both modules, and the file has different rows.
     """
     one, other = ({key.part: key for key in group} for group in (table, head))
     values = [parts["value"] for parts in (one, other) if "value" in parts]
     saved = any(keys.saved_as(key.module, config.modules_to_save) for key in values)
     for parts in (one, other):
         if not saved or "a" in parts or "b" in parts:
-            parts.pop("value", None)  # beside factors, or named by nothing: PEFT's copy of the base's weight
+            parts.pop("value", None)  # PEFT's copy of the base's weight: has factors, or no modules_to_save names it
     names = [next((key.module for key in parts.values()), "") for parts in (one, other)]
     if not one and not other:
         return ""
@@ -174,19 +181,19 @@ def parted(table: Iterable[Key], head: Iterable[Key], config: Config, tensors: T
     return ""
 
 
-def check_equal_rows(one: Key, other: Key, tensors: Tensors | View) -> None:
+def check_equal_rows(one: Key, other: Key, tensors: TensorSource) -> None:
     """Raises `ValueError` unless the rows of two modules of one weight are equal, as PEFT writes them."""
     if not np.array_equal(tensors.read(one.key), tensors.read(other.key)):
         raise ValueError(
             f"{one.key} and {other.key} differ, and {one.module} and {other.module} are one weight of this base: PEFT "
-            "trains the same rows for both, so that the file is another base's, or was edited."
+            "trains the same rows for both, so the file is for another base, or was edited."
         )
 
 
 def share_rows(delta: dict[str, Adapter], checkpoint: Tensors, config: Mapping[str, Any]) -> None:
-    """Gives a head that the checkpoint stores as a copy of its embedding the rows that the adapter trains of it.
+    """Copies an embedding's trained rows to a head that the checkpoint stores with equal values.
 
-    transformers ties the two where they are equal, and PEFT shares trained rows between tied modules.
+    transformers ties the two if they are equal, and PEFT shares trained rows between tied modules.
     """
     for table in list(checkpoint):
         path, head = table.replace(".", "/"), tied_head(table, config)

@@ -1,4 +1,4 @@
-"""Some tensors of an adapter under other names."""
+"""A view of an adapter's tensors under other names."""
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -9,13 +9,13 @@ from lora_jax.peft.tensors import Tensors
 
 
 class View(Mapping[str, tuple[int, ...]]):
-    """Tensors under other names, read from where they are.
+    """Tensors under other names, read from their files on demand.
 
     Args:
       tensors: The open files.
-      names: The names to show, and those in the files.
-      transposed: Shown names of matrices whose axes are exchanged.
-      slices: By shown name of an expert's matrix, its index along the first axis of the stored tensor.
+      names: The view's names, with those in the files.
+      transposed: The view's names of matrices that it transposes.
+      slices: By the view's name of an expert's matrix, its index along the first axis of the stored tensor.
     """
 
     def __init__(

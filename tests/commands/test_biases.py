@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lora
 from experiments.models.options import Options
 from lora_jax.__main__ import main
-from lora_jax.commands.biases import separated
+from lora_jax.commands.biases import split_biases
 from tests.peft.test_ties import FIXTURES, close, program, tokens
 
 BASE, ADAPTER = FIXTURES / "models" / "llama", FIXTURES / "adapters" / "biased"
@@ -98,7 +98,8 @@ def test_a_flag_is_for_all_layers(tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["merge", base, adapter, str(out)]) == 0
     assert (
-        "added: 8 bias tensors, zeros where the adapter has none, with attention_bias true" in capsys.readouterr().out
+        "added: 8 bias tensors, zeros for layers without one in the adapter, with attention_bias true"
+        in capsys.readouterr().out
     )
     config = json.loads((out / "config.json").read_text())
     assert config["attention_bias"] is True and not config["mlp_bias"]
@@ -137,7 +138,7 @@ def test_a_head_that_is_untied(getkey):
     delta = {path: dataclasses.replace(node, bias=jnp.ones(16)) for path, node in head.items()}
     tensors = {"model.embed_tokens.weight": (16, 8), "model.layers.0.self_attn.q_proj.weight": (8, 8)}
     with pytest.raises(ValueError, match=r"^lm_head: the adapter has a bias on B .* type 'llama' cannot"):
-        separated(delta, tensors, {"model_type": "llama"})
+        split_biases(delta, tensors, {"model_type": "llama"})
 
 
 @pytest.mark.parametrize("target, reader", [("vllm", "vLLM"), ("gguf", "llama.cpp"), ("mlx", "mlx-lm")])

@@ -22,15 +22,15 @@ def fit(tmp_path):
         write_adapter(tmp_path, stored, {"peft_type": "LORA", "r": 2, "target_modules": ["x"]} | (config or {}))
         save_file({name: np.zeros(shape, np.float32) for name, shape in base.items()}, tmp_path / "model.safetensors")
         with Tensors([tmp_path / "model.safetensors"]) as tensors:
-            weights, names, _ = fitting.of_checkpoint(tensors, tmp_path, {"model_type": model_type})
+            weights, names, _ = fitting.fit_checkpoint(tensors, tmp_path, {"model_type": model_type})
             delta = lora.peft.load(tmp_path, weights, names)
         return {row.name: row.module for row in names.weights if row.module}, delta
 
     return make
 
 
-def pair(module, into, out, rank=2):
-    return {f"{module}.lora_A.weight": (rank, into), f"{module}.lora_B.weight": (out, rank)}
+def pair(module, in_size, out_size, rank=2):
+    return {f"{module}.lora_A.weight": (rank, in_size), f"{module}.lora_B.weight": (out_size, rank)}
 
 
 FLAG = {"fan_in_fan_out": True}
@@ -47,8 +47,8 @@ FLAG = {"fan_in_fan_out": True}
     ],
 )
 def test_a_matrix(fit, shapes, config, model_type, expected):
-    ((module, (out, into)),) = shapes.items()
-    kinds, _ = fit({f"{module}.weight": (out, into)}, pair(module, into, out), config, model_type)
+    ((module, (out_size, in_size)),) = shapes.items()
+    kinds, _ = fit({f"{module}.weight": (out_size, in_size)}, pair(module, in_size, out_size), config, model_type)
     assert kinds[f"{module}.weight"] == expected
 
 
@@ -68,11 +68,11 @@ def test_a_square_matrix_that_cannot_be_told(fit):
 
 def experts(*shapes, rank=2):
     """Factors of some parameters of one module in its order, the first the innermost: `(experts, in, out)`."""
-    found = {}
-    for depth, (count, into, out) in enumerate(reversed(shapes)):
+    tensors = {}
+    for depth, (count, in_size, out_size) in enumerate(reversed(shapes)):
         at = ".".join(["m", *["base_layer"] * depth])
-        found |= {f"{at}.lora_A.weight": (rank * count, into), f"{at}.lora_B.weight": (out, rank * count)}
-    return found
+        tensors |= {f"{at}.lora_A.weight": (rank * count, in_size), f"{at}.lora_B.weight": (out_size, rank * count)}
+    return tensors
 
 
 TWO = {"target_modules": [], "target_parameters": ["m.down", "m.up"]}
@@ -136,7 +136,7 @@ def test_a_tied_head(tmp_path):
         stored = {key.replace("embed_tokens", "model.embed_tokens"): value for key, value in tied(change).items()}
         write_adapter(tmp_path, stored, config)
         with Tensors([tmp_path / "model.safetensors"]) as tensors:
-            weights, names, untied = fitting.of_checkpoint(tensors, tmp_path)
+            weights, names, untied = fitting.fit_checkpoint(tensors, tmp_path)
             delta = lora.peft.load(tmp_path, weights, names)
             assert delta.keys() == {"model/embed_tokens/weight"} | ({"lm_head/weight"} if change else set())
             assert list(untied) == (["lm_head.weight"] if change else [])
@@ -167,11 +167,11 @@ def test_biases_of_saved_modules_that_peft_repeats(fit):
     ],
 )
 def test_weights_that_are_stored_unasked(fixture, expected):
-    assert sorted(layout.copies(CASES[fixture].adapter)) == expected
+    assert sorted(layout.find_copies(CASES[fixture].adapter)) == expected
 
 
 def test_attention_of_pytorch_without_a_base():
-    _, names = layout.of_adapter(CASES["multihead_attention"].adapter)
+    _, names = layout.infer_base(CASES["multihead_attention"].adapter)
     assert {row.name for row in names.weights} == {"attn.in_proj_weight", "attn.out_proj.weight"}
 
 

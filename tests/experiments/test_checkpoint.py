@@ -169,7 +169,7 @@ def test_pickles_are_refused(tmp_path):
 def test_an_index_stays_in_its_directory(tmp_path, file):
     write_shards(tmp_path, bert_tensors())
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
-    with pytest.raises(UserError, match="is no file of this directory"):
+    with pytest.raises(UserError, match="is not a file of this directory"):
         bert.load(tmp_path)
 
 

@@ -30,7 +30,7 @@ class Case:
       weights: Rows of the name table.
       leaves: Paths and shapes.
       fn: `fn(base, *inputs)`; None where only tensors are compared.
-      refused: Said in the error, where the adapter cannot be held.
+      refused: Part of the error message, if the adapter is unsupported.
       dropped: Tensors of the adapter that are the base's own, and need not come back.
       merges: Whether the adapter can be merged.
     """
@@ -56,7 +56,7 @@ class Case:
         return Names(self.weights)
 
     @property
-    def places(self):
+    def bindings(self):
         return {path: self.names.find(path, shape) for path, shape in self.leaves.items()}
 
     @functools.cached_property
@@ -86,16 +86,18 @@ class Case:
         tensors = self.base_tensors
         (dtype,) = {array.dtype for array in tensors.values()}
         base = {
-            path: jnp.asarray(place.join(lambda name, part: tensors[name][part], dtype))
-            for path, place in self.places.items()
+            path: jnp.asarray(binding.join(lambda name, part: tensors[name][part], dtype))
+            for path, binding in self.bindings.items()
         }
-        assert {name for place in self.places.values() for name in place.tensors} == tensors.keys()
+        assert {name for binding in self.bindings.values() for name in binding.tensors} == tensors.keys()
         return base
 
     def torch(self, tree):
         """Torch's tensors, from leaves."""
         return {
-            name: t for path, place in self.places.items() for name, t in place.split(np.asarray(tree[path])).items()
+            name: t
+            for path, binding in self.bindings.items()
+            for name, t in binding.split(np.asarray(tree[path])).items()
         }
 
 

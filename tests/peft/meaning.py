@@ -21,7 +21,7 @@ def _listed(key, patterns):
 
 def targeted(config, modules):
     """The modules that PEFT would adapt."""
-    found = set()
+    result = set()
     for key in modules:
         if config.get("exclude_modules") and _listed(key, config["exclude_modules"]):
             continue
@@ -36,8 +36,8 @@ def targeted(config, modules):
             at = [m for p in patterns if (m := re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", key))]
             if not at or int(at[0][1]) not in ([layers] if isinstance(layers, int) else layers):
                 continue
-        found.add(key)
-    return found
+        result.add(key)
+    return result
 
 
 def first(patterns, key, otherwise):
@@ -100,12 +100,12 @@ def bare(name):
 
 def by_module(tensors):
     """`{module: {'A': …, 'B': …}}` of a directory in PEFT's format, as consumers in its format read it."""
-    found = {}
+    result = {}
     for name, array in tensors.items():
         match = re.fullmatch(r"(.*)\.lora_(embedding_)?([AB])(\.weight)?", bare(name))
         assert match, f"{name} is no factor"
-        found.setdefault(match[1], {"embedding": bool(match[2])})[match[3]] = array.astype(np.float64)
-    return found
+        result.setdefault(match[1], {"embedding": bool(match[2])})[match[3]] = array.astype(np.float64)
+    return result
 
 
 def deltas(tensors, scale_of):

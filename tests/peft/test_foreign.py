@@ -117,7 +117,7 @@ def test_mlx_without_a_scale(scale, tmp_path):
 
 def test_other_files_are_named(tmp_path):
     save_file({"layer.weight": random(0, 2, 2)}, tmp_path / "some.safetensors")
-    with pytest.raises(ValueError, match=r"some\.safetensors: no LoRA of kohya's scripts or diffusers"):
+    with pytest.raises(ValueError, match=r"some\.safetensors: not a LoRA of kohya's scripts or diffusers"):
         lora.peft.load(tmp_path, BASE, NAMES)
 
 

@@ -72,7 +72,7 @@ def test_a_head_that_is_not_trained_comes_from_the_base(program, tmp_path):
     fn, base, names = program
     whole = lora.peft.load(FIXTURES / "adapters" / "roberta", base, names)
     delta = {path: node for path, node in whole.items() if path.startswith("encoder/")}
-    with pytest.raises(ValueError, match=r"classifier\.dense\.weight: PEFT saves whole modules.*base="):
+    with pytest.raises(ValueError, match=r"classifier\.dense\.weight: PEFT saves full modules.*base="):
         lora.peft.save(tmp_path / "out", delta, names, task_type="SEQ_CLS")
     lora.peft.save(tmp_path / "out", delta, names, task_type="SEQ_CLS", base=base)
     stored, original = load_file(tmp_path / "out" / "adapter_model.safetensors"), load_file(MODEL / "model.safetensors")

@@ -12,9 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
 from lora_jax.__main__ import main
-from lora_jax.peft import LINEAR, Names, Weight
+from lora_jax.peft import LINEAR, Names, Weight, methods
 from lora_jax.peft.config import METHODS
-from lora_jax.peft.loading import OTHER_METHODS
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "peft_methods"
 WRITTEN = ["adalora", "vera", "loha", "loha_uneven", "lokr", "lokr_full", "ia3", "tokens", "norms"]
@@ -192,9 +191,9 @@ def test_the_command_line_merges_and_inspects_them(name, stored, tmp_path, capsy
     expected = np.load(FIXTURES / name / "expected.npz")["y"]
     np.testing.assert_allclose(model(base_of(merged, False), stored["ids"]), expected, atol=1e-5)
     assert main(["inspect", str(FIXTURES / name), "--base", str(tmp_path / "model")]) == 0, capsys.readouterr().err
-    told = name == "tokens"  # whose shapes the file has
-    assert main(["inspect", str(FIXTURES / name)]) == (0 if told else 2)
-    assert told or "give --base" in capsys.readouterr().err
+    has_shapes = name == "tokens"  # whose shapes the file has
+    assert main(["inspect", str(FIXTURES / name)]) == (0 if has_shapes else 2)
+    assert has_shapes or "give --base" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", READ)
@@ -225,4 +224,4 @@ def test_a_method_that_is_not_read_is_told_from_those_that_are(tmp_path, capsys)
     assert main(["inspect", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "'OFT'" in error and all(repr(kind) in error for kind in METHODS)
-    assert set(METHODS) == {"LORA", "TRAINABLE_TOKENS", *OTHER_METHODS}
+    assert set(METHODS) == {"LORA", "TRAINABLE_TOKENS", *methods.METHODS, methods.NORM_TUNING}

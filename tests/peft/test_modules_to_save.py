@@ -43,7 +43,7 @@ def test_what_belongs_to_it_comes_from_the_base(spec, tmp_path):
 
 
 def test_without_the_base_a_part_of_a_module_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"norm\.bias: PEFT saves whole modules.*base="):
+    with pytest.raises(ValueError, match=r"norm\.bias: PEFT saves full modules.*base="):
         lora.peft.save(tmp_path / "out", trained({"fc/kernel": LOW_RANK, "norm/scale": lora.Full()}), NAMES)
 
 

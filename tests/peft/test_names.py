@@ -5,9 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
+import lora_jax as lora
 from lora_jax.peft import CONV2D, LINEAR, Names, Weight
 
-PLACES = {
+BINDINGS = {
     "as it is": Weight("w", "w").bind("w", (4, 6)),
     "transposed": Weight("w", "w", LINEAR).bind("w", (4, 6)),
     "window": Weight("w", "w", CONV2D).bind("w", (3, 2, 4, 6)),
@@ -22,23 +23,23 @@ PLACES = {
 }
 
 
-def leaf(place):
-    return np.arange(np.prod(place.shape), dtype=np.float32).reshape(place.shape)
+def leaf(binding):
+    return np.arange(np.prod(binding.shape), dtype=np.float32).reshape(binding.shape)
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", BINDINGS)
 def test_split_and_join_are_inverses(name):
-    place = PLACES[name]
-    tensors = place.split(leaf(place))
-    assert {n: value.shape for n, value in tensors.items()} == place.shapes
-    np.testing.assert_array_equal(place.join(lambda n, part: tensors[n][part], np.float32), leaf(place))
+    binding = BINDINGS[name]
+    tensors = binding.split(leaf(binding))
+    assert {n: value.shape for n, value in tensors.items()} == binding.shapes
+    np.testing.assert_array_equal(binding.join(lambda n, part: tensors[n][part], np.float32), leaf(binding))
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", BINDINGS)
 def test_a_part_is_that_of_the_whole_and_reads_no_more(name):
-    place = PLACES[name]
-    whole, read = leaf(place), []
-    tensors = place.split(whole)
+    binding = BINDINGS[name]
+    whole, read = leaf(binding), []
+    tensors = binding.split(whole)
 
     def reading(n, part):
         read.append(n)
@@ -49,7 +50,7 @@ def test_a_part_is_that_of_the_whole_and_reads_no_more(name):
             window = [slice(None)] * whole.ndim
             window[axis] = slice(start, stop)
             read.clear()
-            np.testing.assert_array_equal(place.join(reading, np.float32, window), whole[tuple(window)])
+            np.testing.assert_array_equal(binding.join(reading, np.float32, window), whole[tuple(window)])
             assert len(read) == len(set(read)) <= len(tensors)
             if name == "stacked" and axis == 0:
                 assert len(read) == stop - start
@@ -92,3 +93,14 @@ def test_names_of_the_parts_of_one_leaf():
     row = Weight("h/{layer}/w", "h.{layer}.{expert}.{part=k|v}.w", "expert in (part out) -> out in")
     assert list(row.examples()) == ["h.0.0.k.w", "h.0.0.v.w"]
     assert row.declares("h.1.7.v.w") and not row.declares("h.1.v.w")
+
+
+def test_former_names_state_the_present_ones():
+    names = Names((Weight("w", "w"),))
+    binding = names.find("w", (2, 2))
+    with pytest.raises(AttributeError, match=r"lora_jax\.peft\.Place has been renamed to Binding"):
+        _ = lora.peft.Place
+    with pytest.raises(AttributeError, match=r"Names\.place has been renamed to get"):
+        _ = names.place
+    with pytest.raises(AttributeError, match=r"Binding\.left has been renamed to leaf_axes"):
+        _ = binding.left

@@ -111,7 +111,7 @@ def test_saved_again(name, tmp_path):
     for tensor, array in after.items():
         assert (array.dtype, array.shape) == (before[tensor].dtype, before[tensor].shape), tensor
         assert array.tobytes() == before[tensor].tobytes(), tensor
-    tied = [name for place in case.places.values() for name in place.tied]
+    tied = [name for binding in case.bindings.values() for name in binding.tied]
     of = functools.partial(meaning, base_tensors=[*case.base_tensors], tied=tied)
     assert of(read_config(tmp_path / "out")) == of(read_config(case.adapter))
 

@@ -64,4 +64,4 @@ def test_names_that_transformers_changes():
         "language_model.lm_head.weight": "lm_head.weight",
     }
     for name, new in expected.items():
-        assert new in list(renames.running(name))
+        assert new in list(renames.model_names(name))

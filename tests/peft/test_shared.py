@@ -1,7 +1,10 @@
 """Tables that an encoder and a decoder share: what PEFT's model does with an adapter of them."""
 
 import json
+import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -97,6 +100,40 @@ def test_load_refuses_it_too(base, model, tmp_path):
     names = lora.peft.Names(tuple(lora.peft.Weight(path, path.replace("/", ".")) for path in leaves))
     with pytest.raises(ValueError, match=r"ignore=\('shared',\) passes it over"):
         lora.peft.load(adapter, leaves, names)
+
+
+@pytest.mark.parametrize("recipe", [lora.LoRA(2, axes=("in", "out")), lora.DoRA(2, axes=("in", "out")), lora.Full()])
+@pytest.mark.parametrize("target", ["peft", "vllm"])
+@pytest.mark.parametrize("table", ["shared.weight", "model.shared.weight", "model.embed_tokens.weight"])
+def test_save_refuses_it_too(recipe, target, table, tmp_path):
+    """By the names alone: a table beside an encoder and a decoder, for which PyTorch's model has other modules."""
+    prefix = "model." if table.startswith("model.") else ""
+    rows = [lora.peft.Weight("table", table, module="embedding")]
+    rows += [
+        lora.peft.Weight(
+            f"{half}/{{layer}}/query/kernel", f"{prefix}{half}.layers.{{layer}}.q_proj.weight", "in out -> out in"
+        )
+        for half in ("encoder", "decoder")
+    ]
+    names = lora.peft.Names(tuple(rows))
+    base = {"table": jnp.ones((6, 4)), "encoder": {"0": {"query": {"kernel": jnp.ones((4, 4))}}}}
+    module = table.removesuffix(".weight")
+    delta = lora.init(jax.random.key(0), base, {"query": lora.LoRA(2, axes=("in", "out")), "table": recipe})
+    with pytest.raises(
+        ValueError, match=rf"no effect in PEFT: {re.escape(module)} is wrapped, .* which have its weight"
+    ):
+        lora.peft.save(tmp_path / "out", delta, names, target=target)
+    assert not (tmp_path / "out").exists()
+    del delta["table"]
+    lora.peft.save(tmp_path / "out", delta, names, target=target)
+
+
+def test_save_writes_rows_of_it(tmp_path):
+    names = lora.peft.Names((lora.peft.Weight("table", "shared.weight", module="embedding"),))
+    base = {"table": jnp.ones((6, 4))}
+    delta = lora.init(jax.random.key(0), base, {"table": lora.Rows((1, 5), axes=("in", "out"))})
+    lora.peft.save(tmp_path / "out", delta, names)
+    np.testing.assert_array_equal(lora.peft.load(tmp_path / "out", base, names)["table"].ids, [1, 5])
 
 
 def test_the_head_is_named_as_its_model_does():

@@ -176,12 +176,12 @@ def test_a_missing_directory(tmp_path):
         lora.peft.load(tmp_path / "nowhere", CASES["linear"].base, CASES["linear"].names)
 
 
-@pytest.mark.parametrize("kept", [0, 4, 100, -1])
-def test_a_truncated_file(tmp_path, kept):
+@pytest.mark.parametrize("length", [0, 4, 100, -1])
+def test_a_truncated_file(tmp_path, length):
     case = CASES["linear"]
     shutil.copy(case.adapter / "adapter_config.json", tmp_path)
     content = (case.adapter / "adapter_model.safetensors").read_bytes()
-    (tmp_path / "adapter_model.safetensors").write_bytes(content[:kept])
+    (tmp_path / "adapter_model.safetensors").write_bytes(content[:length])
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
         lora.peft.load(tmp_path, case.base, case.names)
 
@@ -479,7 +479,9 @@ def test_ignored_tensors(tmp_path):
     case = CASES["linear"]
     more = {"v_head.summary.weight": np.ones((1, 8), np.float32), f"{PREFIX}fc.ia3_l": np.ones((8, 1), np.float32)}
     write_adapter(tmp_path, read(case.adapter / "adapter_model.safetensors") | more, read_config(case.adapter))
-    with pytest.raises(ValueError, match=r"'v_head\.summary\.weight' is no key of PEFT's LoRA; ignore=\('v_head',\)"):
+    with pytest.raises(
+        ValueError, match=r"'v_head\.summary\.weight' is not a key of PEFT's LoRA; ignore=\('v_head',\)"
+    ):
         lora.peft.load(tmp_path, case.base, case.names)
     delta = lora.peft.load(tmp_path, case.base, case.names, ignore=("v_head", "ia3"))
     jax.tree.map(np.testing.assert_array_equal, delta, lora.peft.load(case.adapter, case.base, case.names))

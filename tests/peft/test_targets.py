@@ -62,10 +62,10 @@ def changes(case):
     return {name.removesuffix(".weight"): after - before[name] for name, after in case.merged_tensors.items()}
 
 
-def same(found, case):
+def same(deltas, case):
     expected = changes(case)
-    assert found.keys() == expected.keys()
-    for module, delta in found.items():
+    assert deltas.keys() == expected.keys()
+    for module, delta in deltas.items():
         # transformers' Conv1D stores its weight the other way round; B·A is as for any linear layer.
         delta = delta.T if case.fixture == "conv1d_hf" else delta
         np.testing.assert_allclose(delta, expected[module], rtol=1e-4, atol=1e-5, err_msg=module)
@@ -106,11 +106,11 @@ def test_mlx(name, tmp_path):
         factors.setdefault(module, {})[part] = array.astype(np.float64)
     assert {f["lora_a"].shape[1] for f in factors.values()} == {parameters["rank"]}
     embeddings = {"embed"}
-    found = {}
+    deltas = {}
     for module, f in factors.items():
         delta = parameters["scale"] * f["lora_a"] @ f["lora_b"]
-        found[module] = delta if module in embeddings else delta.T
-    same(found, case)
+        deltas[module] = delta if module in embeddings else delta.T
+    same(deltas, case)
     assert config["fine_tune_type"] == "lora"
     # Read without defaults; keys that are left out mean query and value alone.
     assert isinstance(config["num_layers"], int) and isinstance(parameters["dropout"], float)

@@ -9,7 +9,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from lora_jax.peft.tensors import Tensors, check_index, model_files, read_json, rewrite, write, write_model
+from lora_jax.peft.rewriting import rewrite
+from lora_jax.peft.tensor_files import write_model, write_tensors
+from lora_jax.peft.tensors import Tensors, check_index, model_files, read_json
 
 ARRAYS = {
     "b": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -46,7 +48,7 @@ def test_a_dtype_that_numpy_does_not_have(tmp_path):
 def test_a_name_in_two_files(file, tmp_path):
     save_file({"a": np.ones(1)}, tmp_path / "other.safetensors")
     with (
-        pytest.raises(ValueError, match=r"other\.safetensors: 'a' is in another file"),
+        pytest.raises(ValueError, match=r"other\.safetensors: 'a' is also in another file"),
         Tensors([file, tmp_path / "other.safetensors"]),
     ):
         pass
@@ -96,9 +98,9 @@ def test_written_in_shards(tmp_path, shard_bytes, count):
         ("{}", "weight_map"),
         ('{"weight_map": {}}', "names no tensor"),
         ('{"weight_map": {"w": 3}}', "weight_map"),
-        ('{"weight_map": {"w": "../w.safetensors"}}', "'../w.safetensors' is no file of this directory"),
-        ('{"weight_map": {"w": ".."}}', "is no file of this directory"),
-        ('{"weight_map": {"w": "sub/w.safetensors"}}', "is no file of this directory"),
+        ('{"weight_map": {"w": "../w.safetensors"}}', "'../w.safetensors' is not a file of this directory"),
+        ('{"weight_map": {"w": ".."}}', "is not a file of this directory"),
+        ('{"weight_map": {"w": "sub/w.safetensors"}}', "is not a file of this directory"),
         ('{"weight_map": {"w": "w.safetensors"}}', "1 of 1 shards missing: w.safetensors"),
     ],
 )
@@ -125,14 +127,14 @@ def test_json_that_is_none(tmp_path, content):
 
 def test_a_file_that_cannot_be_written(tmp_path):
     with pytest.raises(OSError) as caught:
-        write(tmp_path / "nowhere" / "w.safetensors", {"w": np.ones(2)})
+        write_tensors(tmp_path / "nowhere" / "w.safetensors", {"w": np.ones(2)})
     assert caught.value.errno
 
 
 def test_written_files_are_the_same_bytes(tmp_path):
     """Safetensors orders metadata by a hash that differs from one map to the next."""
     for number in range(20):
-        write(tmp_path / str(number), {"w": np.arange(3.0)}, {"ä": "1", "b": "\n"})
+        write_tensors(tmp_path / str(number), {"w": np.arange(3.0)}, {"ä": "1", "b": "\n"})
     assert len({(tmp_path / str(number)).read_bytes() for number in range(20)}) == 1
     with safe_open(tmp_path / "0", "numpy") as opened:
         assert opened.metadata() == {"format": "pt", "written_by": "lora_jax", "ä": "1", "b": "\n"}

@@ -99,7 +99,7 @@ def test_a_tied_pair_for_each_reader(tmp_path):
     assert "embed_tokens" in str(json.loads((tmp_path / "mlx" / "adapter_config.json").read_text()))
     lora.peft.save(tmp_path / "vllm", delta, names, target="vllm")
     assert any("lm_head" in name for name in load_file(tmp_path / "vllm" / "adapter_model.safetensors"))
-    with pytest.raises(ValueError, match=r"llama\.cpp takes no factors of a head that is the embedding"):
+    with pytest.raises(ValueError, match=r"llama\.cpp supports no factors of a head that is the embedding"):
         lora.peft.save(tmp_path / "gguf", delta, names, target="gguf")
 
 

@@ -1,7 +1,7 @@
-"""PEFT's methods beside LoRA: AdaLoRA, LoHa, LoKr, VeRA, (IA)³, trainable tokens and the tuning of norms."""
+"""PEFT's methods other than LoRA: AdaLoRA, LoHa, LoKr, VeRA, (IA)³, trainable tokens and the tuning of norms."""
 
-from lora_jax.peft.methods.loading import load_method
+from lora_jax.peft.methods.loading import load_method, method_in
 from lora_jax.peft.methods.saving import method_of, save_method
-from lora_jax.peft.methods.table import METHODS
+from lora_jax.peft.methods.table import METHODS, NORM_TUNING
 
-__all__ = ["METHODS", "load_method", "method_of", "save_method"]
+__all__ = ["METHODS", "NORM_TUNING", "load_method", "method_in", "method_of", "save_method"]

@@ -35,7 +35,7 @@ class IA3Method(Method):
     def build(self, arrays: Mapping[str, np.ndarray], layout: FactorLayout, settings: Settings) -> IA3Adapter:
         if len(arrays) > 1:
             path = layout.binding.path
-            raise ValueError(f"cannot be held: {path!r} has gains on inputs in some layers and on outputs in others")
+            raise ValueError(f"unsupported: {path!r} has gains on inputs in some layers and on outputs in others")
         ((name, gain),) = arrays.items()
         on = name.split()[1]
         rest = layout.sizes(layout.labels(OUT if on == IN else IN))

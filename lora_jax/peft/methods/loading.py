@@ -1,4 +1,4 @@
-"""Adapters of PEFT's other methods, as deltas."""
+"""Loads the adapters of PEFT's methods other than LoRA."""
 
 import collections
 import re
@@ -10,65 +10,73 @@ import numpy as np
 
 from lora_jax.adapters.protocol import BATCH, OUT, Adapter
 from lora_jax.peft import keys
-from lora_jax.peft.config import Config
+from lora_jax.peft.config import CONFIG, Config
 from lora_jax.peft.factor_layout import FactorLayout, pad_rank
-from lora_jax.peft.loading import OTHER_METHODS, Loader, finished
+from lora_jax.peft.load_context import LoadContext
+from lora_jax.peft.loader import load_delta
 from lora_jax.peft.methods.ia3 import IA3Method, bias_gain
 from lora_jax.peft.methods.method import Method, Read, Settings, factor_layout
-from lora_jax.peft.methods.table import METHODS
+from lora_jax.peft.methods.table import METHODS, NORM_TUNING
 from lora_jax.peft.methods.vera import PAIR
-from lora_jax.peft.names import Binding, Names
+from lora_jax.peft.module import AdapterTensors, Module, StoredTensor
+from lora_jax.peft.names import Names
 from lora_jax.peft.opening import adapter_tensors
-from lora_jax.peft.stored import Stored
-from lora_jax.peft.tensors import Tensors
+from lora_jax.peft.tensors import Tensors, read_json
 from lora_jax.peft.view import View
+from lora_jax.peft.weights import Binding
 
 NORMS = ".ln_tuning_layers."
+
+
+def method_in(directory: Path) -> str | None:
+    """Returns the `peft_type` of an adapter directory of another method than LoRA; None for others."""
+    if not (directory / CONFIG).is_file():
+        return None
+    kind = str(read_json(directory / CONFIG).get("peft_type"))
+    return kind if kind in METHODS or kind == NORM_TUNING else None
 
 
 def load_method(
     directory: Path, content: Mapping[str, Any], base: Any, names: Names, ignore: Sequence[str] = ()
 ) -> dict[str, Adapter]:
-    """The delta of an adapter of another method than LoRA.
+    """Loads an adapter of another method than LoRA.
 
     Args:
-      directory: Of the adapter.
-      content: Of its `adapter_config.json`.
-      base: As for :func:`lora_jax.peft.load`.
-      names: Likewise.
-      ignore: Likewise.
+      directory: The adapter's directory.
+      content: The content of its `adapter_config.json`.
+      base: See :func:`lora_jax.peft.load`.
+      names: See :func:`lora_jax.peft.load`.
+      ignore: See :func:`lora_jax.peft.load`.
 
     Raises:
-      ValueError: As there.
+      ValueError: See :func:`lora_jax.peft.load`.
     """
     kind, settings = content["peft_type"], Settings(content)
     saved = settings.names("modules_to_save")
     with adapter_tensors(directory, ignore) as tensors:
-        if kind == "LN_TUNING":
-            config = Config(modules_to_save=_listed(saved, settings.names("target_modules")))
+        if kind == NORM_TUNING:
+            config = Config(modules_to_save=_list_names(saved, settings.names("target_modules")))
             view = View(tensors, {name.replace(NORMS, "."): name for name in tensors})
-            loader = Loader(Stored(config, view), base, names)
-            return finished(directory, loader, loader.delta())
-        method, by_module = METHODS[kind](), modules_of(tensors, METHODS[kind].parts)
-        used = {key for parts in by_module.values() for key in parts.values()} | set(PAIR)
+            context = LoadContext(config, view, base, names)
+            return context.finish(directory, load_delta(context))
+        method, parts = METHODS[kind](), find_parts(tensors, METHODS[kind].parts)
+        used = {key for module_parts in parts.values() for key in module_parts.values()} | set(PAIR)
         view = View(tensors, {name: name for name in tensors if name not in used})
-        loader = Loader(Stored(Config(modules_to_save=_listed(saved)), view), base, names)
+        context = LoadContext(Config(modules_to_save=_list_names(saved)), view, base, names)
         if set(PAIR) <= set(tensors):
             settings = Settings({**content, "pair": tuple(map(tensors.read, PAIR))})
-        delta = _adapters(method, by_module, Stored(loader.config, tensors), loader, settings)
-        return finished(directory, loader, delta | loader.delta())
+        modules = _make_modules(context, parts, AdapterTensors(tensors))
+        delta = _load_adapters(context, method, modules, settings)
+        return context.finish(directory, delta | load_delta(context))
 
 
-OTHER_METHODS.update(dict.fromkeys((*METHODS, "LN_TUNING"), load_method))
-
-
-def _listed(*names: Sequence[str] | str) -> tuple[str, ...]:
-    """Names of modules; a regular expression names none."""
+def _list_names(*names: Sequence[str] | str) -> tuple[str, ...]:
+    """Concatenates lists of modules' names; regular expressions contribute none."""
     return tuple(name for some in names if not isinstance(some, str) for name in some)
 
 
-def modules_of(tensors: Tensors, parts: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The keys of a method's tensors, by module and part."""
+def find_parts(tensors: Tensors, parts: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Returns the keys of a method's tensors, by module and part."""
     pattern = re.compile(rf"{re.escape(keys.PREFIX)}(?P<module>.+)\.(?P<part>{'|'.join(map(re.escape, parts))})")
     by_module: dict[str, dict[str, str]] = collections.defaultdict(dict)
     for key in tensors:
@@ -77,105 +85,107 @@ def modules_of(tensors: Tensors, parts: Sequence[str]) -> dict[str, dict[str, st
     return by_module
 
 
-def _adapters(
-    method: Method, by_module: Mapping[str, Mapping[str, str]], stored: Stored, loader: Loader, settings: Settings
+def _make_modules(
+    context: LoadContext, parts: Mapping[str, Mapping[str, str]], tensors: AdapterTensors
+) -> dict[str, Module[StoredTensor]]:
+    """Makes the modules of an adapter, by the base's tensor; those without a tensor become problems."""
+    modules: dict[str, Module[StoredTensor]] = {}
+    for path, module_parts in parts.items():
+        name = context.base.file_name(f"{path}.weight")
+        if name not in context.base.tensors:
+            key = next(iter(module_parts.values()))
+            context.problems.append(f"unused: {tensors.describe(key)}: the base has no {name}")
+            continue
+        stored = {part: StoredTensor(key, tensors) for part, key in module_parts.items()}
+        modules[name] = Module(name=f"{path}.weight", kind=context.base.binding(name).kind, tensors=stored)
+    return modules
+
+
+def _load_adapters(
+    context: LoadContext, method: Method, modules: Mapping[str, Module[StoredTensor]], settings: Settings
 ) -> dict[str, Adapter]:
     by_leaf: dict[str, dict[tuple[int, ...], dict[str, np.ndarray]]] = collections.defaultdict(dict)
     bindings: dict[str, Binding] = {}
-    for module, parts in by_module.items():
-        name = loader.in_file(f"{module}.weight")
-        if name not in loader.where:
-            some = next(iter(parts.values()))
-            loader.problems.append(f"unused: {some} {stored.tensors[some]}: the base has no {name}")
-            continue
-        binding, index = loader.where[name]
-        with loader.collecting():
-            read = _reader(stored, module, parts)
-            by_leaf[binding.path][index] = method.fields(factor_layout(method, binding), read, module, settings)
+    for name, module in modules.items():
+        binding, index = context.base.tensors[name]
+        with context.collect_problems():
+            layout = factor_layout(method, binding)
+            by_leaf[binding.path][index] = method.fields(layout, _reader(module), module.path, settings)
             bindings[binding.path] = binding
-    _check_targets(method, by_module, loader, settings)
+    _check_targets(context, method, modules, settings)
     delta: dict[str, Adapter] = {}
     for path, binding in bindings.items():
-        with loader.collecting():
+        with context.collect_problems():
             layout = factor_layout(method, binding)
-            arrays = _stacked(method, layout, by_leaf[path])
+            arrays = _stack_layers(method, layout, by_leaf[path])
             delta[path] = method.build(arrays, layout, settings)
             if isinstance(method, IA3Method):
-                delta |= _bias_gain(arrays, binding, loader)
+                delta |= _load_bias_gain(context, arrays, binding)
     return delta
 
 
-def _reader(stored: Stored, module: str, parts: Mapping[str, str]) -> Read:
+def _reader(module: Module[StoredTensor]) -> Read:
     def read(part: str, shape: Sequence[int] | None) -> np.ndarray:
-        if part not in parts:
-            raise _Missing(f"missing: {keys.PREFIX}{module}.{part}")
-        key = keys.Key(parts[part], module, part)
-        return stored.read(key, stored.tensors[key.key] if shape is None else shape)
+        if part not in module.tensors:
+            raise _MissingPartError(f"missing: {keys.PREFIX}{module.path}.{part}")
+        return module.tensors[part].read(shape)
 
     return read
 
 
-class _Missing(ValueError, KeyError):
-    """A part that is not there; methods that know another form catch it as a KeyError."""
+class _MissingPartError(ValueError, KeyError):
+    """A missing part; methods that have several forms catch it as a KeyError."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
-def _stacked(
+def _stack_layers(
     method: Method, layout: FactorLayout, layers: Mapping[tuple[int, ...], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """The fields of all layers of a leaf."""
+    """Stacks the fields of all layers of a leaf."""
     names = {name for fields in layers.values() for name in fields}
     lead, batch = layout.leading_sizes, layout.sizes(layout.labels(BATCH))
     arrays = {}
     for name in sorted(names):
         values = {index: fields[name] for index, fields in layers.items() if name in fields}
         if len(values) < len(layers):
-            raise ValueError(f"cannot be held: the layers of {layout.binding.path!r} have different parts")
+            raise ValueError(f"unsupported: the layers of {layout.binding.path!r} have different parts")
         if name in method.rank_fields:
             rank = max(value.shape[0] for value in values.values())
             values = {index: pad_rank(value, rank, 0) for index, value in values.items()}
         shapes = {value.shape for value in values.values()}
         if len(shapes) > 1:
             listed = " and ".join(map(str, sorted(shapes)))
-            raise ValueError(f"cannot be held: {name} of the layers of {layout.binding.path!r} has shapes {listed}")
-        dtype = np.result_type(*values.values())
+            raise ValueError(f"unsupported: {name} of the layers of {layout.binding.path!r} has shapes {listed}")
         (shape,) = shapes
-        whole = np.broadcast_to(method.identity_like(name, shape), (*lead, *shape)).astype(dtype)
+        stacked = np.broadcast_to(method.identity_like(name, shape), (*lead, *shape))
+        stacked = stacked.astype(np.result_type(*values.values()))
         for index, value in values.items():
-            whole[layout.slices(index)] = value
-        arrays[name] = whole.reshape((*batch, *shape))
+            stacked[layout.slices(index)] = value
+        arrays[name] = stacked.reshape((*batch, *shape))
     return arrays
 
 
-def _bias_gain(arrays: Mapping[str, np.ndarray], binding: Binding, loader: Loader) -> dict[str, Adapter]:
+def _load_bias_gain(context: LoadContext, arrays: Mapping[str, np.ndarray], binding: Binding) -> dict[str, Adapter]:
     """PEFT multiplies a module's whole output, so a bias of the base gets the same gains."""
-    if f"gain {OUT}" not in arrays:
+    name = context.base.bias(context.base.bare(next(iter(binding.tensors))))
+    if f"gain {OUT}" not in arrays or name is None:
         return {}
-    first = next(iter(binding.tensors))
-    bias = keys.split_name(loader.bare(first))[0] + ".bias"
-    if bias not in loader.where:
-        return {}
-    leaf = loader.where[bias][0]
-    gain = arrays[f"gain {OUT}"].reshape(leaf.shape)
-    axes = (BATCH,) * (len(leaf.shape) - len(leaf.tensor_axes)) + (OUT,) * len(leaf.tensor_axes)
-    return {leaf.path: bias_gain(gain, axes)}
+    bias = context.base.binding(name)
+    axes = (BATCH,) * (len(bias.shape) - len(bias.tensor_axes)) + (OUT,) * len(bias.tensor_axes)
+    return {bias.path: bias_gain(arrays[f"gain {OUT}"].reshape(bias.shape), axes)}
 
 
 def _check_targets(
-    method: Method, by_module: Mapping[str, Mapping[str, str]], loader: Loader, settings: Settings
+    context: LoadContext, method: Method, modules: Mapping[str, Module[StoredTensor]], settings: Settings
 ) -> None:
-    """What the config announces must be there."""
+    """Every target of the config must have tensors."""
     targets = Config(target_modules=settings.names("target_modules"), exclude_modules=settings.names("exclude_modules"))
-    for name, (binding, _) in loader.where.items():
-        module, parameter = keys.split_name(loader.in_model.get(name, name))
-        saved = any(keys.inside(module, entry) for entry in loader.config.modules_to_save)
-        if (
-            parameter == "weight"
-            and binding.roles
-            and not saved
-            and targets.targets(module)
-            and module not in by_module
-        ):
-            loader.problems.append(f"missing: {keys.PREFIX}{module}.{method.parts[0]}")
+    for name, (binding, _) in context.base.tensors.items():
+        module, parameter = keys.split_name(context.base.in_model.get(name, name))
+        is_saved = any(keys.inside(module, entry) for entry in context.config.modules_to_save)
+        if parameter != "weight" or not binding.roles or is_saved or name in modules:
+            continue
+        if targets.targets(module):
+            context.problems.append(f"missing: {keys.PREFIX}{module}.{method.parts[0]}")

@@ -24,7 +24,7 @@ class LoKrMethod(Method):
 
     def fields(self, layout: FactorLayout, read: Read, module: str, settings: Settings) -> dict[str, np.ndarray]:
         if len(layout.labels(IN)) > 1 or len(layout.labels(OUT)) > 1:
-            raise ValueError(f"cannot be held: LoKr divides one in and one out axis; {module} has several in this base")
+            raise ValueError(f"unsupported: LoKr divides one in and one out axis; {module} has several in this base")
         in_size, out_size = matrix_sizes(layout)
         rank = int(settings.by_module("r", "rank_pattern", module, 8))
         alpha = settings.by_module("alpha", "alpha_pattern", module, 8)

@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax.adapters.protocol import IN, OUT, Adapter
 from lora_jax.checks import unusable
-from lora_jax.peft.config import CONFIG, Patterns, exactly
+from lora_jax.peft.config import CONFIG, Patterns, exact_pattern
 from lora_jax.peft.factor_layout import FactorLayout
 from lora_jax.peft.names import Binding
 
@@ -45,7 +45,7 @@ class Settings:
         values = self.content.get(patterns) or {}
         if not isinstance(values, Mapping):
             raise ValueError(f"{CONFIG}: {patterns} is {values!r}; expected an object")
-        return Settings({name: Patterns(values).find(module, self.number(name, default))}).number(name, default)
+        return Settings({name: Patterns(values).get(module, self.number(name, default))}).number(name, default)
 
     def names(self, name: str) -> Sequence[str] | str:
         """Returns a field that is a list of names or a regular expression."""
@@ -117,7 +117,7 @@ class Method(abc.ABC):
           scales: The scale of each module's term.
 
         Raises:
-          ValueError: Modules differ in a value of which PEFT has one for all.
+          ValueError: Modules differ in a value that PEFT has once for all modules.
         """
 
     def rescale(self, nodes: Mapping[str, Any], scales: Mapping[str, float]) -> dict[str, tuple[str, float]]:
@@ -143,7 +143,7 @@ def factor_layout(method: Method, binding: Binding) -> FactorLayout:
     if layout.block or layout.expert_labels:
         what = "a part of a fused weight" if layout.block else "experts"
     if kind not in method.module_kinds or layout.block or layout.expert_labels:
-        raise ValueError(f"cannot be held: {method.title} on {what}, {binding.path!r}")
+        raise ValueError(f"unsupported: {method.title} on {what}, {binding.path!r}")
     return layout
 
 
@@ -192,6 +192,6 @@ def patterns_of(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[s
     return {
         "r": rank,
         "alpha": alpha,
-        "rank_pattern": {exactly(name): r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {exactly(name): a for name, a in alphas.items() if a != alpha},
+        "rank_pattern": {exact_pattern(name): r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {exact_pattern(name): a for name, a in alphas.items() if a != alpha},
     }

@@ -1,68 +1,51 @@
-"""Deltas in the form of PEFT's other methods."""
+"""Saves deltas in the form of PEFT's methods other than LoRA."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lora_jax import paths
 from lora_jax.adapters.full import FullAdapter, RowsAdapter
 from lora_jax.adapters.ia3 import IA3Adapter
 from lora_jax.adapters.protocol import BATCH, OUT, Adapter
 from lora_jax.adapters.terms import is_low_rank
 from lora_jax.io.read_errors import list_problems
 from lora_jax.peft import keys
-from lora_jax.peft.config import TOKENS, exactly
-from lora_jax.peft.exported import Exported, ends_alike, export, multiplied
+from lora_jax.peft.arrays import multiply, replace_tensors
+from lora_jax.peft.base_index import bindings_of
+from lora_jax.peft.config import TOKENS, exact_pattern
+from lora_jax.peft.export import export
 from lora_jax.peft.factor_layout import FactorLayout
 from lora_jax.peft.methods.ia3 import IA3Method, is_bias_gain
 from lora_jax.peft.methods.method import Method, factor_layout
-from lora_jax.peft.methods.table import METHODS
+from lora_jax.peft.methods.table import METHODS, NORM_TUNING
 from lora_jax.peft.methods.vera import VeRAMethod, shared_pair
+from lora_jax.peft.module import Module
 from lora_jax.peft.modules_to_save import complete
 from lora_jax.peft.names import Names
 from lora_jax.peft.targets import write_files
-
-
-@dataclasses.dataclass
-class _Plan:
-    """What a method's files hold.
-
-    Attributes:
-      method: Of PEFT.
-      tensors: By key.
-      nodes: The adapters, by module.
-      scales: What the modules' terms are multiplied by.
-      gains: Of (IA)³'s biases, by module.
-    """
-
-    method: Method
-    tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    nodes: dict[str, Any] = dataclasses.field(default_factory=dict)
-    scales: dict[str, float] = dataclasses.field(default_factory=dict)
-    gains: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+from lora_jax.peft.torch_adapter import TorchAdapter, are_ambiguous
 
 
 def method_of(delta: Mapping[str, Adapter], names: Names) -> str | None:
-    """The `peft_type` of a delta whose adapters are all of one method of PEFT other than LoRA, or trained outright.
+    """Returns the `peft_type` of a delta whose adapters are all of one method of PEFT other than LoRA.
 
-    None where PEFT's LoRA is the form: of LoRA itself, and of low-rank adapters that their own method cannot hold (a
-    VeRA whose pairs are no corners of one pair).
+    Leaves that are trained in full may accompany them. Returns None for LoRA itself, and for low-rank adapters that
+    their method cannot represent (VeRA whose pairs are not corners of one pair): they are saved as LoRA.
     """
-    others = [node for node in delta.values() if not isinstance(node, FullAdapter)]
+    others = {path: node for path, node in delta.items() if not isinstance(node, FullAdapter)}
     if not others:
-        return "LN_TUNING" if _are_norms(delta, names) else None
+        return NORM_TUNING if _are_norms(delta, names) else None
     if all(isinstance(node, RowsAdapter) for node in delta.values()):
         ids = {tuple(np.asarray(node.ids).tolist()) for node in delta.values() if isinstance(node, RowsAdapter)}
         return TOKENS if len(ids) == 1 else None
     for kind, method in METHODS.items():
-        if all(isinstance(node, method.adapters) for node in others):
-            fits = not method().check({path: node for path, node in delta.items() if not isinstance(node, FullAdapter)})
+        if all(isinstance(node, method.adapters) for node in others.values()):
+            fits = not method().check(others)
             if issubclass(method, VeRAMethod):
-                fits = fits and shared_pair(_fits(delta, names, method)) is not None
-            return kind if fits or not all(map(is_low_rank, others)) else None
+                fits = fits and shared_pair(_layouts(delta, names, method)) is not None
+            return kind if fits or not all(map(is_low_rank, others.values())) else None
     return None
 
 
@@ -76,69 +59,41 @@ def save_method(
     base_model: str | None,
     task_type: str | None,
 ) -> None:
-    """Writes a delta in the form of one of PEFT's methods, as :func:`method_of` names it.
+    """Saves a delta in the form of one of PEFT's methods, which :func:`method_of` returned.
 
     Raises:
-      ValueError: PEFT's method cannot hold all of it; what it cannot is named, and nothing is written.
+      ValueError: PEFT's method cannot represent the delta: the message lists everything, and nothing is written.
     """
-    shared = {"base_model_name_or_path": base_model, "task_type": task_type, "inference_mode": True}
     if kind in METHODS:
-        plan, problems = _planned(METHODS[kind](), delta, names, base)
-        rest = {path: node for path, node in delta.items() if isinstance(node, FullAdapter)}
-        exported = _exported(rest, names, base, task_type)
-        settings: dict[str, Any] = {}
-        problems += exported.problems
-        try:
-            settings = plan.method.config(plan.nodes, plan.scales)
-        except ValueError as error:
-            problems.append(str(error))
-        content = {**_targets(list(plan.nodes), names), **settings, "modules_to_save": sorted(exported.saved) or None}
-        tensors = plan.tensors | _values(exported)
+        tensors, config, problems = _convert(METHODS[kind](), delta, names, base, task_type)
     elif kind == TOKENS:
-        exported = export(delta, names)
-        problems = exported.problems
-        rows = exported.rows | {
-            keys.split_name(other)[0]: exported.rows[keys.split_name(name)[0]]
-            for path, node in delta.items()
-            if (binding := names.get(path, node.shape())) is not None
-            for other, name in binding.tied.items()
-            if keys.split_name(name)[0] in exported.rows
-        }
-        tensors = {f"{keys.PREFIX}{name}.trainable_tokens_delta": values for name, (_, values) in rows.items()}
-        ids = next(iter(exported.rows.values()))[0] if exported.rows else []
-        content = {"target_modules": sorted(exported.rows), "token_indices": ids}
+        tensors, config, problems = _convert_rows(delta, names)
     else:
-        exported = _exported(delta, names, base, task_type)
-        problems = exported.problems
-        tensors = {
-            f"{keys.PREFIX}{module}.ln_tuning_layers.{parameter}": value
-            for (module, parameter), value in ((keys.split_name(n), v) for n, v in exported.values.items())
-        }
-        content = _targets(sorted(exported.saved), names)
+        adapter = _export_values(delta, names, base, task_type)
+        split = {keys.split_name(name): value for name, value in adapter.values.items()}
+        tensors = {f"{keys.PREFIX}{path}.ln_tuning_layers.{x}": value for (path, x), value in split.items()}
+        config, problems = _target_modules(sorted(adapter.saved), names), adapter.problems
     if problems:
         raise ValueError(f"The delta cannot be written for PEFT's {kind} {list_problems(problems)}")
-    write_files(directory, tensors, {**shared, **content, "peft_type": kind})
+    shared = {"base_model_name_or_path": base_model, "task_type": task_type, "inference_mode": True}
+    write_files(directory, tensors, {**shared, **config, "peft_type": kind})
 
 
-def _exported(delta: Mapping[str, Adapter], names: Names, base: Any, task_type: str | None) -> Exported:
-    exported = export(delta, names)
-    complete(exported, names, base, task_type, ())
-    return exported
+def _export_values(delta: Mapping[str, Adapter], names: Names, base: Any, task_type: str | None) -> TorchAdapter:
+    adapter = export(delta, names)
+    complete(adapter, names, base, task_type, ())
+    return adapter
 
 
-def _values(exported: Exported) -> dict[str, np.ndarray]:
-    return {keys.value_key(*keys.split_name(name), wrapped=False): value for name, value in exported.values.items()}
-
-
-def _targets(modules: list[str], names: Names) -> dict[str, Any]:
-    """PEFT takes a listed name for every module whose path ends so; a pattern is matched with the whole path."""
-    if ends_alike(names, modules):
-        return {"target_modules": "|".join(exactly(module).removeprefix("^") for module in sorted(modules))}
+def _target_modules(modules: list[str], names: Names) -> dict[str, Any]:
+    """PEFT matches a listed name with every module whose path ends in it, a pattern with the full path."""
+    if are_ambiguous(names, modules):
+        return {"target_modules": "|".join(exact_pattern(module).removeprefix("^") for module in sorted(modules))}
     return {"target_modules": sorted(modules)}
 
 
 def _are_norms(delta: Mapping[str, Adapter], names: Names) -> bool:
-    """Whether all that is trained are scales and biases of norms: vectors whose module has no matrix."""
+    """Whether all leaves are scales and biases of norms: vectors whose module has no matrix."""
     for path, node in delta.items():
         binding = names.get(path, node.shape())
         if binding is None or binding.roles is not None or len(binding.tensor_axes) != 1:
@@ -150,14 +105,35 @@ def _are_norms(delta: Mapping[str, Adapter], names: Names) -> bool:
     return True
 
 
-def _fits(delta: Mapping[str, Adapter], names: Names, method: type[Method]) -> list[tuple[Any, FactorLayout]]:
+def _layouts(delta: Mapping[str, Adapter], names: Names, method: type[Method]) -> list[tuple[Any, FactorLayout]]:
     nodes = [(path, node) for path, node in delta.items() if isinstance(node, method.adapters)]
     return [(node, FactorLayout(names.find(path, node.shape()))) for path, node in nodes]
 
 
-def _planned(method: Method, delta: Mapping[str, Adapter], names: Names, base: Any) -> tuple[_Plan, list[str]]:
-    """A method's tensors, and what cannot be put in its form."""
-    plan, problems = _Plan(method), []
+def _convert_rows(
+    delta: Mapping[str, Adapter], names: Names
+) -> tuple[dict[str, np.ndarray], dict[str, Any], list[str]]:
+    """The tensors and the config of trained rows, and problems."""
+    adapter = export(delta, names)
+    rows = dict(adapter.rows)
+    for path, node in delta.items():
+        if (binding := names.get(path, node.shape())) is not None:
+            for other, name in binding.tied.items():
+                if (module := keys.split_name(name)[0]) in adapter.rows:
+                    rows[keys.split_name(other)[0]] = adapter.rows[module]
+    tensors = {f"{keys.PREFIX}{module}.trainable_tokens_delta": values for module, (_, values) in rows.items()}
+    ids = next(iter(adapter.rows.values()))[0] if adapter.rows else []
+    return tensors, {"target_modules": sorted(adapter.rows), "token_indices": ids}, adapter.problems
+
+
+def _convert(
+    method: Method, delta: Mapping[str, Adapter], names: Names, base: Any, task_type: str | None
+) -> tuple[dict[str, np.ndarray], dict[str, Any], list[str]]:
+    """The tensors and the config of a method's adapters, and problems."""
+    modules: dict[str, Module[np.ndarray]] = {}
+    nodes: dict[str, Any] = {}
+    gains: dict[str, np.ndarray] = {}  # (IA)³'s gains of biases, by module
+    problems = []
     for path, node in delta.items():
         if isinstance(node, FullAdapter):
             continue
@@ -165,48 +141,66 @@ def _planned(method: Method, delta: Mapping[str, Adapter], names: Names, base: A
             binding = names.find(path, node.shape())
             if isinstance(node, IA3Adapter) and is_bias_gain(node):
                 values = binding.split(np.asarray(node.gain).reshape(binding.shape))
-                plan.gains |= {keys.split_name(binding.in_model[name])[0]: gain for name, gain in values.items()}
+                gains |= {keys.split_name(binding.in_model[name])[0]: gain for name, gain in values.items()}
                 continue
-            _add(plan, path, node, factor_layout(method, binding))
+            for module in _split_leaf(method, path, node, factor_layout(method, binding)):
+                modules[module.path], nodes[module.path] = module, node
         except ValueError as error:
             problems.append(str(error))
-    problems += method.check(plan.nodes)
-    for module, (part, factor) in method.rescale(plan.nodes, plan.scales).items():
-        key = f"{keys.PREFIX}{module}.{part}"
-        plan.tensors[key] = multiplied(plan.tensors[key], factor)
+    problems += method.check(nodes)
+    scales = {path: module.scale for path, module in modules.items()}
+    for path, (part, factor) in method.rescale(nodes, scales).items():
+        modules[path] = replace_tensors(modules[path], **{part: multiply(modules[path].tensors[part], factor)})
+    tensors = {
+        f"{keys.PREFIX}{path}.{part}": np.ascontiguousarray(array)
+        for path, module in modules.items()
+        for part, array in module.tensors.items()
+    }
     if isinstance(method, IA3Method):
-        problems += _check_gains(plan, names, base)
+        problems += _check_gains(modules, nodes, gains, names, base)
     if isinstance(method, VeRAMethod):
-        pair = shared_pair(_fits(delta, names, VeRAMethod))
+        pair = shared_pair(_layouts(delta, names, VeRAMethod))
         if pair is None:
-            problems.append("the random pairs of its adapters are no corners of one pair, which PEFT's VeRA has")
+            problems.append("PEFT's VeRA has one random pair, and the pairs of these adapters are not corners of one")
         else:
-            plan.tensors |= pair
-    return plan, problems
+            tensors |= pair
+    full = {path: node for path, node in delta.items() if isinstance(node, FullAdapter)}
+    adapter = _export_values(full, names, base, task_type)
+    problems += adapter.problems
+    tensors |= {keys.value_key(*keys.split_name(name), wrapped=False): x for name, x in adapter.values.items()}
+    config = {**_target_modules(list(modules), names), "modules_to_save": sorted(adapter.saved) or None}
+    if nodes:
+        try:
+            config |= method.config(nodes, scales)
+        except ValueError as error:
+            problems.append(str(error))
+    return tensors, config, problems
 
 
-def _add(plan: _Plan, path: str, node: Any, layout: FactorLayout) -> None:
-    method, binding = plan.method, layout.binding
+def _split_leaf(method: Method, path: str, node: Any, layout: FactorLayout) -> list[Module[np.ndarray]]:
+    """Makes the modules of a leaf's adapter; layers without adapter are omitted, unless there are no others."""
     if node.axes != layout.axes:
         raise ValueError(f"{path!r}: the adapter's axes are {node.axes}, those of its PyTorch module {layout.axes}")
-    arrays, lead = method.arrays(node), layout.leading_sizes
-    batch = layout.axes.count(BATCH)
+    binding, lead, batch = layout.binding, layout.leading_sizes, layout.axes.count(BATCH)
     layers: dict[str, dict[str, np.ndarray]] = {}
     for name, index in binding.tensors.items():
-        module = keys.split_name(binding.in_model[name])[0]
-        layers[module] = {
+        layers[f"{keys.split_name(binding.in_model[name])[0]}.weight"] = {
             field: array.reshape((*lead, *array.shape[batch:]))[layout.slices(index)] if array.ndim >= batch else array
-            for field, array in arrays.items()
+            for field, array in method.arrays(node).items()
         }
-    used = [module for module, fields in layers.items() if not _is_neutral(method, fields)] or list(layers)
-    for module in used:
-        plan.nodes[module] = node
-        plan.scales[module] = float(layers[module].get("scale", 1.0))
-        parts = method.tensors(layers[module], layout)
-        plan.tensors |= {f"{keys.PREFIX}{module}.{part}": np.ascontiguousarray(array) for part, array in parts.items()}
+    adapted = [name for name, fields in layers.items() if not _is_identity(method, fields)] or list(layers)
+    return [
+        Module(
+            name=name,
+            kind=binding.kind,
+            tensors=method.tensors(layers[name], layout),
+            scale=float(layers[name].get("scale", 1.0)),
+        )
+        for name in adapted
+    ]
 
 
-def _is_neutral(method: Method, fields: Mapping[str, np.ndarray]) -> bool:
+def _is_identity(method: Method, fields: Mapping[str, np.ndarray]) -> bool:
     """Whether a layer of a stacked leaf has no adapter."""
     return all(
         np.array_equal(value, method.identity_like(name, value.shape))
@@ -215,29 +209,30 @@ def _is_neutral(method: Method, fields: Mapping[str, np.ndarray]) -> bool:
     )
 
 
-def _check_gains(plan: _Plan, names: Names, base: Any) -> list[str]:
-    """PEFT multiplies a module's whole output, its bias by the same gains."""
-    problems = []
-    leaves = {} if base is None else paths.flatten(base).as_dict()
-    biases = {
-        keys.split_name(new)[0]: path
-        for path, leaf in leaves.items()
-        if (binding := names.get(path, leaf.shape)) is not None
-        for new in binding.in_model.values()
-        if keys.split_name(new)[1] == "bias"
-    }
-    for module, node in plan.nodes.items():
-        gain = plan.tensors[f"{keys.PREFIX}{module}.ia3_l"].reshape(-1)
-        if node.on != OUT:
+def _check_gains(
+    modules: Mapping[str, Module[np.ndarray]],
+    nodes: Mapping[str, IA3Adapter],
+    gains: Mapping[str, np.ndarray],
+    names: Names,
+    base: Any,
+) -> list[str]:
+    """PEFT multiplies a module's whole output, so its bias must have the same gains."""
+    problems, unused = [], dict(gains)
+    biases = {}
+    for path, binding in () if base is None else bindings_of(base, names):
+        split = map(keys.split_name, binding.in_model.values())
+        biases |= {module: path for module, parameter in split if parameter == "bias"}
+    for path, module in modules.items():
+        if nodes[path].on != OUT:
             continue
-        if module in plan.gains:
-            if not np.array_equal(plan.gains.pop(module), gain):
-                problems.append(f"{module}.bias: PEFT multiplies the bias by the gains of the weight; these are others")
-        elif module in biases:
+        if path in unused:
+            if not np.array_equal(unused.pop(path), module.tensors["ia3_l"].reshape(-1)):
+                problems.append(f"{path}.bias: PEFT multiplies the bias by the gains of the weight; these are others")
+        elif path in biases:
             problems.append(
-                f"{module}.bias: PEFT multiplies the bias too; adapt {biases[module]!r} with IA3(axes=('out',))"
+                f"{path}.bias: PEFT multiplies the bias too; adapt {biases[path]!r} with IA3(axes=('out',))"
             )
-        elif base is None and any(row.declares(f"{module}.bias") for row in names.weights):
-            problems.append(f"{module}.bias: PEFT multiplies it too, where there is one: give base=")
-    problems += [f"{module}.bias: its gains are no module's" for module in plan.gains]
+        elif base is None and any(row.declares(f"{path}.bias") for row in names.weights):
+            problems.append(f"{path}.bias: PEFT multiplies it too, if there is one: give base=")
+    problems += [f"{path}.bias: its gains belong to no adapted module" for path in unused]
     return problems

@@ -10,3 +10,6 @@ from lora_jax.peft.methods.vera import VeRAMethod
 METHODS: dict[str, type[Method]] = {
     method.peft_type: method for method in (AdaLoRAMethod, LoHaMethod, LoKrMethod, VeRAMethod, IA3Method)
 }
+
+NORM_TUNING = "LN_TUNING"
+"""PEFT's method that trains the scales and biases of norms in full; it has no adapter class of its own."""

@@ -93,7 +93,7 @@ class VeRAMethod(Method):
 
 
 def shared_pair(nodes: Sequence[tuple[VeRAAdapter, FactorLayout]]) -> dict[str, np.ndarray] | None:
-    """Returns the random pair of which each adapter has a corner, by key; None if there is no such pair."""
+    """Returns the random pair that has each adapter's pair as a corner, by key; None if there is no such pair."""
     corners_a = [to_tensor(layout, np.asarray(node.a), IN) for node, layout in nodes]
     corners_b = [to_tensor(layout, np.asarray(node.b), OUT).T for node, layout in nodes]
     if len({len(a) for a in corners_a}) > 1:
