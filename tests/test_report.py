@@ -86,8 +86,10 @@ def test_what_has_no_factored_form_is_merged_and_right(fn, operation, reason):
 def test_a_replaced_leaf_is_explained():
     fn = lambda p, x: x @ p["w"]  # noqa: E731
     delta = lora.init(jax.random.key(0), W, {"w": lora.Full()}, fn, X)
-    (use,) = lora.explain(fn, W, delta, X)["w"]
-    assert not use.factored and "Full trains the leaf itself" in use.reason
+    explained = lora.explain(fn, W, delta, X)
+    (use,) = explained["w"]
+    assert not use.factored and "Full trains the weight itself" in use.reason
+    assert str(explained).startswith("w: merged as an input: ")
 
 
 def test_explain_says_where():

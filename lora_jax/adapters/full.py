@@ -28,7 +28,7 @@ class FullAdapter(Adapter):
     value: jax.Array = trained("weight")
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
 
-    merged_because = "Full trains the leaf itself"
+    merged_because = "Full trains the weight itself"
 
     def merge(self, weight: jax.Array) -> jax.Array:
         return self.value.astype(weight.dtype)

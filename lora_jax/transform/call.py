@@ -194,7 +194,7 @@ def insert_adapters(
         form = node.factored(value)
         if form is None:
             if interpreter.uses is not None:
-                interpreter.uses.append(Use(path, "entry", False, node.merged_because, "the arguments", {}))
+                interpreter.uses.append(Use(path, "input", False, node.merged_because, "", {}))
             inputs[position] = node.merge(dequantized(value))
         else:
             key = None if dropout_key is None else path_key(dropout_key, path)

@@ -23,10 +23,10 @@ class Use:
 
     Attributes:
       path: Of the weight.
-      operation: The JAX primitive.
+      operation: The JAX primitive; 'input' or 'output' of the function if the weight is merged there.
       factored: Whether the adapter is applied without forming the merged weight.
       reason: Why the weight is merged, or how it is used.
-      source: The line of the user's code.
+      source: The line of the user's code, or '' for inputs and outputs.
       roles: Role by axis of the original weight, as far as this use tells: 'in', 'out', 'batch', or
         'indexed' for an axis of which one slice is used.
     """
@@ -39,7 +39,8 @@ class Use:
     roles: dict[int, str]
 
     def __str__(self) -> str:
-        return f"{'factored' if self.factored else 'merged'} in {self.operation} at {self.source}: {self.reason}"
+        where = f"in {self.operation} at {self.source}" if self.source else f"as an {self.operation}"
+        return f"{'factored' if self.factored else 'merged'} {where}: {self.reason}"
 
 
 class Interpreter:
@@ -184,9 +185,7 @@ class Interpreter:
             axis = root(label)
             if axis is not None:
                 by_axis[axis] = _joined(by_axis.get(axis), role)
-        name, where = (
-            (equation.primitive.name, jaxprs.source(equation)) if equation is not None else ("return", "the end")
-        )
+        name, where = (equation.primitive.name, jaxprs.source(equation)) if equation is not None else ("output", "")
         self.uses.append(Use(weight.path, name, factored, reason, where, by_axis))
 
 
