@@ -23,7 +23,7 @@ def moved(delta, amount=0.3):
 
 def by_hand(weight, node, axes, norm_over="in"):
     """m · V / ‖V‖ with the product formed: the paper's formula."""
-    kept = "out" if norm_over == "in" else "in"
+    other_role = "out" if norm_over == "in" else "in"
     letters = dict(zip(range(weight.ndim), "abcdef"))
     of = {r: "".join(letters[i] for i, x in enumerate(axes) if x == r) for r in ("batch", "in", "out")}
     delta = jnp.einsum(
@@ -36,7 +36,7 @@ def by_hand(weight, node, axes, norm_over="in"):
     summed = tuple(i for i, role in enumerate(axes) if role == norm_over)
     norm = jnp.sqrt(jnp.sum(jnp.square(v), axis=summed, keepdims=True))
     shape = [1 if role == norm_over else n for n, role in zip(weight.shape, axes)]
-    order = [i for r in ("batch", kept) for i, x in enumerate(axes) if x == r]
+    order = [i for r in ("batch", other_role) for i, x in enumerate(axes) if x == r]
     magnitude = node.magnitude.reshape([weight.shape[i] for i in order])
     back = sorted(range(len(order)), key=lambda i: order[i])
     return magnitude.transpose(back).reshape(shape) * v / norm

@@ -34,22 +34,22 @@ def embedding(base, x):
 FUNCTIONS = {"linear": linear, "conv2d": conv, "embedding": embedding}
 
 
-def low_rank(into):
+def low_rank(in_shape):
     """a [rank, *in] and b [rank, *out] from PEFT's (rank, in·…) and (out, rank, …)."""
     return {
-        "a": lambda a: a.reshape(a.shape[0], *into),
+        "a": lambda a: a.reshape(a.shape[0], *in_shape),
         "b": lambda b: b.reshape(b.shape[0], -1).T,
     }
 
 
-def families(kind, into):
+def families(kind, in_shape):
     """Per case: the recipe and, per leaf, PEFT's name and how its array becomes ours."""
-    a, b = low_rank(into).values()
-    first, rest = (2, (into[0] // 2, *into[1:]))
+    a, b = low_rank(in_shape).values()
+    first, rest = (2, (in_shape[0] // 2, *in_shape[1:]))
     kron = {"c": ("lokr_w1", np.transpose)}
     inner = low_rank(rest)
     lora_names = ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A", "lora_B")
-    assert into[0] % first == 0 or kind == "embedding"
+    assert in_shape[0] % first == 0 or kind == "embedding"
     return {
         "dora": (
             lora.DoRA(3, alpha=5),
@@ -100,8 +100,8 @@ def test_outputs_and_gradients_are_pefts(family, kind, merged, stored, getkey):
     fn = FUNCTIONS[kind]
     base = {name: jnp.asarray(arrays[name]) for name in ("weight", "bias") if name in arrays}
     x = jnp.asarray(arrays["x"], jnp.int32 if kind == "embedding" else jnp.float32)
-    into = arrays["weight"].shape[:1] if kind == "embedding" else arrays["weight"].shape[1:]
-    recipe, names = families(kind, into)[family]
+    in_shape = arrays["weight"].shape[:1] if kind == "embedding" else arrays["weight"].shape[1:]
+    recipe, names = families(kind, in_shape)[family]
     spec = {"weight": recipe}
     if family == "ia3_out":  # PEFT scales the bias too
         spec["bias"] = lora.IA3(axes=("out",))
@@ -142,19 +142,19 @@ def test_outputs_and_gradients_are_pefts(family, kind, merged, stored, getkey):
 WEIGHT = jax.random.normal(jax.random.key(7), (24, 36))
 
 
-def made(recipe, shape=None, axes=("in", "out")):
+def create(recipe, shape=None, axes=("in", "out")):
     return recipe.create(jax.random.key(0), WEIGHT if shape is None else jnp.ones(shape), axes)
 
 
 def test_vera_shares_one_pair_among_weights_of_a_size_and_lets_go_of_it():
-    one, two = made(lora.VeRA(256)), made(lora.VeRA(256))
+    one, two = create(lora.VeRA(256)), create(lora.VeRA(256))
     assert one.a is two.a and one.b is two.b
-    assert made(lora.VeRA(256), (24, 20)).a is one.a
-    assert made(lora.VeRA(256, seed=1)).a is not one.a
-    assert made(lora.VeRA(256, dtype=jnp.bfloat16)).a.dtype == jnp.bfloat16
-    stacked = made(lora.VeRA(256), (3, 24, 36), ("batch", "in", "out"))
+    assert create(lora.VeRA(256), (24, 20)).a is one.a
+    assert create(lora.VeRA(256, seed=1)).a is not one.a
+    assert create(lora.VeRA(256, dtype=jnp.bfloat16)).a.dtype == jnp.bfloat16
+    stacked = create(lora.VeRA(256), (3, 24, 36), ("batch", "in", "out"))
     assert stacked.a is one.a and stacked.d.shape == (3, 256) and stacked.g.shape == (3, 36)
-    square = made(lora.VeRA(8), (24, 24))
+    square = create(lora.VeRA(8), (24, 24))
     assert (np.asarray(square.a) != np.asarray(square.b)).any()
     from lora_jax.adapters import vera
 
@@ -165,7 +165,7 @@ def test_vera_shares_one_pair_among_weights_of_a_size_and_lets_go_of_it():
 
 
 def test_vera_starts_as_pefts():
-    node = made(lora.VeRA(256))
+    node = create(lora.VeRA(256))
     for pair, fan in ((node.a, 24), (node.b, 256)):
         bound = np.sqrt(6 / fan)
         assert stats.kstest(np.ravel(pair), stats.uniform(-bound, 2 * bound).cdf).pvalue > 1e-3
@@ -173,20 +173,20 @@ def test_vera_starts_as_pefts():
 
 
 def test_loha_and_lokr_start_as_pefts():
-    node = made(lora.LoHa(16))
+    node = create(lora.LoHa(16))
     for leaf, deviation in ((node.a1, 1.0), (node.b1, 0.1), (node.a2, 1.0)):
         assert stats.kstest(np.ravel(leaf), stats.norm(0, deviation).cdf).pvalue > 1e-3
     assert not np.asarray(node.b2).any()
-    node = made(lora.LoKr(2), (2400, 3600))
+    node = create(lora.LoKr(2), (2400, 3600))
     assert node.c.shape == (48, 60) and not np.asarray(node.c).any()
     for leaf, fan in ((node.a, 50), (node.b, 2)):
         assert stats.kstest(np.ravel(leaf), stats.uniform(-(fan**-0.5), 2 * fan**-0.5).cdf).pvalue > 1e-3
-    assert made(lora.LoKr(64, alpha=16), (64, 64)).scale == 0.25
+    assert create(lora.LoKr(64, alpha=16), (64, 64)).scale == 0.25
 
 
 def test_a_divisor_may_be_bounded():
-    assert made(lora.LoKr(2, factor=3), (24, 36)).c.shape == (3, 3)
-    assert made(lora.LoKr(2), (7, 36)).c.shape == (1, 6)
+    assert create(lora.LoKr(2, factor=3), (24, 36)).c.shape == (3, 3)
+    assert create(lora.LoKr(2), (7, 36)).c.shape == (1, 6)
 
 
 def test_loha_of_a_rank_whose_square_is_above_the_weights_is_merged_and_says_so():
@@ -209,8 +209,8 @@ def test_lora_fa_trains_b_alone_and_keeps_no_input_for_a():
         return lora.adapt(fn)(base, lora.join(train, frozen), x)
 
     _, pullback = jax.vjp(out, train)
-    kept = [leaf.shape for leaf in jax.tree.leaves(pullback) if hasattr(leaf, "shape")]
-    assert x.shape not in kept and (64, 2) in kept
+    residuals = [leaf.shape for leaf in jax.tree.leaves(pullback) if hasattr(leaf, "shape")]
+    assert x.shape not in residuals and (64, 2) in residuals
 
 
 def test_lora_fa_refuses_a_zero_a():
@@ -235,7 +235,7 @@ def test_lora_fa_refuses_a_zero_a():
 )
 def test_weights_that_a_recipe_does_not_fit(recipe, shape, axes, message):
     with pytest.raises(ValueError, match=message):
-        made(recipe, shape, axes)
+        create(recipe, shape, axes)
 
 
 @pytest.mark.parametrize(

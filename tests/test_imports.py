@@ -64,10 +64,10 @@ def package_graphs(graph: Graph) -> Iterator[Graph]:
                 continue
             child = ".".join(name.split(".")[:depth])
             children.setdefault(child, {})
-            for imported, place in imports.items():
+            for imported, location in imports.items():
                 other = ".".join(imported.split(".")[:depth])
                 if imported.startswith(f"{package}.") and other != child:
-                    children[child].setdefault(other, place)
+                    children[child].setdefault(other, location)
         yield children
 
 

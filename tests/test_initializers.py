@@ -132,32 +132,32 @@ def drawn(init, rank=8, shape=(400, 100), axes=("in", "out")):
 
 
 def test_kaiming_uniform_is_uniform_with_b_zero():
-    made = drawn("kaiming_uniform")
-    assert stats.kstest(np.ravel(made.a) * 20, stats.uniform(-1, 2).cdf).pvalue > 0.01
-    assert not made.b.any()
+    node = drawn("kaiming_uniform")
+    assert stats.kstest(np.ravel(node.a) * 20, stats.uniform(-1, 2).cdf).pvalue > 0.01
+    assert not node.b.any()
 
 
 def test_gaussian_has_one_over_the_rank_as_deviation_with_b_zero():
-    made = drawn("gaussian")
-    assert stats.kstest(np.ravel(made.a) * 8, "norm").pvalue > 0.01
-    assert not made.b.any()
+    node = drawn("gaussian")
+    assert stats.kstest(np.ravel(node.a) * 8, "norm").pvalue > 0.01
+    assert not node.b.any()
 
 
 @pytest.mark.parametrize("init, axes", [("kaiming_uniform", ("lookup", "out")), ("zero_a", ("in", "out"))])
 def test_embeddings_and_zero_a_have_a_zero_and_b_normal(init, axes):
-    made = drawn(init, axes=axes)
-    assert not made.a.any()
-    assert stats.kstest(np.ravel(made.b), "norm").pvalue > 0.01
+    node = drawn(init, axes=axes)
+    assert not node.a.any()
+    assert stats.kstest(np.ravel(node.b), "norm").pvalue > 0.01
 
 
 def test_orthogonal_is_distributed_as_pefts_and_its_product_is_zero():
-    made = drawn("orthogonal", rank=16, shape=(24, 32))
+    node = drawn("orthogonal", rank=16, shape=(24, 32))
     stored_a, stored_b, _ = pefts("orthogonal", "up")
-    for ours, stored in ((made.a, stored_a), (made.b, stored_b)):
+    for ours, stored in ((node.a, stored_a), (node.b, stored_b)):
         ours, stored = np.asarray(ours), np.asarray(stored)
         assert np.linalg.matrix_rank(ours, tol=1e-4) == np.linalg.matrix_rank(stored, tol=1e-4) == 8
         assert stats.ks_2samp(ours.ravel(), stored.ravel()).pvalue > 0.01
-    for a, b in ((made.a, made.b), (stored_a, stored_b)):
+    for a, b in ((node.a, node.b), (stored_a, stored_b)):
         assert np.abs(np.asarray(a).T @ np.asarray(b)).max() < 1e-7 < np.abs(np.asarray(a)).max()
     with pytest.raises(ValueError, match=r"even rank.*3"):
         drawn("orthogonal", rank=3)
@@ -308,8 +308,10 @@ def test_eva_pads_the_layers_of_a_stack_and_leaves_out_what_gets_no_rank():
 
 
 def read(function, base, axes, *batches):
-    found = collect_stats(function, None, base, {path: (INPUTS, roles) for path, roles in axes.items()}, batches)
-    return {path: reading.inputs for path, reading in found.items()}
+    inputs_by_path = collect_stats(
+        function, None, base, {path: (INPUTS, roles) for path, roles in axes.items()}, batches
+    )
+    return {path: reading.inputs for path, reading in inputs_by_path.items()}
 
 
 def by_hand(*inputs):
@@ -318,8 +320,8 @@ def by_hand(*inputs):
 
 
 def assert_read(inputs, index, *rows):
-    for found, expected in zip((inputs.squares, inputs.total, inputs.count), by_hand(*rows)):
-        np.testing.assert_allclose(found[index], expected, rtol=1e-4, atol=1e-4)
+    for actual, expected in zip((inputs.squares, inputs.total, inputs.count), by_hand(*rows)):
+        np.testing.assert_allclose(actual[index], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_inputs_are_added_up_over_uses_calls_and_batches():
@@ -344,16 +346,16 @@ def test_inputs_are_added_up_over_uses_calls_and_batches():
 def test_inputs_of_stacked_layers_kernels_of_heads_and_convolutions():
     base = stacked_base()
     axes = {"layers": ("batch", "in", "out"), "conv": ("in", "in", "out"), "heads": ("in", "in", "out")}
-    found = read(stacked, base, axes, (TOKENS,))
+    readings = read(stacked, base, axes, (TOKENS,))
     h = TOKENS
     for layer in range(2):
-        assert_read(found["layers"], layer, h)
+        assert_read(readings["layers"], layer, h)
         h = jnp.tanh(h @ base["layers"][layer])
     # "SAME" with stride 2 on five places pads one on each side: windows start at -1, 1 and 3.
     padded = np.pad(h, [(0, 0), (1, 1), (0, 0)])
     windows = np.stack([padded[:, start : start + 3].reshape(2, 18) for start in (0, 2, 4)], axis=1)
-    assert_read(found["conv"], 0, windows)
-    assert_read(found["heads"], 0, np.einsum("btf,fo->bto", windows, np.asarray(base["conv"]).reshape(18, 8)))
+    assert_read(readings["conv"], 0, windows)
+    assert_read(readings["heads"], 0, np.einsum("btf,fo->bto", windows, np.asarray(base["conv"]).reshape(18, 8)))
 
 
 def test_inputs_of_experts():
@@ -365,8 +367,8 @@ def test_inputs_of_experts():
         assert_read(ragged, expert, part)
     # Each token's own expert's weight is gathered.
     ids = jnp.asarray([0, 0, 0, 0, 2, 2, 2])
-    (taken,) = read(lambda base, x: jnp.einsum("ti,tio->to", x, base["w"][ids]), base, axes, (rows,)).values()
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), taken, ragged)
+    (gathered,) = read(lambda base, x: jnp.einsum("ti,tio->to", x, base["w"][ids]), base, axes, (rows,)).values()
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), gathered, ragged)
     # Declared batch axes that trace as out: every expert sees every token.
     (dense,) = read(lambda base, x: jnp.einsum("ti,eio->teo", x, base["w"]), base, axes, (rows,)).values()
     for expert in range(3):
@@ -448,9 +450,9 @@ def test_what_was_read_is_held_once_and_weight_by_weight(parent, options):
     held = []
 
     class Watching(parent):
-        def start(self, given):
+        def start(self, calibration):
             held.append(live() - before)
-            return super().start(given)
+            return super().start(calibration)
 
     def live():
         return sum(array.nbytes for array in jax.live_arrays()) / base["0"].nbytes
@@ -519,14 +521,14 @@ def test_prepare_refuses():
 
 def test_prepare_refuses_what_is_not_finite():
     bad = X.at[0, 0].set(jnp.nan)
-    for init, found in (("corda", "inputs hold NaN"), ("eva", "inputs hold NaN"), ("lora_ga", "gradient holds NaN")):
+    for init, message in (("corda", "inputs hold NaN"), ("eva", "inputs hold NaN"), ("lora_ga", "gradient holds NaN")):
         options = {"loss": loss} if init == "lora_ga" else {}
-        with pytest.raises(ValueError, match=f"'up': the {found}"):
+        with pytest.raises(ValueError, match=f"'up': the {message}"):
             lora.prepare(jax.random.key(0), published(), {"up": lora.LoRA(2, init=init)}, fn, [X, bad], **options)
 
     class Broken(PiSSA):
-        def start(self, given):
-            return dataclasses.replace(super().start(given), leaf=given.leaf / 0)
+        def start(self, calibration):
+            return dataclasses.replace(super().start(calibration), leaf=calibration.leaf / 0)
 
     spec = {"up": lora.LoRA(2, init=Broken())}
     with pytest.raises(ValueError, match=r"'up': LoRA\(.*makes a finite weight one with NaN or Inf"):

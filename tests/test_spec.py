@@ -165,9 +165,11 @@ def test_declared_batch_axes_give_each_expert_its_factors():
     base = {"w": jnp.ones((2, 4, 6))}
     shared = init({"w": lora.LoRA(1)}, base, dispatch)["w"]
     assert (shared.a.shape, shared.b.shape) == ((1, 4), (1, 2, 6))
-    own = init({"w": lora.LoRA(1, axes=("batch", "in", "out"))}, base, dispatch)["w"]
-    assert (own.a.shape, own.b.shape) == ((2, 1, 4), (2, 1, 6))
-    moved = {"w": jax.tree.map(lambda leaf: leaf + jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape), own)}
+    separate = init({"w": lora.LoRA(1, axes=("batch", "in", "out"))}, base, dispatch)["w"]
+    assert (separate.a.shape, separate.b.shape) == ((2, 1, 4), (2, 1, 6))
+    moved = {
+        "w": jax.tree.map(lambda leaf: leaf + jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape), separate)
+    }
     out = lora.adapt(dispatch)(base, moved, X)
     chex.assert_trees_all_close(out, dispatch(lora.merge(base, moved), X), rtol=1e-5)
     assert lora.explain(dispatch, base, moved, X).factored

@@ -42,10 +42,10 @@ def plain(base, delta, batch, key):
     return jnp.mean((adapted(base, delta, x) - y) ** 2)
 
 
-def run(loss, base, batch, steps=3, place=lambda state: state, **options):
+def run(loss, base, batch, steps=3, put=lambda state: state, **options):
     delta = lora.init(jax.random.key(0), base, {"^w$": lora.LoRA(2, alpha=4), "head": lora.Full()}, fn, batch[0])
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.05, momentum=0.9))
-    state = place(lora.TrainState.create(base, delta, tx, jax.random.key(1)))
+    state = put(lora.TrainState.create(base, delta, tx, jax.random.key(1)))
     step = lora.train_step(loss, tx, **options)
     history = []
     for _ in range(steps):
@@ -81,7 +81,7 @@ def test_sharded_over_data(base, batch):
         plain,
         base,
         jax.device_put(batch, rows),
-        place=lambda state: jax.device_put(state, whole),
+        put=lambda state: jax.device_put(state, whole),
         accumulate=2,
     )
     chex.assert_trees_all_close(got[0], expected[0], rtol=1e-5, atol=1e-6)

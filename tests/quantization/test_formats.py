@@ -135,8 +135,8 @@ def test_blocks_of_zeros_and_very_small_and_very_large_weights(form, double):
 @pytest.mark.parametrize("form", ALL)
 def test_what_is_not_finite_stays_so_where_nothing_can_be_raised(form, double, value):
     weight = jax.random.normal(jax.random.key(0), (128, 4)).at[3, 1].set(value)
-    made = jax.jit(lambda w: lora.quantize({"w": w}, {"w": form(double=double, axes=("in", "out"))}))(weight)
-    values = made["w"].dequantize()
+    tree = jax.jit(lambda w: lora.quantize({"w": w}, {"w": form(double=double, axes=("in", "out"))}))(weight)
+    values = tree["w"].dequantize()
     assert not jnp.isfinite(values[3, 1])
     assert double or jnp.isfinite(values[64:]).all()
 

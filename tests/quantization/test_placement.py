@@ -118,8 +118,8 @@ def test_meshes_with_explicit_axes(whole, spec):
 
 def sharded(mesh, spec, inner, before=lambda w: w):
     """x·W in shards, summed where the in axis is divided."""
-    into, out = spec
-    x_spec, out_spec = P(None, into), P(None, out)
+    in_axis, out_axis = spec
+    x_spec, out_spec = P(None, in_axis), P(None, out_axis)
     return lambda base, x: jax.shard_map(
         inner, mesh=mesh, in_specs=(x_spec, spec), out_specs=out_spec, check_vma=False
     )(x, before(base["w"]))
@@ -143,8 +143,8 @@ def test_shards_of_codes_in_shard_map(mesh, spec, inner, before, whole_first):
     adapted = lora.adapt(fn)
     train, frozen = lora.partition(jax.tree.map(lambda leaf: leaf + 0.05, delta))
     loss = lambda train, base: jnp.sum(jnp.sin(adapted(base, lora.join(train, frozen), X)))  # noqa: E731
-    expected, found = jax.grad(loss)(train, lora.dequantize(base)), jax.jit(jax.grad(loss))(train, base)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+    expected, gradients = jax.grad(loss)(train, lora.dequantize(base)), jax.jit(jax.grad(loss))(train, base)
+    for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected)):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
     explained = lora.explain(fn, base, delta, X)
     assert explained.factored and ("dequantized as a whole before shard_map" in str(explained)) == whole_first

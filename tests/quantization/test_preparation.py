@@ -155,6 +155,6 @@ def test_analysis_reads_what_a_quantized_weight_stands_for(base):
     delta = lora.init(jax.random.key(0), base, {"up": lora.DoRA(2)}, fn, X)
     train, frozen = lora.partition(delta)
     delta = lora.join(jax.tree.map(lambda leaf: leaf + 0.1, train), frozen)
-    found = lora.analysis.drift(delta, base)["up"]
+    drift = lora.analysis.drift(delta, base)["up"]
     expected = lora.analysis.drift(delta, lora.dequantize(base))["up"]
-    np.testing.assert_allclose([found.magnitude, found.direction], [expected.magnitude, expected.direction], rtol=1e-5)
+    np.testing.assert_allclose([drift.magnitude, drift.direction], [expected.magnitude, expected.direction], rtol=1e-5)

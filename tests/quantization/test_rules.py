@@ -43,34 +43,34 @@ FORM = lora.NF4(block=8)
 
 
 def test_linear_layers_are_quantized_and_norms_biases_embeddings_and_the_head_stay(base):
-    made = lora.quantize(base, {"": FORM}, model, TOKENS)
-    assert kinds(made) == {"mlp/up/kernel": FORM, "mlp/down/kernel": FORM}
+    quantized = lora.quantize(base, {"": FORM}, model, TOKENS)
+    assert kinds(quantized) == {"mlp/up/kernel": FORM, "mlp/down/kernel": FORM}
     for path in ("embedding", "unused"):
-        assert made[path] is base[path]
-    out = lora.adapt(model)(made, {}, TOKENS)
-    np.testing.assert_allclose(out, model(lora.dequantize(made), TOKENS), rtol=1e-6, atol=1e-5)
+        assert quantized[path] is base[path]
+    out = lora.adapt(model)(quantized, {}, TOKENS)
+    np.testing.assert_allclose(out, model(lora.dequantize(quantized), TOKENS), rtol=1e-6, atol=1e-5)
 
 
 def test_the_first_match_wins_and_none_leaves_a_match_alone(base):
-    made = lora.quantize(base, {"down": None, "mlp": lora.Int8(block=8)}, model, TOKENS)
-    assert kinds(made) == {"mlp/up/kernel": lora.Int8(block=8)}
+    quantized = lora.quantize(base, {"down": None, "mlp": lora.Int8(block=8)}, model, TOKENS)
+    assert kinds(quantized) == {"mlp/up/kernel": lora.Int8(block=8)}
 
 
 def test_embeddings_and_heads_are_quantized_where_a_rule_is_for_them(base):
-    made = lora.quantize(base, {"embedding": FORM, "head": lora.Int8(8), "": lora.FP4(8)}, model, TOKENS)
-    assert kinds(made) == {
+    quantized = lora.quantize(base, {"embedding": FORM, "head": lora.Int8(8), "": lora.FP4(8)}, model, TOKENS)
+    assert kinds(quantized) == {
         "embedding": FORM,
         "lm_head/kernel": lora.Int8(8),
         "mlp/up/kernel": lora.FP4(8),
         "mlp/down/kernel": lora.FP4(8),
     }
     # A table's blocks run along its rows, which are looked up by their codes.
-    assert made["embedding"].codes.shape == (7, 8)
+    assert quantized["embedding"].codes.shape == (7, 8)
 
 
 def test_without_a_function_formats_say_what_axes_are(base):
-    made = lora.quantize(base, {"up/kernel": lora.NF4(8, axes=("in", "out"))})
-    assert kinds(made) == {"mlp/up/kernel": FORM}
+    quantized = lora.quantize(base, {"up/kernel": lora.NF4(8, axes=("in", "out"))})
+    assert kinds(quantized) == {"mlp/up/kernel": FORM}
     with pytest.raises(ValueError, match=r"'mlp/up/kernel': .*pass a function to trace, or axes= to the format"):
         lora.quantize(base, {"up/kernel": FORM})
     with pytest.raises(ValueError, match=r"'mlp/up/bias': axes=\('in', 'out'\) gives 2 roles"):
@@ -108,9 +108,9 @@ def test_nan_and_inf_are_refused_by_name(base, value):
 
 
 def test_quantized_leaves_are_not_quantized_again(base):
-    made = lora.quantize(base, {"": FORM}, model, TOKENS)
+    quantized = lora.quantize(base, {"": FORM}, model, TOKENS)
     with pytest.raises(ValueError, match="is quantized already"):
-        lora.quantize(made, {"mlp": FORM}, model, TOKENS)
+        lora.quantize(quantized, {"mlp": FORM}, model, TOKENS)
 
 
 def test_other_leaves_and_dtypes_come_back_from_dequantize(base):
@@ -124,9 +124,9 @@ def test_other_leaves_and_dtypes_come_back_from_dequantize(base):
 def test_a_plan_is_made_of_shapes_and_used_as_weights_come(base):
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), base)
     plan = Plan.of(shapes, {"": FORM}, model, TOKENS)
-    made = plan("mlp/up/kernel", base["mlp"]["up"]["kernel"])
+    quantized = plan("mlp/up/kernel", base["mlp"]["up"]["kernel"])
     whole = lora.quantize(base, {"": FORM}, model, TOKENS)["mlp"]["up"]["kernel"]
-    np.testing.assert_array_equal(made.codes, whole.codes)
+    np.testing.assert_array_equal(quantized.codes, whole.codes)
     assert plan("embedding", base["embedding"]) is base["embedding"]
     for shape in ((2, 16, 32), (16, 33)):
         with pytest.raises(ValueError, match=r"'mlp/up/kernel' has shape .*; the plan is for shape \(16, 32\)"):
@@ -136,30 +136,30 @@ def test_a_plan_is_made_of_shapes_and_used_as_weights_come(base):
 
 
 def test_inside_jit_leaves_are_made_too(base):
-    made = jax.jit(lambda base: lora.quantize(base, {"": FORM}, model, TOKENS))(base)
+    quantized = jax.jit(lambda base: lora.quantize(base, {"": FORM}, model, TOKENS))(base)
     whole = lora.quantize(base, {"": FORM}, model, TOKENS)
-    assert jax.tree.structure(made) == jax.tree.structure(whole)
-    np.testing.assert_array_equal(made["mlp"]["down"]["kernel"].codes, whole["mlp"]["down"]["kernel"].codes)
+    assert jax.tree.structure(quantized) == jax.tree.structure(whole)
+    np.testing.assert_array_equal(quantized["mlp"]["down"]["kernel"].codes, whole["mlp"]["down"]["kernel"].codes)
 
 
 def test_boxes_keep_their_place(getkey):
     state = nnx.state(nnx.Linear(16, 8, rngs=nnx.Rngs(0)))
-    made = lora.quantize(state, {"kernel": lora.NF4(8, axes=("in", "out"))})
-    leaf = made["kernel"].get_value()
+    quantized = lora.quantize(state, {"kernel": lora.NF4(8, axes=("in", "out"))})
+    leaf = quantized["kernel"].get_value()
     assert isinstance(leaf, Quantized) and leaf.shape == (16, 8)
-    assert paths.flatten(made).paths == paths.flatten(state).paths
+    assert paths.flatten(quantized).paths == paths.flatten(state).paths
 
 
 def test_the_summary_counts_what_is_held(base):
-    made = lora.quantize(base, {"": FORM}, model, TOKENS)
-    delta = lora.init(jax.random.key(0), made, {"mlp/.*kernel": lora.LoRA(2)}, model, TOKENS)
-    figures = lora.summary(made, delta)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
+    quantized = lora.quantize(base, {"": FORM}, model, TOKENS)
+    delta = lora.init(jax.random.key(0), quantized, {"mlp/.*kernel": lora.LoRA(2)}, model, TOKENS)
+    figures = lora.summary(quantized, delta)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(quantized))
     assert figures.base_bytes == held < lora.summary(base, delta).base_bytes
     assert figures.base_parameters == lora.summary(base, delta).base_parameters
     assert figures.full_bytes == lora.summary(base, delta).full_bytes
     assert figures.float_bytes == lora.summary(base, delta).base_bytes
-    leaves = [made["mlp"][name]["kernel"] for name in ("up", "down")]
+    leaves = [quantized["mlp"][name]["kernel"] for name in ("up", "down")]
     bits = 8 * sum(leaf.nbytes for leaf in leaves) / sum(leaf.size for leaf in leaves)
     assert f"quantized weights     2 in NF4, {bits:.3f} bits per parameter" in str(figures)
     assert "quantized" not in str(lora.summary(base, delta))

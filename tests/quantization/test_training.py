@@ -50,7 +50,7 @@ RECIPES = {
 FUNCTIONS = {"unrolled": (layers, UNROLLED), "scanned": (scanned, STACKED)}
 
 
-def made(function, recipe, *, some=""):
+def build(function, recipe, *, some=""):
     """The function, the quantized base, and a loss of the trained leaves, which are moved from their start."""
     fn, base = FUNCTIONS[function]
     base = lora.quantize(base, {"": FORM}, fn, X)
@@ -74,7 +74,7 @@ def weight_sized(tree):
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_gradients_are_those_through_the_dequantized_weights(function, recipe):
-    base, train, loss = made(function, recipe)
+    base, train, loss = build(function, recipe)
     gradients = jax.jit(jax.grad(loss))(train, base)
     expected = jax.jit(jax.grad(loss))(train, lora.dequantize(base))
     for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected)):
@@ -84,14 +84,14 @@ def test_gradients_are_those_through_the_dequantized_weights(function, recipe):
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_no_float_of_a_weight_s_size_waits_for_the_backward_pass(function, recipe):
-    base, train, loss = made(function, recipe)
+    base, train, loss = build(function, recipe)
 
-    def kept(base):
+    def residuals(base):
         return jax.eval_shape(lambda train: jax.vjp(lambda train: loss(train, base), train)[1], train)
 
-    assert weight_sized(kept(base)) == []
+    assert weight_sized(residuals(base)) == []
     if "scanned" not in function:  # (whose own rematerialization keeps no more than stacks that are arguments)
-        assert weight_sized(kept(lora.dequantize(base))) != []
+        assert weight_sized(residuals(lora.dequantize(base))) != []
 
 
 @pytest.mark.parametrize("some", ["", "up"], ids=["all_adapted", "some_adapted"])
@@ -100,7 +100,7 @@ def test_each_pass_dequantizes_for_itself(some):
 
     (That XLA keeps to it was seen in a compile. On a CPU a region is a branch of a conditional: test_loops.py.)
     """
-    base, train, loss = made("unrolled", "LoRA", some=some)
+    base, train, loss = build("unrolled", "LoRA", some=some)
 
     def counts(function):
         text = jax.jit(function).trace(train, base).lower(lowering_platforms=("tpu",)).as_text()
@@ -112,7 +112,7 @@ def test_each_pass_dequantizes_for_itself(some):
 
 
 def test_the_compiled_step_holds_fewer_bytes_than_with_weights_dequantized_before_it():
-    base, train, loss = made("scanned", "LoRA")
+    base, train, loss = build("scanned", "LoRA")
 
     def temporaries(step):
         return jax.jit(jax.grad(step)).lower(train, base).compile().memory_analysis().temp_size_in_bytes
@@ -136,7 +136,7 @@ def test_outside_of_jit_nothing_compiles_again(recipe, caplog):
 
 
 def test_a_training_step_moves_the_adapters_only(lenient):
-    base, _, _ = made("scanned", "LoRA")
+    base, _, _ = build("scanned", "LoRA")
     adapted = lora.adapt(scanned)
     delta = lora.init(jax.random.key(0), base, {"": lora.LoRA(4)}, scanned, X)
     tx = optax.adam(1e-2)
@@ -153,7 +153,7 @@ def test_a_training_step_moves_the_adapters_only(lenient):
 
 
 def test_many_adapters_on_one_quantized_base():
-    base, train, loss = made("scanned", "LoRA")
+    base, train, loss = build("scanned", "LoRA")
     both = jax.tree.map(lambda leaf: jnp.stack([leaf, -2 * leaf]), train)
     together = jax.jit(jax.vmap(jax.grad(loss), in_axes=(0, None)))(both, base)
     for member in range(2):
@@ -268,7 +268,7 @@ def test_what_has_no_rule_is_dequantized_where_it_happens():
 
 
 def test_a_delta_for_another_shape_is_told():
-    base, _, _ = made("unrolled", "LoRA")
+    base, _, _ = build("unrolled", "LoRA")
     delta = {
         "layers/0/up": lora.init(jax.random.key(0), {"w": normal(0, 4, 4)}, {"w": lora.LoRA(2, axes=("in", "out"))})[
             "w"

@@ -38,15 +38,15 @@ class Collective:
 
 def collectives(text: str) -> list[Collective]:
     """All collectives of a module; one that has several operands is as many."""
-    found, once = [], False
+    results, once = [], False
     for line in text.splitlines():
         if head := HEAD.match(line):
             once = head[1] is not None
         elif match := LINE.search(line):
             for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", match[1]):
                 shape = tuple(int(size) for size in sizes.split(",") if size)
-                found.append(Collective(match[2], dtype, shape, once))
-    return found
+                results.append(Collective(match[2], dtype, shape, once))
+    return results
 
 
 def moved_tokens(text: str, width: int, rank: int) -> list[tuple[int, ...]]:

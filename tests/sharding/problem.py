@@ -115,8 +115,8 @@ def model(layout: Layout | None = None, mesh: Mesh | None = None, *, remat: bool
         if explicit:
             weight = jax.reshard(weight, layout.used[used])
             return jnp.einsum(equation, x, weight, out_sharding=getattr(layout, to))
-        place = NamedSharding(mesh, getattr(layout, to))
-        return jax.lax.with_sharding_constraint(jnp.einsum(equation, x, weight), place)
+        sharding = NamedSharding(mesh, getattr(layout, to))
+        return jax.lax.with_sharding_constraint(jnp.einsum(equation, x, weight), sharding)
 
     def fn(base, x):
         def body(x, layer):
@@ -201,9 +201,9 @@ class Compilations(logging.Handler):
 def placed(layout: Layout, mesh: Mesh, base: Any, delta: Any) -> tuple[Any, Any, jax.Array]:
     """The base, the delta and the inputs on a mesh."""
     state = lora.TrainState.create(base, delta, TX, jax.random.key(1))
-    told = lora.sharding.state_shardings(layout.weights(mesh), state, TX)
+    shardings = lora.sharding.state_shardings(layout.weights(mesh), state, TX)
     x = jax.device_put(X, NamedSharding(mesh, layout.tokens))
-    return jax.device_put(base, told.base), jax.device_put(delta, told.delta), x
+    return jax.device_put(base, shardings.base), jax.device_put(delta, shardings.delta), x
 
 
 def assert_same(got: Trained, expected: Trained) -> None:
@@ -218,6 +218,6 @@ def assert_same(got: Trained, expected: Trained) -> None:
 
 def assert_at_home(state: lora.TrainState, layout: Layout, mesh: Mesh) -> None:
     """All of the state lies where state_shardings says."""
-    told = lora.sharding.state_shardings(layout.weights(mesh), state, TX)
-    for (keys, leaf), to in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(told), strict=True):
+    shardings = lora.sharding.state_shardings(layout.weights(mesh), state, TX)
+    for (keys, leaf), to in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(to, leaf.ndim), jax.tree_util.keystr(keys)

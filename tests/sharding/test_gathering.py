@@ -101,8 +101,8 @@ def test_scales_come_with_their_codes(mesh, spec, moved):
     x = jax.device_put(X[:, :1], NamedSharding(mesh, P("fsdp")))
     fn = lora.adapt(lambda base, x: jax.lax.scan(lambda x, w: (x, x @ w), x, base["w"])[1])
     compiled = jax.jit(fn).lower({"w": leaf}, {}, x).compile()
-    found = [one for one in collectives(compiled.as_text()) if one.moves]
-    assert {(one.dtype, tuple(size for size in one.shape if size > 1)) for one in found} == moved
+    moving_results = [one for one in collectives(compiled.as_text()) if one.moves]
+    assert {(one.dtype, tuple(size for size in one.shape if size > 1)) for one in moving_results} == moved
     expected = jnp.einsum("btd,ldf->lbtf", X[:, :1], leaf.dequantize())
     np.testing.assert_allclose(compiled({"w": leaf}, {}, x), expected, rtol=1e-4, atol=1e-5)
 
@@ -127,9 +127,9 @@ def test_explicit_axes_and_shard_map_take_such_leaves(mesh):
     base = gathered(lora.quantize({"w": weight}, {"w": form}), "fsdp")
     fn = lora.adapt(lambda base, x: x @ jax.reshard(base["w"], P(None, "tensor")))
     with jax.set_mesh(explicit):
-        found = jax.jit(fn)(base, {}, jax.device_put(x, NamedSharding(explicit, P("fsdp"))))
-    assert found.sharding.spec == P("fsdp", "tensor")
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        y = jax.jit(fn)(base, {}, jax.device_put(x, NamedSharding(explicit, P("fsdp"))))
+    assert y.sharding.spec == P("fsdp", "tensor")
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
     base = gathered(lora.quantize({"w": jax.device_put(WEIGHT[0], NamedSharding(mesh, spec))}, {"w": form}), "fsdp")
     inner = lambda x, w: jax.lax.psum(x @ w, "fsdp")  # noqa: E731

@@ -48,33 +48,33 @@ RECIPES = {
 def test_arrays_lie_where_the_weight_does_along_the_axes_they_share(mesh, name):
     recipe, expected = RECIPES[name]
     delta = lora.init(jax.random.key(0), BASE, {"layers/up": recipe}, fn, X)
-    made = lora.delta_shardings(shardings(mesh), delta)
-    assert jax.tree.structure(made) == jax.tree.structure(delta)
+    placements = lora.delta_shardings(shardings(mesh), delta)
+    assert jax.tree.structure(placements) == jax.tree.structure(delta)
     for field, spec in expected.items():
-        assert tuple(getattr(made["layers/up"], field).spec) == spec, field
-    jax.device_put(delta, made)  # which fits
+        assert tuple(getattr(placements["layers/up"], field).spec) == spec, field
+    jax.device_put(delta, placements)  # which fits
 
 
 def test_placed_bases_and_quantized_ones_say_the_same(mesh):
-    told = lora.delta_shardings(shardings(mesh), DELTA)
+    expected_shardings = lora.delta_shardings(shardings(mesh), DELTA)
     placed = jax.device_put(BASE, shardings(mesh))
     small = lora.quantize(placed, {"layers": lora.NF4(8)}, fn, X)
     trees = jax.tree.map(lambda array: array.sharding, small)
     for base in (placed, small, trees):
-        assert lora.delta_shardings(base, DELTA) == told
+        assert lora.delta_shardings(base, DELTA) == expected_shardings
 
 
 def test_what_does_not_divide_is_whole(mesh):
     sharding = {"w": NamedSharding(mesh, P("fsdp", ("data", "tensor")))}
     delta = lora.init(jax.random.key(0), {"w": jnp.ones((8, 4))}, {"w": lora.LoRA(2, blocks=2, axes=("in", "out"))})
-    made = lora.delta_shardings(sharding, delta)["w"]
-    assert made.b.spec == P(None, None, None)  # 4 outputs in 2 blocks are 2 each, in 4 parts
+    placements = lora.delta_shardings(sharding, delta)["w"]
+    assert placements.b.spec == P(None, None, None)  # 4 outputs in 2 blocks are 2 each, in 4 parts
 
 
 def test_one_device_is_one_device():
     delta = lora.init(jax.random.key(0), {"w": jnp.ones((8, 4))}, {"w": lora.LoRA(2, axes=("in", "out"))})
-    made = lora.delta_shardings({"w": jnp.ones((8, 4))}, delta)
-    assert {device for leaf in jax.tree.leaves(made) for device in leaf.device_set} == {jax.devices()[0]}
+    placements = lora.delta_shardings({"w": jnp.ones((8, 4))}, delta)
+    assert {device for leaf in jax.tree.leaves(placements) for device in leaf.device_set} == {jax.devices()[0]}
 
 
 def test_what_has_no_sharding_is_named(mesh):
@@ -103,11 +103,13 @@ def test_state_shardings_are_those_of_a_state_of_placed_arrays(mesh, lenient, na
     tx, key = OPTIMIZERS[name], jax.random.key(1)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (BASE, DELTA, key))
     state = jax.eval_shape(functools.partial(lora.TrainState.create, tx=tx), *abstract[:2], key=abstract[2])
-    told = state_shardings(shardings(mesh), state, tx)
+    expected_shardings = state_shardings(shardings(mesh), state, tx)
     base = jax.device_put(BASE, shardings(mesh))
-    made = lora.TrainState.create(base, jax.device_put(DELTA, lora.delta_shardings(base, DELTA)), tx, key)
-    assert jax.tree.structure(told) == jax.tree.structure(made)
-    for (keys, to), leaf in zip(jax.tree_util.tree_leaves_with_path(told), jax.tree.leaves(made), strict=True):
+    placements = lora.TrainState.create(base, jax.device_put(DELTA, lora.delta_shardings(base, DELTA)), tx, key)
+    assert jax.tree.structure(expected_shardings) == jax.tree.structure(placements)
+    for (keys, to), leaf in zip(
+        jax.tree_util.tree_leaves_with_path(expected_shardings), jax.tree.leaves(placements), strict=True
+    ):
         assert leaf.sharding.is_equivalent_to(to, leaf.ndim), keys
         assert leaf.sharding.memory_kind == to.memory_kind, keys
 
@@ -118,8 +120,8 @@ def test_state_shardings_of_quantized_bases(mesh):
     state = lora.TrainState.create(base, delta, tx, jax.random.key(1))
     from_weights = state_shardings(shardings(mesh), state, tx)
     placed = jax.device_put(base, from_weights.base)
-    for given in (placed, from_weights.base):
-        assert jax.tree.leaves(state_shardings(given, state, tx)) == jax.tree.leaves(from_weights)
+    for weights in (placed, from_weights.base):
+        assert jax.tree.leaves(state_shardings(weights, state, tx)) == jax.tree.leaves(from_weights)
     assert placed["layers"]["up"].codes.sharding.spec == P(None, "fsdp", "tensor")
 
 

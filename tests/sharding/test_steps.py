@@ -37,11 +37,11 @@ MESHES = {
 }
 
 
-def check_traffic(found: list[Collective], layout: Layout) -> None:
+def check_traffic(transfers: list[Collective], layout: Layout) -> None:
     """No weight of the base is gathered but along FSDP's axis, layer by layer; of the delta no more than there is."""
     _, fsdp, tensor = layout.sizes.values()
     layer, factor = WIDTH * HIDDEN // tensor, RANK * max(WIDTH, HIDDEN)
-    moved = [one for one in found if one.moves]
+    moved = [one for one in transfers if one.moves]
     for one in moved:
         assert one.size <= (factor if RANK in one.shape else max(layer, WIDTH * OUTPUTS)), one
     weights = [one for one in moved if one.size == layer]  # of NF4 scales may be moved too, which are less
@@ -49,7 +49,7 @@ def check_traffic(found: list[Collective], layout: Layout) -> None:
     # Each of the two weights before its product, and again for the gradient of the product's input.
     assert len(weights) == (0 if fsdp == 1 else 4), weights
     tokens = BATCH * LENGTH // (layout.sizes["data"] * fsdp)
-    for one in found:  # sums are of activations or of the delta's gradients: nothing of a weight's size is summed
+    for one in transfers:  # sums are of activations or of the delta's gradients: nothing of a weight's size is summed
         assert one.moves or one.size <= max(tokens * WIDTH, factor), one
     if layout.sizes["data"] == 8:
         assert not moved
