@@ -533,7 +533,7 @@ def test_members_in_parts_are_members_at_once(axes):
 
 
 def test_a_number_of_members_at_once():
-    with pytest.raises(ValueError, match=r"train_many\(at_once=0\): expected a positive integer"):
+    with pytest.raises(ValueError, match=r"train_many\(at_once=0\): .* positive integer"):
         lora.train_many(loss, transform(0.05), at_once=0)
 
 

@@ -185,8 +185,8 @@ def train_many(
       [1, 1, 1]
     """
 
-    if at_once is not None and (not isinstance(at_once, int) or isinstance(at_once, bool) or at_once < 1):
-        raise ValueError(f"train_many(at_once={at_once!r}): expected a positive integer or None.")
+    if at_once is not None:
+        checks.positive("train_many", "at_once", at_once)
 
     @functools.wraps(loss_fn)  # errors name the function and its line
     def loss(shared, delta, batch, key):

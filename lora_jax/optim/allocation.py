@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from lora_jax import paths
+from lora_jax import checks, paths
 from lora_jax.adapters.adalora import AdaLoRAAdapter
 from lora_jax.adapters.protocol import is_adapter, is_inexact
 from lora_jax.optim.extra import check_transform, update_with
@@ -179,8 +179,7 @@ def allocate_ranks(
     """
     _check_schedule("allocate_ranks", steps, warmup, final)
     for name, count in (("target_rank", target_rank), ("interval", interval)):
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"allocate_ranks({name}={count!r}): expected a positive integer.")
+        checks.positive("allocate_ranks", name, count)
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"allocate_ranks({name}={beta}): expected a decay rate in [0, 1).")
