@@ -4,7 +4,7 @@ Frozen base parameters and trainable low-rank deltas sit in separate pytrees; a 
 becomes a function of (base, delta) without touching the model's code. See :func:`adapt`.
 """
 
-from lora_jax import adapters, analysis, initializers, merging, nnx, optim, peft
+from lora_jax import adapters, analysis, initializers, io, merging, nnx, optim, paths, peft, quantization
 from lora_jax.adapters.adalora import AdaLoRA
 from lora_jax.adapters.dora import DoRA
 from lora_jax.adapters.factored import Factored
@@ -18,12 +18,12 @@ from lora_jax.adapters.lowrank import LoRA
 from lora_jax.adapters.offset import Offset
 from lora_jax.adapters.protocol import Adapter, Recipe, adapter
 from lora_jax.adapters.vera import DVoRA, VeRA
+from lora_jax.base_identity import BasePrecisionWarning
 from lora_jax.batching import TrainStates, route, stack, swap, train_many, unstack
 from lora_jax.checkpoint import load, save
 from lora_jax.conversion import to_plain_lora
 from lora_jax.finite import check_finite
 from lora_jax.linear import all_linear
-from lora_jax.manifest import BasePrecisionWarning
 from lora_jax.merging import combine, merge, switch_task, truncate, unmerge
 from lora_jax.optim import join, optimizer, partition, trainable_mask
 from lora_jax.quantization import FP4, NF4, Int4, Int8, dequantize, quantize
@@ -72,6 +72,7 @@ __all__ = [
     "explain",
     "init",
     "initializers",
+    "io",
     "join",
     "load",
     "merge",
@@ -80,8 +81,10 @@ __all__ = [
     "optim",
     "optimizer",
     "partition",
+    "paths",
     "peft",
     "prepare",
+    "quantization",
     "quantize",
     "restore_state",
     "route",

@@ -1,4 +1,4 @@
-"""Checks of arguments: what is wrong with a number is said where it is given, with its name and its value."""
+"""Checks of arguments. Errors name the function, the argument and its value."""
 
 import numbers
 import os
@@ -15,33 +15,33 @@ from lora_jax.leaves import short
 def path(owner: str, value: str | os.PathLike) -> None:
     """Raises `TypeError` unless `value` is a path."""
     if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"{owner}: the directory is a path; got a {type(value).__name__}.")
+        raise TypeError(f"{owner}: expected a path as directory, got {type(value).__name__}.")
 
 
 def key(owner: str, value: Any) -> None:
-    """Raises unless `value` is one PRNG key, of `jax.random.key` or `jax.random.PRNGKey`.
+    """Raises an error unless `value` is one PRNG key, from `jax.random.key` or `jax.random.PRNGKey`.
 
     Raises:
-      TypeError: It is no key.
-      ValueError: It is an array of keys.
+      TypeError: `value` is not a key.
+      ValueError: `value` is an array of keys.
     """
     dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", ())
     typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
     if not typed and (dtype != np.uint32 or not shape):
         what = short(value) if dtype is not None else type(value).__name__
-        raise TypeError(f"{owner}: the key is a PRNG key, such as jax.random.key(0); got {what}.")
+        raise TypeError(f"{owner}: expected a PRNG key, such as jax.random.key(0); got {what}.")
     if len(shape) > (0 if typed else 1):
-        raise ValueError(f"{owner}: the key is one PRNG key; got an array of keys, {short(value)}.")
+        raise ValueError(f"{owner}: expected one PRNG key; got an array of keys, {short(value)}.")
 
 
 def positive(owner: str, name: str, value: int) -> None:
     """Raises `ValueError` unless `value` is a positive integer."""
     if not _is_integer(value) or value < 1:
-        raise ValueError(f"{owner}({name}={value!r}): the {name} is a positive integer: at least 1.")
+        raise ValueError(f"{owner}({name}={value!r}): expected a positive integer.")
 
 
 def integer(owner: str, name: str, value: int) -> int:
-    """The value as a Python integer; raises `ValueError` unless it is one, or a concrete scalar array of integers."""
+    """Returns an integer, or a concrete scalar array of one, as a Python integer; raises `ValueError` for others."""
     if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and value.ndim == 0:
         value = value.item()
     if not _is_integer(value):
@@ -50,17 +50,18 @@ def integer(owner: str, name: str, value: int) -> int:
 
 
 def finite(owner: str, name: str, value: float, *, nonzero: bool = False) -> None:
-    """Raises unless `value` is a real number that float32 can hold.
+    """Raises an error unless `value` is a real number that float32 can represent.
 
     Args:
       owner: The function or recipe, for the message.
-      name: The argument, likewise.
-      value: A Python or NumPy number, or a scalar array. A tracer has no value yet and passes.
-      nonzero: Whether it multiplies what is trained: zero, or a number that float32 rounds to zero, trains nothing.
+      name: The argument, for the message.
+      value: A Python or NumPy number, or a scalar array. A tracer is not checked.
+      nonzero: Whether zero, or a number that float32 rounds to zero, is an error, because it is a factor of trained
+        parameters, which would never train.
 
     Raises:
-      TypeError: It is no real number.
-      ValueError: It is NaN, infinite, too large for float32 or, with `nonzero`, zero there.
+      TypeError: `value` is not a real number.
+      ValueError: `value` is NaN, infinite or too large for float32, or it is zero and `nonzero` is true.
     """
     if isinstance(value, jax.core.Tracer):
         return
@@ -73,7 +74,7 @@ def finite(owner: str, name: str, value: float, *, nonzero: bool = False) -> Non
 
 
 def scaling(owner: str, alpha: float | None, scale: Callable[[], float]) -> None:
-    """Raises unless `alpha` is None, or a number that makes a scale which float32 can hold."""
+    """Raises an error unless `alpha` is None or a number whose scale float32 can represent."""
     if alpha is None or isinstance(alpha, jax.core.Tracer):
         return
     finite(owner, "alpha", alpha, nonzero=True)
@@ -82,7 +83,7 @@ def scaling(owner: str, alpha: float | None, scale: Callable[[], float]) -> None
 
 
 def unusable(value: Any, nonzero: bool) -> str | None:
-    """What is wrong with a number that float32 cannot hold, as the end of a sentence; None of one that it can."""
+    """Returns why float32 cannot represent a number, as the end of a sentence, or None."""
     limits = np.finfo(np.float32)
     if not abs(value) <= float(limits.max):  # NaN is not below anything
         return "is not a finite float32"
@@ -92,10 +93,10 @@ def unusable(value: Any, nonzero: bool) -> str | None:
 
 
 def rate(owner: str, name: str, value: float) -> None:
-    """Raises unless `value` is a dropout rate, as float32 has it too."""
+    """Raises an error unless `value` is a dropout rate, also after rounding to float32."""
     finite(owner, name, value)
     if not isinstance(value, jax.core.Tracer) and not 0.0 <= np.float32(value) < 1.0:
-        raise ValueError(f"{owner}({name}={value}): a rate is at least 0 and below 1.")
+        raise ValueError(f"{owner}({name}={value}): expected a rate of at least 0 and below 1.")
 
 
 def flag(owner: str, name: str, value: bool) -> None:
@@ -105,13 +106,13 @@ def flag(owner: str, name: str, value: bool) -> None:
 
 
 def floating(owner: str, dtype: jax.typing.DTypeLike, kind: Any = jnp.floating) -> None:
-    """Raises `ValueError` unless `dtype` is one of floats (or of another kind)."""
+    """Raises `ValueError` unless `dtype` is a floating-point dtype (or a subtype of `kind`)."""
     try:
         is_floating = jnp.issubdtype(jnp.dtype(dtype), kind)
     except TypeError:
-        raise ValueError(f"{owner}(dtype={dtype!r}): expected a dtype of floats, such as jnp.float32.") from None
+        raise ValueError(f"{owner}(dtype={dtype!r}): expected a floating-point dtype, such as jnp.float32.") from None
     if not is_floating:
-        raise ValueError(f"{owner}(dtype={jnp.dtype(dtype).name}): adapters are floats.")
+        raise ValueError(f"{owner}(dtype={jnp.dtype(dtype).name}): expected a floating-point dtype.")
 
 
 def _is_integer(value: object) -> bool:
@@ -119,7 +120,7 @@ def _is_integer(value: object) -> bool:
 
 
 def blocks(owner: str, value: int | Sequence[bool]) -> None:
-    """Raises `ValueError` unless `value` is a positive integer, or says of each of several blocks whether it counts."""
+    """Raises `ValueError` unless `value` is a positive integer or a sequence of booleans, one of which is true."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         if not all(isinstance(block, bool | np.bool_) for block in value):
             raise ValueError(f"{owner}(blocks={value!r}): expected True or False for each block.")

@@ -1,4 +1,4 @@
-"""A training step and its lowered and compiled forms, all called with (state, batch)."""
+"""A training step and its lowered and compiled forms, called with (state, batch)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,8 +16,8 @@ class Step:
     """A training step, from :func:`train_step`.
 
     Attributes:
-      run: `run(state, batch) -> (state, metrics)`, which calling it does.
-      lower: `lower(state, batch)`, the same traced for these shapes and lowered, not run.
+      run: `run(state, batch) -> (state, metrics)`; calling the step calls it.
+      lower: `lower(state, batch)` traces and lowers the step without running it.
     """
 
     run: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
@@ -28,7 +28,7 @@ class Step:
 
 
 class Lowered:
-    """A lowered training step: a `jax.stages.Lowered` whose `compile()` gives a step."""
+    """A lowered training step: a `jax.stages.Lowered` whose `compile()` returns a :class:`Compiled`."""
 
     def __init__(self, lowered: jax.stages.Lowered, call: Callable):
         self._lowered, self._call = lowered, call

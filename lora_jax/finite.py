@@ -1,4 +1,4 @@
-"""check_finite(): raises where a step's metrics show a loss, a weight or gradients that are not valid."""
+"""check_finite(): checks the loss, the weight and the gradients in the metrics of a step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,14 +7,14 @@ import numpy as np
 
 
 def check_finite(metrics: Mapping[str, Any]) -> None:
-    """Raises where a step's loss or gradients are not finite; waits for the step to finish.
+    """Raises an error if the loss or gradients of a step are not finite. Waits for the step to finish.
 
     Args:
-      metrics: From a step made by :func:`train_step` or :func:`lora_jax.train_many`.
+      metrics: The metrics of a step of :func:`lora_jax.train_step` or :func:`lora_jax.train_many`.
 
     Raises:
-      FloatingPointError: A loss weight is negative or not finite, or the loss or gradients are not finite. Names
-        every path whose gradient has NaN or infinite elements, with the number, and the members if there are many.
+      FloatingPointError: A loss weight is negative or not finite, or the loss or gradients are not finite. The message
+        lists every path whose gradient has NaN or infinite elements with their number, for each member of many.
 
     Example:
       >>> import jax.numpy as jnp
@@ -36,7 +36,7 @@ def check_finite(metrics: Mapping[str, Any]) -> None:
 
 
 def _counted(counts: np.ndarray, what: str) -> str:
-    """A number of things, or one for each member that has any."""
+    """A count in words, or one for each member with a nonzero count."""
     if not counts.ndim:
         return f"{counts} {what}"
     return ", ".join(f"member {member}: {counts[member]} {what}" for member in np.flatnonzero(counts))

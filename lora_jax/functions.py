@@ -1,4 +1,4 @@
-"""Checks of functions of parameters: adapt, init, explain and quantize take the function itself."""
+"""Checks of functions of parameters, which adapt, init, explain and quantize take."""
 
 import weakref
 from collections.abc import Callable
@@ -13,17 +13,17 @@ _MARK = "_lora_adapted"
 
 
 def mark_adapted(adapted: Callable) -> Callable:
-    """Marks a result of `adapt`, for :func:`check_function`."""
+    """Marks a function as a result of `adapt`, for :func:`check_function`."""
     setattr(adapted, _MARK, weakref.ref(adapted))
     return adapted
 
 
 def check_function(where: str, fn: Any) -> None:
-    """Raises `TypeError` unless `fn` may be a function of parameters, `fn(base, *args, **kwargs)`.
+    """Raises `TypeError` unless `fn` can be a function of parameters, `fn(base, *args, **kwargs)`.
 
     Args:
-      where: The function that was given `fn`, for the message.
-      fn: What it was given. A result of `adapt`, and a module that holds or creates its own parameters, are none.
+      where: The name of the called function, for the message.
+      fn: The object to check. A result of `adapt`, and a module that holds or creates its own parameters, are errors.
     """
     if not callable(fn):
         what = short(fn) if hasattr(fn, "shape") else type(fn).__name__
@@ -32,16 +32,16 @@ def check_function(where: str, fn: Any) -> None:
         raise TypeError(f"{where} takes the function itself, fn(base, *args, **kwargs); got a result of lora.adapt.")
     name = type(fn).__name__
     if isinstance(fn, linen.Module):
-        raise TypeError(f"{where} takes a function fn(base, …); got a Linen module ({name}): give its apply method.")
+        raise TypeError(f"{where} takes a function fn(base, …); got a Linen module ({name}): pass its apply method.")
     if isinstance(fn, nnx.Module) and jax.tree.leaves(nnx.state(fn, nnx.Param)):
         raise TypeError(
-            f"{where} takes a function fn(base, …); got an NNX module ({name}): give apply_fn, with apply_fn, base = "
+            f"{where} takes a function fn(base, …); got an NNX module ({name}): pass apply_fn, from apply_fn, base = "
             "lora.nnx.functional(model)."
         )
 
 
 def _is_adapted(fn: Callable) -> bool:
-    """Whether `fn` is a result of `adapt`, compiled or not. A user's function that calls one is not."""
+    """Whether `fn` is a result of `adapt`, compiled or not. A function that calls such a result is not."""
     mark = getattr(fn, _MARK, None)
     if mark is None:
         return False

@@ -1,4 +1,4 @@
-"""What a leaf of a base may be: an array, or a pytree node that stands for one (a quantized weight)."""
+"""Leaves of a base: arrays, and pytree nodes that represent an array (quantized weights)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,29 +8,29 @@ import numpy as np
 
 
 def is_quantized(node: Any) -> bool:
-    """Whether a node of a base stands for an array, which its `dequantize()` computes. It has `shape` and `dtype`."""
-    return hasattr(type(node), "dequantize")  # of the type: a box passes on what its value has
+    """Whether a node of a base represents an array, which its `dequantize()` computes. It has `shape` and `dtype`."""
+    return hasattr(type(node), "dequantize")  # a box has the attributes of its value, but not its type
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is traced as an array, or stands for one; everything else is closed over."""
+    """Whether a leaf is an array or represents one. Such leaves are traced; all others are closed over."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct) or is_quantized(leaf)
 
 
 def is_abstract(leaf: Any) -> bool:
-    """Whether a leaf has a shape and no values."""
+    """Whether a leaf has a shape but no values."""
     return any(isinstance(array, jax.ShapeDtypeStruct) for array in jax.tree.leaves(leaf))
 
 
 def dequantized(leaf: Any) -> Any:
-    """The array that a leaf stands for: itself, unless it is quantized."""
+    """Returns the array that a leaf represents: the leaf itself, or the dequantized weight."""
     return leaf.dequantize() if is_quantized(leaf) else leaf
 
 
 def apply_dequantized(function: Callable[..., jax.Array], leaf: Any, *operands: Any) -> jax.Array:
-    """Computes `function(weight, *operands)` of a quantized leaf's weight, of which the backward pass keeps the codes.
+    """Computes `function(weight, *operands)` of the weight of a quantized leaf; only the codes are residuals.
 
-    A leaf with a method `apply_dequantized(function, *operands)` computes it itself.
+    Calls the method `apply_dequantized(function, *operands)` of the leaf if it has one.
     """
     if hasattr(leaf, "apply_dequantized"):
         return leaf.apply_dequantized(function, *operands)
@@ -38,9 +38,9 @@ def apply_dequantized(function: Callable[..., jax.Array], leaf: Any, *operands: 
 
 
 def canonical(leaf: Any) -> Any:
-    """A NumPy array in the dtype that JAX computes with (float32 for float64, unless x64 is enabled); others as is.
+    """Casts a NumPy array to the dtype that JAX computes with (float64 to float32 unless x64 is enabled).
 
-    JAX converts arguments silently, but warns where code asks for the dtype of such an array.
+    JAX casts arguments silently, but warns if code requests the dtype of such an array. Other leaves are unchanged.
     """
     if not isinstance(leaf, np.ndarray | np.generic):
         return leaf
@@ -62,24 +62,24 @@ def align_leading(array: Any, ndim: int) -> Any:
 
 
 def short(leaf: Any) -> str:
-    """A leaf in a few characters: `f32[8,64]` for an array of any kind, else its own representation, cut."""
+    """Describes a leaf briefly: `f32[8,64]` for an array of any kind, otherwise its truncated representation."""
     if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
         text = repr(leaf)
         return text if len(text) <= 40 else f"{text[:37]}..."
     name = str(leaf.dtype)
-    for long, brief in _SHORT_NAMES.items():
-        if name.startswith(long):
-            name = brief + name.removeprefix(long)
+    for prefix, abbreviation in _SHORT_NAMES.items():
+        if name.startswith(prefix):
+            name = abbreviation + name.removeprefix(prefix)
             break
     return f"{name}[{','.join(map(str, leaf.shape))}]"
 
 
 class _Text(str):
-    """A string that represents itself without quotes."""
+    """A string whose representation has no quotes."""
 
     __repr__ = str.__str__
 
 
 def shapes(tree: Any) -> str:
-    """A tree's representation with the dtype and shape of each array in place of its values."""
+    """Returns the representation of a tree, with dtypes and shapes in place of arrays."""
     return repr(jax.tree.map(lambda leaf: _Text(short(leaf)), tree))

@@ -10,6 +10,8 @@ from flax import linen, nnx
 
 from lora_jax import paths
 
+__all__ = ["functional", "nested", "updated"]
+
 
 def functional(model: nnx.Module) -> tuple[Callable, dict[str, Any]]:
     """Splits an NNX module into a pure function and its parameters.

@@ -1,4 +1,4 @@
-"""A leaf's path as a string, patterns over paths, and the nearest candidates for error messages."""
+"""Paths of leaves as strings, patterns over paths, and nearest candidates for error messages."""
 
 import dataclasses
 import difflib
@@ -13,6 +13,8 @@ from flax.core import meta
 from lora_jax.leaves import is_quantized
 from lora_jax.renamed import module_getattr
 
+__all__ = ["FlatTree", "check_pattern", "flatten", "join", "match_patterns", "nearest", "search", "segment"]
+
 PyTree = Any
 
 
@@ -21,7 +23,7 @@ def _is_box(node: Any) -> bool:
 
 
 def segment(key: Any) -> str:
-    """A key of JAX's key paths as a string."""
+    """Converts a key of a JAX key path to a string."""
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
@@ -35,11 +37,11 @@ def join(keys: Iterable[Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class FlatTree:
-    """A tree as parallel tuples of paths and leaves, and the way back.
+    """A tree as parallel tuples of paths and leaves, with its structure.
 
     Attributes:
-      paths: One '/'-joined path a leaf; a box (`nnx.Variable`, Linen's `Partitioned`) adds no segment.
-      leaves: The leaves, in the tree's own order; a quantized weight is one.
+      paths: The '/'-joined path of each leaf; a box (`nnx.Variable`, Linen's `Partitioned`) adds no segment.
+      leaves: The leaves, in the order of `jax.tree.leaves`; a quantized weight is one leaf.
       treedef: The structure, boxes included.
     """
 
@@ -48,15 +50,15 @@ class FlatTree:
     treedef: Any
 
     def unflatten(self, leaves: Iterable[Any]) -> PyTree:
-        """The tree again, with other leaves in the same order."""
+        """Returns the tree with other leaves, in the same order."""
         return jax.tree_util.tree_unflatten(self.treedef, leaves)
 
     def as_dict(self) -> dict[str, Any]:
-        """`{path: leaf}`."""
+        """Returns `{path: leaf}`."""
         return dict(zip(self.paths, self.leaves))
 
     def map(self, function: Callable[[str, Any], Any]) -> PyTree:
-        """The tree with each leaf replaced by `function(path, leaf)`."""
+        """Returns the tree with `function(path, leaf)` in place of each leaf."""
         return self.unflatten(function(path, leaf) for path, leaf in zip(self.paths, self.leaves))
 
 
@@ -67,10 +69,10 @@ def flatten(tree: PyTree) -> FlatTree:
       tree: Any pytree: dicts, lists, dataclasses, Equinox modules, `nnx.State`, Linen variables.
 
     Returns:
-      The flat form; leaves are what `jax.tree.leaves` gives, in that order, and quantized weights.
+      The flat form. Its leaves are those of `jax.tree.leaves`, except that a quantized weight is one leaf.
 
     Raises:
-      ValueError: Two leaves print the same path, so that neither could be named.
+      ValueError: Two leaves have the same printed path.
 
     Example:
       >>> flatten({"layer": [{"kernel": 1.0}, {"kernel": 2.0}]}).paths
@@ -82,25 +84,25 @@ def flatten(tree: PyTree) -> FlatTree:
         path = join(keys)
         if _is_box(node):
             inner = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_quantized)[0]
-            # One value a box is the rule; the rest of a box that holds a tree keeps its own names.
+            # A box usually has one value; if it has a tree, the paths within the tree are appended.
             tails = ["" if len(inner) == 1 else "/" + join(tail) for tail, _ in inner]
             paths.extend(path + tail for tail in tails)
         else:
             paths.append(path)
     leaves, treedef = jax.tree_util.tree_flatten(tree, is_leaf=is_quantized)
     if len(set(paths)) != len(paths):
-        twice = sorted({path for path in paths if paths.count(path) > 1})
-        raise ValueError(f"Two leaves of the tree have the same path: {', '.join(map(repr, twice))}.")
+        duplicates = sorted({path for path in paths if paths.count(path) > 1})
+        raise ValueError(f"Two leaves of the tree have the same path: {', '.join(map(repr, duplicates))}.")
     return FlatTree(tuple(paths), tuple(leaves), treedef)
 
 
 def search(pattern: str, path: str) -> bool:
-    """Whether the regular expression occurs in the path (`re.search`)."""
+    """Whether a regular expression matches anywhere in a path (`re.search`)."""
     return re.search(pattern, path) is not None
 
 
 def check_pattern(pattern: str) -> None:
-    """Raises `ValueError` where a pattern is not a regular expression."""
+    """Raises `ValueError` unless a pattern is a regular expression."""
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:
@@ -110,21 +112,24 @@ def check_pattern(pattern: str) -> None:
 def match_patterns(
     patterns: Iterable[Any], leaves: Sequence[str], selected: Mapping[Any, Collection[str]] | None = None
 ) -> dict[str, Any]:
-    """Which pattern each path gets: of those that occur in it, the first.
+    """Assigns to each path the first pattern that matches it.
 
     Args:
       patterns: Regular expressions, and keys of `selected`.
       leaves: Paths.
-      selected: The paths of what is no regular expression.
+      selected: The paths of each pattern that is not a regular expression.
+
+    Returns:
+      `{path: pattern}`, in the order of `leaves`, without paths that no pattern matches.
 
     Raises:
-      ValueError: A pattern is no regular expression, or matches nothing, or nothing that an earlier one leaves.
+      ValueError: A pattern is not a regular expression, matches no path, or only paths that earlier patterns match.
 
     Example:
       >>> match_patterns(["query", "kernel"], ["query/kernel", "key/kernel", "norm/scale"])
       {'query/kernel': 'query', 'key/kernel': 'kernel'}
     """
-    taken: dict[str, str] = {}
+    assigned: dict[str, str] = {}
     for pattern in patterns:
         if selected is not None and pattern in selected:
             matched = [path for path in leaves if path in selected[pattern]]
@@ -133,19 +138,19 @@ def match_patterns(
             matched = [path for path in leaves if search(pattern, path)]
         if not matched:
             raise ValueError(f"The pattern {pattern!r} matches no path of the base; {nearest(str(pattern), leaves)}.")
-        left = [path for path in matched if path not in taken]
-        if not left:
-            earlier = sorted({taken[path] for path in matched})
+        fresh = [path for path in matched if path not in assigned]
+        if not fresh:
+            earlier = sorted({assigned[path] for path in matched})
             raise ValueError(
                 f"The pattern {pattern!r} is fully shadowed: the {len(matched)} paths it matches ({matched[0]!r}, …) "
-                f"are taken by {', '.join(map(repr, earlier))} before it. The first match wins: put it earlier."
+                f"are matched by {', '.join(map(repr, earlier))} before it. The first match wins: move the pattern up."
             )
-        taken.update(dict.fromkeys(left, pattern))
-    return {path: taken[path] for path in leaves if path in taken}
+        assigned.update(dict.fromkeys(fresh, pattern))
+    return {path: assigned[path] for path in leaves if path in assigned}
 
 
-def nearest(wanted: str, candidates: Sequence[str], limit: int = 3) -> str:
-    """The candidates most like `wanted`, as the end of an error message.
+def nearest(name: str, candidates: Sequence[str], limit: int = 3) -> str:
+    """Returns the candidates most similar to a name, as the end of an error message.
 
     Example:
       >>> nearest("atention/kernel", ["attention/kernel", "mlp/bias"], limit=1)
@@ -153,12 +158,12 @@ def nearest(wanted: str, candidates: Sequence[str], limit: int = 3) -> str:
     """
     if not candidates:
         return "there are none"
-    words = re.sub(r"[^\w/]+", " ", wanted)
+    words = re.sub(r"[^\w/]+", " ", name)
 
-    def likeness(candidate: str) -> float:
+    def similarity(candidate: str) -> float:
         return difflib.SequenceMatcher(None, words, candidate, autojunk=False).ratio()
 
-    best = sorted(candidates, key=likeness, reverse=True)[:limit]
+    best = sorted(candidates, key=similarity, reverse=True)[:limit]
     return "nearest: " + ", ".join(map(repr, best))
 
 

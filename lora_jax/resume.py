@@ -1,7 +1,7 @@
-"""Training states on disk: the adapter, the optimizer state, the step count and the key, without the base.
+"""Saves and restores training states: the adapter, the optimizer state, the step count and the key, not the base.
 
-A state's directory is an adapter directory (:mod:`lora_jax.checkpoint`) whose `adapter.json` describes more arrays
-under `state`: :func:`lora_jax.load` reads the adapter from it.
+The directory of a state is an adapter directory (:mod:`lora_jax.checkpoint`) whose `adapter.json` has a further entry,
+`state`, that describes the other arrays. :func:`lora_jax.load` reads the adapter from it.
 """
 
 import os
@@ -11,31 +11,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
 
 from lora_jax import checkpoint, checks, manifest, paths
+from lora_jax.base_identity import is_addressable
+from lora_jax.meshes import mesh_sharding
 from lora_jax.sharding import delta_shardings
 from lora_jax.state import TrainState
-from lora_jax.training import explaining_donation
+from lora_jax.step_checks import explain_donation
 
-_PREFIX = "@"  # of what is not an adapter's: '@step', '@opt_state/0/mu/…'
+_PREFIX = "@"  # of arrays of the state outside its delta: '@step', '@opt_state/0/mu/…'
 _KEY, _WEAK = "prng", "weak_type"
 
 
 def save_state(directory: str | os.PathLike, state: TrainState) -> None:
-    """Writes a training state without its base, atomically, as :func:`lora_jax.save` writes an adapter.
+    """Saves a training state without its base, atomically, as :func:`lora_jax.save` saves an adapter.
 
-    Of the base a digest of each adapted weight is stored, by which :func:`restore_state` detects another base. Other
-    parts of the base, such as batch statistics that training changes, are the caller's to save.
+    A digest of each adapted weight of the base is stored, by which :func:`restore_state` detects another base. The
+    caller must save other parts of the base that training changes, such as batch statistics.
 
     Args:
-      directory: Where to; parents are made. An adapter or a state that is there already is replaced.
-      state: With concrete arrays, which this process can read: gather what spans processes first.
+      directory: The directory, which is created with its parents. An adapter or a state in it is replaced.
+      state: A state of concrete arrays that this process can read. Gather arrays that span processes first.
 
     Raises:
       TypeError: `state` is not a TrainState.
-      ValueError: A leaf is no array or out of this process's reach.
-      FileExistsError: `directory` holds something else.
+      ValueError: A leaf is not an array, or this process cannot read it.
+      FileExistsError: `directory` contains other files and no adapter.
       RuntimeError: The state's buffers were donated to a step.
 
     Example:
@@ -45,103 +46,102 @@ def save_state(directory: str | os.PathLike, state: TrainState) -> None:
       >>> state = lora.TrainState.create(base, delta, tx, jax.random.key(1))
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     save_state(folder + "/state", state)
-      ...     again = restore_state(folder + "/state", base, tx)
-      >>> bool((again.delta["w"].a == state.delta["w"].a).all()), again.opt_state[0].mu["w"].a.shape
+      ...     restored = restore_state(folder + "/state", base, tx)
+      >>> bool((restored.delta["w"].a == state.delta["w"].a).all()), restored.opt_state[0].mu["w"].a.shape
       (True, (2, 4))
     """
     if not isinstance(state, TrainState):
         hint = "; lora.save writes a delta" if isinstance(state, dict) else ""
         hint = "; save each member of many by lora.unstack" if type(state).__name__ == "TrainStates" else hint
-        raise TypeError(f"save_state(directory, state): state is a TrainState; got {type(state).__name__}{hint}.")
-    with explaining_donation(state, check=True):
-        described, arrays = manifest.described(state.delta, state.base)
+        raise TypeError(f"save_state(directory, state): expected a TrainState, got {type(state).__name__}{hint}.")
+    with explain_donation(state, check=True):
+        description, arrays = manifest.describe(state.delta, state.base)
     entries: dict[str, dict[str, Any]] = {}
-    for path, leaf in _rest(state).as_dict().items():
+    for path, leaf in _other_leaves(state).as_dict().items():
         name, entry = _PREFIX + path, {}
-        if not manifest.is_in_reach(leaf):
-            raise ValueError(f"The state's {path!r} lies on several processes: gather it first.")
+        if not is_addressable(leaf):
+            raise ValueError(f"The state's {path!r} spans several processes; gather it first.")
         if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int):
-            raise ValueError(f"The state's {path!r} is no array but {type(leaf).__name__}.")
+            raise ValueError(f"The state's {path!r} is not an array: got {type(leaf).__name__}.")
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             entry, leaf = {_KEY: str(jax.random.key_impl(leaf))}, jax.random.key_data(leaf)
         elif np.ndim(leaf) == 0 and jax.typeof(leaf).weak_type:
             entry = {_WEAK: True}
         arrays[name] = np.asarray(leaf)
         entries[name] = {"shape": list(arrays[name].shape), "dtype": arrays[name].dtype.name, **entry}
-    checkpoint.write(directory, {**described, manifest.STATE: entries}, arrays)
+    checkpoint.write(directory, {**description, manifest.STATE: entries}, arrays)
 
 
 def restore_state(directory: str | os.PathLike, base: Any, tx: optax.GradientTransformation) -> TrainState:
-    """Reads a training state, which continues as if it had not been interrupted: on one device to the same bits.
+    """Restores a training state. Training continues as if not interrupted; on one device bit for bit.
 
     Args:
-      directory: From :func:`save_state`.
-      base: The parameters that the state was trained on; placed on a mesh, quantized, as the training needs them.
-      tx: The Optax transform of the training, which gives the optimizer state its structure.
+      directory: A directory written by :func:`save_state`.
+      base: The parameters that the state was trained on, sharded and quantized as the training needs them.
+      tx: The Optax transform of the training, which determines the structure of the optimizer state.
 
     Returns:
-      The state. On a mesh its arrays are placed as `TrainState.create` places those of a delta with
-      :func:`lora_jax.delta_shardings`; elsewhere they are on the default device, not committed to it.
+      The state. If the base is on a mesh, its arrays have the shardings that `TrainState.create` gives the state of a
+      delta with :func:`lora_jax.delta_shardings`. Otherwise they are uncommitted on the default device.
 
     Raises:
-      FileNotFoundError: `directory` is no adapter directory.
-      ValueError: It holds an adapter without a state, is damaged, or does not fit the base or the transform: the
-        message names each path with what is stored and what is expected.
+      FileNotFoundError: `directory` is not an adapter directory.
+      ValueError: The directory has an adapter without a state, is damaged, or does not fit the base or the transform.
+        The message lists each path with the stored and the expected shape and dtype.
 
     Example:
       See :func:`save_state`.
     """
     checks.path("lora.restore_state(directory, base, tx)", directory)
-    delta, described, stored = checkpoint.read(directory, base)
-    entries = described.get(manifest.STATE)
+    delta, description, stored = checkpoint.read(directory, base)
+    entries = description.get(manifest.STATE)
     if not entries:
-        raise ValueError(f"{directory} holds an adapter and no training state: lora.load reads it.")
-    on_mesh = [isinstance(getattr(leaf, "sharding", None), NamedSharding) for leaf in jax.tree.leaves(base)]
-    if on_mesh and all(on_mesh):
+        raise ValueError(f"{directory} has an adapter but no training state; read it with lora.load.")
+    shardings = [mesh_sharding(leaf) for leaf in jax.tree.leaves(base)]
+    if shardings and None not in shardings:
         delta = jax.device_put(delta, delta_shardings(base, delta))
     try:
-        values = {name: _value(array, entries[name]) for name, array in stored.items()}
+        values = {name: _restore_value(array, entries[name]) for name, array in stored.items()}
         key = values[_PREFIX + "key"]
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{directory}: the training state is damaged: {type(error).__name__} {error}.") from error
-    fresh = TrainState.create(base, delta, tx, key)
-    expected = _rest(fresh)
+    initial = TrainState.create(base, delta, tx, key)
+    expected = _other_leaves(initial)
     _check(directory, {name.removeprefix(_PREFIX): value for name, value in values.items()}, expected.as_dict())
-    rest = expected.map(lambda path, leaf: _placed(values[_PREFIX + path], leaf))
-    return fresh.replace(**rest)
+    return initial.replace(**expected.map(lambda path, leaf: _put_like(values[_PREFIX + path], leaf)))
 
 
-def _rest(state: TrainState) -> paths.FlatTree:
-    """What a state holds beside base and delta."""
+def _other_leaves(state: TrainState) -> paths.FlatTree:
+    """The leaves of a state outside its base and delta."""
     return paths.flatten({"key": state.key, "opt_state": state.opt_state, "step": state.step})
 
 
-def _value(array: jax.Array, entry: dict[str, Any]) -> jax.Array:
-    """A stored array as it was: a typed key, or a weakly typed scalar."""
+def _restore_value(array: jax.Array, entry: dict[str, Any]) -> jax.Array:
+    """Restores a typed key or a weakly typed scalar from its stored array."""
     if _KEY in entry:
         return jax.random.wrap_key_data(array, impl=entry[_KEY])
     return jnp.asarray(array.item()) if entry.get(_WEAK) else array
 
 
-def _placed(value: jax.Array, like: Any) -> jax.Array:
-    """A stored array where the new state's is: on its mesh or in the host's memory."""
+def _put_like(value: jax.Array, like: Any) -> jax.Array:
+    """Puts a stored array on the devices and in the memory of another one."""
     if like.committed or like.sharding.memory_kind != value.sharding.memory_kind:
         return jax.device_put(value, like.sharding)
     return value
 
 
 def _check(directory: str | os.PathLike, stored: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raises unless what is stored has the paths, shapes and dtypes of a state that `tx` makes."""
-    wrong = [f"{path!r}: not stored; tx has {_type(leaf)}" for path, leaf in expected.items() if path not in stored]
-    wrong += [f"{path!r}: stored, {_type(leaf)}; tx has none" for path, leaf in stored.items() if path not in expected]
+    """Raises `ValueError` unless the stored arrays have the paths, shapes and dtypes of a state of `tx`."""
+    problems = [f"{path!r}: not stored; tx has {_type(expected[path])}" for path in expected.keys() - stored.keys()]
+    problems += [f"{path!r}: stored, {_type(stored[path])}; tx has none" for path in stored.keys() - expected.keys()]
     for path in expected.keys() & stored.keys():
         if _type(stored[path]) != _type(expected[path]):
-            wrong.append(f"{path!r}: stored {_type(stored[path])}; tx has {_type(expected[path])}")
-    if wrong:
-        listed = "\n  ".join(sorted(wrong))
+            problems.append(f"{path!r}: stored {_type(stored[path])}; tx has {_type(expected[path])}")
+    if problems:
+        lines = "\n  ".join(sorted(problems))
         raise ValueError(
-            f"The optimizer state in {os.fspath(directory)} is of another transform than tx ({len(wrong)} paths):\n"
-            f"  {listed}"
+            f"The optimizer state in {os.fspath(directory)} belongs to another transform than tx ({len(problems)} "
+            f"paths):\n  {lines}"
         )
 
 

@@ -1,4 +1,4 @@
-"""TrainState: everything that a training step reads and changes."""
+"""TrainState: the state of a training."""
 
 import dataclasses
 from typing import Any
@@ -22,15 +22,14 @@ from lora_jax.transform.call import Arguments, check_delta
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a training step reads and, but for the base, changes.
+    """The state that a training step reads and, except for the base, updates.
 
     Attributes:
-      base: Frozen parameters. Passed separately inside the compiled step, never donated, never returned
-        changed.
+      base: Frozen parameters. A separate argument of the compiled step, never donated or changed.
       delta: Adapters.
       opt_state: `tx.init(train)` with `train, frozen = lora_jax.partition(delta)`.
-      step: Steps done, an int32 scalar.
-      key: A PRNG key; each step draws one from it.
+      step: The number of completed steps, an int32 scalar.
+      key: A PRNG key, which each step splits.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
@@ -49,7 +48,7 @@ class TrainState:
 
     @classmethod
     def create(cls, base: Any, delta: Delta, tx: optax.GradientTransformation, key: jax.Array) -> "TrainState":
-        """The state before the first step. Donated steps leave the caller's own delta and key intact.
+        """Creates the state before the first step. It copies the delta and the key, so that steps do not donate them.
 
         Args:
           base: Frozen parameters.
@@ -58,10 +57,9 @@ class TrainState:
           key: A PRNG key.
 
         Raises:
-          TypeError: `delta` is no dict of adapters (but the base, say); `tx` is no Optax transform; `key` is no key.
-          ValueError: `delta` does not fit the base, is one half of :func:`lora_jax.partition`, or is from
-            :func:`lora_jax.prepare`, which returned another base with it; a training step cannot call `tx`, which needs
-            parameters of another form or a function of them.
+          TypeError: `delta` is not a dict of adapters; `tx` is not an Optax transform; `key` is not a PRNG key.
+          ValueError: `delta` does not fit the base, is one half of :func:`lora_jax.partition`, or was returned by
+            :func:`lora_jax.prepare` with another base; `tx` needs arguments that a training step does not have.
         """
         check_transform(tx, "TrainState.create")
         checks.key("TrainState.create(base, delta, tx, key)", key)
@@ -70,22 +68,22 @@ class TrainState:
         train, frozen = partition(delta)
         opt_state = init_optimizer(tx, train, "TrainState.create")
         check_usable(tx, train, frozen, "TrainState.create")
-        # Copies: some transforms keep the parameters themselves, and no buffer can be donated twice.
-        train, opt_state, key = jax.tree.map(_copied, (train, opt_state, key))
+        # Copies, because some transforms keep the parameters themselves, and a buffer cannot be donated twice.
+        train, opt_state, key = jax.tree.map(_copy, (train, opt_state, key))
         number = jnp.zeros((), jnp.int32)
         meshes = [sharding.mesh for sharding in map(mesh_sharding, jax.tree.leaves(train)) if sharding is not None]
-        if meshes:  # where a step would put the rest too: it compiles once
+        if meshes:  # the shardings that a step returns, so that it is compiled once
             whole = replicated(meshes[0])
-            places = jax.tree.map(lambda leaf: mesh_sharding(leaf) or whole, train)
-            places = optimizer_shardings(jax.tree.map(jax.typeof, opt_state), train, places, whole)
-            opt_state, number, key = jax.device_put((opt_state, number, key), (places, whole, whole))
+            shardings = jax.tree.map(lambda leaf: mesh_sharding(leaf) or whole, train)
+            shardings = optimizer_shardings(jax.tree.map(jax.typeof, opt_state), train, shardings, whole)
+            opt_state, number, key = jax.device_put((opt_state, number, key), (shardings, whole, whole))
         return cls(base, join(train, frozen), opt_state, number, key)
 
     def replace(self, **changes: Any) -> "TrainState":
-        """The state with some fields replaced: another base, a step count, a key.
+        """Returns the state with other values for some fields, such as the base, the step count or the key.
 
         Raises:
-          TypeError: A name is no field.
+          TypeError: A name is not a field.
 
         Example:
           >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
@@ -101,13 +99,13 @@ class TrainState:
 
 
 def fields_with_shapes(state: Any) -> str:
-    """A dataclass's representation with shapes in place of arrays."""
+    """Returns the representation of a dataclass with shapes in place of arrays."""
     fields = (f"{field.name}={shapes(getattr(state, field.name))}" for field in dataclasses.fields(state))
     return f"{type(state).__name__}({', '.join(fields)})"
 
 
 def replace_fields(state: Any, changes: dict[str, Any]) -> Any:
-    """A dataclass with some fields replaced; `TypeError` names the fields if one is unknown."""
+    """Returns a dataclass with other values for some fields; raises `TypeError` for names that are not fields."""
     names = [field.name for field in dataclasses.fields(state)]
     for name in changes:
         if name not in names:
@@ -118,7 +116,7 @@ def replace_fields(state: Any, changes: dict[str, Any]) -> Any:
     return dataclasses.replace(state, **changes)
 
 
-def _copied(leaf: Any) -> jax.Array:
-    """A leaf in a buffer of its own, in the same memory."""
-    # XLA compiles no copy within the host's memory for TPUs (E1200); this one is the runtime's.
+def _copy(leaf: Any) -> jax.Array:
+    """Copies a leaf to a new buffer in the same memory."""
+    # XLA for TPUs cannot compile a copy within host memory (E1200); `device_put` copies in the runtime.
     return jax.device_put(leaf, may_alias=False) if in_host_memory(leaf) else jnp.copy(leaf)

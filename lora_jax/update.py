@@ -1,4 +1,4 @@
-"""One training step as a pure function, which train_step compiles and train_many maps over members."""
+"""The training step as a pure function, which train_step compiles and train_many maps over members."""
 
 import inspect
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from lora_jax.optim.extra import step_arguments, update_with
 from lora_jax.optim.offload import in_host_memory
 
 
-def update_of(
+def make_update(
     loss_fn: Callable,
     accumulate: int,
     axis: str | None = None,
@@ -25,30 +25,30 @@ def update_of(
     has_aux: bool = False,
     skip_nonfinite: bool = False,
 ) -> Callable:
-    """Makes the step of a loss function.
+    """Creates the update function of a loss function.
 
     Args:
       loss_fn: As for :func:`lora_jax.train_step`.
-      accumulate: Likewise.
-      axis: The mapped axis over whose devices gradients are summed, or None.
+      accumulate: As for :func:`lora_jax.train_step`.
+      axis: The mapped axis over which gradients are summed, or None.
       has_aux: As for :func:`lora_jax.train_step`.
-      skip_nonfinite: Likewise.
+      skip_nonfinite: As for :func:`lora_jax.train_step`.
 
     Returns:
-      `update(tx, base, carry, batch) -> (carry, metrics, aux)`; `carry` is the delta, the optimizer state, the
-      number of steps done and the key.
+      `update(tx, base, carry, batch) -> (carry, metrics, aux)`; `carry` is a tuple of the delta, the optimizer state,
+      the number of completed steps and the key.
     """
     if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
-        raise ValueError(f"accumulate={accumulate!r}: the number of microbatches is a positive integer.")
+        raise ValueError(f"accumulate={accumulate!r}: expected a positive integer, the number of microbatches.")
 
     def sums(base, train, frozen, batch, key):
-        """Of one microbatch: its gradient, loss sum, weight and whether the weight is invalid; and its aux."""
+        """The gradients, loss sum, weight and number of invalid weights of one microbatch, and its aux."""
 
-        def summed(train):
+        def loss_sum(train):
             total, weight, aux = check_loss(loss_fn, loss_fn(base, join(train, frozen), batch, key), has_aux)
             return jnp.asarray(total, jnp.float32), (jnp.asarray(weight, jnp.float32), aux)
 
-        (total, (weight, aux)), gradients = jax.value_and_grad(summed, has_aux=True)(train)
+        (total, (weight, aux)), gradients = jax.value_and_grad(loss_sum, has_aux=True)(train)
         gradients = jax.tree.map(lambda g: g.astype(compute_dtype(g.dtype)), gradients)
         invalid = (~(jnp.isfinite(weight) & (weight >= 0))).astype(jnp.int32)
         return (gradients, total, weight, invalid), aux
@@ -56,17 +56,17 @@ def update_of(
     def update(tx, base, carry, batch):
         delta, opt_state, number, key = carry
         train, frozen = partition(delta)
-        key, use = jax.random.split(key)
+        key, step_key = jax.random.split(key)
         if axis is not None:
-            use = jax.random.fold_in(use, jax.lax.axis_index(axis))
+            step_key = jax.random.fold_in(step_key, jax.lax.axis_index(axis))
         if accumulate == 1:
-            totals, aux = sums(base, train, frozen, batch, use)
+            totals, aux = sums(base, train, frozen, batch, step_key)
         else:
 
             def add(totals, inputs):
-                index, part = inputs
-                more, aux = sums(base, train, frozen, part, jax.random.fold_in(use, index))
-                return jax.tree.map(jnp.add, totals, more), aux
+                index, microbatch = inputs
+                terms, aux = sums(base, train, frozen, microbatch, jax.random.fold_in(step_key, index))
+                return jax.tree.map(jnp.add, totals, terms), aux
 
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, compute_dtype(leaf.dtype)), train)
             zero = (zeros, jnp.zeros(()), jnp.zeros(()), jnp.zeros((), jnp.int32))
@@ -74,7 +74,7 @@ def update_of(
         if axis is not None:
             totals = jax.lax.psum(totals, axis)
         gradients, total, weight, invalid = totals
-        # A batch of weight zero (padding only) has no gradient, rather than one that is not a number.
+        # The gradient of a batch of weight zero (padding only) is zero instead of NaN.
         divisor = jnp.where(weight == 0, 1.0, weight)
         gradients = jax.tree.map(lambda g, leaf: (g / divisor.astype(g.dtype)).astype(leaf.dtype), gradients, train)
         loss = total / divisor
@@ -97,7 +97,7 @@ def update_of(
 
 
 def select(choice: jax.Array, new: Any, old: Any) -> Any:
-    """Each leaf of `new` where `choice` is true, of `old` elsewhere; what is in the host's memory stays there."""
+    """Returns the leaves of `new` if `choice` is true, else those of `old`; leaves in host memory stay there."""
 
     def pick(one, other):
         if not in_host_memory(other):
@@ -109,13 +109,14 @@ def select(choice: jax.Array, new: Any, old: Any) -> Any:
 
 
 def check_loss(loss_fn: Callable, out: Any, has_aux: bool) -> tuple[Any, Any, Any]:
-    """The loss sum, its weight and the auxiliary outputs that a loss function returned.
+    """Returns the loss sum, its weight and the auxiliary outputs from the value of a loss function.
 
     Raises:
-      TypeError: A loss or weight is no number, or of the wrong dtype; `out` is not of the form that `has_aux` says.
-      ValueError: It is not a scalar.
+      TypeError: The loss or the weight is not a number or has the wrong dtype; `out` does not have the form that
+        `has_aux` requires.
+      ValueError: The loss or the weight is not a scalar.
     """
-    where = f"loss_fn ({_described(loss_fn)})"
+    where = f"loss_fn ({_describe(loss_fn)})"
     aux = None
     if has_aux:
         if not isinstance(out, tuple) or len(out) != 2:
@@ -124,7 +125,7 @@ def check_loss(loss_fn: Callable, out: Any, has_aux: bool) -> tuple[Any, Any, An
                 "((loss_sum, weight), aux)."
             )
         out, aux = out
-        for path, leaf in zip(*_flat(aux)):
+        for path, leaf in paths.flatten(aux).as_dict().items():
             if not (is_array(leaf) or isinstance(leaf, bool | int | float | complex)):
                 raise TypeError(f"{where}: the auxiliary output {path!r} is {_kind(leaf)}; expected arrays or numbers.")
     if isinstance(out, tuple) and len(out) != 2:
@@ -145,13 +146,8 @@ def check_loss(loss_fn: Callable, out: Any, has_aux: bool) -> tuple[Any, Any, An
     return total, weight, aux
 
 
-def _flat(tree: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-    flat = paths.flatten(tree)
-    return flat.paths, flat.leaves
-
-
 def _kind(value: Any) -> str:
-    """What a value is, for an error message."""
+    """A description of a value for an error message."""
     if isinstance(value, tuple):
         return f"a tuple of {len(value)}"
     if isinstance(value, jax.Array | np.ndarray):
@@ -159,7 +155,7 @@ def _kind(value: Any) -> str:
     return "None" if value is None else f"{type(value).__name__}"
 
 
-def _described(function: Callable) -> str:
+def _describe(function: Callable) -> str:
     """A function's name, file and line."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     name = getattr(function, "__name__", type(function).__name__)
@@ -172,5 +168,5 @@ def _count_nonfinite(tree: Any) -> jax.Array:
 
 
 def _microbatches(batch: Any, count: int) -> Any:
-    """`[n, …]` to `[count, n/count, …]`; examples are dealt out in turn, so that a sharded axis stays so."""
+    """Reshapes `[n, …]` to `[count, n/count, …]`, with strided microbatches, which preserve a sharded axis."""
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch)

@@ -599,5 +599,5 @@ def test_states_that_a_step_consumed_and_fields_that_are_none():
         states.replace(hypers={})
     with pytest.raises(ValueError, match=r"TrainStates.create: this Optax transform .*value_fn"):
         lora.TrainStates.create(BASE, low_rank()[:2], optax.lbfgs(), KEYS[:2])
-    with pytest.raises(TypeError, match=r"state is a TrainStates; got dict"):
+    with pytest.raises(TypeError, match=r"expected a TrainStates as state; got dict"):
         step({}, None)

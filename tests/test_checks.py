@@ -98,7 +98,7 @@ def test_positive_integers(make, named):
         (lambda: lora.LoRA(2, blocks=("q", "k")), "True or False for each block"),
         (lambda: lora.LoRA(2, init=["pissa"]), r"init=\['pissa'\]: expected one of"),
         (lambda: lora.LoRA(2, dtype="float31"), "dtype='float31'.*floats"),
-        (lambda: lora.Full(dtype=jnp.int32), r"Full\(dtype=int32\): adapters are floats"),
+        (lambda: lora.Full(dtype=jnp.int32), r"Full\(dtype=int32\): expected a floating-point dtype"),
         (lambda: lora.Rows([1], dtype=jnp.int32), r"Rows\(dtype=int32\)"),
         (lambda: lora.Rows([1.5]), r"Rows\(ids=1\.5\): expected an integer"),
         (lambda: lora.Rows([True]), r"Rows\(ids=True\): expected an integer"),

@@ -241,14 +241,14 @@ def test_weights_that_a_recipe_does_not_fit(recipe, shape, axes, message):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: lora.VeRA(0), r"VeRA\(rank=0\): the rank is a positive integer"),
+        (lambda: lora.VeRA(0), r"VeRA\(rank=0\): expected a positive integer"),
         (lambda: lora.DVoRA(2, norm_over="rows"), r"DVoRA\(norm_over='rows'\): expected one of 'in', 'out'"),
         (lambda: lora.DoRA(2, norm_over="rows"), r"DoRA\(norm_over='rows'\): expected one of 'in', 'out'"),
-        (lambda: lora.LoRA(2, dropout=1 - 1e-12), r"LoRA\(dropout=0\.9+\): a rate is at least 0 and below 1"),
-        (lambda: lora.VeRA(2, dropout=1.0), r"VeRA\(dropout=1.0\): a rate is at least 0 and below 1"),
+        (lambda: lora.LoRA(2, dropout=1 - 1e-12), r"LoRA\(dropout=0\.9+\): expected a rate of at least 0 and below 1"),
+        (lambda: lora.VeRA(2, dropout=1.0), r"VeRA\(dropout=1.0\): expected a rate of at least 0 and below 1"),
         (lambda: lora.IA3("both"), r"IA3\(on='both'\): expected one of 'out', 'in'"),
-        (lambda: lora.LoHa(2, dtype=jnp.int8), r"LoHa\(dtype=int8\): adapters are floats"),
-        (lambda: lora.LoKr(2, factor=0), r"LoKr\(factor=0\): the factor is a positive integer"),
+        (lambda: lora.LoHa(2, dtype=jnp.int8), r"LoHa\(dtype=int8\): expected a floating-point dtype"),
+        (lambda: lora.LoKr(2, factor=0), r"LoKr\(factor=0\): expected a positive integer"),
     ],
 )
 def test_arguments_that_no_recipe_takes(make, message):

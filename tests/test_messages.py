@@ -82,7 +82,7 @@ CALLS = {
     "init, adapted": (lambda: lora.init(KEY, BASE, {"hidden": lora.LoRA(2)}, lora.adapt(fn), X), ADAPTED),
     "quantize, adapted": (lambda: lora.quantize(BASE, {"": lora.NF4()}, lora.adapt(fn), X), ADAPTED),
     "adapt, adapted": (lambda: lora.adapt(lora.adapt(fn)), ADAPTED),
-    "adapt, a Linen module": (lambda: lora.adapt(linen.Dense(2)), r"Linen module \(Dense\): give its apply method"),
+    "adapt, a Linen module": (lambda: lora.adapt(linen.Dense(2)), r"Linen module \(Dense\): pass its apply method"),
     "init, an NNX module": (
         lambda: lora.init(KEY, BASE, {"hidden": lora.LoRA(2)}, LINEAR, X),
         r"nnx\.functional\(model\)",
@@ -95,11 +95,11 @@ CALLS = {
     "peft.save, no names": (lambda: lora.peft.save("adapter", delta(), {}), r"lora\.peft\.Names.*got dict"),  # pyrefly: ignore
     "peft.load, exchanged": (
         lambda: lora.peft.load(BASE, "adapter", lora.peft.Names(())),  # pyrefly: ignore
-        r"the directory is a path; got a dict",
+        r"expected a path as directory, got dict",
     ),
     "restore_state, exchanged": (
         lambda: lora.restore_state(optax.sgd(0.1), BASE, "state"),  # pyrefly: ignore
-        r"restore_state.*the directory is a path; got a Gradient",
+        r"restore_state.*expected a path as directory, got Gradient",
     ),
     "a key that is a number": (lambda: lora.adapt(fn)(BASE, delta(), X, dropout_key=3), "PRNG key.*got int"),
 }

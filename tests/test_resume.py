@@ -117,7 +117,7 @@ def test_the_directory_is_an_adapters_too(tmp_path):
     chex.assert_trees_all_equal(lora.load(tmp_path / "state", state.base), state.delta)
     assert len(list((tmp_path / "state").iterdir())) == 2
     lora.save(tmp_path / "adapter", state.delta)
-    with pytest.raises(ValueError, match=r"holds an adapter and no training state: lora\.load reads it"):
+    with pytest.raises(ValueError, match=r"has an adapter but no training state; read it with lora\.load"):
         lora.restore_state(tmp_path / "adapter", state.base, optax.adam(0.1))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
@@ -159,7 +159,7 @@ def test_what_is_no_state(tmp_path):
     state = start(floats(), optax.sgd(0.1), jax.random.key(2))
     with pytest.raises(TypeError, match=r"got dict; lora\.save writes a delta"):
         lora.save_state(tmp_path / "state", state.delta)
-    with pytest.raises(ValueError, match="'step' is no array but str"):
+    with pytest.raises(ValueError, match="'step' is not an array: got str"):
         lora.save_state(tmp_path / "state", state.replace(step="two"))
     assert not (tmp_path / "state").exists()
 

@@ -64,7 +64,7 @@ def test_an_adapter_json_of_another_program(tmp_path, content):
 def test_arrays_of_another_program(tmp_path):
     (tmp_path / "arrays").mkdir()
     (tmp_path / "arrays" / "mine.npy").write_text("")
-    with pytest.raises(FileExistsError, match="holds arrays and is no adapter directory"):
+    with pytest.raises(FileExistsError, match="contains arrays and is not an adapter directory"):
         lora.save(tmp_path, adapter(1))
     assert names(tmp_path / "arrays") == ["mine.npy"]
 
@@ -107,8 +107,8 @@ def test_what_is_no_directory_for_an_adapter(tmp_path):
     (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     for where, message in {
-        "/": "is no adapter directory",
-        tmp_path / "file": "is no directory",
+        "/": "is not an adapter directory",
+        tmp_path / "file": "is not a directory",
         tmp_path / "nowhere": "broken or circular link",
         tmp_path / "circle": "broken or circular link",
     }.items():

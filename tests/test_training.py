@@ -345,7 +345,7 @@ def test_a_state_that_a_step_consumed(pmap, base, batch):
     step = lora.train_step(plain, tx, pmap=pmap)
     state, _ = step(start(base, batch, tx), batch)  # what pmap consumes is the replicated state that it returned
     step(state, batch)
-    with pytest.raises(RuntimeError, match=r"given to a step before.*donate=False"):
+    with pytest.raises(RuntimeError, match=r"donated to an earlier step.*donate=False"):
         step(state, batch)
     state, step = start(base, batch, tx), lora.train_step(plain, tx, pmap=pmap, donate=False)
     first, _ = step(state, batch)
@@ -401,5 +401,5 @@ def test_a_transform_that_is_none(base, batch):
             start(base, batch, tx)
         with pytest.raises(TypeError, match=message):
             lora.optimizer(tx)
-    with pytest.raises(TypeError, match="state is a TrainState; got dict"):
+    with pytest.raises(TypeError, match="expected a TrainState as state; got dict"):
         lora.train_step(plain, optax.sgd(0.1))(base, batch)

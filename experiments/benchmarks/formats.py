@@ -23,8 +23,7 @@ from experiments import flags, settings, startup
 from experiments.errors import UserError
 from experiments.studies.problem import Problem, answers, load
 from lora_jax import paths
-from lora_jax.leaves import is_quantized
-from lora_jax.quantization import Format
+from lora_jax.quantization import Format, Quantized
 
 LINEAR = r"(attention|feed_forward)/.*kernel"
 FORMATS = (lora.NF4, lora.FP4, lora.Int4, lora.Int8)
@@ -68,7 +67,7 @@ def measure(problem: Problem, form: Format, exact: np.ndarray) -> Row:
     """One format's errors."""
     quantized = problem.quantized(problem.base, {LINEAR: form})
     before, after = (paths.flatten(tree).as_dict() for tree in (problem.base, quantized))
-    leaves = {path: leaf for path, leaf in after.items() if is_quantized(leaf)}
+    leaves = {path: leaf for path, leaf in after.items() if isinstance(leaf, Quantized)}
     errors = [relative(leaf.dequantize(), before[path]) for path, leaf in leaves.items()]
     drawn = jax.random.normal(jax.random.key(0), (form.block * 16, 1024))
     normal = lora.quantize({"w": drawn}, {"w": dataclasses.replace(form, axes=("in", "out"))})["w"]

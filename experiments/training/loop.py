@@ -322,7 +322,7 @@ def _memory() -> dict[str, float | None]:
 def _check_finite(step: int, metrics: dict[str, Any]) -> None:
     if not math.isfinite(float(metrics["loss"]) + float(metrics["grad_norm"])):
         try:
-            lora.training.check_finite(metrics)
+            lora.check_finite(metrics)
         except FloatingPointError as error:
             advice = (
                 "the weights or the data are the cause, not the learning rate (NaN in the checkpoint, token ids beyond "

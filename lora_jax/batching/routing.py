@@ -12,8 +12,10 @@ import numpy as np
 from lora_jax.adapters.factored import Factor, Factored
 from lora_jax.adapters.fingerprints import check_base
 from lora_jax.adapters.protocol import Adapter
-from lora_jax.batching.mapped import check_sizes, map_with_axes, split_arrays
+from lora_jax.batching.mapped import check_sizes, map_with_axes
 from lora_jax.batching.stacking import count_members
+from lora_jax.leaves import is_array
+from lora_jax.splitting import combine, split_by
 from lora_jax.transform import signatures
 from lora_jax.transform.members import MEMBER
 
@@ -87,7 +89,7 @@ def route(adapted: Callable, *, in_axes: Any = 0, out_axes: Any = 0, grouped: bo
 
     def routed(*args, dropout_key=None, **kwargs):
         (base, stacked, adapter_ids), args, kwargs = signatures.split_leading(name, signature, 3, args, kwargs)
-        args, restore = split_arrays(args)
+        args, static = split_by(jax.tree.map(is_array, args), args)
         members = count_members(stacked)
         check_base(stacked, base, warn=True)
         ids = _check_ids(adapter_ids, members)
@@ -106,7 +108,7 @@ def route(adapted: Callable, *, in_axes: Any = 0, out_axes: Any = 0, grouped: bo
         def run_example(member, key, args):
             delta = {path: SelectedAdapter(node, member, grouped) for path, node in stacked.items()}
             dropout = {} if key is None else {"dropout_key": key}
-            return adapted(base, delta, *restore(args), **dropout, **kwargs)
+            return adapted(base, delta, *combine(args, static), **dropout, **kwargs)
 
         out = jax.vmap(run_example, in_axes=(0, 0, axes), out_axes=out_axes)(ids, keys, args)
         if order is None:

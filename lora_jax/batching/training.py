@@ -17,11 +17,13 @@ from lora_jax.batching.mapped import check_sizes, map_with_axes
 from lora_jax.batching.stacking import stack
 from lora_jax.optim import partition
 from lora_jax.optim.extra import check_transform, check_usable, init_optimizer, update_with
+from lora_jax.splitting import Static
 from lora_jax.state import fields_with_shapes, replace_fields
-from lora_jax.training import Metrics, Static, check_batch, check_state, explaining_donation
+from lora_jax.step_checks import check_batch, check_state, explain_donation
+from lora_jax.training import Metrics
 from lora_jax.transform import dropout_keys
 from lora_jax.transform.call import Arguments, check_delta
-from lora_jax.update import select, update_of
+from lora_jax.update import make_update, select
 
 
 @jax.tree_util.register_dataclass
@@ -195,7 +197,7 @@ def train_many(
         return loss_fn(base, _stop_absent(delta, present), batch, key)
 
     calls: list[bool] = []
-    update = update_of(
+    update = make_update(
         dropout_keys.with_recording(loss, calls), accumulate, has_aux=has_aux, skip_nonfinite=skip_nonfinite
     )
 
@@ -230,7 +232,7 @@ def train_many(
         carry = (states.delta, states.opt_state, states.step, states.key)
         fixed = (states.hyper, states.active, states.present)
         static, arrays = Static.split(states.base)
-        with explaining_donation(states):
+        with explain_donation(states):
             (delta, opt_state, number, key), metrics = compiled(static, arrays, carry, fixed, batch)
         dropout_keys.warn_without_key(calls, delta)
         return states.replace(delta=delta, opt_state=opt_state, step=number, key=key), metrics

@@ -9,6 +9,7 @@ import optax
 from lora_jax.adapters.protocol import Delta, is_adapter
 from lora_jax.leaves import is_array, short
 from lora_jax.optim.extra import check_transform, update_with
+from lora_jax.splitting import combine, split_by
 
 
 def trainable_mask(tree: Any) -> Any:
@@ -59,10 +60,7 @@ def partition(delta: Delta) -> tuple[Delta, Delta]:
             f"partition(delta): expected a tree of adapters, got leaves such as {short(leaves[0])}; pass the delta "
             "from lora_jax.init, not the base."
         )
-    mask = trainable_mask(delta)
-    train = jax.tree.map(lambda trains, leaf: leaf if trains else None, mask, delta)
-    frozen = jax.tree.map(lambda trains, leaf: None if trains else leaf, mask, delta)
-    return train, frozen
+    return split_by(trainable_mask(delta), delta)
 
 
 def join(train: Delta, frozen: Delta) -> Delta:
@@ -77,16 +75,10 @@ def join(train: Delta, frozen: Delta) -> Delta:
       >>> join(*partition(delta)).keys()
       dict_keys(['w'])
     """
-
-    def pick(one, other):
-        if one is not None and other is not None:
-            raise ValueError("join(train, frozen): both halves have a value for the same leaf.")
-        return other if one is None else one
-
     if set(train) != set(frozen):
         different = sorted(set(train) ^ set(frozen))
         raise ValueError(f"join(train, frozen): the halves have different paths, for example {different[0]!r}.")
-    return jax.tree.map(pick, train, frozen, is_leaf=lambda leaf: leaf is None)
+    return combine(train, frozen)
 
 
 def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -116,7 +108,7 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     check_transform(tx, "optimizer")
 
     def select_trainable(params, tree):
-        return jax.tree.map(lambda trains, leaf: leaf if trains else None, trainable_mask(params), tree)
+        return split_by(trainable_mask(params), tree)[0]
 
     def init(params):
         return tx.init(select_trainable(params, params))

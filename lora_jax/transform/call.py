@@ -13,11 +13,10 @@ from lora_jax.adapters.consistency import check_adapters
 from lora_jax.adapters.full import enlarges
 from lora_jax.adapters.protocol import Adapter, is_adapter, with_frozen_stopped
 from lora_jax.leaves import canonical, dequantized, is_array, is_quantized
+from lora_jax.splitting import Static
 from lora_jax.transform import dropout_keys, jaxprs
 from lora_jax.transform.interpreter import Interpreter, Use
 from lora_jax.transform.weight import Weight, carried, probe
-
-_ABSENT = object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,25 +26,22 @@ class Arguments:
     Attributes:
       paths: Paths of the base's array leaves.
       arrays: The array leaves of base, args and kwargs, in order. A quantized weight of the base is one leaf.
-      static: All leaves, with a placeholder for each array.
-      treedefs: The structures of the base and of `(args, kwargs)`.
+      static: The base and `(args, kwargs)` without their arrays.
     """
 
     paths: tuple[str, ...]
     arrays: tuple[Any, ...]
-    static: tuple[Any, ...]
-    treedefs: tuple[Any, Any]
+    static: tuple[Static, Static]
 
     @classmethod
     def create(cls, base: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> "Arguments":
         flat = paths.flatten(base)
-        others, treedef = jax.tree.flatten((tuple(args), dict(kwargs or {})))
-        leaves = [*flat.leaves, *others]
+        static_base, weights = Static.split(base, is_leaf=is_quantized)
+        static_args, arrays = Static.split((tuple(args), dict(kwargs or {})))
         return cls(
             paths=tuple(path for path, leaf in zip(flat.paths, flat.leaves) if is_array(leaf)),
-            arrays=tuple(canonical(leaf) for leaf in leaves if is_array(leaf)),
-            static=tuple(_ABSENT if is_array(leaf) else leaf for leaf in leaves),
-            treedefs=(flat.treedef, treedef),
+            arrays=tuple(map(canonical, [*weights, *arrays])),
+            static=(static_base, static_args),
         )
 
     def varying_with(self, delta: Any) -> "Arguments":
@@ -54,16 +50,14 @@ class Arguments:
 
     def restore(self, arrays: Sequence[Any]) -> tuple[Any, Sequence[Any], Mapping[str, Any]]:
         """Returns base, args and kwargs with the given arrays."""
-        queue = iter(arrays)
-        leaves = [next(queue) if leaf is _ABSENT else leaf for leaf in self.static]
-        base, others = self.treedefs
-        args, kwargs = jax.tree.unflatten(others, leaves[base.num_leaves :])
-        return jax.tree.unflatten(base, leaves[: base.num_leaves]), args, kwargs
+        base, others = self.static
+        args, kwargs = others.restore(arrays[len(self.paths) :])
+        return base.restore(arrays[: len(self.paths)]), args, kwargs
 
     def key(self) -> Any:
         """Returns what a trace depends on, or None if a static leaf is not hashable."""
-        static = tuple((type(leaf), leaf) for leaf in self.static)
-        key = (tuple(map(jaxprs.aval, self.arrays)), static, self.treedefs, jaxprs.trace_context())
+        types = tuple(type(leaf) for static in self.static for leaf in static.leaves)
+        key = (tuple(map(jaxprs.aval, self.arrays)), self.static, types, jaxprs.trace_context())
         try:
             hash(key)
         except TypeError:
@@ -78,12 +72,12 @@ class Call:
     Attributes:
       program: The traced function.
       paths: Paths of the base's array leaves, which are the first inputs of the program.
-      outputs: The structure of the output, and its leaves with a placeholder for each array.
+      outputs: The output without its arrays.
     """
 
     program: jaxprs.Program
     paths: tuple[str, ...]
-    outputs: tuple[Any, tuple[Any, ...]]
+    outputs: Static
 
     @classmethod
     def trace(cls, fn: Callable, arguments: Arguments) -> "Call":
@@ -92,9 +86,9 @@ class Call:
 
         def flat(*arrays):
             base, args, kwargs = arguments.restore(arrays)
-            out, treedef = jax.tree.flatten(fn(base, *args, **kwargs))
-            captured.append((treedef, tuple(_ABSENT if is_array(leaf) else leaf for leaf in out)))
-            return [leaf for leaf in out if is_array(leaf)]
+            static, results = Static.split(fn(base, *args, **kwargs))
+            captured.append(static)
+            return results
 
         program = jaxprs.trace(flat, list(map(jaxprs.abstract, arguments.arrays)))
         return cls(program, arguments.paths, captured[-1])
@@ -118,9 +112,7 @@ class Call:
 
     def restore(self, results: Sequence[jax.Array]) -> Any:
         """Returns the output in its own structure, with the given array leaves."""
-        queue = iter(results)
-        treedef, static = self.outputs
-        return jax.tree.unflatten(treedef, [next(queue) if leaf is _ABSENT else leaf for leaf in static])
+        return self.outputs.restore(results)
 
 
 def check_delta(delta: Any, arguments: Arguments, *, enlarged: bool = False) -> None:

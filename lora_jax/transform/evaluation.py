@@ -1,16 +1,15 @@
 """A traced call of a function on a base and a delta, reused for every call with arguments of the same types."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
 
 from lora_jax.leaves import is_array
+from lora_jax.splitting import ARRAY, Static
 from lora_jax.transform import jaxprs
 from lora_jax.transform.call import Arguments, Call, insert_adapters
 from lora_jax.transform.interpreter import Interpreter
-
-_ARRAY = object()
 
 
 class Key(NamedTuple):
@@ -25,18 +24,6 @@ class Key(NamedTuple):
     static: Hashable
 
 
-class Structure(NamedTuple):
-    """A tree of arguments with a placeholder for each array."""
-
-    treedef: Any
-    leaves: list[Any]
-
-    def restore(self, arrays: Sequence[Any]) -> Any:
-        """Returns the tree with the given arrays."""
-        queue = iter(arrays)
-        return jax.tree.unflatten(self.treedef, [next(queue) if leaf is _ARRAY else leaf for leaf in self.leaves])
-
-
 class Leaves:
     """The leaves of a tree of arguments, split into arrays and static leaves.
 
@@ -48,7 +35,7 @@ class Leaves:
 
     def __init__(self, tree: Any):
         leaves, treedef = jax.tree.flatten(tree)
-        self.structure = Structure(treedef, leaves)
+        self.structure = Static(treedef, leaves)
         self.arrays, types, others = [], [], []
         for position, leaf in enumerate(leaves):  # runs at every call: keep it fast
             if type(leaf) is jaxprs.ConcreteArray:  # much faster than isinstance
@@ -59,7 +46,7 @@ class Leaves:
                 others.append((position, type(leaf), _distinct(leaf)))
                 continue
             self.arrays.append(leaf)
-            leaves[position] = _ARRAY
+            leaves[position] = ARRAY
         self.key = _hashable(Key((treedef, tuple(types), jaxprs.trace_context()), tuple(others)))
 
     def on_same_devices(self) -> bool:
@@ -105,7 +92,7 @@ class Evaluation:
         self,
         call: Call,
         interpreter: Interpreter,
-        structure: Structure,
+        structure: Static,
         name: str,
         *,
         compile_first: bool,

@@ -96,7 +96,7 @@ class Program:
         """The shapes of a state, with their shardings."""
         create = functools.partial(lora.TrainState.create, tx=self.tx)
         state = jax.eval_shape(create, self.base, self.delta, key=jax.eval_shape(lambda: jax.random.key(0)))
-        return placed(state, lora.sharding.state_shardings(self.base, state, self.tx))
+        return placed(state, lora.state_shardings(self.base, state, self.tx))
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of a batch, with their shardings."""
