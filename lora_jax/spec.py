@@ -14,7 +14,7 @@ from lora_jax import checks, paths
 from lora_jax.adapters.fingerprints import fingerprint
 from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.protocol import Adapter, Recipe, check_axes, is_inexact
-from lora_jax.capturing import collect_stats
+from lora_jax.calibration import collect_stats
 from lora_jax.functions import check_function
 from lora_jax.initializers import GRADIENT
 from lora_jax.leaves import canonical, is_array, short

@@ -12,7 +12,7 @@ from jax import lax
 from scipy import stats
 
 import lora_jax as lora
-from lora_jax.capturing import collect_stats
+from lora_jax.calibration import collect_stats
 from lora_jax.initializers import EVA, INPUTS, CorDA, Initializer, LoftQ, LoRAGA, PiSSA, decomposition
 
 FIXTURE = np.load(pathlib.Path(__file__).parent / "fixtures" / "adapters" / "initializers.npz")
