@@ -97,7 +97,7 @@ def test_positive_integers(make, named):
         (lambda: lora.LoRA(2, dropout=-0.1), r"dropout=-0\.1.*at least 0 and below 1"),
         (lambda: lora.LoRA(2, blocks=("q", "k")), "True or False for each block"),
         (lambda: lora.LoRA(2, init=["pissa"]), r"init=\['pissa'\]: expected one of"),
-        (lambda: lora.LoRA(2, dtype="float31"), "dtype='float31'.*floats"),
+        (lambda: lora.LoRA(2, dtype="float31"), "dtype='float31'.*floating-point dtype"),
         (lambda: lora.Full(dtype=jnp.int32), r"Full\(dtype=int32\): expected a floating-point dtype"),
         (lambda: lora.Rows([1], dtype=jnp.int32), r"Rows\(dtype=int32\)"),
         (lambda: lora.Rows([1.5]), r"Rows\(ids=1\.5\): expected an integer"),

@@ -421,7 +421,7 @@ def test_inputs_inside_loops_that_have_no_gradient_are_refused():
 
 def test_inputs_of_lookups_are_refused():
     table, look_up = {"t": jnp.ones((5, 3))}, lambda base, ids: base["t"][ids]
-    with pytest.raises(ValueError, match=r"'t': its inputs cannot be read: it is indexed"):
+    with pytest.raises(ValueError, match=r"'t': its inputs cannot be collected, because it is indexed"):
         lora.prepare(jax.random.key(0), table, {"t": lora.LoRA(1, init="eva")}, look_up, [jnp.asarray([0])])
 
 
@@ -521,7 +521,8 @@ def test_prepare_refuses():
 
 def test_prepare_refuses_what_is_not_finite():
     bad = X.at[0, 0].set(jnp.nan)
-    for init, message in (("corda", "inputs hold NaN"), ("eva", "inputs hold NaN"), ("lora_ga", "gradient holds NaN")):
+    messages = {"corda": "inputs contain NaN", "eva": "inputs contain NaN", "lora_ga": "gradient contains NaN"}
+    for init, message in messages.items():
         options = {"loss": loss} if init == "lora_ga" else {}
         with pytest.raises(ValueError, match=f"'up': the {message}"):
             lora.prepare(jax.random.key(0), published(), {"up": lora.LoRA(2, init=init)}, fn, [X, bad], **options)

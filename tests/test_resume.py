@@ -168,6 +168,6 @@ def test_a_state_that_a_step_consumed_is_not_saved(tmp_path):
     tx = optax.sgd(0.1)
     state = start(floats(), tx, jax.random.key(2))
     lora.train_step(loss, tx)(state, X)
-    with pytest.raises(RuntimeError, match="Go on with the state that the step returned"):
+    with pytest.raises(RuntimeError, match="Use the state that the step returned"):
         lora.save_state(tmp_path / "state", state)
     assert not (tmp_path / "state").exists()
