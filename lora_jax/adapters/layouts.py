@@ -18,16 +18,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
-
-if TYPE_CHECKING:
-    from lora_jax.adapters.protocol import Adapter
 
 BATCH, IN, OUT, LOOKUP = "batch", "in", "out", "lookup"
 """Axis roles. `lookup` is an in axis that is indexed (an embedding's vocabulary) instead of contracted."""
@@ -63,7 +60,7 @@ def check_layouts(cls: type, kind: str, sizes: Collection[str]) -> None:
                 )
 
 
-def labels(node: "Adapter", name: str) -> tuple[str, ...]:
+def labels(node: Any, name: str) -> tuple[str, ...]:
     """The label of each axis of a field's array; an axis of the weight is labeled by its number.
 
     The slow and the fast part of axis 1 are '1.0' and '1.1'. A size that occurs twice gets a prime.
@@ -71,7 +68,7 @@ def labels(node: "Adapter", name: str) -> tuple[str, ...]:
     return tuple(label for _, label in labeled_words(node, name))
 
 
-def labeled_words(node: "Adapter", name: str) -> Iterator[tuple[str, str]]:
+def labeled_words(node: Any, name: str) -> Iterator[tuple[str, str]]:
     """Per axis of a field's array (or entry of a static field that holds sizes), its word and its label."""
     seen: set[str] = set()
     axes, split = node.axes, getattr(node, "split", ())
@@ -93,7 +90,7 @@ def labeled_words(node: "Adapter", name: str) -> Iterator[tuple[str, str]]:
             yield word, label
 
 
-def axis_labels(node: "Adapter") -> tuple[tuple[str, ...], ...]:
+def axis_labels(node: Any) -> tuple[tuple[str, ...], ...]:
     """Per axis of the weight, the labels that make it up, the slowest first."""
     split, fused = getattr(node, "split", ()), blocks(node) > 1
     return tuple(
@@ -102,12 +99,12 @@ def axis_labels(node: "Adapter") -> tuple[tuple[str, ...], ...]:
     )
 
 
-def blocks(node: "Adapter") -> int:
+def blocks(node: Any) -> int:
     """The number of blocks of the out axis."""
     return len(getattr(node, "blocks", (True,)))
 
 
-def shape(node: "Adapter") -> tuple[int, ...] | None:
+def shape(node: Any) -> tuple[int, ...] | None:
     """The shape of the weight, from the sizes of arrays and of static fields; None if they do not determine it."""
     leaves, structure = jax.tree.flatten(node)
     return _shape(structure, tuple(getattr(leaf, "shape", None) for leaf in leaves))
@@ -132,7 +129,7 @@ def _shape(structure: Any, shapes: tuple[tuple[int, ...] | None, ...]) -> tuple[
     return tuple(math.prod(sizes[label] for label in axis) for axis in axis_labels(node))
 
 
-def check_sizes(node: "Adapter") -> None:
+def check_sizes(node: Any) -> None:
     """Raises `ValueError` if the arrays of an adapter contradict their layouts or each other."""
     sizes: dict[str, tuple[int, str]] = {BLOCK: (sum(getattr(node, "blocks", (True,))), "blocks")}
     for name, array_sizes in _declared(node):
@@ -158,7 +155,7 @@ def check_sizes(node: "Adapter") -> None:
                 )
 
 
-def rank_axes(node: "Adapter") -> dict[str, tuple[int, ...]]:
+def rank_axes(node: Any) -> dict[str, tuple[int, ...]]:
     """Per field with a rank, the axes of its array that are ranks, counted from the end."""
     axes = {}
     for name in array_fields(node):
@@ -168,18 +165,18 @@ def rank_axes(node: "Adapter") -> dict[str, tuple[int, ...]]:
     return axes
 
 
-def zeros(node: "Adapter") -> dict[str, jax.Array]:
+def zeros(node: Any) -> dict[str, jax.Array]:
     """Zeros for all arrays of an adapter but scales and scalars: what makes its term zero, with no gradient."""
     arrays = {name: getattr(node, name) for name in array_fields(node) if not _is_scale(node, name)}
     return {name: jnp.zeros_like(array) for name, array in arrays.items() if array is not None}
 
 
-def array_fields(node: "Adapter") -> list[str]:
+def array_fields(node: Any) -> list[str]:
     """The names of the fields that hold arrays."""
     return [field.name for field in dataclasses.fields(node) if "trained" in field.metadata]  # pyrefly: ignore
 
 
-def _declared(node: "Adapter") -> Iterator[tuple[str, tuple[int, ...]]]:
+def _declared(node: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The fields that declare sizes, arrays and static ones, with the sizes that they hold."""
     for field in dataclasses.fields(node):  # pyrefly: ignore[bad-argument-type]
         value = getattr(node, field.name)
@@ -191,15 +188,15 @@ def _declared(node: "Adapter") -> Iterator[tuple[str, tuple[int, ...]]]:
             yield field.name, tuple(value.shape)
 
 
-def _metadata(node: "Adapter", name: str) -> Any:
+def _metadata(node: Any, name: str) -> Any:
     return type(node).__dataclass_fields__[name].metadata  # pyrefly: ignore[missing-attribute]
 
 
-def _words(node: "Adapter", name: str) -> list[str]:
+def _words(node: Any, name: str) -> list[str]:
     return _metadata(node, name)["layout"].split()
 
 
-def _resolved(node: "Adapter", word: str) -> str:
+def _resolved(node: Any, word: str) -> str:
     """A word, or the role that the static field of this name holds."""
     if word in WORDS:
         return word
@@ -210,10 +207,10 @@ def _resolved(node: "Adapter", word: str) -> str:
     return _OPPOSITE[role] if word.startswith("~") else role
 
 
-def _is_whole(node: "Adapter", name: str) -> bool:
+def _is_whole(node: Any, name: str) -> bool:
     """Whether a field spans the whole out axis of a weight of which other fields have blocks."""
     return blocks(node) > 1 and BLOCK not in _words(node, name)
 
 
-def _is_scale(node: "Adapter", name: str) -> bool:
+def _is_scale(node: Any, name: str) -> bool:
     return _metadata(node, name)["leading"] or _words(node, name) == [SCALAR]
