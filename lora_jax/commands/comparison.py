@@ -143,7 +143,7 @@ def _compare_configs(directories: tuple[Path, Path], paths: Collection[str]) -> 
     one, other = directories
     first, second = (read_config(directory) for directory in directories)
     modules = [keys.split_name(path.replace("/", "."))[0] for path in paths]
-    saved = [[keys.saved_as(x, config.modules_to_save) for x in modules] for config in (first, second)]
+    saved = [[keys.saved_module(x, config.modules_to_save) for x in modules] for config in (first, second)]
     if saved[0] != saved[1]:
         lists = [sorted(set(config.modules_to_save)) for config in (first, second)]
         lines.append(f"modules_to_save is {lists[0]} in {one}, {lists[1]} in {other}")

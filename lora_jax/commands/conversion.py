@@ -24,7 +24,7 @@ from lora_jax.peft.config import CONFIG
 from lora_jax.peft.opening import read_config
 from lora_jax.peft.saving import write_adapter
 from lora_jax.peft.targets import TARGETS
-from lora_jax.peft.tensor_files import written_here
+from lora_jax.peft.tensor_files import ownership_test
 
 _ONE_WEIGHT = ("gguf", "mlx")
 """Readers that also apply the factors of an embedding to a head that is tied to it."""
@@ -54,7 +54,7 @@ def convert(
         )
     if base:
         check_directory(base)
-    owns = written_here({CONFIG})
+    owns = ownership_test({CONFIG})
     check_new(out, CONFIG, "adapter", owns, force, inputs=(directory, *([base] if base else [])))
     with contextlib.ExitStack() as stack:
         if base is None:

@@ -51,7 +51,7 @@ def parameters_of(module: str, config: Config, available: Iterable[str] | None =
     """
     targets = [keys.split_name(name) for name in config.target_parameters]
     parameters = [parameter for outer, parameter in targets if outer and keys.matches(module, [outer])]
-    if not parameters and not config.targets(module):
+    if not parameters and not config.is_target(module):
         parameters = [parameter for outer, parameter in targets if not outer]
     parameters = experts.sort_parameters(parameters)
     if available is None:

@@ -70,7 +70,7 @@ def find_copies(directory: Path, ignore: Sequence[str] = ()) -> list[str]:
 
 def _copies(parsed: Iterable[Key], config: Config) -> list[Key]:
     matrices = [key for key in parsed if key.part == "value" and keys.split_name(key.name)[1] == "weight"]
-    return [key for key in matrices if not keys.saved_as(key.module, config.modules_to_save)]
+    return [key for key in matrices if not keys.saved_module(key.module, config.modules_to_save)]
 
 
 def _read(directory: Path, key: Key) -> np.ndarray:

@@ -31,7 +31,7 @@ from lora_jax.io.files import replace_directory
 from lora_jax.peft import ties
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.rewriting import rewrite
-from lora_jax.peft.tensor_files import WRITTEN_BY, written_here
+from lora_jax.peft.tensor_files import WRITTEN_BY, ownership_test
 from lora_jax.peft.tensors import INDEX, WEIGHTS, Tensors, describe_missing, model_files, read_json
 
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
@@ -52,7 +52,7 @@ def merge(
     check_peft(adapter, "a merge")
     check_directory(base)
     copied, omitted = _other_files(base, model_files(base))
-    owns = written_here({INDEX, *(file.name for file in copied)})
+    owns = ownership_test({INDEX, *(file.name for file in copied)})
     check_new(out, MODEL, "checkpoint", owns, force, inputs=(base, adapter))
     config = model_config(base)
     with open_checkpoint(base) as tensors, replace_directory(out, MODEL, what="checkpoint", owns=owns) as fresh:

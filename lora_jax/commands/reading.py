@@ -19,7 +19,7 @@ from lora_jax.peft.tensors import (
     check_index,
     describe_missing,
     model_files,
-    pickle_beside,
+    pickle_hint,
     read_json,
 )
 
@@ -106,7 +106,7 @@ def is_native(directory: Path) -> bool:
     if (directory / CONFIG).is_symlink():
         raise ValueError(describe_missing(directory / CONFIG))
     raise ValueError(
-        f"{directory}: not an adapter (it has neither {CONFIG} nor {checkpoint.MANIFEST}){pickle_beside(directory)}."
+        f"{directory}: not an adapter (it has neither {CONFIG} nor {checkpoint.MANIFEST}){pickle_hint(directory)}."
     )
 
 

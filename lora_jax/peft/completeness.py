@@ -18,7 +18,7 @@ def check_shared(context: LoadContext, adapted: Sequence[Key]) -> None:
         if name not in base.tensors or is_abstract(base.leaves[base.binding(name).path]):
             continue  # an abstract base is inferred from the adapter, and may lack other modules
         parts = [key.part for key in adapted if key.module == module]
-        is_copy = parts == ["value"] and not keys.saved_as(module, context.config.modules_to_save)
+        is_copy = parts == ["value"] and not keys.saved_module(module, context.config.modules_to_save)
         if not is_copy and ties.is_shared(name, base.tensors):
             context.problems.append(f"{ties.describe_shared(module)}; ignore=({base.bare(module)!r},) passes it over")
 
@@ -41,30 +41,30 @@ def find_untied(context: LoadContext, adapted: Sequence[Key]) -> set[str]:
     return untied
 
 
-def check_complete(context: LoadContext, resolved: ResolvedKeys) -> None:
+def check_complete(context: LoadContext, adapter_keys: ResolvedKeys) -> None:
     """Reports tensors that the config announces and the adapter lacks."""
-    _check_targets(context, resolved)
-    adapted = {context.base.file_name(key.name) for key in resolved.values}
-    _check_biases(context, resolved.modules, adapted)
+    _check_targets(context, adapter_keys)
+    adapted = {context.base.file_name(key.name) for key in adapter_keys.values}
+    _check_biases(context, adapter_keys.modules, adapted)
     for entry in context.config.modules_to_save:
         for name, in_model in context.base.in_model.items():
             module, parameter = keys.split_name(in_model)
-            if name not in adapted and not context.tensors.ignores(in_model) and keys.inside(module, entry):
+            if name not in adapted and not context.tensors.ignores(in_model) and keys.is_inside(module, entry):
                 context.problems.append("missing: " + keys.value_key(module, parameter, wrapped=False))
     for module in context.config.trainable_token_indices:
-        has_rows = any(not module or keys.matches(key.module, [module]) for key in resolved.rows)
+        has_rows = any(not module or keys.matches(key.module, [module]) for key in adapter_keys.rows)
         if not has_rows and not context.tensors.ignores(module):
             context.problems.append(f"missing: the trained tokens of {module or 'the embedding'}")
 
 
-def _check_targets(context: LoadContext, resolved: ResolvedKeys) -> None:
+def _check_targets(context: LoadContext, adapter_keys: ResolvedKeys) -> None:
     """Every target of the config must have factors."""
-    base, config, modules = context.base, context.config, resolved.modules
+    base, config, modules = context.base, context.config, adapter_keys.modules
     matrices = [name for name, (binding, _) in base.tensors.items() if binding.roles and not keys.is_parameter(name)]
     for name in (*matrices, *base.tied):
         module = keys.split_name(base.in_model.get(name, name))[0]
-        is_saved = any(keys.inside(module, entry) for entry in config.modules_to_save)
-        if name in modules or is_saved or not config.targets(module) or context.tensors.ignores(module):
+        is_saved = any(keys.is_inside(module, entry) for entry in config.modules_to_save)
+        if name in modules or is_saved or not config.is_target(module) or context.tensors.ignores(module):
             continue
         if name in base.tied and not config.ensure_weight_tying:
             continue

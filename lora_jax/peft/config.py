@@ -130,7 +130,7 @@ class Config:
             None,
         )
 
-    def targets(self, module: str) -> bool:
+    def is_target(self, module: str) -> bool:
         """Whether `target_modules` selects a module; False for 'all-linear', which depends on the model."""
         targets = self.target_modules
         if targets == "all-linear" or not _selects(targets, module) or _selects(self.exclude_modules, module):

@@ -97,7 +97,7 @@ def value_key(module: str, parameter: str, *, wrapped: bool) -> str:
     return f"{PREFIX}{module}.{WRAPPED + '.' if wrapped else ''}{parameter}"
 
 
-def under_wrappers(module: str, parents: Iterable[str]) -> str:
+def wrap_path(module: str, parents: Iterable[str]) -> str:
     """Returns a module's path in keys if some of its ancestors are wrapped, because their parameters have factors."""
     wrapped = set(parents)
     segments = module.split(".")
@@ -133,20 +133,22 @@ def matches(module: str, targets: Sequence[str]) -> bool:
     return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
-def inside(module: str, target: str) -> bool:
+def is_inside(module: str, target: str) -> bool:
     """Whether a target names a module, or one that contains it."""
     segments = module.split(".")
     return any(matches(".".join(segments[:count]), [target]) for count in range(1, len(segments) + 1))
 
 
-def saved_as(module: str, entries: Sequence[str]) -> str:
+def saved_module(module: str, entries: Sequence[str]) -> str:
     """Returns the module that PEFT wraps for `modules_to_save`: this one or one that contains it; empty for neither.
 
     PEFT compares suffixes of paths as text: `norm` also matches `post_attention_layernorm`.
 
     Example:
-      >>> saved_as("layers.0.input_layernorm", ["norm"]), saved_as("score.out", ["score"]), saved_as("up", ["norm"])
-      ('layers.0.input_layernorm', 'score', '')
+      >>> saved_module("layers.0.input_layernorm", ["norm"]), saved_module("score.out", ["score"])
+      ('layers.0.input_layernorm', 'score')
+      >>> saved_module("up", ["norm"])
+      ''
     """
     segments = module.split(".")
     outer = (".".join(segments[:count]) for count in range(1, len(segments) + 1))

@@ -38,18 +38,18 @@ def complete(adapter: TorchAdapter, names: Names, base: Any, task_type: str | No
     heads = {head for head in HEADS.get(task_type or "", ()) if _is_declared(head, names)}
     modules = {keys.split_name(name)[0] for name in adapter.values if name not in by_bias}
     # A module that an entry names is saved in full, with all layers inside it.
-    outer = {*heads, *(entry for entry in entries if any(keys.inside(module, entry) for module in modules))}
-    modules = {module for module in modules if not any(keys.inside(module, entry) for entry in outer)}
+    outer = {*heads, *(entry for entry in entries if any(keys.is_inside(module, entry) for module in modules))}
+    modules = {module for module in modules if not any(keys.is_inside(module, entry) for entry in outer)}
     outer |= (composites := _find_composites(modules, adapted, names))
     adapter.saved = {
         *outer,
-        *(x for x in modules if not any(keys.inside(x, entry) for entry in composites)),
+        *(x for x in modules if not any(keys.is_inside(x, entry) for entry in composites)),
         *entries,
     }
 
     def is_saved(name: str) -> bool:
         module, _ = keys.split_name(name)
-        if module in adapter.saved or any(keys.inside(module, entry) for entry in outer):
+        if module in adapter.saved or any(keys.is_inside(module, entry) for entry in outer):
             return True
         return _is_bias(name) and (adapter.bias == "all" or (adapter.bias == "lora_only" and module in adapted))
 
@@ -76,21 +76,21 @@ def _find_composites(modules: Collection[str], adapted: Collection[str], names: 
     for outer in {module.partition(".")[0] for module in modules if "." in module}:
         rows = [row for row in names.weights if (row.in_model or row.name).startswith(f"{outer}.")]
         parts = {keys.split_name(name)[0] for row in rows for name in row.examples()}
-        if parts <= set(modules) and not any(keys.inside(module, outer) for module in adapted):
+        if parts <= set(modules) and not any(keys.is_inside(module, outer) for module in adapted):
             composites.add(outer)
     return composites
 
 
 def _is_declared(entry: str, names: Names) -> bool:
     """Whether a table of names has tensors of a module."""
-    return any(keys.inside(keys.split_name(name)[0], entry) for row in names.weights for name in row.examples())
+    return any(keys.is_inside(keys.split_name(name)[0], entry) for row in names.weights for name in row.examples())
 
 
 def _find_missing(adapter: TorchAdapter, names: Names, adapted: set[str], outer: Collection[str]) -> Iterator[str]:
     """Yields tensors of saved modules that the adapter lacks, according to the table of names alone."""
     for row in names.weights:
         name = row.in_model or row.name
-        if any(keys.inside(keys.split_name(name)[0], entry) for entry in outer):
+        if any(keys.is_inside(keys.split_name(name)[0], entry) for entry in outer):
             yield from (example for example in row.examples() if example not in adapter.values)
     for module in adapter.saved:
         for parameter in {keys.split_name(row.in_model or row.name)[1] for row in names.weights}:

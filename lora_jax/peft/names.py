@@ -87,7 +87,7 @@ class Names:
     def _patterns(self) -> list[int]:
         return [number for number, row in enumerate(self.weights) if "{" in row.path]
 
-    def in_files(self) -> "Names":
+    def with_file_names(self) -> "Names":
         """The same weights by their names in checkpoint files only."""
         return dataclasses.replace(
             self, weights=tuple(dataclasses.replace(row, in_model="") for row in self.weights), fused=()

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from lora_jax.peft import foreign
 from lora_jax.peft.config import CONFIG, Config
 from lora_jax.peft.keys import ADAPTER
-from lora_jax.peft.tensors import Tensors, describe_missing, pickle_beside, read_json
+from lora_jax.peft.tensors import Tensors, describe_missing, pickle_hint, read_json
 from lora_jax.peft.view import View
 
 SUFFIX = ".safetensors"
@@ -88,7 +88,7 @@ def adapter_tensors(directory: Path, ignore: Sequence[str] = ()) -> Tensors:
       ValueError: It has no safetensors file.
     """
     if not (directory / ADAPTER).is_file():
-        raise ValueError(f"{describe_missing(directory / ADAPTER).removesuffix('.')}{pickle_beside(directory)}.")
+        raise ValueError(f"{describe_missing(directory / ADAPTER).removesuffix('.')}{pickle_hint(directory)}.")
     return Tensors([directory / ADAPTER], ignore)
 
 

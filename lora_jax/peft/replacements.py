@@ -73,7 +73,7 @@ def load_values(
         with context.collect_problems():
             shape = _replacement_shape(context, key, primary, primary in modules)
             value = context.tensors.read_checked(key.key, shape)
-            is_saved = keys.saved_as(key.module, context.config.modules_to_save)
+            is_saved = keys.saved_module(key.module, context.config.modules_to_save)
             is_copy = primary in modules or (keys.split_name(name)[1] == "weight" and not is_saved)
             if is_copy and value.shape == base.binding(primary).tensor_shape:
                 if base.has_value(primary, value):

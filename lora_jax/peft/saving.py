@@ -91,7 +91,7 @@ def write_adapter(
         save_method(directory, kind, delta, names, base=base, base_model=base_model, task_type=task_type)
         return
     if target != "peft":  # the other readers have the names of checkpoint files, PEFT those of the running model
-        names = names.in_files()
+        names = names.with_file_names()
     adapter = export(delta, names)
     experts.fuse(adapter, names)
     complete(adapter, names, base, task_type if target == "peft" else None, modules_to_save)

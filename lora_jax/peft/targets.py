@@ -18,7 +18,7 @@ from lora_jax.peft.config import CONFIG, Config, exact_pattern
 from lora_jax.peft.keys import ADAPTER
 from lora_jax.peft.mlx_experts import stack_experts
 from lora_jax.peft.module import Module
-from lora_jax.peft.tensor_files import write_tensors, written_here
+from lora_jax.peft.tensor_files import ownership_test, write_tensors
 from lora_jax.peft.torch_adapter import TorchAdapter
 
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -177,7 +177,7 @@ def _write_mlx(directory: Path, adapter: TorchAdapter, base_model: str | None, t
     if base_model is not None:
         config["model"] = base_model
     with replace_directory(
-        directory, CONFIG, what="adapter directory", owns=written_here({CONFIG}), keep=True
+        directory, CONFIG, what="adapter directory", owns=ownership_test({CONFIG}), keep=True
     ) as fresh:
         write_tensors(fresh / "adapters.safetensors", tensors)
         _write_json(fresh / CONFIG, config)
@@ -261,7 +261,7 @@ def _write(directory: Path, adapter: TorchAdapter, config: Config) -> None:
 def write_files(directory: Path, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
     """Writes the two files of a PEFT adapter; an existing adapter is replaced when they are complete."""
     with replace_directory(
-        directory, CONFIG, what="adapter directory", owns=written_here({CONFIG}), keep=True
+        directory, CONFIG, what="adapter directory", owns=ownership_test({CONFIG}), keep=True
     ) as fresh:
         write_tensors(fresh / ADAPTER, tensors)
         _write_json(fresh / CONFIG, config)
@@ -278,7 +278,7 @@ def _tensors(adapter: TorchAdapter) -> Iterable[tuple[str, np.ndarray]]:
         by_path[module.path].append(module)
     wrapped = {m.path for m in adapter.modules if m.is_parameter or m.parameter == "in_proj_weight"}
     for path, modules in by_path.items():
-        inside = keys.under_wrappers(path, wrapped)
+        inside = keys.wrap_path(path, wrapped)
         for number, module in enumerate(modules):
             depth = len(modules) - 1 - number
             module_keys = keys.factor_keys(inside, embedding=module.kind == "embedding", depth=depth)

@@ -87,7 +87,7 @@ def write_model(
     return files
 
 
-def written_here(names: Collection[str]) -> Callable[[Path], bool]:
+def ownership_test(names: Collection[str]) -> Callable[[Path], bool]:
     """Returns a test for files that this library wrote: marked safetensors files, and files of some names with them."""
 
     def owns(entry: Path) -> bool:

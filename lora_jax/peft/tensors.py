@@ -143,7 +143,7 @@ def model_files(directory: str | os.PathLike) -> list[Path]:
     if broken := [file for file in (single, index) if file.is_symlink() and not file.exists()]:
         raise ValueError(describe_missing(broken[0]))
     if not index.is_file():
-        raise ValueError(f"{directory}: no {WEIGHTS} and no {INDEX}{pickle_beside(directory)}.")
+        raise ValueError(f"{directory}: no {WEIGHTS} and no {INDEX}{pickle_hint(directory)}.")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index}: expected an object 'weight_map' from tensors to files.")
@@ -204,7 +204,7 @@ def describe_missing(path: Path) -> str:
     return f"{path}: is not a file." if path.exists() else f"{path}: no such file."
 
 
-def pickle_beside(directory: Path) -> str:
+def pickle_hint(directory: Path) -> str:
     """The end of an error message about missing weights: names a pickle in the same directory, if there is one."""
     pickles = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt")) + sorted(directory.glob("*.pth"))
     return f"; {pickles[0].name} is a pickle, which can run code: convert it to safetensors first" if pickles else ""

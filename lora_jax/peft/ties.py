@@ -151,7 +151,7 @@ def untied_reason(table: Iterable[Key], head: Iterable[Key], config: Config, ten
     """
     one, other = ({key.part: key for key in group} for group in (table, head))
     values = [parts["value"] for parts in (one, other) if "value" in parts]
-    saved = any(keys.saved_as(key.module, config.modules_to_save) for key in values)
+    saved = any(keys.saved_module(key.module, config.modules_to_save) for key in values)
     for parts in (one, other):
         if not saved or "a" in parts or "b" in parts:
             parts.pop("value", None)  # PEFT's copy of the base's weight: has factors, or no modules_to_save names it

@@ -184,8 +184,8 @@ def _check_targets(
     targets = Config(target_modules=settings.names("target_modules"), exclude_modules=settings.names("exclude_modules"))
     for name, (binding, _) in context.base.tensors.items():
         module, parameter = keys.split_name(context.base.in_model.get(name, name))
-        is_saved = any(keys.inside(module, entry) for entry in context.config.modules_to_save)
+        is_saved = any(keys.is_inside(module, entry) for entry in context.config.modules_to_save)
         if parameter != "weight" or not binding.roles or is_saved or name in modules:
             continue
-        if targets.targets(module):
+        if targets.is_target(module):
             context.problems.append(f"missing: {keys.PREFIX}{module}.{method.parts[0]}")
