@@ -93,7 +93,7 @@ def test_the_command_line_writes_the_larger_checkpoint(adapter, tmp_path, capsys
     config = {"model_type": "llama", "vocab_size": BEFORE, "tie_word_embeddings": False}
     (directory / "config.json").write_text(json.dumps(config))
     assert main(["merge", str(directory), str(adapter), str(tmp_path / "merged")]) == 0, capsys.readouterr().err
-    assert "enlarged: model.embed_tokens.weight has 8 rows" in capsys.readouterr().out
+    assert "enlarged: model.embed_tokens.weight to 8 rows" in capsys.readouterr().out
     assert json.loads((tmp_path / "merged" / "config.json").read_text()) == config | {"vocab_size": AFTER}
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     np.testing.assert_array_equal(merged["lm_head.weight"], ADAPTER["base_model.model.lm_head.weight"])
