@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lora_jax import paths
 from lora_jax.adapters.protocol import LOOKUP
 from lora_jax.initializers import GRADIENT, INPUTS, Inputs, Reading
-from lora_jax.leaves import dequantized, is_abstract, is_quantized
+from lora_jax.leaves import dequantized, is_abstract, is_finite, is_quantized
 from lora_jax.renamed import module_getattr
 from lora_jax.transform import taps
 from lora_jax.transform.call import Arguments, Call
@@ -89,7 +89,7 @@ def _check(path: str, reading: Reading) -> None:
     assert values is not None and counts is not None
     if isinstance(values, jax.core.Tracer):
         return
-    if not jnp.isfinite(values).all():
+    if not is_finite(values):
         raise ValueError(f"{path!r}: the {invalid}.")
     if not jnp.any(counts):
         raise ValueError(f"{path!r}: no {missing} was seen: the outputs do not depend on it differentiably.")

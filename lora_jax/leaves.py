@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -46,6 +47,13 @@ def canonical(leaf: Any) -> Any:
         return leaf
     dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
     return leaf if dtype == leaf.dtype else leaf.astype(dtype)
+
+
+def is_finite(leaf: Any) -> bool:
+    """Whether all floats of a leaf, or of the arrays of a quantized leaf, are finite; true while tracing."""
+    floats = [array for array in jax.tree.leaves(leaf) if jnp.issubdtype(array.dtype, jnp.inexact)]
+    checks = [jnp.isfinite(array).all() for array in floats]
+    return all(isinstance(check, jax.core.Tracer) or bool(check) for check in checks)
 
 
 _SHORT_NAMES = {"bfloat": "bf", "float": "f", "uint": "u", "int": "i", "complex": "c"}

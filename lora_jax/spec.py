@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lora_jax import axes as axis_roles
 from lora_jax import checks, paths
@@ -17,7 +16,7 @@ from lora_jax.adapters.protocol import Adapter, Recipe, check_axes, is_inexact
 from lora_jax.calibration import collect_stats
 from lora_jax.functions import check_function
 from lora_jax.initializers import GRADIENT
-from lora_jax.leaves import canonical, is_array, short
+from lora_jax.leaves import canonical, is_array, is_finite, short
 from lora_jax.linear import all_linear, linear_weights
 from lora_jax.transform.call import path_key
 
@@ -190,15 +189,9 @@ def prepare(
                 moved[path] = weight
                 if isinstance(node, LoRAAdapter):
                     delta[path] = dataclasses.replace(node, fingerprint=fingerprint(given[1], weight))
-                if _is_finite(given[1]) and not _is_finite(weight):
+                if is_finite(given[1]) and not is_finite(weight):
                     raise ValueError(f"{recipes[path]} makes a finite weight one with NaN or Inf.")
     return paths.flatten(base).map(lambda path, leaf: _placed(moved.get(path, leaf), leaf)), delta
-
-
-def _is_finite(leaf: Any) -> bool:
-    """Whether all floats of a leaf, or of the node in its place, are finite; while tracing, they count as finite."""
-    floats = [array for array in jax.tree.leaves(leaf) if is_inexact(array)]
-    return all(isinstance(array, jax.core.Tracer) or bool(jnp.isfinite(array).all()) for array in floats)
 
 
 def _placed(moved: Any, leaf: Any) -> Any:

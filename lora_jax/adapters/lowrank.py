@@ -265,12 +265,7 @@ class LoRA(Recipe):
                 )
             batch, out = (*batch, sum(mask)), (out[0] // len(mask),)
         matrices = Matrices(axes=axes, blocks=mask, batch=batch, in_sizes=in_sizes, out_sizes=out)
-        limit = min(matrices.fan_in, matrices.fan_out)
-        if self.rank > limit:
-            raise ValueError(
-                f"{name}(rank={self.rank}) is above the rank of the weight: shape {tuple(shape)} with roles "
-                f"{axes} is at most of rank {limit}."
-            )
+        roles.check_rank(name, self.rank, shape, axes, blocks=len(mask))
         return matrices
 
 

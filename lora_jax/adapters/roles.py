@@ -39,9 +39,9 @@ def in_and_out(name: str, axes: Sequence[str], shape: Sequence[int]) -> tuple[st
     return roles
 
 
-def check_rank(name: str, rank: int, shape: Sequence[int], axes: Sequence[str]) -> None:
-    """Raises `ValueError` where a rank is above that of a weight."""
-    limit = min(math.prod(sizes(shape, axes, role)) for role in (IN, OUT))
+def check_rank(name: str, rank: int, shape: Sequence[int], axes: Sequence[str], blocks: int = 1) -> None:
+    """Raises `ValueError` if a rank exceeds that of a weight, or that of each of the equal blocks of its out axis."""
+    limit = min(math.prod(sizes(shape, axes, IN)), math.prod(sizes(shape, axes, OUT)) // blocks)
     if rank > limit:
         raise ValueError(
             f"{name}(rank={rank}) is above the rank of the weight: shape {tuple(shape)} with roles {tuple(axes)} is "

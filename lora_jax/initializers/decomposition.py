@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.leaves import is_finite
+
 OVERSAMPLING = 10
 """Columns of a sketch beyond the rank (Halko et al., 2011, §1.3: 5 to 10 suffice)."""
 
@@ -44,7 +46,7 @@ def singular_triplets(
 
 def check_finite(matrices: jax.Array) -> None:
     """Raises where a matrix to decompose holds NaN or Inf, on which LAPACK may not end; while tracing, all pass."""
-    if not isinstance(matrices, jax.core.Tracer) and not jnp.isfinite(matrices).all():
+    if not is_finite(matrices):
         raise ValueError("the matrix to decompose holds NaN or Inf.")
 
 

@@ -10,7 +10,7 @@ from lora_jax.adapters.consistency import check_adapters
 from lora_jax.adapters.factored import compute_dtype
 from lora_jax.adapters.fingerprints import check_base
 from lora_jax.adapters.protocol import NO_BIAS, Adapter, Delta, with_frozen_stopped
-from lora_jax.leaves import canonical, dequantized, is_quantized
+from lora_jax.leaves import canonical, dequantized, is_finite, is_quantized
 from lora_jax.transform.call import Arguments, check_delta
 
 EXACT = 1e-5
@@ -151,7 +151,7 @@ def _changed(params: Any, delta: Delta, change, also: Delta | None = None, *, me
             return weight
         weight = canonical(weight)
         result = change(path, weight)
-        if _is_finite(weight) and not _is_finite(result):
+        if is_finite(weight) and not is_finite(result):
             raise ValueError(
                 f"The merged weight {path!r} is not finite: the adapter holds NaN, Inf or values too large."
             )
@@ -166,12 +166,6 @@ def _changed(params: Any, delta: Delta, change, also: Delta | None = None, *, me
 def _is_placed(array: Any) -> bool:
     """Whether an array is on devices already (a tracer is not)."""
     return isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
-
-
-def _is_finite(array: Any) -> bool:
-    """Whether an array is finite; while tracing, when there are no values yet, every array counts as finite."""
-    finite = jnp.isfinite(array).all()
-    return isinstance(finite, jax.core.Tracer) or bool(finite)
 
 
 def _restored(params: Any, delta: Delta, base: Any) -> Any:
