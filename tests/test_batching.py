@@ -593,7 +593,7 @@ def test_states_that_a_step_consumed_and_fields_that_are_none():
     step, _ = many()
     states = first_states()
     together(step, states, 1)
-    with pytest.raises(RuntimeError, match="given to a step before"):
+    with pytest.raises(RuntimeError, match="donated to an earlier step"):
         together(step, states, 1)
     with pytest.raises(TypeError, match=r"TrainStates.replace: no field 'hypers'; nearest: 'hyper'"):
         states.replace(hypers={})

@@ -171,7 +171,7 @@ def test_damaged_arrays(saved):
 
 
 def test_damaged_manifests(saved, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no adapter directory"):
+    with pytest.raises(FileNotFoundError, match="not an adapter directory"):
         lora.load(tmp_path / "nowhere")
     (saved / "adapter.json").write_text("{")
     with pytest.raises(ValueError, match=r"adapter\.json is damaged"):

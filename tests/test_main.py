@@ -824,8 +824,8 @@ def test_what_force_does_not_replace(fails, writer, base, adapter, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("")
-    assert "so it is not replaced" in fails(*writer(base, adapter, other), "--force")
-    assert "is not a directory; expected" in fails(*writer(base, adapter, other / "thesis.tex"), "--force")
+    assert "only a previous" in fails(*writer(base, adapter, other), "--force")
+    assert "is not a directory; only a previous" in fails(*writer(base, adapter, other / "thesis.tex"), "--force")
     for kind in (base, adapter):  # of either kind, but with more than its files
         shutil.copytree(kind, tmp_path / "run", dirs_exist_ok=True)
     (tmp_path / "run" / "checkpoint-10").mkdir()

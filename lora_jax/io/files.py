@@ -119,10 +119,10 @@ def check_replaceable(
     if not os.path.lexists(directory):
         return
     if not directory.is_dir():
-        raise FileExistsError(f"{directory} exists and is not a directory; expected a {what} to replace.")
+        raise FileExistsError(f"{directory} exists and is not a directory; only a previous {what} is replaced.")
     entries = _entries(directory)
     if entries and not (directory / manifest).is_file():
-        raise FileExistsError(f"{directory} exists and is not a {what} (it has no {manifest}), so it is not replaced.")
+        raise FileExistsError(f"{directory} exists and has no {manifest}; only a previous {what} is replaced.")
     others = [entry for entry in entries if (names is None or entry.name in names) and not _is_owned(entry, owns)]
     if others:
         shown = join_names([f"{entry.name}/" if entry.is_dir() else entry.name for entry in others])
