@@ -93,7 +93,7 @@ def _told(uses: Sequence[Use], ndim: int) -> list[tuple[Use, tuple[str, ...]]]:
 
 def _roles_of_use(use: Use, ndim: int) -> tuple[str, ...] | None:
     found = dict(use.roles)
-    telling = {"in", "out", "indexed"} if use.factored else {"out"}
+    telling = {"in", "out", "indexed"} if use.factored else {"in", "out"}
     if not telling & set(found.values()):
         return None
     if "in and out" in found.values():

@@ -246,12 +246,19 @@ def narrowed(array: jax.Array, dtype: Any) -> jax.Array:
     return array.astype(dtype)
 
 
-def dense(weight: jax.Array, dims: Dims, factors: Sequence[Factor], gains: Sequence[Factor]) -> jax.Array:
-    """The adapted weight itself, computed in at least float32 and cast to the weight's dtype."""
+def dense(weight: jax.Array, dims: Dims, terms: Sequence[Sequence[Factor]], gains: Sequence[Factor]) -> jax.Array:
+    """The adapted weight itself, computed in at least float32 and cast to the weight's dtype.
+
+    Args:
+      weight: The base weight.
+      dims: The labels of its axes.
+      terms: Each a product of factors that is added to the weight.
+      gains: Multiply the sum.
+    """
     labels = [pair for axis in dims for pair in axis]
     dtype = compute_dtype(weight.dtype)
     total = weight.astype(dtype)
-    if factors:
+    for factors in terms:
         first, *rest = (Factor(factor.array.astype(dtype), factor.labels) for factor in factors)
         change = chain(first, rest, labels, precision=lax.Precision.HIGHEST)
         total = total + placed(change, explicit_sharding(weight), weight.shape)

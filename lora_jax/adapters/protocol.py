@@ -162,7 +162,7 @@ class Adapter:
             raise TypeError(f"{type(self).__name__} has neither a factored form nor its own merge().")
         if form.offset is not None:
             raise ValueError(NO_BIAS)
-        return dense(weight, form.dims(weight.shape), form.factors, form.gains)
+        return dense(weight, form.dims(weight.shape), [form.factors] if form.factors else [], form.gains)
 
     @property
     def rank(self) -> Any:

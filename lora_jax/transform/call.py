@@ -16,7 +16,7 @@ from lora_jax.leaves import canonical, dequantized, is_array, is_quantized
 from lora_jax.splitting import Static
 from lora_jax.transform import dropout_keys, jaxprs
 from lora_jax.transform.interpreter import Interpreter, Use
-from lora_jax.transform.weight import Weight, carried, probe
+from lora_jax.transform.weight import Weight, make_weight, probe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +190,7 @@ def insert_adapters(
             inputs[position] = node.merge(dequantized(value))
         else:
             key = None if dropout_key is None else path_key(dropout_key, path)
-            inputs[position] = carried(path, value, form, key)
+            inputs[position] = make_weight(path, value, form, key)
     return inputs
 
 

@@ -1,7 +1,7 @@
 """The interpreter: evaluates a jaxpr in which some values are adapted weights."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,8 @@ from lora_jax.transform.lazy_dequantized import recomputed
 from lora_jax.transform.product import Product
 from lora_jax.transform.rules import RULES
 from lora_jax.transform.rules.contractions import on_arrays
-from lora_jax.transform.weight import CannotFactor, Weight, root
+from lora_jax.transform.tracking import follow, merged_view, primal
+from lora_jax.transform.weight import CannotFactor, Dropout, Term, Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,25 +58,29 @@ class Interpreter:
         self._calls: dict[Any, Callable] = {}
         self._first: Numbers = {}
         self._drawn: dict[str, int] = {}
+        self._jaxpr: jaxprs.Jaxpr | None = None
+        self._outlined = False
 
-    def body(self, jaxpr: jaxprs.Jaxpr) -> Callable[..., tuple[list[Any], Draws]]:
+    def body(self, jaxpr: jaxprs.Jaxpr, *, outlined: bool = False) -> Callable[..., tuple[list[Any], Draws]]:
         """A jaxpr as a function of :meth:`numbers` and its inputs.
 
         It returns the outputs, arrays or (where a view of a weight is returned) weights, and the draws that the caller
-        gives to :meth:`advance`.
+        gives to :meth:`advance`. If it is outlined, equations without weights are not run: their results are zeros.
         """
 
         def call(numbers: Numbers, *arguments: Any):
             frame = Interpreter(flatten=self.flatten, uses=self.uses)
             frame._calls = self._calls
             frame._first = numbers
+            frame._outlined = outlined or self._outlined
             return frame._run(jaxpr, arguments), Draws(tuple(frame._drawn.items()))
 
         return call
 
     def numbers(self, values: Sequence[Any]) -> Numbers:
         """The index of the next use of each weight with dropout among the values."""
-        keyed = dict.fromkeys(v.path for v in values if isinstance(v, Weight) and v.key is not None)
+        weights = [value for value in values if isinstance(value, Weight)]
+        keyed = dict.fromkeys(term.path for weight in weights for term in weight.terms if term.dropout is not None)
         first = {path: self._first.get(path, np.uint32(0)) for path in keyed}
         return Draws(tuple(self._drawn.items())).after(first)
 
@@ -84,7 +89,12 @@ class Interpreter:
         for path, count in draws.counts:
             self._drawn[path] = self._drawn.get(path, 0) + count
 
+    def constant_axes(self, atom: Any) -> Sequence[int]:
+        """Axes along which an operand of the current jaxpr is known to have equal entries."""
+        return sorted(jaxprs.constant_axes(self._jaxpr, atom))
+
     def _run(self, jaxpr: jaxprs.Jaxpr, arguments: Sequence[Any]) -> list[Any]:
+        self._jaxpr = jaxpr
         variables, consts = jaxprs.inputs(jaxpr)
         environment = dict(zip(variables, [*consts, *arguments]))
         last = jaxprs.last_uses(jaxpr)
@@ -92,9 +102,9 @@ class Interpreter:
             values = [jaxprs.read(environment, atom) for atom in equation.invars]
             product = _addend(equation, values, last[position])
             if product is None:
-                for place, value in enumerate(values):
+                for operand, value in enumerate(values):
                     if isinstance(value, Product):
-                        values[place] = environment[equation.invars[place]] = value.total()
+                        values[operand] = environment[equation.invars[operand]] = value.total()
             with jaxprs.context(equation):
                 results = self._apply(equation, values) if product is None else [product.plus(equation, values)]
             environment.update(zip(equation.outvars, results))
@@ -112,9 +122,13 @@ class Interpreter:
         return self._calls[key]
 
     def _apply(self, equation: jaxprs.Equation, values: list[Any]) -> list[Any]:
-        if not any(isinstance(value, Weight) for value in values):
+        name, weights = equation.primitive.name, [value for value in values if isinstance(value, Weight)]
+        if any(not weight.is_merged for weight in weights):  # roles of merged ones are found by themselves
+            values = [v.value if isinstance(v, Weight) and v.is_merged else v for v in values]
+        if self._outlined and (not weights or name not in RULES):
+            return follow(equation, values, list(map(jaxprs.outline, equation.outvars)))
+        if not weights:
             return on_arrays(equation, values)
-        name = equation.primitive.name
         reason = f"there is no factored form of {name}"
         if name in RULES:
             recorded = len(self.uses or ())
@@ -124,84 +138,114 @@ class Interpreter:
                 reason = str(error)
                 if self.uses is not None:  # what the rule had recorded before it gave up
                     del self.uses[recorded:]
-        for value in values:
-            if isinstance(value, Weight):
-                self._note(value, equation, reason)
+        notes = [self._note(value, equation, reason, {}) if isinstance(value, Weight) else [] for value in values]
 
         def merged(*values):
             return on_arrays(equation, [value.merged() if isinstance(value, Weight) else value for value in values])
 
+        if self.uses is None:
+            return recomputed(merged, *values)
+        views = [merged_view(v, note) if isinstance(v, Weight) else v for v, note in zip(values, notes)]
+        inner = primal(equation, views)
+        if inner is None:
+            return follow(equation, views, recomputed(merged, *values))
+        jaxpr, inputs = inner
+        if name != "pallas_call":
+            return self.body(jaxpr)({}, *inputs)[0]
+        self.body(jaxpr, outlined=True)({}, *inputs)
         return recomputed(merged, *values)
 
     def plain(self, equation: jaxprs.Equation, values: Sequence[Any], reason: str) -> list[Any]:
         """The values with weights merged (or, after a lookup, with the looked-up part computed)."""
         return [self.materialize(value, equation, reason) if isinstance(value, Weight) else value for value in values]
 
-    def materialize(self, weight: Weight, equation: jaxprs.Equation | None, reason: str) -> jax.Array:
-        """The array that a weight stands for, and a record of it."""
-        self._note(weight, equation, reason)
-        return recomputed(Weight.merged, weight)
-
-    def _note(self, weight: Weight, equation: jaxprs.Equation | None, reason: str) -> None:
-        """Records that a weight becomes an array; raises where its inputs are wanted."""
-        if weight.taps:
-            where = "" if equation is None else f" ({jaxprs.described(equation)})"
-            raise ValueError(f"{weight.path!r}: its inputs cannot be read here: {reason}{where}.")
-        if weight.offset is not None:
-            where = "" if equation is None else f" ({jaxprs.described(equation)})"
-            raise ValueError(f"{weight.path!r}: the weight would be merged here: {reason}{where}; {NO_BIAS}")
-        present = {label for label, _ in weight.labels} - weight.cut
-        roles = dict.fromkeys(present, "out") | dict.fromkeys(weight.cut, "indexed")
-        if _is_lookup(weight):
-            self.record(weight, equation, roles, "a lookup: only the rows in use are computed")
-        elif weight.cut and equation is not None and equation.primitive.name in ("add", "add_any", "sub"):
-            self.record(weight, equation, roles, "a part that is added: all of it is computed", factored=False)
-        else:
-            self.record(weight, equation, {}, reason, factored=False)
-
-    def next_key(self, weight: Weight) -> Weight:
-        """The weight with dropout keys that no other use of it has."""
-        if weight.key is None:
-            return weight
-        number = self.numbers([weight])[weight.path]
-        self.advance(Draws(((weight.path, 1),)))
-        return weight.fold_in(number)
-
-    def record(
+    def materialize(
         self,
         weight: Weight,
         equation: jaxprs.Equation | None,
-        roles: dict[str, str],
+        reason: str,
+        roles: Mapping[str, str] | None = None,
+    ) -> jax.Array:
+        """The array that a weight stands for, and a record of it; `roles` are by label, if they are known."""
+        self._note(weight, equation, reason, roles or {})
+        return recomputed(Weight.merged, weight)
+
+    def _note(
+        self, weight: Weight, equation: jaxprs.Equation | None, reason: str, roles: Mapping[str, str]
+    ) -> list[list[int]]:
+        """Records that a weight becomes an array; raises if its inputs are to be read. Returns each term's uses."""
+        indices = []
+        where = "" if equation is None else f" ({jaxprs.described(equation)})"
+        for term in weight.terms:
+            if term.taps:
+                raise ValueError(f"{term.path!r}: its inputs cannot be read here: {reason}{where}.")
+            if term.offset is not None:
+                raise ValueError(f"{term.path!r}: the weight would be merged here: {reason}{where}; {NO_BIAS}")
+            (source, *_), name = term.sources, "" if equation is None else equation.primitive.name
+            parts = {x: "indexed" if source.axes_of(x) & source.sliced else "out" for x, _ in weight.labels}
+            if _is_lookup(weight):
+                use = self.record(term, equation, parts, "a lookup: only the rows in use are computed")
+            elif term.sliced and name in ("add", "add_any", "sub"):
+                use = self.record(term, equation, parts, "a part that is added: all of it is computed", factored=False)
+            else:
+                use = self.record(term, equation, roles, reason, factored=False)
+            indices.append(use)
+        return indices
+
+    def next_dropout(self, term: Term) -> Dropout | None:
+        """The dropout of a term with keys that no other use of it has."""
+        if term.dropout is None:
+            return None
+        number = Draws(tuple(self._drawn.items())).after({term.path: self._first.get(term.path, np.uint32(0))})
+        self.advance(Draws(((term.path, 1),)))
+        return term.dropout.fold_in(number[term.path])
+
+    def record(
+        self,
+        term: Term,
+        equation: jaxprs.Equation | None,
+        roles: Mapping[str, str],
         reason: str,
         *,
         factored: bool = True,
-    ) -> None:
-        """Notes a use; `roles` are by label."""
+    ) -> list[int]:
+        """Records a use of a term; `roles` are by label.
+
+        A term that was merged before only completes the roles of that use.
+
+        Returns:
+          The indices of the uses, one for each source of the term.
+        """
         if self.uses is None:
-            return
-        by_axis: dict[int, str] = {}
-        marked = {**dict.fromkeys(weight.cut, "indexed"), **dict.fromkeys(weight.scanned, "batch"), **roles}
-        for label, role in marked.items():
-            axis = root(label)
-            if axis is not None:
-                by_axis[axis] = _joined(by_axis.get(axis), role)
+            return []
         name, where = (equation.primitive.name, jaxprs.source(equation)) if equation is not None else ("output", "")
-        self.uses.append(Use(weight.path, name, factored, reason, where, by_axis))
+        first = len(self.uses) if term.merge is None else term.merge
+        for index, source in enumerate(term.sources, first):
+            by_axis: dict[int, str] = dict.fromkeys(source.sliced, "indexed") | dict.fromkeys(source.scanned, "batch")
+            for label, role in roles.items():
+                axis = source.axis(label)
+                if axis is not None:
+                    by_axis[axis] = _joined(by_axis.get(axis), role)
+            if term.merge is None:
+                self.uses.append(Use(source.path, name, factored, reason, where, by_axis))
+            elif not {"in", "out"} & set(self.uses[index].roles.values()):
+                self.uses[index] = dataclasses.replace(self.uses[index], roles=by_axis)
+        return list(range(first, first + len(term.sources)))
 
 
 def _is_lookup(weight: Weight) -> bool:
-    """Whether the part of a weight that was taken is used as it is: rows by index, or a row."""
+    """Whether the part of a weight that was sliced is used without a product: rows by index, or a row."""
     is_row = sum(size > 1 for _, size in weight.labels) <= 1
-    return bool(weight.cut) and (weight.looked_up or is_row)
+    return weight.sliced and (weight.looked_up or is_row)
 
 
 def _addend(equation: jaxprs.Equation, values: Sequence[Any], finished: Sequence[Any]) -> Product | None:
     """The product that an equation adds an independent array to, where that is the product's only use left."""
     if equation.primitive.name not in ("add", "add_any"):
         return None
-    for place, (value, other) in enumerate((values, values[::-1])):
+    for operand, (value, other) in enumerate((values, values[::-1])):
         independent = not isinstance(other, Product | Weight)
-        if isinstance(value, Product) and independent and equation.invars[place] in finished:
+        if isinstance(value, Product) and independent and equation.invars[operand] in finished:
             return value
     return None
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax._src import config as jax_config
 from jax._src import core as jax_core
 from jax._src import source_info_util
@@ -134,6 +135,56 @@ def read(environment: dict[Any, Any], atom: Any) -> Any:
 def is_literal(atom: Any) -> bool:
     """Whether an operand of an equation is a constant that is written in it."""
     return isinstance(atom, Literal)
+
+
+ELEMENTWISE = frozenset(
+    """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp complex conj
+    convert_element_type copy cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag
+    integer_pow is_finite le log log1p logistic lt max min mul name ne neg nextafter not or pow real
+    reduce_precision rem round rsqrt select_n sign sin sinh sqrt square sub tan tanh xor
+    """.split()  # noqa: SIM905
+)
+"""Primitives that act on each element by itself. Operands are of one shape, or have axes of size one."""
+
+
+def constant_axes(jaxpr: Jaxpr, atom: Any) -> frozenset[int]:
+    """Axes along which a variable of a jaxpr is known to have equal entries: it was broadcast along them."""
+    producers = {variable: equation for equation in equations(jaxpr) for variable in equation.outvars}
+
+    def axes(atom: Any) -> frozenset[int]:
+        every = frozenset(range(atom.aval.ndim))
+        constant = frozenset(axis for axis in every if atom.aval.shape[axis] == 1)
+        equation = None if isinstance(atom, Literal) else producers.get(atom)
+        if equation is None:
+            return every if isinstance(atom, Literal) else constant
+        if equation.primitive.name == "broadcast_in_dim":
+            operand, targets = equation.invars[0], equation.params["broadcast_dimensions"]
+            return every - {target for axis, target in enumerate(targets) if axis not in axes(operand)}
+        if equation.primitive.name in ELEMENTWISE:
+            operands = [operand for operand in equation.invars if operand.aval.ndim]
+            return constant | frozenset.intersection(every, *map(axes, operands))
+        return constant
+
+    return axes(atom)
+
+
+def kernel_blocks(equation: Equation) -> list[tuple[int, ...]]:
+    """For each input of a Pallas kernel, the axes of the operand that a block of it has."""
+    mapping = equation.params["grid_mapping"]
+    return [
+        tuple(axis for axis, size in enumerate(block.block_shape) if "Squeezed" not in type(size).__name__)
+        for block in mapping.block_mappings[: mapping.num_inputs]
+    ]
+
+
+def outline(variable: Any) -> jax.Array | None:
+    """Zeros in the place of a variable, or of what a reference refers to; None if that is no array of numbers."""
+    aval = getattr(variable.aval, "inner_aval", variable.aval)
+    dtype = getattr(aval, "dtype", None)
+    if not isinstance(dtype, np.dtype) or not hasattr(aval, "shape"):
+        return None
+    return jnp.zeros(aval.shape, dtype)
 
 
 def is_dropped(variable: Any) -> bool:

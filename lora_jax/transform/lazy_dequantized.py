@@ -20,19 +20,19 @@ class View:
 
     Attributes:
       equation: It.
-      place: Which of its operands the weight is.
+      operand: Position of the weight among its operands.
       output: Which of its outputs the view is.
     """
 
     equation: jaxprs.Equation
-    place: int = 0
+    operand: int = 0
     output: int = 0
 
     def __call__(self, value: jax.Array, others: Sequence[Any]) -> jax.Array:
         with jaxprs.context(self.equation):
             if self.equation.primitive.name == "pvary":
                 return jaxprs.varying_over(value, self.equation.params["axes"])
-            operands = [*others[: self.place], value, *others[self.place :]]
+            operands = [*others[: self.operand], value, *others[self.operand :]]
             return jaxprs.bind(self.equation, operands)[self.output]
 
 
@@ -43,7 +43,7 @@ class LazyDequantized:
 
     Attributes:
       leaf: The pytree node with `dequantize()`.
-      others: For each view, the arrays that it takes beside the weight.
+      others: For each view, its other operands: arrays, or other quantized weights.
       views: In order.
       shape: Under the views.
       dtype: Under the views.
@@ -69,18 +69,19 @@ class LazyDequantized:
         leaf = self.leaf.at_use() if hasattr(self.leaf, "at_use") else self.leaf
         value = leaf.dequantize()
         for view, others in zip(self.views, self.others):
-            value = view(value, others)
+            arrays = [other.compute() if isinstance(other, LazyDequantized) else other for other in others]
+            value = view(value, arrays)
         return value
 
     def under(self, view: View, others: Sequence[Any]) -> "LazyDequantized":
         """The weight under one more view."""
-        made = view.equation.outvars[view.output].aval
+        aval = view.equation.outvars[view.output].aval
         return dataclasses.replace(
             self,
             views=(*self.views, view),
             others=(*self.others, tuple(others)),
-            shape=tuple(made.shape),
-            dtype=np.dtype(made.dtype),
+            shape=tuple(aval.shape),
+            dtype=np.dtype(aval.dtype),
         )
 
     @property
@@ -108,8 +109,8 @@ class LazyDequantized:
 
     def rows(self, take: Callable[[jax.Array], jax.Array]) -> "LazyDequantized | None":
         """The rows that `take` takes of an array's first axis, index axes in front; None where that cuts blocks."""
-        taken = self.leaf.rows(take) if self._by_element and hasattr(self.leaf, "rows") else None
-        return None if taken is None else self.with_leaf(taken)
+        rows = self.leaf.rows(take) if self._by_element and hasattr(self.leaf, "rows") else None
+        return None if rows is None else self.with_leaf(rows)
 
     def along(self, axis: int, cut: Callable[[jax.Array], jax.Array]) -> "LazyDequantized | None":
         """The part that `cut` makes of each array, along an axis of layers; None for other axes."""
@@ -117,13 +118,12 @@ class LazyDequantized:
 
 
 def viewed(equation: jaxprs.Equation, values: Sequence[Any]) -> list[Any]:
-    """An equation that makes views: of an array at once, of a quantized weight when it is used."""
-    places = [place for place, value in enumerate(values) if isinstance(value, LazyDequantized)]
-    if not places:
+    """The results of an equation that makes views: of arrays at once, of quantized weights when they are used."""
+    lazy = next((operand for operand, value in enumerate(values) if isinstance(value, LazyDequantized)), None)
+    if lazy is None:
         return jaxprs.bind(equation, values)
-    (place,) = places
-    others = [value for position, value in enumerate(values) if position != place]
-    return [values[place].under(View(equation, place, output), others) for output in range(len(equation.outvars))]
+    others = [value for operand, value in enumerate(values) if operand != lazy]
+    return [values[lazy].under(View(equation, lazy, output), others) for output in range(len(equation.outvars))]
 
 
 def recomputed(function: Callable, *values: Any) -> Any:

@@ -17,7 +17,7 @@ from jax import lax
 from lora_jax.adapters.factored import Factor, Label, chain
 from lora_jax.adapters.protocol import BATCH, IN
 from lora_jax.transform.ragged import ragged_outer
-from lora_jax.transform.weight import CannotFactor, Weight, probe, twin
+from lora_jax.transform.weight import CannotFactor, Term, Weight, probe, twin
 
 Moments = tuple[jax.Array, jax.Array, jax.Array]
 """Σ x·xᵀ `[*batch, *in, *in]`, Σ x `[*batch, *in]` and the number of inputs `[*batch]`, float32."""
@@ -25,25 +25,27 @@ Moments = tuple[jax.Array, jax.Array, jax.Array]
 
 def zeros(shape: Sequence[int], axes: Sequence[str]) -> Moments:
     """The moments of no inputs, for a weight of this shape with these axis roles."""
-    batch, into = ([n for n, role in zip(shape, axes) if role == wanted] for wanted in (BATCH, IN))
-    return tuple(jnp.zeros(sizes, jnp.float32) for sizes in ([*batch, *into, *into], [*batch, *into], batch))  # pyrefly: ignore[bad-return]
+    batch, inputs = ([n for n, role in zip(shape, axes) if role == chosen] for chosen in (BATCH, IN))
+    return tuple(jnp.zeros(sizes, jnp.float32) for sizes in ([*batch, *inputs, *inputs], [*batch, *inputs], batch))  # pyrefly: ignore[bad-return]
 
 
 def with_taps(path: str, value: jax.Array, axes: Sequence[str], moments: Moments) -> Weight:
     """A weight that reads its inputs; `moments` are zeros to differentiate with respect to."""
-    batch, into = ([str(axis) for axis, role in enumerate(axes) if role == wanted] for wanted in (BATCH, IN))
-    labels = ((*batch, *into, *map(twin, into)), (*batch, *into), tuple(batch))
-    return probe(path, value).replace(taps=tuple(map(Factor, moments, labels)))
+    batch, inputs = ([str(axis) for axis, role in enumerate(axes) if role == chosen] for chosen in (BATCH, IN))
+    labels = ((*batch, *inputs, *map(twin, inputs)), (*batch, *inputs), tuple(batch))
+    weight = probe(path, value)
+    (term,) = weight.terms
+    return weight.replace(terms=(term.replace(taps=tuple(map(Factor, moments, labels))),))
 
 
-def check_whole(weight: Weight, contracted: Sequence[tuple[Label, int]]) -> None:
+def check_whole(term: Term, contracted: Sequence[tuple[Label, int]]) -> None:
     """Raises `CannotFactor` unless the whole in axes of a weight are contracted, and nothing else."""
-    wanted = {label for label in weight.taps[0].labels if twin(label) in weight.taps[0].labels}
-    missing = {label for label in weight.taps[0].labels if label.endswith("'")} - set(map(twin, wanted))
-    found = {label for label, size in contracted if size > 1 or label in wanted}
-    if missing or found != wanted:
+    labels = term.taps[0].labels
+    in_labels = {label for label in labels if twin(label) in labels}
+    missing = {label for label in labels if label.endswith("'")} - set(map(twin, in_labels))
+    if missing or {label for label, size in contracted if size > 1 or label in in_labels} != in_labels:
         raise CannotFactor("other axes than its in axes are contracted")
-    if wanted & weight.cut:
+    if any({source.axis(label) for label in in_labels} & source.sliced for source in term.sources):
         raise CannotFactor("only a part of its in axes is contracted")
 
 
@@ -76,11 +78,10 @@ def moments(x: jax.Array, labels: Sequence[tuple[Label, int]], taps: Sequence[Fa
     """The moments of an input whose axes are labeled, in the layout of the taps."""
     square, plain, count = ([(label, tap.sizes[label]) for label in tap.labels] for tap in taps)
     names = [label for label, _ in labels]
-    into = {label for label, _ in square if twin(label) in dict(square)}
+    inputs = {label for label, _ in square if twin(label) in dict(square)}
     wide = Factor(x.astype(jnp.float32), tuple(names))
-    mirrored = Factor(wide.array, tuple(twin(label) if label in into else label for label in names))
-    own = into | {label for label, _ in count}
-    number = math.prod(size for label, size in labels if label not in own)
+    mirrored = Factor(wide.array, tuple(twin(label) if label in inputs else label for label in names))
+    number = math.prod(size for label, size in labels if label not in inputs | {label for label, _ in count})
     return (
         chain(wide, [mirrored], square, precision=lax.Precision.HIGHEST),
         chain(wide, [], plain),

@@ -1,11 +1,6 @@
 """What each JAX primitive does to an adapted weight."""
 
-from lora_jax.transform.rules import contractions, control_flow, convolutions, lookups, views
+from lora_jax.transform.rules import combinations, contractions, control_flow, convolutions, lookups, views
+from lora_jax.transform.rules.registry import RULES, rule
 
-RULES = {
-    **views.RULES,
-    **lookups.RULES,
-    **contractions.RULES,
-    **convolutions.RULES,
-    **control_flow.RULES,
-}
+__all__ = ["RULES", "combinations", "contractions", "control_flow", "convolutions", "lookups", "rule", "views"]

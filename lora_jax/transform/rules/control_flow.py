@@ -9,17 +9,22 @@ from lora_jax.adapters.factored import Factor
 from lora_jax.transform import jaxprs
 from lora_jax.transform.draws import Draws
 from lora_jax.transform.lazy_dequantized import LazyDequantized, recomputed
-from lora_jax.transform.weight import CannotFactor, Weight, spec_by_label
+from lora_jax.transform.rules.registry import Evaluator, rule
+from lora_jax.transform.weight import CannotFactor, Weight
+from lora_jax.transform.weight_views import spec_by_label
+
+Equation = jaxprs.Equation
 
 
-def _entered(interpreter, function, values):
-    """The outputs of a body, whose uses of dropout keys follow those before it."""
+def _evaluate(interpreter: Evaluator, function, values):
+    """The outputs of a body. Its uses of dropout keys are numbered after those before it."""
     outputs, draws = function(interpreter.numbers(values), *values)
     interpreter.advance(draws)
     return outputs
 
 
-def _jit(interpreter, equation, values):
+@rule("jit", "pjit")
+def jit(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     params = equation.params
     jaxpr = params["jaxpr"]
 
@@ -39,32 +44,35 @@ def _jit(interpreter, equation, values):
         )
 
     key = (jaxpr, params["name"], params["in_shardings"], params["out_shardings"])
-    return _entered(interpreter, interpreter.cached(key, make), values)
+    return _evaluate(interpreter, interpreter.cached(key, make), values)
 
 
 def _constrained(value, sharding):
     if jaxprs.is_unspecified(sharding):
         return value
     if isinstance(value, Weight):
-        if isinstance(value.value, LazyDequantized):  # codes stay where they are
+        if isinstance(value.value, LazyDequantized):  # codes keep their sharding
             return value
         return value.replace(value=lax.with_sharding_constraint(value.value, sharding))
     return lax.with_sharding_constraint(value, sharding)
 
 
-def _remat(interpreter, equation, values):
+@rule("remat2", "checkpoint", "remat")
+def remat(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     params = equation.params
     body = jax.checkpoint(interpreter.body(params["jaxpr"]), prevent_cse=params["prevent_cse"], policy=params["policy"])
-    return _entered(interpreter, body, values)
+    return _evaluate(interpreter, body, values)
 
 
-def _call(interpreter, equation, values):
+@rule("closed_call", "core_call")
+def call(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     """Calls that only group equations."""
     jaxpr = equation.params.get("call_jaxpr", equation.params.get("jaxpr"))
-    return _entered(interpreter, interpreter.body(jaxpr), values)
+    return _evaluate(interpreter, interpreter.body(jaxpr), values)
 
 
-def _compute_on(interpreter, equation, values):
+@rule("compute_on")
+def compute_on(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     params, draws = equation.params, []
     body = jaxprs.compute_on(
         _plain_outputs(interpreter, equation, params["jaxpr"], draws),
@@ -77,7 +85,8 @@ def _compute_on(interpreter, equation, values):
     return list(outputs)
 
 
-def _cond(interpreter, equation, values):
+@rule("cond")
+def cond(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     index, *operands = values
     draws = []
     branches = [_plain_outputs(interpreter, equation, branch, draws) for branch in equation.params["branches"]]
@@ -104,7 +113,7 @@ def _plain_outputs(interpreter, equation, jaxpr, draws: list):
 
 
 def _carries(interpreter, equation, carry, unchanged):
-    """Splits the carry of a loop: weights that the loop hands through are constants of it."""
+    """Splits the carry of a loop into weights that the loop hands through, by position, and the other values."""
     fixed = {}
     for position, value in enumerate(carry):
         if isinstance(value, Weight):
@@ -112,23 +121,23 @@ def _carries(interpreter, equation, carry, unchanged):
                 fixed[position] = value
             else:
                 carry[position] = interpreter.materialize(value, equation, "the loop changes it")
-    moving = [value for position, value in enumerate(carry) if position not in fixed]
-    return fixed, moving
+    return fixed, [value for position, value in enumerate(carry) if position not in fixed]
 
 
-def _with_fixed(fixed, moving):
-    """The whole carry again."""
-    rest = iter(moving)
-    return [fixed[i] if i in fixed else next(rest) for i in range(len(fixed) + len(moving))]
+def _join_carry(fixed, variable):
+    """The whole carry of a loop."""
+    rest = iter(variable)
+    return [fixed[i] if i in fixed else next(rest) for i in range(len(fixed) + len(variable))]
 
 
 def _unchanged(jaxpr, num_consts):
     """Carry positions that the body returns as they came in."""
-    return {out for out, into in jaxprs.forwarded(jaxpr).items() if into == num_consts + out}
+    return {output for output, source in jaxprs.forwarded(jaxpr).items() if source == num_consts + output}
 
 
-def _while(interpreter, equation, values):
-    if any(isinstance(value, Weight) and value.taps for value in values):
+@rule("while")
+def while_loop(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
+    if any(isinstance(value, Weight) and value.has_taps for value in values):
         raise CannotFactor("a while loop has no gradient, which reads the inputs")
     params = equation.params
     cond_count, body_count = params["cond_nconsts"], params["body_nconsts"]
@@ -142,19 +151,19 @@ def _while(interpreter, equation, values):
 
     def condition(state):
         numbers, moving = state
-        (result,), drawn = cond(numbers, *cond_consts, *_with_fixed(fixed, moving))
+        (result,), drawn = cond(numbers, *cond_consts, *_join_carry(fixed, moving))
         draws.append(drawn)
         return result
 
     def step(state):
         numbers, moving = state
-        outputs, drawn = body(numbers, *body_consts, *_with_fixed(fixed, moving))
+        outputs, drawn = body(numbers, *body_consts, *_join_carry(fixed, moving))
         draws.append(drawn)
         return drawn.after(numbers), outputs
 
     _, results = lax.while_loop(condition, step, (numbers, moving))
     interpreter.advance(Draws.most(draws).unknown_times())
-    return _with_fixed(fixed, results)
+    return _join_carry(fixed, results)
 
 
 def _plain_except(interpreter, equation, jaxpr, fixed):
@@ -170,7 +179,8 @@ def _plain_except(interpreter, equation, jaxpr, fixed):
     return call
 
 
-def _scan(interpreter, equation, values):
+@rule("scan")
+def scan(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     params = equation.params
     num_consts, num_carry = jaxprs.scan_counts(equation)
     consts = values[:num_consts]
@@ -184,7 +194,7 @@ def _scan(interpreter, equation, values):
     def step(state, rows):
         numbers, moving = state
         inner = [row if restore is None else restore(row) for row, (_, restore) in zip(rows, sliced)]
-        outputs, drawn = body(numbers, *consts, *_with_fixed(fixed, moving), *inner)
+        outputs, drawn = body(numbers, *consts, *_join_carry(fixed, moving), *inner)
         draws.append(drawn)
         count = num_carry - len(fixed)
         return (drawn.after(numbers), outputs[:count]), outputs[count:]
@@ -199,7 +209,7 @@ def _scan(interpreter, equation, values):
         _split_transpose=params.get("_split_transpose", False),
     )
     interpreter.advance(Draws.most(draws).times(params["length"]))
-    return [*_with_fixed(fixed, final), *ys]
+    return [*_join_carry(fixed, final), *ys]
 
 
 def _scanned(interpreter, equation, weight: Weight):
@@ -209,7 +219,7 @@ def _scanned(interpreter, equation, weight: Weight):
     label = weight.dims[0][0][0]
     value = weight.value
     if isinstance(value, LazyDequantized) and not value.layers:
-        interpreter.record(weight, equation, {}, "dequantized as a whole: its blocks have no leading axis to scan over")
+        _record(interpreter, weight, equation, "dequantized as a whole: its blocks have no leading axis to scan over")
         value = recomputed(lambda value: value, value)
 
     def lead(factor: Factor) -> Factor:
@@ -217,10 +227,10 @@ def _scanned(interpreter, equation, weight: Weight):
         return factor.transposed([label, *rest]) if label in factor.labels else factor
 
     led = weight.map_factors(lead)
-    moved = [f.array for f in led.labeled if label in f.labels]
+    arrays = [f.array for f in led.labeled if label in f.labels]
 
-    def restore(arrays):
-        row, *slices = arrays
+    def restore(rows):
+        row, *slices = rows
         if isinstance(value, LazyDequantized):
             row = value.with_leaf(row)
         queue = iter(slices)
@@ -228,14 +238,13 @@ def _scanned(interpreter, equation, weight: Weight):
         def cut(factor: Factor) -> Factor:
             return Factor(next(queue), factor.labels[1:]) if label in factor.labels else factor
 
-        return led.map_factors(cut).replace(
-            value=row, dims=led.dims[1:], scanned=led.scanned | {label}, cut=led.cut - {label}
-        )
+        return led.mark_scanned(label).map_factors(cut).replace(value=row, dims=led.dims[1:])
 
-    return [value.leaf if isinstance(value, LazyDequantized) else value, *moved], restore
+    return [value.leaf if isinstance(value, LazyDequantized) else value, *arrays], restore
 
 
-def _shard_map(interpreter, equation, values):
+@rule("shard_map")
+def shard_map(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     params = equation.params
     specs, arguments, rebuild, draws = [], [], [], []
     for value, spec in zip(values, params["in_specs"]):
@@ -272,9 +281,14 @@ def _shard_map(interpreter, equation, values):
     return outputs
 
 
+def _record(interpreter: Evaluator, weight: Weight, equation: Equation, reason: str) -> None:
+    for term in weight.terms:
+        interpreter.record(term, equation, {}, reason)
+
+
 def _sharded(interpreter, equation, weight: Weight, spec, mesh):
     """A weight that shard_map divides, and the specs of its leaves, from the spec of its base."""
-    if weight.taps:
+    if weight.has_taps:
         raise CannotFactor("inside shard_map each device sees a part of the inputs")
     names = spec_by_label(weight, spec, mesh)
     partition: Any = jax.sharding.PartitionSpec
@@ -287,24 +301,20 @@ def _sharded(interpreter, equation, weight: Weight, spec, mesh):
         divided = value.parts(spec, mesh)
         if divided is None:
             reason = "dequantized as a whole before shard_map: a shard is no whole number of blocks"
-            interpreter.record(weight, equation, {}, reason)
+            _record(interpreter, weight, equation, reason)
             value = recomputed(lambda value: value, value)
         else:
             value, base_spec = divided
     weight = weight.replace(value=value)
     specs = weight.map_factors(spec_of).replace(value=base_spec)
-    leaves = jax.tree.leaves(
-        specs.replace(rate=None if weight.rate is None else partition()),
-        is_leaf=lambda x: isinstance(x, partition),
-    )
-    return weight, leaves
+    return weight, jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, partition))
 
 
 def _local(weight: Weight) -> Weight:
     """The weight of one shard: the sizes of its labels are those of the local arrays."""
     if isinstance(weight.value, LazyDequantized):
         weight = weight.replace(value=weight.value.with_leaf(weight.value.leaf))
-    sizes = {label: size for f in (*weight.factors, *weight.gains) for label, size in f.sizes.items()}
+    sizes = {label: size for factor in weight.labeled for label, size in factor.sizes.items()}
     dims = []
     for axis, size in zip(weight.dims, weight.value.shape):
         rest = 1
@@ -313,19 +323,3 @@ def _local(weight: Weight) -> Weight:
         first = axis[0][0]
         dims.append(((first, sizes.get(first, size // rest)), *axis[1:]))
     return weight.replace(dims=tuple(dims))
-
-
-RULES = {
-    "jit": _jit,
-    "pjit": _jit,
-    "remat2": _remat,
-    "checkpoint": _remat,
-    "remat": _remat,
-    "closed_call": _call,
-    "core_call": _call,
-    "compute_on": _compute_on,
-    "cond": _cond,
-    "while": _while,
-    "scan": _scan,
-    "shard_map": _shard_map,
-}

@@ -1,15 +1,21 @@
 """Indexing: `W[ids]` and `jnp.take`. The factors are indexed like the weight, so that no merged row is stored."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from lora_jax.adapters.factored import Factor
+from lora_jax.transform import jaxprs
 from lora_jax.transform.lazy_dequantized import LazyDequantized, viewed
-from lora_jax.transform.weight import CannotFactor, Weight, fresh, twin
+from lora_jax.transform.rules.registry import Evaluator, rule
+from lora_jax.transform.weight import CannotFactor, Weight, twin
+from lora_jax.transform.weight_views import fresh
 
 
-def _gather(interpreter, equation, values):
+@rule("gather")
+def gather(interpreter: Evaluator, equation: jaxprs.Equation, values: list[Any]) -> list[Any]:
     """A gather that indexes one axis and takes the others whole."""
     weight, indices = values
     if not isinstance(weight, Weight) or isinstance(indices, Weight):
@@ -28,7 +34,7 @@ def _gather(interpreter, equation, values):
         raise CannotFactor("a gather of windows of rows")
     column = [int(a) for a in numbers.start_index_map].index(axis)
     label = weight.single(axis)
-    if any(twin(label) in tap.labels for tap in weight.taps):
+    if any(twin(label) in tap.labels for term in weight.terms for tap in term.taps):
         raise CannotFactor("rows are looked up, of which the input is a count")
     filling = params["fill_value"]
     if filling is not None and filling != 0 and not np.isnan(filling) and any(not g.labels for g in weight.gains):
@@ -47,8 +53,8 @@ def _gather(interpreter, equation, values):
             return factor
         at = factor.axis(label)
         shared = [x for x in batch_labels if x in factor.labels]
-        taken = {at, *(factor.axis(x) for x in shared)}
-        rest = [a for a in range(factor.array.ndim) if a not in taken]
+        indexed = {at, *(factor.axis(x) for x in shared)}
+        rest = [a for a in range(factor.array.ndim) if a not in indexed]
         lead = len(index_dims)
         array = lax.gather(
             factor.array,
@@ -58,9 +64,9 @@ def _gather(interpreter, equation, values):
                 collapsed_slice_dims=(at,),
                 start_index_map=(at,),
                 operand_batching_dims=tuple(factor.axis(x) for x in shared),
-                start_indices_batching_dims=tuple(place for place, (x, _) in enumerate(index_dims) if x in shared),
+                start_indices_batching_dims=tuple(i for i, (x, _) in enumerate(index_dims) if x in shared),
             ),
-            slice_sizes=[1 if a in taken else n for a, n in enumerate(factor.array.shape)],
+            slice_sizes=[1 if a in indexed else n for a, n in enumerate(factor.array.shape)],
             indices_are_sorted=params["indices_are_sorted"],
             unique_indices=params["unique_indices"],
             mode=params["mode"],
@@ -75,32 +81,23 @@ def _gather(interpreter, equation, values):
             collapsed == [0] and not batching and offsets == list(range(len(index_dims), equation.outvars[0].aval.ndim))
         )
 
-        def taken(array):
+        def take(array):
             # A row out of range gets its filling, zero or NaN, through its scales.
             fill = filling if jnp.issubdtype(array.dtype, jnp.inexact) else 0
             return look_up(Factor(array, (label, *fresh(weight, array.ndim - 1))), fill).array
 
         through_scales = filling is None or filling == 0 or np.isnan(filling)
-        rows = value.rows(taken) if in_front and through_scales else None
+        rows = value.rows(take) if in_front and through_scales else None
         value = viewed(equation, [value, values[1]])[0] if rows is None else rows
     window = iter(a for a in range(weight.value.ndim) if a not in batching and a not in collapsed)
     lead, added = iter(index_dims), fresh(weight, indices.ndim)[-1]
     dims: list[tuple[tuple[str, int], ...]] = []
-    for place in range(value.ndim):
-        source = next(window) if place in offsets else None
+    for result_axis in range(value.ndim):
+        source = next(window) if result_axis in offsets else None
         if source is None:
             dims.append((next(lead),))
         else:
             dims.append(((added, 1),) if source == axis else weight.dims[source])
     # A row that is out of range is the weight's own filling, with nothing added and not scaled.
-    looked_up = weight.replace(
-        factors=tuple(look_up(factor, 0) for factor in weight.factors),
-        gains=tuple(look_up(gain, 1) for gain in weight.gains),
-        offset=weight.offset if weight.offset is None else look_up(weight.offset, 0),
-        key=None if weight.key is None else look_up(weight.key, 0),
-        taps=tuple(look_up(tap, 0) for tap in weight.taps),
-    )
-    return [looked_up.replace(value=value, dims=tuple(dims), cut=weight.cut | {label}, looked_up=True)]
-
-
-RULES = {"gather": _gather}
+    rows = weight.map_factors(lambda factor: look_up(factor, 0), lambda gain: look_up(gain, 1))
+    return [rows.replace(value=value, dims=tuple(dims)).mark_sliced(label, looked_up=True)]

@@ -1,5 +1,6 @@
 """Operations that leave a weight a weight: casts, transposes, reshapes, slices, scalings, shardings."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,20 +11,39 @@ from jax import lax
 
 from lora_jax.adapters.factored import Factor, compute_dtype
 from lora_jax.transform import jaxprs
+from lora_jax.transform.combining import as_gain
 from lora_jax.transform.lazy_dequantized import LazyDequantized, viewed
-from lora_jax.transform.weight import CannotFactor, Weight, fresh, permuted, reshaped, sliced, spec_by_label
+from lora_jax.transform.rules.combinations import bare
+from lora_jax.transform.rules.registry import Evaluator, rule
+from lora_jax.transform.weight import CannotFactor, Weight
+from lora_jax.transform.weight_views import fresh, permuted, reshaped, slice_axis, spec_by_label
+
+Equation = jaxprs.Equation
 
 
-def _same(interpreter, equation, values):
+@rule("convert_element_type", "copy", "copy_p", "name", "pvary", "reduce_precision", "sharding_constraint")
+def keep_factors(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     """Casts, copies, sharding constraints: the factors stay as they are."""
     (weight,) = values
     (value,) = viewed(equation, [weight.value])
-    if not jnp.issubdtype(value.dtype, jnp.floating):
+    if not jnp.issubdtype(value.dtype, jnp.inexact):
         raise CannotFactor(f"the weight becomes {value.dtype}")
     return [weight.replace(value=value)]
 
 
-def _barrier(interpreter, equation, values):
+@rule("device_put")
+def device_put(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
+    """The base weight moves. The factors stay, and the product decides where they are used."""
+    if len(values) == 1:
+        return keep_factors(interpreter, equation, values)
+    if any(isinstance(value, Weight) and isinstance(value.value, LazyDequantized) for value in values):
+        raise CannotFactor("several quantized weights are moved at once")
+    return keep_all_factors(interpreter, equation, values)
+
+
+@rule("optimization_barrier")
+def keep_all_factors(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
+    """Operations on several arrays at once, each of which stays as it is."""
     bare = [value.value if isinstance(value, Weight) else value for value in values]
     arrays, treedef = jax.tree.flatten(bare)
     results = jax.tree.unflatten(treedef, jaxprs.bind(equation, arrays))
@@ -32,37 +52,42 @@ def _barrier(interpreter, equation, values):
     ]
 
 
-def _transpose(interpreter, equation, values):
+@rule("transpose")
+def transpose(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     (weight,) = values
     (value,) = viewed(equation, [weight.value])
     return [permuted(weight, value, equation.params["permutation"])]
 
 
-def _reshape(interpreter, equation, values):
+@rule("reshape", "expand_dims")
+def reshape(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     weight, *sizes = values
-    if equation.params.get("dimensions") is not None or sizes:
-        raise CannotFactor("a reshape with a permutation or traced sizes")
+    if sizes:
+        raise CannotFactor("a reshape to traced sizes")
     (value,) = viewed(equation, [weight.value])
-    return [reshaped(weight, value)]
+    order = equation.params.get("dimensions")
+    return [reshaped(weight if order is None else permuted(weight, value, order), value)]
 
 
-def _squeeze(interpreter, equation, values):
+@rule("squeeze")
+def squeeze(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     (weight,) = values
     (value,) = viewed(equation, [weight.value])
     return [reshaped(weight, value)]
 
 
-def _broadcast(interpreter, equation, values):
+@rule("broadcast_in_dim")
+def broadcast(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     weight, *sizes = values
     if sizes:
         raise CannotFactor("a broadcast to traced sizes")
     (value,) = viewed(equation, [weight.value])
-    places = equation.params["broadcast_dimensions"]
-    added = iter(fresh(weight, value.ndim + len(places)))
+    targets = equation.params["broadcast_dimensions"]
+    added = iter(fresh(weight, value.ndim + len(targets)))
     dims: list[tuple[tuple[str, int], ...]] = [((next(added), size),) for size in value.shape]
-    for axis, place in enumerate(places):
-        if weight.value.shape[axis] == value.shape[place]:
-            dims[place] = weight.dims[axis]
+    for axis, target in enumerate(targets):
+        if weight.value.shape[axis] == value.shape[target]:
+            dims[target] = weight.dims[axis]
         else:
             for label, _ in weight.dims[axis]:
                 weight = weight.without(label)
@@ -80,7 +105,8 @@ def _part(equation, weight: Weight, others: Sequence, sizes: Sequence[int], cut:
     return viewed(equation, [value, *others])[0]
 
 
-def _slice(interpreter, equation, values):
+@rule("slice")
+def static_slice(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     (weight,) = values
     starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
     strides = equation.params["strides"] or (1,) * len(starts)
@@ -91,98 +117,145 @@ def _slice(interpreter, equation, values):
     value = _part(equation, weight, [], limits, cut)
     for axis, (start, limit, stride) in enumerate(zip(starts, limits, strides)):
         if (start, limit, stride) != (0, weight.value.shape[axis], 1):
-            weight = sliced(weight, value, axis, start, limit, stride)
+            weight = slice_axis(weight, value, axis, start, limit, stride)
     return [weight.replace(value=value)]
 
 
-def _split(interpreter, equation, values):
+@rule("split")
+def split(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     (weight,) = values
     parts, start = [], 0
     axis = equation.params["axis"]
     for size, value in zip(equation.params["sizes"], viewed(equation, [weight.value])):
-        parts.append(sliced(weight, value, axis, start, start + int(size)))
+        parts.append(slice_axis(weight, value, axis, start, start + int(size)))
         start += int(size)
     return parts
 
 
-def _dynamic_slice(interpreter, equation, values):
+@rule("dynamic_slice")
+def dynamic_slice(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     weight, *starts = values
     if not isinstance(weight, Weight) or any(isinstance(start, Weight) for start in starts):
         raise CannotFactor("a weight is used as an index")
     sizes = equation.params["slice_sizes"]
 
-    def taken(array, axis):
+    def cut(array, axis):
         return lax.dynamic_slice_in_dim(array, starts[axis], sizes[axis], axis)
 
-    value = _part(equation, weight, starts, sizes, taken)
+    value = _part(equation, weight, starts, sizes, cut)
     starts = starts[: value.ndim]
     for axis, (start, size) in enumerate(zip(starts, value.shape)):
         if size == weight.value.shape[axis]:
             continue
         label = weight.single(axis)
-        cut = weight.along(label, lambda array, at, s=start, n=size: lax.dynamic_slice_in_dim(array, s, n, at))
-        dims = (*weight.dims[:axis], ((label, size),), *weight.dims[axis + 1 :])
-        weight = cut.replace(dims=dims, cut=weight.cut | {label})
+        part = weight.along(label, lambda array, at, s=start, n=size: lax.dynamic_slice_in_dim(array, s, n, at))
+        weight = part.with_axis(axis, [(label, size)]).mark_sliced(label)
     return [weight.replace(value=value)]
 
 
-def _scale(interpreter, equation, values):
-    """Multiplication or division by a scalar.
+@rule("neg")
+def negate(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
+    (weight,) = values
+    return [weight.scaled(viewed(equation, [weight.value])[0], jnp.negative)]
 
-    A constant scales the base and a factor. A scalar that the function computes is a gain, which multiplies outputs:
-    its gradient is then a sum over outputs, and not over the weight's gradient.
+
+@rule("mul", "div")
+def scale(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
+    """Multiplication or division by a scalar, or by an array that leaves at least one axis intact.
+
+    A constant scales the base and a factor. A scalar or an array that the function computes is a gain, which multiplies
+    inputs or outputs: its gradient is then a sum over tokens, and not over the weight's gradient.
     """
     name = equation.primitive.name
-    if len(values) == 2 and all(isinstance(value, Weight) for value in values):
-        values = _with_scalar(interpreter, equation, values)
-    places = [place for place, value in enumerate(values) if isinstance(value, Weight)]
-    if len(places) != 1 or (name == "div" and places == [1]):
+    if all(isinstance(value, Weight) for value in values):
+        values = _with_array(interpreter, equation, values)
+    positions = [position for position, value in enumerate(values) if isinstance(value, Weight)]
+    if len(positions) != 1 or (name == "div" and positions == [1]):
         raise CannotFactor(f"{name} of or by weights")
-    (place,) = places
-    weight: Weight = values[place]
-    scalar: Any = -1.0 if len(values) == 1 else values[1 - place]
-    if math.prod(jnp.shape(scalar)) != 1:
-        raise CannotFactor(f"{name} by an array of shape {jnp.shape(scalar)}")
-    is_constant = len(values) == 1 or jaxprs.is_literal(equation.invars[1 - place])
-    if not is_constant and weight.value.shape == tuple(equation.outvars[0].aval.shape):
-        gain = jnp.reshape(scalar, ()).astype(compute_dtype(weight.value.dtype))
-        return [weight.replace(gains=(*weight.gains, Factor(1.0 / gain if name == "div" else gain, ())))]
-    bare = [value.value if isinstance(value, Weight) else value for value in values]
-    (value,) = viewed(equation, bare)
+    (position,) = positions
+    weight, array = values[position], jnp.asarray(values[1 - position])
+    atom = equation.invars[1 - position]
+    if weight.value.shape != tuple(equation.outvars[0].aval.shape):
+        raise CannotFactor(f"{name} by an array of shape {array.shape}, to which the weight is broadcast")
+    if jaxprs.is_literal(atom):
+        (value,) = viewed(equation, bare(values))
 
-    def act(array):
-        factor = jnp.asarray(scalar).reshape(()).astype(array.dtype)
-        return array / factor if name == "div" else array * factor
+        def act(factor: jax.Array) -> jax.Array:
+            dtype = jnp.promote_types(factor.dtype, array.dtype) if jnp.iscomplexobj(array) else factor.dtype
+            scalar = array.reshape(()).astype(dtype)
+            return factor.astype(dtype) / scalar if name == "div" else factor.astype(dtype) * scalar
 
-    return [weight.scaled(value, act)]
+        return [weight.scaled(value, act)]
+    gain = as_gain(weight, array, interpreter.constant_axes(atom))
+    entries = gain.array.astype(compute_dtype(weight.value.dtype))
+    return [weight.replace(gains=(*weight.gains, Factor(1.0 / entries if name == "div" else entries, gain.labels)))]
 
 
-def _with_scalar(interpreter, equation, values: Sequence[Weight]) -> list:
-    """Two weights, of which one is a scalar: that one as an array."""
+def _with_array(interpreter: Evaluator, equation: Equation, values: Sequence[Weight]) -> list[Any]:
+    """Two weights, of which one is smaller (a scalar, a vector): that one as an array."""
     return [
-        interpreter.materialize(value, equation, "a scalar that scales another weight")
-        if math.prod(value.value.shape) == 1 < math.prod(other.value.shape)
+        interpreter.materialize(value, equation, "it scales another weight")
+        if math.prod(value.value.shape) < math.prod(other.value.shape)
         else value
         for value, other in zip(values, values[::-1])
     ]
 
 
-def _reshard(interpreter, equation, values):
+@rule("rev")
+def reverse(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
+    (weight,) = values
+    (value,) = viewed(equation, [weight.value])
+    for axis in equation.params["dimensions"]:
+        for label, _ in weight.dims[axis]:
+            weight = weight.along(label, lambda array, at: lax.rev(array, (at,)))
+    return [weight.replace(value=value)]
+
+
+@rule("tile")
+def tile(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
+    """Repetitions are axes that no factor has."""
+    (weight,) = values
+    (value,) = viewed(equation, [weight.value])
+    repeated = zip(fresh(weight, value.ndim), equation.params["reps"], weight.dims)
+    return [
+        weight.replace(value=value, dims=tuple(((label, n), *axis) if n > 1 else axis for label, n, axis in repeated))
+    ]
+
+
+@rule("unstack")
+def unstack(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
+    """The slices along an axis."""
+    (weight,) = values
+    axis = equation.params["axis"]
+    parts = []
+    for index, value in enumerate(viewed(equation, [weight.value])):
+        if isinstance(weight.value, LazyDequantized):  # a quantized layer is one of codes
+            cut = functools.partial(lax.index_in_dim, index=index, axis=axis, keepdims=False)
+            layer = weight.value.along(axis, cut)
+            value = value if layer is None else layer
+        part = slice_axis(weight, weight.value, axis, index, index + 1)
+        parts.append(reshaped(part, value))
+    return parts
+
+
+@rule("reshard")
+def reshard(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     """Under a mesh with explicit axes: the factors take the base's sharding along the axes they share."""
     (weight,) = values
     target = equation.params["dst_sharding"]
     names = spec_by_label(weight, target.spec, target.mesh)
     (value,) = viewed(equation, [weight.value])
 
-    def place(factor: Factor) -> Factor:
+    def reshard_factor(factor: Factor) -> Factor:
         spec = jax.sharding.PartitionSpec(*(names.get(label) for label in factor.labels))
         sharding = jax.sharding.NamedSharding(target.mesh, spec)
         return Factor(jaxprs.bind(equation, [factor.array], dst_sharding=sharding)[0], factor.labels)
 
-    return [weight.map_factors(place).replace(value=value)]
+    return [weight.map_factors(reshard_factor).replace(value=value)]
 
 
-def _all_gather(interpreter, equation, values):
+@rule("all_gather")
+def all_gather(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     """Gathering the shards of an axis: the factors that have the axis are gathered with it."""
     (weight,) = values
     params = equation.params
@@ -198,35 +271,4 @@ def _all_gather(interpreter, equation, values):
         (array,) = jaxprs.bind(equation, [factor.array], all_gather_dimension=factor.axis(label))
         return Factor(array, factor.labels)
 
-    dims = (*weight.dims[:axis], ((label, value.shape[axis]),), *weight.dims[axis + 1 :])
-    return [weight.map_factors(gather).replace(value=value, dims=dims)]
-
-
-RULES = {
-    **dict.fromkeys(
-        (
-            "convert_element_type",
-            "copy",
-            "copy_p",
-            "name",
-            "pvary",
-            "reduce_precision",
-            "sharding_constraint",
-        ),
-        _same,
-    ),
-    "optimization_barrier": _barrier,
-    "transpose": _transpose,
-    "reshape": _reshape,
-    "squeeze": _squeeze,
-    "expand_dims": _reshape,
-    "broadcast_in_dim": _broadcast,
-    "slice": _slice,
-    "split": _split,
-    "dynamic_slice": _dynamic_slice,
-    "mul": _scale,
-    "div": _scale,
-    "neg": _scale,
-    "reshard": _reshard,
-    "all_gather": _all_gather,
-}
+    return [weight.map_factors(gather).replace(value=value).with_axis(axis, [(label, value.shape[axis])])]

@@ -1,0 +1,105 @@
+"""Axis roles behind operations that merge a weight, while roles are traced.
+
+The result of such an operation is an array. While uses are collected it is carried as a weight whose terms have no
+arrays and remember the use that merged them: a contraction further on then completes the roles of that use.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lora_jax.transform import jaxprs
+from lora_jax.transform.combining import add_up
+from lora_jax.transform.weight import CannotFactor, Source, Weight, value_size
+
+_PRIMALS = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr"}
+"""Primitives with a primal function, and the parameter that holds its jaxpr."""
+
+
+def merged_view(weight: Weight, uses: Sequence[Sequence[int]]) -> Weight:
+    """A weight that has been merged, as it is carried on.
+
+    Args:
+      weight: The weight.
+      uses: For each term, the indices of the recorded uses of its sources.
+    """
+    terms = (
+        term if term.merge is not None else term.replace(factors=(), dropout=None, offset=None, merge=indices[0])
+        for term, indices in zip(weight.terms, uses)
+    )
+    return weight.replace(terms=tuple(terms), gains=())
+
+
+def primal(equation: jaxprs.Equation, values: Sequence[Any]) -> tuple[jaxprs.Jaxpr, list[Any]] | None:
+    """The primal function of a custom derivative rule, or the body of a Pallas kernel, with its inputs.
+
+    A kernel reads blocks of its operands by reference. The shapes of the blocks are enough to find roles.
+    """
+    name = equation.primitive.name
+    if name in _PRIMALS:
+        return equation.params[_PRIMALS[name]], list(values)
+    if name != "pallas_call":
+        return None
+    jaxpr = equation.params["jaxpr"]
+    variables, _ = jaxprs.inputs(jaxpr)
+    inputs: list[Any] = [jaxprs.outline(variable) for variable in variables]
+    first = equation.params["grid_mapping"].num_index_operands
+    for index, axes in enumerate(jaxprs.kernel_blocks(equation), first):
+        if isinstance(values[index], Weight):
+            inputs[index] = _block(values[index], inputs[index], axes)
+    return jaxpr, inputs
+
+
+def _block(weight: Weight, block: Any, axes: Sequence[int]) -> Any:
+    """A block of a merged weight as a weight; the array itself if axes made of several are divided."""
+    pairs = [weight.dims[axis] for axis in axes]
+    if any(len(pair) > 1 and value_size(pair) != size for pair, size in zip(pairs, block.shape)):
+        return block
+    dims = (pair if len(pair) > 1 else ((pair[0][0], size),) for pair, size in zip(pairs, block.shape))
+    return weight.replace(value=block, dims=tuple(dims))
+
+
+def follow(equation: jaxprs.Equation, values: Sequence[Any], results: Sequence[Any]) -> list[Any]:
+    """The results of an operation without a rule: weights if they have axes of the merged weights.
+
+    Elementwise operations keep all axes, reductions those that they do not reduce.
+    """
+    weights = [value for value in values if isinstance(value, Weight) and not value.looked_up]
+    if not weights or not results or results[0] is None:
+        return list(results)
+    name, shape = equation.primitive.name, results[0].shape
+    if name in jaxprs.ELEMENTWISE:
+        same = [weight for weight in weights if tuple(weight.value.shape) == shape]
+        if same and _is_matrix(same[0]):
+            return [_joined(same).replace(value=results[0])]
+    elif name == "get" and len(weights) == 1 and len(shape) == weights[0].value.ndim:  # a reference in a kernel
+        return [_block(weights[0], results[0], range(len(shape)))]
+    elif name.startswith("reduce_") and len(weights) == len(results) == 1:
+        (weight,), reduced = weights, equation.params["axes"]
+
+        def mark(source: Source) -> Source:
+            labels = [label for axis in reduced for label, _ in weight.dims[axis]]
+            axes = frozenset().union(*map(source.axes_of, labels))
+            return Source(source.path, source.axes, source.sliced, source.scanned | axes, source.looked_up)
+
+        dims = tuple(pairs for axis, pairs in enumerate(weight.dims) if axis not in reduced)
+        rest = weight.map_sources(mark).replace(value=results[0], dims=dims)
+        if _is_matrix(rest):
+            return [rest]
+    return list(results)
+
+
+def _is_matrix(weight: Weight) -> bool:
+    """Whether a weight has two axes of a leaf, of which one may be contracted."""
+    labels = [label for label, size in weight.labels if size > 1]
+    return any(
+        sum(source.axis(label) is not None for label in labels) > 1 for t in weight.terms for source in t.sources
+    )
+
+
+def _joined(weights: Sequence[Weight]) -> Weight:
+    """One weight with the terms of all (of the first alone, if their axes are split differently)."""
+    try:
+        whole = add_up(weights, weights[0].value)
+    except CannotFactor:
+        return weights[0]
+    return whole.replace(terms=tuple(dict.fromkeys(whole.terms)))

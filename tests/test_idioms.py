@@ -1,0 +1,192 @@
+"""What models do to weights before they use them: factored where it is linear, and roles are found behind the rest."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+import lora_jax as lora
+from tests.contract.jaxpr_checks import dense_dependents
+from tests.test_rules import moved, normal, with_own_jvp, with_own_vjp
+
+D, F, C = 9, 7, lambda array: array.astype(jnp.complex64)
+X = normal(1, 5, D)
+BASE = {
+    "w": normal(2, D, F),
+    "v": normal(3, D, F),
+    "u": normal(4, F, D),
+    "g": 1 + 0.1 * normal(5, F),
+    "h": 1 + 0.1 * normal(6, D),
+    "stack": normal(7, 3, D, D) / 3,
+    "square": normal(8, D, D) / 3,
+    "other": normal(9, D, D) / 3,
+    "k": normal(10, 3, D, F),
+    "kv": normal(11, 3, D),
+    "kernels": normal(12, 2, 3, D, F),
+}
+SIZES = {63, 81, 126, 189, 162, 243, 378}
+"""Sizes of weights and of pairs of weights. No activation or factor here has such a size."""
+
+
+def conv(x, kernel, **options):
+    return jax.lax.conv_general_dilated(x, kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), **options)
+
+
+def lstm(p, x):
+    """Gates of four kernels, joined at the call."""
+    gates = x @ jnp.concatenate([p["w"], p["v"], -p["w"], 2 * p["v"]], axis=1)
+    i, f, g, o = jnp.split(gates, 4, axis=1)
+    return jnp.tanh(i) * jnp.tanh(g) + jnp.tanh(f) * o
+
+
+def scan(kernels, x):
+    return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, kernels)[0]
+
+
+IN_OUT = ("in", "out")
+FACTORED = {
+    "times a vector per output": ("w", lambda p, x: x @ (p["w"] * p["g"][None])),
+    "times a vector per input": ("w", lambda p, x: x @ (p["w"] * p["h"][:, None])),
+    "times vectors per input and output": ("w", lambda p, x: x @ (p["h"][:, None] * p["w"] / p["g"][None])),
+    "over a vector that is broadcast before": ("w", lambda p, x: x @ (p["w"] / jnp.broadcast_to(p["g"][None], (D, F)))),
+    "masked on the out axis": ("w", lambda p, x: x @ jnp.where(p["g"][None] > 1, p["w"], 0.0)),
+    "masked on the in axis": ("w", lambda p, x: x @ jnp.where(p["h"][:, None] > 1, p["w"], 0.5)),
+    "selected from two weights": ("w|v", lambda p, x: x @ jnp.where(p["g"][None] > 1, p["w"], p["v"])),
+    "concatenated on the out axis": ("w|v", lambda p, x: x @ jnp.concatenate([p["w"], p["v"]], 1)),
+    "concatenated on the in axis": ("w|v", lambda p, x: jnp.concatenate([x, x], 1) @ jnp.concatenate([p["w"], p["v"]])),
+    "concatenated with an array": ("w", lambda p, x: x @ jnp.concatenate([jnp.ones((D, 2)), p["w"]], 1)),
+    "concatenated after gains": ("w|v", lambda p, x: x @ jnp.concatenate([p["w"] * p["g"][None], p["v"]], 1)),
+    "concatenated and transposed": ("w|u", lambda p, x: x @ jnp.concatenate([p["w"], p["u"].T], 1)),
+    "concatenated and divided again": (
+        "w|v",
+        lambda p, x: sum(jnp.tanh(x @ w) for w in jnp.split(jnp.concatenate([p["w"], p["v"]], 1), 2, axis=1)),
+    ),
+    "gates": ("w|v", lstm),
+    "stacked": ("w|v", lambda p, x: jnp.einsum("td,ndf->tnf", x, jnp.stack([p["w"], p["v"]]))),
+    "stacked on the last axis": ("w|v", lambda p, x: jnp.einsum("td,dfn->tnf", x, jnp.stack([p["w"], p["v"]], -1))),
+    "stacked with an array": ("w", lambda p, x: jnp.einsum("td,ndf->tnf", x, jnp.stack([p["w"], jnp.ones((D, F))]))),
+    "stacked and scanned": ("square|other", lambda p, x: scan(jnp.stack([p["square"], p["other"]]), x)),
+    "stacked and indexed": ("w|v", lambda p, x: x @ jnp.stack([p["w"], p["v"]])[1]),
+    "joined stacks, scanned": ("stack", lambda p, x: scan(jnp.concatenate([p["stack"], p["stack"]]), x)),
+    "unstacked": ("stack", lambda p, x: sum(jnp.tanh(x @ w) for w in jnp.unstack(p["stack"]))),
+    "lax.map": ("stack", lambda p, x: jax.lax.map(lambda w: x @ w, p["stack"])),
+    "lax.map in batches": ("stack", lambda p, x: jax.lax.map(lambda w: x @ w, p["stack"], batch_size=2)),
+    "plus a constant": ("square", lambda p, x: x @ (p["square"] + jnp.eye(D))),
+    "minus another leaf": ("w", lambda p, x: x @ (p["w"] - p["v"])),
+    "another leaf minus it": ("w", lambda p, x: x @ (p["v"] - p["w"])),
+    "plus another weight": ("w|v", lambda p, x: x @ (p["w"] + p["v"])),
+    "symmetrized": ("square", lambda p, x: x @ (0.5 * (p["square"] + p["square"].T))),
+    "mixed": ("w|v", lambda p, x: x @ (0.3 * p["w"] + 0.7 * p["v"])),
+    "flipped": ("w", lambda p, x: x @ jnp.flip(p["w"])),
+    "rolled": ("w", lambda p, x: x @ jnp.roll(p["w"], 3, 1)),
+    "padded on the out axis": ("w", lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (1, 4)))),
+    "padded on the in axis": ("w", lambda p, x: jnp.pad(x, ((0, 0), (0, 2))) @ jnp.pad(p["w"], ((0, 2), (0, 0)))),
+    "padded with ones": ("w", lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (1, 4)), constant_values=1)),
+    "tiled": ("w", lambda p, x: x @ jnp.tile(p["w"], (1, 2))),
+    "repeated on the in axis": ("w", lambda p, x: jnp.concatenate([x, 2 * x], 1) @ jnp.tile(p["w"], (2, 1))),
+    "put on a device": ("w", lambda p, x: x @ jax.device_put(p["w"])),
+    "complex": ("w|v", lambda p, x: jnp.abs(C(x) @ (C(p["w"]) + jnp.complex64(1j) * C(p["v"])))),
+    "transposed kernel": (
+        "k",
+        lambda p, x: jax.lax.conv_transpose(
+            x[None, :, :F], p["k"], (2,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), transpose_kernel=True
+        ),
+    ),
+    "depthwise": ("kv", lambda p, x: conv(x[None], p["kv"][:, None], feature_group_count=D)),
+    "kernel with an axis added": ("w", lambda p, x: conv(x[None], p["w"][None])),
+    "kernel with gains": ("k", lambda p, x: conv(x[None], p["h"][None, :, None] * p["k"] * p["g"][None, None])),
+    "kernel masked on in": ("k", lambda p, x: conv(x[None], jnp.where(p["h"][None, :, None] > 1, p["k"], 0.0))),
+    "kernels concatenated": ("k", lambda p, x: conv(x[None], jnp.concatenate([p["k"], 2 * p["k"]], -1))),
+    "vmapped convolution": ("kernels", lambda p, x: jax.vmap(conv)(jnp.stack([x[None], 2 * x[None]]), p["kernels"])),
+    "convolution vmapped over kernels": ("kernels", lambda p, x: jax.vmap(conv, (None, 0))(x[None], p["kernels"])),
+}
+ROLES = {
+    "w": IN_OUT,
+    "v": IN_OUT,
+    "u": ("out", "in"),
+    "square": IN_OUT,
+    "other": IN_OUT,
+    "stack": ("batch", "in", "out"),
+    "k": ("in", "in", "out"),
+    "kv": IN_OUT,
+    "kernels": ("batch", "in", "in", "out"),
+}
+OTHER_ROLES = {
+    "transposed kernel": {"k": ("in", "out", "in")},
+    "lax.map in batches": {"stack": ("out", "in", "out")},
+    "convolution vmapped over kernels": {"kernels": ("out", "in", "in", "out")},
+}
+
+
+def kernel(x, w, out):
+    out[...] = x[...] @ w[...]
+
+
+def pallas_product(x, w):
+    shape = jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype)
+    return pl.pallas_call(kernel, out_shape=shape, interpret=True)(x, w)
+
+
+MERGED = {
+    "tanh": ("w", lambda p, x: x @ jnp.tanh(p["w"])),
+    "ternary": ("w", lambda p, x: x @ jnp.round(jnp.clip(p["w"] / jnp.abs(p["w"]).mean(), -1, 1) * 9)),
+    "over its own norm": ("w", lambda p, x: x @ (p["w"] / jnp.linalg.norm(p["w"]))),
+    "weight norm": ("w", lambda p, x: x @ (p["w"] * (p["g"] / jnp.linalg.norm(p["w"], axis=0))[None])),
+    "standardized": ("w", lambda p, x: x @ ((p["w"] - p["w"].mean(0, keepdims=True)) / p["w"].std(0, keepdims=True))),
+    "masked entries": ("w", lambda p, x: x @ (p["w"] * (p["v"] > 0).astype(jnp.float32))),
+    "product of two weights": ("w|u", lambda p, x: x @ (p["w"] @ p["u"])),
+    "product of two weights, by elements": ("w|v", lambda p, x: x @ (p["w"] * p["v"])),
+    "mean over experts": ("stack", lambda p, x: x @ p["stack"].mean(0)),
+    "complex from parts": ("w|v", lambda p, x: jnp.abs(C(x) @ jax.lax.complex(p["w"], p["v"]))),
+    "an elementwise custom_jvp": ("w", lambda p, x: x @ jax.nn.relu(p["w"])),
+    "an elementwise custom_vjp": ("w", lambda p, x: x @ with_own_vjp(lambda w: w)(p["w"])),
+    "a product with custom_jvp": ("w", lambda p, x: with_own_jvp(lambda w: X @ w)(p["w"])),
+    "a kernel": ("w", lambda p, x: pallas_product(x, p["w"])),
+}
+
+
+def check(fn, base, paths):
+    """Values and gradients agree with the merged model's; returns `explain`, the delta and the gradient's program."""
+    delta = moved(lora.init(jax.random.key(0), base, {f"^({paths})$": lora.LoRA(2)}, fn, X))
+    train, frozen = lora.partition(delta)
+    adapted = lora.adapt(fn)
+
+    def loss(train):
+        return jnp.sum(jnp.sin(adapted(base, lora.join(train, frozen), X)))
+
+    def merged(train):
+        return jnp.sum(jnp.sin(fn(lora.merge(base, lora.join(train, frozen)), X)))
+
+    for ours, theirs in zip(
+        jax.tree.leaves(jax.jit(jax.value_and_grad(loss))(train)),
+        jax.tree.leaves(jax.jit(jax.value_and_grad(merged))(train)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-4 * (1 + float(jnp.abs(theirs).max())))
+    return lora.explain(fn, base, delta, X), delta, jax.make_jaxpr(jax.grad(loss))(train)
+
+
+@pytest.mark.parametrize("idiom", FACTORED)
+def test_linear_operations_keep_a_weight_factored(idiom):
+    paths, fn = FACTORED[idiom]
+    explained, delta, gradient = check(fn, BASE, paths)
+    assert explained.factored and all(explained.values()), str(explained)
+    for path, node in delta.items():
+        assert node.axes == OTHER_ROLES.get(idiom, {}).get(path, ROLES[path]), path
+    assert dense_dependents(gradient, SIZES) == []
+
+
+@pytest.mark.parametrize("idiom", MERGED)
+def test_roles_are_found_behind_operations_that_merge(idiom):
+    paths, fn = MERGED[idiom]
+    if idiom == "a kernel":  # which has no derivative
+        delta = lora.init(jax.random.key(0), BASE, {f"^({paths})$": lora.LoRA(2)}, fn, X)
+        explained = lora.explain(fn, BASE, delta, X)
+    else:
+        explained, delta, _ = check(fn, BASE, paths)
+    assert not explained.factored
+    assert all(use.reason for uses in explained.values() for use in uses)
+    assert {path: node.axes for path, node in delta.items()} == {path: ROLES[path] for path in delta} | (
+        {"u": IN_OUT} if "u" in delta else {}
+    )
