@@ -13,39 +13,40 @@ from lora_jax.transform.weight import probe
 
 
 def uses_of(
-    fn: Callable, base: Any, wanted: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+    fn: Callable, base: Any, weights: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, list[Use]]:
-    """How `fn(base, *args, **kwargs)` uses each of the wanted weights; an empty list where it does not."""
+    """How `fn(base, *args, **kwargs)` uses each of the weights, by path; an empty list for one that it does not use."""
     arguments = Arguments.create(base, args, kwargs)
     call = Call.trace(fn, arguments)
-    found: list[Use] = []
-    interpreter = Interpreter(uses=found)
+    uses: list[Use] = []
+    interpreter = Interpreter(uses=uses)
 
     def run(*arrays):
         inputs = list(arrays)
         for position, path in enumerate(arguments.paths):
-            if path in wanted or is_quantized(inputs[position]):
+            if path in weights or is_quantized(inputs[position]):
                 inputs[position] = probe(path, inputs[position])
         return [out for out in jax.tree.leaves(call.evaluate(interpreter, inputs)) if isinstance(out, jax.Array)]
 
     jax.eval_shape(run, *arguments.arrays)
-    return {path: [use for use in unique(found) if use.path == path] if call.uses_path(path) else [] for path in wanted}
+    distinct = unique(uses)
+    return {path: [use for use in distinct if use.path == path] if call.uses_path(path) else [] for path in weights}
 
 
 def unique(uses: Sequence[Use]) -> list[Use]:
     """The uses without repetitions (a loop's body may be traced more than once)."""
-    kept: list[Use] = []
+    distinct: list[Use] = []
     for use in uses:
-        if use not in kept:
-            kept.append(use)
-    return kept
+        if use not in distinct:
+            distinct.append(use)
+    return distinct
 
 
 def roles(uses: Sequence[Use], shape: Sequence[int]) -> tuple[str, ...]:
-    """The role of each axis of a weight, from the uses of it.
+    """The role of each axis of a weight, from the first of its uses that shows roles.
 
-    The first use decides. A later one may have in and out exchanged (a tied embedding is indexed and
-    then contracted the other way).
+    A later use may contract the other way (a tied embedding is indexed and then contracted): the factors serve both.
+    One that contracts a part of the in axes or of the out axes is merged (:mod:`lora_jax.transform.contraction`).
 
     Args:
       uses: From :func:`uses_of`.
@@ -55,66 +56,40 @@ def roles(uses: Sequence[Use], shape: Sequence[int]) -> tuple[str, ...]:
       'batch', 'in', 'out' or 'lookup' (an in axis that is indexed) for each axis.
 
     Raises:
-      ValueError: No use tells roles, or two uses cannot be reconciled.
+      ValueError: No use shows roles.
     """
-    told = _told(uses, len(shape))
-    if not told:
-        how = "; ".join(f"{use.operation} at {use.source}" for use in uses) or "not at all"
-        raise ValueError(
-            f"the function contracts no axis of this weight of shape {tuple(shape)}, as far as tracing follows it (it "
-            f"is used by {how}), so that there is no in or out axis. Full() trains a leaf that is no matrix; a weight "
-            "that is contracted after that operation gets its roles from the recipe's axes= and is merged there."
-        )
-    first_use, first = told[0]
-    for use, found in told[1:]:
-        if not _reconcilable(first, found):
-            raise ValueError(
-                f"two uses of this weight of shape {tuple(shape)} need different axis roles: {first} in "
-                f"{first_use.operation} at {first_use.source}, {found} in {use.operation} at {use.source}. "
-                "Give the recipe axes= to decide"
-            )
-    return first
+    first = next(iter(roles_by_use(uses, len(shape))), None)
+    if first is not None:
+        return first
+    for use in uses:
+        if "in and out" in use.roles.values():
+            raise ValueError(f"one axis of this weight is contracted in part, in {use.operation} at {use.source}")
+    how = "; ".join(f"{use.operation} at {use.source}" for use in uses) or "not at all"
+    raise ValueError(
+        f"the function contracts no axis of this weight of shape {tuple(shape)}, as far as tracing follows it (it "
+        f"is used by {how}), so it has no in or out axis. Full() trains a leaf that is not a matrix. For a weight that "
+        "is contracted after that operation, give the recipe axes=; the weight is merged there."
+    )
 
 
-def are_told(uses: Sequence[Use], ndim: int) -> bool:
-    """Whether any use tells the roles of a weight's axes."""
-    return bool(_told(uses, ndim))
-
-
-def told_roles(uses: Sequence[Use], ndim: int) -> list[tuple[str, ...]]:
-    """The roles of a weight's axes by each use that tells them."""
-    return [roles for _, roles in _told(uses, ndim)]
-
-
-def _told(uses: Sequence[Use], ndim: int) -> list[tuple[Use, tuple[str, ...]]]:
-    found = [(use, _roles_of_use(use, ndim)) for use in uses]
-    return [(use, roles) for use, roles in found if roles is not None]
+def roles_by_use(uses: Sequence[Use], ndim: int) -> list[tuple[str, ...]]:
+    """The roles of a weight's axes, for each use that shows them."""
+    shown = (_roles_of_use(use, ndim) for use in uses)
+    return [roles for roles in shown if roles is not None]
 
 
 def _roles_of_use(use: Use, ndim: int) -> tuple[str, ...] | None:
-    found = dict(use.roles)
-    telling = {"in", "out", "indexed"} if use.factored else {"in", "out"}
-    if not telling & set(found.values()):
+    by_axis = dict(use.roles)
+    decisive = {"in", "out", "indexed"} if use.factored else {"in", "out"}
+    if not decisive & set(by_axis.values()) or "in and out" in by_axis.values():
         return None
-    if "in and out" in found.values():
-        raise ValueError(f"one axis of this weight is contracted in part, in {use.operation} at {use.source}")
-    if "indexed" in found.values():
+    if "indexed" in by_axis.values():
         # What remains of an expert's weight has an in and an out axis. A row of a table has not: there
         # the index takes the part of the input.
-        contracted = {"in", "out"} <= set(found.values())
+        contracted = {"in", "out"} <= set(by_axis.values())
         if not contracted:
-            found = {axis: OUT if role == IN else role for axis, role in found.items()}
-        found = {axis: (BATCH if contracted else LOOKUP) if role == "indexed" else role for axis, role in found.items()}
+            by_axis = {axis: OUT if role == IN else role for axis, role in by_axis.items()}
+        indexed = BATCH if contracted else LOOKUP
+        by_axis = {axis: indexed if role == "indexed" else role for axis, role in by_axis.items()}
     # Axes of size one that a reshape dropped have no label left.
-    return tuple(found.get(axis, IN) for axis in range(ndim))
-
-
-def _reconcilable(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
-    def parts(roles):
-        return {
-            role: frozenset(i for i, r in enumerate(roles) if (IN if r == LOOKUP else r) == role)
-            for role in (BATCH, IN, OUT)
-        }
-
-    a, b = parts(one), parts(other)
-    return a[BATCH] == b[BATCH] and {a[IN], a[OUT]} == {b[IN], b[OUT]}
+    return tuple(by_axis.get(axis, IN) for axis in range(ndim))

@@ -64,9 +64,9 @@ def linear_weights(uses: Mapping[str, Sequence[Use]], shapes: Mapping[str, Seque
 
 
 def _is_linear(uses: Sequence[Use], shape: Sequence[int]) -> bool:
-    if not axis_roles.are_told(uses, len(shape)) or not any(use.operation in _PRODUCTS for use in uses):
+    if not axis_roles.roles_by_use(uses, len(shape)) or not any(use.operation in _PRODUCTS for use in uses):
         return False
-    roles = axis_roles.told_roles(uses, len(shape))
+    roles = axis_roles.roles_by_use(uses, len(shape))
     return all({IN, OUT} <= set(of_use) for of_use in roles) and not any(
         use.operation == "conv_general_dilated" for use in uses
     )

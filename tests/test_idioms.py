@@ -190,3 +190,21 @@ def test_roles_are_found_behind_operations_that_merge(idiom):
     assert {path: node.axes for path, node in delta.items()} == {path: ROLES[path] for path in delta} | (
         {"u": IN_OUT} if "u" in delta else {}
     )
+
+
+def test_a_use_that_needs_other_roles_is_merged_and_says_why():
+    """Absorbed latent attention contracts the key projection on either side."""
+    base, x = {"up": normal(2, D, 3, 4)}, normal(3, 5, D)
+
+    def fn(p, x):
+        keys = jnp.einsum("tc,chd->thd", x, p["up"])
+        return jnp.einsum("thd,chd->thc", jnp.tanh(keys), p["up"])
+
+    delta = moved(lora.init(jax.random.key(0), base, {"up": lora.LoRA(2)}, fn, x))
+    assert delta["up"].axes == ("in", "out", "out")
+    np.testing.assert_allclose(lora.adapt(fn)(base, delta, x), fn(lora.merge(base, delta), x), rtol=1e-4, atol=1e-4)
+    first, second = lora.explain(fn, base, delta, x)["up"]
+    assert first.factored and not second.factored
+    assert "axes=('in', 'batch', 'out')" in second.reason
+    both = lora.init(jax.random.key(0), base, {"up": lora.LoRA(2, axes=("in", "batch", "out"))}, fn, x)
+    assert lora.explain(fn, base, both, x).factored

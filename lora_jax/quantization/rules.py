@@ -193,7 +193,7 @@ def _roles(form: Format, path: str, leaf: Any, uses: Mapping[str, Any] | None) -
             raise ValueError(f"{form} needs axis roles: pass a function to trace, or axes= to the format.")
         elif not uses[path]:
             return "is not used by the function"
-        elif not axis_roles.are_told(uses[path], len(leaf.shape)):
+        elif not axis_roles.roles_by_use(uses[path], len(leaf.shape)):
             return "is neither contracted nor looked up by the function, as far as tracing follows it"
         else:
             axes = axis_roles.roles(uses[path], leaf.shape)

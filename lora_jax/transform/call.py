@@ -190,7 +190,7 @@ def insert_adapters(
             inputs[position] = node.merge(dequantized(value))
         else:
             key = None if dropout_key is None else path_key(dropout_key, path)
-            inputs[position] = make_weight(path, value, form, key)
+            inputs[position] = make_weight(path, value, form, getattr(node, "axes", ()), key)
     return inputs
 
 

@@ -87,8 +87,8 @@ def aval(leaf: Any) -> Any:
     """What is known of an array, or of the array that a quantized leaf stands for, when it is traced. Hashable."""
     if not is_quantized(leaf):
         return jax.typeof(leaf)
-    known = [jax.typeof(array) for array in jax.tree.leaves(leaf)]
-    return tuple(leaf.shape), jnp.dtype(leaf.dtype), tuple(known)
+    types = [jax.typeof(array) for array in jax.tree.leaves(leaf)]
+    return tuple(leaf.shape), jnp.dtype(leaf.dtype), tuple(types)
 
 
 def abstract(leaf: Any) -> Any:
@@ -260,8 +260,8 @@ def forwarded(jaxpr: Jaxpr) -> dict[int, int]:
     origin = {variable: position - len(consts) for position, variable in enumerate(variables)}
     for equation in equations(jaxpr):
         if equation.primitive.name in ("jit", "pjit"):
-            for out, into in forwarded(equation.params["jaxpr"]).items():
-                atom = equation.invars[into]
+            for out, source in forwarded(equation.params["jaxpr"]).items():
+                atom = equation.invars[source]
                 if not isinstance(atom, Literal) and atom in origin:
                     origin[equation.outvars[out]] = origin[atom]
     return {

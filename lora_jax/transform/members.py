@@ -63,23 +63,23 @@ def picked(factors: Sequence[Factor]) -> list[Factor]:
 def _product(left: Factor, right: Factor, choice: Factor, later: set[Label], precision, dtype) -> Factor:
     shared = [label for label in right.labels if label in left.labels]
     summed = [label for label in shared if label not in later]
-    own = [label for label in right.labels if label not in left.labels and label != MEMBER]
-    kept = [label for label in left.labels if label not in summed]
+    new = [label for label in right.labels if label not in left.labels and label != MEMBER]
+    rest = [label for label in left.labels if label not in summed]
     sizes = left.sizes | right.sizes
     if MEMBER not in right.labels or summed != shared or not summed:
-        names = [label for label in (*kept, *own) if label in later]
+        names = [label for label in (*rest, *new) if label in later]
         factors = [right, choice] if MEMBER in right.labels else [right]
         target = [(label, sizes[label]) for label in names]
         return Factor(factored.chain(left, factors, target, precision=precision, dtype=dtype), tuple(names))
-    rows = left.transposed([*kept, *summed]).array
-    matrices = right.transposed([MEMBER, *summed, *own]).array.astype(rows.dtype)
-    count, width, columns = (math.prod(sizes[label] for label in labels) for labels in (kept, summed, own))
+    rows = left.transposed([*rest, *summed]).array
+    matrices = right.transposed([MEMBER, *summed, *new]).array.astype(rows.dtype)
+    count, width, columns = (math.prod(sizes[label] for label in labels) for labels in (rest, summed, new))
     product = _chosen(precision, dtype)(
         rows.reshape(count, width),
         matrices.reshape(matrices.shape[0], width, columns),
         choice.array.astype(rows.dtype),
     )
-    labels = (*kept, *own)
+    labels = (*rest, *new)
     return Factor(product.reshape([sizes[label] for label in labels]), labels)
 
 

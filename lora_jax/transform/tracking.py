@@ -4,6 +4,7 @@ The result of such an operation is an array. While uses are collected it is carr
 arrays and remember the use that merged them: a contraction further on then completes the roles of that use.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,7 +80,7 @@ def follow(equation: jaxprs.Equation, values: Sequence[Any], results: Sequence[A
         def mark(source: Source) -> Source:
             labels = [label for axis in reduced for label, _ in weight.dims[axis]]
             axes = frozenset().union(*map(source.axes_of, labels))
-            return Source(source.path, source.axes, source.sliced, source.scanned | axes, source.looked_up)
+            return dataclasses.replace(source, scanned=source.scanned | axes)
 
         dims = tuple(pairs for axis, pairs in enumerate(weight.dims) if axis not in reduced)
         rest = weight.map_sources(mark).replace(value=results[0], dims=dims)

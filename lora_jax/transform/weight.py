@@ -39,6 +39,7 @@ class Source:
       sliced: Axes of the leaf of which a part was sliced or indexed.
       scanned: Axes of the leaf that a scan runs over.
       looked_up: Whether rows were gathered by an array of indices.
+      roles: The adapter's role of each axis of the leaf, if it has roles.
     """
 
     path: str
@@ -46,6 +47,7 @@ class Source:
     sliced: frozenset[int] = frozenset()
     scanned: frozenset[int] = frozenset()
     looked_up: bool = False
+    roles: tuple[str, ...] = ()
 
     def axis(self, label: Label) -> int | None:
         """The axis of the leaf that a label is (a part of); None for a label that a view added."""
@@ -292,13 +294,14 @@ def _axes(factor: Factor, label: Label) -> list[int]:
     return [factor.axis(name) for name in (label, twin(label)) if name in factor.labels]
 
 
-def make_weight(path: str, leaf: Any, form: Factored, dropout_key: jax.Array | None) -> Weight:
+def make_weight(path: str, leaf: Any, form: Factored, roles: tuple[str, ...], dropout_key: jax.Array | None) -> Weight:
     """Returns an adapted leaf of the base as the interpreter carries it.
 
     Args:
       path: Path of the leaf in the base tree.
       leaf: The base weight, an array or quantized.
       form: The factored form of its adapter.
+      roles: The adapter's role of each axis, if it has roles.
       dropout_key: A typed PRNG key for this path, or None.
     """
     dims = form.dims(leaf.shape)
@@ -316,7 +319,7 @@ def make_weight(path: str, leaf: Any, form: Factored, dropout_key: jax.Array | N
         factors=form.factors,
         dropout=dropout,
         offset=form.offset,
-        sources=(Source(path, _label_axes(dims)),),
+        sources=(Source(path, _label_axes(dims), roles=roles),),
         inputs=value_size(pair for pair in pairs if pair[0] not in outputs),
     )
     return Weight(_value(leaf), (term,), form.gains, dims)

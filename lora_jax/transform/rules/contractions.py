@@ -6,33 +6,34 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax.transform import jaxprs
-from lora_jax.transform.contraction import Contraction, contraction
+from lora_jax.transform.contraction import contraction
+from lora_jax.transform.contraction_axes import Contraction
 from lora_jax.transform.ragged import ragged_product
 from lora_jax.transform.taps import ragged_moments
 from lora_jax.transform.weight import CannotFactor
 
 
 @contraction("dot_general")
-def dot_general(equation: jaxprs.Equation, operands: list[Any], place: int) -> Contraction:
-    """Batch axes come first in the result, then the kept axes of the left operand, then those of the right one."""
-    weight, x = operands[place], operands[1 - place]
+def dot_general(equation: jaxprs.Equation, operands: list[Any], position: int) -> Contraction:
+    """Batch axes come first in the result, then the free axes of the left operand, then those of the right one."""
+    weight, x = operands[position], operands[1 - position]
     summed, shared = equation.params["dimension_numbers"]
-    contracted = dict(zip(summed[place], summed[1 - place]))
-    batch = {axis: (shared[1 - place][i], i) for i, axis in enumerate(shared[place])}
-    kept = [axis for axis in range(weight.value.ndim) if axis not in (*contracted, *batch)]
-    first = len(batch) if place == 0 else x.ndim - len(contracted)
+    contracted = dict(zip(summed[position], summed[1 - position]))
+    batch = {axis: (shared[1 - position][i], i) for i, axis in enumerate(shared[position])}
+    free = [axis for axis in range(weight.value.ndim) if axis not in (*contracted, *batch)]
+    first = len(batch) if position == 0 else x.ndim - len(contracted)
     return Contraction(
         contracted=contracted,
         batch=batch,
-        kept={axis: first + i for i, axis in enumerate(kept)},
-        run=lambda x, array: jaxprs.bind(equation, [x, array] if place == 1 else [array, x])[0],
+        free={axis: first + i for i, axis in enumerate(free)},
+        run=lambda x, array: jaxprs.bind(equation, [x, array] if position == 1 else [array, x])[0],
     )
 
 
 @contraction("ragged_dot_general", operand=1)
-def ragged_dot(equation: jaxprs.Equation, operands: list[Any], place: int) -> Contraction:
+def ragged_dot(equation: jaxprs.Equation, operands: list[Any], position: int) -> Contraction:
     """Tokens sorted by group (expert), each group times its own matrix."""
-    del place
+    del position
     if not is_ragged_dot(equation):
         raise CannotFactor("a ragged product of another form than ragged_dot's")
     x, weight, sizes = operands
@@ -42,7 +43,7 @@ def ragged_dot(equation: jaxprs.Equation, operands: list[Any], place: int) -> Co
     return Contraction(
         contracted={1: 1},
         batch={0: None},
-        kept={2: 1},
+        free={2: 1},
         run=lambda x, array, preferred_element_type=dtype: ragged_product(
             x, array, sizes, precision, preferred_element_type
         ),

@@ -144,24 +144,24 @@ def while_loop(interpreter: Evaluator, equation: Equation, values: list[Any]) ->
     cond_consts = values[:cond_count]
     body_consts = values[cond_count : cond_count + body_count]
     carry = values[cond_count + body_count :]
-    fixed, moving = _carries(interpreter, equation, carry, _unchanged(params["body_jaxpr"], body_count))
+    fixed, variable = _carries(interpreter, equation, carry, _unchanged(params["body_jaxpr"], body_count))
     cond = interpreter.body(params["cond_jaxpr"])
     body = _plain_except(interpreter, equation, params["body_jaxpr"], fixed)
     numbers, draws = interpreter.numbers([*cond_consts, *body_consts, *fixed.values()]), []
 
     def condition(state):
-        numbers, moving = state
-        (result,), drawn = cond(numbers, *cond_consts, *_join_carry(fixed, moving))
+        numbers, variable = state
+        (result,), drawn = cond(numbers, *cond_consts, *_join_carry(fixed, variable))
         draws.append(drawn)
         return result
 
     def step(state):
-        numbers, moving = state
-        outputs, drawn = body(numbers, *body_consts, *_join_carry(fixed, moving))
+        numbers, variable = state
+        outputs, drawn = body(numbers, *body_consts, *_join_carry(fixed, variable))
         draws.append(drawn)
         return drawn.after(numbers), outputs
 
-    _, results = lax.while_loop(condition, step, (numbers, moving))
+    _, results = lax.while_loop(condition, step, (numbers, variable))
     interpreter.advance(Draws.most(draws).unknown_times())
     return _join_carry(fixed, results)
 
@@ -186,22 +186,22 @@ def scan(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[
     consts = values[:num_consts]
     carry = values[num_consts : num_consts + num_carry]
     xs = values[num_consts + num_carry :]
-    fixed, moving = _carries(interpreter, equation, carry, _unchanged(params["jaxpr"], num_consts))
+    fixed, variable = _carries(interpreter, equation, carry, _unchanged(params["jaxpr"], num_consts))
     body = _plain_except(interpreter, equation, params["jaxpr"], fixed)
     sliced = [_scanned(interpreter, equation, x) if isinstance(x, Weight) else (x, None) for x in xs]
     numbers, draws = interpreter.numbers([*consts, *fixed.values(), *xs]), []
 
     def step(state, rows):
-        numbers, moving = state
+        numbers, variable = state
         inner = [row if restore is None else restore(row) for row, (_, restore) in zip(rows, sliced)]
-        outputs, drawn = body(numbers, *consts, *_join_carry(fixed, moving), *inner)
+        outputs, drawn = body(numbers, *consts, *_join_carry(fixed, variable), *inner)
         draws.append(drawn)
         count = num_carry - len(fixed)
         return (drawn.after(numbers), outputs[:count]), outputs[count:]
 
     (_, final), ys = lax.scan(
         step,
-        (numbers, moving),
+        (numbers, variable),
         [x for x, _ in sliced],
         length=params["length"],
         reverse=params["reverse"],

@@ -6,15 +6,16 @@ import jax
 from jax import lax
 
 from lora_jax.transform import jaxprs
-from lora_jax.transform.contraction import TOKENS, Contraction, contraction
+from lora_jax.transform.contraction import contraction
+from lora_jax.transform.contraction_axes import TOKENS, Contraction
 from lora_jax.transform.taps import moments
 from lora_jax.transform.weight import CannotFactor, Weight
 
 
 @contraction("conv_general_dilated", operand=1)
-def convolution(equation: jaxprs.Equation, operands: list[Any], place: int) -> Contraction:
+def convolution(equation: jaxprs.Equation, operands: list[Any], position: int) -> Contraction:
     """A convolution sums over channels and over windows of the spatial axes."""
-    params, weight = equation.params, operands[place]
+    params, weight = equation.params, operands[position]
     if params["batch_group_count"] != 1:
         raise CannotFactor("a convolution with batch groups")
     numbers = params["dimension_numbers"]
@@ -22,7 +23,7 @@ def convolution(equation: jaxprs.Equation, operands: list[Any], place: int) -> C
     return Contraction(
         contracted={in_axis: numbers.lhs_spec[1], **dict.fromkeys(spatial)},
         batch={},
-        kept={out_axis: numbers.out_spec[1]},
+        free={out_axis: numbers.out_spec[1]},
         run=lambda x, kernel, **changes: jaxprs.bind(equation, [x, kernel], **changes)[0],
         groups=params["feature_group_count"],
         measure=lambda x, taps: _patch_moments(x, equation, weight, taps),

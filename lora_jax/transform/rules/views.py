@@ -181,7 +181,7 @@ def scale(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list
         (value,) = viewed(equation, bare(values))
 
         def act(factor: jax.Array) -> jax.Array:
-            dtype = jnp.promote_types(factor.dtype, array.dtype) if jnp.iscomplexobj(array) else factor.dtype
+            dtype = array.dtype if jnp.iscomplexobj(array) else factor.dtype
             scalar = array.reshape(()).astype(dtype)
             return factor.astype(dtype) / scalar if name == "div" else factor.astype(dtype) * scalar
 
