@@ -1,5 +1,8 @@
 """What models do to weights before they use them: factored where it is linear, and roles are found behind the rest."""
 
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 import lora_jax as lora
+from lora_jax.transform.rules import RULES, rule
 from tests.contract.jaxpr_checks import dense_dependents
 from tests.test_rules import moved, normal, with_own_jvp, with_own_vjp
 
@@ -208,3 +212,21 @@ def test_a_use_that_needs_other_roles_is_merged_and_says_why():
     assert "axes=('in', 'batch', 'out')" in second.reason
     both = lora.init(jax.random.key(0), base, {"up": lora.LoRA(2, axes=("in", "batch", "out"))}, fn, x)
     assert lora.explain(fn, base, both, x).factored
+
+
+def test_the_rule_in_the_guide_is_complete(monkeypatch):
+    guide = pathlib.Path(__file__).parent.parent / "CONTRIBUTING.md"
+    (code,) = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(code.splitlines()) <= 25
+    monkeypatch.delitem(RULES, "dot_general")
+    fn = FACTORED["concatenated and transposed"][1]
+    delta = lora.init(jax.random.key(0), BASE, {"^(w|u)$": lora.LoRA(2, axes=IN_OUT)}, fn, X)
+    assert not lora.explain(fn, BASE, delta, X).factored
+    exec(compile(code, str(guide), "exec"), {})
+    explained, *_ = check(fn, BASE, "w|u")
+    assert explained.factored, str(explained)
+
+
+def test_a_primitive_has_one_rule():
+    with pytest.raises(ValueError, match=r"'dot_general' already has a rule, dot_general"):
+        rule("dot_general")(lambda interpreter, equation, values: values)
