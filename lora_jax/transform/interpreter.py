@@ -1,7 +1,7 @@
 """The interpreter: evaluates a jaxpr in which some values are adapted weights."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -97,19 +97,21 @@ class Interpreter:
         self._jaxpr = jaxpr
         variables, consts = jaxprs.inputs(jaxpr)
         environment = dict(zip(variables, [*consts, *arguments]))
-        last = jaxprs.last_uses(jaxpr)
-        for position, equation in enumerate(jaxprs.equations(jaxpr)):
+        once = jaxprs.used_once(jaxpr)
+
+        def add_up(equation: jaxprs.Equation) -> None:
             values = [jaxprs.read(environment, atom) for atom in equation.invars]
-            product = _addend(equation, values, last[position])
-            if product is None:
-                for operand, value in enumerate(values):
+            if _addend(equation, values, once) is None:
+                for atom, value in zip(equation.invars, values):
                     if isinstance(value, Product):
-                        values[operand] = environment[equation.invars[operand]] = value.total()
-            with jaxprs.context(equation):
-                results = self._apply(equation, values) if product is None else [product.plus(equation, values)]
-            environment.update(zip(equation.outvars, results))
-            for variable in last[position]:
-                del environment[variable]
+                        environment[atom] = value.total()
+
+        def apply(equation: jaxprs.Equation, values: list[Any]) -> list[Any]:
+            product = _addend(equation, values, once)
+            return self._apply(equation, values) if product is None else [product.plus(equation, values)]
+
+        release = jaxprs.last_uses(jaxpr)
+        jaxprs.evaluate(jaxprs.equations(jaxpr), environment, apply, before=add_up, release=release)
         outputs = [jaxprs.read(environment, atom) for atom in jaxprs.outputs(jaxpr)]
         return [out.total() if isinstance(out, Product) else out for out in outputs]
 
@@ -239,13 +241,13 @@ def _is_lookup(weight: Weight) -> bool:
     return weight.sliced and (weight.looked_up or is_row)
 
 
-def _addend(equation: jaxprs.Equation, values: Sequence[Any], finished: Sequence[Any]) -> Product | None:
-    """The product that an equation adds an independent array to, where that is the product's only use left."""
+def _addend(equation: jaxprs.Equation, values: Sequence[Any], once: Container[Any]) -> Product | None:
+    """The product that an equation adds an independent array to, if that is the product's only use."""
     if equation.primitive.name not in ("add", "add_any"):
         return None
     for operand, (value, other) in enumerate((values, values[::-1])):
         independent = not isinstance(other, Product | Weight)
-        if isinstance(value, Product) and independent and equation.invars[operand] in finished:
+        if isinstance(value, Product) and independent and equation.invars[operand] in once:
             return value
     return None
 

@@ -1,10 +1,12 @@
 """All contact with JAX's jaxpr internals. When a JAX release moves something, only this file changes."""
 
+import collections
 import contextlib
 import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -127,6 +129,13 @@ def last_uses(jaxpr: Jaxpr) -> dict[int, list[Any]]:
     return last
 
 
+def used_once(jaxpr: Jaxpr) -> set[Any]:
+    """The variables of a jaxpr that occur once, as an operand or an output."""
+    atoms = [*outputs(jaxpr), *(atom for equation in equations(jaxpr) for atom in equation.invars)]
+    counts = collections.Counter(atom for atom in atoms if not isinstance(atom, Literal))
+    return {variable for variable, count in counts.items() if count == 1}
+
+
 def read(environment: dict[Any, Any], atom: Any) -> Any:
     """The value of a variable or literal."""
     return atom.val if isinstance(atom, Literal) else environment[atom]
@@ -213,7 +222,10 @@ def bind(equation: Equation, values: Sequence[Any], **changes: Any) -> list[Any]
 def evaluate(
     equations: Iterable[Equation],
     environment: dict[Any, Any],
-    apply: Callable[[Equation, Sequence[Any]], Sequence[Any]] = bind,
+    apply: Callable[[Equation, list[Any]], Sequence[Any]] = bind,
+    *,
+    before: Callable[[Equation], None] = lambda equation: None,
+    release: Mapping[int, Iterable[Any]] = MappingProxyType({}),
 ) -> None:
     """Evaluates equations in order, each under its own context.
 
@@ -221,12 +233,17 @@ def evaluate(
       equations: The equations.
       environment: Values by variable; the results are added to it.
       apply: `apply(equation, operands)` returns the results of an equation.
+      before: Called before the operands of an equation are read, outside its context.
+      release: By position of an equation, the variables that leave the environment after it.
     """
-    for equation in equations:
+    for position, equation in enumerate(equations):
+        before(equation)
         operands = [read(environment, atom) for atom in equation.invars]
         with context(equation):
             results = apply(equation, operands)
         environment.update(zip(equation.outvars, results))
+        for variable in release.get(position, ()):
+            del environment[variable]
 
 
 def source(equation: Equation) -> str:
