@@ -225,6 +225,14 @@ def _each(key, base, spec, fn, args, kwargs):
                 f"{leaves[path].dtype}, which rounds every update away. Cast it, or leave it out (a recipe of None "
                 "before the pattern does)."
             )
+        recipe = spec[pattern]
+        dtype = getattr(recipe, "dtype", None)
+        if jnp.issubdtype(leaves[path].dtype, jnp.complexfloating) and dtype is not None:
+            raise ValueError(
+                f"{path!r}: {type(recipe).__name__} has factors of dtype {jnp.dtype(dtype).name}, and this weight has "
+                f"the dtype {leaves[path].dtype}: they would change its real part alone. Train it with Full(), or store "
+                "its real and imaginary parts as two weights; re + 1j * im stays factored."
+            )
     if uses is None and fn is not None:
         uses = axis_roles.uses_of(fn, base, list(patterns), args, kwargs)
     axes, wrong = {}, {}

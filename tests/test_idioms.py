@@ -138,6 +138,12 @@ MERGED = {
     "over its own norm": ("w", lambda p, x: x @ (p["w"] / jnp.linalg.norm(p["w"]))),
     "weight norm": ("w", lambda p, x: x @ (p["w"] * (p["g"] / jnp.linalg.norm(p["w"], axis=0))[None])),
     "standardized": ("w", lambda p, x: x @ ((p["w"] - p["w"].mean(0, keepdims=True)) / p["w"].std(0, keepdims=True))),
+    "normalized and concatenated": (
+        "w|v",
+        lambda p, x: (
+            x @ jnp.concatenate([p["w"] / jnp.linalg.norm(p["w"], axis=0, keepdims=True), jnp.tanh(p["v"])], 1)
+        ),
+    ),
     "masked entries": ("w", lambda p, x: x @ (p["w"] * (p["v"] > 0).astype(jnp.float32))),
     "product of two weights": ("w|u", lambda p, x: x @ (p["w"] @ p["u"])),
     "product of two weights, by elements": ("w|v", lambda p, x: x @ (p["w"] * p["v"])),

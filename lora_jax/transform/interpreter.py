@@ -12,7 +12,7 @@ from lora_jax.transform import jaxprs
 from lora_jax.transform.draws import Draws, Numbers
 from lora_jax.transform.lazy_dequantized import recomputed
 from lora_jax.transform.product import Product
-from lora_jax.transform.rules import RULES
+from lora_jax.transform.rules import COMBINING, RULES
 from lora_jax.transform.rules.contractions import on_arrays
 from lora_jax.transform.tracking import follow, merged_view, primal
 from lora_jax.transform.weight import CannotFactor, Dropout, Term, Weight
@@ -125,7 +125,8 @@ class Interpreter:
 
     def _apply(self, equation: jaxprs.Equation, values: list[Any]) -> list[Any]:
         name, weights = equation.primitive.name, [value for value in values if isinstance(value, Weight)]
-        if any(not weight.is_merged for weight in weights):  # roles of merged ones are found by themselves
+        if name not in COMBINING and not all(weight.is_merged for weight in weights):
+            # An array that was computed from weights does not make another weight's operation one of two weights.
             values = [v.value if isinstance(v, Weight) and v.is_merged else v for v in values]
         if self._outlined and (not weights or name not in RULES):
             return follow(equation, values, list(map(jaxprs.outline, equation.outvars)))

@@ -15,6 +15,9 @@ from lora_jax.transform.weight_views import fresh
 
 Equation = jaxprs.Equation
 
+COMBINING = ("concatenate", "stack", "add", "add_any", "sub", "select_n")
+"""Primitives whose result is a weight with the terms of all operands."""
+
 
 def bare(values: Sequence[Any]) -> list[Any]:
     """The values with base weights in the place of weights."""
