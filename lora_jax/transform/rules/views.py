@@ -44,8 +44,7 @@ def device_put(interpreter: Evaluator, equation: Equation, values: list[Any]) ->
 @rule("optimization_barrier")
 def keep_all_factors(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     """Operations on several arrays at once, each of which stays as it is."""
-    bare = [value.value if isinstance(value, Weight) else value for value in values]
-    arrays, treedef = jax.tree.flatten(bare)
+    arrays, treedef = jax.tree.flatten(bare(values))
     results = jax.tree.unflatten(treedef, jaxprs.bind(equation, arrays))
     return [
         value.replace(value=result) if isinstance(value, Weight) else result for value, result in zip(values, results)
@@ -95,7 +94,7 @@ def broadcast(interpreter: Evaluator, equation: Equation, values: list[Any]) -> 
 
 
 def _part(equation, weight: Weight, others: Sequence, sizes: Sequence[int], cut: Callable):
-    """The base's value of a slice, which `cut(array, axis)` takes along one axis: a quantized layer is one of codes."""
+    """The base's value of a slice by `cut(array, axis)` along one axis: a layer of a quantized weight is quantized."""
     value = weight.value
     changed = [axis for axis, size in enumerate(value.shape) if sizes[axis] != size]
     if isinstance(value, LazyDequantized) and len(changed) == 1:
