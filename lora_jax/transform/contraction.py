@@ -18,7 +18,7 @@ from lora_jax.transform.contraction_axes import Axes, Contraction, Pairs
 from lora_jax.transform.lazy_dequantized import product
 from lora_jax.transform.low_rank import low_rank_product
 from lora_jax.transform.product import Product
-from lora_jax.transform.rules.registry import Evaluator, Rule, rule
+from lora_jax.transform.registry import Evaluator, Rule, rule
 from lora_jax.transform.taps import Moments, check_whole, moments, tapped
 from lora_jax.transform.weight import CannotFactor, Term, Weight, value_size
 from lora_jax.transform.weight_views import split_label

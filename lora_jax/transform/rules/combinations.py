@@ -9,7 +9,7 @@ import numpy as np
 from lora_jax.transform import jaxprs
 from lora_jax.transform.combining import add_up, as_gain, check_summand, masked, pad_axis, stacked
 from lora_jax.transform.lazy_dequantized import viewed
-from lora_jax.transform.rules.registry import Evaluator, rule
+from lora_jax.transform.registry import Evaluator, rule
 from lora_jax.transform.weight import CannotFactor, Value, Weight
 from lora_jax.transform.weight_views import fresh
 

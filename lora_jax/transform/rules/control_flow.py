@@ -9,7 +9,7 @@ from lora_jax.adapters.factored import Factor
 from lora_jax.transform import jaxprs
 from lora_jax.transform.draws import Draws
 from lora_jax.transform.lazy_dequantized import LazyDequantized, recomputed
-from lora_jax.transform.rules.registry import Evaluator, rule
+from lora_jax.transform.registry import Evaluator, rule
 from lora_jax.transform.weight import CannotFactor, Weight
 from lora_jax.transform.weight_views import spec_by_label
 

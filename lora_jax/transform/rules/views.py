@@ -13,8 +13,8 @@ from lora_jax.adapters.factored import Factor, compute_dtype
 from lora_jax.transform import jaxprs
 from lora_jax.transform.combining import as_gain
 from lora_jax.transform.lazy_dequantized import LazyDequantized, viewed
+from lora_jax.transform.registry import Evaluator, rule
 from lora_jax.transform.rules.combinations import bare
-from lora_jax.transform.rules.registry import Evaluator, rule
 from lora_jax.transform.weight import CannotFactor, Weight
 from lora_jax.transform.weight_views import fresh, permuted, reshaped, slice_axis, spec_by_label
 
