@@ -230,8 +230,8 @@ def _each(key, base, spec, fn, args, kwargs):
         if jnp.issubdtype(leaves[path].dtype, jnp.complexfloating) and dtype is not None:
             raise ValueError(
                 f"{path!r}: {type(recipe).__name__} has factors of dtype {jnp.dtype(dtype).name}, and this weight has "
-                f"the dtype {leaves[path].dtype}: they would change its real part only. Train it with Full(), or keep "
-                "its real and imaginary parts as two weights; re + 1j * im stays factored."
+                f"the dtype {leaves[path].dtype}: they would change its real part only. Train it with Full(), or "
+                "keep its real and imaginary parts as two weights; re + 1j * im stays factored."
             )
     if uses is None and fn is not None:
         uses = axis_roles.uses_of(fn, base, list(patterns), args, kwargs)
