@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax import axes as axis_roles
 from lora_jax import checks, paths
