@@ -3,6 +3,8 @@
 import importlib.metadata
 import itertools
 import os
+import shutil
+import zlib
 
 # Virtual CPU devices wherever the tests run, so that none skips for want of devices and numbers do not depend
 # on the machine. Compiled code runs once or twice here: without LLVM's optimizations the suite takes a quarter
@@ -16,7 +18,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # later releases h
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 users_flags = os.environ.get("XLA_FLAGS", "")
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing depends on what an earlier run has left
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # in processes that a test starts
 os.environ["XLA_FLAGS"] = " ".join((users_flags, *FLAGS))
 
 import jax  # noqa: E402
@@ -25,6 +27,9 @@ import pytest  # noqa: E402
 assert jax.device_count() == 8, "Something used JAX before the tests could ask for eight devices."
 # XLA has read its flags. Processes that a test starts (notebooks, commands) run as they do for a user.
 os.environ["XLA_FLAGS"] = users_flags
+
+MAX_PROGRAMS = 50_000
+"""How many compiled programs later runs may find, of about 7 kB each; above that, all are deleted."""
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -39,6 +44,32 @@ def pytest_addoption(parser):
         action="store_true",
         help="The contract suite runs each layer with LoRA and each recipe on one layer, as they are and under grad.",
     )
+
+
+def pytest_configure(config):
+    """Lets all workers, and later runs, share compiled programs.
+
+    JAX's key of a program holds all that its result depends on. `pytest --cache-clear` forgets them.
+    """
+    if hasattr(config, "workerinput"):
+        directory = config.workerinput["programs"]
+    elif hasattr(config, "cache"):
+        # The key has the flags of the environment, but not those that XLA read above.
+        directory = config.cache.mkdir(f"programs-{zlib.crc32(' '.join(FLAGS).encode()):08x}")
+        if sum(1 for _ in directory.iterdir()) > MAX_PROGRAMS:
+            shutil.rmtree(directory)
+        directory = str(directory)
+    else:
+        return  # -p no:cacheprovider
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput["programs"] = jax.config.jax_compilation_cache_dir
 
 
 @pytest.fixture
