@@ -10,7 +10,6 @@ from lora_jax import paths
 from lora_jax.adapters.protocol import LOOKUP
 from lora_jax.initializers import GRADIENT, INPUTS, Inputs, Reading
 from lora_jax.leaves import dequantized, is_abstract, is_finite, is_quantized
-from lora_jax.renamed import module_getattr
 from lora_jax.transform import taps
 from lora_jax.transform.call import Arguments, Call
 from lora_jax.transform.interpreter import Interpreter
@@ -157,6 +156,3 @@ def _flatten(squares: jax.Array, total: jax.Array, count: jax.Array) -> Inputs:
     batch = count.size
     size = total.size // batch
     return Inputs(squares.reshape(batch, size, size), total.reshape(batch, size), count.reshape(batch))
-
-
-__getattr__ = module_getattr(__name__, capture="collect_stats")

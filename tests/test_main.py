@@ -835,8 +835,8 @@ def test_what_force_does_not_replace(fails, writer, base, adapter, tmp_path):
 def test_of_the_other_kind(fails, base, adapter, tmp_path):
     shutil.copytree(base, tmp_path / "base2")
     shutil.copytree(adapter, tmp_path / "adapter2")
-    assert "no checkpoint" in fails("merge", base, adapter, tmp_path / "adapter2", "--force")
-    assert "no adapter" in fails("convert", adapter, tmp_path / "base2", "--target", "peft", "--force")
+    assert "only a previous checkpoint" in fails("merge", base, adapter, tmp_path / "adapter2", "--force")
+    assert "only a previous adapter" in fails("convert", adapter, tmp_path / "base2", "--target", "peft", "--force")
 
 
 def test_an_output_among_what_is_read(fails, writer, base, adapter, tmp_path):
