@@ -42,7 +42,7 @@ def main(args: Sequence[str] | None = None) -> int:
         config = flags.parse(module.DEFAULTS, f"{_PROGRAM} {name}", rest)
         keep_compiled()
         joined = getattr(config, "distributed", False)
-        with processes.joined() if joined else terminable():
+        with processes.distributed() if joined else terminable():
             importlib.import_module(config.STUDY).run(config)
     except UserError as error:
         status = _report(2, f"error: {error}")

@@ -115,7 +115,7 @@ def _checked(name: str) -> Chip:
     """The chip of a slice that there is."""
     known = [slice_ for chip in chips.TPUS for slice_ in names(chip)]
     generation, _, _ = name.partition(":")
-    chip = chips.named(generation)
+    chip = chips.find_tpu(generation)
     if name in known and chip is not None:
         return chip
     found = _NAME.match(name)

@@ -15,9 +15,10 @@ from experiments.studies.methods import Method, loss_function
 from experiments.studies.problem import accuracy, answers
 from experiments.training import loop, outputs
 from experiments.training import mesh as meshes
-from experiments.training.loop import passes
+from experiments.training.loop import plan_steps
 from experiments.training.mesh import MeshSizes
 from experiments.training.progress import bar
+from experiments.training.run import TrainingRun
 from experiments.training.stream import Stream
 
 
@@ -86,7 +87,7 @@ def _train(
     init_key, train_key = jax.random.split(jax.random.key(seed))
     delta = problem.delta(init_key, base, method.spec)
     stream = Stream(splits["train"].sequences, splits["train"].labels, problem.lengths, method.batch_size, seed)
-    total, due = passes(method.epochs, stream.steps_per_epoch)
+    total, due = plan_steps(method.epochs, stream.steps_per_epoch)
     tx = method.optimizer(total)
     adapted = jax.jit(lora.adapt(problem.apply))
 
@@ -99,7 +100,9 @@ def _train(
 
         return accuracy(answers(logits, splits["validation"], problem.lengths), splits["validation"])
 
-    run = loop.Run(directory, meshes.make_mesh(MeshSizes()), {"method": repr(method), "seed": seed}, checkpoint_every)
+    run = TrainingRun(
+        directory, meshes.make_mesh(MeshSizes()), {"method": repr(method), "seed": seed}, checkpoint_every
+    )
     with bar(console, f"{method.name} (seed {seed})", method.epochs * len(splits["train"])) as shown:
         _, history = loop.train(
             run,
@@ -110,7 +113,7 @@ def _train(
             due=due,
             score=start.result.validation_accuracy,
             evaluate=evaluate,
-            shown="{:.1%}".format,
+            format_score="{:.1%}".format,
             bar=shown,
         )
     write_json(directory / "history.json", asdict(history))

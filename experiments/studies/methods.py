@@ -17,9 +17,10 @@ from experiments.studies.head import Start
 from experiments.studies.problem import accuracy, answers
 from experiments.training import mesh as meshes
 from experiments.training import outputs, processes
-from experiments.training.loop import Run, passes, train
+from experiments.training.loop import plan_steps, train
 from experiments.training.optimizer import adam
 from experiments.training.progress import bar
+from experiments.training.run import TrainingRun
 from experiments.training.stream import Stream
 
 
@@ -54,7 +55,7 @@ class Method:
         return adam(self.lr, steps, warmup=self.warmup, clip=self.clip)
 
 
-def run(start: Start, method: Method, seed: int, run: Run, console: Console) -> Result:
+def run(start: Start, method: Method, seed: int, run: TrainingRun, console: Console) -> Result:
     """Trains a method, or goes on with it, or reads its result where it is finished.
 
     Args:
@@ -66,7 +67,7 @@ def run(start: Start, method: Method, seed: int, run: Run, console: Console) -> 
     """
     directory, mesh = run.directory, run.mesh
     stored = directory / "result.json"
-    if processes.agreed(stored.exists()):
+    if processes.broadcast(stored.exists()):
         return Result.load(stored)
     problem, splits = start.problem, start.problem.splits
     base = meshes.put_weights(mesh, bert.AXES, start.base)
@@ -74,7 +75,7 @@ def run(start: Start, method: Method, seed: int, run: Run, console: Console) -> 
     init_key, train_key = jax.random.split(jax.random.key(seed))
     delta = problem.delta(init_key, base, method.spec, mesh)
     stream = Stream(splits["train"].sequences, splits["train"].labels, problem.lengths, method.batch_size, seed)
-    total, due = passes(method.epochs, stream.steps_per_epoch)
+    total, due = plan_steps(method.epochs, stream.steps_per_epoch)
     tx = method.optimizer(total)
     state = lora.TrainState.create(base, delta, tx, train_key)
     costs = {
@@ -100,7 +101,7 @@ def run(start: Start, method: Method, seed: int, run: Run, console: Console) -> 
             due=due,
             score=start.result.validation_accuracy,
             evaluate=lambda state: accuracy(logits("validation", adapted, base, state.delta), splits["validation"]),
-            shown="{:.1%}".format,
+            format_score="{:.1%}".format,
             bar=shown,
         )
     unmerged = logits("test", adapted, base, state.delta)

@@ -19,7 +19,7 @@ from experiments.studies.methods import Method
 from experiments.studies.problem import HEAD, Problem, accuracy, answers, load
 from experiments.training import mesh as meshes
 from experiments.training import outputs, processes
-from experiments.training.loop import Run
+from experiments.training.run import TrainingRun
 
 _LINEAR = r"(attention|feed_forward)/.*kernel"
 _QUERY_VALUE = r"attention/(query|value)/kernel"
@@ -111,7 +111,7 @@ def _trained(start: Start, name: str, seed: int, config: Config, mesh: Mesh, con
     settings = {key: value for key, value in asdict(chosen).items() if key not in ("spec", "rules")}
     settings |= {"spec": repr(chosen.spec), "rules": repr(chosen.rules)}
     directory = _directory(config, name, seed, start.problem.digest, settings)
-    run = Run(directory, mesh, asdict(config), config.checkpoint_every, profile=config.profiled())
+    run = TrainingRun(directory, mesh, asdict(config), config.checkpoint_every, profile=config.profiled_steps())
     result = methods.run(start, chosen, seed, run, console)
     if processes.is_first():
         sentences.describe(directory, config.model, start.problem)

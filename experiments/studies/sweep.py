@@ -21,10 +21,11 @@ from experiments.studies.methods import loss_function
 from experiments.studies.problem import HEAD, Problem, accuracy, answers, load
 from experiments.training import mesh as meshes
 from experiments.training import outputs, processes
-from experiments.training.loop import Run, passes, train
+from experiments.training.loop import plan_steps, train
 from experiments.training.mesh import MeshSizes
 from experiments.training.optimizer import adam
 from experiments.training.progress import bar
+from experiments.training.run import TrainingRun
 from experiments.training.stream import Stream
 
 _QUERY_VALUE = r"attention/(query|value)/kernel"
@@ -90,7 +91,7 @@ def _trained(config: Config, start: Start, directory: Path, console: Console) ->
     problem, splits = start.problem, start.problem.splits
     deltas = _deltas(config, start)
     stream = Stream(splits["train"].sequences, splits["train"].labels, problem.lengths, config.batch_size, config.seed)
-    steps, due = passes(config.epochs, stream.steps_per_epoch)
+    steps, due = plan_steps(config.epochs, stream.steps_per_epoch)
 
     def tx(lr):
         return adam(lr, steps, warmup=config.warmup, clip=config.clip)
@@ -105,7 +106,7 @@ def _trained(config: Config, start: Start, directory: Path, console: Console) ->
         scores = measured[_done(states)] = accuracies(states)
         return float(np.nanmax(scores))
 
-    run = Run(directory, meshes.make_mesh(MeshSizes()), asdict(config), config.checkpoint_every)
+    run = TrainingRun(directory, meshes.make_mesh(MeshSizes()), asdict(config), config.checkpoint_every)
     with bar(console, f"{len(deltas)} adapters", config.epochs * len(splits["train"])) as shown:
         states, history = train(
             run,
@@ -116,7 +117,7 @@ def _trained(config: Config, start: Start, directory: Path, console: Console) ->
             due=due,
             score=start.result.validation_accuracy,
             evaluate=evaluate,
-            shown="{:.1%} at best".format,
+            format_score="{:.1%} at best".format,
             bar=shown,
         )
     if _done(states) not in measured:  # resumed behind the last step

@@ -1,11 +1,11 @@
-"""Published figures of accelerators.
+"""Published specifications of accelerators.
 
 Sources, read in 2026:
   TPUs: `v4 <https://cloud.google.com/tpu/docs/v4>`_, `v5e <https://cloud.google.com/tpu/docs/v5e>`_,
   `v5p <https://cloud.google.com/tpu/docs/v5p>`_, `v6e <https://cloud.google.com/tpu/docs/v6e>`_. A link's bandwidth is
   the chip's interconnect bandwidth in one direction divided by its ports: v5e 1600 Gbit/s by 4, v6e 3200 Gbit/s by 4,
   v5p 4800 Gbit/s by 6; v4's 50 GB/s is from Jouppi et al., `TPU v4 <https://arxiv.org/abs/2304.01433>`_, 2023, table 4.
-  Bytes for programs are what libtpu's compiler takes for available; the rest of a chip's memory is reserved.
+  Bytes for programs are those that libtpu's compiler reports as available; the rest of a chip's memory is reserved.
   GPUs: NVIDIA's data sheets of the A100 (80 GB SXM), the H100 (SXM and PCIe) and the H200 (SXM): dense, without
   sparsity; NVLink in one direction.
 """
@@ -20,13 +20,13 @@ class Chip:
     """An accelerator, as JAX sees one device.
 
     Attributes:
-      name: As in the names of topologies.
-      kinds: What `jax.Device.device_kind` says.
-      flops: Operations a second, at most, in bfloat16.
-      memory: Bytes of memory, for programs.
-      bandwidth: Bytes a second between memory and cores.
-      link: Bytes a second that one link sends; of a GPU all links together.
-      axes: Of the torus that links make; 0 is a switch.
+      name: The name in topologies.
+      kinds: The values of `jax.Device.device_kind`.
+      flops: Peak operations per second in bfloat16.
+      memory: Bytes of memory that are available to programs.
+      bandwidth: Bytes per second between memory and cores.
+      link: Bytes per second that one link sends; for GPUs, all links together.
+      axes: The number of axes of the torus of links; 0 is a switch.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Chip:
 
     @property
     def links(self) -> int:
-        """To other chips: one each way along each axis of the torus."""
+        """The number of links to other chips: two per axis of the torus."""
         return max(2 * self.axes, 1)
 
 
@@ -59,16 +59,16 @@ GPUS = (
 CHIPS = (*TPUS, *GPUS)
 
 
-def of_kind(device_kind: str) -> Chip | None:
-    """The chip that a device is, by its `device_kind`; None where its figures are not known (a CPU).
+def find_chip(device_kind: str) -> Chip | None:
+    """Returns the chip of a `device_kind`; None if it is unknown, such as a CPU.
 
     Example:
-      >>> of_kind("TPU v5 lite").name
+      >>> find_chip("TPU v5 lite").name
       'v5e'
     """
     return next((chip for chip in CHIPS if device_kind in chip.kinds), None)
 
 
-def named(name: str) -> Chip | None:
-    """The TPU of a topology's name."""
+def find_tpu(name: str) -> Chip | None:
+    """Returns the TPU of a topology's name; None if it is unknown."""
     return next((chip for chip in TPUS if chip.name == name), None)

@@ -1,4 +1,4 @@
-"""Ctrl-C and preemption between two steps instead of inside one, where donated buffers are neither here nor there."""
+"""Defers Ctrl-C and preemption to the end of a step, since buffers are donated within a step."""
 
 import os
 import signal
@@ -15,30 +15,30 @@ from lora_jax.io import raise_on_signal
 
 
 class Interrupt:
-    """Says whether the process has been asked to stop, and by what."""
+    """The request to stop that the process has received, if any."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
-    def reached(self, step: int) -> bool:
-        """Whether to stop after this step: where there are several processes, all agree on one."""
+    def requested(self, step: int) -> bool:
+        """Whether to stop after this step, which is the same for all processes."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self.signal is not None
 
     def error(self, step: int) -> BaseException:
-        """What to raise when the state is saved."""
+        """Returns the exception to raise after the state is saved."""
         return KeyboardInterrupt() if self.signal == signal.SIGINT else Preempted(f"at step {step}: saved")
 
 
 def terminable() -> AbstractContextManager[None]:
-    """Makes SIGTERM inside the `with` block raise :class:`Preempted`, but for what :func:`deferred` has within."""
+    """A context in which SIGTERM raises :class:`Preempted`, except within :func:`defer_signals`."""
     return raise_on_signal(lambda: Preempted("outside of the steps: nothing to save"))
 
 
 @contextmanager
-def deferred() -> Iterator[Interrupt]:
-    """Turns SIGINT and SIGTERM inside the `with` block into a request; a second SIGINT stops at once."""
+def defer_signals() -> Iterator[Interrupt]:
+    """A context that converts SIGINT and SIGTERM to a request to stop; a second SIGINT stops immediately."""
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield interrupt
@@ -48,13 +48,13 @@ def deferred() -> Iterator[Interrupt]:
         if interrupt.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         interrupt.signal = interrupt.signal or number
-        if jax.process_count() > 1:  # JAX's service listens for this one, and tells the other processes
+        if jax.process_count() > 1:  # JAX's preemption service handles SIGTERM and notifies the other processes
             os.kill(os.getpid(), signal.SIGTERM)
 
     numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, handle) for number in numbers}
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield interrupt
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""One run at a time in a directory: a lock that names its holder, and that a killed process does not keep."""
+"""A lock that allows one run at a time in a directory, names its holder, and ends with its process."""
 
 import errno
 import json
@@ -25,20 +25,20 @@ RENEWED = 5.0
 """Seconds between renewals of a lease."""
 
 EXPIRED = 30.0
-"""Seconds after which a lease that was not renewed is nobody's."""
+"""Seconds without renewal after which a lease expires."""
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EBADF)
 
 
 @contextmanager
-def held(directory: Path) -> Generator[None]:
-    """Holds the lock of a directory for the `with` block: by `flock`, or by a lease where the file system has none.
+def hold_lock(directory: Path) -> Generator[None]:
+    """A context that holds the lock of a directory, by `flock` or, if the file system does not support it, by a lease.
 
-    A lease is a file that its holder renews. One that nobody renews while it is watched is taken over, so that no
-    clocks are compared.
+    A lease is a file that its holder renews. A lease that is not renewed while it is observed is replaced, so no clocks
+    are compared.
 
     Raises:
-      UserError: Another run holds it; the message names the host and the process.
+      UserError: Another run holds the lock; the message names the host and the process.
     """
     with ExitStack() as stack:
         try:
@@ -62,7 +62,7 @@ def _locked(path: Path, directory: Path) -> Generator[None]:
             except OSError:
                 path.unlink(missing_ok=True)
                 raise
-            if not _is(descriptor, path):  # the holder before removed it meanwhile
+            if not _is_same_file(descriptor, path):  # the previous holder has removed it
                 continue
             os.truncate(descriptor, 0)
             os.write(descriptor, json.dumps(_holder()).encode())
@@ -81,7 +81,7 @@ def _flock(descriptor: int) -> None:
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _is(descriptor: int, path: Path) -> bool:
+def _is_same_file(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -91,7 +91,7 @@ def _is(descriptor: int, path: Path) -> bool:
 @contextmanager
 def _leased(path: Path, directory: Path) -> Generator[None]:
     holder = {**_holder(), "token": uuid.uuid4().hex}
-    while not _created(path, holder):
+    while not _create_lease(path, holder):
         _wait_until_expired(path, directory)
     ended = threading.Event()
     renewal = threading.Thread(target=_renew, args=(path, holder, ended), daemon=True)
@@ -105,8 +105,8 @@ def _leased(path: Path, directory: Path) -> Generator[None]:
             path.unlink(missing_ok=True)
 
 
-def _created(path: Path, holder: dict[str, Any]) -> bool:
-    """Makes a lease unless there is one; it appears with its content."""
+def _create_lease(path: Path, holder: dict[str, Any]) -> bool:
+    """Atomically creates a lease with its content; returns False if one exists."""
     fresh = path.with_name(f"{path.name}.{holder['token']}")
     fresh.write_text(json.dumps(holder), encoding="utf-8")
     try:
@@ -119,24 +119,24 @@ def _created(path: Path, holder: dict[str, Any]) -> bool:
 
 
 def _wait_until_expired(path: Path, directory: Path) -> None:
-    """Returns when a lease was removed or has expired and is out of the way.
+    """Waits until a lease is removed, or removes it when it expires.
 
     Raises:
       UserError: Its holder renews it.
     """
-    holder, before, end = _read(path), _stamp(path), time.monotonic() + EXPIRED
+    holder, stamp, end = _read(path), _stamp(path), time.monotonic() + EXPIRED
     while time.monotonic() < end:
         time.sleep(min(RENEWED, EXPIRED) / 4)
         if _stamp(path) is None:
             return
-        if _stamp(path) != before:
+        if _stamp(path) != stamp:
             raise _in_use(directory, path)
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         os.rename(path, aside)
     except FileNotFoundError:
         return
-    if _read(aside) != holder:  # another run was faster and has a lease of its own, which it gets back
+    if _read(aside) != holder:  # another run has created a lease meanwhile, which is restored
         os.link(aside, path)
         aside.unlink()
         raise _in_use(directory, path)
@@ -144,7 +144,7 @@ def _wait_until_expired(path: Path, directory: Path) -> None:
 
 
 def _renew(path: Path, holder: dict[str, Any], ended: threading.Event) -> None:
-    """Renews a lease until the run ends; a run that has lost it, after it slept for long, stops."""
+    """Renews a lease until the run ends; stops a run that has lost its lease, after a long sleep."""
     while not ended.wait(RENEWED):
         if _read(path) != holder:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -175,4 +175,4 @@ def _holder() -> dict[str, Any]:
 def _in_use(directory: Path, path: Path) -> UserError:
     holder = _read(path)
     who = f"process {holder.get('process', '?')} on host {holder.get('host', '?')}"
-    return UserError(f"{directory}: another run is writing there ({who}); wait for its end, or give another --out")
+    return UserError(f"{directory}: another run writes to it ({who}); wait until it ends, or choose another --out")

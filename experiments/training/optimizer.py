@@ -20,18 +20,18 @@ def adam(
     floor: float = 0.0,
     decay: float = 0.1,
 ) -> optax.GradientTransformation:
-    """AdamW on a delta, with a learning rate schedule and a bound on the norm of the gradients.
+    """Returns AdamW for a delta, with a learning rate schedule and gradient clipping.
 
     Args:
-      lr: The peak of the learning rate.
-      steps: Steps of the whole run.
-      warmup: Share of the steps in which the learning rate rises linearly from 0.
-      clip: Largest global norm of a step's gradients; None does not clip.
-      weight_decay: 0 makes it Adam. Factors decay toward the base; magnitudes and gains, whose zero is no model, do
-        not (:func:`lora_jax.optim.decay_mask`).
+      lr: The peak learning rate.
+      steps: The number of steps of the run.
+      warmup: The fraction of the steps in which the learning rate rises linearly from 0.
+      clip: The maximum global norm of the gradients; None does not clip.
+      weight_decay: 0 is Adam. Factors decay toward the base; magnitudes and gains do not decay
+        (:func:`lora_jax.optim.decay_mask`).
       schedule: See :func:`learning_rate`.
-      floor: Likewise.
-      decay: Likewise.
+      floor: See :func:`learning_rate`.
+      decay: See :func:`learning_rate`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -48,16 +48,16 @@ def adam(
 def learning_rate(
     lr: float, steps: int, *, warmup: float, schedule: Schedule = "linear", floor: float = 0.0, decay: float = 0.1
 ) -> optax.Schedule:
-    """The learning rate by step: a linear rise to the peak, then what `schedule` names.
+    """Returns the learning rate by step: a linear rise to the peak, then the schedule.
 
     Args:
-      lr: The peak.
-      steps: Steps of the whole run.
-      warmup: Share of the steps in which the rate rises.
-      schedule: 'linear' and 'cosine' fall to the floor over the rest; 'constant' stays at the peak; 'wsd' (warmup,
-        stable, decay) stays at the peak and falls linearly in the last steps.
-      floor: The last rate, as a share of the peak.
-      decay: Share of the steps in which 'wsd' falls.
+      lr: The peak learning rate.
+      steps: The number of steps of the run.
+      warmup: The fraction of the steps in which the rate rises.
+      schedule: 'linear' and 'cosine' decay to the floor in the remaining steps; 'constant' stays at the peak; 'wsd'
+        (warmup, stable, decay) stays at the peak and decays linearly in the last steps.
+      floor: The final rate, as a fraction of the peak.
+      decay: The fraction of the steps in which 'wsd' decays.
 
     Example:
       >>> rate = learning_rate(1.0, 100, warmup=0.1, schedule="wsd", floor=0.5, decay=0.2)

@@ -1,4 +1,4 @@
-"""A run's directory: one run at a time, and only what this program wrote is replaced or removed."""
+"""A run's directory, which one run at a time uses, and in which only files of this program are replaced or removed."""
 
 import fnmatch
 import functools
@@ -28,36 +28,38 @@ _INSIDE = "|".join(
         r"\..*\.(writing|replaced)(\..+)?|\.unfinished-\d+",
     )
 )
-"""What this program writes into the directories that it lists."""
+"""A pattern of the files that this program writes to subdirectories."""
 
 
 def exclusive(run: Callable[[Any], R]) -> Callable[[Any], R]:
-    """Makes a study's `run(config)` hold the lock of `config.out`; of several processes the first one holds it."""
+    """Decorates a study's `run(config)` to hold the lock of `config.out`, in the first process."""
 
     @functools.wraps(run)
-    def running(config: Any) -> R:
+    def locked_run(config: Any) -> R:
         out = config.out
         processes.check_shared(out)
         with ExitStack() as stack:
             with processes.first_before_others():
                 if processes.is_first():
                     if os.path.lexists(out) and not out.is_dir():
-                        raise UserError(f"out {out}: is {'a link' if out.is_symlink() else 'a file'}, not a directory")
+                        raise UserError(
+                            f"out {out}: expected a directory, got {'a link' if out.is_symlink() else 'a file'}"
+                        )
                     stack.enter_context(create_parents(out / LISTING))
-                    stack.enter_context(lock.held(out))
+                    stack.enter_context(lock.hold_lock(out))
             return run(config)
 
-    return running
+    return locked_run
 
 
 def begin(directory: Path, *patterns: str, fresh: bool, cached: Sequence[str] = ()) -> None:
-    """Prepares a run's directory: :func:`clear` where it is to be fresh, then :func:`claim`.
+    """Prepares a run's directory: :func:`clear` if `fresh`, then :func:`claim`.
 
     Args:
-      directory: Of a run.
-      patterns: What the run writes.
-      fresh: Whether it starts over.
-      cached: What it writes and never has to write again.
+      directory: The directory of the run.
+      patterns: The names, or glob patterns, of the entries that the run writes.
+      fresh: Whether the run starts over.
+      cached: Entries that the run writes once, which a fresh run keeps.
     """
     if fresh:
         clear(directory, *patterns)
@@ -65,14 +67,14 @@ def begin(directory: Path, *patterns: str, fresh: bool, cached: Sequence[str] = 
 
 
 def claim(directory: Path, *patterns: str) -> None:
-    """Notes that entries of a directory are this program's, before it writes them; the directory is made.
+    """Records that entries of a directory belong to this program before they are written; creates the directory.
 
     Args:
-      directory: Of a run.
-      patterns: Names, or patterns as a shell has them.
+      directory: The directory of the run.
+      patterns: The names, or glob patterns, of entries.
 
     Raises:
-      UserError: An entry is there that this program did not write, or is a link.
+      UserError: An entry exists that this program did not write or that is a link.
     """
     directory.mkdir(parents=True, exist_ok=True)
     claimed = _claimed(directory)
@@ -80,8 +82,8 @@ def claim(directory: Path, *patterns: str) -> None:
     others = [entry.name for entry in entries if entry.is_symlink() or not _matches(entry.name, claimed)]
     if others:
         raise UserError(
-            f"{directory}: holds {join_names(others)}, which this program did not write there; give another --out, or "
-            "move what is there"
+            f"{directory}: holds {join_names(others)}, which this program did not write; choose another --out, or "
+            "move them"
         )
     if more := [pattern for pattern in patterns if pattern not in claimed]:
         with replace_file(directory / LISTING) as file:
@@ -90,11 +92,11 @@ def claim(directory: Path, *patterns: str) -> None:
 
 
 def clear(directory: Path, *patterns: str) -> None:
-    """Removes what this program wrote into a directory; files of others stay, in the directories that it made too.
+    """Removes what this program wrote to a directory; keeps other files, also in subdirectories.
 
     Args:
-      directory: Of a run.
-      patterns: What to remove of that; nothing means everything.
+      directory: The directory of the run.
+      patterns: The entries to remove; all by default.
     """
     if not directory.is_dir():
         return
@@ -127,7 +129,7 @@ def _claimed(directory: Path) -> list[str]:
     with reading(path, "JSON"):
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != _FORMAT:
-            raise ValueError(f"its format is {content['format']!r}")
+            raise ValueError(f"its format is {content['format']!r}, expected {_FORMAT!r}")
         return [str(entry) for entry in content["entries"]]
 
 

@@ -1,4 +1,4 @@
-"""Several processes that run one command together."""
+"""Runs with several processes."""
 
 import os
 import re
@@ -16,96 +16,96 @@ from rich.console import Console
 from experiments.errors import Preempted, UserError
 
 SILENCE = 30
-"""Seconds after which a process that says nothing counts as ended, and the others end too."""
+"""Seconds without a heartbeat after which a process counts as ended, and the others end too."""
 
 PATIENCE = 300
-"""Seconds that processes wait for each other at the start."""
+"""Seconds that processes wait for each other at startup."""
 
-_DELAY = 10  # seconds until what was written on a network's disk is seen everywhere
+_DELAY = 10  # the maximum delay, in seconds, until all processes see a file on a network file system
 _LOST = r"Gloo|coordination service|heartbeat|Connection (closed|reset) by peer"
 
 
 class LostProcess(Exception):
-    """Another process of the run has ended. Exit status 76."""
+    """Another process of the run has ended; the exit status is 76."""
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files."""
+    """Whether this process is the first one, which writes files."""
     return jax.process_index() == 0
 
 
 def wait(name: str) -> None:
-    """Waits until every process is here."""
+    """Waits until all processes have called this function."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def agreed(mine: int) -> int:
-    """The number that the first process has, in every process: what all do next must not differ."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(mine))) if jax.process_count() > 1 else mine
+def broadcast(number: int) -> int:
+    """Returns the first process's number in every process."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if jax.process_count() > 1 else number
 
 
 @contextmanager
 def first_before_others() -> Iterator[None]:
-    """The first process runs the `with` block before the others do: what it writes, they find.
+    """A context in which the first process runs the block before the others, which then see the files it writes.
 
     Raises:
-      UserError: In the others, where the block failed in the first.
+      UserError: In the other processes, if the block failed in the first.
     """
-    if not is_first() and agreed(0):
-        raise UserError("process 0 has failed, and says why")
+    if not is_first() and broadcast(0):
+        raise UserError("process 0 has failed; see its output")
     try:
         yield
     except BaseException:
         if is_first():
-            agreed(1)
+            broadcast(1)
         raise
     if is_first():
-        agreed(0)
+        broadcast(0)
 
 
 def check_shared(directory: Path) -> None:
-    """Raises a UserError, in every process, unless all of them see what the first one writes to a directory."""
+    """Raises a UserError in every process unless all of them see the files that the first one writes to a directory."""
     if directory.parts and ":" in directory.parts[0]:
-        raise UserError(f"out {directory}: an address; give a directory, where the bucket is mounted for one")
+        raise UserError(f"out {directory}: expected a directory (such as a mounted bucket), got an address")
     if jax.process_count() == 1:
         return
-    path = directory / f".seen-by-all-{agreed(os.getpid())}"
+    path = directory / f".seen-by-all-{broadcast(os.getpid())}"
     with first_before_others():
         if is_first():
             directory.mkdir(parents=True, exist_ok=True)
             path.touch()
-    seen, end = path.exists(), time.monotonic() + _DELAY
-    while not seen and time.monotonic() < end:
+    visible, end = path.exists(), time.monotonic() + _DELAY
+    while not visible and time.monotonic() < end:
         time.sleep(0.2)
-        seen = path.exists()
-    blind = np.flatnonzero(~multihost_utils.process_allgather(np.array(seen)))
+        visible = path.exists()
+    blind = np.flatnonzero(~multihost_utils.process_allgather(np.array(visible)))
     if is_first():
         path.unlink()
     if blind.size:
         raise UserError(
-            f"out {directory}: process {blind[0]} does not see what process 0 writes there; it has to be a directory "
-            "that all have in common"
+            f"out {directory}: process {blind[0]} does not see the files of process 0; expected a directory that all "
+            "processes share"
         )
 
 
 class _Output(Console):
     def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # rich would end the process without a word
+        raise BrokenPipeError  # rich would end the process silently
 
 
 def console() -> Console:
-    """Where the first process prints; that of another one is silent. A closed output raises BrokenPipeError."""
+    """Returns a console that prints in the first process only; a closed output raises BrokenPipeError."""
     return _Output(quiet=not is_first())
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """Makes this process one of those that the environment describes, for the `with` block.
+def distributed() -> Iterator[None]:
+    """A context in which this process is one of those that the environment describes.
 
     Raises:
-      UserError: The environment does not say who is who, or the others cannot be reached.
-      LostProcess: Another process ended inside the block.
+      UserError: The environment does not describe the processes, or the others cannot be reached.
+      LostProcess: Another process ended within the context.
     """
     count, number = _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID")
     try:
@@ -119,12 +119,12 @@ def joined() -> Iterator[None]:
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"--distributed: {reason} On a TPU pod and under Slurm processes find each other; elsewhere set "
+            f"--distributed: {reason} TPU pods and Slurm are detected; elsewhere set "
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from None
     try:
         yield
-    except Preempted:  # all have agreed on it: none leaves before the others are ready to
+    except Preempted:  # all processes stop at the same step and leave together
         jax.distributed.shutdown()
         raise
     except (ValueError, RuntimeError) as error:
@@ -136,12 +136,12 @@ def joined() -> Iterator[None]:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error says that another process has ended."""
+    """Whether an error means that another process has ended."""
     return not isinstance(error, UserError) and bool(re.search(_LOST, str(error)))
 
 
 def end(status: int) -> None:
-    """Ends this process without waiting for the others, which may be in a step: they notice that it is gone."""
+    """Ends this process without waiting for the others, which may be within a step and notice that it has ended."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,4 +1,4 @@
-"""Progress bars: step, loss, examples a second and the time that is left."""
+"""Progress bars with the step, the loss, examples per second and the remaining time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +9,9 @@ from rich.text import Text
 
 
 class Bar:
-    """One running task, in examples.
+    """The progress of one task, in examples.
 
-    On a terminal it is drawn as a bar; elsewhere only `say` is heard.
+    It is drawn on terminals only; `say` prints everywhere.
     """
 
     def __init__(self, progress: Progress, name: str, examples: int):
@@ -19,11 +19,11 @@ class Bar:
         self._task = progress.add_task(name, total=examples, note="")
 
     def start_at(self, examples: int) -> None:
-        """Counts what an earlier process did as done, without letting it make the speed look better."""
+        """Counts the examples of an earlier process as completed, without counting them in the speed."""
         self._progress.reset(self._task, completed=examples)
 
     def advance(self, examples: float, note: str = "") -> None:
-        """Counts `examples` more as done; `note` stands beside the bar until the next one."""
+        """Adds completed examples, and shows `note` next to the bar."""
         self._progress.update(self._task, advance=examples, note=note)
 
     def say(self, line: str) -> None:
@@ -33,8 +33,8 @@ class Bar:
 
 @contextmanager
 def bar(console: Console, name: str, examples: int) -> Iterator[Bar]:
-    """A bar that is drawn while the `with` block runs."""
-    # 80 columns in all; a longer name or note takes from the bar.
+    """A context in which a bar is drawn."""
+    # The bar fills the rest of the width.
     columns = (TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.fields[note]}"))
     columns = (*columns, _Speed(), TextColumn("ETA"), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console, expand=True, disable=not console.is_terminal) as progress:

@@ -1,4 +1,4 @@
-"""What a run writes about itself while it runs: its settings, and metrics as JSON lines and TensorBoard events."""
+"""Records a run's settings, and its metrics as JSON lines and TensorBoard events."""
 
 import json
 from collections.abc import Mapping
@@ -15,14 +15,12 @@ CONFIG, METRICS = "config.json", "metrics.jsonl"
 
 
 class Record:
-    """The record of a run in its directory; the first process writes it, the calls of others do nothing.
-
-    A context manager: leaving it closes the files.
+    """The record of a run, a context manager that closes its files; only the first process writes.
 
     Args:
-      directory: Of the run; made where it does not exist.
+      directory: The directory of the run; created if it does not exist.
       config: The resolved settings.
-      step: Steps that a resumed run has done: what an earlier process wrote of later ones is taken out.
+      step: The step that a run resumes from; records of later steps are removed.
     """
 
     def __init__(self, directory: Path, config: Mapping[str, Any], step: int = 0):
@@ -48,17 +46,17 @@ class Record:
             self._events.close()
 
     def write(self, step: int, **values: float | None) -> None:
-        """A line of what was measured at a step; what is None is left out."""
+        """Writes the measurements of a step; values that are None are omitted."""
         if self._file is None or self._events is None:
             return
-        known = {name: value for name, value in values.items() if value is not None}
-        self._file.write(_line({"step": step, **known}))
-        for name, value in known.items():
+        metrics = {name: value for name, value in values.items() if value is not None}
+        self._file.write(_line({"step": step, **metrics}))
+        for name, value in metrics.items():
             self._events.add_scalar(name, value, step)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, but for one at the end that a killed process did not finish."""
+    """Reads the lines of a `metrics.jsonl`, except a last line that a killed process did not finish."""
     with reading(path, "JSON lines with a step each"):
         text = path.read_text(encoding="utf-8")
         lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

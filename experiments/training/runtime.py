@@ -1,4 +1,4 @@
-"""Where and how a run computes: settings that configs have in common."""
+"""Settings of devices, processes and the profiler, which configs share."""
 
 import re
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from experiments.training.mesh import MeshSizes
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """To be a base of a study's config."""
+    """A base class of configs."""
 
     mesh: MeshSizes = field(default_factory=MeshSizes)
     """The mesh of devices; the default is one device."""
@@ -21,13 +21,13 @@ class Runtime:
     """FIRST:LAST, the steps to profile. The trace is written to the run's directory."""
 
     def __post_init__(self) -> None:
-        self.profiled()
+        self.profiled_steps()
 
-    def profiled(self) -> range:
-        """The steps to trace; none is the default."""
+    def profiled_steps(self) -> range:
+        """Returns the steps to profile; empty by default."""
         if self.profile is None:
             return range(0)
-        found = re.fullmatch(r"(\d+):(\d+)", self.profile)
-        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        match = re.fullmatch(r"(\d+):(\d+)", self.profile)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
             raise ValueError(f"profile is FIRST:LAST, two steps from 1 on as in 10:15, not {self.profile!r}")
-        return range(int(found[1]), int(found[2]) + 1)
+        return range(int(match[1]), int(match[2]) + 1)

@@ -1,4 +1,4 @@
-"""The batches of a training run as a function of the step alone, so that a resumed run sees the same ones."""
+"""The batches of a training run as a function of the step, so that a resumed run sees the same batches."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,15 +12,15 @@ class Stream:
     """Shuffled passes over the data: `stream[step]` is the batch of that step.
 
     Args:
-      sequences: Token ids, an array an example.
-      labels: `int32[examples]`, or an array an example with a label for each of its tokens.
+      sequences: Token ids, one array per example.
+      labels: `int32[examples]`, or one array per example with a label for each token.
       lengths: The static lengths that batches are padded to.
-      batch_size: Examples a batch.
-      seed: Of the order of the examples; every pass has another.
+      batch_size: The number of examples per batch.
+      seed: The seed of the order of examples, which differs between passes.
 
     Attributes:
-      steps_per_epoch: How many batches a pass takes.
-      batch_size: Examples a batch.
+      steps_per_epoch: The number of batches per pass.
+      batch_size: The number of examples per batch.
     """
 
     def __init__(
@@ -34,19 +34,19 @@ class Stream:
         self._sequences, self._labels = sequences, labels
         self._lengths, self.batch_size, self._seed = lengths, batch_size, seed
         self.steps_per_epoch = len(plan(sequences, lengths, batch_size))
-        self._plan = lru_cache(maxsize=2)(self._pass)  # threads that read ahead may be in two passes at once
+        self._plan = lru_cache(maxsize=2)(self._pass)  # prefetching threads may be in two passes
 
     def __getitem__(self, step: int) -> Batch:
         return self.rows(step, slice(None))
 
     def rows(self, step: int, rows: slice) -> Batch:
-        """Some rows of the batch of a step, as `stream[step]` has them."""
+        """Returns the given rows of the batch `stream[step]`."""
         planned = self._planned(step)
         count = len(range(self.batch_size)[rows])
         return assemble(planned._replace(indices=planned.indices[rows]), self._sequences, self._labels, count)
 
     def examples(self, step: int) -> int:
-        """How many examples the batch of a step holds."""
+        """Returns the number of examples in the batch of a step."""
         return len(self._planned(step).indices)
 
     def _planned(self, step: int) -> Planned:

@@ -22,7 +22,7 @@ from experiments.models import shapes
 from experiments.models.flops import multiplied_weights, step_flops
 from experiments.studies.sft import program
 from experiments.training import mesh as meshes
-from experiments.training.chips import GIB, TPUS, named
+from experiments.training.chips import GIB, TPUS, find_tpu
 from experiments.training.mesh import MeshSizes
 
 SLICE = "v5e:2x2"
@@ -138,8 +138,8 @@ def test_help_is_the_commands_and_the_configs(capfd):
 
 
 def test_the_documented_slices():
-    assert topology.names(named("v5e"))[-1] == "v5e:16x16"
-    assert {"v5p:2x2x1", "v5p:2x4x4", "v5p:8x8x16"} <= set(topology.names(named("v5p")))
+    assert topology.names(find_tpu("v5e"))[-1] == "v5e:16x16"
+    assert {"v5p:2x2x1", "v5p:2x4x4", "v5p:8x8x16"} <= set(topology.names(find_tpu("v5p")))
     assert all(":" in name for chip in TPUS for name in topology.names(chip))
 
 
@@ -152,7 +152,7 @@ def slice_of(name):
     sizes = tuple(map(int, name.partition(":")[2].split("x")))
     padded = (*sizes, 1)[:3]
     devices = [Device(tuple(map(int, np.unravel_index(n, padded)))) for n in range(math.prod(padded))]
-    return Topology(name, named(name.partition(":")[0]), sizes, devices)
+    return Topology(name, find_tpu(name.partition(":")[0]), sizes, devices)
 
 
 def test_links_that_a_group_can_use():
@@ -203,7 +203,7 @@ def test_advice_by_arithmetic():
 def test_the_table_of_slices(tmp_path):
     for row in (*table.ROWS, *table.SCALING):
         chips = math.prod(map(int, row.slice.partition(":")[2].split("x")))
-        assert row.slice in topology.names(named(row.slice.partition(":")[0]))
+        assert row.slice in topology.names(find_tpu(row.slice.partition(":")[0]))
         assert row.config.mesh.count == chips
         assert row.config.batch.global_ % row.config.mesh.replicas == 0
     assert {row.name for row in table.ROWS} == set(config_names(pods))

@@ -12,6 +12,8 @@ from experiments.models import bert, gpt2, llama
 from experiments.training import loop, record
 from experiments.training import mesh as meshes
 from experiments.training.mesh import MeshSizes
+from experiments.training.meter import Meter
+from experiments.training.run import Costs, History, TrainingRun
 from experiments.training.runtime import Runtime
 
 
@@ -75,12 +77,12 @@ def test_a_batch_lies_on_the_mesh(mesh):
     ],
 )
 def test_when_to_evaluate(epochs, steps, limit, total, due):
-    assert loop.passes(epochs, steps, limit) == (total, due)
+    assert loop.plan_steps(epochs, steps, limit) == (total, due)
 
 
 @pytest.mark.parametrize(("text", "steps"), [(None, []), ("10:12", [10, 11, 12]), ("3:3", [3])])
 def test_steps_to_trace(text, steps):
-    assert list(Runtime(profile=text).profiled()) == steps
+    assert list(Runtime(profile=text).profiled_steps()) == steps
 
 
 @pytest.mark.parametrize("text", ["5", "0:3", "4:3", "a:b"])
@@ -103,11 +105,11 @@ def test_a_record_goes_on_from_a_step(tmp_path):
 
 
 def test_the_share_of_the_arithmetic(tmp_path):
-    run = loop.Run(tmp_path, meshes.make_mesh(MeshSizes()), {}, 1, costs=loop.Costs(flops=6.0, peak=100.0))
+    run = TrainingRun(tmp_path, meshes.make_mesh(MeshSizes()), {}, 1, costs=Costs(flops=6.0, peak=100.0))
     with record.Record(tmp_path, {}) as log:
-        meter = loop._Meter(run, loop.History(), log)
+        meter = Meter(run, History(), log)
         meter.add(1, {"loss": jax.numpy.float32(1), "grad_norm": jax.numpy.float32(1)}, tokens=50)
         meter.settle()
     (line,) = record.read(tmp_path / record.METRICS)
     assert line["mfu"] == pytest.approx(6.0 * line["tokens_per_second"] / 100.0)
-    assert dataclasses.asdict(loop.History(evaluations=[[1, 0.5]]))["evaluations"] == [(1, 0.5)]
+    assert dataclasses.asdict(History(evaluations=[[1, 0.5]]))["evaluations"] == [(1, 0.5)]

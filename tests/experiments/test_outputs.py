@@ -25,7 +25,7 @@ if sys.argv[2] == "lease":
     def refuse(descriptor):
         raise OSError(37, "No locks available")
     lock._flock = refuse
-with lock.held(Path(sys.argv[1])):
+with lock.hold_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -57,21 +57,21 @@ def holder(tmp_path, kind):
 
 
 def test_one_run_at_a_time(tmp_path, holder):
-    message = f"another run is writing there \\(process {holder.pid} on host {socket.gethostname()}\\)"
-    with pytest.raises(UserError, match=message), lock.held(tmp_path):
+    message = f"another run writes to it \\(process {holder.pid} on host {socket.gethostname()}\\)"
+    with pytest.raises(UserError, match=message), lock.hold_lock(tmp_path):
         raise AssertionError("held twice")
     holder.kill()
     holder.wait()
-    with lock.held(tmp_path):  # a killed process keeps nothing
+    with lock.hold_lock(tmp_path):  # a killed process keeps nothing
         pass
     assert not list(tmp_path.iterdir())
 
 
 def test_a_lock_is_released(tmp_path, kind):
     for _ in range(2):
-        with pytest.raises(KeyError), lock.held(tmp_path):
+        with pytest.raises(KeyError), lock.hold_lock(tmp_path):
             raise KeyError
-    with lock.held(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()}"), lock.held(tmp_path):
+    with lock.hold_lock(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()}"), lock.hold_lock(tmp_path):
         raise AssertionError("held twice")
     assert not list(tmp_path.iterdir())
 
@@ -79,7 +79,7 @@ def test_a_lock_is_released(tmp_path, kind):
 def test_a_lease_is_renewed(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "_flock", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSYS, "none")))
     monkeypatch.setattr(lock, "RENEWED", 0.02)
-    with lock.held(tmp_path):
+    with lock.hold_lock(tmp_path):
         first = (tmp_path / lock.LEASE).stat().st_mtime_ns
         time.sleep(0.3)
         assert (tmp_path / lock.LEASE).stat().st_mtime_ns > first
@@ -153,7 +153,10 @@ def test_links_are_not_followed(tmp_path, study, fresh):
 def test_what_is_no_directory(tmp_path, study):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
-    for name, message in {"file": "is a file, not a directory", "nowhere": "is a link, not a directory"}.items():
+    for name, message in {
+        "file": "expected a directory, got a file",
+        "nowhere": "expected a directory, got a link",
+    }.items():
         with pytest.raises(UserError, match=message):
             study(tmp_path / name)
     with pytest.raises(NotADirectoryError):
@@ -187,10 +190,8 @@ def test_a_damaged_listing(tmp_path, study):
 
 @pytest.mark.parametrize("config", ["quickstart", "sweep", "analysis", "gpt2-tiny", "llama-tiny", "sft"])
 def test_every_study_takes_the_lock(tmp_path, config, capsys):
-    with lock.held(tmp_path):
+    with lock.hold_lock(tmp_path):
         assert main([config, "--out", str(tmp_path)]) == 2
-        message = (
-            f"error: {tmp_path}: another run is writing there (process {os.getpid()} on host {socket.gethostname()})"
-        )
+        message = f"error: {tmp_path}: another run writes to it (process {os.getpid()} on host {socket.gethostname()})"
         assert capsys.readouterr().err.startswith(message)
     assert not list(tmp_path.iterdir())

@@ -183,7 +183,7 @@ def test_data_without_validation(settings, tmp_path, lenient):
             "length 1,000: tiny-gpt2 is made for sequences of up to 128",
         ),
         (["--model", "tiny-gpt2", "--new-tokens", "500"], "--new-tokens 500: with prompts they are"),
-        (["--out", "gs://bucket/runs"], "out gs:/bucket/runs: an address; give a directory"),
+        (["--out", "gs://bucket/runs"], "out gs:/bucket/runs: expected a directory"),
         (["--profile", "5"], "profile is FIRST:LAST"),
         (["--rank", "1000"], "the adapter of attention and feed-forward: "),
     ],

@@ -19,7 +19,7 @@ from experiments.errors import UserError
 from experiments.models import location
 from experiments.models.chunked_loss import cross_entropy
 from experiments.studies.sft import program, study
-from experiments.training import loop, record
+from experiments.training import meter, record
 from experiments.training.optimizer import adam, learning_rate
 from tests.experiments.sft_runs import adapters_equal
 
@@ -167,7 +167,7 @@ def test_a_share_is_held_out(settings, tmp_path, lenient):
     config = dataclasses.replace(settings, out=tmp_path, validation=None, validation_share=0.25, steps=1)
     report = study.run(config)
     assert len(report.evaluations) == 2
-    assert study.loop.passes(1, 3)[0] == 3  # 6 of 8 examples, in batches of 2
+    assert study.loop.plan_steps(1, 3)[0] == 3  # 6 of 8 examples, in batches of 2
     assert len(study.run(dataclasses.replace(config, steps=None)).losses) == 3
 
 
@@ -231,9 +231,9 @@ def test_schedules():
 def test_a_loss_that_is_not_finite_names_its_cause():
     metrics = {"loss": np.float32("nan"), "grad_norm": np.float32(1), "nonfinite": {}}
     with pytest.raises(UserError, match="step 1; the weights or the data are the cause, not the learning rate"):
-        loop._check_finite(1, metrics)
+        meter.check_finite(1, metrics)
     with pytest.raises(UserError, match="step 2; try a smaller learning rate"):
-        loop._check_finite(2, metrics)
+        meter.check_finite(2, metrics)
 
 
 @pytest.mark.parametrize(

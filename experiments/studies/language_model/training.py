@@ -17,10 +17,10 @@ from experiments.studies.language_model.problem import Problem
 from experiments.tasks.batching import NO_LABEL
 from experiments.training import loop
 from experiments.training import mesh as meshes
-from experiments.training.loop import History
 from experiments.training.mesh import MeshSizes
 from experiments.training.optimizer import adam
 from experiments.training.progress import bar
+from experiments.training.run import History, TrainingRun
 from experiments.training.stream import Stream
 
 _PATTERNS = {
@@ -111,8 +111,8 @@ def run(
     Returns:
       The trained adapter and what was measured.
     """
-    total, due = loop.passes(config.epochs, prepared.stream.steps_per_epoch)
-    run = loop.Run(directory, meshes.make_mesh(MeshSizes()), asdict(config), config.checkpoint_every, best="min")
+    total, due = loop.plan_steps(config.epochs, prepared.stream.steps_per_epoch)
+    run = TrainingRun(directory, meshes.make_mesh(MeshSizes()), asdict(config), config.checkpoint_every, best="min")
     with bar(console, config.family, config.epochs * prepared.examples) as shown:
         state, history = loop.train(
             run,
@@ -123,7 +123,7 @@ def run(
             due=due,
             score=base_loss,
             evaluate=lambda state: prepared.loss(state.delta, "validation"),
-            shown=lambda loss: f"perplexity {np.exp(loss):.1f}",
+            format_score=lambda loss: f"perplexity {np.exp(loss):.1f}",
             bar=shown,
         )
     return state.delta, history

@@ -32,6 +32,7 @@ from experiments.training import chips, loop, outputs, processes
 from experiments.training import mesh as meshes
 from experiments.training.checkpoints import Checkpoints, differences
 from experiments.training.progress import bar
+from experiments.training.run import Costs, History, Limits, TrainingRun
 
 ADAPTER, BEST, RESULT, TOKENS = "adapter", "adapter-best", "result.json", "tokens"
 PEFT, PEFT_LAST = "peft", "peft-last"  # the best step's, as people load it, and the last step's
@@ -97,9 +98,9 @@ class Report:
     ended: str | None = None
 
     @property
-    def history(self) -> loop.History:
+    def history(self) -> History:
         """What was measured, as the training loop has it."""
-        return loop.History(self.losses, self.evaluations, self.seconds)
+        return History(self.losses, self.evaluations, self.seconds)
 
     @classmethod
     def load(cls, path: Path) -> "Report":
@@ -128,11 +129,11 @@ def run(config: Config) -> Report:
         if processes.is_first():
             outputs.begin(config.out, *_WRITTEN, fresh=config.fresh, cached=(TOKENS,))
     data = _read(config, directory, console)
-    total, due = loop.passes(config.epochs, data.train.steps_per_epoch, config.steps, config.eval_every)
+    total, due = loop.plan_steps(config.epochs, data.train.steps_per_epoch, config.steps, config.eval_every)
     program = programs.abstract(config, steps=total)
     settings = _settings(config, data, directory)
     report = None
-    if processes.agreed((config.out / RESULT).exists()):
+    if processes.broadcast((config.out / RESULT).exists()):
         report = _finished(config.out / RESULT, settings)
         done = len(report.losses)
         if done < total and _limits(config).reached(report.history) is None:
@@ -241,14 +242,14 @@ def _trained(
     writer = Writer(program, data.encoder, directory, data.records)
     evaluate = _evaluator(program, data.validation)
     before, score = writer.write(base, state.delta), evaluate(state)
-    run = loop.Run(
+    run = TrainingRun(
         config.out,
         program.mesh,
         asdict(config),
         config.checkpoint_every,
         best="min",
         settings=settings,
-        profile=config.profiled(),
+        profile=config.profiled_steps(),
         limits=_limits(config),
         log_every=config.log_every,
         costs=_costs(config, program, base, state.delta),
@@ -263,7 +264,7 @@ def _trained(
             due=due if data.validation else set(),
             score=score,
             evaluate=evaluate,
-            shown=lambda loss: f"loss {loss:.3f}, perplexity {np.exp(loss):.1f}",
+            format_score=lambda loss: f"loss {loss:.3f}, perplexity {np.exp(loss):.1f}",
             bar=shown,
         )
     after = writer.write(base, state.delta)
@@ -310,15 +311,15 @@ def _evaluator(program: Program, batches: Packed | None) -> Callable[[lora.Train
     return evaluate
 
 
-def _costs(config: Config, program: Program, base: Any, delta: Any) -> loop.Costs:
+def _costs(config: Config, program: Program, base: Any, delta: Any) -> Costs:
     """What the model needs for a token, and what the devices can do: known of TPUs and GPUs."""
-    chip = chips.of_kind(jax.devices()[0].device_kind)
+    chip = chips.find_chip(jax.devices()[0].device_kind)
     flops = step_flops(base, delta, program.shape, program.tokens, config.length) / program.tokens
-    return loop.Costs(flops, None if chip is None else chip.flops * program.mesh.size)
+    return Costs(flops, None if chip is None else chip.flops * program.mesh.size)
 
 
-def _limits(config: Config) -> loop.Limits:
-    return loop.Limits(config.max_minutes, config.patience, best="min")
+def _limits(config: Config) -> Limits:
+    return Limits(config.max_minutes, config.patience, best="min")
 
 
 def _settings(config: Config, data: _Data, directory: Path) -> dict[str, Any]:

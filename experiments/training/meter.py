@@ -1,0 +1,111 @@
+"""Measures the steps of a training run: losses, speed, memory, and traces of the profiler."""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+
+import lora_jax as lora
+from experiments.errors import UserError
+from experiments.training.processes import is_first
+from experiments.training.record import Record
+from experiments.training.run import History, TrainingRun
+
+
+class Meter:
+    """Reads a step's metrics after the next step is dispatched, so that devices do not wait for the host."""
+
+    def __init__(self, run: TrainingRun, history: History, record: Record):
+        self._run, self._history, self._record = run, history, record
+        self._mark = self._start = time.perf_counter()
+        self._before = history.seconds
+        self._pending: list[tuple[int, dict[str, Any], int]] = []
+        self._seconds, self._tokens, self._steps = 0.0, 0, 0  # since the last line of metrics
+
+    def add(self, step: int, metrics: dict[str, Any], tokens: int) -> None:
+        """Adds a dispatched step on `tokens` tokens, and reads the previous one."""
+        self._pending.append((step, metrics, tokens))
+        self.settle(pending=1)
+
+    def settle(self, pending: int = 0) -> None:
+        """Reads the metrics of all but the last `pending` steps."""
+        while len(self._pending) > pending:
+            step, metrics, tokens = self._pending.pop(0)
+            check_finite(step, metrics)
+            self._history.losses.append(float(metrics["loss"]))
+            now = time.perf_counter()
+            self._seconds, self._mark = self._seconds + now - self._mark, now
+            self._tokens, self._steps = self._tokens + tokens, self._steps + 1
+            if step % self._run.log_every == 0 or step == 1:
+                self._log(step, metrics)
+        self._history.seconds = self._before + time.perf_counter() - self._start
+
+    def _log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Writes a line of metrics on the steps since the last line."""
+        costs, speed = self._run.costs, self._tokens / self._seconds
+        self._record.write(
+            step,
+            loss=float(np.mean(self._history.losses[-self._steps :])),
+            grad_norm=float(metrics["grad_norm"]),
+            seconds=self._seconds / self._steps,
+            tokens_per_second=speed,
+            mfu=costs.flops * speed / costs.peak if costs and costs.peak else None,
+            **_memory(),
+        )
+        self._seconds, self._tokens, self._steps = 0.0, 0, 0
+
+    def restart_clock(self) -> None:
+        """Excludes the time since the last step from the time of steps."""
+        self._mark = time.perf_counter()
+
+
+@contextmanager
+def profile_steps(run: TrainingRun, step: int, total: int) -> Iterator[Callable[[int, Meter], None]]:
+    """Yields a function to call before each step after `step`, which traces the steps of `run.profile`."""
+    first, last = max(run.profile.start, step + 1), min(run.profile.stop - 1, total)
+    enabled, tracing = is_first() and first <= last, False
+
+    def trace(step: int, meter: Meter) -> None:
+        nonlocal tracing
+        if enabled and step in (first, last + 1):
+            meter.settle()
+            if step == first:
+                jax.profiler.start_trace(str(run.directory / "profile"))
+            else:
+                jax.profiler.stop_trace()
+            tracing = step == first
+
+    try:
+        yield trace
+    finally:
+        if tracing:
+            jax.profiler.stop_trace()
+
+
+def _memory() -> dict[str, float | None]:
+    """Returns the peak memory of the device, if it reports it, and of the process, in bytes."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"device_bytes": stats.get("peak_bytes_in_use"), "host_bytes": process}
+
+
+def check_finite(step: int, metrics: dict[str, Any]) -> None:
+    """Raises a UserError with advice if the loss or the gradient norm of a step is not finite."""
+    if not math.isfinite(float(metrics["loss"]) + float(metrics["grad_norm"])):
+        try:
+            lora.check_finite(metrics)
+        except FloatingPointError as error:
+            advice = (
+                "the weights or the data are the cause, not the learning rate (NaN in the checkpoint, token ids beyond "
+                "the embedding, a dtype of too small a range)"
+                if step == 1
+                else "try a smaller learning rate"
+            )
+            raise UserError(f"training diverged at step {step}; {advice}: {error}") from None
