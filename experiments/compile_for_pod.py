@@ -1,10 +1,10 @@
-"""Compiles a config's training step for a TPU slice that is not here: what it takes, and how fast it can be.
+"""Compiles a config's training step for a TPU slice without TPUs, and reports its memory and a bound of its speed.
 
 `python -m experiments.compile_for_pod CONFIG --topology v5e:4x4 [--json FILE] [--overrides of the config]`
 
-The step is the one that `python -m experiments.run CONFIG` runs on the slice with the same overrides. Needs the `tpu`
-extra and no TPU. Exit status 0 if it fits, 1 if it does not (and a sentence on what would make it fit), 2 for what the
-user can put right.
+The step is that of `python -m experiments.run CONFIG` on the slice with the same overrides. Requires the `tpu` extra
+but no TPU. The exit status is 0 if the step fits, 1 if it does not (with advice on what would make it fit), 2 for
+errors of the user.
 """
 
 import argparse
@@ -28,38 +28,38 @@ from lora_jax.io import replace_file
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Parses the command line, compiles, prints.
+    """Parses the command line, compiles the step and prints the analysis.
 
     Args:
-      args: In place of `sys.argv[1:]`.
+      args: The arguments; `sys.argv[1:]` by default.
 
     Returns:
-      The exit status: 0 where the step fits, 1 where it does not, 2 for what the user can put right.
+      The exit status: 0 if the step fits, 1 if it does not, 2 for errors of the user.
     """
-    chosen, overrides = _parser().parse_known_args(args)
+    options, overrides = _parser().parse_known_args(args)
     console = Console(highlight=False, soft_wrap=True)
     try:
-        _check_file(chosen.json)  # before the minutes that compiling takes
-        config = parse_config(chosen.config, overrides)
+        _check_file(options.json)  # before compiling, which takes minutes
+        config = parse_config(options.config, overrides)
         _check_model(config.model)
-        slice_ = topology.describe(chosen.topology)
+        slice_ = topology.describe(options.topology)
         analysis = compile_config(config, slice_)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except DoesNotFit as error:
-        print(f"does not fit {chosen.topology}: {error.advice}", file=sys.stderr)
+        print(f"does not fit {options.topology}: {error.advice}", file=sys.stderr)
         return 1
     batch = f"{config.batch.global_} sequences of {config.length} tokens"
-    console.print(f"{chosen.config} on {slice_.name}: {config.model}, mesh {config.mesh}, {batch}")
+    console.print(f"{options.config} on {slice_.name}: {config.model}, mesh {config.mesh}, {batch}")
     for part in report.tables(analysis, slice_):
         console.print(part)
-    if chosen.json is not None:
+    if options.json is not None:
         try:
-            with replace_file(chosen.json) as file:
+            with replace_file(options.json) as file:
                 file.write_text(json.dumps(report.as_json(analysis, slice_), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            print(f"error: {chosen.json}: {error.strerror}", file=sys.stderr)
+            print(f"error: {options.json}: {error.strerror}", file=sys.stderr)
             return 2
     return 0
 
@@ -85,15 +85,15 @@ def _check_model(model: str) -> None:
         location.find(model)
     except UserError as error:
         near = difflib.get_close_matches(model, shapes.NAMES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; shapes are shipped of {', '.join(shapes.NAMES)}"
+        hint = f"; did you mean {near[0]}?" if near else f"; shapes are shipped for {', '.join(shapes.NAMES)}"
         raise UserError(f"--model {error}{hint}") from None
 
 
 class _Help(argparse.Action):
-    """Prints the help of this command, and that of a config if it stands before."""
+    """Prints the help of this command, and of the config if one precedes the flag."""
 
-    def __init__(self, **given: Any):
-        super().__init__(nargs=0, **given)
+    def __init__(self, **options: Any):
+        super().__init__(nargs=0, **options)
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
         parser.print_help()
@@ -109,12 +109,12 @@ class _Help(argparse.Action):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False, add_help=False,
-        epilog="What else is given goes to the config, whose flags CONFIG --help shows.",
+        epilog="Other arguments are overrides of the config; CONFIG --help shows them.",
     )  # fmt: skip
     parser.add_argument("config", metavar="CONFIG", help="as for experiments.run")
     parser.add_argument("-h", "--help", action=_Help, dest=argparse.SUPPRESS, help="show this, and CONFIG's flags")
     parser.add_argument("--topology", required=True, help="the slice: v5e:4x4, v5p:2x2x2 …")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="a file for all figures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all values to a file")
     return parser
 
 

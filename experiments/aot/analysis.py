@@ -1,4 +1,4 @@
-"""A step compiled for chips that are not here, and what XLA and its HLO say of it."""
+"""Compiles a step ahead of time, and analyzes its memory and its HLO."""
 
 import dataclasses
 import re
@@ -22,7 +22,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
 
 class Step(Protocol):
-    """What can be analyzed."""
+    """A step that can be analyzed."""
 
     @property
     def mesh(self) -> Mesh: ...
@@ -36,12 +36,12 @@ class Step(Protocol):
 
 
 class DoesNotFit(Exception):
-    """XLA found no way to run the step in a chip's memory.
+    """The step does not fit the memory of a chip.
 
     Attributes:
-      needed: Bytes that it would take, of one chip.
-      available: Bytes that there are.
-      advice: What would make it fit.
+      needed: The bytes that it needs on one chip.
+      available: The bytes that are available.
+      advice: Changes that would make it fit.
     """
 
     def __init__(self, needed: int, available: int, advice: str = ""):
@@ -51,15 +51,15 @@ class DoesNotFit(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one chip.
+    """The memory of a step on one chip, in bytes.
 
     Attributes:
-      parts: What the step is given, by name, with the padding of its layout.
-      temporaries: What it holds beside that at the worst moment.
-      program: Its code.
-      total: All at the worst moment.
-      host: Of the host's memory, for one chip.
-      capacity: What there is for programs.
+      parts: The step's arguments by name, including the padding of their layouts.
+      temporaries: The memory beside the arguments at the peak.
+      program: The program's code.
+      total: The memory at the peak.
+      host: The host's memory per chip.
+      capacity: The memory that is available to programs.
     """
 
     parts: dict[str, int]
@@ -75,13 +75,13 @@ class Analysis:
     """A compiled step.
 
     Attributes:
-      memory: Of one chip.
-      cost: Of one run on one chip.
-      roofline: Its bound.
-      model_flops: Operations that the model needs for a step, on all chips.
-      tokens: Of a step.
-      chips: That run it.
-      seconds: That compiling took.
+      memory: The memory on one chip.
+      cost: The cost of one run on one chip.
+      roofline: The lower bound of its time.
+      model_flops: The model's operations in a step, on all chips.
+      tokens: The number of tokens of a step.
+      chips: The number of chips.
+      seconds: The compile time.
     """
 
     memory: Memory
@@ -94,22 +94,22 @@ class Analysis:
 
 
 def analyze(step: Step, topology: Topology, model_flops: float) -> Analysis:
-    """Compiles a step and counts.
+    """Compiles a step and analyzes it.
 
     Args:
-      step: For the devices of `topology`.
-      topology: The chips.
-      model_flops: Operations that the model needs for a step, on all chips.
+      step: A step for the devices of `topology`.
+      topology: The slice.
+      model_flops: The model's operations in a step, on all chips.
 
     Raises:
-      DoesNotFit: XLA says that the chips' memory does not hold it.
+      DoesNotFit: XLA reports that the step does not fit the chips' memory.
     """
-    began = time.perf_counter()
+    start = time.perf_counter()
     try:
         compiled = step.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        raise _understood(error, topology) from error
-    seconds = time.perf_counter() - began
+        raise _parse_error(error, topology) from error
+    seconds = time.perf_counter() - start
     counted = cost.cost(hlo.parse(compiled.as_text() or ""))
     devices = step.mesh.devices
     bound = roofline(counted, topology, devices, model_flops)
@@ -118,26 +118,26 @@ def analyze(step: Step, topology: Topology, model_flops: float) -> Analysis:
 
 
 def _memory(compiled: jax.stages.Compiled, parts: dict[str, Any], topology: Topology) -> Memory:
-    said: Any = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     sizes = {name: argument_bytes(tree)[0] for name, tree in parts.items()}
-    # The peak counts what lies in the host's memory too.
-    peak = said.peak_memory_in_bytes - said.host_argument_size_in_bytes
-    beside = max(peak - said.argument_size_in_bytes, said.output_size_in_bytes - said.alias_size_in_bytes)
-    program = said.generated_code_size_in_bytes
-    total = said.argument_size_in_bytes + beside + program
-    host = said.host_argument_size_in_bytes + said.host_temp_size_in_bytes
+    # The peak includes arguments in the host's memory.
+    peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
+    beside = max(peak - memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    program = memory.generated_code_size_in_bytes
+    total = memory.argument_size_in_bytes + beside + program
+    host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
     return Memory(sizes, beside, program, total, host, topology.chip.memory)
 
 
-def _understood(error: jax.errors.JaxRuntimeError, topology: Topology) -> Exception:
-    """Memory that is exhausted, as a number; what else XLA has to say stays its own."""
+def _parse_error(error: jax.errors.JaxRuntimeError, topology: Topology) -> Exception:
+    """Converts XLA's out-of-memory error to a DoesNotFit; returns other errors unchanged."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
         return error
-    found = _USED.search(text) or _NEEDS.search(text)
-    if found is None:
+    match = _USED.search(text) or _NEEDS.search(text)
+    if match is None:
         return error
-    return DoesNotFit(_bytes(found[1], found[2]), _bytes(found[3], found[4]) or topology.chip.memory)
+    return DoesNotFit(_bytes(match[1], match[2]), _bytes(match[3], match[4]) or topology.chip.memory)
 
 
 def _bytes(number: str, unit: str) -> int:

@@ -1,4 +1,4 @@
-"""What would make a step fit that does not."""
+"""Finds changes of a config with which its step fits the chips."""
 
 import dataclasses
 import math
@@ -17,42 +17,42 @@ _SHOWN = 3
 
 
 def advice(config: Config, devices: Sequence[Any], needed: float, available: float) -> str:
-    """A sentence that names changes of a config with which its step should fit.
+    """Returns a sentence with changes of a config with which its step should fit.
 
-    The arguments of the changed step are counted; what else the step takes is scaled by the tokens that a chip has at
-    a time, and `remat=offload` takes the inputs of the layers off. That is arithmetic: only compiling again tells.
+    The estimate counts the arguments of the changed step, scales the other memory by the tokens that a chip processes
+    at a time, and subtracts the inputs of the layers for `remat=offload`. Only compiling again gives the exact memory.
 
     Args:
-      config: One whose step does not fit.
-      devices: For which it was compiled.
-      needed: Bytes of one chip that it takes.
-      available: Bytes that there are.
+      config: A config whose step does not fit.
+      devices: The devices that it was compiled for.
+      needed: The bytes that it needs on one chip.
+      available: The bytes that are available.
     """
-    beside = max(needed - argument_bytes(config, devices), 0.0)
+    other = max(needed - argument_bytes(config, devices), 0.0)
     fitting: dict[str, str] = {}
     for kind, flags, changed in changes(config):
         if kind in fitting:
             continue
         try:
-            given = argument_bytes(changed, devices)
-        except (UserError, ValueError):  # what cannot be divided so is no advice
+            arguments = argument_bytes(changed, devices)
+        except (UserError, ValueError):  # the mesh does not divide the model or the batch
             continue
-        takes = given + beside * tokens_at_a_time(changed) / tokens_at_a_time(config)
+        total = arguments + other * tokens_at_a_time(changed) / tokens_at_a_time(config)
         if changed.remat == "offload" and config.remat != "offload":
-            takes -= inputs_of_layers(changed)
-        if takes <= available:
-            fitting[kind] = f"{flags} (about {takes / GIB:.1f} GiB)"
-    lacks = f"it lacks {(needed - available) / GIB:.2f} GiB a chip"
+            total -= inputs_of_layers(changed)
+        if total <= available:
+            fitting[kind] = f"{flags} (about {total / GIB:.1f} GiB)"
+    missing = f"{(needed - available) / GIB:.2f} GiB per chip are missing"
     if not fitting:
-        return f"{lacks}, and no single change of mesh, batch, remat or format is enough: take a larger slice"
-    shown = list(fitting.values())[:_SHOWN]
-    return f"{lacks}; by arithmetic it fits with " + ", or with ".join(shown)
+        return f"{missing}, and no single change of mesh, batch, remat or format is enough; use a larger slice"
+    listed = list(fitting.values())[:_SHOWN]
+    return f"{missing}; estimated to fit with " + ", or with ".join(listed)
 
 
 def changes(config: Config) -> Iterator[tuple[str, str, Config]]:
-    """Other configs for the same devices: the kind of change, its flags, and the config; those first that cost least.
+    """Yields changed configs for the same devices, cheapest first: the kind of change, its flags, and the config.
 
-    Of a kind the smallest change comes first.
+    Among changes of the same kind, the smallest comes first.
     """
     mesh, batch = config.mesh, config.batch
 
@@ -79,29 +79,29 @@ def changes(config: Config) -> Iterator[tuple[str, str, Config]]:
 
 
 def argument_bytes(config: Config, devices: Sequence[Any]) -> float:
-    """Bytes of one chip that the step of a config is given.
+    """Returns the bytes of the arguments of a config's step on one chip.
 
     Raises:
-      UserError: The config cannot be put on its mesh.
+      UserError: The mesh does not divide the model or the batch.
     """
-    made = program.abstract(config, devices, "tpu")
-    leaves = jax.tree.leaves(made.parts())
+    step = program.abstract(config, devices, "tpu")
+    leaves = jax.tree.leaves(step.parts())
     on_device = [leaf for leaf in leaves if leaf.sharding.memory_kind in (None, "device")]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * _width(leaf.dtype) for leaf in on_device)
 
 
 def tokens_at_a_time(config: Config) -> float:
-    """Tokens of a microbatch that a chip has between layers."""
+    """Returns the number of tokens of a microbatch that a chip holds between layers."""
     mesh: MeshSizes = config.mesh
     parts = mesh.replicas * config.batch.accumulate * (mesh.tensor if mesh.sequence else 1)
     return config.batch.global_ * config.length / parts
 
 
 def inputs_of_layers(config: Config) -> float:
-    """Bytes of one chip that the inputs of all layers take, which the backward pass starts from."""
-    described = program.described(config.model)
-    layers = described.get("num_hidden_layers") or described["n_layer"]
-    width = described.get("hidden_size") or described["n_embd"]
+    """Returns the bytes of the inputs of all layers on one chip, which the backward pass uses."""
+    content = program.described(config.model)
+    layers = content.get("num_hidden_layers") or content["n_layer"]
+    width = content.get("hidden_size") or content["n_embd"]
     return layers * width * tokens_at_a_time(config) * _width(config.dtype)
 
 
@@ -110,7 +110,7 @@ def _with_batch(config: Config, **sizes: int) -> Config:
 
 
 def _powers(most: int) -> Iterator[int]:
-    """2, 4, 8 … as long as they divide a number."""
+    """Yields 2, 4, 8 … while they divide a number."""
     ways = 2
     while ways <= most and most % ways == 0:
         yield ways

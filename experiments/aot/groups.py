@@ -1,4 +1,4 @@
-"""Which devices exchange data with each other, in the forms in which XLA writes it."""
+"""Parses the groups of devices that exchange data, in every form in which XLA prints them."""
 
 import math
 import re
@@ -16,56 +16,56 @@ _PAIR = re.compile(r"\{(\d+),(\d+)\}")
 
 
 def replica_groups(attributes: str, devices: int) -> np.ndarray:
-    """The groups of a collective.
+    """Returns the groups of a collective.
 
     Args:
-      attributes: Of the instruction, with `replica_groups=` as a list (`{{0,1},{2,3}}`), as a numbering
+      attributes: The instruction's attributes, with `replica_groups=` as a list (`{{0,1},{2,3}}`), as an iota
         (`[2,4]<=[4,2]T(1,0)`), or as axes of a mesh (`mesh['x'=2,'y'=4] {'y'}`).
-      devices: How many there are; all are one group where the list is empty.
+      devices: The number of devices, which form one group if the list is empty.
 
     Returns:
-      `int[groups, members]` of the numbers of devices.
+      The numbers of devices, `int[groups, members]`.
 
     Raises:
-      ValueError: There are no groups in a known form.
+      ValueError: The groups are missing or have an unknown form.
 
     Example:
       >>> replica_groups("replica_groups=[2,2]<=[2,2]T(1,0)", 4).tolist()
       [[0, 2], [1, 3]]
     """
-    if found := _IOTA.search(attributes):
-        return _iota(found[2], found[3]).reshape(_numbers(found[1]))
-    if found := _MESH.search(attributes):
-        return _over_axes(found)
-    if found := _LIST.search(attributes):
-        groups = [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", found[1])]
+    if match := _IOTA.search(attributes):
+        return _iota(match[2], match[3]).reshape(_numbers(match[1]))
+    if match := _MESH.search(attributes):
+        return _over_axes(match)
+    if match := _LIST.search(attributes):
+        groups = [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", match[1])]
         return np.array(groups) if groups else np.arange(devices)[None]
-    raise ValueError(f"replica_groups are in no known form: {attributes[:200]!r}.")
+    raise ValueError(f"replica_groups have an unknown form: {attributes[:200]!r}.")
 
 
 def pairs(attributes: str) -> np.ndarray:
-    """Senders and receivers of a collective-permute: `int[pairs, 2]`.
+    """Returns the senders and receivers of a collective-permute, `int[pairs, 2]`.
 
     Raises:
-      ValueError: There are none.
+      ValueError: The attribute is missing.
     """
-    found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
-    if found is None:
+    match = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
+    if match is None:
         raise ValueError(f"No source_target_pairs: {attributes[:200]!r}.")
-    return np.array(_PAIR.findall(found[1]), int).reshape(-1, 2)
+    return np.array(_PAIR.findall(match[1]), int).reshape(-1, 2)
 
 
-def _over_axes(found: re.Match) -> np.ndarray:
-    axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found["axes"])}
-    if found["ids"] is None:
+def _over_axes(match: re.Match) -> np.ndarray:
+    axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match["axes"])}
+    if match["ids"] is None:
         devices = np.arange(math.prod(axes.values()))
     else:
-        numbering = _DEVICES.match(found["ids"])
+        numbering = _DEVICES.match(match["ids"])
         if numbering is None:
-            raise ValueError(f"device_ids are in no known form: {found['ids']!r}.")
+            raise ValueError(f"device_ids have an unknown form: {match['ids']!r}.")
         devices = _iota(numbering[1], numbering[2])
-    over = {name: (int(before or 1), int(size or axes[name])) for name, before, size in _OVER.findall(found["over"])}
-    # An axis of which a part is meant, `'x':(2)4`, is split in what is before that part, the part, and what is after.
+    over = {name: (int(before or 1), int(size or axes[name])) for name, before, size in _OVER.findall(match["over"])}
+    # A part of an axis, `'x':(2)4`, splits the axis into three: before the part, the part, and after it.
     sizes, group, rest = [], [], []
     for name, size in axes.items():
         before, part = over.get(name, (size, 1))
@@ -77,7 +77,7 @@ def _over_axes(found: re.Match) -> np.ndarray:
 
 
 def _iota(sizes: str, order: str | None) -> np.ndarray:
-    """Numbers from 0 in the order of a transposed array."""
+    """Returns numbers from 0 in the order of a transposed array."""
     shape = _numbers(sizes)
     numbers = np.arange(math.prod(shape)).reshape(shape)
     return (numbers.transpose(_numbers(order)) if order else numbers).reshape(-1)

@@ -1,4 +1,4 @@
-"""The optimized HLO that XLA prints, as computations of instructions."""
+"""Parses the optimized HLO that XLA prints into computations of instructions."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 DEVICE, HOST = 0, 5
-"""Memory spaces in layouts: the device's memory (HBM), and the host's. Others are on the chip."""
+"""Memory spaces in layouts: the device's memory (HBM) and the host's; others are on-chip memory."""
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 _TOKEN = re.compile(
@@ -23,12 +23,12 @@ class Array:
     """An array's type.
 
     Attributes:
-      dtype: As XLA writes it.
-      dims: Sizes.
+      dtype: XLA's name of the dtype.
+      dims: The sizes of the axes.
       minor_to_major: The order of the axes in memory, the fastest first.
-      tile: The first level of tiling, to whose multiples the last axes in memory are padded.
+      tile: The first level of tiling; the last axes in memory are padded to its multiples.
       space: The memory space.
-      bits: Of an element in memory.
+      bits: The number of bits of an element in memory.
     """
 
     dtype: str
@@ -44,16 +44,16 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """Of the numbers alone."""
+        """The number of bytes without padding."""
         return -(-self.elements * self.bits // 8)
 
     @property
     def padded(self) -> int:
-        """Bytes in memory, the padding of the tiles included."""
+        """The number of bytes in memory, including the padding of tiles."""
         sizes = [self.dims[axis] for axis in reversed(self.minor_to_major)] or list(self.dims)
         tile = self.tile[-len(sizes) :] if sizes else ()
-        for place, multiple in enumerate(reversed(tile), start=1):
-            sizes[-place] = -(-sizes[-place] // multiple) * multiple
+        for index, multiple in enumerate(reversed(tile), start=1):
+            sizes[-index] = -(-sizes[-index] // multiple) * multiple
         return -(-math.prod(sizes) * self.bits // 8)
 
 
@@ -62,13 +62,13 @@ class Instruction:
     """One operation.
 
     Attributes:
-      name: Unique in its module.
-      shapes: The arrays of its result, those of tuples in tuples in their order.
-      nested: For each element of a tuple, how many of `shapes` it is; empty where the result is no tuple.
-      opcode: What it does.
-      operands: Names; what a constant or a parameter has in brackets is in `inside`.
-      inside: The text in the brackets.
-      attributes: The text after them.
+      name: The name, unique in the module.
+      shapes: The arrays of its result; nested tuples are flattened.
+      nested: The number of arrays in each element of a tuple; empty if the result is not a tuple.
+      opcode: The operation.
+      operands: The names of operands; empty for constants and parameters.
+      inside: The text in the parentheses.
+      attributes: The text after the parentheses.
     """
 
     name: str
@@ -81,35 +81,35 @@ class Instruction:
 
     @property
     def shape(self) -> Array:
-        """Of a result that is one array."""
+        """The type of a result that is one array."""
         return self.shapes[0]
 
     def called(self, role: str) -> str | None:
-        """The computation that an attribute (`body`, `calls`, `to_apply` …) names."""
-        found = re.search(rf"(?<!\w){role}=%?([\w.\-]+)", self.attributes)
-        return found[1] if found else None
+        """Returns the computation that an attribute (`body`, `calls`, `to_apply` …) names; None without it."""
+        match = re.search(rf"(?<!\w){role}=%?([\w.\-]+)", self.attributes)
+        return match[1] if match else None
 
     def branches(self) -> list[str]:
-        """The computations of a conditional."""
-        found = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
-        if found:
-            return [name.strip().lstrip("%") for name in found[1].split(",")]
+        """Returns the computations of a conditional."""
+        match = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
+        if match:
+            return [name.strip().lstrip("%") for name in match[1].split(",")]
         return [name for role in ("true_computation", "false_computation") if (name := self.called(role))]
 
     def axes(self, attribute: str) -> tuple[int, ...]:
-        """The numbers of an attribute such as `lhs_contracting_dims={1,2}`."""
-        found = re.search(rf"(?<!\w){attribute}=\{{([\d,]*)\}}", self.attributes)
-        return tuple(int(axis) for axis in found[1].split(",") if axis) if found else ()
+        """Returns the numbers of an attribute such as `lhs_contracting_dims={1,2}`."""
+        match = re.search(rf"(?<!\w){attribute}=\{{([\d,]*)\}}", self.attributes)
+        return tuple(int(axis) for axis in match[1].split(",") if axis) if match else ()
 
     def value(self, attribute: str) -> str | None:
-        """The word that an attribute such as `direction=LT` or `custom_call_target="…"` has."""
-        found = re.search(rf'(?<!\w){attribute}="?([^",\s]+)', self.attributes)
-        return found[1] if found else None
+        """Returns the value of an attribute such as `direction=LT` or `custom_call_target="…"`; None without it."""
+        match = re.search(rf'(?<!\w){attribute}="?([^",\s]+)', self.attributes)
+        return match[1] if match else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """A function of the module: its instructions by name, in the order in which they run."""
+    """A function of the module: its instructions by name, in order of execution."""
 
     name: str
     instructions: dict[str, Instruction]
@@ -120,20 +120,20 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
-        """By number."""
-        return {int(one.inside): one for one in self if one.opcode == "parameter"}
+        """The parameters by number."""
+        return {int(instruction.inside): instruction for instruction in self if instruction.opcode == "parameter"}
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Of each instruction, those that have it as an operand."""
+        """The instructions that have an instruction as an operand, by its name."""
         users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
-        for one in self:
-            for name in dict.fromkeys(one.operands):
-                users[name].append(one)
+        for instruction in self:
+            for name in dict.fromkeys(instruction.operands):
+                users[name].append(instruction)
         return users
 
-    def operand(self, one: Instruction, number: int = 0) -> Instruction:
-        return self.instructions[one.operands[number]]
+    def operand(self, instruction: Instruction, number: int = 0) -> Instruction:
+        return self.instructions[instruction.operands[number]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +141,9 @@ class Module:
     """A compiled program.
 
     Attributes:
-      computations: By name.
-      entry: What runs.
-      partitions: How many devices run it, each its part.
+      computations: The computations by name.
+      entry: The computation that runs.
+      partitions: The number of devices, each of which runs its partition.
     """
 
     computations: dict[str, Computation]
@@ -152,13 +152,13 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """Reads what `jax.stages.Compiled.as_text()` gives.
+    """Parses the text of `jax.stages.Compiled.as_text()`.
 
     Args:
-      text: The optimized HLO of one module.
+      text: The optimized HLO of a module.
 
     Raises:
-      ValueError: It is no HLO, or has an instruction of an unknown form.
+      ValueError: The text is not HLO, or an instruction has an unknown form.
     """
     computations, entry, name, is_entry = {}, None, None, False
     pending: list[str] = []
@@ -168,15 +168,15 @@ def parse(text: str) -> Module:
             if head:
                 is_entry, name, pending = bool(head[1]), head[2], []
         elif line == "}":
-            made = _computation(name, pending)
-            computations[name] = made
-            entry, name = made if is_entry else entry, None
+            parsed = _computation(name, pending)
+            computations[name] = parsed
+            entry, name = parsed if is_entry else entry, None
         elif _INSTRUCTION.match(line):
             pending.append(line)
-        else:  # a string with line breaks, as the metadata of kernels have
+        else:  # a string with line breaks, as in the metadata of kernels
             pending[-1] += line
     if entry is None:
-        raise ValueError(f"This is no HLO module: it has no ENTRY. It begins with {text[:60]!r}.")
+        raise ValueError(f"Not an HLO module, since it has no ENTRY. It begins with {text[:60]!r}.")
     partitions = re.search(r"num_partitions=(\d+)", text.split("\n", 1)[0])
     return Module(computations, entry, int(partitions[1]) if partitions else 1)
 
@@ -184,10 +184,10 @@ def parse(text: str) -> Module:
 def _computation(name: str, lines: list[str]) -> Computation:
     instructions, root = {}, None
     for line in lines:
-        one = _instruction(line)
-        instructions[one.name] = one
+        instruction = _instruction(line)
+        instructions[instruction.name] = instruction
         if line.lstrip().startswith("ROOT "):
-            root = one
+            root = instruction
     if root is None:
         raise ValueError(f"The computation {name} has no ROOT.")
     return Computation(name, instructions, root)
@@ -207,18 +207,18 @@ def _instruction(line: str) -> Instruction:
 
 
 def _shape(text: str) -> tuple[tuple[Array, ...], tuple[int, ...], str]:
-    """The arrays of a type at the beginning of a text, how many each element of a tuple has, and the rest."""
+    """Parses the type at the beginning of a text: its arrays, the number per element of a tuple, and the rest."""
     if not text.startswith("("):
-        found = _TOKEN.match(text)
-        if found is None:
-            raise ValueError(f"No type of HLO: {text[:80]!r}.")
-        return (_array(found),), (), text[found.end() :]
+        match = _TOKEN.match(text)
+        if match is None:
+            raise ValueError(f"Expected an HLO type: {text[:80]!r}.")
+        return (_array(match),), (), text[match.end() :]
     end = _closing(text[1:]) + 1
     inner, arrays, nested = _COMMENT.sub("", text[1:end]).strip(), [], []
     while inner:
-        made, _, inner = _shape(inner)
-        arrays += made
-        nested.append(len(made))
+        parsed, _, inner = _shape(inner)
+        arrays += parsed
+        nested.append(len(parsed))
         inner = inner.lstrip(", ")
     return tuple(arrays), tuple(nested), text[end + 1 :]
 
@@ -234,7 +234,7 @@ def _typed(dtype: str, dims: str, minor: str, layout: str) -> Array:
     if packed:
         bits = int(packed[1])
     elif bits < 8 and dtype not in ("token", "opaque"):
-        bits = 8  # small integers take a byte unless their layout packs them
+        bits = 8  # small integers take a byte unless packed
     return Array(
         dtype,
         tuple(int(size.strip("<=? ")) for size in dims.split(",") if size),
@@ -245,18 +245,18 @@ def _typed(dtype: str, dims: str, minor: str, layout: str) -> Array:
     )
 
 
-def _array(found: re.Match) -> Array:
-    return _typed(found["dtype"], found["dims"], found["minor"] or "", found["layout"] or "")
+def _array(match: re.Match) -> Array:
+    return _typed(match["dtype"], match["dims"], match["minor"] or "", match["layout"] or "")
 
 
 def _closing(text: str) -> int:
-    """Where the bracket closes that was open before this text."""
-    depth, quoted, place = 1, False, 0
-    while place < len(text):
-        letter = text[place]
+    """Returns the index of the parenthesis that closes the one before this text."""
+    depth, quoted, index = 1, False, 0
+    while index < len(text):
+        letter = text[index]
         if quoted:
             if letter == "\\":
-                place += 1
+                index += 1
             elif letter == '"':
                 quoted = False
         elif letter == '"':
@@ -266,6 +266,6 @@ def _closing(text: str) -> int:
         elif letter == ")":
             depth -= 1
             if depth == 0:
-                return place
-        place += 1
-    raise ValueError(f"A bracket does not close: {text[:80]!r}.")
+                return index
+        index += 1
+    raise ValueError(f"Unbalanced parentheses: {text[:80]!r}.")

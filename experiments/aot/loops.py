@@ -1,4 +1,4 @@
-"""How often a while loop of a compiled program runs."""
+"""The trip counts of while loops in a compiled program."""
 
 import operator
 import re
@@ -8,13 +8,13 @@ from typing import Any
 from experiments.aot.hlo import Computation, Instruction, Module
 
 LONGEST = 1_000_000
-"""Runs after which a loop is taken for one that does not end."""
+"""The number of iterations after which a loop counts as infinite."""
 
 Known = dict[int, Any]
-"""Of the elements of a loop's tuple that are numbers while it runs, their values."""
+"""The values of the elements of a loop's tuple that are known numbers."""
 
 Arguments = Callable[[int], Any]
-"""The arguments of a computation by their numbers: a number, or the :data:`Known` of a tuple."""
+"""A function from the number of a parameter to its value: a number, or the :data:`Known` of a tuple."""
 
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "add": operator.add,
@@ -37,158 +37,162 @@ _SAME = ("copy", "convert", "bitcast", "reshape", "copy-done", "opt-barrier")
 
 
 class Unknown(ValueError):
-    """A value that is not known before the program runs."""
+    """A value that is unknown before the program runs."""
 
 
-def trip_count(module: Module, where: Computation, loop: Instruction, known: Known) -> int:
-    """How often the body of a loop runs.
+def trip_count(module: Module, computation: Computation, loop: Instruction, known_values: Known) -> int:
+    """Returns the number of iterations of a loop.
 
-    XLA says it for CPUs and GPUs (`known_trip_count`). For TPUs it does not: there the few scalars that the loop's
-    condition depends on are computed, run after run.
+    For CPUs and GPUs XLA states it (`known_trip_count`). For TPUs the scalars that the loop's condition depends on are
+    computed iteration by iteration.
 
     Args:
       module: The program.
-      where: The computation that the loop is in.
+      computation: The computation that contains the loop.
       loop: The instruction.
-      known: Values of `where`'s own parameter, if that is the tuple of a loop.
+      known_values: The values of the computation's parameter, if it is the tuple of a loop.
 
     Raises:
-      ValueError: It depends on what is not known before the program runs, or does not end.
+      ValueError: The number depends on values that are unknown before the program runs, or the loop is infinite.
     """
-    said = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes)
-    if said:
-        return int(said[1])
+    match = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes)
+    if match:
+        return int(match[1])
     body, condition = (module.computations[loop.called(role) or ""] for role in ("body", "condition"))
-    state = initial(module, where, loop, known)
+    state = initial(module, computation, loop, known_values)
     runs = 0
     try:
-        while _value(module, condition, condition.root, _only(state)):
-            state = _after(module, body, state)
+        while _value(module, condition, condition.root, _single(state)):
+            state = _next_state(module, body, state)
             runs += 1
             if runs > LONGEST:
-                raise Unknown("it runs too often")
+                raise Unknown(f"it runs more than {LONGEST:,} times")
     except Unknown as reason:
         raise ValueError(
-            f"How often the loop %{loop.name} in %{where.name} runs cannot be told before it does: {reason}."
+            f"The trip count of the loop %{loop.name} in %{computation.name} is unknown before it runs: {reason}."
         ) from None
     return runs
 
 
-def initial(module: Module, where: Computation, loop: Instruction, known: Known) -> Known:
-    """The elements of a loop's tuple that are known numbers when it begins."""
-    start = where.operand(loop)
-    made = {}
+def initial(module: Module, computation: Computation, loop: Instruction, known_values: Known) -> Known:
+    """Returns the elements of a loop's tuple that are known numbers when it starts."""
+    start = computation.operand(loop)
+    values = {}
     for number in range(len(loop.nested)):
         try:
-            made[number] = _element(module, where, start, number, _only(known))
+            values[number] = _element(module, computation, start, number, _single(known_values))
         except Unknown:
             continue
-    return made
+    return values
 
 
 def unchanged(module: Module, body: Computation, state: Known) -> Known:
-    """Of the numbers that are known when a loop begins, those that its body hands on as they are."""
-    kept = {}
+    """Returns the known numbers of a loop's tuple that its body passes on unchanged."""
+    unchanged_values = {}
     for number, value in state.items():
-        source = _handed_on(body, body.root, number)
+        source = _source_element(body, body.root, number)
         if source == number:
-            kept[number] = value
-    return kept
+            unchanged_values[number] = value
+    return unchanged_values
 
 
-def _handed_on(body: Computation, root: Instruction, number: int) -> int | None:
-    """The element of the body's parameter that an element of its result is."""
+def _source_element(body: Computation, root: Instruction, number: int) -> int | None:
+    """Returns the element of the body's parameter that equals an element of its result; None if there is none."""
     if root.opcode != "tuple":
         return None
-    one = body.operand(root, number)
-    while one.opcode in _SAME:
-        one = body.operand(one)
-    if one.opcode == "get-tuple-element" and body.operand(one).opcode == "parameter":
-        return int(one.value("index") or -1)
+    instruction = body.operand(root, number)
+    while instruction.opcode in _SAME:
+        instruction = body.operand(instruction)
+    if instruction.opcode == "get-tuple-element" and body.operand(instruction).opcode == "parameter":
+        return int(instruction.value("index") or -1)
     return None
 
 
-def _after(module: Module, body: Computation, state: Known) -> Known:
-    """The known numbers after one run of the body."""
-    made = {}
+def _next_state(module: Module, body: Computation, state: Known) -> Known:
+    """Returns the known numbers after one iteration."""
+    values = {}
     for number in state:
         try:
-            made[number] = _element(module, body, body.root, number, _only(state))
+            values[number] = _element(module, body, body.root, number, _single(state))
         except Unknown:
             continue
-    return made
+    return values
 
 
-def _only(argument: Known) -> Arguments:
-    """The arguments of a computation that has one."""
+def _single(argument: Known) -> Arguments:
+    """Returns the arguments of a computation with one parameter."""
     return lambda _: argument
 
 
-def _element(module: Module, where: Computation, one: Instruction, number: int, given: Arguments) -> Any:
-    """An element of an instruction whose result is a tuple."""
-    if one.opcode == "tuple":
-        return _value(module, where, where.operand(one, number), given)
-    if one.opcode == "parameter":
-        values = given(int(one.inside))
+def _element(
+    module: Module, computation: Computation, instruction: Instruction, number: int, arguments: Arguments
+) -> Any:
+    """Returns an element of an instruction's result, which is a tuple."""
+    if instruction.opcode == "tuple":
+        return _value(module, computation, computation.operand(instruction, number), arguments)
+    if instruction.opcode == "parameter":
+        values = arguments(int(instruction.inside))
         if not isinstance(values, dict) or number not in values:
-            raise Unknown(f"element {number} of %{one.name} is not known")
+            raise Unknown(f"element {number} of %{instruction.name} is unknown")
         return values[number]
-    if one.opcode in _SAME:
-        return _element(module, where, where.operand(one), number, given)
-    if one.opcode == "fusion":
-        inner = module.computations[one.called("calls") or ""]
-        return _element(module, inner, inner.root, number, _arguments(module, where, one, given))
-    if one.opcode == "while":
-        body = module.computations[one.called("body") or ""]
-        kept = unchanged(module, body, initial(module, where, one, given(0)))
-        if number in kept:
-            return kept[number]
-    raise Unknown(f"%{one.name} is a {one.opcode}")
+    if instruction.opcode in _SAME:
+        return _element(module, computation, computation.operand(instruction), number, arguments)
+    if instruction.opcode == "fusion":
+        inner = module.computations[instruction.called("calls") or ""]
+        return _element(module, inner, inner.root, number, _arguments(module, computation, instruction, arguments))
+    if instruction.opcode == "while":
+        body = module.computations[instruction.called("body") or ""]
+        unchanged_values = unchanged(module, body, initial(module, computation, instruction, arguments(0)))
+        if number in unchanged_values:
+            return unchanged_values[number]
+    raise Unknown(f"%{instruction.name} is a {instruction.opcode}")
 
 
-def _arguments(module: Module, where: Computation, one: Instruction, given: Arguments) -> Arguments:
-    """Those of the computation that an instruction calls, each computed when it is asked for."""
-    return lambda number: _value(module, where, where.operand(one, number), given)
+def _arguments(module: Module, computation: Computation, instruction: Instruction, arguments: Arguments) -> Arguments:
+    """Returns the arguments of the computation that an instruction calls, computed on demand."""
+    return lambda number: _value(module, computation, computation.operand(instruction, number), arguments)
 
 
-def _value(module: Module, where: Computation, one: Instruction, given: Arguments) -> Any:
-    """A scalar that an instruction computes."""
+def _value(module: Module, computation: Computation, instruction: Instruction, arguments: Arguments) -> Any:
+    """Returns the scalar that an instruction computes."""
 
-    def of(number: int) -> Any:
-        return _value(module, where, where.operand(one, number), given)
+    def operand(number: int) -> Any:
+        return _value(module, computation, computation.operand(instruction, number), arguments)
 
-    if len(one.shapes) != 1 or one.shape.elements != 1:
-        raise Unknown(f"%{one.name} is no scalar")
-    if one.opcode == "constant":
-        return _constant(one)
-    if one.opcode == "parameter":
-        value = given(int(one.inside))
+    if len(instruction.shapes) != 1 or instruction.shape.elements != 1:
+        raise Unknown(f"%{instruction.name} is not a scalar")
+    if instruction.opcode == "constant":
+        return _constant(instruction)
+    if instruction.opcode == "parameter":
+        value = arguments(int(instruction.inside))
         if isinstance(value, dict):
-            raise Unknown(f"%{one.name} is an argument")
+            raise Unknown(f"%{instruction.name} is an argument")
         return value
-    if one.opcode == "get-tuple-element":
-        return _element(module, where, where.operand(one), int(one.value("index") or -1), given)
-    if one.opcode in _SAME:
-        return of(0)
-    if one.opcode in _ARITHMETIC:
-        return _ARITHMETIC[one.opcode](of(0), of(1))
-    if one.opcode == "compare":
-        return _COMPARISONS[one.value("direction") or ""](of(0), of(1))
-    if one.opcode == "not":
-        return not of(0)
-    if one.opcode == "select":
-        return of(1) if of(0) else of(2)
-    if one.opcode in ("fusion", "call"):
-        inner = module.computations[one.called("calls") or one.called("to_apply") or ""]
-        return _value(module, inner, inner.root, _arguments(module, where, one, given))
-    raise Unknown(f"%{one.name} is a {one.opcode}")
+    if instruction.opcode == "get-tuple-element":
+        return _element(
+            module, computation, computation.operand(instruction), int(instruction.value("index") or -1), arguments
+        )
+    if instruction.opcode in _SAME:
+        return operand(0)
+    if instruction.opcode in _ARITHMETIC:
+        return _ARITHMETIC[instruction.opcode](operand(0), operand(1))
+    if instruction.opcode == "compare":
+        return _COMPARISONS[instruction.value("direction") or ""](operand(0), operand(1))
+    if instruction.opcode == "not":
+        return not operand(0)
+    if instruction.opcode == "select":
+        return operand(1) if operand(0) else operand(2)
+    if instruction.opcode in ("fusion", "call"):
+        inner = module.computations[instruction.called("calls") or instruction.called("to_apply") or ""]
+        return _value(module, inner, inner.root, _arguments(module, computation, instruction, arguments))
+    raise Unknown(f"%{instruction.name} is a {instruction.opcode}")
 
 
-def _constant(one: Instruction) -> Any:
-    text = one.inside.strip("{} ")
+def _constant(instruction: Instruction) -> Any:
+    text = instruction.inside.strip("{} ")
     if text in ("true", "false"):
         return text == "true"
     try:
-        return int(text) if one.shape.dtype[0] in "su" else float(text)
+        return int(text) if instruction.shape.dtype[0] in "su" else float(text)
     except ValueError:
-        raise Unknown(f"%{one.name} is {one.inside!r}") from None
+        raise Unknown(f"%{instruction.name} is {instruction.inside!r}") from None

@@ -1,4 +1,4 @@
-"""An analysis as tables and as JSON."""
+"""Formats an analysis as tables and as JSON."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ _LIMITS = {"compute": "compute", "memory": "HBM bandwidth", "links": "chip-to-ch
 
 
 def as_json(analysis: Analysis, topology: Topology) -> dict[str, Any]:
-    """All figures, in bytes, operations and seconds; those of memory and cost are one chip's."""
+    """Returns all values, in bytes, operations and seconds; memory and cost are those of one chip."""
     memory, cost, bound = analysis.memory, analysis.cost, analysis.roofline
     sent, runs = cost.sent(), cost.runs()
     return {
@@ -46,47 +46,47 @@ def as_json(analysis: Analysis, topology: Topology) -> dict[str, Any]:
 
 
 def tables(analysis: Analysis, topology: Topology) -> list[Table | str]:
-    """What the command line prints."""
+    """Returns the tables and lines that the command line prints."""
     memory, cost, bound = analysis.memory, analysis.cost, analysis.roofline
-    held = _table("HBM of a chip", "")
+    memory_table = _table("HBM of a chip", "")
     for name, count in (*memory.parts.items(), ("temporaries", memory.temporaries), ("program", memory.program)):
-        held.add_row(name, size(count))
-    held.add_section()
-    held.add_row("at the worst moment", size(memory.total))
-    held.add_row(f"there is, of a {topology.chip.name}", size(memory.capacity))
+        memory_table.add_row(name, size(count))
+    memory_table.add_section()
+    memory_table.add_row("total at the peak", size(memory.total))
+    memory_table.add_row(f"capacity of a {topology.chip.name}", size(memory.capacity))
     if memory.host:
-        held.add_row("of the host's memory, beside", size(memory.host))
+        memory_table.add_row("host memory", size(memory.host))
 
-    done = _table("A step on a chip", "")
-    done.add_row("matrix products", f"{cost.dots:.4g} FLOP")
-    done.add_row("kernels (attention, experts)", f"{cost.kernels:.4g} FLOP")
-    done.add_row("what the model needs, nothing twice", f"{analysis.model_flops / analysis.chips:.4g} FLOP")
-    done.add_row("read from and written to HBM", size(cost.traffic.device))
+    step_table = _table("A step on a chip", "")
+    step_table.add_row("matrix products", f"{cost.dots:.4g} FLOP")
+    step_table.add_row("kernels (attention, experts)", f"{cost.kernels:.4g} FLOP")
+    step_table.add_row("model, without recomputation", f"{analysis.model_flops / analysis.chips:.4g} FLOP")
+    step_table.add_row("read from and written to HBM", size(cost.traffic.device))
     if cost.traffic.host:
-        done.add_row("to and from the host", size(cost.traffic.host))
+        step_table.add_row("to and from the host", size(cost.traffic.host))
 
-    exchanged = _table("Sent by a chip", "", "times")
+    exchange_table = _table("Sent by a chip", "", "times")
     sent, runs = cost.sent(), cost.runs()
     for kind in sent:
-        exchanged.add_row(kind, size(sent[kind]), str(runs[kind]))
+        exchange_table.add_row(kind, size(sent[kind]), str(runs[kind]))
 
-    least = _table("The least time of a step", "ms", "of the bound")
+    time_table = _table("Lower bound of the time of a step", "ms", "of the bound")
     for name, seconds in (("compute", bound.compute), ("memory", bound.memory), ("links", bound.links)):
-        least.add_row(_LIMITS[name], f"{1000 * seconds:.3f}", f"{seconds / bound.seconds:.0%}")
-    said: list[Table | str] = [held, done, exchanged, least]
-    said.append(
-        f"limited by {_LIMITS[bound.limit]}: {1000 * bound.seconds:,.3f} ms a step at least, MFU {bound.mfu:.1%} and "
+        time_table.add_row(_LIMITS[name], f"{1000 * seconds:.3f}", f"{seconds / bound.seconds:.0%}")
+    parts: list[Table | str] = [memory_table, step_table, exchange_table, time_table]
+    parts.append(
+        f"limited by {_LIMITS[bound.limit]}: {1000 * bound.seconds:,.3f} ms per step at least, MFU {bound.mfu:.1%} and "
         f"{analysis.tokens / bound.seconds:,.0f} tokens/s at most"
     )
     if cost.unknown:
-        named = ", ".join(f"{name} × {times}" for name, times in cost.unknown)
-        said.append(f"not counted, for want of knowing what they do: {named}")
-    return said
+        names = ", ".join(f"{name} × {times}" for name, times in cost.unknown)
+        parts.append(f"not counted, since their cost is unknown: {names}")
+    return parts
 
 
 def _table(name: str, *columns: str) -> Table:
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    made.add_column(name)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(name)
     for column in columns:
-        made.add_column(column, justify="right", no_wrap=True)
-    return made
+        table.add_column(column, justify="right", no_wrap=True)
+    return table

@@ -1,8 +1,8 @@
 """Prints the table of `experiments/pods/README.md`: `python -m experiments.aot.table [--rows N …] [--out DIR]`.
 
-Compiles, one after another, the steps of the pod configs for slices of TPUs, some with flags of their own, and one step
-for slices of 16 to 256 chips with the same batch per chip. A row takes one to four minutes on two CPU cores; with
-`--out` each row's figures are kept as JSON, and rows that are there are not compiled again.
+Compiles the steps of the pod configs for TPU slices, some with overrides, and one step for slices of 16 to 256 chips
+with the same batch per chip. A row takes one to four minutes on two CPU cores. With `--out` the values of each row are
+stored as JSON, and stored rows are not compiled again.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from experiments.training.chips import GIB
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A step and the slice that it is compiled for: `compile_for_pod NAME --topology SLICE FLAGS`.
+    """A step and the slice that it is compiled for, as in `compile_for_pod NAME --topology SLICE FLAGS`.
 
     Attributes:
-      name: Of the config.
+      name: The name of the config.
       slice: The topology.
-      flags: What differs from the config.
+      flags: The overrides of the config.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def file(self) -> str:
-        """Where figures of the row are kept."""
+        """The name of the file of the row's values."""
         words = " ".join((self.slice, self.name, self.flags)).strip()
         return words.replace("--", "").replace(":", "_").replace(" ", "_") + ".json"
 
@@ -71,34 +71,34 @@ ROWS = (
     Row("mixtral-8x7b-lora", "v5e:4x4"),
     Row("mixtral-8x7b-qlora", "v5e:2x4"),
 )
-"""The steps of the table."""
+"""The rows of the table."""
 
 SCALING = tuple(
     Row("llama3-8b-lora", slice_, f"--batch.global {chips} --mesh.data {chips // 16}")
     for slice_, chips in (("v5e:4x4", 16), ("v5e:4x8", 32), ("v5e:8x8", 64), ("v5e:8x16", 128), ("v5e:16x16", 256))
 )
-"""One sequence a chip, on more and more chips."""
+"""One sequence per chip, on 16 to 256 chips."""
 
 _LIMITS = {"compute": "compute", "memory": "HBM", "links": "links"}
 
 
 def figures(row: Row, out: Path | None) -> Mapping[str, Any]:
-    """What `compile_for_pod --json` writes of a row; from a file where it is there."""
+    """Returns what `compile_for_pod --json` writes for a row, from its file if it exists."""
     file = None if out is None else out / row.file
     if file is not None and file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
     slice_ = topology.describe(row.slice)
-    found = report.as_json(compile_config(row.config, slice_), slice_)
+    values = report.as_json(compile_config(row.config, slice_), slice_)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    return found
+        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return values
 
 
-def line(row: Row, found: Mapping[str, Any]) -> str:
-    """A row of the table, in Markdown."""
-    config, memory, bound = row.config, found["memory"], found["roofline"]
-    sent = sum(kind["bytes"] for kind in found["exchanges"].values())
+def line(row: Row, values: Mapping[str, Any]) -> str:
+    """Formats a row of the table in Markdown."""
+    config, memory, bound = row.config, values["memory"], values["roofline"]
+    sent = sum(kind["bytes"] for kind in values["exchanges"].values())
     mesh = config.mesh
     axes = ", ".join(f"{name} {getattr(mesh, name)}" for name in ("data", "fsdp", "tensor") if getattr(mesh, name) > 1)
     cells = (
@@ -109,21 +109,21 @@ def line(row: Row, found: Mapping[str, Any]) -> str:
         axes + (", sequence" if mesh.sequence else ""),
         config.remat,
         f"{memory['total'] / GIB:.1f} of {memory['capacity'] / GIB:.2f}",
-        f"{found['flops']['total'] / 1e12:.1f}",
+        f"{values['flops']['total'] / 1e12:.1f}",
         f"{sent / 1e9:.1f}",
         f"{bound['compute']:.3f}",
         f"{bound['memory']:.3f}",
         f"{bound['links']:.3f}",
         _LIMITS[bound["limit"]],
         f"{100 * bound['mfu']:.0f} %",
-        f"{bound['tokens_per_second'] / found['chips']:,.0f}",
+        f"{bound['tokens_per_second'] / values['chips']:,.0f}",
         f"`{row.flags}`" if row.flags else "",
     )
     return f"| {' | '.join(map(str, cells))} |"
 
 
 def table(rows: Sequence[Row], out: Path | None) -> Iterator[str]:
-    """The lines of the table, each as soon as it is compiled."""
+    """Yields the lines of the table, each after it is compiled."""
     head = (
         "| config | slice | length | batch | mesh | remat | HBM per chip, GiB | TFLOP per chip | sent per chip, GB "
         "| compute, s | HBM, s | links, s | limit | max. MFU | max. tokens/s per chip | flags |"
@@ -135,32 +135,32 @@ def table(rows: Sequence[Row], out: Path | None) -> Iterator[str]:
 
 
 def scaling(rows: Sequence[Row], out: Path | None) -> Iterator[str]:
-    """What a chip sends on more and more chips, and how much more than on half as many."""
+    """Yields the lines of a table of the bytes that a chip sends, by the number of chips."""
     yield "| slice | chips | mesh | batch | sent per chip, GB | change from half the chips | max. MFU |"
     yield "|---|---|---|---|---|---|---|"
-    before = None
+    previous = None
     for row in rows:
-        found, config = figures(row, out), row.config
-        sent = sum(kind["bytes"] for kind in found["exchanges"].values())
-        more = "" if before is None else f"{100 * (sent / before - 1):+.2f} %"
+        values, config = figures(row, out), row.config
+        sent = sum(kind["bytes"] for kind in values["exchanges"].values())
+        change = "" if previous is None else f"{100 * (sent / previous - 1):+.2f} %"
         mesh = f"data {config.mesh.data}, fsdp {config.mesh.fsdp}"
-        cells = (row.slice, found["chips"], mesh, config.batch.global_, f"{sent / 1e9:.3f}", more)
-        yield f"| {' | '.join(map(str, cells))} | {100 * found['roofline']['mfu']:.0f} % |"
-        before = sent
+        cells = (row.slice, values["chips"], mesh, config.batch.global_, f"{sent / 1e9:.3f}", change)
+        yield f"| {' | '.join(map(str, cells))} | {100 * values['roofline']['mfu']:.0f} % |"
+        previous = sent
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Prints both tables; 1 where a step does not fit."""
+    """Prints both tables; returns 1 if a step does not fit."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--rows", type=int, nargs="*", help="numbers of rows, from 1; then the scaling is left out")
-    parser.add_argument("--out", type=Path, help="where figures are kept")
-    own = parser.parse_args(args)
+    parser.add_argument("--rows", type=int, nargs="*", help="numbers of rows, from 1; omits the second table")
+    parser.add_argument("--out", type=Path, help="the directory of the stored values")
+    options = parser.parse_args(args)
     try:
-        for text in table(ROWS if own.rows is None else [ROWS[number - 1] for number in own.rows], own.out):
+        for text in table(ROWS if options.rows is None else [ROWS[number - 1] for number in options.rows], options.out):
             print(text, flush=True)
-        if own.rows is None:
+        if options.rows is None:
             print()
-            for text in scaling(SCALING, own.out):
+            for text in scaling(SCALING, options.out):
                 print(text, flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

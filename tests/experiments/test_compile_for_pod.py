@@ -62,7 +62,7 @@ def test_a_step_that_fits(capfd, monkeypatch, small_llama):
     assert all(figures["exchanges"][kind]["bytes"] > 0 for kind in ("all-gather", "all-reduce"))
     assert bound["seconds"] == bound[bound["limit"]] == max(bound[name] for name in ("compute", "memory", "links"))
     assert 0 < bound["mfu"] < 1
-    for words in ("HBM of a chip", "optimizer", "all-gather", "The least time of a step", "limited by"):
+    for words in ("HBM of a chip", "optimizer", "all-gather", "Lower bound of the time of a step", "limited by"):
         assert words in said.out
     _check_gathers(analyses[0].cost.exchanges)
 
@@ -88,7 +88,7 @@ def test_a_step_that_does_not_fit(capfd):
     status, said = run(capfd, *MESH, "--batch.global", "4194304")
     assert status == 1
     assert "does not fit v5e:2x2: the step needs" in said.err
-    assert "by arithmetic it fits with --batch.accumulate" in said.err
+    assert "estimated to fit with --batch.accumulate" in said.err
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_advice_by_arithmetic():
     assert 16.0e9 < size < 17.0e9
     said = fitting.advice(config, devices, size + 2e9, 14e9)
     assert "--mesh.data 4 --mesh.fsdp 2" in said and "--quantize nf4" in said
-    assert "take a larger slice" in fitting.advice(config, devices, size + 2e9, 1e9)
+    assert "use a larger slice" in fitting.advice(config, devices, size + 2e9, 1e9)
 
 
 def test_the_table_of_slices(tmp_path):
