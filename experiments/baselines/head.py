@@ -1,8 +1,8 @@
 """The head-only baseline: logistic regression on frozen features, to convergence.
 
-A head trained by a few epochs of SGD stops ten points short of this one and flatters whatever is compared
-with it. Features are standardised, the L2 penalty is chosen on validation, and the standardisation is folded
-into the head's weights, so that every other method can start from it.
+A head that is trained by a few epochs of SGD is ten points worse, which would flatter the methods that are compared
+with it. Features are standardized, the L2 penalty is chosen by validation, and the standardization is folded into the
+head's weights, so that every other method can start from it.
 """
 
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from threadpoolctl import threadpool_limits
 
 from experiments.errors import UserError
 
-PENALTIES = tuple(10.0**power for power in np.arange(-4, 2.01, 0.5))  # C, the inverse strength of the penalty
-_PATIENCE = 2  # penalties in a row that may be worse than the best before the search ends
+PENALTIES = tuple(10.0**power for power in np.arange(-4, 2.01, 0.5))  # C, the inverse of the penalty
+_PATIENCE = 2  # the search ends after so many consecutive penalties that are worse than the best
 
 
 @dataclass(frozen=True)
 class Head:
-    """A linear classifier on raw (not standardised) features.
+    """A linear classifier of raw (not standardized) features.
 
     Attributes:
       kernel: `float32[features, classes]`.
       bias: `float32[classes]`.
-      penalty: The C that validation chose.
-      validation_loss: With it, the mean cross-entropy.
-      validation_accuracy: Likewise.
+      penalty: The chosen value of C.
+      validation_loss: The mean cross-entropy on validation.
+      validation_accuracy: The accuracy on validation.
     """
 
     kernel: np.ndarray
@@ -44,31 +44,30 @@ def fit(
     *,
     penalties: Sequence[float] = PENALTIES,
 ) -> Head:
-    """The head with the smallest loss on validation, over the penalties.
+    """Returns the head with the smallest validation loss over the penalties.
 
-    The loss tells penalties apart that accuracy, a count of a few thousand examples, does not, and finds the head
-    that is sure of itself where it may be. Penalties are tried from the strongest to weaker ones until two in a
-    row are worse than the best.
+    The loss distinguishes penalties that accuracy, a count of a few thousand examples, does not, and prefers calibrated
+    heads. Penalties are tried from the strongest to the weakest until two consecutive ones are worse than the best.
 
     Args:
       train: Features `float[examples, features]` and labels `int[examples]`.
-      validation: The same, to choose the penalty by.
-      classes: How many classes there are; one without a training example is never predicted.
-      penalties: Values of C, ascending.
+      validation: Features and labels that choose the penalty.
+      classes: The number of classes; classes without a training example are never predicted.
+      penalties: The values of C.
 
     Raises:
       UserError: All training examples have the same label.
     """
     features, labels = train[0].astype(np.float64), train[1]
     if len(np.unique(labels)) < 2:
-        raise UserError("the training examples all have one label: nothing to learn")
-    mean, spread = features.mean(axis=0), np.maximum(features.std(axis=0), 1e-6)
+        raise UserError("all training examples have the same label")
+    mean, scale = features.mean(axis=0), np.maximum(features.std(axis=0), 1e-6)
     model = LogisticRegression(max_iter=5000, warm_start=True)
     best, worse = None, 0
     for penalty in sorted(penalties):
-        with threadpool_limits(1):  # products this small are slower on several threads, far slower on busy ones
-            model.set_params(C=penalty).fit((features - mean) / spread, labels)
-        kernel, bias = _unfold(model, mean, spread, classes)
+        with threadpool_limits(1):  # small products are slower with several threads, much slower on busy machines
+            model.set_params(C=penalty).fit((features - mean) / scale, labels)
+        kernel, bias = _unfold(model, mean, scale, classes)
         head = Head(kernel, bias, penalty, *_measure(validation[0] @ kernel + bias, validation[1]))
         if best is None or head.validation_loss < best.validation_loss:
             best, worse = head, 0
@@ -81,7 +80,7 @@ def fit(
 
 
 def _measure(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy."""
+    """Returns the mean cross-entropy and the accuracy."""
     largest = logits.max(axis=-1)
     normalizer = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=-1))
     loss = np.mean(normalizer - logits[np.arange(len(labels)), labels])
@@ -89,16 +88,16 @@ def _measure(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 
 
 def _unfold(
-    model: LogisticRegression, mean: np.ndarray, spread: np.ndarray, classes: int
+    model: LogisticRegression, mean: np.ndarray, scale: np.ndarray, classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Kernel and bias on raw features, a column for every class."""
+    """Returns kernel and bias for raw features, with a column for every class."""
     coefficients, intercept = model.coef_, model.intercept_
-    if len(model.classes_) == 2:  # scikit-learn keeps the difference of the two only
+    if len(model.classes_) == 2:  # scikit-learn stores the difference of the two only
         coefficients = np.concatenate([-coefficients, coefficients]) / 2
         intercept = np.concatenate([-intercept, intercept]) / 2
-    seen = coefficients.T / spread[:, None]
+    columns = coefficients.T / scale[:, None]
     kernel = np.zeros((len(mean), classes))
-    kernel[:, model.classes_] = seen
+    kernel[:, model.classes_] = columns
     bias = np.full(classes, intercept.min() - 100.0)
-    bias[model.classes_] = intercept - mean @ seen
+    bias[model.classes_] = intercept - mean @ columns
     return kernel.astype(np.float32), bias.astype(np.float32)

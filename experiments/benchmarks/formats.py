@@ -1,13 +1,13 @@
-"""What quantizing a real model's weights takes from them: `python -m experiments.benchmarks.formats`.
+"""Measures the error of quantizing a model's weights: `python -m experiments.benchmarks.formats`.
 
-For each format and block, of all linear layers of an encoder:
+For each format and block size, for all linear layers of an encoder:
 
-  bits      a weight, scales included
-  weights   the norm of the difference over the norm of the weight; the mean over matrices
-  normal    the same of weights drawn from a normal distribution
-  vectors   the same of the sentence vectors that the encoder gives, without any training
+  bits      bits per weight, including scales
+  weights   the norm of the difference divided by the norm of the weight; the mean over matrices
+  normal    the same for weights from a normal distribution
+  vectors   the same for the encoder's sentence vectors, without training
 
-Formats with as many bits stand together, the best first. About 3 minutes on 2 CPU cores.
+Formats are sorted by bits, then by error. Takes about 3 minutes on 2 CPU cores.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ import numpy as np
 import lora_jax as lora
 from experiments import flags, settings, startup
 from experiments.errors import UserError
+from experiments.models.weights import flatten_weights, is_quantized
 from experiments.studies.problem import Problem, answers, load
-from lora_jax import paths
-from lora_jax.quantization import Format, Quantized
+from lora_jax.quantization import Format
 
 LINEAR = r"(attention|feed_forward)/.*kernel"
 FORMATS = (lora.NF4, lora.FP4, lora.Int4, lora.Int8)
@@ -31,30 +31,30 @@ FORMATS = (lora.NF4, lora.FP4, lora.Int4, lora.Int8)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to measure."""
+    """The formats and the model to measure."""
 
     model: str = "all-MiniLM-L6-v2"
-    """The encoder: a directory in Hugging Face layout (BERT), a hub name, or all-MiniLM-L6-v2, which a package
-    carries."""
+    """The encoder: a directory in Hugging Face layout (BERT), a name on the Hugging Face Hub, or all-MiniLM-L6-v2,
+    which is in an installed package."""
     data: str = "debian_sections"
-    """Where the sentences are from; see the quickstart."""
+    """The data; see the quickstart."""
     sentences: int = 500
-    """How many of the validation split."""
+    """Number of sentences of the validation split."""
     lengths: tuple[int, ...] = (10, 14, 20, 40)
-    """The lengths, in tokens, that sentences are padded to; longer ones are cut to the last."""
+    """The lengths, in tokens, that sentences are padded to. Longer sentences are truncated."""
     blocks: tuple[int, ...] = (32, 64, 128, 384)
-    """Weights that share a scale."""
+    """Numbers of weights that share a scale."""
 
     def __post_init__(self) -> None:
         settings.positive(self, "sentences")
         settings.lengths(self)
         for block in self.blocks:
-            lora.NF4(block)  # says what a block is
+            lora.NF4(block)  # validates the block
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One format; errors are relative norms."""
+    """The bits and relative errors of a format."""
 
     name: str
     bits: float
@@ -64,11 +64,11 @@ class Row:
 
 
 def measure(problem: Problem, form: Format, exact: np.ndarray) -> Row:
-    """One format's errors."""
+    """Measures a format."""
     quantized = problem.quantized(problem.base, {LINEAR: form})
-    before, after = (paths.flatten(tree).as_dict() for tree in (problem.base, quantized))
-    leaves = {path: leaf for path, leaf in after.items() if isinstance(leaf, Quantized)}
-    errors = [relative(leaf.dequantize(), before[path]) for path, leaf in leaves.items()]
+    base_leaves, quantized_base_leaves = (flatten_weights(tree) for tree in (problem.base, quantized))
+    leaves = {path: leaf for path, leaf in quantized_base_leaves.items() if is_quantized(leaf)}
+    errors = [relative(leaf.dequantize(), base_leaves[path]) for path, leaf in leaves.items()]
     drawn = jax.random.normal(jax.random.key(0), (form.block * 16, 1024))
     normal = lora.quantize({"w": drawn}, {"w": dataclasses.replace(form, axes=("in", "out"))})["w"]
     return Row(
@@ -81,14 +81,14 @@ def measure(problem: Problem, form: Format, exact: np.ndarray) -> Row:
 
 
 def vectors(problem: Problem, base: Any) -> np.ndarray:
-    """The sentence vectors of the validation split."""
+    """Returns the sentence vectors of the validation split."""
     adapted = jax.jit(lora.adapt(problem.apply))
     return answers(lambda *inputs: adapted(base, {}, *inputs)[1], problem.splits["validation"], problem.lengths)
 
 
-def relative(found: Any, exact: Any) -> float:
-    """The norm of the difference over the norm of what is exact."""
-    return float(jnp.linalg.norm(jnp.asarray(found) - exact) / jnp.linalg.norm(jnp.asarray(exact)))
+def relative(value: Any, exact: Any) -> float:
+    """Returns the norm of the difference divided by the norm of the exact value."""
+    return float(jnp.linalg.norm(jnp.asarray(value) - exact) / jnp.linalg.norm(jnp.asarray(exact)))
 
 
 def main(config: Config) -> int:

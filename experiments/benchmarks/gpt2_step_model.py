@@ -1,7 +1,7 @@
-"""A GPT-2-shaped language model as one pure function over a nested dict, for timing a step of it.
+"""A GPT-2-shaped language model as a pure function of a nested dict, for timing a step.
 
-Written for measuring, not for loading weights: layers are unrolled (XLA's cost analysis counts a loop's body
-once), every matrix product of a block goes through one hook, and nothing is trained in earnest.
+Layers are unrolled, since XLA's cost analysis counts the body of a loop once, and every matrix product of a block calls
+one hook.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Shape:
     heads: int = 12
     """Attention heads."""
     vocabulary: int = 50257
-    """Tokens known to the (tied) embedding."""
+    """Tokens of the (tied) embedding."""
     batch: int = 4
     """Sequences in a step."""
     length: int = 128

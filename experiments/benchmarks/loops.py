@@ -1,9 +1,9 @@
-"""What loops over a quantized base take: `python -m experiments.benchmarks.loops`.
+"""Measures the memory of loops over a quantized base: `python -m experiments.benchmarks.loops`.
 
-Two programs of a model of SmolLM2-135M's shape (float32, random weights), on an NF4 base, on the same base dequantized
-before the program, and on a float base: greedy decoding after a prompt, and a LoRA training step that accumulates
-gradients over microbatches. A line a program: XLA's analysis of its memory in MiB, for which nothing runs. With
-`--rounds`, also seconds; the bases take turns in one process. Figures are of the platform it runs on.
+Two programs of a model of SmolLM2-135M's shape (float32, random weights): greedy decoding after a prompt, and a LoRA
+training step that accumulates gradients over microbatches. Each with an NF4 base, with the same base dequantized before
+the loop, and with a float base. Each program has a line with XLA's analysis of its memory in MiB, for which it does not
+run. `--rounds` also measures seconds; the bases alternate in one process. The results are those of this platform.
 """
 
 import dataclasses
@@ -32,32 +32,32 @@ SHAPE = {
     "num_key_value_heads": 3,
     "tie_word_embeddings": True,
 }
-"""SmolLM2-135M's, but for its layers."""
+"""SmolLM2-135M's shape without its number of layers."""
 
 KERNELS = r"^layers/.*/kernel$"
-"""The paths of the linear layers: what is quantized and adapted."""
+"""The paths of the linear layers, which are quantized and adapted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to compile and to time."""
+    """The programs to compile and to measure."""
 
     layers: int = 30
-    """Of the model; 30 is SmolLM2-135M."""
+    """Number of layers; 30 is SmolLM2-135M."""
     scan: bool = False
-    """Layers are stacked and scanned, not unrolled."""
+    """Whether layers are stacked and scanned, not unrolled."""
     prompt: int = 16
-    """Tokens before decoding."""
+    """Tokens of the prompt."""
     new_tokens: int = 64
-    """Tokens that are decoded."""
+    """Tokens to decode."""
     tokens: int = 128
-    """Of each sequence that is trained on."""
+    """Tokens of each training sequence."""
     accumulate: int = 4
     """Microbatches of one sequence in a training step."""
     bases: tuple[str, ...] = ("NF4", "dequantized before", "float")
-    """Which of them."""
+    """The bases to measure."""
     rounds: int = 0
-    """Timed runs of each program; 0 compiles only."""
+    """Number of timed runs of each program; 0 only compiles."""
 
     @property
     def shape(self) -> LlamaConfig:
@@ -65,7 +65,7 @@ class Config:
 
 
 def programs(config: Config) -> dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]]:
-    """Each compiled program, and a function that makes its arguments."""
+    """Returns each compiled program and a function that creates its arguments."""
     options = Options(scan=config.scan)
     model = nnx.eval_shape(lambda: Llama(config.shape, options, rngs=nnx.Rngs(0)))
     apply, floats = lora.nnx.functional(model)
@@ -116,7 +116,7 @@ def programs(config: Config) -> dict[str, tuple[Any, Callable[[], tuple[Any, ...
 
 
 def seconds(compiled: dict[str, tuple[Any, Callable]], rounds: int) -> dict[str, list[float]]:
-    """Of each run, one of each program after the other."""
+    """Measures the seconds of each run; the programs alternate."""
     arguments = {name: jax.jit(make)() for name, (_, make) in compiled.items()}
     measured: dict[str, list[float]] = {name: [] for name in compiled}
     for number in range(rounds + 1):

@@ -1,4 +1,4 @@
-"""What the parts of a training step take, by arithmetic; XLA's own figures are compared with it."""
+"""An estimate of the memory of a training step by its parts, which is compared with XLA's analysis."""
 
 import dataclasses
 import math
@@ -7,21 +7,22 @@ from experiments.benchmarks.memory_shapes import Shape
 
 NF4_BLOCK, SECOND_BLOCK = 64, 256
 MOMENTS = 2 * 4
-"""Bytes of Adam's two moments in float32, of each trained parameter."""
+"""Bytes of Adam's two float32 moments per trained parameter."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is trained, on what.
+    """A model and a method to train it.
 
     Attributes:
+      shape: The model's shape.
       method: 'full', 'lora' or 'qlora'.
-      bytes: Of a weight, and of an activation (2: bfloat16; 4: float32).
-      adapter_bytes: Of a number of an adapter.
-      rank: Of every adapter.
-      tokens: Of the only sequence of the batch.
-      plain: The quantized base is dequantized as a whole, outside of the model.
-      on_host: Adam's moments are in the host's memory.
+      bytes: Bytes per weight and per activation (2: bfloat16; 4: float32).
+      adapter_bytes: Bytes per number of an adapter.
+      rank: The rank of every adapter.
+      tokens: The length of the only sequence of the batch.
+      plain: Whether the whole quantized base is dequantized before the model is called.
+      on_host: Whether Adam's moments are in the host's memory.
     """
 
     shape: Shape
@@ -35,7 +36,7 @@ class Problem:
 
     @property
     def trained(self) -> int:
-        """Trained parameters."""
+        """The number of trained parameters."""
         return self.shape.parameters if self.method == "full" else self.shape.factors(self.rank)
 
     @property
@@ -48,7 +49,7 @@ class Problem:
 
     @property
     def base(self) -> int:
-        """Bytes of the parameters; in full fine-tuning they are what is trained."""
+        """Bytes of the parameters; in full fine-tuning they are trained."""
         others = self.bytes * self.shape.others
         if self.method == "qlora":
             return others + self.quantized
@@ -56,31 +57,31 @@ class Problem:
 
     @property
     def delta(self) -> int:
-        """Bytes of the adapters; their scales are a number a layer at most, and not counted."""
+        """Bytes of the adapters without their scales, which are at most one number per layer."""
         return 0 if self.method == "full" else self.adapter_bytes * self.trained
 
     @property
     def moments(self) -> int:
-        """Bytes of the optimizer's state, wherever it is."""
+        """Bytes of the optimizer's state, on the device or the host."""
         return MOMENTS * self.trained
 
     @property
     def items(self) -> dict[str, int]:
-        """The temporaries that a step cannot do without."""
+        """The necessary temporaries of a step, in bytes."""
         shape = self.shape
-        found = {
+        items = {
             "activations": self.bytes * shape.layers * self.tokens * shape.width,
             "logits": 4 * self.tokens * shape.vocabulary,
             "weights": 0,
             "gradients": (self.bytes if self.method == "full" else self.adapter_bytes) * self.trained,
         }
         if self.method == "qlora":
-            found["weights"] = self.bytes * shape.block * (shape.layers if self.plain else 1)
-        return found
+            items["weights"] = self.bytes * shape.block * (shape.layers if self.plain else 1)
+        return items
 
     @property
     def temporaries(self) -> int:
-        """All of them at once."""
+        """The sum of the temporaries."""
         return sum(self.items.values())
 
     @property

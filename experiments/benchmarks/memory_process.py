@@ -1,6 +1,6 @@
-"""One training step in a process of its own: what it takes, and how long; JSON on its last line.
+"""Measures the memory and the time of one training step in a separate process; the last line is JSON.
 
-Started by `experiments.benchmarks.memory` for every step that runs, so that no step counts the memory of another.
+`experiments.benchmarks.memory` starts it for every step, so that no step counts the memory of another.
 """
 
 import ctypes
@@ -20,28 +20,27 @@ import jax
 from experiments.aot.memory import argument_bytes, memory_analysis
 from experiments.benchmarks.memory_arithmetic import Problem
 from experiments.benchmarks.memory_shapes import Shape
-from experiments.benchmarks.memory_steps import Made, filled, make, only, quantized
+from experiments.benchmarks.memory_steps import Step, fill, make_step, on_device, quantized_leaves
 
-# Large buffers go back to the system when they are freed, so that what is resident is what is held.
+# Returns large buffers to the system when they are freed, so that resident memory is allocated memory.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """Bytes of a step, from XLA's analysis of what it compiled, and what was measured.
+    """Bytes of a step, from XLA's analysis of the compiled step and from measurements.
 
     Attributes:
-      base: On the device, like the next two.
-      delta: The adapters.
-      optimizer: The optimizer's state.
+      base: The parameters on the device.
+      delta: The adapters on the device.
+      optimizer: The optimizer's state on the device.
       temporaries: All that the step allocates beside its arguments and outputs (`temp_size_in_bytes`).
-      device: All bytes on the device: arguments, outputs and temporaries, what is donated once.
-      peak: What is held on the device at the worst moment (`peak_memory_in_bytes`, less `host`); 0 where XLA does not
-        say.
-      host: Of arguments in the host's memory.
-      quantized: Of the quantized leaves of the base.
-      measured: Of the running step; 0 where it did not run.
-      seconds: Of the fastest step; 0 likewise.
+      device: All bytes on the device: arguments, outputs and temporaries; donated bytes count once.
+      peak: The peak on the device (`peak_memory_in_bytes` without `host`); 0 if XLA does not report it.
+      host: Arguments in the host's memory.
+      quantized: The quantized leaves of the base.
+      measured: The measured memory of the running step; 0 if it did not run.
+      seconds: The time of the fastest step; 0 if it did not run.
     """
 
     base: int
@@ -57,14 +56,14 @@ class Figures:
 
     @property
     def beside(self) -> int:
-        """What is held beside the arguments at the worst moment."""
+        """The memory beside the arguments at the peak."""
         return max(self.peak - (self.device - self.temporaries), 0)
 
 
-def analyzed(made: Made, platform: str) -> Figures:
-    """What XLA says of a step for the devices of its shapes. Compiles it."""
-    memory = memory_analysis(made.lower())
-    parts = {name: argument_bytes(tree) for name, tree in made.parts().items()}
+def analyze_step(step: Step, platform: str) -> Figures:
+    """Compiles a step for the devices of its shapes, and returns XLA's analysis."""
+    memory = memory_analysis(step.lower())
+    parts = {name: argument_bytes(tree) for name, tree in step.parts().items()}
     return Figures(
         **{name: device for name, (device, _) in parts.items()},
         temporaries=memory.temp_size_in_bytes,
@@ -72,49 +71,49 @@ def analyzed(made: Made, platform: str) -> Figures:
         + memory.output_size_in_bytes
         + memory.temp_size_in_bytes
         - memory.alias_size_in_bytes,
-        # XLA's peak counts arguments in the host's memory too, and on a CPU it leaves the temporaries out.
+        # XLA's peak includes arguments in the host's memory; on a CPU it excludes temporaries.
         peak=0 if platform == "cpu" else memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes,
         host=memory.host_argument_size_in_bytes,
-        quantized=argument_bytes(quantized(made.state.base))[0],
+        quantized=argument_bytes(quantized_leaves(step.state.base))[0],
     )
 
 
-def ran(problem: Problem, steps: int = 3) -> Figures:
-    """What a step on this process's first device takes, by analysis and by measurement.
+def run(problem: Problem, steps: int = 3) -> Figures:
+    """Analyzes and measures a step on this process's first device.
 
-    The first step compiles; memory is that of later ones, measured from before their arguments were made.
+    The first step compiles. The memory is that of later steps, relative to that before their arguments are created.
     """
     device = jax.devices()[0]
-    made = make(problem, only(device), device.platform)  # pyrefly: ignore[bad-argument-type]
-    figures = analyzed(made, device.platform)
+    step = make_step(problem, on_device(device), device.platform)  # pyrefly: ignore[bad-argument-type]
+    figures = analyze_step(step, device.platform)
     if device.platform == "cpu":
-        _run(made, 1)  # compiles, and starts the threads
+        _run(step, 1)  # compiles, and starts the threads
         before = _resident(trim=True)
-        seconds, peak = _run(made, steps)
+        seconds, peak = _run(step, steps)
         measured = peak - before
     else:
-        seconds, _ = _run(made, steps + 1)
+        seconds, _ = _run(step, steps + 1)
         measured = device.memory_stats()["peak_bytes_in_use"]
     return dataclasses.replace(figures, measured=measured, seconds=seconds)
 
 
-def _run(made: Made, steps: int) -> tuple[float, int]:
-    """The seconds of the fastest step, and the most memory that this process had during the steps."""
-    state, batch = filled((made.state, made.batch))
+def _run(step: Step, steps: int) -> tuple[float, int]:
+    """Returns the seconds of the fastest step, and the peak memory of this process during the steps."""
+    state, batch = fill((step.state, step.batch))
     gc.collect()
     on_cpu = jax.default_backend() == "cpu"
     if on_cpu:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     seconds = []
     for _ in range(steps):
         start = time.perf_counter()
-        state, _ = jax.block_until_ready(made.step(state, batch))
+        state, _ = jax.block_until_ready(step.step(state, batch))
         seconds.append(time.perf_counter() - start)
     return min(seconds), _status("VmHWM") if on_cpu else 0
 
 
 def _resident(*, trim: bool) -> int:
-    """Bytes of this process in memory, without what it has freed."""
+    """Returns the resident memory of this process in bytes, without freed memory."""
     gc.collect()
     if trim:
         ctypes.CDLL(None).malloc_trim(0)
@@ -122,28 +121,28 @@ def _resident(*, trim: bool) -> int:
 
 
 def _status(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    if found is None:
+    match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if match is None:
         raise RuntimeError(f"/proc/self/status has no {name}.")
-    return 1024 * int(found[1])
+    return 1024 * int(match[1])
 
 
-def apart(problem: Problem, platform: str | None = None) -> Figures | str:
-    """:func:`ran` in a process of its own; the last line of its error where it fails."""
-    given = json.dumps(dataclasses.asdict(problem))
+def run_in_process(problem: Problem, platform: str | None = None) -> Figures | str:
+    """Calls :func:`run` in a separate process; returns the last line of its error if it fails."""
+    problem_json = json.dumps(dataclasses.asdict(problem))
     environment = os.environ | ENVIRONMENT | ({} if platform is None else {"JAX_PLATFORMS": platform})
-    command = [sys.executable, "-m", "experiments.benchmarks.memory_process", given]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        return next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
-    return Figures(**json.loads(done.stdout.splitlines()[-1]))
+    command = [sys.executable, "-m", "experiments.benchmarks.memory_process", problem_json]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if process.returncode:
+        return next((line for line in reversed(process.stderr.splitlines()) if line.strip()), "no message")
+    return Figures(**json.loads(process.stdout.splitlines()[-1]))
 
 
-def main(given: str) -> None:
-    """Runs the problem that a JSON describes and prints its figures as one."""
-    fields: dict[str, Any] = json.loads(given)
+def main(problem_json: str) -> None:
+    """Runs the problem of a JSON and prints its figures as JSON."""
+    fields: dict[str, Any] = json.loads(problem_json)
     problem = Problem(**fields | {"shape": Shape(**fields["shape"])})
-    print(json.dumps(dataclasses.asdict(ran(problem))))
+    print(json.dumps(dataclasses.asdict(run(problem))))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Llama-shaped models of the memory benchmark: their sizes, and how many numbers they are made of."""
+"""The Llama-shaped models of the memory benchmark and their numbers of parameters."""
 
 import dataclasses
 
@@ -21,21 +21,21 @@ class Shape:
 
     @property
     def block(self) -> int:
-        """Weights of the linear layers of one block."""
+        """The number of weights in the linear layers of a block."""
         return sum(n_in * n_out for n_in, n_out in self.linears)
 
     @property
     def others(self) -> int:
-        """Parameters that are no linear layer of a block: embedding, head and norms."""
+        """The number of other parameters: embedding, head and norms."""
         return 2 * self.vocabulary * self.width + (2 * self.layers + 1) * self.width
 
     @property
     def parameters(self) -> int:
-        """All."""
+        """The number of all parameters."""
         return self.layers * self.block + self.others
 
     def factors(self, rank: int) -> int:
-        """Parameters of adapters on all linear layers."""
+        """The number of parameters of adapters on all linear layers."""
         return self.layers * rank * sum(n_in + n_out for n_in, n_out in self.linears)
 
 
@@ -45,7 +45,7 @@ SIZES = {
     "33B": Shape(60, 6656, 17_920, 52),
     "65B": Shape(80, 8192, 22_016, 64),
 }
-"""LLaMA's."""
+"""LLaMA's sizes."""
 
 SMALL = Shape(12, 768, 2048, 12, vocabulary=8192)
 """97 million parameters, for a CPU."""

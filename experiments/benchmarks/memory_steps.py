@@ -1,4 +1,4 @@
-"""The training steps of the memory benchmark, for shapes or for arrays, as `lora.train_step` makes them."""
+"""The training steps of the memory benchmark, built by `lora.train_step` for shapes or arrays."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 import lora_jax as lora
@@ -18,22 +18,22 @@ from experiments.models.options import Options, Platform
 from lora_jax.quantization import Quantized
 
 KERNELS = r"^layers/.*/kernel$"
-"""The paths of the linear layers of all blocks: what is adapted, and what is quantized."""
+"""The paths of the linear layers of all blocks, which are adapted and quantized."""
 
 LARGE = 100_000
-"""Elements from which on a leaf of the optimizer's state goes to the host."""
+"""The minimum number of elements of a leaf of the optimizer's state in the host's memory."""
 
 FLOATS = {2: jnp.bfloat16, 4: jnp.float32}
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
-    """A step and the shapes of what it takes.
+class Step:
+    """A step and the shapes of its arguments.
 
     Attributes:
-      step: From `lora.train_step`.
-      state: Its state.
-      batch: Its batch.
+      step: The result of `lora.train_step`.
+      state: The shapes of its state.
+      batch: The shapes of its batch.
     """
 
     step: Any
@@ -44,25 +44,25 @@ class Made:
         return self.step.lower(self.state, self.batch)
 
     def parts(self) -> dict[str, Any]:
-        """What the step is given, by name. In full fine-tuning the delta is the parameters."""
+        """Returns the step's arguments by name. In full fine-tuning the delta holds the parameters."""
         state = self.state
         base, delta = (state.base, state.delta) if jax.tree.leaves(state.base) else (state.delta, {})
         return {"base": base, "delta": delta, "optimizer": state.opt_state}
 
 
-def only(device: Any) -> Sharding:
-    """Everything on one device; with a SingleDeviceSharding XLA refuses state that goes back to the host (E1200)."""
+def on_device(device: Any) -> Sharding:
+    """Returns the sharding of arrays on a device; with a SingleDeviceSharding XLA rejects state on the host (E1200)."""
     return NamedSharding(Mesh(np.array([device]), ("device",)), PartitionSpec())
 
 
-def make(problem: Problem, sharding: Sharding, platform: Platform, ballast: int = 0) -> Made:
-    """The step of a problem.
+def make_step(problem: Problem, sharding: Sharding, platform: Platform, ballast: int = 0) -> Step:
+    """Returns the step of a problem.
 
     Args:
-      problem: What is trained.
-      sharding: Where everything is.
-      platform: Of its devices.
-      ballast: Bytes of an argument that does nothing: so much of the device is not there for the step.
+      problem: The model and the method.
+      sharding: The sharding of all arrays.
+      platform: The platform of its devices.
+      ballast: Bytes of an unused argument, which reduces the memory that is available to the step.
     """
     shape, dtype = problem.shape, FLOATS[problem.bytes]
     config = LlamaConfig.from_json(
@@ -94,19 +94,21 @@ def make(problem: Problem, sharding: Sharding, platform: Platform, ballast: int 
     def create(key: jax.Array, base: Any) -> lora.TrainState:
         delta = lora.init(key, base, spec, apply, tokens)
         state = lora.TrainState.create(base, delta, tx, key)
-        # What is trained outright replaces the base, which nothing needs then.
+        # Parameters that are trained in full replace the base.
         return state.replace(base={}) if problem.method == "full" else state
 
     state = jax.eval_shape(create, jax.eval_shape(lambda: jax.random.key(0)), base)
     batch: Any = tokens
     if ballast:
         batch = (tokens, jax.ShapeDtypeStruct((16, ballast // 64 // 1024 * 1024), jnp.float32))
-    state, batch = _placed((state, batch), sharding)
+    state, batch = _with_sharding((state, batch), sharding)
     if problem.on_host:
         host = sharding.with_memory_kind("pinned_host")
-        moved = jax.tree.map(lambda leaf: _placed(leaf, host if leaf.size >= LARGE else sharding), state.opt_state)
-        state = dataclasses.replace(state, opt_state=moved)
-    return Made(lora.train_step(_loss(problem, losses), tx), state, batch)
+        opt_state = jax.tree.map(
+            lambda leaf: _with_sharding(leaf, host if leaf.size >= LARGE else sharding), state.opt_state
+        )
+        state = dataclasses.replace(state, opt_state=opt_state)
+    return Step(lora.train_step(_loss(problem, losses), tx), state, batch)
 
 
 def _loss(problem: Problem, losses: Callable) -> Callable:
@@ -114,7 +116,8 @@ def _loss(problem: Problem, losses: Callable) -> Callable:
     adapted = lora.adapt(losses)
 
     def full(base, delta, batch, key):
-        return jnp.mean(losses(lora.nnx.nested({path: node.value for path, node in delta.items()}), batch))
+        values = {tuple(path.split("/")): node.value for path, node in delta.items()}
+        return jnp.mean(losses(traverse_util.unflatten_dict(values), batch))
 
     def factored(base, delta, batch, key):
         return jnp.mean(adapted(lora.dequantize(base) if problem.plain else base, delta, batch))
@@ -129,7 +132,7 @@ def _loss(problem: Problem, losses: Callable) -> Callable:
 
 
 def float32_moments(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The transform with its state, and its arithmetic, in float32 whatever the parameters are in."""
+    """Returns the transform with float32 state and arithmetic for parameters of any dtype."""
 
     def wide(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
@@ -140,27 +143,27 @@ def float32_moments(tx: optax.GradientTransformation) -> optax.GradientTransform
     )
 
 
-def filled(shapes: Any) -> Any:
-    """Arrays of these shapes, in buffers of their own and written to, so that the memory is really taken.
+def fill(shapes: Any) -> Any:
+    """Returns arrays of the given shapes in separate buffers that are written, so that the memory is allocated.
 
-    Scalars, such as an adapter's rate of dropout, are zero.
+    Scalars, such as an adapter's dropout rate, are zero.
     """
 
-    def fill(leaf: Any) -> jax.Array:
+    def fill_leaf(leaf: Any) -> jax.Array:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.device_put(jax.random.key(0), leaf.sharding)
         value = 1 if not jnp.issubdtype(leaf.dtype, jnp.floating) else 1e-2 if leaf.ndim else 0
         array = jax.jit(lambda: jnp.full(leaf.shape, value, leaf.dtype))()
         return jax.device_put(array, leaf.sharding)
 
-    return jax.block_until_ready(jax.tree.map(fill, shapes))
+    return jax.block_until_ready(jax.tree.map(fill_leaf, shapes))
 
 
-def quantized(base: Any) -> list[Quantized]:
-    """The quantized leaves of a base."""
+def quantized_leaves(base: Any) -> list[Quantized]:
+    """Returns the quantized leaves of a base."""
     leaves = jax.tree.leaves(base, is_leaf=lambda node: isinstance(node, Quantized))
     return [leaf for leaf in leaves if isinstance(leaf, Quantized)]
 
 
-def _placed(tree: Any, sharding: Sharding) -> Any:
+def _with_sharding(tree: Any, sharding: Sharding) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)

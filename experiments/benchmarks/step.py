@@ -1,15 +1,15 @@
-"""What a LoRA training step costs: `python -m experiments.benchmarks.step`.
+"""Measures the cost of a LoRA training step: `python -m experiments.benchmarks.step`.
 
 Builds GPT-2-small-shaped training steps (batch 4 × 128, float32, random weights, AdamW) with adapters of
-rank 8 on all four linear weights of a block, written in every way of `step_variants`, and prints a table:
+rank 8 on all four linear weights of a block, in every variant of `step_variants`, and prints a table:
 
-  GFLOP          of one step, by XLA's cost analysis of the compiled step
+  GFLOP          operations of a step, by XLA's cost analysis of the compiled step
   peak MiB       arguments + outputs + temporaries − donated, by the compiled step's memory analysis
-  median, min    seconds a step; variants take turns in one process
-  trace, compile medians, from cleared caches; variants take turns here too
+  median, min    seconds per step; variants alternate in one process
+  trace, compile median seconds from cleared caches; variants alternate
 
-then the ratios that have a target, each PASS or FAIL. Exit status 1 where one fails. About 4 minutes and 6 GB
-on 2 CPU cores. Figures are of the machine it runs on: a CPU says nothing about an accelerator.
+then the ratios that have a target, each PASS or FAIL. The exit status is 1 if one fails. Takes about 4 minutes and 6 GB
+on 2 CPU cores. The results are those of this machine; a CPU does not predict an accelerator.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from experiments.benchmarks import step_variants
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to measure."""
+    """The variants and runs to measure."""
 
     shape: model.Shape = dataclasses.field(default_factory=model.Shape)
     """The model's sizes."""
@@ -42,9 +42,9 @@ class Config:
     compiles: int = 3
     """Timed compilations of each variant."""
     variants: tuple[str, ...] = ()
-    """Which variants to run; all that are installed when empty."""
+    """The variants to run; all installed ones if empty."""
     seed: int = 0
-    """Of weights, factors and tokens."""
+    """Random seed of weights, factors and tokens."""
 
 
 @dataclasses.dataclass
@@ -65,11 +65,11 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A bound on the ratio of two variants' figures."""
+    """An upper bound on the ratio of two variants' values."""
 
     what: str
     of: Callable[[Cost], float]
-    against: str
+    reference: str
     limit: float
     subject: str = "lora_jax"
 
@@ -86,7 +86,7 @@ TARGETS = (
 
 
 def make_step(parts: step_variants.Parts) -> tuple[Any, Any]:
-    """The training step, `step(train, state, rest, batch) -> (train, state, loss)`, and the first state."""
+    """Returns the step, `step(train, state, rest, batch) -> (train, state, loss)`, and the initial state."""
     tx = optax.adamw(1e-4)
 
     def step(train: Any, state: Any, rest: Any, batch: jax.Array) -> tuple[Any, Any, jax.Array]:
@@ -100,7 +100,7 @@ def make_step(parts: step_variants.Parts) -> tuple[Any, Any]:
 def build(
     make: Callable[[step_variants.Problem], step_variants.Parts], problem: step_variants.Problem, cost: Cost
 ) -> tuple[jax.stages.Compiled, list[Any]]:
-    """Compiles a variant from cleared caches and adds what that took to `cost`.
+    """Compiles a variant from cleared caches, and adds the time to `cost`.
 
     Returns:
       The compiled step and its four arguments.
@@ -120,7 +120,7 @@ def build(
 
 
 def rotations(names: Sequence[str], count: int) -> Iterable[Sequence[str]]:
-    """`count` orders of `names`, each starting one further and every other one backwards."""
+    """Yields `count` rotations of `names`, every other one reversed."""
     for i in range(count):
         start = i % len(names)
         order = [*names[start:], *names[:start]]
@@ -128,34 +128,34 @@ def rotations(names: Sequence[str], count: int) -> Iterable[Sequence[str]]:
 
 
 def measure(config: Config, report: Callable[[str], None]) -> dict[str, Cost]:
-    """Runs every variant and returns what each cost."""
+    """Runs every variant and returns its cost."""
     variants = step_variants.available()
     names = config.variants or tuple(variants)
     problem = step_variants.make_problem(config.shape, rank=config.rank, seed=config.seed)
     costs = {name: Cost() for name in names}
 
     report("compiling")
-    build(variants[names[0]], problem, Cost())  # what only the first compilation of a process pays for
-    built = {}
+    build(variants[names[0]], problem, Cost())  # warms up: the first compilation of a process takes longer
+    compiled_steps = {}
     for order in rotations(names, config.compiles):
         for name in order:
             compiled, arguments = build(variants[name], problem, costs[name])
-            built.setdefault(name, (compiled, arguments))
+            compiled_steps.setdefault(name, (compiled, arguments))
 
-    for name, (compiled, arguments) in built.items():
+    for name, (compiled, arguments) in compiled_steps.items():
         memory, analysis = compiled.memory_analysis(), compiled.cost_analysis()
         if memory is None or analysis is None:
-            raise RuntimeError(f"XLA gives no cost analysis on {jax.default_backend()}.")
-        held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-        costs[name].peak_bytes = held - memory.alias_size_in_bytes
+            raise RuntimeError(f"XLA provides no cost analysis on {jax.default_backend()}.")
+        allocated = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        costs[name].peak_bytes = allocated - memory.alias_size_in_bytes
         costs[name].flops = analysis["flops"]
-        # A step donates its own copy of what it trains.
+        # A step donates its arguments, so it has copies of them.
         arguments[:2] = jax.tree.map(lambda x: x.copy(), arguments[:2])
 
     report("timing")
     for i, order in enumerate(rotations(names, config.steps + 1)):
         for name in order:
-            compiled, arguments = built[name]
+            compiled, arguments = compiled_steps[name]
             start = time.perf_counter()
             *arguments[:2], loss = compiled(*arguments)
             jax.block_until_ready((arguments[:2], loss))
@@ -165,7 +165,7 @@ def measure(config: Config, report: Callable[[str], None]) -> dict[str, Cost]:
 
 
 def table(costs: dict[str, Cost]) -> str:
-    """One line a variant."""
+    """Returns a line per variant."""
     lines = [f"{'':18}{'GFLOP':>9}{'peak MiB':>10}{'median s':>10}{'min s':>8}{'trace s':>9}{'compile s':>11}"]
     for name, cost in costs.items():
         step, trace, compilation = map(statistics.median, (cost.step, cost.trace, cost.compile))
@@ -177,29 +177,29 @@ def table(costs: dict[str, Cost]) -> str:
 
 
 def verdicts(costs: dict[str, Cost]) -> list[tuple[str, bool]]:
-    """A line for every target whose two variants ran, and whether it holds."""
-    found = []
+    """Returns a line for every target whose variants ran, and whether it holds."""
+    lines = []
     for target in TARGETS:
-        if target.subject in costs and target.against in costs:
-            ratio = target.of(costs[target.subject]) / target.of(costs[target.against])
+        if target.subject in costs and target.reference in costs:
+            ratio = target.of(costs[target.subject]) / target.of(costs[target.reference])
             holds = ratio <= target.limit
-            line = f"{target.what:16}{ratio:7.3f} × {target.against:18}(≤ {target.limit:<5}) "
-            found.append((line + ("PASS" if holds else "FAIL"), holds))
-    return found
+            line = f"{target.what:16}{ratio:7.3f} × {target.reference:18}(≤ {target.limit:<5}) "
+            lines.append((line + ("PASS" if holds else "FAIL"), holds))
+    return lines
 
 
 def main(config: Config) -> int:
     """Measures, prints, and returns the exit status."""
-    known = step_variants.available()
-    unknown = [name for name in config.variants if name not in known]
+    variants = step_variants.available()
+    unknown = [name for name in config.variants if name not in variants]
     if unknown:
-        print(f"No variant {', '.join(unknown)}; there are: {', '.join(known)}.", file=sys.stderr)
+        print(f"unknown variant {', '.join(unknown)}, expected one of {', '.join(variants)}", file=sys.stderr)
         return 2
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {config.shape}, rank {config.rank}")
-    if "qwix" in known:
+    if "qwix" in variants:
         print(f"qwix {importlib.metadata.version('qwix')}")
     else:
-        print("qwix is not installed and is left out: `uv sync --group benchmarks` adds it.")
+        print("qwix is not installed and is omitted; `uv sync --group benchmarks` installs it.")
     costs = measure(config, lambda stage: print(f"{stage} …", flush=True))
     print(table(costs))
     lines = verdicts(costs)

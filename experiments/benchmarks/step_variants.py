@@ -1,8 +1,8 @@
-"""The same training step written in every way that the step benchmark compares.
+"""The variants of a training step that the step benchmark compares.
 
-A variant is a function of a `Problem` that returns `Parts`: a loss of (train, rest, batch) with the two
-trees to call it on. It is built anew for every compilation, so that nothing traced is reused. All variants
-with adapters on every linear layer hold the same factors and give the same loss.
+A variant is a function of a `Problem` that returns `Parts`: a loss of (train, rest, batch) and the two trees. It is
+called again for every compilation, so that no trace is reused. All variants with adapters on every linear layer have
+the same factors and the same loss.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ Factors = dict[str, tuple[jax.Array, jax.Array]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
-    """What every variant is given."""
+    """The input of every variant."""
 
     shape: model.Shape
     rank: int
     alpha: float
     base: model.Params
     factors: Factors
-    """By layer, rank-major: a [rank, in], b [rank, out]; both random."""
+    """Random factors by layer, rank-major: a [rank, in], b [rank, out]."""
     tokens: jax.Array
     """[batch, length + 1]"""
 
@@ -42,7 +42,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """A loss and what to call it on; gradients are taken for `train`."""
+    """A loss and its arguments; it is differentiated with respect to `train`."""
 
     loss: Callable[[Any, Any, jax.Array], jax.Array]
     train: Any
@@ -50,7 +50,7 @@ class Parts:
 
 
 def make_problem(shape: model.Shape, *, rank: int = 8, alpha: float = 16.0, seed: int = 0) -> Problem:
-    """Random parameters, factors and tokens."""
+    """Returns a problem with random parameters, factors and tokens."""
     base_key, factor_key, token_key = jax.random.split(jax.random.key(seed), 3)
     factors = {}
     for path, (n_in, n_out) in shape.linears().items():
@@ -66,7 +66,7 @@ def language_loss(logits: Callable[[jax.Array], jax.Array], batch: jax.Array) ->
 
 
 def by_hand(problem: Problem, factors: Factors, layer: Callable[..., jax.Array]) -> Parts:
-    """The model with `layer(params, x, a, b)` in place of a linear layer that has factors."""
+    """Returns the model with `layer(params, x, a, b)` instead of each linear layer that has factors."""
 
     def loss(train: Factors, base: model.Params, batch: jax.Array) -> jax.Array:
         def linear(path: str, params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
@@ -81,10 +81,10 @@ def by_hand(problem: Problem, factors: Factors, layer: Callable[..., jax.Array])
 
 
 def library(problem: Problem, layers: list[str] | None = None, recipe: Callable[..., lora.LoRA] = lora.LoRA) -> Parts:
-    """lora_jax on the plain model; `layers` restricts the adapters to some of them."""
+    """lora_jax on the plain model, with adapters on `layers` (all by default)."""
     logits = functools.partial(model.logits, shape=problem.shape)
-    where = "|".join(problem.factors if layers is None else layers)
-    spec = {f"^({where})/kernel$": recipe(rank=problem.rank, alpha=problem.alpha)}
+    pattern = "|".join(problem.factors if layers is None else layers)
+    spec = {f"^({pattern})/kernel$": recipe(rank=problem.rank, alpha=problem.alpha)}
     delta = lora.init(jax.random.key(0), problem.base, spec, logits, problem.tokens[:, :-1])
     for path, adapter in delta.items():
         a, b = problem.factors[path.removesuffix("/kernel")]
@@ -100,14 +100,14 @@ def library(problem: Problem, layers: list[str] | None = None, recipe: Callable[
 
 
 def flattened(scale: float, params: dict[str, jax.Array], x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Factors rank-major, their products on [tokens, features]."""
+    """A linear layer with rank-major factors, whose products have shape [tokens, features]."""
     y = x @ params["kernel"] + params["bias"]
     update = (x.reshape(-1, x.shape[-1]) @ a.T) @ b
     return y + scale * update.reshape(y.shape)
 
 
 def flat_by_hand(problem: Problem) -> Parts:
-    """The fastest form known, by hand, on every linear layer."""
+    """The fastest known form, written by hand, on every linear layer."""
     return by_hand(problem, problem.factors, functools.partial(flattened, problem.scale))
 
 
@@ -118,7 +118,7 @@ def bound(problem: Problem) -> Parts:
 
 
 def hand_written(problem: Problem) -> Parts:
-    """As everybody writes it: x·W + s·(x·A)·B on [batch, sequence, features], A stored (in, rank)."""
+    """The usual form: x·W + s·(x·A)·B on [batch, sequence, features], with A stored as (in, rank)."""
 
     def layer(params, x, a, b):
         return x @ params["kernel"] + params["bias"] + problem.scale * ((x @ a) @ b)
@@ -127,7 +127,7 @@ def hand_written(problem: Problem) -> Parts:
 
 
 def formed(problem: Problem) -> Parts:
-    """W + s·A·B formed in the step."""
+    """The step computes W + s·A·B."""
 
     def layer(params, x, a, b):
         return x @ (params["kernel"] + problem.scale * (a @ b)) + params["bias"]
@@ -136,7 +136,7 @@ def formed(problem: Problem) -> Parts:
 
 
 def full(problem: Problem) -> Parts:
-    """Full fine-tuning, from the weights that the adapters stand for."""
+    """Full fine-tuning of the merged weights."""
     params = jax.tree.map(jnp.copy, problem.base)
     for path, (a, b) in problem.factors.items():
         _, layer, part, name = path.split("/")
@@ -151,7 +151,7 @@ def full(problem: Problem) -> Parts:
 
 
 class LinenGPT2(linen.Module):
-    """The same model with `flax.linen.Dense` as its linear layers, which qwix can intercept."""
+    """The same model with `flax.linen.Dense` layers, which qwix can intercept."""
 
     shape: model.Shape
 
@@ -160,7 +160,7 @@ class LinenGPT2(linen.Module):
         sizes = self.shape.linears()
 
         def linear(path: str, params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-            del params  # Linen holds them.
+            del params  # Linen has its own.
             return linen.Dense(sizes[path][1], name=path.replace("/", "_"))(x)
 
         return model.logits(rest, tokens, self.shape, linear)
@@ -192,7 +192,7 @@ def qwix(problem: Problem) -> Parts:
 
 
 def available() -> dict[str, Callable[[Problem], Parts]]:
-    """The variants that can run here, by the name in the table."""
+    """Returns the variants that can run on this machine, by their names in the table."""
     variants: dict[str, Callable[[Problem], Parts]] = {
         "lora_jax": library,
         "bound": bound,

@@ -108,7 +108,7 @@ def test_command_prints_variants_and_verdicts(capsys):
 
 def test_unknown_variant_is_one_sentence(capsys):
     assert step.main(step.Config(variants=("lora",))) == 2
-    assert capsys.readouterr().err.startswith("No variant lora; there are: lora_jax, bound")
+    assert capsys.readouterr().err.startswith("unknown variant lora, expected one of lora_jax, bound")
 
 
 def test_causal(problem):

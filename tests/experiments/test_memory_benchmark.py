@@ -8,9 +8,9 @@ import pytest
 
 from experiments.benchmarks import memory
 from experiments.benchmarks.memory_arithmetic import Problem
-from experiments.benchmarks.memory_process import Figures, ran
+from experiments.benchmarks.memory_process import Figures, run
 from experiments.benchmarks.memory_shapes import SIZES, SMALL, Shape
-from experiments.benchmarks.memory_steps import make, only, quantized
+from experiments.benchmarks.memory_steps import make_step, on_device, quantized_leaves
 from experiments.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("lenient")
@@ -52,7 +52,7 @@ def test_full_fine_tuning_takes_what_the_paper_says():
 @pytest.mark.parametrize("variant", memory.VARIANTS)
 def test_the_arithmetic_is_that_of_the_trees(variant, bytes):
     problem = Problem(TINY, bytes=bytes, adapter_bytes=bytes, rank=4, tokens=16, **memory.VARIANTS[variant])
-    setup = make(problem, only(jax.devices()[0]), "cpu")
+    setup = make_step(problem, on_device(jax.devices()[0]), "cpu")
 
     def count(tree):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
@@ -62,11 +62,11 @@ def test_the_arithmetic_is_that_of_the_trees(variant, bytes):
     assert parts["delta"] == pytest.approx(problem.delta, abs=300)  # the adapters' scales
     assert parts["optimizer"] == pytest.approx(problem.moments, abs=4)  # the count of steps
     expected = problem.quantized if problem.method == "qlora" else 0
-    assert sum(leaf.nbytes for leaf in quantized(setup.state.base)) == expected
+    assert sum(leaf.nbytes for leaf in quantized_leaves(setup.state.base)) == expected
 
 
 def test_a_step_runs_and_its_memory_is_measured():
-    figures = ran(Problem(TINY, "qlora", bytes=4, rank=4, tokens=16), steps=1)
+    figures = run(Problem(TINY, "qlora", bytes=4, rank=4, tokens=16), steps=1)
     assert figures.seconds > 0
     assert 0 <= figures.measured < 200e6  # what the process had before the step is not the step's
     held = figures.base + figures.delta + figures.optimizer + figures.temporaries
@@ -80,9 +80,9 @@ def test_table_and_verdicts(capsys, monkeypatch):
     shown = memory.table(config, figures)
     for _, variant in figures:
         assert f"7B   {variant} " in shown
-    assert shown.count("by arithmetic") == 3
+    assert shown.count("estimate") == 3
     assert "2.000       7.920       7.000       0.000" in shown
-    assert shown.count("beyond one chip") == 1
+    assert shown.count("exceeds one chip") == 1
     assert "2.000       1.080           –" in memory.items(config, figures)
 
     monkeypatch.setattr(memory, "fits", lambda problem, bytes: True)
@@ -101,5 +101,5 @@ def test_without_the_compiler_the_command_is_one_sentence(capsys, monkeypatch):
 
 
 def test_unknown_size_is_one_sentence():
-    with pytest.raises(UserError, match=r"^No size 70B; there are: 7B, 13B, 33B, 65B\.$"):
+    with pytest.raises(UserError, match=r"^unknown size 70B, expected one of 7B, 13B, 33B, 65B$"):
         memory.Config(sizes=("70B",))
