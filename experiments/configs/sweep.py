@@ -90,4 +90,3 @@ class Config:
 
 
 DEFAULTS = Config()
-"""What a config runs, end to end."""

@@ -175,9 +175,9 @@ def load(
     Raises:
       UserError: The config or the weights are missing, damaged or of another architecture.
     """
-    described = checkpoint.read_config(directory)
-    config = VitConfig.from_json(described)
-    count = config_json.count_classes(described) if classes is None else classes
+    content = checkpoint.read_config(directory)
+    config = VitConfig.from_json(content)
+    count = config_json.count_classes(content) if classes is None else classes
     return checkpoint.load(
         lambda rngs: VitClassifier(config, count, options, dropout=dropout, rngs=rngs),
         NAMES,

@@ -12,7 +12,7 @@ import pytest
 from experiments import compile_for_pod, pods
 from experiments.aot import fitting, table, topology
 from experiments.aot.cost import Cost, Exchange
-from experiments.aot.roofline import links, roofline
+from experiments.aot.roofline import roofline, usable_links
 from experiments.aot.topology import Topology
 from experiments.aot.traffic import Traffic
 from experiments.command_line import config_names
@@ -158,13 +158,13 @@ def slice_of(name):
 def test_links_that_a_group_can_use():
     flat, ring, cube = slice_of("v5e:4x4"), slice_of("v5e:16x16"), slice_of("v5p:4x4x4")
     rows = lambda groups: Exchange("all-gather", 1, np.array(groups), 1, "")  # noqa: E731
-    assert links(rows([[0, 1, 2, 3]]), flat, np.array(flat.devices)) == 1  # a row, whose ends are not joined
-    assert links(rows([list(range(16))]), flat, np.array(flat.devices)) == 2
-    assert links(rows([list(range(16))]), ring, np.array(ring.devices)) == 2  # a row of 16 is a ring
-    assert links(rows([list(range(256))]), ring, np.array(ring.devices)) == 4
-    assert links(rows([list(range(64))]), cube, np.array(cube.devices)) == 6
+    assert usable_links(rows([[0, 1, 2, 3]]), flat, np.array(flat.devices)) == 1  # a row, whose ends are not joined
+    assert usable_links(rows([list(range(16))]), flat, np.array(flat.devices)) == 2
+    assert usable_links(rows([list(range(16))]), ring, np.array(ring.devices)) == 2  # a row of 16 is a ring
+    assert usable_links(rows([list(range(256))]), ring, np.array(ring.devices)) == 4
+    assert usable_links(rows([list(range(64))]), cube, np.array(cube.devices)) == 6
     around = Exchange("collective-permute", 1, np.array([[n, (n + 1) % 4] for n in range(4)]), 1, "")
-    assert links(around, cube, np.array(cube.devices)) == 2
+    assert usable_links(around, cube, np.array(cube.devices)) == 2
 
 
 def test_the_roofline_is_its_slowest_term():
