@@ -119,7 +119,7 @@ def test_what_the_command_line_refuses(capfd, monkeypatch, tmp_path):
     status, said = run(capfd, "--json", str(tmp_path))
     assert status == 2 and said.err == f"error: --json {tmp_path} is a directory, expected a file\n"
     status, said = run(capfd, "--model", "nowhere")
-    assert status == 2 and "shapes are shipped of Llama-2-70b-chat-hf, Llama-2-70b-hf" in said.err
+    assert status == 2 and "shapes are shipped for Llama-2-70b-chat-hf, Llama-2-70b-hf" in said.err
     status, said = run(capfd, "--model", "Meta-Llama-3-8B-Instuct")
     assert status == 2 and said.err.endswith("did you mean Meta-Llama-3-8B-Instruct?\n")
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)

@@ -51,5 +51,5 @@ def test_unseen_class_is_never_predicted():
 
 def test_one_label_only():
     features, labels = clusters(2)
-    with pytest.raises(UserError, match="all have one label"):
+    with pytest.raises(UserError, match="all training examples have the same label"):
         head.fit((features, labels * 0), (features, labels), 2)
