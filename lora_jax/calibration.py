@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lora_jax import paths
 from lora_jax.adapters.protocol import LOOKUP
-from lora_jax.initializers import GRADIENT, INPUTS, Inputs, Reading
+from lora_jax.initializers import GRADIENT, INPUTS, Inputs, Statistics
 from lora_jax.leaves import dequantized, is_abstract, is_finite, is_quantized
 from lora_jax.transform import taps
 from lora_jax.transform.call import Arguments, Call
@@ -22,7 +22,7 @@ def collect_stats(
     base: Any,
     requests: Mapping[str, tuple[str, tuple[str, ...]]],
     batches: Iterable[tuple],
-) -> dict[str, Reading]:
+) -> dict[str, Statistics]:
     """Collects the requested statistics of each weight.
 
     Runs one compiled pass per batch for the inputs and one for the gradients. Besides the base this needs memory for an
@@ -70,14 +70,14 @@ def collect_stats(
         shape = tuple(leaves[path].shape)
         # Sums are popped, so that a sum and its reading are both in memory for one weight at a time.
         if statistic == INPUTS:
-            readings[path] = Reading(shape, roles, inputs=_flatten(*moments.pop(path)))
+            readings[path] = Statistics(shape, roles, inputs=_flatten(*moments.pop(path)))
         else:
-            readings[path] = Reading(shape, roles, gradient=sums.pop(path) / count)
+            readings[path] = Statistics(shape, roles, gradient=sums.pop(path) / count)
         _check(path, readings[path])
     return readings
 
 
-def _check(path: str, reading: Reading) -> None:
+def _check(path: str, reading: Statistics) -> None:
     """Raises `ValueError` if a statistic is zero or not finite; tracers are not checked."""
     if reading.inputs is not None:
         values, counts = reading.inputs.squares, reading.inputs.count

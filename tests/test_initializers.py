@@ -165,7 +165,7 @@ def test_orthogonal_is_distributed_as_pefts_and_its_product_is_zero():
 
 # The first output.
 
-INITS = ("orthogonal", "eva", "pissa", PiSSA(niter=4), "olora", "corda", CorDA(keep_knowledge=True), "lora_ga")
+INITS = ("orthogonal", "eva", "pissa", PiSSA(niter=4), "milora", "olora", "corda", CorDA(keep_knowledge=True), "lora_ga")
 
 
 def stacked(base, x):
@@ -204,6 +204,16 @@ def test_the_first_output_is_unchanged(recipe, init):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), MERGED(moved, delta), base)
     changed = [path for path in base if (np.asarray(moved[path]) != np.asarray(base[path])).any()]
     assert changed == ([] if init in ("eva", "orthogonal") else list(base))
+
+
+def test_milora_takes_the_smallest_singular_values():
+    weight = np.asarray(published()["up"])
+    u, s, vt = np.linalg.svd(weight, full_matrices=False)
+    base, delta = lora.prepare(jax.random.key(0), published(), {"up": lora.LoRA(2, 3, init="milora")}, fn, [X])
+    np.testing.assert_allclose(added(delta["up"]), u[:, -2:] * s[-2:] @ vt[-2:], atol=1e-5)
+    np.testing.assert_allclose(base["up"], u[:, :-2] * s[:-2] @ vt[:-2], atol=1e-5)
+    scaled = np.linalg.norm(delta["up"].a, axis=1), np.linalg.norm(delta["up"].b, axis=1)
+    np.testing.assert_allclose(*scaled, rtol=1e-4)  # √Σ on both
 
 
 def test_pissa_takes_the_largest_singular_values():
@@ -450,9 +460,9 @@ def test_what_was_read_is_held_once_and_weight_by_weight(parent, options):
     held = []
 
     class Watching(parent):
-        def start(self, calibration):
+        def make_factors(self, target):
             held.append(live() - before)
-            return super().start(calibration)
+            return super().make_factors(target)
 
     def live():
         return sum(array.nbytes for array in jax.live_arrays()) / base["0"].nbytes
@@ -506,7 +516,7 @@ def test_prepare_refuses():
         prepare("lora_ga", loss=fn)
     with pytest.raises(ValueError, match="positive scale"):
         prepare("pissa", alpha=-1.0)
-    with pytest.raises(ValueError, match="quantizer made"):
+    with pytest.raises(ValueError, match="quantizer returned"):
         prepare(LoftQ(jnp.ravel))
     with pytest.raises(ValueError, match=r"init=LoftQ\(quantizer\)"):
         prepare("loftq")
@@ -528,8 +538,8 @@ def test_prepare_refuses_what_is_not_finite():
             lora.prepare(jax.random.key(0), published(), {"up": lora.LoRA(2, init=init)}, fn, [X, bad], **options)
 
     class Broken(PiSSA):
-        def start(self, calibration):
-            return dataclasses.replace(super().start(calibration), leaf=calibration.leaf / 0)
+        def make_factors(self, target):
+            return dataclasses.replace(super().make_factors(target), leaf=target.leaf / 0)
 
     spec = {"up": lora.LoRA(2, init=Broken())}
     with pytest.raises(ValueError, match=r"'up': LoRA\(.*makes a finite weight one with NaN or Inf"):

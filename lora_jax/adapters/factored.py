@@ -133,12 +133,12 @@ def placed(array: jax.Array, sharding: NamedSharding | None, shape: Sequence[int
 
 def _product_sharding(labels: Sequence[Label], places: Mapping[Label, Any], has_all: bool, *operands: Factor):
     """The sharding of a product under a mesh with explicit axes (None elsewhere)."""
-    known = [(operand, explicit_sharding(operand.array)) for operand in operands]
-    meshes = [sharding.mesh for _, sharding in known if sharding is not None]
+    shardings = [(operand, explicit_sharding(operand.array)) for operand in operands]
+    meshes = [sharding.mesh for _, sharding in shardings if sharding is not None]
     if not meshes:
         return None
     by_label: dict[Label, Any] = {}
-    for operand, sharding in known:
+    for operand, sharding in shardings:
         spec = (*sharding.spec, *[None] * operand.array.ndim) if sharding is not None else ()
         for label, axis in zip(operand.labels, spec):
             by_label[label] = by_label.get(label) or axis
@@ -211,10 +211,10 @@ def chain(
       The result, with the axes that `out` names.
     """
     names = [label for label, _ in out]
-    known = {*names, *(label for factor in factors for label in factor.labels)}
-    lone = [index for index, label in enumerate(start.labels) if label not in known]
+    used = {*names, *(label for factor in factors for label in factor.labels)}
+    lone = [index for index, label in enumerate(start.labels) if label not in used]
     if lone:
-        start = Factor(jnp.sum(start.array, axis=tuple(lone)), tuple(x for x in start.labels if x in known))
+        start = Factor(jnp.sum(start.array, axis=tuple(lone)), tuple(x for x in start.labels if x in used))
     result, order = start, _cheapest_order(start, factors, names)
     for index, factor in enumerate(order):
         later = {*names, *(label for f in order[index + 1 :] for label in f.labels)}
@@ -230,8 +230,8 @@ def chain(
     array = result.array if dtype is None else result.array.astype(dtype)
     if len(result.labels) == len(out):
         return array
-    kept = [index for index, label in enumerate(names) if label in result.labels]
-    return lax.broadcast_in_dim(array, [size for _, size in out], kept)
+    axes = [index for index, label in enumerate(names) if label in result.labels]
+    return lax.broadcast_in_dim(array, [size for _, size in out], axes)
 
 
 def narrowed(array: jax.Array, dtype: Any) -> jax.Array:
@@ -320,10 +320,10 @@ def folded(factors: Sequence[Factor]) -> list[Factor]:
     left, whole = sorted(factors, key=lambda factor: len(factor.labels)), []
     while left:
         small = left.pop(0)
-        place = next((i for i, large in enumerate(left) if set(small.labels) <= set(large.labels)), None)
-        if place is None:
+        index = next((i for i, large in enumerate(left) if set(small.labels) <= set(large.labels)), None)
+        if index is None:
             whole.append(small)
         else:
-            large = left[place]
-            left[place] = Factor(times(large.array, small, list(large.sizes.items())), large.labels)
+            large = left[index]
+            left[index] = Factor(times(large.array, small, list(large.sizes.items())), large.labels)
     return whole

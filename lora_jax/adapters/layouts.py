@@ -42,15 +42,15 @@ def check_layouts(cls: type, kind: str, sizes: Collection[str]) -> None:
     """Raises `ValueError` unless every layout of an adapter class is made of words that exist, roles once each."""
     fields = dataclasses.fields(cls)
     choices = [field.name for field in fields if "static" in field.metadata]
-    known = [*WORDS, *sizes, *choices, *(f"~{name}" for name in choices)]
+    vocabulary = [*WORDS, *sizes, *choices, *(f"~{name}" for name in choices)]
     for field in fields:
         words = field.metadata.get("layout", "").split()
         for word in words:
-            if word not in known:
+            if word not in vocabulary:
                 raise ValueError(
                     f"{cls.__name__}.{field.name}: the layout {' '.join(words)!r} has the unknown word {word!r}; "
-                    f"{paths.nearest(word, known)}. The words are {', '.join((*WORDS, *sizes))}, and names of static "
-                    f"fields that hold a role. Declare the size of an axis that the weight does not have: "
+                    f"{paths.nearest(word, vocabulary)}. The words are {', '.join((*WORDS, *sizes))}, and the names of "
+                    f"static fields that hold a role. Declare the size of an axis that the weight does not have: "
                     f"adapter({kind!r}, sizes=({word!r},))."
                 )
             if words.count(word) > 1 and word not in (RANK, *sizes):

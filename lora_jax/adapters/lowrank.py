@@ -14,7 +14,7 @@ from lora_jax.adapters.factored import Factor, Factored, compute_dtype
 from lora_jax.adapters.layouts import BATCH, BLOCK, IN, LOOKUP, OUT, RANK
 from lora_jax.adapters.matrices import Matrices
 from lora_jax.adapters.protocol import Adapter, Recipe, adapter, frozen, static, trained
-from lora_jax.initializers import Reading
+from lora_jax.initializers import Statistics
 from lora_jax.leaves import align_leading, dequantized, is_abstract, is_quantized
 from lora_jax.renamed import module_getattr
 
@@ -177,13 +177,13 @@ class LoRA(Recipe):
     def reads(self) -> str | None:  # pyrefly: ignore[bad-override]
         return initializers.get_initializer(self.init).reads
 
-    def with_calibration(self, readings: Mapping[str, Reading]) -> dict[str, Recipe | None]:
+    def with_calibration(self, statistics: Mapping[str, Statistics]) -> dict[str, Recipe | None]:
         initializer = initializers.get_initializer(self.init)
-        split = {path: self._matrices(reading.shape, reading.axes) for path, reading in readings.items()}
+        split = {path: self._matrices(stats.shape, stats.axes) for path, stats in statistics.items()}
         limits = {path: min(matrices.fan_in, matrices.fan_out) for path, matrices in split.items()}
-        ranks = initializer.distributed(self.rank, readings, limits, sum(self._block_mask()))
+        ranks = initializer.allocate_ranks(self.rank, statistics, limits, sum(self._block_mask()))
         recipes: dict[str, Recipe | None] = {}
-        for path, reading in readings.items():
+        for path, stats in statistics.items():
             matrix_ranks = None if ranks is None else ranks[path]
             rank = self.rank if matrix_ranks is None else max(matrix_ranks)
             if rank == 0:
@@ -194,7 +194,7 @@ class LoRA(Recipe):
                 rank=rank,
                 # The scale is that of the recipe, whatever the rank.
                 alpha=None if self.alpha is None else self.scale() / SCALINGS[self.scaling](1.0, rank),
-                init=initializers.Calibrated(initializer, reading, matrix_ranks),
+                init=initializers.Calibrated(initializer, stats, matrix_ranks),
             )
         return recipes
 
@@ -225,8 +225,8 @@ class LoRA(Recipe):
                 "blocks": matrices.blocks,
             }
 
-        start = initializer.start(
-            initializers.Given(
+        factors = initializer.make_factors(
+            initializers.Target(
                 key=key,
                 batch=math.prod(matrices.batch),
                 rank=self.rank,
@@ -235,15 +235,15 @@ class LoRA(Recipe):
                 lookup=LOOKUP in axes,
                 scale=scale,
                 leaf=weight,
-                matrices=matrices.of,
+                matrices=matrices.from_weight,
                 axes=axes,
-                without=lambda a, b: LoRAAdapter(**fields(a, b, -scale)).merge(dequantized(weight)),
+                residual=lambda a, b: LoRAAdapter(**fields(a, b, -scale)).merge(dequantized(weight)),
             )
         )
-        residual = weight if start.leaf is None else start.leaf
+        residual = weight if factors.leaf is None else factors.leaf
         if is_quantized(weight) and not is_quantized(residual):
             residual = weight.requantized(residual)
-        return residual, self._adapter(fields(start.a, start.b, scale), residual)
+        return residual, self._adapter(fields(factors.a, factors.b, scale), residual)
 
     def _adapter(self, fields: dict[str, Any], weight: jax.Array) -> Any:
         """The adapter with the fields of a :class:`LoRAAdapter`, for the weight that remains in the base."""

@@ -37,7 +37,7 @@ class Matrices:
     def fan_out(self) -> int:
         return math.prod(self.out_sizes)
 
-    def of(self, weight: jax.Array) -> jax.Array:
+    def from_weight(self, weight: jax.Array) -> jax.Array:
         """`[batch, in, out]`, at least float32."""
         order = sorted(range(len(self.axes)), key=lambda axis: (BATCH, IN, OUT).index(self.axes[axis]))
         parts = len(self.blocks)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lora_jax.adapters import layouts
 from lora_jax.adapters.factored import Factor, Factored, dense
 from lora_jax.adapters.layouts import BATCH, IN, LOOKUP, OUT, ROLES  # noqa: F401 (roles belong to the protocol)
-from lora_jax.initializers import Reading
+from lora_jax.initializers import Statistics
 from lora_jax.leaves import shapes
 from lora_jax.renamed import RenamedMethod
 
@@ -332,8 +332,8 @@ class Recipe:
         """The weight and its adapter, for inits that move part of the weight into the adapter."""
         return weight, self.create(key, weight, axes)
 
-    def with_calibration(self, readings: Mapping[str, Reading]) -> dict[str, "Recipe | None"]:
-        """The recipe for each path that gets this one, with what was read of the data; None leaves a path out."""
+    def with_calibration(self, statistics: Mapping[str, Statistics]) -> dict[str, "Recipe | None"]:
+        """Returns this recipe with the statistics of the data, by path; None leaves a path out."""
         raise TypeError(f"{type(self).__name__} reads {self.reads}: define with_calibration().")
 
 

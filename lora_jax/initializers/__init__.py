@@ -1,8 +1,8 @@
-"""How the factors of a low-rank term start.
+"""Initializers of the factors of a low-rank term.
 
-Some initializers draw factors whose product is zero, so that training starts from the base function. Others make them
-from a part of the weight, which then leaves the base, or from what data tells of the weight; they go through
-:func:`lora_jax.prepare`. A recipe's `init` is one of these, or its name where it needs no argument.
+Some draw factors whose product is zero, so that training starts from the base function. Others compute them from a part
+of the weight, which is subtracted from the base, or from statistics of the data; they require
+:func:`lora_jax.prepare`. A recipe's `init` is one of these, or the name of one that needs no argument.
 """
 
 from lora_jax.initializers.activations import EVA, CorDA
@@ -12,13 +12,13 @@ from lora_jax.initializers.initializer import (
     GRADIENT,
     INPUTS,
     Calibrated,
-    Given,
+    Factors,
     Initializer,
     Inputs,
-    Reading,
-    Start,
+    Statistics,
+    Target,
 )
-from lora_jax.initializers.parts import OLoRA, PiSSA
+from lora_jax.initializers.parts import MiLoRA, OLoRA, PiSSA
 from lora_jax.initializers.quantized import LoftQ
 from lora_jax.renamed import module_getattr
 
@@ -30,15 +30,16 @@ __all__ = [
     "Calibrated",
     "CorDA",
     "Drawn",
-    "Given",
+    "Factors",
     "Initializer",
     "Inputs",
     "LoRAGA",
     "LoftQ",
+    "MiLoRA",
     "OLoRA",
     "PiSSA",
-    "Reading",
-    "Start",
+    "Statistics",
+    "Target",
     "get_initializer",
 ]
 
@@ -49,6 +50,7 @@ INITIALIZERS: dict[str, Initializer] = {
     "zero_a": Drawn(zero_a),
     "orthogonal": Drawn(orthogonal),
     "pissa": PiSSA(),
+    "milora": MiLoRA(),
     "olora": OLoRA(),
     "eva": EVA(),
     "corda": CorDA(),
@@ -57,7 +59,7 @@ INITIALIZERS: dict[str, Initializer] = {
 
 
 def get_initializer(init: str | Initializer) -> Initializer:
-    """The initializer of a name; an :class:`Initializer` is itself.
+    """Returns the initializer of a name; an :class:`Initializer` is returned unchanged.
 
     Raises:
       ValueError: No such name.
@@ -76,4 +78,4 @@ def get_initializer(init: str | Initializer) -> Initializer:
     return INITIALIZERS[init]
 
 
-__getattr__ = module_getattr(__name__, find="get_initializer")
+__getattr__ = module_getattr(__name__, find="get_initializer", Given="Target", Start="Factors", Reading="Statistics")

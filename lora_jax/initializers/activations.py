@@ -10,7 +10,7 @@ from jax import lax
 
 from lora_jax import checks
 from lora_jax.initializers.decomposition import check_finite
-from lora_jax.initializers.initializer import INPUTS, Given, Initializer, Reading, Start
+from lora_jax.initializers.initializer import INPUTS, Factors, Initializer, Statistics, Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,13 +18,13 @@ class EVA(Initializer):
     r"""a is the directions in which the inputs vary most, b = 0; layers whose inputs vary in few get smaller ranks.
 
     The rows of a are the leading principal components of the inputs. All matrices that one recipe adapts share a
-    budget of rank × their number; it goes to the components with the largest shares of their own layer's variance,
-    at most ρ·rank to a matrix. The scale stays the recipe's. Layers stacked in one leaf have factors of one size:
-    rows beyond a layer's own rank are zero in a and in b, and stay zero in training. A weight of which no matrix gets
-    a component is left out.
+    budget of rank × their number; it goes to the components with the largest shares of their layer's variance, at most
+    ρ·rank to a matrix. The scale stays the recipe's. Layers stacked in one leaf have factors of one size:
+    rows beyond a layer's own rank are zero in a and in b, and stay zero in training. A weight is left out if no
+    matrix of it gets a component.
 
-    The covariance is a difference of float32 sums about zero. With means 50 times the deviation of a direction it is
-    found to a cosine of 0.999999, 150 times to 0.9999, 500 times to 0.995; beyond, center the inputs.
+    The covariance is a difference of float32 sums about zero. With means 50 times the deviation of a direction, that
+    direction is accurate to a cosine of 0.999999, 150 times to 0.9999, 500 times to 0.995; beyond, center the inputs.
 
     Args:
       rho: The largest rank as a multiple of the recipe's; 1 gives every matrix the same.
@@ -50,50 +50,50 @@ class EVA(Initializer):
         if self.rho < 1.0:
             raise ValueError(f"EVA(rho={self.rho}): at least 1.")
 
-    def start(self, given: Given) -> Start:
-        assert given.inputs is not None and given.ranks is not None
-        _, vectors = jnp.linalg.eigh(given.inputs.covariance())
-        leading = jnp.flip(vectors, axis=2)[:, :, : given.rank].mT
-        used = jnp.arange(given.rank)[None, :] < jnp.asarray(given.ranks)[:, None]
+    def make_factors(self, target: Target) -> Factors:
+        assert target.inputs is not None and target.ranks is not None
+        _, vectors = jnp.linalg.eigh(target.inputs.covariance())
+        leading = jnp.flip(vectors, axis=2)[:, :, : target.rank].mT
+        used = jnp.arange(target.rank)[None, :] < jnp.asarray(target.ranks)[:, None]
         a = jnp.where(used[:, :, None], leading, 0.0)
-        return Start(a, jnp.zeros((given.batch, given.rank, given.fan_out), jnp.float32))
+        return Factors(a, jnp.zeros((target.batch, target.rank, target.fan_out), jnp.float32))
 
-    def distributed(
-        self, rank: int, readings: Mapping[str, Reading], limits: Mapping[str, int], blocks: int
+    def allocate_ranks(
+        self, rank: int, statistics: Mapping[str, Statistics], limits: Mapping[str, int], blocks: int
     ) -> dict[str, tuple[int, ...]]:
         shares, owners, counts = [], [], {}
-        for path, reading in readings.items():
-            assert reading.inputs is not None
-            if isinstance(reading.inputs.squares, jax.core.Tracer):
+        for path, stats in statistics.items():
+            assert stats.inputs is not None
+            if isinstance(stats.inputs.squares, jax.core.Tracer):
                 raise ValueError(f"{path!r}: EVA decides ranks from values: call prepare outside of jit.")
             largest = min(round(rank * self.rho), limits[path])
-            share = np.repeat(np.asarray(_shares(reading.inputs.covariance()))[:, :largest], blocks, axis=0)
+            share = np.repeat(np.asarray(_shares(stats.inputs.covariance()))[:, :largest], blocks, axis=0)
             shares.append(share.ravel())
             owners += [(path, matrix) for matrix in range(share.shape[0]) for _ in range(share.shape[1])]
             counts[path] = [0] * share.shape[0]
         budget = rank * sum(map(len, counts.values()))
         pooled = np.concatenate(shares)
-        best = [place for place in np.argsort(-pooled, kind="stable")[:budget] if pooled[place] > 0]
+        best = [index for index in np.argsort(-pooled, kind="stable")[:budget] if pooled[index] > 0]
         if not best:
             raise ValueError(f"{', '.join(map(repr, counts))}: EVA leaves out all: no inputs vary in any direction.")
-        for path, matrix in (owners[place] for place in best):
+        for path, matrix in (owners[index] for index in best):
             counts[path][matrix] += 1
-        return {path: tuple(found) for path, found in counts.items()}
+        return {path: tuple(ranks) for path, ranks in counts.items()}
 
 
 def _shares(covariance: jax.Array) -> jax.Array:
     """The shares of the variance that principal components have, the largest first: `[batch, in]`."""
     values = jnp.flip(jnp.linalg.eigvalsh(covariance), axis=1)
     total = jnp.trace(covariance, axis1=1, axis2=2)[:, None]
-    # What is left of a variance of zero is rounding.
+    # Shares this small are the rounding errors of a variance of zero.
     rounding = values.shape[1] * jnp.finfo(values.dtype).eps
     shares = jnp.where(total > 0, values / jnp.where(total > 0, total, 1.0), 0.0)
     return jnp.where(shares > rounding, shares, 0.0)
 
 
 DAMPING = 0.01
-"""Of the mean of the second moment's diagonal, added to it, so that no direction counts for nothing; as in the
-authors' code, which inverts the sum."""
+"""The fraction of the mean of the second moment's diagonal that is added to the diagonal, so that every direction has a
+weight, as in the authors' code, which inverts the sum."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +104,9 @@ class CorDA(Initializer):
     :math:`C^{-1}U\Sigma V^\top`. The chosen terms of this sum move into the factors.
 
     Args:
-      keep_knowledge: False trains the largest terms, which the batches use most: give batches of the new task
-        (instruction-previewed mode). True trains the smallest and leaves the largest in the base: give batches of
-        what is to be kept (knowledge-preserved mode).
+      keep_knowledge: False trains the largest terms, which the batches use most: pass batches of the new task
+        (instruction-previewed mode). True trains the smallest and leaves the largest in the base: pass batches of
+        the knowledge to preserve (knowledge-preserved mode).
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -127,19 +127,19 @@ class CorDA(Initializer):
     def __post_init__(self):
         checks.flag("CorDA", "keep_knowledge", self.keep_knowledge)
 
-    def start(self, given: Given) -> Start:
-        assert given.inputs is not None
-        squares = given.inputs.squares
+    def make_factors(self, target: Target) -> Factors:
+        assert target.inputs is not None
+        squares = target.inputs.squares
         size = squares.shape[1]
         mean = jnp.trace(squares, axis1=1, axis2=2)[:, None, None] / size
         # A matrix without inputs (an expert that no token chose) is not weighted.
         damped = squares / jnp.where(mean > 0, mean, 1.0) + jnp.where(mean > 0, DAMPING, 1.0) * jnp.eye(size)[None]
-        weighted = jnp.matmul(damped, given.weight.astype(damped.dtype), precision=lax.Precision.HIGHEST)
+        weighted = jnp.matmul(damped, target.weight.astype(damped.dtype), precision=lax.Precision.HIGHEST)
         check_finite(weighted)
         _, s, vt = jnp.linalg.svd(weighted, full_matrices=False)
-        chosen = slice(-given.rank, None) if self.keep_knowledge else slice(given.rank)
+        chosen = slice(-target.rank, None) if self.keep_knowledge else slice(target.rank)
         v, s = vt[:, chosen], s[:, chosen, None]
         # C⁻¹UΣ is WV: nothing is inverted.
-        image = jnp.matmul(v, given.weight.mT, precision=lax.Precision.HIGHEST)
-        a, b = image / jnp.sqrt(jnp.maximum(s, jnp.finfo(s.dtype).tiny) * given.scale), v * jnp.sqrt(s / given.scale)
-        return Start(a, b, given.without(a, b))
+        image = jnp.matmul(v, target.weight.mT, precision=lax.Precision.HIGHEST)
+        a, b = image / jnp.sqrt(jnp.maximum(s, jnp.finfo(s.dtype).tiny) * target.scale), v * jnp.sqrt(s / target.scale)
+        return Factors(a, b, target.residual(a, b))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.initializers.initializer import Given, Initializer, Start
+from lora_jax.initializers.initializer import Factors, Initializer, Target
 
 Draw = Callable[[jax.Array, int, int, int, int], tuple[jax.Array, jax.Array]]
 """(key, batch, rank, fan_in, fan_out) -> a `[batch, rank, fan_in]`, b `[batch, rank, fan_out]`, float32."""
@@ -33,9 +33,9 @@ class Drawn(Initializer):
     draw: Draw
     lookup: Draw | None = None
 
-    def start(self, given: Given) -> Start:
-        draw = self.lookup if given.lookup and self.lookup is not None else self.draw
-        return Start(*draw(given.key, given.batch, given.rank, given.fan_in, given.fan_out))
+    def make_factors(self, target: Target) -> Factors:
+        draw = self.lookup if target.lookup and self.lookup is not None else self.draw
+        return Factors(*draw(target.key, target.batch, target.rank, target.fan_in, target.fan_out))
 
 
 def kaiming_uniform(key, batch, rank, fan_in, fan_out):

@@ -4,7 +4,7 @@ import dataclasses
 
 from lora_jax import checks
 from lora_jax.initializers.decomposition import singular_triplets
-from lora_jax.initializers.initializer import GRADIENT, Given, Initializer, Start
+from lora_jax.initializers.initializer import GRADIENT, Factors, Initializer, Target
 
 NITER = 4
 """Subspace iterations, on a sketch of four times the rank; as in the authors' code."""
@@ -43,12 +43,12 @@ class LoRAGA(Initializer):
         if self.gamma <= 0:
             raise ValueError(f"LoRAGA(gamma={self.gamma}): above zero.")
 
-    def start(self, given: Given) -> Start:
-        assert given.gradient is not None
-        rank, limit = given.rank, min(given.fan_in, given.fan_out)
+    def make_factors(self, target: Target) -> Factors:
+        assert target.gradient is not None
+        rank, limit = target.rank, min(target.fan_in, target.fan_out)
         if 2 * rank > limit:
             raise ValueError(f"LoRAGA takes 2·rank singular vectors of the gradient: {2 * rank}; it has {limit}.")
-        u, _, v = singular_triplets(given.gradient, min(4 * rank, limit), niter=NITER, key=given.key)
-        size = given.fan_out**0.25 / self.gamma**0.5
+        u, _, v = singular_triplets(target.gradient, min(4 * rank, limit), niter=NITER, key=target.key)
+        size = target.fan_out**0.25 / self.gamma**0.5
         a, b = size * u[:, :rank], size * v[:, rank : 2 * rank]
-        return Start(a, b, given.without(a, b))
+        return Factors(a, b, target.residual(a, b))

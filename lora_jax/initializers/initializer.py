@@ -1,4 +1,4 @@
-"""What an initializer is, what it may read, and what it gives."""
+"""The interface of initializers: the target that they read and the factors that they return."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.leaves import dequantized
+from lora_jax.renamed import RenamedMethod
 
 INPUTS, GRADIENT = "inputs", "gradient"
-"""What an initializer may read of the data: the inputs of the weight, the gradient of a loss."""
+"""The statistics of the data that an initializer may read: of the weight's inputs, or the gradient of a loss."""
 
 
 @jax.tree_util.register_dataclass
@@ -35,13 +36,13 @@ class Inputs:
         return self.squares / count - mean * jnp.swapaxes(mean, 1, 2)
 
     def repeated(self, times: int) -> "Inputs":
-        """The inputs of each of so many blocks, which have in common those of their batch element."""
+        """The inputs of each of `times` blocks, which share those of their batch element."""
         return self if times == 1 else jax.tree.map(lambda leaf: jnp.repeat(leaf, times, axis=0), self)
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
-    """What the data told of a weight; None for what was not asked for.
+class Statistics:
+    """The statistics of the data for one weight; None for those that no initializer reads.
 
     Attributes:
       shape: Of the weight.
@@ -57,8 +58,8 @@ class Reading:
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
-    """What an initializer makes factors from; batch, in and out axes are flattened to one each.
+class Target:
+    """The weight that an initializer makes factors for; its batch, in and out axes are flattened to one each.
 
     Attributes:
       key: A PRNG key.
@@ -67,14 +68,14 @@ class Given:
       fan_in: The size of the in axes.
       fan_out: The size of the out axes.
       lookup: Whether the weight is indexed, not contracted.
-      scale: What multiplies the product of the factors.
-      leaf: The weight as the base has it, an array or quantized.
+      scale: The factor of the product.
+      leaf: The weight in the base, an array or quantized.
       axes: The role of each of its axes.
-      matrices: Makes `[batch, in, out]`, at least float32, of an array of the shape of `leaf`.
-      without: `leaf` without scale·aᵀb, for factors a and b.
+      matrices: Reshapes an array of the shape of `leaf` to `[batch, in, out]`, at least float32.
+      residual: `leaf` minus scale·aᵀb, for factors a and b.
       inputs: The moments of the inputs of each matrix; None unless the initializer reads them.
       gradient: `[batch, in, out]`, float32; None unless the initializer reads it.
-      ranks: Of each matrix, where ranks were distributed: rows of its factors after these are zero.
+      ranks: Of each matrix, if :meth:`Initializer.allocate_ranks` chose them: later rows of its factors are zero.
     """
 
     key: jax.Array
@@ -87,7 +88,7 @@ class Given:
     leaf: Any
     axes: tuple[str, ...]
     matrices: Callable[[jax.Array], jax.Array]
-    without: Callable[[jax.Array, jax.Array], jax.Array]
+    residual: Callable[[jax.Array, jax.Array], jax.Array]
     inputs: Inputs | None = None
     gradient: jax.Array | None = None
     ranks: tuple[int, ...] | None = None
@@ -99,13 +100,13 @@ class Given:
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
-    """What training starts from.
+class Factors:
+    """The factors that training starts from.
 
     Attributes:
       a: `[batch, rank, in]`.
       b: `[batch, rank, out]`.
-      leaf: Takes the weight's place in the base; None leaves the weight as it is.
+      leaf: Replaces the weight in the base; None leaves the weight unchanged.
     """
 
     a: jax.Array
@@ -114,57 +115,65 @@ class Start:
 
 
 class Initializer:
-    """A way to start the factors of a low-rank term. Subclasses are frozen dataclasses.
+    """Initializes the factors of a low-rank term. Subclasses are frozen dataclasses.
 
     Attributes:
       moves_weight: Whether a part of the weight moves into the factors, so that the base changes.
-      reads: What it reads of the data, :data:`INPUTS` or :data:`GRADIENT`; None for nothing.
+      reads: The statistics of the data that it reads, :data:`INPUTS` or :data:`GRADIENT`; None for none.
     """
 
     moves_weight: ClassVar[bool] = False
     reads: ClassVar[str | None] = None
+    start = RenamedMethod("make_factors")
+    distributed = RenamedMethod("allocate_ranks")
 
-    def start(self, given: Given) -> Start:
-        """The factors for one weight, and the weight where it changes."""
-        raise TypeError(f"{type(self).__name__} starts no factors: define start().")
+    def __init_subclass__(cls) -> None:
+        RenamedMethod.check(cls)
 
-    def distributed(
-        self, rank: int, readings: Mapping[str, Reading], limits: Mapping[str, int], blocks: int
+    def make_factors(self, target: Target) -> Factors:
+        """Returns the factors for one weight, and the weight if it changes."""
+        raise TypeError(f"{type(self).__name__} makes no factors: define make_factors().")
+
+    def allocate_ranks(
+        self, rank: int, statistics: Mapping[str, Statistics], limits: Mapping[str, int], blocks: int
     ) -> dict[str, tuple[int, ...]] | None:
-        """The rank of each matrix of each path, or None where each gets the recipe's.
+        """Returns the rank of each matrix of each path, or None if all have the recipe's.
 
         Args:
           rank: The recipe's.
-          readings: By path, what was read.
+          statistics: By path, those of the data.
           limits: By path, the largest rank that its matrices can have.
-          blocks: How many matrices each batch element is split into.
+          blocks: The number of matrices that each batch element is split into.
         """
-        del rank, readings, limits, blocks
+        del rank, statistics, limits, blocks
         return None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Calibrated(Initializer):
-    """An initializer with what it read of one weight.
+    """An initializer with the statistics of the data for one weight.
 
     Attributes:
       initializer: The initializer.
-      reading: As it was read; it is laid out for each matrix when the factors are made, one weight at a time.
+      statistics: In the weight's layout; they are reshaped for each matrix when its factors are made, one weight at a
+        time.
       ranks: Of each matrix, or None.
     """
 
     initializer: Initializer
-    reading: Reading = dataclasses.field(repr=False)
+    statistics: Statistics = dataclasses.field(repr=False)
     ranks: tuple[int, ...] | None
 
     @property
     def moves_weight(self) -> bool:  # pyrefly: ignore[bad-override]
         return self.initializer.moves_weight
 
-    def start(self, given: Given) -> Start:
-        inputs, gradient = self.reading.inputs, self.reading.gradient
+    def make_factors(self, target: Target) -> Factors:
+        inputs, gradient = self.statistics.inputs, self.statistics.gradient
         if inputs is not None:
-            inputs = inputs.repeated(given.batch // inputs.count.shape[0])
+            inputs = inputs.repeated(target.batch // inputs.count.shape[0])
         if gradient is not None:
-            gradient = given.matrices(gradient)
-        return self.initializer.start(dataclasses.replace(given, inputs=inputs, gradient=gradient, ranks=self.ranks))
+            gradient = target.matrices(gradient)
+        return self.initializer.make_factors(
+            dataclasses.replace(target, inputs=inputs, gradient=gradient, ranks=self.ranks)
+        )

@@ -1,4 +1,4 @@
-"""Factors made of a part of the weight, which leaves the base: PiSSA and OLoRA."""
+"""Factors made of a part of the weight, which leaves the base: PiSSA, MiLoRA and OLoRA."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from lora_jax import checks
 from lora_jax.initializers.decomposition import singular_triplets
-from lora_jax.initializers.initializer import Given, Initializer, Start
+from lora_jax.initializers.initializer import Factors, Initializer, Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +36,35 @@ class PiSSA(Initializer):
         if self.niter is not None:
             checks.positive("PiSSA", "niter", self.niter)
 
-    def start(self, given: Given) -> Start:
-        u, s, v = singular_triplets(given.weight, given.rank, niter=self.niter, key=given.key)
-        root = jnp.sqrt(s / given.scale)[:, :, None]
-        return Start(root * u, root * v, given.without(root * u, root * v))
+    def make_factors(self, target: Target) -> Factors:
+        u, s, v = singular_triplets(target.weight, target.rank, niter=self.niter, key=target.key)
+        root = jnp.sqrt(s / target.scale)[:, :, None]
+        return Factors(root * u, root * v, target.residual(root * u, root * v))
+
+
+@dataclasses.dataclass(frozen=True)
+class MiLoRA(Initializer):
+    r"""The smallest singular values of the weight, the reverse of :class:`PiSSA`: the base keeps the principal part.
+
+    A direction whose singular value is zero starts from zero factors, which stay zero.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> base, fn, x = {"w": jnp.diag(jnp.asarray([3.0, 2.0]))}, lambda base, x: x @ base["w"], jnp.ones((1, 2))
+      >>> base, delta = lora.prepare(jax.random.key(0), base, {"w": lora.LoRA(1, init=MiLoRA())}, fn, [(x,)])
+      >>> base["w"].round(4).tolist()
+      [[3.0, 0.0], [0.0, 0.0]]
+
+    References:
+      Wang et al., `MiLoRA <https://arxiv.org/abs/2406.09044>`_, 2024, §3
+    """
+
+    moves_weight = True
+
+    def make_factors(self, target: Target) -> Factors:
+        u, s, v = singular_triplets(target.weight, min(target.fan_in, target.fan_out))
+        a, b = (jnp.sqrt(s / target.scale)[:, -target.rank :, None] * vectors[:, -target.rank :] for vectors in (u, v))
+        return Factors(a, b, target.residual(a, b))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +84,7 @@ class OLoRA(Initializer):
 
     moves_weight = True
 
-    def start(self, given: Given) -> Start:
-        q, r = jnp.linalg.qr(given.weight.mT)
-        a, b = r[:, : given.rank], q[:, :, : given.rank].mT
-        return Start(a, b, given.without(a, b))
+    def make_factors(self, target: Target) -> Factors:
+        q, r = jnp.linalg.qr(target.weight.mT)
+        a, b = r[:, : target.rank], q[:, :, : target.rank].mT
+        return Factors(a, b, target.residual(a, b))

@@ -1,4 +1,4 @@
-"""Factors that make up for what quantization takes: LoftQ."""
+"""Factors that compensate for the error of quantization: LoftQ."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lora_jax import checks
 from lora_jax.initializers.decomposition import singular_triplets
-from lora_jax.initializers.initializer import Given, Initializer, Start
+from lora_jax.initializers.initializer import Factors, Initializer, Target
 from lora_jax.leaves import dequantized, is_quantized
 
 
@@ -22,10 +22,10 @@ class LoftQ(Initializer):
     alpha (PEFT does not divide: its start is near the weight for alpha = rank only).
 
     Args:
-      quantizer: A format (`lora_jax.NF4()`), whose leaf takes the weight's place in the base. Or a function of an array
-        of the shape and dtype of the weight: the array that its quantized form stands for, or a pytree node with
+      quantizer: A format (`lora_jax.NF4()`), whose leaf replaces the weight in the base. Or a function of an array of
+        the shape and dtype of the weight, which returns its dequantized values, or a pytree node with
         `dequantize()`, `shape` and `dtype`.
-      iterations: How often.
+      iterations: The number of alternations.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -51,26 +51,28 @@ class LoftQ(Initializer):
             raise ValueError(f"LoftQ(quantizer={self.quantizer.__name__}): write {self.quantizer.__name__}().")
         checks.positive("LoftQ", "iterations", self.iterations)
 
-    def start(self, given: Given) -> Start:
-        if is_quantized(given.leaf):
+    def make_factors(self, target: Target) -> Factors:
+        if is_quantized(target.leaf):
             raise ValueError(
-                "LoftQ makes up for what quantizing takes, and this weight is quantized already: give prepare the base "
-                "in floats; it returns the quantized one."
+                "LoftQ compensates for the error of quantization, and this weight is quantized already: pass the base "
+                "in floats to prepare, which returns the quantized one."
             )
-        leaf, a, b = self._step(given, given.leaf)
+        leaf, a, b = self._step(target, target.leaf)
         for _ in range(1, self.iterations):
-            leaf, a, b = self._step(given, given.without(a, b))
-        return Start(a, b, leaf)
+            leaf, a, b = self._step(target, target.residual(a, b))
+        return Factors(a, b, leaf)
 
-    def _step(self, given: Given, target: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
-        """The quantized target, and the factors that bring it nearest to the weight."""
-        # A format is told which axes are contracted; a function knows what it does.
+    def _step(self, target: Target, residual: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+        """Quantizes the residual, and computes the factors that bring it nearest to the weight."""
+        # A format needs the axes that are contracted; a function quantizes as it wants.
         form: Any = self.quantizer
-        leaf = form.quantize(target, given.axes) if hasattr(form, "quantize") else form(target)
+        leaf = form.quantize(residual, target.axes) if hasattr(form, "quantize") else form(residual)
         values = dequantized(leaf)
-        if jnp.shape(values) != target.shape:
-            raise ValueError(f"LoftQ's quantizer made {jnp.shape(values)} of a weight of shape {target.shape}.")
-        values = values.astype(target.dtype)
-        u, s, v = singular_triplets(given.weight - given.matrices(values), given.rank)
-        root = jnp.sqrt(s / given.scale)[:, :, None]
+        if jnp.shape(values) != residual.shape:
+            raise ValueError(
+                f"LoftQ's quantizer returned the shape {jnp.shape(values)} for a weight of shape {residual.shape}."
+            )
+        values = values.astype(residual.dtype)
+        u, s, v = singular_triplets(target.weight - target.matrices(values), target.rank)
+        root = jnp.sqrt(s / target.scale)[:, :, None]
         return leaf if is_quantized(leaf) else values, root * u, root * v

@@ -122,16 +122,16 @@ def combine(
         raise ValueError(f"combine(majority={majority!r}): expected 'total' or 'frequency'.")
     combined: dict[str, Adapter] = {}
     for number, path in enumerate(dict.fromkeys(path for delta in deltas for path in delta)):
-        found = [(_term(path, delta[path]), weight) for delta, weight in zip(deltas, weights) if path in delta]
-        if all(isinstance(node, OffsetAdapter) for node, _ in found):
-            combined[path] = _sum_of_offsets([(node, w) for node, w in found if isinstance(node, OffsetAdapter)])
+        terms = [(_term(path, delta[path]), weight) for delta, weight in zip(deltas, weights) if path in delta]
+        if all(isinstance(node, OffsetAdapter) for node, _ in terms):
+            combined[path] = _sum_of_offsets([(node, w) for node, w in terms if isinstance(node, OffsetAdapter)])
             continue
-        nodes = [(node, w) for node, w in found if isinstance(node, LoRAAdapter)]
-        if len(nodes) < len(found) or len({(n.shape(), n.axes, n.blocks) for n, _ in nodes}) > 1:
+        nodes = [(node, w) for node, w in terms if isinstance(node, LoRAAdapter)]
+        if len(nodes) < len(terms) or len({(n.shape(), n.axes, n.blocks) for n, _ in nodes}) > 1:
             raise ValueError(f"{path!r}: the adapters to combine have different kinds, shapes, axes or blocks.")
         _check_same_base(path, [node for node, _ in nodes])
-        own = None if key is None else jax.random.fold_in(key, number)
-        merge = _Merge(plain, density or 1.0, majority, own)
+        path_key = None if key is None else jax.random.fold_in(key, number)
+        merge = _Merge(plain, density or 1.0, majority, path_key)
         try:
             combined[path] = _combined(nodes, method, rank, merge)
         except ValueError as error:
@@ -197,8 +197,8 @@ class _Merge:
                 prune = jax.vmap(prune)
             arrays = prune(arrays)
         elif self.method.startswith("dare") and self.key is not None:
-            kept = jax.random.bernoulli(jax.random.fold_in(self.key, part), self.density, arrays.shape)
-            arrays = jnp.where(kept, arrays / self.density, 0.0)
+            mask = jax.random.bernoulli(jax.random.fold_in(self.key, part), self.density, arrays.shape)
+            arrays = jnp.where(mask, arrays / self.density, 0.0)
         weighted = arrays * align_leading(weights, arrays.ndim)
         if self.method not in ("ties", "dare_ties"):
             return weighted.sum(axis=0)
@@ -211,8 +211,8 @@ class _Merge:
 def _largest(array: jax.Array, density: float) -> jax.Array:
     """The largest entries of an array, zeros for the others."""
     flat = array.reshape(-1)
-    _, kept = lax.top_k(jnp.abs(flat), int(density * flat.size))
-    return jnp.zeros_like(flat).at[kept].set(flat[kept]).reshape(array.shape)
+    _, largest = lax.top_k(jnp.abs(flat), int(density * flat.size))
+    return jnp.zeros_like(flat).at[largest].set(flat[largest]).reshape(array.shape)
 
 
 def _combined(nodes: list[tuple[LoRAAdapter, float]], method: str, rank: int | None, merge: _Merge) -> LoRAAdapter:

@@ -64,10 +64,10 @@ def merge_quantized(base: Any, delta: Delta) -> tuple[Any, dict[str, RoundingErr
             return merge({path: leaf}, {path: delta[path]})[path]
         before = leaf.dequantize().astype(compute_dtype(leaf.dtype))
         after = merge({path: before}, {path: delta[path]})[path]
-        made = leaf.requantized(after)
-        lost = jnp.linalg.norm(made.dequantize().astype(after.dtype) - after)
+        requantized = leaf.requantized(after)
+        lost = jnp.linalg.norm(requantized.dequantize().astype(after.dtype) - after)
         whole, changed = jnp.linalg.norm(after), jnp.linalg.norm(after - before)
         errors[path] = RoundingError(*(float(lost) / float(of) if of else float("inf") for of in (whole, changed)))
-        return made
+        return requantized
 
     return paths.flatten(base).map(of), errors

@@ -43,7 +43,7 @@ def test_loftq_makes_a_quantized_base_and_factors_nearer_to_the_weight(floats, b
 
 
 def test_loftq_over_a_quantized_base_says_that_it_comes_too_late(base):
-    with pytest.raises(ValueError, match="'up': LoftQ makes up for what quantizing takes, and this"):
+    with pytest.raises(ValueError, match="'up': LoftQ compensates for the error of quantization, and this"):
         lora.prepare(jax.random.key(0), base, {"up": lora.LoRA(8, init=LoftQ(FORM))}, fn, [X])
 
 
