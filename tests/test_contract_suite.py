@@ -1,0 +1,131 @@
+"""`lora_jax.testing.check_adapter` on an adapter that imports public names only, and on broken ones."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lora_jax as lora
+from lora_jax.adapters import Factor, frozen, in_and_out, sizes, static, trained
+from lora_jax.testing import check_adapter
+
+
+@lora.adapter("test.user.Bottleneck")
+class BottleneckAdapter(lora.Adapter):
+    """ΔW = scale · Σᵣₛ a[r, in] · middle[r, s] · b[s, out]."""
+
+    a: jax.Array = trained("batch rank in")
+    middle: jax.Array = frozen("batch rank rank")
+    b: jax.Array = trained("batch rank out")
+    scale: jax.Array = frozen("scalar")
+    axes: tuple[str, ...] = static()
+
+    additive = True
+
+    def factored(self, weight):
+        b = self.factor("b")
+        b = Factor(b.array, tuple("rank'" if label == "rank" else label for label in b.labels))
+        return self.form(self.factor("a"), self.factor("middle"), self.factor("scale"), b)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bottleneck(lora.Recipe):
+    rank: int
+    axes: tuple[str, ...] | None = None
+    cls: type = BottleneckAdapter
+
+    def create(self, key, weight, axes):
+        axes = in_and_out("Bottleneck", axes, weight.shape)
+        batch, fan_in, out = (sizes(weight.shape, axes, role) for role in ("batch", "in", "out"))
+        one, two = jax.random.split(key)
+        return self.cls(
+            a=jax.random.normal(one, (*batch, self.rank, *fan_in)) / math.prod(fan_in) ** 0.5,
+            middle=jax.random.normal(two, (*batch, self.rank, self.rank)),
+            b=jnp.zeros((*batch, self.rank, *out)),
+            scale=jnp.float32(2.0),
+            axes=axes,
+        )
+
+
+def test_an_adapter_of_a_user_s_own_file_passes():
+    check_adapter(Bottleneck(2), axes=[("in", "out"), ("batch", "out", "in")])
+    check_adapter(Bottleneck(3), axes=[("lookup", "out")])
+
+
+def test_roles_and_recipes_are_checked():
+    with pytest.raises(ValueError, match=r"'inn' is no axis role; the roles are batch, in, out, lookup"):
+        check_adapter(Bottleneck(2), axes=[("inn", "out")])
+    with pytest.raises(TypeError, match=r"takes a recipe, such as lora.LoRA\(8\); got BottleneckAdapter"):
+        check_adapter(Bottleneck(2).create(jax.random.key(0), jnp.ones((4, 3)), ("in", "out")))
+
+
+def broken(**methods):
+    """A class like `BottleneckAdapter` with some methods replaced."""
+    name = "Broken_" + "_".join(methods)
+    fields = {"__annotations__": {}, "__module__": __name__, **methods}
+    return lora.adapter(f"test.user.{name}")(type(name, (BottleneckAdapter,), fields))
+
+
+def trainable_everywhere(self):
+    return jax.tree.map(lambda leaf: True, self)
+
+
+def merge_without_scale(self, weight):
+    change = jnp.einsum("...ri,...rs,...so->...io", self.a, self.middle, self.b)
+    return (weight + change).astype(weight.dtype)
+
+
+def merge_as_float32(self, weight):
+    return weight.astype(jnp.float32) + jnp.einsum("...ri,...rs,...so->...io", self.a, self.middle, self.b) * self.scale
+
+
+def pad_with_ones(self, rank):
+    padded = super(BottleneckAdapter, self).pad_rank(rank)
+    return dataclasses.replace(padded, a=padded.a.at[-1].set(1.0), b=padded.b.at[-1].set(1.0), middle=padded.middle + 1)
+
+
+def pad_one_side_with_ones(self, rank):
+    padded = super(BottleneckAdapter, self).pad_rank(rank)
+    return dataclasses.replace(padded, a=padded.a.at[-1].set(1.0), middle=padded.middle.at[-1, -1].set(1.0))
+
+
+def validate(self):
+    if self.a.ndim < 2:
+        raise ValueError("a has too few axes.")
+
+
+def other_shape(self):
+    return (self.a.shape[-1], self.b.shape[-1] + 1)
+
+
+def forgets_the_weight(self, weight):
+    return dataclasses.replace(self, b=self.b + 1)
+
+
+def ignores_a(self, weight):
+    form = BottleneckAdapter.factored(self, weight)
+    return dataclasses.replace(form, factors=(Factor(jnp.ones_like(self.a), form.factors[0].labels), *form.factors[1:]))
+
+
+BROKEN = {
+    "a frozen leaf that trains": ({"trainable": trainable_everywhere}, r"trainable\(\) is True for middle.*frozen"),
+    "a factored form unlike merge": ({"merge": merge_without_scale}, r"factored form: the factored form's outputs"),
+    "a merge in another dtype": ({"merge": merge_as_float32}, r"merge\(\) of a bfloat16 weight is float32"),
+    "padding that changes the product": ({"pad_rank": pad_with_ones}, r"padding: the weight merged with pad_rank"),
+    "padding that has gradients": ({"pad_rank": pad_one_side_with_ones}, r"pad_rank\(\) adds entries to b that have"),
+    "unflattening that validates": (
+        {"__post_init__": validate},
+        r"Broken___post_init__ validates its leaves when it is unflattened",
+    ),
+    "another shape": ({"shape": other_shape}, r"shape\(\) gives \(12, 9\)"),
+    "an identity that changes": ({"identity_like": forgets_the_weight}, r"merged with identity_like\(\)"),
+    "a leaf without a gradient": ({"factored": ignores_a}, r"a is trained, but has no gradient"),
+}
+
+
+@pytest.mark.parametrize("methods, message", BROKEN.values(), ids=BROKEN)
+def test_a_broken_adapter_fails(methods, message):
+    with pytest.raises(AssertionError, match=message):
+        check_adapter(Bottleneck(2, cls=broken(**methods)), axes=[("in", "out")])
