@@ -10,12 +10,16 @@ from lora_jax.adapters.dora import DoRA
 from lora_jax.adapters.factored import Factored
 from lora_jax.adapters.fingerprints import WrongBaseWarning
 from lora_jax.adapters.full import Full, Rows
+from lora_jax.adapters.hira import HiRA
 from lora_jax.adapters.ia3 import IA3
 from lora_jax.adapters.loha import LoHa
 from lora_jax.adapters.lokr import LoKr
 from lora_jax.adapters.lora_fa import LoRAFA
+from lora_jax.adapters.lora_xs import LoRAXS
 from lora_jax.adapters.lowrank import LoRA
+from lora_jax.adapters.miss import MiSS
 from lora_jax.adapters.offset import Offset
+from lora_jax.adapters.oft import OFT
 from lora_jax.adapters.protocol import Adapter, Recipe, adapter
 from lora_jax.adapters.vera import DVoRA, VeRA
 from lora_jax.base_identity import BasePrecisionWarning
@@ -40,6 +44,7 @@ __all__ = [
     "FP4",
     "IA3",
     "NF4",
+    "OFT",
     "AdaLoRA",
     "Adapter",
     "BasePrecisionWarning",
@@ -47,12 +52,15 @@ __all__ = [
     "DoRA",
     "Factored",
     "Full",
+    "HiRA",
     "Int4",
     "Int8",
     "LoHa",
     "LoKr",
     "LoRA",
     "LoRAFA",
+    "LoRAXS",
+    "MiSS",
     "Offset",
     "Recipe",
     "Rows",

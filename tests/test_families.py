@@ -76,13 +76,17 @@ def families(kind, in_shape):
         "lokr_full": (lora.LoKr(6, alpha=3), kron | {"d": ("lokr_w2", lambda d: np.moveaxis(d, 0, -1))}),
         "ia3_out": (lora.IA3(), {"gain": ("ia3_l", np.ravel)}),
         "ia3_in": (lora.IA3("in"), {"gain": ("ia3_l", np.ravel)}),
+        "oft": (lora.OFT(4), {"q": ("oft_R", np.asarray)}),
+        "oft_neumann": (lora.OFT(4, terms=5), {"q": ("oft_R", np.asarray)}),
+        "miss": (lora.MiSS(2), {"d": ("miss_block", np.asarray)}),
+        "hira": (lora.HiRA(3), {"a": ("hira_A", a), "b": ("hira_B", b)}),
     }
 
 
 CASES = [
     *(("dora", kind) for kind in FUNCTIONS),
     *((family, kind) for family in ("loha", "lokr", "lokr_full") for kind in ("linear", "conv2d")),
-    *((family, "linear") for family in ("vera", "ia3_out", "ia3_in")),
+    *((family, "linear") for family in ("vera", "ia3_out", "ia3_in", "oft", "oft_neumann", "miss", "hira")),
 ]
 
 

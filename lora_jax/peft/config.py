@@ -15,7 +15,7 @@ from lora_jax.peft.tensors import read_json
 CONFIG = "adapter_config.json"
 TOKENS = "TRAINABLE_TOKENS"
 """PEFT's method that only trains rows, which is loaded as LoRA without factors."""
-METHODS = ("LORA", "ADALORA", "IA3", "LN_TUNING", "LOHA", "LOKR", TOKENS, "VERA")
+METHODS = ("LORA", "ADALORA", "HIRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", TOKENS, "VERA")
 """The supported values of `peft_type`."""
 _COMMON_FIELDS = ("base_model_name_or_path", "modules_to_save", "task_type", "trainable_token_indices")
 

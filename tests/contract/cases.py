@@ -34,6 +34,10 @@ RECIPES = {
     "LoKr": lambda axes=None: lora.LoKr(1, alpha=2, axes=axes),
     "IA3": lambda axes=None: lora.IA3(axes=axes),
     "IA3_inputs": lambda axes=None: lora.IA3("in", axes=axes),
+    "HiRA": lambda axes=None: lora.HiRA(2, axes=axes),
+    "LoRAXS": lambda axes=None: lora.LoRAXS(2, alpha=4, axes=axes),
+    "MiSS": lambda axes=None: lora.MiSS(2, axes=axes),
+    "OFT": lambda axes=None: lora.OFT(2, axes=axes),
     "FrozenPair": FrozenPairRecipe,
     "Picked": PickedRecipe,
     "Blocked": BlockedRecipe,
@@ -76,15 +80,21 @@ USES_DEVICES = ("raw.sharding_constraint", "raw.shard_map", "raw.shard_map_gathe
 """Layers that span the devices themselves, so that no transformation can spread them over devices again."""
 
 
+DIVIDED = ("LoKr", "MiSS", "OFT")
+"""Recipes that divide an axis."""
+
 CONVOLUTIONS = ("linen.Conv2d_strided", "linen.Conv2d_grouped_dilated")
 MERGED = (
     # Axes in blocks or divided have no ragged product of their own, and no lookup.
-    *itertools.product(("raw.ragged_dot",), ("LoRA_blocks", "LoRA_one_block", "Blocked", "LoKr")),
-    *itertools.product(("nnx.Embed", "linen.Embed_tied_attend"), ("LoKr",)),
+    *itertools.product(("raw.ragged_dot",), ("LoRA_blocks", "LoRA_one_block", "Blocked", *DIVIDED)),
+    *itertools.product(("nnx.Embed", "linen.Embed_tied_attend"), DIVIDED),
     # Gains on the in axes of a convolution are on its window too; a divided kernel is no kernel.
-    *itertools.product(CONVOLUTIONS, ("DoRA_inputs", "IA3_inputs", "LoKr")),
+    *itertools.product(CONVOLUTIONS, ("DoRA_inputs", "IA3_inputs", *DIVIDED)),
 )
 """What is merged, and explain says so."""
+
+ODD = ("linen.Conv2d_grouped_dilated", "linen.Embed_tied_attend", "nnx.Embed")
+"""Layers whose largest in axis is of odd size."""
 
 IN_PARTS = (*USES_DEVICES, "raw.positions", "raw.qkv_split_before", "raw.qkv_sliced_before")
 """Layers that multiply by parts of their weight, so that even a merged gradient is made of parts."""
@@ -97,6 +107,8 @@ def fits(layer: str, recipe: str) -> bool:
     roles = LAYERS[layer].axes.values()
     if recipe in ("LoRA_blocks", "LoRA_one_block"):
         return all(axes.count("out") == 1 for axes in roles)
+    if recipe in ("MiSS", "OFT"):
+        return layer not in ODD
     if recipe == "Rows":
         return all(axes.count("in") == 1 and "batch" not in axes for axes in roles)
     return True
@@ -177,7 +189,7 @@ def build(layer: str, recipe: str, dtype: str) -> Case:
         delta=moved(fresh, 2),
         other=moved(fresh, 3),
         axes=definition.axes,
-        factored=not definition.merged and recipe != "Full" and (layer, recipe) not in MERGED,
+        factored=not definition.merged and recipe not in ("Full", "HiRA") and (layer, recipe) not in MERGED,
         forward_mode=layer != "raw.custom_vjp",
         # bfloat16 has 8 bits, and a layer is several products and sums.
         tolerance=5e-2 if "bfloat16" in (dtype, *recipe.split("_")) else 2e-5,

@@ -16,7 +16,8 @@ from lora_jax.peft import LINEAR, Names, Weight, methods
 from lora_jax.peft.config import METHODS
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "peft_methods"
-WRITTEN = ["adalora", "vera", "loha", "loha_uneven", "lokr", "lokr_full", "ia3", "tokens", "norms"]
+NEWER = ["oft", "oft_neumann", "miss", "hira"]
+WRITTEN = ["adalora", "vera", "loha", "loha_uneven", "lokr", "lokr_full", "ia3", "tokens", "norms", *NEWER]
 READ = [*WRITTEN, "lokr_both"]
 LAYER, HF = "blocks/{layer}", "blocks.{layer}"
 NAMES = Names(

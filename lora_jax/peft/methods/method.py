@@ -164,6 +164,17 @@ def to_tensor(layout: FactorLayout, factor: np.ndarray, role: str, *, rank: bool
     return out.reshape(*out.shape[:rank], -1)
 
 
+def single_in_axis(layout: FactorLayout, method: Method) -> int:
+    """Returns the number of a leaf's only in axis, which the method divides.
+
+    Raises:
+      ValueError: The leaf has several.
+    """
+    if layout.axes.count(IN) > 1:
+        raise ValueError(f"unsupported: {method.title} divides one in axis; {layout.binding.path!r} has several")
+    return layout.axes.index(IN)
+
+
 def common_value(name: str, values: Mapping[str, float], title: str) -> float:
     """Returns the value that all modules share.
 
