@@ -165,7 +165,17 @@ def test_orthogonal_is_distributed_as_pefts_and_its_product_is_zero():
 
 # The first output.
 
-INITS = ("orthogonal", "eva", "pissa", PiSSA(niter=4), "milora", "olora", "corda", CorDA(keep_knowledge=True), "lora_ga")
+INITS = (
+    "orthogonal",
+    "eva",
+    "pissa",
+    PiSSA(niter=4),
+    "milora",
+    "olora",
+    "corda",
+    CorDA(keep_knowledge=True),
+    "lora_ga",
+)
 
 
 def stacked(base, x):
