@@ -35,7 +35,8 @@ class HiRAAdapter(Adapter):
         dtype = compute_dtype(weight.dtype)
         a, b = (dataclasses.replace(f, array=f.array.astype(dtype)) for f in (self.factor("a"), self.factor("b")))
         order = [(str(axis), size) for axis, size in enumerate(weight.shape)]
-        return (weight * (1.0 + chain(a, [b], order, precision=lax.Precision.HIGHEST))).astype(weight.dtype)
+        gain = 1.0 + chain(a, [b], order, precision=lax.Precision.HIGHEST)
+        return (weight.astype(dtype) * gain).astype(weight.dtype)
 
     def identity_like(self, weight: jax.Array | None) -> Self:
         del weight
