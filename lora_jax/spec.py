@@ -26,18 +26,18 @@ Spec = Mapping[Any, Recipe | None]
 
 
 def assign(base: Any, spec: Spec, linear: Collection[str] = ()) -> dict[str, Any]:
-    """Which pattern of the spec each leaf of the base gets: of those that occur in its path, the first.
+    """Returns the pattern of the spec that each leaf of the base matches: the first that occurs in its path.
 
     Args:
       base: The parameters.
       spec: As for :func:`init`.
-      linear: What `all_linear` stands for.
+      linear: The paths that `all_linear` matches.
 
     Returns:
       `{path: pattern}` without the paths whose recipe is None.
 
     Raises:
-      ValueError: A pattern matches nothing, or nothing that an earlier one leaves.
+      ValueError: A pattern matches nothing, or only paths that earlier ones match.
     """
     flat = paths.flatten(base)
     leaves = [path for path, leaf in zip(flat.paths, flat.leaves) if is_array(leaf)]
@@ -63,17 +63,17 @@ def _check(spec: Any) -> None:
 def init(
     key: jax.Array, base: Any, spec: Spec, fn: Callable | None = None, /, *args: Any, **kwargs: Any
 ) -> dict[str, Adapter]:
-    """Makes a delta: an adapter for each weight that a pattern of the spec matches.
+    """Creates a delta: an adapter for each weight that a pattern of the spec matches.
 
     Args:
-      key: A PRNG key. Each path draws from a key of its own, whatever else is adapted.
+      key: A PRNG key. Each path draws from its own key, independent of the other paths.
       base: The parameters; any pytree. Leaves may be `jax.ShapeDtypeStruct` for recipes that need the
         shape only.
-      spec: `{pattern: recipe}`. Patterns are searched in '/'-joined paths; the first match wins; None
-        as a recipe leaves frozen what a later pattern would match. The key `lora_jax.all_linear` stands for the
+      spec: `{pattern: recipe}`. Patterns are searched in '/'-joined paths; the first match wins; a recipe
+        of None freezes the paths that a later pattern would match. The key `lora_jax.all_linear` matches the
         weights of all linear layers.
       fn: `fn(base, *args, **kwargs)` is traced (not run) to find which axes of each weight are
-        contracted. Without it every recipe gives `axes=` or needs none.
+        contracted. Without it every recipe has `axes=` or needs none.
       *args: Arguments of fn; arrays or `jax.ShapeDtypeStruct`.
       **kwargs: Likewise.
 
@@ -93,9 +93,9 @@ def init(
       {'attention/query/kernel': (2, 4)}
     """
     delta = {}
-    for path, recipe, given in _each(key, base, spec, fn, args, kwargs):
-        with _naming(path):
-            delta[path] = recipe.create(*given)
+    for path, recipe, arguments in _each(key, base, spec, fn, args, kwargs):
+        with _prefix_errors(path):
+            delta[path] = recipe.create(*arguments)
     return delta
 
 
@@ -111,14 +111,14 @@ def prepare(
 ) -> tuple[Any, dict[str, Adapter]]:
     """Like :func:`init`, for initializers that read data or move a part of the weights into the adapters.
 
-    PiSSA, OLoRA and LoftQ read the weights; EVA and CorDA read the inputs that the weights have in `fn`; LoRA-GA reads
-    the gradient of `loss`. Inputs are read by differentiating the outputs of `fn`: a use that acts on no float output,
-    or only behind a `stop_gradient`, does not count.
+    PiSSA, MiLoRA, OLoRA and LoftQ read the weights; EVA and CorDA read the inputs of the weights in `fn`; LoRA-GA reads
+    the gradient of `loss`. Inputs are read by differentiating the outputs of `fn`: a use that affects no float output,
+    or only one behind a `stop_gradient`, does not count.
 
-    Held beside the base, in float32: an in × in matrix for each weight whose inputs are read, or a copy of each weight
-    whose gradient is. What was read of a weight is let go when its factors are made, as its moved form comes. (For four
-    square weights at most 4 such matrices are held, and 1 (EVA), 3 (LoRA-GA) or 7 (CorDA) more while the factors of
-    one weight are made, with its singular vectors.)
+    Besides the base this needs memory, in float32, for an in × in matrix for each weight whose inputs are read, or a
+    copy of each weight whose gradient is read. The statistics of a weight are freed once its factors are made. (Four
+    square weights need at most 4 such matrices, and 1 (EVA), 3 (LoRA-GA) or 7 (CorDA) more while the factors of one
+    weight are made, with its singular vectors.)
 
     Args:
       key: A PRNG key.
@@ -126,19 +126,18 @@ def prepare(
       spec: As for :func:`init`.
       fn: `fn(base, *batch)`.
       batches: The function's other arguments, a tuple a batch (or the one argument itself). The first
-        is traced for axis roles; all are read, once, where an initializer reads data. Tokens that pad them count.
+        is traced for axis roles; all are read, once, if an initializer reads data. Padding tokens count.
       loss: `loss(base, *batch)`, a scalar, for initializers that read gradients.
 
     Returns:
-      The adjusted base and the delta, whose adapters remember the weights that were moved: with another base they are
-      refused. Merged, they are the base that was given, to rounding in its dtype (but for
-      LoftQ). Weights are moved one by one; those that are not adapted are the same arrays. EVA leaves weights out
-      that get no rank.
+      The adjusted base and the delta, whose adapters hold fingerprints of the weights that changed: other bases are
+      refused. Merged, they are the original base, to rounding in its dtype (except for LoftQ). Weights change one by
+      one; those that are not adapted are the same arrays. EVA leaves out weights that get no rank.
 
     Raises:
-      ValueError: As :func:`init`; no batch is given; a loss is given that nothing reads, or not given; the inputs of
-        a weight cannot be read; inputs, a gradient or a moved weight hold NaN or Inf; nothing varies for EVA; what is
-        to be read has a shape only; EVA is traced (its ranks are numbers).
+      ValueError: As :func:`init`; there is no batch; a loss is passed that no initializer reads, or is missing; the
+        inputs of a weight cannot be read; inputs, a gradient or a changed weight contain NaN or Inf; no inputs vary for
+        EVA; a weight to read is abstract; EVA is traced (its ranks are Python integers).
       TypeError: `batches` is one array or dict.
 
     Example:
@@ -163,47 +162,47 @@ def prepare(
         raise ValueError("prepare needs at least one batch, to trace the function.")
     adapted = list(_each(key, base, spec, fn, first, {}))
     recipes = {path: recipe for path, recipe, _ in adapted}
-    reading = {path: recipe.reads for path, recipe in recipes.items() if recipe.reads is not None}
-    for path, what in reading.items():
-        if what == GRADIENT and loss is None:
+    reads = {path: recipe.reads for path, recipe in recipes.items() if recipe.reads is not None}
+    for path, kind in reads.items():
+        if kind == GRADIENT and loss is None:
             raise ValueError(f"{path!r}: {recipes[path]} reads the gradient of a loss: give prepare(…, loss=…).")
-    if loss is not None and GRADIENT not in reading.values():
+    if loss is not None and GRADIENT not in reads.values():
         raise ValueError("prepare(loss=…): no recipe of the spec has an initializer that reads gradients.")
-    informed: dict[str, Recipe | None] = dict(recipes)
-    if reading:
-        wanted = {path: (reading[path], axes) for path, _, (_, _, axes) in adapted if path in reading}
-        readings = collect_stats(fn, loss, base, wanted, itertools.chain([first], rest))
-        while readings:
-            recipe = recipes[next(iter(readings))]
-            alike = [path for path in readings if recipes[path] == recipe]
-            # A reading is held by the recipe that it informs, until that recipe has made its adapter.
-            informed |= recipe.with_calibration({path: readings.pop(path) for path in alike})
-    moved, delta = {}, {}
-    for path, _, given in adapted:
-        recipe = informed.pop(path)
+    calibrated: dict[str, Recipe | None] = dict(recipes)
+    if reads:
+        requests = {path: (reads[path], axes) for path, _, (_, _, axes) in adapted if path in reads}
+        statistics = collect_stats(fn, loss, base, requests, itertools.chain([first], rest))
+        while statistics:
+            recipe = recipes[next(iter(statistics))]
+            alike = [path for path in statistics if recipes[path] == recipe]
+            # Statistics are referenced only by the calibrated recipe, until it has made its adapter.
+            calibrated |= recipe.with_calibration({path: statistics.pop(path) for path in alike})
+    residuals, delta = {}, {}
+    for path, _, arguments in adapted:
+        recipe = calibrated.pop(path)
         if recipe is not None:
-            with _naming(path):
-                weight, node = recipe.prepare(*given)
+            with _prefix_errors(path):
+                weight, node = recipe.prepare(*arguments)
                 delta[path] = node
-                if weight is given[1]:
+                if weight is arguments[1]:
                     continue
-                moved[path] = weight
+                residuals[path] = weight
                 if isinstance(node, LoRAAdapter):
-                    delta[path] = dataclasses.replace(node, fingerprint=fingerprint(given[1], weight))
-                if is_finite(given[1]) and not is_finite(weight):
+                    delta[path] = dataclasses.replace(node, fingerprint=fingerprint(arguments[1], weight))
+                if is_finite(arguments[1]) and not is_finite(weight):
                     raise ValueError(f"{recipes[path]} makes a finite weight one with NaN or Inf.")
-    return paths.flatten(base).map(lambda path, leaf: _placed(moved.get(path, leaf), leaf)), delta
+    return paths.flatten(base).map(lambda path, leaf: _place_like(residuals.get(path, leaf), leaf)), delta
 
 
-def _placed(moved: Any, leaf: Any) -> Any:
-    """The moved weight where the weight was."""
-    if not isinstance(moved, jax.Array) or not isinstance(leaf, jax.Array) or isinstance(moved, jax.core.Tracer):
-        return moved
-    return moved if moved.sharding == leaf.sharding else jax.device_put(moved, leaf.sharding)
+def _place_like(weight: Any, leaf: Any) -> Any:
+    """The changed weight, with the sharding of the original."""
+    if not isinstance(weight, jax.Array) or not isinstance(leaf, jax.Array) or isinstance(weight, jax.core.Tracer):
+        return weight
+    return weight if weight.sharding == leaf.sharding else jax.device_put(weight, leaf.sharding)
 
 
 def _each(key, base, spec, fn, args, kwargs):
-    """Per adapted path, in the base's order: the recipe, and the key, weight and axis roles it is given."""
+    """Per adapted path, in the base's order: the recipe, and the key, weight and axis roles for it."""
     _check(spec)
     checks.key("init(key, base, spec, fn, *args)", key)
     if fn is not None:
@@ -244,14 +243,14 @@ def _each(key, base, spec, fn, args, kwargs):
             wrong[path] = error
     for path, error in wrong.items():
         alike = [other for other in axes if patterns[other] == patterns[path]]
-        hint = _narrower(patterns[path], alike, [other for other in wrong if patterns[other] == patterns[path]])
+        hint = _suggest_pattern(patterns[path], alike, [other for other in wrong if patterns[other] == patterns[path]])
         raise ValueError(f"{path!r}: {error}{hint}") from error
     for path, pattern in patterns.items():
         yield path, spec[pattern], (path_key(key, path), canonical(leaves[path]), axes[path])
 
 
 def _axes(recipe: Recipe, weight: Any, uses: Sequence[axis_roles.Use] | None) -> tuple[str, ...]:
-    """The roles of a weight's axes: those that the recipe declares, or those that tracing shows."""
+    """The roles of a weight's axes: those that the recipe declares, or those of the trace."""
     if uses is not None and not uses:
         raise ValueError("the function never uses this weight.")
     if recipe.axes:
@@ -264,20 +263,20 @@ def _axes(recipe: Recipe, weight: Any, uses: Sequence[axis_roles.Use] | None) ->
     return tuple(axis_roles.roles(uses, weight.shape))
 
 
-def _narrower(pattern: Any, wanted: Sequence[str], unwanted: Sequence[str]) -> str:
-    """A hint at a pattern that matches the wanted paths and none of the others."""
-    names = {path.rpartition("/")[2] for path in wanted}
+def _suggest_pattern(pattern: Any, matches: Sequence[str], others: Sequence[str]) -> str:
+    """Suggests a pattern for `matches` that none of `others` match."""
+    names = {path.rpartition("/")[2] for path in matches}
     if len(names) != 1 or not isinstance(pattern, str):
         return ""
     name = names.pop()
-    for other in (f"{pattern.rstrip('/')}/{name}", f"{pattern}.*/{name}", f"{name}$"):
-        if all(paths.search(other, path) for path in wanted) and not any(paths.search(other, p) for p in unwanted):
-            return f" The pattern {pattern!r} also matches {wanted[0]!r}: to adapt that alone, write {other!r}."
+    for narrow in (f"{pattern.rstrip('/')}/{name}", f"{pattern}.*/{name}", f"{name}$"):
+        if all(paths.search(narrow, path) for path in matches) and not any(paths.search(narrow, p) for p in others):
+            return f" The pattern {pattern!r} also matches {matches[0]!r}: to adapt that alone, write {narrow!r}."
     return ""
 
 
 @contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
+def _prefix_errors(path: str) -> Iterator[None]:
     """Puts the path before the message of a `ValueError`."""
     try:
         yield

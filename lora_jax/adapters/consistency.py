@@ -1,4 +1,4 @@
-"""Whether the parts of an adapter fit each other, by what its fields declare: checked where adapters come in."""
+"""Checks that the arrays and static fields of adapters are consistent with their declarations."""
 
 import functools
 import os
@@ -17,16 +17,16 @@ from lora_jax.leaves import short
 
 
 def check_adapters(delta: Any, advice: str = "", *, stacked: bool = False) -> None:
-    """Raises unless `delta` is a whole delta, each adapter consistent in itself.
+    """Raises unless `delta` is a complete delta of consistent adapters.
 
     Args:
-      delta: What a function was given as a delta.
-      advice: Ends the message about something else.
+      delta: The argument of a function.
+      advice: The end of the message about an argument of another type.
       stacked: Whether arrays have an axis of members before those that their fields declare.
 
     Raises:
-      TypeError: It is no dict of adapters.
-      ValueError: It is one half of `partition`, or the parts of an adapter contradict each other.
+      TypeError: It is not a dict of adapters.
+      ValueError: It is one half of `partition`, or the fields of an adapter contradict each other.
     """
     if not isinstance(delta, Mapping):
         if isinstance(getattr(delta, "delta", None), Mapping):
@@ -34,7 +34,7 @@ def check_adapters(delta: Any, advice: str = "", *, stacked: bool = False) -> No
         raise TypeError(f"delta is a dict from paths to adapters; got {_brief(delta)}{advice}.")
     for path, node in delta.items():
         if not is_adapter(node):
-            raise TypeError(f"delta[{path!r}] is no adapter but {_brief(node)}{advice}.")
+            raise TypeError(f"delta[{path!r}]: expected an Adapter, got {_brief(node)}{advice}.")
         if any(isinstance(leaf, bool) for leaf in jax.tree.leaves(node)):
             raise TypeError(f"delta[{path!r}] is a mask, not an adapter: {node}.")
         try:
@@ -47,14 +47,14 @@ def check_adapters(delta: Any, advice: str = "", *, stacked: bool = False) -> No
 
 
 def check_whole(node: Adapter) -> None:
-    """Raises `ValueError` where leaves of an adapter are None that may not be absent."""
+    """Raises `ValueError` if required leaves of an adapter are None."""
     for field in fields(node):  # pyrefly: ignore[bad-argument-type]
         if "trained" in field.metadata and not field.kw_only and getattr(node, field.name) is None:
             raise ValueError("it has leaves that are None: it is one half of partition(); give join(train, frozen).")
 
 
 def is_stack(node: Adapter) -> bool:
-    """Whether an adapter that is inconsistent in itself is consistent without the first axis of its arrays."""
+    """Whether an inconsistent adapter is consistent without the first axis of its arrays."""
     leaves, structure = jax.tree.flatten(node)
     if any(np.ndim(leaf) == 0 for leaf in leaves) or len({np.shape(leaf)[0] for leaf in leaves}) != 1:
         return False
@@ -66,7 +66,7 @@ def is_stack(node: Adapter) -> bool:
 
 
 def check_adapter(node: Adapter) -> None:
-    """Raises `ValueError` where fields of an adapter contradict each other: roles, blocks, the axes of its arrays."""
+    """Raises `ValueError` if fields of an adapter contradict each other: roles, blocks, the axes of its arrays."""
     leaves, structure = jax.tree.flatten(node)
     _check(structure, tuple((tuple(np.shape(leaf)), getattr(leaf, "dtype", None)) for leaf in leaves))
 
@@ -94,9 +94,9 @@ def _check(structure: Any, types_of_leaves: tuple[tuple[tuple[int, ...], Any], .
 
 
 def check_static_fields(node: Adapter) -> None:
-    """Raises `ValueError` where a static field is not of its type, or none of its choices.
+    """Raises `ValueError` if a static field is not of its type, or none of its choices.
 
-    By itself for what comes of JSON: :func:`check_adapter` takes 0 for the False that it compares equal to.
+    Needed separately for values from JSON: the cache of :func:`check_adapter` does not distinguish 0 from False.
     """
     for field in fields(node):  # pyrefly: ignore[bad-argument-type]
         if "static" in field.metadata:
@@ -115,7 +115,7 @@ def _check_static(name: str, value: Any, annotation: Any, choices: tuple[Any, ..
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a static value is of its field's type, where that is a type of JSON values or a tuple of one."""
+    """Whether a static value is of its field's type, if that is a type of JSON values or a tuple of one."""
     if isinstance(annotation, types.GenericAlias) and annotation.__origin__ is tuple:
         inner = typing.get_args(annotation)[0]
         return isinstance(value, tuple) and all(_fits(part, inner) for part in value)
@@ -123,7 +123,7 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 
 def _brief(thing: Any) -> str:
-    """What a thing is, in a few words: no array is printed."""
+    """A short description of a value, without the entries of arrays."""
     if isinstance(thing, str | os.PathLike):
         return f"the path {os.fspath(thing)!r} (are two arguments swapped?)"
     return short(thing) if hasattr(thing, "shape") else type(thing).__name__

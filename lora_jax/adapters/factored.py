@@ -3,7 +3,7 @@
 An adapted weight is `gains ⊙ (W + factors[0] · factors[1] · …)`. An offset, if there is one, is added to the product of
 an input with the sum. Every axis of every factor carries a label. Labels that name an axis of W tie the factor to it,
 the others (the rank) are bonds that are summed. Slicing, transposing, reshaping or scanning over W then only renames or
-cuts labels, and a contraction with an input is a chain of small products that starts from the input.
+slices labels, and a contraction with an input is a chain of small products that starts from the input.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class Factor:
 
 @dataclasses.dataclass(frozen=True)
 class Factored:
-    """What an adapter makes of its weight, as labeled tensors.
+    """The adapted weight as labeled tensors.
 
     Attributes:
       labels: Per axis of the weight, the labels that make it up, the slowest first. One label is the
@@ -119,7 +119,7 @@ def _cheapest_order(start: Factor, factors: Sequence[Factor], out: Sequence[Labe
 
 
 def explicit_sharding(array: Any) -> NamedSharding | None:
-    """The sharding that an array's type tells: under a mesh with explicit axes (None elsewhere)."""
+    """The sharding in an array's type under a mesh with explicit axes; None elsewhere."""
     sharding = jax.typeof(array).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
@@ -203,9 +203,9 @@ def chain(
       precision: Of each product, as for `jax.lax.dot_general`.
       dtype: Of the result; the dtype of `start` where None.
       reverse: Puts the factor on the left of each product, so that its axes come first.
-      places: Under a mesh with explicit axes: the mesh axes (or None) of labels of the result; of others they are the
-        operands'. Products before the last one are divided as the input or the result is: whatever has to move between
-        devices is then only as wide as the rank.
+      places: Under a mesh with explicit axes: the mesh axes (or None) of labels of the result; other labels have the
+        operands' mesh axes. Products before the last one are sharded like the input or the result, so that only arrays
+        as wide as the rank are communicated.
 
     Returns:
       The result, with the axes that `out` names.
@@ -237,12 +237,12 @@ def chain(
 def narrowed(array: jax.Array, dtype: Any) -> jax.Array:
     """A factor in the dtype of the product that takes it.
 
-    Of a float32 stack that a loop over layers reads in bfloat16 alone, XLA for TPUs makes one in bfloat16 before the
-    loop and holds both. Rounded by an operation of its own and cast behind a barrier, the same numbers, it does not.
+    If a loop over layers reads a float32 stack only in bfloat16, XLA for TPUs converts the stack before the loop and
+    stores both. Rounding by an operation of its own and casting behind a barrier, with the same results, avoids that.
     """
-    have, wanted = jnp.finfo(array.dtype), jnp.finfo(dtype)
-    if wanted.bits < have.bits and wanted.nexp == have.nexp:  # (of fewer exponents subnormal numbers would be lost)
-        array = lax.optimization_barrier(lax.reduce_precision(array, int(wanted.nexp), int(wanted.nmant)))
+    wide, narrow = jnp.finfo(array.dtype), jnp.finfo(dtype)
+    if narrow.bits < wide.bits and narrow.nexp == wide.nexp:  # (fewer exponents would lose subnormal numbers)
+        array = lax.optimization_barrier(lax.reduce_precision(array, int(narrow.nexp), int(narrow.nmant)))
     return array.astype(dtype)
 
 
@@ -270,8 +270,8 @@ def dense(weight: jax.Array, dims: Dims, terms: Sequence[Sequence[Factor]], gain
 def times(array: jax.Array, gain: Factor, labels: Sequence[tuple[Label, int]]) -> jax.Array:
     """An array whose axes are `labels`, grouped in any way, times a gain: in at least float32, then its own dtype.
 
-    Multiplying costs nothing beside the product that made the array; in bfloat16 the gain's gradient, a sum over
-    all tokens, would lose several of its eight bits.
+    Multiplying costs little compared with the product that computed the array; in bfloat16 the gain's gradient, a sum
+    over all tokens, would lose several of its eight bits.
     """
     return _elementwise(jnp.multiply, array, gain, labels)
 
@@ -302,8 +302,8 @@ def spread(
 ) -> jax.Array:
     """A gain broadcast to the axes that `labels` names, in their order.
 
-    Under a mesh with explicit axes it takes the sharding of what it multiplies: its gradient is then summed where the
-    product lies, and not gathered before.
+    Under a mesh with explicit axes it has the sharding of the array that it multiplies: its gradient is then reduced
+    with the product's sharding, without an all-gather.
     """
     names = [label for label, _ in labels]
     gain = gain.transposed([label for label in names if label in gain.labels])
@@ -316,14 +316,14 @@ def spread(
 
 
 def folded(factors: Sequence[Factor]) -> list[Factor]:
-    """The same product of fewer factors: one whose labels another has too (a diagonal) is multiplied into it."""
-    left, whole = sorted(factors, key=lambda factor: len(factor.labels)), []
-    while left:
-        small = left.pop(0)
-        index = next((i for i, large in enumerate(left) if set(small.labels) <= set(large.labels)), None)
+    """The same product of fewer factors: one whose labels are a subset of another's is multiplied into it."""
+    remaining, result = sorted(factors, key=lambda factor: len(factor.labels)), []
+    while remaining:
+        small = remaining.pop(0)
+        index = next((i for i, large in enumerate(remaining) if set(small.labels) <= set(large.labels)), None)
         if index is None:
-            whole.append(small)
+            result.append(small)
         else:
-            large = left[index]
-            left[index] = Factor(times(large.array, small, list(large.sizes.items())), large.labels)
-    return whole
+            large = remaining[index]
+            remaining[index] = Factor(times(large.array, small, list(large.sizes.items())), large.labels)
+    return result

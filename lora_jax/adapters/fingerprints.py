@@ -1,4 +1,4 @@
-"""Whether a base is the one that an adapter needs, where :func:`lora_jax.prepare` moved a part of it into the factors.
+"""Checks that a base is the one that an adapter needs, if :func:`lora_jax.prepare` moved a part of it into the factors.
 
 Such an adapter has a frozen leaf `fingerprint` with a sketch of the moved weight and one of the original: sums of the
 weight's elements with pseudo-random signs. A sketch is linear, and the norm of a difference of sketches estimates that
@@ -26,16 +26,16 @@ from lora_jax.adapters.protocol import Adapter
 from lora_jax.leaves import dequantized, is_abstract
 
 SIZE = 16
-"""Sums in a sketch."""
+"""The number of sums in a sketch."""
 
 UNIT = (1.0, -1.0)
-"""What a fingerprint starts with, to tell by how much it was scaled, and whether it was changed otherwise."""
+"""The first entry of a fingerprint, which shows whether it was scaled or changed otherwise."""
 
 ROUNDING = 1e-5
-"""Distance between sketches of one weight, over its norm: sums are taken in another order on another device."""
+"""The distance between sketches of one weight, over its norm: the order of summation depends on the device."""
 
 FAR = 0.25
-"""Distance, over the norm, from which a weight is another one. Four bits take less than half of it."""
+"""The distance, over the norm, above which weights differ. The error of four bits is less than half of it."""
 
 
 def fingerprint(original: Any, moved: Any) -> jax.Array:
@@ -82,7 +82,7 @@ def _scrambled(number: jax.Array) -> jax.Array:
 
 
 class WrongBaseWarning(UserWarning, ValueError):
-    """An adapter is called with another base than the one it needs. Where warnings are errors, a `ValueError`.
+    """An adapter is called with another base than the one it needs; a `ValueError` if warnings are errors.
 
     Example:
       >>> import warnings, jax, jax.numpy as jnp, lora_jax as lora
@@ -97,7 +97,7 @@ class WrongBaseWarning(UserWarning, ValueError):
 
 
 def check_base(delta: Mapping[str, Adapter], base: Any, *, warn: bool = False) -> None:
-    """Raises where the base is not the one that adapters need, as far as there are values.
+    """Raises `ValueError` if the base is not the one that adapters need; abstract values are not compared.
 
     Args:
       delta: Adapters, or stacks of them.
@@ -126,13 +126,13 @@ def check_base(delta: Mapping[str, Adapter], base: Any, *, warn: bool = False) -
 
 
 def needs_moved_base(node: Adapter) -> bool:
-    """Whether an adapter needs a base that :func:`lora_jax.prepare` changed, as far as its values tell."""
+    """Whether an adapter needs a base that :func:`lora_jax.prepare` changed; True for tracers."""
     needs = getattr(node, "fingerprint", None)
     return needs is not None and (not _is_concrete(needs) or bool((np.asarray(needs)[..., 0] > 0).any()))
 
 
 class _ByIdentity:
-    """Values by the identity of arrays, which jax never changes; an entry goes when one of them is collected."""
+    """Values by the identity of immutable arrays; an entry is removed when one of them is garbage collected."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[int, ...], tuple[list[weakref.ref], Any]] = {}
@@ -160,7 +160,7 @@ _SKETCHES, _MATCHES = _ByIdentity(), _ByIdentity()
 
 
 def _mismatch(needs: Any, leaf: Any) -> str | None:
-    """What a weight is instead of the one that a fingerprint (or a stack of them) asks for; None where it fits."""
+    """Describes how a weight differs from the one of a fingerprint (or of a stack of them); None if it does not."""
     arrays = jax.tree.leaves(leaf)
     if _MATCHES.get([needs, *arrays]) or is_abstract(leaf) or not all(map(_is_concrete, [needs, *arrays])):
         return None
@@ -191,7 +191,7 @@ def _difference(needs: np.ndarray, have: np.ndarray) -> str | None:
 
 
 def _is_concrete(array: Any) -> bool:
-    """Whether there are values that this process can read."""
+    """Whether this process can read the values of an array."""
     if isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct):
         return False
     return not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated

@@ -1,4 +1,4 @@
-"""The algebra of deltas: folded into weights and taken out, scaled, combined, truncated, and measured."""
+"""The algebra of deltas: merge and unmerge, scale, combine, truncate and measure them."""
 
 from lora_jax.merging.combining import METHODS, combine, scale, truncate
 from lora_jax.merging.folding import merge, switch_task, unmerge

@@ -1,4 +1,4 @@
-"""Algebra of low-rank deltas: scaled, summed by several methods, and brought to a smaller rank."""
+"""Algebra of low-rank deltas: scaling, combination by several methods, and truncation to a smaller rank."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +36,7 @@ METHODS = (
 
 
 def scale(delta: Delta, factor: float) -> dict[str, Adapter]:
-    """The delta that changes each weight by `factor` times as much; −1 negates it.
+    """Scales the change that a delta makes to each weight; −1 negates it.
 
     Raises:
       ValueError: An adapter does not add a term of its own (`Full`, `Rows`, DoRA); the factor is not finite.
@@ -64,19 +64,19 @@ def combine(
     majority: str = "total",
     key: jax.Array | None = None,
 ) -> dict[str, Adapter]:
-    r"""One delta in place of several, :math:`\sum_i w_i \Delta W_i` or near it.
+    r"""Combines several deltas into one, :math:`\sum_i w_i \Delta W_i` or an approximation.
 
     Args:
       deltas: LoRA (and Offset) adapters, and others that add a product of two factors (LoRA-FA, AdaLoRA, VeRA,
         LoHa), which become LoRA; a path may be missing in some of them.
       weights: One for each; may be negative.
-      method: 'cat' is exact, with the ranks added up. 'svd' is the nearest of rank `rank`. 'linear' adds a to a
-        and b to b (equal ranks; not the sum of the products). 'ties' and 'magnitude_prune' first keep the largest
+      method: 'cat' is exact; the ranks add up. 'svd' is the nearest of rank `rank`. 'linear' adds a to a
+        and b to b (equal ranks; not the sum of the products). 'ties' and 'magnitude_prune' first select the largest
         entries of a and of b, 'dare_linear' and 'dare_ties' random ones, scaled up; the ties add only entries of
-        the sign that prevails. The same names with `_svd` do that to ΔW, which is formed for it, and give the
-        nearest of rank `rank`.
+        the prevailing sign. The same names with `_svd` do so with ΔW, which is formed for it, and return the nearest
+        of rank `rank`.
       rank: Of the result, for 'svd' and the `_svd` methods; None is the largest of the ranks.
-      density: The share of entries that the pruning methods keep, above 0 and at most 1.
+      density: The fraction of entries that the pruning methods select, above 0 and at most 1.
       majority: How the ties elect a sign: 'total' of the entries or 'frequency' of signs.
       key: For the random methods.
 
@@ -84,7 +84,7 @@ def combine(
       A delta of LoRA adapters of scale 1.
 
     Raises:
-      ValueError: An adapter does not add a term of its own; ranks, axes or blocks differ where they may not; an
+      ValueError: An adapter is not additive; ranks, axes or blocks differ although the method needs equal ones; an
         argument is missing or out of range.
 
     Example:
@@ -140,14 +140,14 @@ def combine(
 
 
 def truncate(delta: Delta, rank: int) -> dict[str, Adapter]:
-    """The nearest delta whose adapters are of a smaller rank (in the norm of ΔW).
+    """Returns the nearest delta whose adapters have a smaller rank (in the norm of ΔW).
 
     The singular value decomposition of ΔW is that of a rank × rank matrix between the orthogonal parts of the
     factors; ΔW is not formed.
 
     Args:
       delta: LoRA adapters, and others that add a product of two factors (LoRA-FA, AdaLoRA, VeRA, LoHa), which become
-        LoRA where their rank is larger; what has no rank (`Full`, `Rows`, `IA3`, `Offset`) stays as it is.
+        LoRA if their rank is larger; adapters without a rank (`Full`, `Rows`, `IA3`, `Offset`) do not change.
       rank: At least 1.
 
     Raises:
@@ -182,7 +182,7 @@ def truncate(delta: Delta, rank: int) -> dict[str, Adapter]:
 
 @dataclasses.dataclass(frozen=True)
 class _Merge:
-    """Entries of several arrays, stacked along the first axis, made one: pruned, elected, added."""
+    """Prunes, elects and adds the entries of several arrays that are stacked along the first axis."""
 
     method: str
     density: float
@@ -190,7 +190,7 @@ class _Merge:
     key: jax.Array | None
 
     def __call__(self, arrays: jax.Array, weights: jax.Array, lead: int, part: int) -> jax.Array:
-        """Each of the first `lead` axes after the stacking one is pruned by itself; `part` tells draws apart."""
+        """Prunes the elements of the first `lead` axes after the stacking one separately; `part` selects the draw."""
         if self.method in ("ties", "magnitude_prune"):
             prune: Callable = lambda x: _largest(x, self.density)  # noqa: E731
             for _ in range(lead + 1):
@@ -209,7 +209,7 @@ class _Merge:
 
 
 def _largest(array: jax.Array, density: float) -> jax.Array:
-    """The largest entries of an array, zeros for the others."""
+    """The array with zeros for all but its largest entries."""
     flat = array.reshape(-1)
     _, largest = lax.top_k(jnp.abs(flat), int(density * flat.size))
     return jnp.zeros_like(flat).at[largest].set(flat[largest]).reshape(array.shape)
@@ -261,7 +261,7 @@ def _sum_of_biases(nodes: list[tuple[LoRAAdapter, float]], method: str) -> jax.A
 
 
 def _check_same_base(path: str, nodes: Sequence[LoRAAdapter]) -> None:
-    """Raises where adapters need different bases, so far as their values tell."""
+    """Raises `ValueError` if adapters have fingerprints of different bases; tracers are not compared."""
     needs: list[Any] = [node.fingerprint if needs_moved_base(node) else None for node in nodes]
     if not any(isinstance(need, jax.core.Tracer) for need in needs) and any(
         (one is None) != (needs[0] is None) or (one is not None and not np.array_equal(one, needs[0])) for one in needs
@@ -273,7 +273,7 @@ def _check_same_base(path: str, nodes: Sequence[LoRAAdapter]) -> None:
 
 
 def _common(dtypes: Sequence[jnp.dtype]) -> jnp.dtype:
-    """The dtype of all, or where they differ the widest, at least float32."""
+    """The common dtype, or the widest and at least float32 if they differ."""
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
     return widest if len(set(dtypes)) == 1 else compute_dtype(widest)
 
@@ -312,7 +312,7 @@ def _truncated(node: LoRAAdapter, rank: int) -> LoRAAdapter:
 
 
 def _nearest(like: LoRAAdapter, product: jax.Array, rank: int) -> LoRAAdapter:
-    """The nearest low-rank adapter to a given ΔW, `[*lead, in, out]`."""
+    """The nearest low-rank adapter to ΔW, `[*lead, in, out]`."""
     u, s, vt = jnp.linalg.svd(product, full_matrices=False)
     rank = min(rank, s.shape[-1])
     root = jnp.sqrt(s[..., :rank])[..., None]
@@ -336,7 +336,7 @@ def _sum_of_offsets(nodes: list[tuple[OffsetAdapter, float]]) -> OffsetAdapter:
 
 
 def _term(path: str, node: Adapter) -> LoRAAdapter | OffsetAdapter:
-    """What an adapter adds, as a term that can be combined."""
+    """The term of an adapter, in a form that can be combined."""
     _need_term(path, node)
     try:
         return node if isinstance(node, OffsetAdapter) else as_low_rank(node)

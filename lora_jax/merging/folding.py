@@ -1,4 +1,4 @@
-"""Deltas folded into weights, taken out again, exchanged."""
+"""Merging deltas into weights, removing them, and exchanging them."""
 
 from typing import Any
 
@@ -14,28 +14,29 @@ from lora_jax.leaves import canonical, dequantized, is_finite, is_quantized
 from lora_jax.transform.call import Arguments, check_delta
 
 EXACT = 1e-5
-"""How far one merge in float32 may be from another, relative to the norm: products are summed in another order."""
+"""The tolerance between two merges in float32, relative to the norm: the order of summation differs."""
 
 QUANTIZED = 0.25
-"""The same where the merged weight was quantized; four bits take less than half of it."""
+"""The same for a merged weight that was quantized; the error of four bits is less than half of it."""
 
 
 def merge(base: Any, delta: Delta) -> Any:
-    r"""Folds a delta into the weights: :math:`W + s\,A^\top B`, for inference without added latency.
+    r"""Merges a delta into the weights: :math:`W + s\,A^\top B`, for inference without added latency.
 
     Args:
-      base: Parameters; arrays of any dtype. Not changed, not donated.
+      base: Parameters; arrays of any dtype. They are neither changed nor donated.
       delta: From :func:`lora_jax.init`.
 
     Returns:
       A new tree of floats with the shapes, dtypes and shardings of `base`; an embedding and a head that `Full` replaces
       by larger ones (:func:`lora_jax.peft.load` of an adapter with an enlarged vocabulary) have the new shapes. Each
       sum is computed in float32 and rounded once. Quantized leaves are dequantized
-      (:func:`lora_jax.merging.merge_quantized` keeps them so); others that the delta does not name are the same arrays.
+      (:func:`lora_jax.merging.merge_quantized` quantizes them again); other leaves that the delta does not name are the
+      same arrays.
 
     Raises:
       ValueError: A delta names a path that `base` lacks (the message names the nearest ones) or fits
-        another shape; a merged weight is not finite where the base's is; the delta is from :func:`lora_jax.prepare`,
+        another shape; a merged weight is not finite although the base's is; the delta is from :func:`lora_jax.prepare`,
         and the base is not the one that it returned; an adapter has a bias on B (PEFT's `lora_bias`) of a layer that
         has none, so that no weight holds it.
 
@@ -53,21 +54,20 @@ def merge(base: Any, delta: Delta) -> Any:
 
 
 def unmerge(params: Any, delta: Delta, base: Any = None) -> Any:
-    """Takes a merged delta out again.
+    """Removes a merged delta.
 
     Args:
       params: From :func:`merge`.
-      delta: What was merged.
+      delta: The merged delta.
       base: The parameters before the merge. With it the result is exact: the weights that the delta
-        names are taken from it. Without it the delta's term is subtracted, exact to one rounding.
+        names are copied from it. Without it the delta's term is subtracted, exact to one rounding.
 
     Returns:
       The parameters without the delta.
 
     Raises:
-      ValueError: Without `base`, for adapters that do not add a term of their own (`Full`, `Rows`,
-        DoRA): the weight that they replaced cannot be computed. With it, where `params` are not `base` with the delta
-        merged, to rounding.
+      ValueError: Without `base`, for adapters that are not additive (`Full`, `Rows`, DoRA): the weight that they
+        replaced cannot be computed. With it, if `params` are not `base` with the delta merged, to rounding.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -89,8 +89,8 @@ def switch_task(params: Any, old: Delta, new: Delta, base: Any = None) -> Any:
 
     Args:
       params: Parameters with `old` merged.
-      old: The delta to take out.
-      new: The delta to fold in; it may adapt other weights.
+      old: The delta to remove.
+      new: The delta to merge; it may adapt other weights.
       base: The parameters before any merge, for an exact exchange; otherwise W − ΔW_old + ΔW_new is
         computed in float32 and rounded once.
 
@@ -130,14 +130,14 @@ def _added(weight: jax.Array, node: Adapter, sign: float) -> jax.Array:
 
 
 def _check_no_bias(delta: Delta) -> None:
-    """Raises where an adapter adds a bias to outputs, for which the base has no leaf."""
+    """Raises `ValueError` if an adapter adds a bias to outputs, for which the base has no leaf."""
     for path, node in delta.items():
         if getattr(node, "bias", None) is not None:
             raise ValueError(f"{path!r}: {NO_BIAS}")
 
 
 def _changed(params: Any, delta: Delta, change, also: Delta | None = None, *, merges: bool = False) -> Any:
-    """The parameters with `change(path, weight)` of what the delta names; `merges` if they are its base."""
+    """Applies `change(path, weight)` to the weights that the delta names; `merges` if the parameters are its base."""
     check_delta(delta, Arguments.create(params), enlarged=merges)
     _check_no_bias(delta)
     _check_no_bias(also or {})
@@ -164,7 +164,7 @@ def _changed(params: Any, delta: Delta, change, also: Delta | None = None, *, me
 
 
 def _is_placed(array: Any) -> bool:
-    """Whether an array is on devices already (a tracer is not)."""
+    """Whether an array is on devices, which a tracer is not."""
     return isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
 
 
@@ -189,7 +189,7 @@ def _restored(params: Any, delta: Delta, base: Any) -> Any:
 
 
 def _is_near(weight: jax.Array, merged: jax.Array, original: jax.Array, rounding: float) -> bool:
-    """Whether two weights are one but for rounding, relative to the norms; a tracer is near everything."""
+    """Whether two weights are equal up to rounding, relative to the norms; tracers count as equal."""
     dtype = compute_dtype(weight.dtype)
     weight, merged, original = (array.astype(dtype) for array in (weight, merged, original))
     near = _norm(weight - merged) <= rounding * jnp.maximum(_norm(merged), _norm(original))

@@ -1,4 +1,4 @@
-"""How large what an adapter adds is, and how far two adapters are apart, from their factors."""
+"""The norm of the term that an adapter adds, and the distance between two, from their factors."""
 
 from collections.abc import Sequence
 
@@ -14,8 +14,8 @@ from lora_jax.adapters.terms import as_low_rank, term, without_bias
 def norm(node: Adapter) -> float:
     """The Frobenius norm of the term that an adapter adds to its weight (DoRA: before the magnitudes).
 
-    It is computed from the factors in float64, without the product that is as large as the weight (which LoHa of a
-    high rank and Offset are formed for, having no factors).
+    Computed from the factors in float64. The term itself is formed only for kinds without factors (Offset, and LoHa of
+    a high rank).
 
     Raises:
       ValueError: The adapter adds no term of its own.
@@ -32,7 +32,7 @@ def norm(node: Adapter) -> float:
 
 
 def distance(one: Adapter, other: Adapter, *, sign: float = -1.0) -> float:
-    """The Frobenius norm of the difference of what two adapters of one weight add to it.
+    """The Frobenius norm of the difference between the terms of two adapters of one weight.
 
     Args:
       one: An adapter that adds a term (a DoRA counts before its magnitudes).
