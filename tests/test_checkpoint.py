@@ -116,7 +116,7 @@ def test_nothing_to_save(tmp_path, delta):
     for nothing in ({}, None):
         with pytest.raises(ValueError, match="delta is empty"):
             lora.save(tmp_path / "x", nothing)
-    with pytest.raises(TypeError, match=r"delta\['w'\] : expected an Adapter, got f32\[3\]"):
+    with pytest.raises(TypeError, match=r"delta\['w'\]: expected an Adapter, got f32\[3\]"):
         lora.save(tmp_path / "x", {"w": jnp.ones(3)})
     for half in lora.partition(delta):
         with pytest.raises(ValueError, match=r"None: it is one half of partition\(\); give join\(train, frozen\)"):

@@ -201,5 +201,5 @@ def test_swapped_arguments(saved, base):
             call()
     with pytest.raises(TypeError, match=r"delta is a dict from paths to adapters; got the path .*swapped"):
         lora.save(saved, str(saved))
-    with pytest.raises(TypeError, match=r"delta\['plain'\] : expected an Adapter, got f32\[6,6\]"):
+    with pytest.raises(TypeError, match=r"delta\['plain'\]: expected an Adapter, got f32\[6,6\]"):
         lora.save(saved, base)
