@@ -99,13 +99,13 @@ def stacked(weights: Sequence[Weight], axis: int) -> Weight | None:
     terms = [term for weight in weights for term in weight.terms]
     if len(terms) != len(weights) or any(weight.gains or weight.dims != weights[0].dims for weight in weights):
         return None
-    if any(not term.factors or term.dropout is not None or term.offset is not None for term in terms):
+    if any(term.dropout is not None or term.offset is not None or term.merge is not None for term in terms):
         return None
     arrays = [[*term.factors, *term.taps] for term in terms]
     kinds = [[(factor.labels, factor.array.shape, factor.array.dtype) for factor in each] for each in arrays]
     if any(kind != kinds[0] for kind in kinds) or weights[0].dims[axis][0][1] != 1:
         return None
-    if any(label in factor.labels for factor in arrays[0]):
+    if not arrays[0] or any(label in factor.labels for factor in arrays[0]):
         return None
 
     def stack(factors: Sequence[Factor]) -> Factor:

@@ -107,6 +107,14 @@ def contract(interpreter: Evaluator, equation: Any, weight: Weight, x: jax.Array
     """
     weight, groups = _split_groups(weight, operation)
     axes = Axes(weight, x, operation, groups)
+    try:
+        return _contract(interpreter, equation, weight, x, axes)
+    except CannotFactor as error:
+        raise CannotFactor(str(error), axes.roles) from error
+
+
+def _contract(interpreter: Evaluator, equation: Any, weight: Weight, x: jax.Array, axes: Axes) -> list[Any]:
+    operation = axes.operation
     for term in weight.terms:
         _check_roles(term, weight, axes)
     before, after = _split_gains(weight, axes)
@@ -127,7 +135,7 @@ def contract(interpreter: Evaluator, equation: Any, weight: Weight, x: jax.Array
             continue
         dropout = interpreter.next_dropout(term)
         dropped = x if dropout is None else dropout(x)
-        precision = equation.params["precision"]
+        precision = equation.params.get("precision")
         delta, pairs = low_rank_product(
             term.factors, dropped, base, axes, flatten=interpreter.flatten, precision=precision
         )

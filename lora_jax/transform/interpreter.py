@@ -40,7 +40,9 @@ class Use:
     roles: dict[int, str]
 
     def __str__(self) -> str:
-        where = f"in {self.operation} at {self.source}" if self.source else f"as an {self.operation}"
+        where = f"in {self.operation}" + (f" at {self.source}" if self.source else "")
+        if self.operation in ("input", "output"):
+            where = f"as an {self.operation}"
         return f"{'factored' if self.factored else 'merged'} {where}: {self.reason}"
 
 
@@ -132,16 +134,16 @@ class Interpreter:
             return follow(equation, values, list(map(jaxprs.outline, equation.outvars)))
         if not weights:
             return on_arrays(equation, values)
-        reason = f"there is no factored form of {name}"
+        reason, roles = f"there is no factored form of {name}", {}
         if name in RULES:
             recorded = len(self.uses or ())
             try:
                 return RULES[name](self, equation, values)
             except CannotFactor as error:
-                reason = str(error)
+                reason, roles = str(error), error.roles if len(weights) == 1 else {}
                 if self.uses is not None:  # what the rule had recorded before it gave up
                     del self.uses[recorded:]
-        notes = [self._note(value, equation, reason, {}) if isinstance(value, Weight) else [] for value in values]
+        notes = [self._note(value, equation, reason, roles) if isinstance(value, Weight) else [] for value in values]
 
         def merged(*values):
             return on_arrays(equation, [value.merged() if isinstance(value, Weight) else value for value in values])

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -25,7 +26,16 @@ def twin(label: Label) -> Label:
 
 
 class CannotFactor(Exception):
-    """An operation has no factored form here; its message says why. The weight is merged instead."""
+    """An operation has no factored form here; its message says why. The weight is merged instead.
+
+    Args:
+      reason: Why.
+      roles: By label of the weight, the roles of its axes, if the operation shows them all the same.
+    """
+
+    def __init__(self, reason: str, roles: Mapping[Label, str] = MappingProxyType({})):
+        super().__init__(reason)
+        self.roles = roles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,8 +236,15 @@ class Weight:
         terms = (term.replace(sources=tuple(map(function, term.sources))) for term in self.terms)
         return self.replace(terms=tuple(terms))
 
+    def _check_part(self, label: Label) -> None:
+        """Raises `CannotFactor` for a part of joined weights whose inputs are read: each tap would count all inputs."""
+        for term in self.terms if len(self.terms) > 1 else ():
+            if term.taps and label not in term.taps[0].labels:
+                raise CannotFactor("a part of several joined weights has inputs of its own")
+
     def mark_sliced(self, label: Label, *, looked_up: bool = False) -> "Weight":
         """Marks the axis of a label as sliced or indexed."""
+        self._check_part(label)
 
         def mark(source: Source) -> Source:
             axes = source.sliced | source.axes_of(label)
@@ -237,6 +254,7 @@ class Weight:
 
     def mark_scanned(self, label: Label) -> "Weight":
         """Marks the axis of a label as one that a scan runs over."""
+        self._check_part(label)
 
         def mark(source: Source) -> Source:
             axes = source.axes_of(label)
@@ -319,7 +337,7 @@ def make_weight(path: str, leaf: Any, form: Factored, roles: tuple[str, ...], dr
         factors=form.factors,
         dropout=dropout,
         offset=form.offset,
-        sources=(Source(path, _label_axes(dims), roles=roles),),
+        sources=(Source(path, _label_axes(dims), roles=tuple(roles) if len(roles) == len(dims) else ()),),
         inputs=value_size(pair for pair in pairs if pair[0] not in outputs),
     )
     return Weight(_value(leaf), (term,), form.gains, dims)

@@ -170,7 +170,7 @@ def scale(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list
         values = _with_array(interpreter, equation, values)
     positions = [position for position, value in enumerate(values) if isinstance(value, Weight)]
     if len(positions) != 1 or (name == "div" and positions == [1]):
-        raise CannotFactor(f"{name} of or by weights")
+        raise CannotFactor("the product of two weights" if name == "mul" else "a division by a weight")
     (position,) = positions
     weight, array = values[position], jnp.asarray(values[1 - position])
     atom = equation.invars[1 - position]
