@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.adapters import factored
 from lora_jax.adapters.factored import Factor, Label, explicit_sharding, folded, narrowed, placed, times
+from lora_jax.meshes import shard_count
 from lora_jax.transform.contraction_axes import TOKENS, Axes, Pairs
 from lora_jax.transform.members import chain, picked
 from lora_jax.transform.weight import CannotFactor, value_size
@@ -71,8 +72,7 @@ def _places(array: jax.Array, dims: Sequence[Pairs]) -> dict[Label, Any]:
     places: dict[Label, Any] = {}
     if sharding is not None:
         for entry, ((label, size), *rest) in zip(sharding.spec, dims):
-            names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
-            fits = size % math.prod(sharding.mesh.shape[name] for name in names) == 0
+            fits = size % shard_count(entry, sharding.mesh) == 0
             places |= {label: entry if fits else None} | {label: None for label, _ in rest}
     return places
 

@@ -6,6 +6,7 @@ from typing import Any
 from jax import lax
 
 from lora_jax.adapters.factored import Factor, Label
+from lora_jax.meshes import shard_count
 from lora_jax.transform.weight import CannotFactor, Value, Weight, twin, value_size
 
 
@@ -106,11 +107,9 @@ def spec_by_label(weight: Weight, spec: Sequence[Any], mesh: Any) -> dict[Label,
     for axis, names in zip(weight.dims, spec):
         if names is None:
             continue
-        ways = 1
-        for name in names if isinstance(names, tuple) else (names,):
-            ways *= mesh.shape[name]
+        count = shard_count(names, mesh)
         label, size = axis[0]
-        if len(axis) > 1 and size % ways:
-            raise CannotFactor(f"an axis made of several is sharded {ways} ways, its first part has size {size}")
+        if len(axis) > 1 and size % count:
+            raise CannotFactor(f"an axis made of several is sharded {count} ways, its first part has size {size}")
         mesh_axes[label] = names
     return mesh_axes
