@@ -55,7 +55,7 @@ class Memory:
 
     Attributes:
       parts: The step's arguments by name, including the padding of their layouts.
-      temporaries: The memory beside the arguments at the peak.
+      temporaries: The memory beyond the arguments at the peak.
       program: The program's code.
       total: The memory at the peak.
       host: The host's memory per chip.
@@ -122,11 +122,11 @@ def _memory(compiled: jax.stages.Compiled, parts: dict[str, Any], topology: Topo
     sizes = {name: argument_bytes(tree)[0] for name, tree in parts.items()}
     # The peak includes arguments in the host's memory.
     peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
-    beside = max(peak - memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    temporaries = max(peak - memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes)
     program = memory.generated_code_size_in_bytes
-    total = memory.argument_size_in_bytes + beside + program
+    total = memory.argument_size_in_bytes + temporaries + program
     host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
-    return Memory(sizes, beside, program, total, host, topology.chip.memory)
+    return Memory(sizes, temporaries, program, total, host, topology.chip.memory)
 
 
 def _parse_error(error: jax.errors.JaxRuntimeError, topology: Topology) -> Exception:

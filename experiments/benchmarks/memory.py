@@ -183,7 +183,7 @@ def items(config: Config, results: Mapping[Row, Figures | None]) -> str:
         parts = config.problem(SIZES[size], QLORA).items
         bound, gradients = sum_without_gradients(parts), parts["gradients"]
         values = (parts["activations"], parts["logits"], parts["weights"], bound, gradients, bound + gradients)
-        line = f"{size:6}" + _gigabytes(*values, figures.temporaries, figures.beside)
+        line = f"{size:6}" + _gigabytes(*values, figures.temporaries, figures.peak_temporaries)
         lines.append(line + (f"{'–':>12}" if plain is None else _gigabytes(plain.temporaries)))
     return "\n".join(lines)
 
@@ -216,9 +216,11 @@ def verdicts(config: Config, results: Mapping[Row, Figures | None]) -> bool:
         parts = config.problem(shape, QLORA).items
         bound, gradients = sum_without_gradients(parts) / 1e9, parts["gradients"] / 1e9
         passed.append(verdict(f"{size}: temporaries / inputs + logits + a block", figures.temporaries / 1e9, bound))
-        subject = "held beside the arguments at the peak"
-        passed.append(verdict(f"{size}: {subject} / the same", figures.beside / 1e9, bound))
-        passed.append(verdict(f"{size}: {subject} / the same + gradients", figures.beside / 1e9, bound + gradients))
+        subject = "memory beyond the arguments at the peak"
+        passed.append(verdict(f"{size}: {subject} / the same", figures.peak_temporaries / 1e9, bound))
+        passed.append(
+            verdict(f"{size}: {subject} / the same + gradients", figures.peak_temporaries / 1e9, bound + gradients)
+        )
         if host is not None:
             passed.append(
                 verdict(f"{size}: the optimizer's state on the device, state on the host", host.optimizer / 1e9, 0.001)

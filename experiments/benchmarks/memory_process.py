@@ -34,7 +34,7 @@ class Figures:
       base: The parameters on the device.
       delta: The adapters on the device.
       optimizer: The optimizer's state on the device.
-      temporaries: All that the step allocates beside its arguments and outputs (`temp_size_in_bytes`).
+      temporaries: All that the step allocates beyond its arguments and outputs (`temp_size_in_bytes`).
       device: All bytes on the device: arguments, outputs and temporaries; donated bytes count once.
       peak: The peak on the device (`peak_memory_in_bytes` without `host`); 0 if XLA does not report it.
       host: Arguments in the host's memory.
@@ -55,8 +55,8 @@ class Figures:
     seconds: float = 0.0
 
     @property
-    def beside(self) -> int:
-        """The memory beside the arguments at the peak."""
+    def peak_temporaries(self) -> int:
+        """The memory beyond the arguments at the peak."""
         return max(self.peak - (self.device - self.temporaries), 0)
 
 

@@ -2,17 +2,43 @@
 
 from lora_jax.peft import LINEAR, Names, Weight
 
-_PART = "{part=query|key|value}"
 _LAYER = "encoder/layers/{layer}"
 
 
-def _embeddings(prefix: str, tables: str) -> tuple[Weight, ...]:
+def embedding_weights(prefix: str, tables: str) -> tuple[Weight, ...]:
+    """Returns the names of the embeddings of an encoder, whose tables are separated by `|`."""
     path, name = f"embeddings/{{table={tables}}}/embedding", prefix + "embeddings.{table}_embeddings.weight"
     return (
         Weight(path, name, module="embedding"),
         Weight("embeddings/norm/scale", f"{prefix}embeddings.LayerNorm.weight"),
         Weight("embeddings/norm/bias", f"{prefix}embeddings.LayerNorm.bias"),
     )
+
+
+def layer_weights(layer: str, linears: dict[str, str], norms: dict[str, str]) -> tuple[Weight, ...]:
+    """Returns the names of the weights of an encoder's layers.
+
+    Args:
+      layer: The name of a layer, with the placeholder `{layer}`.
+      linears: The names of linear layers within a layer, by their paths within a layer.
+      norms: The names of normalizations, likewise.
+    """
+    return (
+        *(Weight(f"{_LAYER}/{path}/kernel", f"{layer}.{name}.weight", LINEAR) for path, name in linears.items()),
+        *(Weight(f"{_LAYER}/{path}/bias", f"{layer}.{name}.bias") for path, name in (linears | norms).items()),
+        *(Weight(f"{_LAYER}/{path}/scale", f"{layer}.{name}.weight") for path, name in norms.items()),
+    )
+
+
+LINEARS = {
+    "attention/output": "attention.output.dense",
+    "feed_forward/up": "intermediate.dense",
+    "feed_forward/down": "output.dense",
+}
+"""The names of BERT's linear layers within a layer, except attention's projections."""
+
+NORMS = {"attention_norm": "attention.output.LayerNorm", "feed_forward_norm": "output.LayerNorm"}
+"""The names of BERT's normalizations within a layer."""
 
 
 def encoder_names(prefix: str, *, segments: bool = True, projected: bool = False) -> Names:
@@ -23,27 +49,16 @@ def encoder_names(prefix: str, *, segments: bool = True, projected: bool = False
       segments: Whether the encoder has segment embeddings.
       projected: Whether a linear layer projects the embeddings.
     """
-    layer = prefix + "encoder.layer.{layer}"
     projection = (
         Weight("projection/kernel", f"{prefix}embeddings_project.weight", LINEAR),
         Weight("projection/bias", f"{prefix}embeddings_project.bias"),
     )
+    linears = {"attention/{part=query|key|value}": "attention.self.{part}", **LINEARS}
     return Names(
         (
-            *_embeddings(prefix, "word|position|token_type" if segments else "word|position"),
+            *embedding_weights(prefix, "word|position|token_type" if segments else "word|position"),
             *(projection if projected else ()),
-            Weight(f"{_LAYER}/attention/output/kernel", f"{layer}.attention.output.dense.weight", LINEAR),
-            Weight(f"{_LAYER}/attention/output/bias", f"{layer}.attention.output.dense.bias"),
-            Weight(f"{_LAYER}/attention/{_PART}/kernel", layer + ".attention.self.{part}.weight", LINEAR),
-            Weight(f"{_LAYER}/attention/{_PART}/bias", layer + ".attention.self.{part}.bias"),
-            Weight(f"{_LAYER}/attention_norm/scale", f"{layer}.attention.output.LayerNorm.weight"),
-            Weight(f"{_LAYER}/attention_norm/bias", f"{layer}.attention.output.LayerNorm.bias"),
-            Weight(f"{_LAYER}/feed_forward/up/kernel", f"{layer}.intermediate.dense.weight", LINEAR),
-            Weight(f"{_LAYER}/feed_forward/up/bias", f"{layer}.intermediate.dense.bias"),
-            Weight(f"{_LAYER}/feed_forward/down/kernel", f"{layer}.output.dense.weight", LINEAR),
-            Weight(f"{_LAYER}/feed_forward/down/bias", f"{layer}.output.dense.bias"),
-            Weight(f"{_LAYER}/feed_forward_norm/scale", f"{layer}.output.LayerNorm.weight"),
-            Weight(f"{_LAYER}/feed_forward_norm/bias", f"{layer}.output.LayerNorm.bias"),
+            *layer_weights(prefix + "encoder.layer.{layer}", linears, NORMS),
         ),
         prefix=prefix,
     )
@@ -51,8 +66,7 @@ def encoder_names(prefix: str, *, segments: bool = True, projected: bool = False
 
 def _distilbert_names() -> Names:
     prefix = "distilbert."
-    layer = prefix + "transformer.layer.{layer}"
-    linear = {
+    linears = {
         "attention/query": "attention.q_lin",
         "attention/key": "attention.k_lin",
         "attention/value": "attention.v_lin",
@@ -61,14 +75,8 @@ def _distilbert_names() -> Names:
         "feed_forward/down": "ffn.lin2",
     }
     norms = {"attention_norm": "sa_layer_norm", "feed_forward_norm": "output_layer_norm"}
-    rows = [*_embeddings(prefix, "word|position")]
-    for part, name in linear.items():
-        rows.append(Weight(f"{_LAYER}/{part}/kernel", f"{layer}.{name}.weight", LINEAR))
-        rows.append(Weight(f"{_LAYER}/{part}/bias", f"{layer}.{name}.bias"))
-    for part, name in norms.items():
-        rows.append(Weight(f"{_LAYER}/{part}/scale", f"{layer}.{name}.weight"))
-        rows.append(Weight(f"{_LAYER}/{part}/bias", f"{layer}.{name}.bias"))
-    return Names(tuple(rows), prefix=prefix)
+    layers = layer_weights(prefix + "transformer.layer.{layer}", linears, norms)
+    return Names((*embedding_weights(prefix, "word|position"), *layers), prefix=prefix)
 
 
 NAMES = encoder_names("bert.")

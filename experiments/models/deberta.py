@@ -21,10 +21,11 @@ from flax import nnx
 from experiments.errors import UserError
 from experiments.models import checkpoint, stack
 from experiments.models import config as config_json
+from experiments.models.bert_names import LINEARS, NORMS, embedding_weights, layer_weights
 from experiments.models.blocks import Attention, encoder_layers, products, split_heads
 from experiments.models.norm import LayerNorm
 from experiments.models.options import DEFAULT, Options
-from lora_jax.peft import LINEAR, Names, Weight
+from lora_jax.peft import Names, Weight
 
 
 @dataclass(frozen=True)
@@ -266,29 +267,14 @@ def load(
     )
 
 
-_TABLE = "{table=word|position|token_type}"
-_PART = "{part=query|key|value|pos_query|pos_key}"
-_LAYER, _HF_LAYER = "encoder/layers/{layer}", "deberta.encoder.layer.{layer}"
+_LINEARS = {"attention/{part=query|key|value|pos_query|pos_key}": "attention.self.{part}_proj", **LINEARS}
 NAMES = Names(
     (
-        Weight(f"embeddings/{_TABLE}/embedding", "deberta.embeddings.{table}_embeddings.weight", module="embedding"),
-        Weight("embeddings/norm/scale", "deberta.embeddings.LayerNorm.weight"),
-        Weight("embeddings/norm/bias", "deberta.embeddings.LayerNorm.bias"),
+        *embedding_weights("deberta.", "word|position|token_type"),
         Weight("encoder/relative/embedding", "deberta.encoder.rel_embeddings.weight", module="embedding"),
         Weight("encoder/relative_norm/scale", "deberta.encoder.LayerNorm.weight"),
         Weight("encoder/relative_norm/bias", "deberta.encoder.LayerNorm.bias"),
-        Weight(f"{_LAYER}/attention/output/kernel", f"{_HF_LAYER}.attention.output.dense.weight", LINEAR),
-        Weight(f"{_LAYER}/attention/output/bias", f"{_HF_LAYER}.attention.output.dense.bias"),
-        Weight(f"{_LAYER}/attention/{_PART}/kernel", _HF_LAYER + ".attention.self.{part}_proj.weight", LINEAR),
-        Weight(f"{_LAYER}/attention/{_PART}/bias", _HF_LAYER + ".attention.self.{part}_proj.bias"),
-        Weight(f"{_LAYER}/attention_norm/scale", f"{_HF_LAYER}.attention.output.LayerNorm.weight"),
-        Weight(f"{_LAYER}/attention_norm/bias", f"{_HF_LAYER}.attention.output.LayerNorm.bias"),
-        Weight(f"{_LAYER}/feed_forward/up/kernel", f"{_HF_LAYER}.intermediate.dense.weight", LINEAR),
-        Weight(f"{_LAYER}/feed_forward/up/bias", f"{_HF_LAYER}.intermediate.dense.bias"),
-        Weight(f"{_LAYER}/feed_forward/down/kernel", f"{_HF_LAYER}.output.dense.weight", LINEAR),
-        Weight(f"{_LAYER}/feed_forward/down/bias", f"{_HF_LAYER}.output.dense.bias"),
-        Weight(f"{_LAYER}/feed_forward_norm/scale", f"{_HF_LAYER}.output.LayerNorm.weight"),
-        Weight(f"{_LAYER}/feed_forward_norm/bias", f"{_HF_LAYER}.output.LayerNorm.bias"),
+        *layer_weights("deberta.encoder.layer.{layer}", _LINEARS, NORMS),
     ),
     prefix="deberta.",
 )

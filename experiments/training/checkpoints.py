@@ -194,7 +194,7 @@ class Checkpoints:
                 continue
             raise UserError(f"{self._directory}: the checkpoint of step {step} {problem}; --fresh starts over")
         if steps:
-            raise UserError(f"{self._directory}: no checkpoint is whole; --fresh starts over")
+            raise UserError(f"{self._directory}: no checkpoint is intact; --fresh starts over")
         return _NONE
 
     def _mismatch(self, described: list[Any], base: str, settings: Any, stored_base: str, stored: Any) -> str | None:

@@ -177,7 +177,7 @@ def test_no_whole_checkpoint(copied):
         if step.name.isdecimal():
             DAMAGE["cut"](step)
     said = []
-    with opened(copied, say=said.append) as checkpoints, pytest.raises(UserError, match="no checkpoint is whole"):
+    with opened(copied, say=said.append) as checkpoints, pytest.raises(UserError, match="no checkpoint is intact"):
         checkpoints.restore(state_on(OTHER))
     assert len(said) == 3 and "going on" not in said[-1]
 
