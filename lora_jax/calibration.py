@@ -36,7 +36,7 @@ def collect_stats(
       batches: An iterable of batches, which is consumed once.
 
     Returns:
-      `{path: reading}`: sums of the moments over the batches, or means of the gradients.
+      `{path: statistics}`: sums of the moments over the batches, or means of the gradients.
 
     Raises:
       ValueError: The inputs of a weight that is indexed, merged or partly contracted are requested; the base has only
@@ -65,25 +65,25 @@ def collect_stats(
             )
         if sums:
             sums = add_gradients(sums, arguments, _add_zeros)
-    readings = {}
+    results = {}
     for path, (statistic, roles) in requests.items():
         shape = tuple(leaves[path].shape)
-        # Sums are popped, so that a sum and its reading are both in memory for one weight at a time.
+        # Sums are popped, so that a sum and its result are both in memory for one weight at a time.
         if statistic == INPUTS:
-            readings[path] = Statistics(shape, roles, inputs=_flatten(*moments.pop(path)))
+            results[path] = Statistics(shape, roles, inputs=_flatten(*moments.pop(path)))
         else:
-            readings[path] = Statistics(shape, roles, gradient=sums.pop(path) / count)
-        _check(path, readings[path])
-    return readings
+            results[path] = Statistics(shape, roles, gradient=sums.pop(path) / count)
+        _check(path, results[path])
+    return results
 
 
-def _check(path: str, reading: Statistics) -> None:
+def _check(path: str, statistics: Statistics) -> None:
     """Raises `ValueError` if a statistic is zero or not finite; tracers are not checked."""
-    if reading.inputs is not None:
-        values, counts = reading.inputs.squares, reading.inputs.count
+    if statistics.inputs is not None:
+        values, counts = statistics.inputs.squares, statistics.inputs.count
         missing, invalid = "input", "inputs contain NaN or Inf, or values whose squares are too large for float32"
     else:
-        values = counts = reading.gradient
+        values = counts = statistics.gradient
         missing, invalid = "nonzero gradient", "gradient contains NaN or Inf"
     assert values is not None and counts is not None
     if isinstance(values, jax.core.Tracer):

@@ -1,15 +1,15 @@
-"""Former names. Each raises an error that states the present one."""
+"""Former names, which raise errors that state the new names."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 
 def module_getattr(module: str, **names: str) -> Callable[[str], Any]:
-    """A module's `__getattr__` for names that have changed.
+    """Creates a module's `__getattr__` for former names.
 
     Args:
       module: The module's `__name__`.
-      **names: Present names by former ones.
+      **names: The new name of each former name.
 
     Example:
       >>> __getattr__ = module_getattr("package.module", find="get_initializer")
@@ -27,7 +27,7 @@ def module_getattr(module: str, **names: str) -> Callable[[str], Any]:
 
 
 class RenamedMethod:
-    """The former name of a method: reading it raises, and so does a subclass that still defines it.
+    """The former name of a method. Reading it raises an error, and so does defining it in a subclass.
 
     Example:
       >>> class Recipe:
@@ -51,7 +51,7 @@ class RenamedMethod:
 
     @staticmethod
     def check(cls: type) -> None:
-        """Raises `TypeError` where a class defines a method under a former name of its bases."""
+        """Raises `TypeError` if a class defines a method under a former name of its bases."""
         for base in cls.__mro__[1:]:
             for name, method in vars(base).items():
                 if isinstance(method, RenamedMethod) and name in vars(cls):
