@@ -85,6 +85,8 @@ DIVIDED = ("LoKr", "MiSS", "OFT")
 
 CONVOLUTIONS = ("linen.Conv2d_strided", "linen.Conv2d_grouped_dilated")
 MERGED = (
+    # A part of a table is computed before it is added to something.
+    *itertools.product(("raw.positions",), EVERYWHERE),
     # Axes in blocks or divided have no ragged product of their own, and no lookup.
     *itertools.product(("raw.ragged_dot",), ("LoRA_blocks", "LoRA_one_block", "Blocked", *DIVIDED)),
     *itertools.product(("nnx.Embed", "linen.Embed_tied_attend"), DIVIDED),
@@ -96,7 +98,7 @@ MERGED = (
 ODD = ("linen.Conv2d_grouped_dilated", "linen.Embed_tied_attend", "nnx.Embed")
 """Layers whose largest in axis is of odd size."""
 
-IN_PARTS = (*USES_DEVICES, "raw.positions", "raw.qkv_split_before", "raw.qkv_sliced_before")
+IN_PARTS = (*USES_DEVICES, "raw.qkv_split_before", "raw.qkv_sliced_before")
 """Layers that multiply by parts of their weight, so that even a merged gradient is made of parts."""
 
 
