@@ -221,6 +221,33 @@ def test_a_use_that_needs_other_roles_is_merged_and_says_why():
     assert lora.explain(fn, base, both, x).factored
 
 
+JOINED = {
+    "concatenated": lambda p, x: jnp.split(x @ jnp.concatenate([p["square"], p["other"]], 1), 2, axis=1),
+    "stacked": lambda p, x: jnp.einsum("td,ndf->ntf", x, jnp.stack([p["square"], p["other"]])),
+    "plus constants": lambda p, x: (x @ (p["square"] + 1), x @ (jnp.eye(D) - p["other"])),
+}
+
+
+def in_order(p, x):
+    return jnp.tanh(jnp.tanh(x @ p["square"]) @ p["other"])
+
+
+@pytest.mark.parametrize(
+    "joined, separate",
+    [
+        *((fn, lambda p, x: (x @ p["square"], x @ p["other"])) for fn in JOINED.values()),
+        (lambda p, x: scan(jnp.stack([p["square"], p["other"]]), x), in_order),
+    ],
+    ids=[*JOINED, "stacked and scanned"],
+)
+def test_inputs_are_read_behind_joined_weights(joined, separate):
+    spec = {"square|other": lora.LoRA(2, init="eva")}
+    _, ours = lora.prepare(jax.random.key(0), BASE, spec, joined, [X])
+    _, theirs = lora.prepare(jax.random.key(0), BASE, spec, separate, [X])
+    for path, node in theirs.items():
+        np.testing.assert_allclose(jnp.abs(ours[path].a), jnp.abs(node.a), rtol=1e-3, atol=1e-3)
+
+
 def test_the_rule_in_the_guide_is_complete(monkeypatch):
     guide = pathlib.Path(__file__).parent.parent / "CONTRIBUTING.md"
     (code,) = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
