@@ -26,7 +26,6 @@ Takes about half an hour on 2 CPU cores, a minute or two per step.
 
 import contextlib
 import dataclasses
-import importlib.util
 import os
 import sys
 import time
@@ -34,9 +33,9 @@ from collections.abc import Callable, Generator, Mapping
 from typing import Any, Literal
 
 import jax
-from jax.experimental import topologies
 
 from experiments import flags, settings, startup
+from experiments.aot import topology
 from experiments.benchmarks.memory_arithmetic import Problem
 from experiments.benchmarks.memory_process import Figures, analyze_step, run_in_process
 from experiments.benchmarks.memory_shapes import SIZES, SMALL, Shape
@@ -102,15 +101,7 @@ def chip() -> Any:
     Raises:
       UserError: libtpu is not installed.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("Compiling for a TPU needs libtpu: install the `tpu` extra (uv sync --extra tpu).")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU to lock
-    jax.config.update("jax_platforms", "cpu")
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices[0]
-    except Exception as error:
-        raise UserError(f"libtpu does not describe {TOPOLOGY}: {str(error).splitlines()[0]}") from error
+    return topology.describe(TOPOLOGY).devices[0]
 
 
 def compile_steps(config: Config, report: Callable[[str], None]) -> dict[Row, Figures | None]:

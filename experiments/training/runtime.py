@@ -29,5 +29,5 @@ class Runtime:
             return range(0)
         match = re.fullmatch(r"(\d+):(\d+)", self.profile)
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
-            raise ValueError(f"profile is FIRST:LAST, two steps from 1 on as in 10:15, not {self.profile!r}")
+            raise ValueError(f"profile must be FIRST:LAST, two steps from 1 on as in 10:15, not {self.profile!r}")
         return range(int(match[1]), int(match[2]) + 1)

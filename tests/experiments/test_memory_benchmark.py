@@ -96,7 +96,7 @@ def test_without_the_compiler_the_command_is_one_sentence(capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert memory.main(memory.Config(parts=("v5p",))) == 2
     assert capsys.readouterr().err == (
-        "Compiling for a TPU needs libtpu: install the `tpu` extra (uv sync --extra tpu).\n"
+        "compiling for a TPU needs libtpu, which the `tpu` extra installs: uv sync --extra tpu\n"
     )
 
 

@@ -184,7 +184,7 @@ def test_data_without_validation(settings, tmp_path, lenient):
         ),
         (["--model", "tiny-gpt2", "--new-tokens", "500"], "--new-tokens 500: with prompts they are"),
         (["--out", "gs://bucket/runs"], "out gs:/bucket/runs: expected a directory"),
-        (["--profile", "5"], "profile is FIRST:LAST"),
+        (["--profile", "5"], "profile must be FIRST:LAST"),
         (["--rank", "1000"], "the adapter of attention and feed-forward: "),
     ],
 )
