@@ -3,22 +3,21 @@
 from collections.abc import Iterable
 
 from lora_jax.peft import experts, keys
+from lora_jax.peft.adapter_tensors import AdapterTensors
 from lora_jax.peft.config import Config
 from lora_jax.peft.keys import Key
-from lora_jax.peft.tensors import TensorSource
 
 Shape = tuple[int, ...]
 Levels = list[tuple[Shape, Shape]]
 """The shapes of a module's factors: one pair, or one for each of its parameters, the outermost wrapper's first."""
 
 
-def parse_keys(tensors: TensorSource) -> list[Key]:
+def parse_keys(tensors: AdapterTensors) -> list[Key]:
     """Parses the keys of an adapter, without those that repeat others."""
-    names = set(tensors)
-    return [key for name in tensors if not keys.is_repeated(name, names) and (key := keys.parse(name))]
+    return [key for name in tensors if not keys.is_repeated(name, tensors) and (key := keys.parse(name))]
 
 
-def factor_shapes(tensors: TensorSource, parsed: Iterable[Key]) -> dict[tuple[str, bool], Levels]:
+def factor_shapes(tensors: AdapterTensors, parsed: Iterable[Key]) -> dict[tuple[str, bool], Levels]:
     """Returns the shapes of each module's factors, by module and whether it is a lookup.
 
     Raises:

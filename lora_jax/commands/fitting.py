@@ -16,7 +16,7 @@ from lora_jax.peft.keys import Key
 from lora_jax.peft.methods import METHODS, method_in
 from lora_jax.peft.methods.loading import NORMS, find_parts
 from lora_jax.peft.names import Fused, Names
-from lora_jax.peft.opening import adapter_tensors, is_mlx, open_adapter
+from lora_jax.peft.opening import adapter_files, is_mlx, open_adapter
 from lora_jax.peft.tensors import FLOATS, Tensors
 
 
@@ -111,7 +111,7 @@ def _fit_method(
     checkpoint: Tensors, directory: Path, kind: str, model: Mapping[str, Any], ignore: Sequence[str]
 ) -> Fitting:
     """:func:`fit_checkpoint` for methods other than LoRA."""
-    with adapter_tensors(directory, ignore) as tensors:
+    with adapter_files(directory, ignore) as tensors:
         stored = [key.removeprefix(keys.PREFIX) for key in tensors if key.startswith(keys.PREFIX)]
         modules = {key.rpartition(".")[0] for key in stored}
         if kind in METHODS:

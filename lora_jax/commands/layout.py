@@ -13,11 +13,11 @@ import numpy as np
 from lora_jax.commands.factor_shapes import Levels, Shape, factor_shapes, parameters_of, parse_keys
 from lora_jax.commands.leaves import Kind, LazyTensor, leaf_path, make_names
 from lora_jax.peft import keys, mlx_experts, ties
+from lora_jax.peft.adapter_tensors import AdapterTensors
 from lora_jax.peft.config import Config
 from lora_jax.peft.keys import Key
 from lora_jax.peft.names import Names
 from lora_jax.peft.opening import is_mlx, open_adapter
-from lora_jax.peft.tensors import TensorSource
 
 
 def infer_base(directory: Path, ignore: Sequence[str] = ()) -> tuple[dict[str, Any], Names]:
@@ -79,7 +79,7 @@ def _read(directory: Path, key: Key) -> np.ndarray:
 
 
 def _find_tied(
-    parsed: Iterable[Key], kinds: Mapping[str, Kind], config: Config, tensors: TensorSource
+    parsed: Iterable[Key], kinds: Mapping[str, Kind], config: Config, tensors: AdapterTensors
 ) -> dict[str, tuple[str, ...]]:
     """Returns embeddings, with the heads that the adapter changes in the same way."""
     by_module: dict[str, list[Key]] = collections.defaultdict(list)

@@ -9,9 +9,9 @@ from lora_jax.commands.factor_shapes import Shape
 from lora_jax.commands.leaves import Kind
 from lora_jax.commands.module_kinds import last_segment
 from lora_jax.peft import keys, ties
+from lora_jax.peft.adapter_tensors import AdapterTensors
 from lora_jax.peft.config import Config
 from lora_jax.peft.keys import Key
-from lora_jax.peft.tensors import TensorSource
 
 
 class UntiedHead(NamedTuple):
@@ -70,7 +70,7 @@ def find_tied(
 
 
 def split_untied(
-    heads: Mapping[str, str], parsed: Iterable[Key], config: Config, tensors: TensorSource, prefix: str
+    heads: Mapping[str, str], parsed: Iterable[Key], config: Config, tensors: AdapterTensors, prefix: str
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, UntiedHead]]:
     """Splits tied heads into those that an adapter leaves tied, and those that it unties.
 

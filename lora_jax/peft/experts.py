@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from lora_jax.peft.adapter_tensors import StoredTensor
 from lora_jax.peft.arrays import fold_scale
 from lora_jax.peft.factor_layout import pad_rank
-from lora_jax.peft.module import ExpertSlice, Module, StoredTensor
+from lora_jax.peft.module import ExpertSlice, Module
 from lora_jax.peft.names import Fused, Names
 from lora_jax.peft.torch_adapter import TorchAdapter
 

@@ -19,9 +19,9 @@ import numpy as np
 
 from lora_jax.checks import unusable
 from lora_jax.peft import keys, mlx_experts
+from lora_jax.peft.adapter_tensors import AdapterTensors
 from lora_jax.peft.config import CONFIG, Config, exact_pattern
 from lora_jax.peft.tensors import Tensors
-from lora_jax.peft.view import View
 
 MLX = "adapters.safetensors"
 """mlx-lm's file of tensors; its `adapter_config.json` has other fields than PEFT's."""
@@ -55,7 +55,7 @@ _Parts = dict[str, str]
 
 def convert_file(
     tensors: Tensors, metadata: Mapping[str, str], base_modules: Iterable[str]
-) -> tuple[Config, View] | None:
+) -> tuple[Config, AdapterTensors] | None:
     """Converts a file of kohya's scripts or of diffusers to PEFT's terms; returns None if it is neither.
 
     Args:
@@ -76,7 +76,9 @@ def convert_file(
     return _convert(tensors, modules, ranks, alphas, rest)
 
 
-def convert_mlx(tensors: Tensors, content: Mapping[str, Any], base_modules: Iterable[str] = ()) -> tuple[Config, View]:
+def convert_mlx(
+    tensors: Tensors, content: Mapping[str, Any], base_modules: Iterable[str] = ()
+) -> tuple[Config, AdapterTensors]:
     """Converts an adapter of mlx-lm to PEFT's terms.
 
     Args:
@@ -154,7 +156,7 @@ def _convert(
     transpose: bool = False,
     experts: Mapping[str, int] | None = None,
     dropout: float = 0.0,
-) -> tuple[Config, View]:
+) -> tuple[Config, AdapterTensors]:
     """Renames tensors to PEFT's keys and makes the config.
 
     Args:
@@ -191,7 +193,7 @@ def _convert(
         alpha_pattern={exact_pattern(name): a for name, a in alphas.items() if a != alpha},
         target_modules=tuple(modules),
     )
-    return config, View(tensors, names, transposed, slices)
+    return config, AdapterTensors(tensors, names, transposed, slices)
 
 
 def _read_number(tensors: Tensors, key: str) -> float:

@@ -9,13 +9,11 @@ from lora_jax import paths
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.io.read_errors import list_problems, shorten
 from lora_jax.peft import keys
+from lora_jax.peft.adapter_tensors import AdapterTensors
 from lora_jax.peft.base_index import BaseIndex
 from lora_jax.peft.config import Config
 from lora_jax.peft.keys import Key
-from lora_jax.peft.module import AdapterTensors
 from lora_jax.peft.names import Names
-from lora_jax.peft.tensors import Tensors
-from lora_jax.peft.view import View
 
 _HINTS = 4  # the number of unknown keys that are reported with the nearest names
 
@@ -30,9 +28,9 @@ class LoadContext:
       problems: Everything that does not fit; reported together at the end.
     """
 
-    def __init__(self, config: Config, tensors: Tensors | View, base: Any, names: Names):
+    def __init__(self, config: Config, tensors: AdapterTensors, base: Any, names: Names):
         self.config = config
-        self.tensors = AdapterTensors(tensors)
+        self.tensors = tensors
         self.base = BaseIndex(base, names)
         self.problems: list[str] = []
         self._hints = _HINTS

@@ -5,10 +5,11 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 from lora_jax.adapters.protocol import Adapter
+from lora_jax.peft.adapter_tensors import StoredTensor
 from lora_jax.peft.completeness import check_complete, check_shared, find_untied
 from lora_jax.peft.load_context import LoadContext
 from lora_jax.peft.low_rank import make_low_rank
-from lora_jax.peft.module import Module, StoredTensor
+from lora_jax.peft.module import Module
 from lora_jax.peft.replacements import load_offsets, load_rows, load_values
 from lora_jax.peft.resolve import resolve_keys
 

@@ -14,10 +14,11 @@ from lora_jax.adapters.protocol import BATCH, IN, OUT
 from lora_jax.io.read_errors import BREAK
 from lora_jax.leaves import is_abstract
 from lora_jax.peft import experts, keys
+from lora_jax.peft.adapter_tensors import StoredTensor
 from lora_jax.peft.arrays import common_dtype
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.factor_layout import FactorLayout, pad_rank
-from lora_jax.peft.module import Module, StoredTensor
+from lora_jax.peft.module import Module
 from lora_jax.peft.weights import Binding
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from lora_jax.peft import foreign
+from lora_jax.peft.adapter_tensors import AdapterTensors
 from lora_jax.peft.config import CONFIG, Config
 from lora_jax.peft.keys import ADAPTER
 from lora_jax.peft.tensors import Tensors, describe_missing, pickle_hint, read_json
-from lora_jax.peft.view import View
 
 SUFFIX = ".safetensors"
 _LISTED = 8
@@ -36,7 +36,7 @@ def find_adapter(directory: Path) -> Path:
 @contextlib.contextmanager
 def open_adapter(
     path: Path, ignore: Sequence[str] = (), base_modules: Iterable[str] = ()
-) -> Iterator[tuple[Config, Tensors | View]]:
+) -> Iterator[tuple[Config, AdapterTensors]]:
     """Opens the config and the tensors of an adapter of LoRA.
 
     Args:
@@ -67,8 +67,8 @@ def open_adapter(
             yield foreign.convert_mlx(tensors, read_json(path / CONFIG), base_modules)
         return
     config = Config.read(path)
-    with adapter_tensors(path, ignore) as tensors:
-        yield config, tensors
+    with adapter_files(path, ignore) as tensors:
+        yield config, AdapterTensors(tensors)
 
 
 def read_config(path: Path) -> Config:
@@ -77,8 +77,8 @@ def read_config(path: Path) -> Config:
         return config
 
 
-def adapter_tensors(directory: Path, ignore: Sequence[str] = ()) -> Tensors:
-    """Returns the tensors of an adapter directory of PEFT, to be opened.
+def adapter_files(directory: Path, ignore: Sequence[str] = ()) -> Tensors:
+    """Returns the tensors in the files of a PEFT adapter, to be opened.
 
     Args:
       directory: The adapter's directory.

@@ -10,12 +10,13 @@ from lora_jax.adapters.full import FullAdapter, RowsAdapter
 from lora_jax.adapters.offset import OffsetAdapter
 from lora_jax.adapters.protocol import BATCH, IN, OUT, Adapter
 from lora_jax.peft import keys, ties
+from lora_jax.peft.adapter_tensors import StoredTensor
 from lora_jax.peft.arrays import common_dtype
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.factor_layout import FactorLayout
 from lora_jax.peft.keys import Key
 from lora_jax.peft.load_context import LoadContext
-from lora_jax.peft.module import Module, StoredTensor
+from lora_jax.peft.module import Module
 from lora_jax.peft.weights import Binding
 
 

@@ -3,9 +3,10 @@
 import dataclasses
 
 from lora_jax.peft import keys
+from lora_jax.peft.adapter_tensors import StoredTensor
 from lora_jax.peft.keys import Key
 from lora_jax.peft.load_context import LoadContext
-from lora_jax.peft.module import ExpertSlice, Module, StoredTensor
+from lora_jax.peft.module import ExpertSlice, Module
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -17,22 +17,6 @@ from lora_jax.io.read_errors import reading
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes, as safetensors spells them, whose numbers are the tensor's values; others are quantized or integers."""
-
-
-class TensorSource(Protocol):
-    """The shapes of some tensors by name; values are read on demand."""
-
-    def __getitem__(self, name: str, /) -> tuple[int, ...]: ...
-
-    def __iter__(self) -> Iterator[str]: ...
-
-    def read(self, name: str, part: tuple[slice, ...] | None = None, /) -> np.ndarray:
-        """See :meth:`Tensors.read`."""
-        ...
-
-    def file_of(self, name: str, /) -> Path:
-        """See :meth:`Tensors.file_of`."""
-        ...
 
 
 class Tensors(Mapping[str, tuple[int, ...]]):

@@ -13,9 +13,10 @@ import numpy as np
 from lora_jax.adapters.full import RowsAdapter
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.peft import keys
+from lora_jax.peft.adapter_tensors import AdapterTensors
 from lora_jax.peft.config import Config
 from lora_jax.peft.keys import Key
-from lora_jax.peft.tensors import Tensors, TensorSource
+from lora_jax.peft.tensors import Tensors
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
 
@@ -137,7 +138,7 @@ def tied_head(table: str, config: Mapping[str, Any], task: str | None = None) ->
     return f"{outer[1] if outer else ''}lm_head.weight"
 
 
-def untied_reason(table: Iterable[Key], head: Iterable[Key], config: Config, tensors: TensorSource) -> str:
+def untied_reason(table: Iterable[Key], head: Iterable[Key], config: Config, tensors: AdapterTensors) -> str:
     """Why an adapter makes the two modules of a tied weight different; empty if they stay one weight.
 
     Args:
@@ -181,7 +182,7 @@ def untied_reason(table: Iterable[Key], head: Iterable[Key], config: Config, ten
     return ""
 
 
-def check_equal_rows(one: Key, other: Key, tensors: TensorSource) -> None:
+def check_equal_rows(one: Key, other: Key, tensors: AdapterTensors) -> None:
     """Raises `ValueError` unless the rows of two modules of one weight are equal, as PEFT writes them."""
     if not np.array_equal(tensors.read(one.key), tensors.read(other.key)):
         raise ValueError(

@@ -10,6 +10,7 @@ import numpy as np
 
 from lora_jax.adapters.protocol import BATCH, OUT, Adapter
 from lora_jax.peft import keys
+from lora_jax.peft.adapter_tensors import AdapterTensors, StoredTensor
 from lora_jax.peft.config import CONFIG, Config
 from lora_jax.peft.factor_layout import FactorLayout, pad_rank
 from lora_jax.peft.load_context import LoadContext
@@ -18,11 +19,10 @@ from lora_jax.peft.methods.ia3 import IA3Method, bias_gain
 from lora_jax.peft.methods.method import Method, Read, Settings, factor_layout
 from lora_jax.peft.methods.table import METHODS, NORM_TUNING
 from lora_jax.peft.methods.vera import PAIR
-from lora_jax.peft.module import AdapterTensors, Module, StoredTensor
+from lora_jax.peft.module import Module
 from lora_jax.peft.names import Names
-from lora_jax.peft.opening import adapter_tensors
+from lora_jax.peft.opening import adapter_files
 from lora_jax.peft.tensors import Tensors, read_json
-from lora_jax.peft.view import View
 from lora_jax.peft.weights import Binding
 
 NORMS = ".ln_tuning_layers."
@@ -53,16 +53,16 @@ def load_method(
     """
     kind, settings = content["peft_type"], Settings(content)
     saved = settings.names("modules_to_save")
-    with adapter_tensors(directory, ignore) as tensors:
+    with adapter_files(directory, ignore) as tensors:
         if kind == NORM_TUNING:
             config = Config(modules_to_save=_list_names(saved, settings.names("target_modules")))
-            view = View(tensors, {name.replace(NORMS, "."): name for name in tensors})
-            context = LoadContext(config, view, base, names)
+            renamed = AdapterTensors(tensors, {name.replace(NORMS, "."): name for name in tensors})
+            context = LoadContext(config, renamed, base, names)
             return context.finish(directory, load_delta(context))
         method, parts = METHODS[kind](), find_parts(tensors, METHODS[kind].parts)
         used = {key for module_parts in parts.values() for key in module_parts.values()} | set(PAIR)
-        view = View(tensors, {name: name for name in tensors if name not in used})
-        context = LoadContext(Config(modules_to_save=_list_names(saved)), view, base, names)
+        rest = AdapterTensors(tensors, {name: name for name in tensors if name not in used})
+        context = LoadContext(Config(modules_to_save=_list_names(saved)), rest, base, names)
         if set(PAIR) <= set(tensors):
             settings = Settings({**content, "pair": tuple(map(tensors.read, PAIR))})
         modules = _make_modules(context, parts, AdapterTensors(tensors))
