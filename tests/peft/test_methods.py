@@ -226,3 +226,13 @@ def test_a_method_that_is_not_read_is_told_from_those_that_are(tmp_path, capsys)
     error = capsys.readouterr().err
     assert "'OFT'" in error and all(repr(kind) in error for kind in METHODS)
     assert set(METHODS) == {"LORA", "TRAINABLE_TOKENS", *methods.METHODS, methods.NORM_TUNING}
+
+
+def test_a_method_on_modules_that_it_does_not_adapt(tmp_path):
+    names = lora.peft.Names((lora.peft.Weight("table", "embed.weight", module="embedding"),))
+    delta = lora.init(jax.random.key(0), {"table": jnp.ones((6, 4))}, {"table": lora.LoHa(2, axes=("in", "out"))})
+    with pytest.raises(
+        ValueError, match=r"PEFT's LOHA \(1 problem\):\n  unsupported: LoHa on a module of the kind 'embedding'"
+    ):
+        lora.peft.save(tmp_path / "out", delta, names)
+    assert not (tmp_path / "out").exists()
