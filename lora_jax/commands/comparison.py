@@ -11,11 +11,7 @@ from rich.console import Console
 from lora_jax.adapters.full import FullAdapter, RowsAdapter
 from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.protocol import Adapter
-from lora_jax.commands.inspection import euclidean
-from lora_jax.commands.layout import find_copies, infer_base
-from lora_jax.commands.leaves import leaf_path
-from lora_jax.commands.reading import adapter_directory, is_native, read
-from lora_jax.commands.wording import (
+from lora_jax.commands.formatting import (
     format_count,
     format_number,
     format_path,
@@ -25,6 +21,10 @@ from lora_jax.commands.wording import (
     progress_bar,
     summarize_kinds,
 )
+from lora_jax.commands.inspection import euclidean
+from lora_jax.commands.layout import find_copies, infer_base
+from lora_jax.commands.leaves import leaf_path
+from lora_jax.commands.reading import adapter_directory, is_native, read
 from lora_jax.merging import distance, norm
 from lora_jax.peft import keys
 from lora_jax.peft.config import TOKENS

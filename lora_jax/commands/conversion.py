@@ -8,6 +8,7 @@ from rich.console import Console
 
 from lora_jax import peft
 from lora_jax.commands.fitting import fit_checkpoint
+from lora_jax.commands.formatting import abbreviate, summarize_kinds
 from lora_jax.commands.layout import find_copies, infer_base
 from lora_jax.commands.outputs import check_new
 from lora_jax.commands.reading import (
@@ -18,7 +19,6 @@ from lora_jax.commands.reading import (
     model_config,
     open_checkpoint,
 )
-from lora_jax.commands.wording import abbreviate, summarize_kinds
 from lora_jax.io.files import replace_directory
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.opening import read_config

@@ -13,10 +13,7 @@ from rich.console import Console
 from lora_jax import checkpoint
 from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.protocol import Adapter
-from lora_jax.commands.layout import find_copies
-from lora_jax.commands.leaves import leaf_path
-from lora_jax.commands.reading import adapter_directory, is_native, load_on_checkpoint, open_checkpoint, read
-from lora_jax.commands.wording import (
+from lora_jax.commands.formatting import (
     abbreviate,
     format_count,
     format_number,
@@ -28,6 +25,9 @@ from lora_jax.commands.wording import (
     progress_bar,
     summarize_kinds,
 )
+from lora_jax.commands.layout import find_copies
+from lora_jax.commands.leaves import leaf_path
+from lora_jax.commands.reading import adapter_directory, is_native, load_on_checkpoint, open_checkpoint, read
 from lora_jax.merging import norm
 from lora_jax.optim import partition
 from lora_jax.peft.config import CONFIG

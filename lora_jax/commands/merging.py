@@ -16,6 +16,7 @@ from lora_jax.adapters.full import enlarges
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.commands.biases import split_biases
 from lora_jax.commands.fitting import fit_checkpoint
+from lora_jax.commands.formatting import abbreviate, format_count, format_path, progress_bar
 from lora_jax.commands.leaves import leaf_path
 from lora_jax.commands.outputs import check_new
 from lora_jax.commands.reading import (
@@ -26,7 +27,6 @@ from lora_jax.commands.reading import (
     model_config,
     open_checkpoint,
 )
-from lora_jax.commands.wording import abbreviate, format_count, format_path, progress_bar
 from lora_jax.io.files import replace_directory
 from lora_jax.peft import ties
 from lora_jax.peft.config import CONFIG
