@@ -295,7 +295,7 @@ def test_merged_tensors_are_those_of_peft(run, fixture, tmp_path):
         )
 
 
-def test_parameters_that_cannot_be_told_apart_are_refused(fails, tmp_path):
+def test_ambiguous_parameters_are_refused(fails, tmp_path):
     case = FIXTURE["experts_two_named_the_other_way_round"]
     base = write_base(tmp_path / "base", case.base_tensors)
     text = fails("merge", base, case.adapter, tmp_path / "out")
@@ -588,7 +588,7 @@ def test_a_config_that_contradicts_the_tensors(fails, reader, adapter):
     assert "(2, 8)" in text and "(3, 8)" in text
 
 
-def test_a_config_that_is_no_json(fails, reader, adapter):
+def test_a_config_that_is_not_json(fails, reader, adapter):
     (adapter / "adapter_config.json").write_text("[" * 100_000)
     assert "adapter_config.json" in fails(*reader)
 
@@ -630,7 +630,7 @@ def test_a_pickle(fails, reader, adapter):
     assert "can run code" in fails(*reader)
 
 
-def test_an_adapter_that_is_no_directory(fails, adapter, base, tmp_path):
+def test_an_adapter_that_is_not_a_directory(fails, adapter, base, tmp_path):
     for name, command in READERS.items():
         text = fails(*command(base, adapter / "adapter_config.json", tmp_path / "out"))
         assert "is a file, expected the directory that contains it" in text, name

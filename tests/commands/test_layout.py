@@ -1,4 +1,4 @@
-"""PyTorch's own tensors as leaves: what factors are for, told from names and shapes."""
+"""PyTorch's tensors as leaves: kinds of modules are inferred from names and shapes."""
 
 import time
 
@@ -60,7 +60,7 @@ def test_a_square_matrix_as_its_namesakes(fit):
     assert kinds == {"h.0.attn.x.weight": "conv1d", "h.0.mlp.x.weight": "conv1d", "head.weight": "linear"}
 
 
-def test_a_square_matrix_that_cannot_be_told(fit):
+def test_an_ambiguous_square_matrix(fit):
     base = {"x.weight": (4, 4), "y.weight": (8, 4)}
     with pytest.raises(ValueError, match=r"'x\.weight' is square.*model_type"):
         fit(base, pair("x", 4, 4) | pair("y", 8, 4))
@@ -79,7 +79,7 @@ TWO = {"target_modules": [], "target_parameters": ["m.down", "m.up"]}
 
 
 @pytest.mark.parametrize("model_type", ["", "llama", "gpt_oss"])
-def test_the_order_of_parameters_is_told_from_shapes(fit, model_type):
+def test_the_order_of_parameters_follows_from_shapes(fit, model_type):
     base = {"m.down": (3, 4, 5), "m.up": (3, 10, 4)}
     kinds, delta = fit(base, experts((3, 4, 10), (3, 5, 4)), TWO, model_type)
     assert list(kinds) == ["m.up", "m.down"] and set(kinds.values()) == {"experts"}

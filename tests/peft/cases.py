@@ -1,4 +1,4 @@
-"""The fixtures of `tests/fixtures/peft` as functions of JAX arrays, and where each leaf stands in torch.
+"""The fixtures of `tests/fixtures/peft` as functions of JAX arrays, with the names of their leaves in PyTorch.
 
 A function takes a flat dict of leaves and the inputs in torch's layout, and gives the output in torch's
 layout. One fixture may serve several ways to hold its weights.

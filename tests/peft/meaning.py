@@ -1,4 +1,4 @@
-"""What an adapter directory means to who reads it, worked out from the files alone."""
+"""The weights that readers compute from an adapter directory, derived from its files alone."""
 
 import math
 import re

@@ -1,6 +1,6 @@
-"""What a reader of LoRA can hold of other families is written as LoRA for it; the rest is refused by name.
+"""Adapters of other families are saved as the LoRA that they equal, or refused by name.
 
-PEFT has forms of its own for most of them: see `test_methods.py`.
+PEFT has its own formats for most of them: see `test_methods.py`.
 """
 
 import jax

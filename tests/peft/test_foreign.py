@@ -1,4 +1,4 @@
-"""LoRA files of kohya's scripts, diffusers and mlx-lm: the deltas that they mean, and the command line."""
+"""LoRA files of kohya's scripts, diffusers and mlx-lm: their deltas, and the command line."""
 
 import json
 

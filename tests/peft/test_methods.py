@@ -1,4 +1,4 @@
-"""PEFT's methods beside LoRA: what PEFT wrote computes the same here, and what is written back is the same tensors."""
+"""PEFT's methods other than LoRA: equal outputs, and the same tensors when saved again."""
 
 import json
 import shutil
@@ -220,7 +220,7 @@ def test_converted_on_the_command_line(name, stored, tmp_path, capsys):
         assert "diff compares" in error and "--base" not in error
 
 
-def test_a_method_that_is_not_read_is_told_from_those_that_are(tmp_path, capsys):
+def test_the_error_of_an_unsupported_method_lists_the_supported_ones(tmp_path, capsys):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "OFT"}')
     assert main(["inspect", str(tmp_path)]) == 2
     error = capsys.readouterr().err

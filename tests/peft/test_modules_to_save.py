@@ -1,4 +1,4 @@
-"""What PEFT saves whole, names that end alike, and narrow factors: deltas made here, written and read again."""
+"""Modules that PEFT saves in full, ambiguous names, and factors in other dtypes: deltas are saved and loaded again."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Names: leaves to tensors and back, whole and in part."""
+"""Tables of names: leaves to tensors and back, in full and in part."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Tables that an encoder and a decoder share: what PEFT's model does with an adapter of them."""
+"""Tables that an encoder and a decoder share: adapters that have no effect in PEFT are refused."""
 
 import json
 import re

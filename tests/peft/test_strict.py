@@ -1,4 +1,4 @@
-"""Loading uses every tensor and misses none, or says in one error all that is wrong."""
+"""Loading uses every tensor and requires every tensor, or lists all problems in one error."""
 
 import dataclasses
 import json
@@ -187,7 +187,7 @@ def test_a_truncated_file(tmp_path, length):
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", '{"r": 1'])
-def test_a_config_that_is_no_object(tmp_path, text):
+def test_a_config_that_is_not_an_object(tmp_path, text):
     case = CASES["linear"]
     shutil.copy(case.adapter / "adapter_model.safetensors", tmp_path)
     (tmp_path / "adapter_config.json").write_text(text)

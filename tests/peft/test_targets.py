@@ -1,4 +1,4 @@
-"""Adapters written for consumers: what each would compute from the files is the merged weight, or a refusal.
+"""Adapters saved for other readers: what each computes from the files is the merged weight, or saving is refused.
 
 How each reads its files, from its source: vLLM takes one scale for all modules and knows no patterns; llama.cpp's
 converter divides alpha by each B's own rank and knows neither patterns nor rsLoRA; mlx-lm has one raw scale and

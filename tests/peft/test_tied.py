@@ -1,4 +1,4 @@
-"""Weights that PyTorch ties: one leaf here, two modules there."""
+"""Weights that PyTorch ties: one leaf here, two modules in PyTorch."""
 
 import jax
 import jax.numpy as jnp
