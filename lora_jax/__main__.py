@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
         "--base",
         type=Path,
         help="the checkpoint directory: needed if the adapter stores embeddings that may not be trained, and for "
-        "ADALORA, IA3, LN_TUNING, LOHA, LOKR and VERA, whose adapters do not define the shapes of weights",
+        "methods other than LORA and TRAINABLE_TOKENS, whose adapters do not define the shapes of weights",
     )
     for command in (merge, convert):
         command.add_argument("--force", action="store_true", help="replace an existing output of the same kind")

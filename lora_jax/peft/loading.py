@@ -22,8 +22,8 @@ from lora_jax.peft.tensors import read_json
 def load(directory: str | os.PathLike, base: Any, names: Names, ignore: Sequence[str] = ()) -> dict[str, Adapter]:
     """Loads an adapter that PEFT wrote as a delta for `base`.
 
-    Methods: LoRA and its variants, AdaLoRA, VeRA (with its projections), LoHa, LoKr, (IA)³, trainable tokens, and the
-    tuning of norms.
+    Methods: LoRA and its variants, AdaLoRA, VeRA (with its projections), LoHa, LoKr, (IA)³, HiRA, MiSS, OFT, trainable
+    tokens, and the tuning of norms.
 
     Args:
       directory: Contains `adapter_config.json` and `adapter_model.safetensors`; or a single directory that does

@@ -34,9 +34,10 @@ def save(
     Args:
       directory: The output. An existing adapter is replaced when the new one is complete.
       delta: Adapters that are all of one method of PEFT, and leaves trained in full (`Full`). LoRA, DoRA, Offset and
-        Rows are PEFT's LoRA; AdaLoRA, VeRA, LoHa, LoKr and IA3, Rows alone and trained norms alone are its methods of
-        these names (target 'peft' only). Low-rank adapters of several methods, for other targets, or that their method
-        cannot represent (VeRA whose pairs differ by the weight's size), are saved as the LoRA that they equal.
+        Rows are PEFT's LoRA. AdaLoRA, VeRA, LoHa, LoKr, IA3, HiRA, MiSS and OFT, Rows alone and trained norms alone are
+        its methods of these names (target 'peft' only). Low-rank adapters of several methods, for other targets, or
+        that their method cannot represent (VeRA whose pairs differ by the weight's size), are saved as the LoRA that
+        they equal.
       names: The names of the leaves in PyTorch.
       target: The reader: 'peft'; 'vllm' and 'gguf' (llama.cpp's converter), which support PEFT's format in part, so
         that uneven scales are folded into B; or 'mlx' (mlx-lm), with its own files.

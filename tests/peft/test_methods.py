@@ -221,10 +221,10 @@ def test_converted_on_the_command_line(name, stored, tmp_path, capsys):
 
 
 def test_the_error_of_an_unsupported_method_lists_the_supported_ones(tmp_path, capsys):
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "OFT"}')
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "XLORA"}')
     assert main(["inspect", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert "'OFT'" in error and all(repr(kind) in error for kind in METHODS)
+    assert "'XLORA'" in error and all(repr(kind) in error for kind in METHODS)
     assert set(METHODS) == {"LORA", "TRAINABLE_TOKENS", *methods.METHODS, methods.NORM_TUNING}
 
 

@@ -281,7 +281,7 @@ def test_a_key_that_is_missing(tmp_path, left_out):
         lora.peft.load(tmp_path, case.base, case.names)
 
 
-@pytest.mark.parametrize("kind", ["OFT", "XLORA", "lora2", 3])
+@pytest.mark.parametrize("kind", ["BOFT", "XLORA", "lora2", 3])
 def test_another_method_is_refused(edited, kind):
     text = message(edited, "linear", config={"peft_type": kind})
     assert "peft_type" in text and str(kind) in text

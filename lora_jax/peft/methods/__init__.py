@@ -1,4 +1,4 @@
-"""PEFT's methods other than LoRA: AdaLoRA, LoHa, LoKr, VeRA, (IA)³, trainable tokens and the tuning of norms."""
+"""PEFT's methods other than LoRA, one file each; also trainable tokens and the tuning of norms."""
 
 from lora_jax.peft.methods.loading import load_method, method_in
 from lora_jax.peft.methods.saving import method_of, save_method
