@@ -30,6 +30,11 @@ def test_help_lists_the_commands():
     assert wrong.returncode == 2 and wrong.stderr == usage.stdout
 
 
+def test_what_newest_leaves_out_exists():
+    (names,) = re.findall(r"^once=\((.*?)\)", CHECK.read_text(), re.MULTILINE | re.DOTALL)
+    assert [name for name in names.split() if not (ROOT / "tests" / name).exists()] == []
+
+
 def test_hooks_and_ci_run_the_script():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     hooks = [hook for repository in config["repos"] for hook in repository["hooks"]]
