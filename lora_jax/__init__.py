@@ -4,7 +4,7 @@ Frozen base parameters and trainable low-rank deltas sit in separate pytrees; a 
 becomes a function of (base, delta) without touching the model's code. See :func:`adapt`.
 """
 
-from lora_jax import adapters, analysis, initializers, io, merging, nnx, optim, paths, peft, quantization
+from lora_jax import adapters, analysis, initializers, io, merging, nnx, optim, paths, peft, quantization, testing
 from lora_jax.adapters.adalora import AdaLoRA
 from lora_jax.adapters.dora import DoRA
 from lora_jax.adapters.factored import Factored
@@ -103,6 +103,7 @@ __all__ = [
     "summary",
     "swap",
     "switch_task",
+    "testing",
     "to_plain_lora",
     "train_many",
     "train_step",

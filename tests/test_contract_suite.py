@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from contract.cases import RECIPES
 
 import lora_jax as lora
 from lora_jax.adapters import Factor, frozen, in_and_out, sizes, static, trained
@@ -52,6 +53,11 @@ class Bottleneck(lora.Recipe):
 def test_an_adapter_of_a_user_s_own_file_passes():
     check_adapter(Bottleneck(2), axes=[("in", "out"), ("batch", "out", "in")])
     check_adapter(Bottleneck(3), axes=[("lookup", "out")])
+
+
+@pytest.mark.parametrize("name", ["FrozenPair", "Picked", "Blocked", "OFT", "MiSS", "HiRA", "LoRAXS"])
+def test_recipes_of_the_contract_s_layers_pass(name):
+    check_adapter(RECIPES[name](), axes=[("in", "out")])
 
 
 def test_roles_and_recipes_are_checked():

@@ -9,6 +9,7 @@ from lora_jax.adapters.factored import Factor, Factored
 from lora_jax.adapters.layouts import BATCH, IN, LOOKUP, OUT
 from lora_jax.adapters.protocol import Adapter, Recipe, adapter, frozen, static, trained
 from lora_jax.adapters.roles import in_and_out, sizes
+from lora_jax.renamed import module_getattr
 
 __all__ = [
     "BATCH",
@@ -26,3 +27,5 @@ __all__ = [
     "static",
     "trained",
 ]
+
+__getattr__ = module_getattr(__name__, conversion="terms")

@@ -173,12 +173,12 @@ def zeros(node: Any) -> dict[str, jax.Array]:
 
 def array_fields(node: Any) -> list[str]:
     """The names of the fields that hold arrays."""
-    return [field.name for field in dataclasses.fields(node) if "trained" in field.metadata]  # pyrefly: ignore
+    return [field.name for field in dataclasses.fields(node) if "trained" in field.metadata]
 
 
 def _declared(node: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The fields that declare sizes, arrays and static ones, with the sizes that they hold."""
-    for field in dataclasses.fields(node):  # pyrefly: ignore[bad-argument-type]
+    for field in dataclasses.fields(node):
         value = getattr(node, field.name)
         if not field.metadata.get("layout"):
             continue
@@ -189,7 +189,7 @@ def _declared(node: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _metadata(node: Any, name: str) -> Any:
-    return type(node).__dataclass_fields__[name].metadata  # pyrefly: ignore[missing-attribute]
+    return type(node).__dataclass_fields__[name].metadata
 
 
 def _words(node: Any, name: str) -> list[str]:
@@ -201,7 +201,7 @@ def _resolved(node: Any, word: str) -> str:
     if word in WORDS:
         return word
     name = word.removeprefix("~")
-    if name not in type(node).__dataclass_fields__:  # pyrefly: ignore[missing-attribute]
+    if name not in type(node).__dataclass_fields__:
         return word
     role = getattr(node, name)
     return _OPPOSITE[role] if word.startswith("~") else role

@@ -4,46 +4,10 @@ import math
 
 import numpy as np
 
+from lora_jax.testing.jaxprs import CONTRACTIONS, bodies, equations, weight_gradients
 from lora_jax.transform import jaxprs
 
-CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "lora_ragged_product", "scatter-add")
-
-
-def equations(jaxpr):
-    """All equations at any depth."""
-    inner = getattr(jaxpr, "jaxpr", jaxpr)
-    for equation in inner.eqns:
-        yield equation
-        for item in bodies(equation):
-            yield from equations(item)
-
-
-def bodies(equation):
-    """The jaxprs among an equation's parameters."""
-    for value in equation.params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if hasattr(item, "eqns") or hasattr(item, "jaxpr"):
-                yield item
-
-
-def forms(shape, axes):
-    """The shapes in which the gradient of a weight may show: any order of axes, groups flattened, one layer."""
-    groups = {role: [n for n, r in zip(shape, axes) if r == role] for role in ("batch", "in", "out")}
-    n_in, n_out = math.prod(groups["in"]), math.prod(groups["out"])
-    lists = [shape, [*groups["batch"], n_in, n_out], [n_in, n_out], [*groups["in"], *groups["out"]]]
-    return {tuple(sorted(n for n in form if n != 1)) for form in lists}
-
-
-def weight_gradients(jaxpr, shapes_and_axes):
-    """The contractions whose result has the shape of a weight."""
-    unwanted = set().union(*(forms(shape, axes) for shape, axes in shapes_and_axes))
-    return [
-        f"{equation.primitive.name} -> {out.aval.shape}"
-        for equation in equations(jaxpr)
-        if equation.primitive.name in CONTRACTIONS
-        for out in equation.outvars
-        if tuple(sorted(n for n in out.aval.shape if n != 1)) in unwanted
-    ]
+__all__ = ["CONTRACTIONS", "constants", "dense_dependents", "equations", "weight_gradients"]
 
 
 def constants(closed):

@@ -1,7 +1,7 @@
 """Three adapters that no paper has, to show that the contract carries what adapters may hold.
 
-One has frozen float leaves and a gain, one an integer leaf, one a block axis. Each is a class and a
-recipe, as a family under `lora_jax/adapters/` would be; nothing else knows of them.
+One has frozen float leaves and a gain, one an integer leaf, one a block axis. Each is a class and a recipe, as in a
+user's own package: public names only, and nothing in the library knows of them.
 """
 
 import dataclasses
@@ -10,152 +10,115 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters.factored import Factor, Factored
-from lora_jax.adapters.protocol import BATCH, IN, LOOKUP, OUT, Adapter, Recipe, adapter, frozen, static, trained
+import lora_jax as lora
+from lora_jax.adapters import BATCH, IN, OUT, Factor, frozen, in_and_out, sizes, static, trained
 
 
-def plain(axes):
-    """Roles without the difference between contracted and indexed axes."""
-    return tuple(IN if role == LOOKUP else role for role in axes)
+def by_role(weight, axes):
+    """The sizes of the batch, in and out axes."""
+    return [sizes(weight.shape, axes, role) for role in (BATCH, IN, OUT)]
 
 
-def labels(axes, role):
-    return tuple(str(i) for i, r in enumerate(axes) if r == role)
-
-
-def sizes(weight, axes, role):
-    return tuple(n for n, r in zip(weight.shape, axes) if r == role)
-
-
-def shape_of(axes, batch, ins, out):
-    queues = {BATCH: iter(batch), IN: iter(ins), OUT: iter(out)}
-    return tuple(next(queues[role]) for role in axes)
-
-
-@adapter("test.FrozenPair")
-class FrozenPair(Adapter):
+@lora.adapter("test.FrozenPair", sizes=("pair",))
+class FrozenPair(lora.Adapter):
     """A frozen random pair with a trained diagonal between, and a trained gain of each output."""
 
-    diagonal: jax.Array = trained()
-    gain: jax.Array = trained()
-    a: jax.Array = frozen()
-    b: jax.Array = frozen()
+    diagonal: jax.Array = trained("batch pair")
+    gain: jax.Array = trained("batch out")
+    a: jax.Array = frozen("batch pair in")
+    b: jax.Array = frozen("batch pair out")
     axes: tuple[str, ...] = static()
 
-    def shape(self):
-        lead = self.axes.count(BATCH)
-        return shape_of(self.axes, self.a.shape[:lead], self.a.shape[lead + 1 :], self.b.shape[lead + 1 :])
-
     def factored(self, weight):
-        lead = labels(self.axes, BATCH)
-        out = (*lead, *labels(self.axes, OUT))
-        return Factored(
-            labels=tuple((str(i),) for i in range(weight.ndim)),
-            factors=(
-                Factor(self.a, (*lead, "pair", *labels(self.axes, IN))),
-                Factor(self.diagonal, (*lead, "pair")),
-                Factor(self.b, (*lead, "pair", *labels(self.axes, OUT))),
-            ),
-            gains=(Factor(self.gain, out),),
-        )
+        return self.form(self.factor("a"), self.factor("diagonal"), self.factor("b"), gains=(self.factor("gain"),))
+
+    def identity_like(self, weight):
+        return dataclasses.replace(self, diagonal=jnp.zeros_like(self.diagonal), gain=jnp.ones_like(self.gain))
 
 
 @dataclasses.dataclass(frozen=True)
-class FrozenPairRecipe(Recipe):
+class FrozenPairRecipe(lora.Recipe):
     axes: tuple[str, ...] | None = None
     rank: int = 2
 
     def create(self, key, weight, axes):
-        axes = plain(axes)
-        lead, ins, out = (sizes(weight, axes, role) for role in (BATCH, IN, OUT))
+        axes = in_and_out("FrozenPair", axes, weight.shape)
+        batch, in_sizes, out_sizes = by_role(weight, axes)
         one, two = jax.random.split(key)
         return FrozenPair(
-            diagonal=jnp.zeros((*lead, self.rank)),
-            gain=jnp.ones((*lead, *out)),
-            a=jax.random.normal(one, (*lead, self.rank, *ins)) * 0.1,
-            b=jax.random.normal(two, (*lead, self.rank, *out)) * 0.1,
+            diagonal=jnp.zeros((*batch, self.rank)),
+            gain=jnp.ones((*batch, *out_sizes)),
+            a=jax.random.normal(one, (*batch, self.rank, *in_sizes)) * 0.1,
+            b=jax.random.normal(two, (*batch, self.rank, *out_sizes)) * 0.1,
             axes=axes,
         )
 
 
-@adapter("test.Picked")
-class Picked(Adapter):
+@lora.adapter("test.Picked", sizes=("pick",))
+class Picked(lora.Adapter):
     """Rows of ΔW for a few picked inputs; which ones is an integer leaf."""
 
-    rows: jax.Array = trained()
-    picked: jax.Array = trained()  # integers never train, whatever the declaration
-    count: tuple[int, ...] = static()
+    rows: jax.Array = trained("batch pick out")
+    picked: jax.Array = trained("pick")  # integers never train, whatever the declaration
+    count: tuple[int, ...] = static("in")
     axes: tuple[str, ...] = static()
 
-    def shape(self):
-        lead = self.axes.count(BATCH)
-        return shape_of(self.axes, self.rows.shape[:lead], self.count, self.rows.shape[lead + 1 :])
-
     def factored(self, weight):
-        lead = labels(self.axes, BATCH)
         onehot = jax.nn.one_hot(self.picked, math.prod(self.count), dtype=self.rows.dtype)
         onehot = onehot.reshape(self.picked.shape[0], *self.count)
-        return Factored(
-            labels=tuple((str(i),) for i in range(weight.ndim)),
-            factors=(
-                Factor(onehot, ("pick", *labels(self.axes, IN))),
-                Factor(self.rows, (*lead, "pick", *labels(self.axes, OUT))),
-            ),
-        )
+        return self.form(Factor(onehot, ("pick", *self.labels("count"))), self.factor("rows"))
+
+    def identity_like(self, weight):
+        return dataclasses.replace(self, rows=jnp.zeros_like(self.rows))
 
 
 @dataclasses.dataclass(frozen=True)
-class PickedRecipe(Recipe):
+class PickedRecipe(lora.Recipe):
     axes: tuple[str, ...] | None = None
     number: int = 2
 
     def create(self, key, weight, axes):
-        axes = plain(axes)
-        lead, ins, out = (sizes(weight, axes, role) for role in (BATCH, IN, OUT))
+        axes = in_and_out("Picked", axes, weight.shape)
+        batch, in_sizes, out_sizes = by_role(weight, axes)
         return Picked(
-            rows=jnp.zeros((*lead, self.number, *out)),
-            picked=jax.random.permutation(key, math.prod(ins))[: self.number].astype(jnp.int32),
-            count=ins,
+            rows=jnp.zeros((*batch, self.number, *out_sizes)),
+            picked=jax.random.permutation(key, math.prod(in_sizes))[: self.number].astype(jnp.int32),
+            count=in_sizes,
             axes=axes,
         )
 
 
-@adapter("test.Blocked")
-class Blocked(Adapter):
-    """A low-rank term for each half of the last out axis."""
+@lora.adapter("test.Blocked", sizes=("half", "part"))
+class Blocked(lora.Adapter):
+    """A low-rank term for each half of the last out axis: an axis with labels of its own."""
 
-    a: jax.Array = trained()
-    b: jax.Array = trained()
+    a: jax.Array = trained("batch half rank in")
+    b: jax.Array = trained("batch half rank part")  # the out axes, the last one halved
+    out: tuple[int, ...] = static("out")
     axes: tuple[str, ...] = static()
 
-    def shape(self):
-        lead = self.axes.count(BATCH)
-        out = self.b.shape[lead + 2 :]
-        out = (*out[:-1], 2 * out[-1])
-        return shape_of(self.axes, self.a.shape[:lead], self.a.shape[lead + 2 :], out)
-
     def factored(self, weight):
-        lead, ins, out = (labels(self.axes, role) for role in (BATCH, IN, OUT))
-        return Factored(
-            labels=tuple(("half", str(i)) if str(i) == out[-1] else (str(i),) for i in range(weight.ndim)),
-            factors=(
-                Factor(self.a, (*lead, "half", "rank", *ins)),
-                Factor(self.b, (*lead, "half", "rank", *out)),
-            ),
-        )
+        *others, last = self.labels("out")
+        lead = self.labels("b")[:-1]
+        b = Factor(self.b.reshape(*self.b.shape[:-1], *self.out[:-1], self.out[-1] // 2), (*lead, *others, last))
+        form = self.form(self.factor("a"), b)
+        return dataclasses.replace(form, labels=tuple(("half", x) if x == last else (x,) for (x,) in form.labels))
+
+    def identity_like(self, weight):
+        return dataclasses.replace(self, a=jnp.zeros_like(self.a), b=jnp.zeros_like(self.b))
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockedRecipe(Recipe):
+class BlockedRecipe(lora.Recipe):
     axes: tuple[str, ...] | None = None
     rank: int = 2
 
     def create(self, key, weight, axes):
-        axes = plain(axes)
-        lead, ins, out = (sizes(weight, axes, role) for role in (BATCH, IN, OUT))
-        out = (*out[:-1], out[-1] // 2)
+        axes = in_and_out("Blocked", axes, weight.shape)
+        batch, in_sizes, out_sizes = by_role(weight, axes)
         return Blocked(
-            a=jax.random.normal(key, (*lead, 2, self.rank, *ins)) * 0.1,
-            b=jnp.zeros((*lead, 2, self.rank, *out)),
+            a=jax.random.normal(key, (*batch, 2, self.rank, *in_sizes)) * 0.1,
+            b=jnp.zeros((*batch, 2, self.rank, math.prod(out_sizes) // 2)),
+            out=out_sizes,
             axes=axes,
         )
