@@ -99,7 +99,7 @@ def tokens_at_a_time(config: Config) -> float:
 
 def inputs_of_layers(config: Config) -> float:
     """Returns the bytes of the inputs of all layers on one chip, which the backward pass uses."""
-    content = program.described(config.model)
+    content = program.read_description(config.model)
     layers = content.get("num_hidden_layers") or content["n_layer"]
     width = content.get("hidden_size") or content["n_embd"]
     return layers * width * tokens_at_a_time(config) * _width(config.dtype)

@@ -32,7 +32,7 @@ from experiments.configs import quickstart
 from experiments.errors import UserError
 from experiments.studies.methods import loss_function
 from experiments.studies.problem import Problem, load
-from experiments.studies.quickstart import method
+from experiments.studies.quickstart import make_method
 from experiments.training.stream import Stream
 
 ROUTED, SINGLE, GROUPED = "one adapter per example", "one adapter for all", "the same, grouped"
@@ -139,10 +139,10 @@ def time_forwards(config: Config, length: int) -> dict[str, list[float]]:
 def time_training(config: Config, problem: Problem) -> dict[str, Training]:
     """Measures simultaneous and sequential training of all adapters, from cleared caches."""
     members, trained = range(config.adapters), config.trained
-    chosen = method("lora", trained)
-    tx, loss = chosen.optimizer(config.steps), loss_function(problem.apply, trained.label_smoothing)
+    method = make_method("lora", trained)
+    tx, loss = method.optimizer(config.steps), loss_function(problem.apply, trained.label_smoothing)
     keys = jax.random.split(jax.random.key(0), config.adapters)
-    deltas = [problem.delta(key, problem.base, chosen.spec) for key in keys]
+    deltas = [problem.delta(key, problem.base, method.spec) for key in keys]
     train = problem.splits["train"]
     streams = [Stream(train.sequences, train.labels, problem.lengths, trained.batch_size, seed) for seed in members]
     batches = [[stream[step] for step in range(config.steps)] for stream in streams]

@@ -1,7 +1,7 @@
 """The result of a run, and reading and writing of JSON records."""
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,7 +51,7 @@ class Result:
     @classmethod
     def load(cls, path: Path) -> "Result":
         """Reads a result that :meth:`save` wrote."""
-        return read_record(path, cls, tuples=("evaluations",))
+        return read_record(path, cls, {"evaluations": tuple})
 
 
 def stored_bytes(directory: Path) -> int:
@@ -70,20 +70,20 @@ def read_json(path: Path, make: Callable[[Any], T]) -> T:
         return make(json.loads(path.read_text(encoding="utf-8")))
 
 
-def read_record(path: Path, kind: type[T], *, tuples: Collection[str]) -> T:
+def read_record(path: Path, kind: type[T], entries: Mapping[str, Callable[[Any], Any]]) -> T:
     """Reads a dataclass that :func:`write_json` wrote.
 
     Args:
       path: The file.
       kind: The dataclass.
-      tuples: Fields that are lists of tuples, which JSON represents as lists.
+      entries: Conversions for the entries of fields that are lists, such as lists of tuples.
 
     Raises:
       UserError: The file is damaged, or another version wrote it.
     """
 
     def make(content: Any) -> T:
-        return kind(**content | {name: [tuple(entry) for entry in content[name]] for name in tuples})
+        return kind(**content | {name: list(map(convert, content[name])) for name, convert in entries.items()})
 
     return read_json(path, make)
 

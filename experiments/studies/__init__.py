@@ -1,1 +1,1 @@
-"""What a config runs, end to end."""
+"""Studies: each `run(config)` is executed by a config of :mod:`experiments.configs`."""

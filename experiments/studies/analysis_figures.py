@@ -1,4 +1,4 @@
-"""The pictures of the analysis."""
+"""The plots of the analysis."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,16 +13,16 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from lora_jax.analysis import Amplification, Drift
 
-_COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2")
+_COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2")
 _MARKERS = {"query": "o", "value": "^"}
 
 
-def similarities(path: Path, found: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Writes φ for all i and j: a row a weight, a column a comparison."""
-    names = list(next(iter(found.values())))
-    figure, panels = _panels(len(found), len(names), (3.1, 3.0))
+def similarities(path: Path, grids_of: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Plots φ for all i and j: a row for each weight, a column for each comparison."""
+    names = list(next(iter(grids_of.values())))
+    figure, panels = _panels(len(grids_of), len(names), (3.1, 3.0))
     image = None
-    for row, (weight, grids) in zip(panels, found.items()):
+    for row, (weight, grids) in zip(panels, grids_of.items()):
         for axes, name in zip(row, names):
             grid = grids[name]
             extent = (0.5, grid.shape[1] + 0.5, grid.shape[0] + 0.5, 0.5)
@@ -32,51 +32,53 @@ def similarities(path: Path, found: Mapping[str, Mapping[str, np.ndarray]]) -> N
         row[0].set_ylabel(f"{_short(weight)}\ni")
     assert image is not None
     figure.colorbar(image, ax=panels, label="φ(i, j)", shrink=0.8)
-    _save(figure, path, "Subspaces that the first i and the first j directions share")
+    _save(figure, path, "Overlap of the subspaces of the first i and the first j directions")
 
 
-def amplifications(path: Path, found: Mapping[str, Mapping[str, Amplification]]) -> None:
-    """Writes the amplification of every weight, and what W does in ΔW's directions beside others."""
+def amplifications(path: Path, by_method: Mapping[str, Mapping[str, Amplification]]) -> None:
+    """Plots the amplification of every weight, and the norm of W projected on the directions of ΔW and on others."""
     figure, ((left, right),) = _panels(1, 2, (5.6, 4.2))
-    for color, weights in zip(_COLOURS, found.values()):
-        for part, chosen in _by_part(weights).items():
-            layers = range(len(chosen))
-            values = [float(amplified.factor) for amplified in chosen]
+    for color, weights in zip(_COLORS, by_method.values()):
+        for part, selected in _by_part(weights).items():
+            layers = range(len(selected))
+            values = [float(amplification.factor) for amplification in selected]
             left.plot(layers, values, color=color, marker=_MARKERS[part], markersize=5, linewidth=1)
-    method, weights = next(iter(found.items()))
+    method, weights = next(iter(by_method.items()))
     kinds = {f"ΔW of {method}": "projected", "W, the largest": "largest", "random": "random"}
-    for color, field in zip(_COLOURS, kinds.values()):
-        for part, chosen in _by_part(weights).items():
-            values = [float(getattr(amplified, field)) for amplified in chosen]
-            right.plot(range(len(chosen)), values, color=color, marker=_MARKERS[part], markersize=5, linewidth=1)
+    for color, field in zip(_COLORS, kinds.values()):
+        for part, selected in _by_part(weights).items():
+            values = [float(getattr(amplification, field)) for amplification in selected]
+            right.plot(range(len(selected)), values, color=color, marker=_MARKERS[part], markersize=5, linewidth=1)
     left.set(xlabel="layer", ylabel="‖ΔW‖ / ‖UᵀWVᵀ‖", yscale="log", title="amplification")
-    right.set(xlabel="layer", ylabel="‖UᵀWVᵀ‖", yscale="log", title="what W does in as many directions of …")
+    right.set(xlabel="layer", ylabel="‖UᵀWVᵀ‖", yscale="log", title="norm of W in as many directions of …")
     for axes in (left, right):
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
-    _legend(left, list(found))
+    _legend(left, list(by_method))
     _legend(right, list(kinds))
-    _save(figure, path, "How much ΔW amplifies what W already does in the directions of ΔW")
+    _save(figure, path, "Amplification of W by ΔW in the directions of ΔW")
 
 
 def drifts(
-    path: Path, found: Mapping[str, Mapping[int, Mapping[str, Drift]]], correlations: Mapping[str, Mapping[str, float]]
+    path: Path,
+    by_method: Mapping[str, Mapping[int, Mapping[str, Drift]]],
+    correlations: Mapping[str, Mapping[str, float]],
 ) -> None:
-    """Writes ΔM over ΔD, a panel a method, a point a weight and step."""
-    figure, (row,) = _panels(1, len(found), (3.4, 3.6))
-    for axes, (method, steps) in zip(row, found.items()):
-        for color, weights in zip(_COLOURS, steps.values()):
+    """Plots ΔM over ΔD: a panel for each method, a point for each weight and step."""
+    figure, (row,) = _panels(1, len(by_method), (3.4, 3.6))
+    for axes, (method, steps) in zip(row, by_method.items()):
+        for color, weights in zip(_COLORS, steps.values()):
             for weight, drift in weights.items():
                 axes.scatter(drift.direction, drift.magnitude, color=color, marker=_MARKERS[_part(weight)], s=22)
-        said = ", ".join(f"{part} {value:+.2f}" for part, value in correlations[method].items())
+        values = ", ".join(f"{part} {value:+.2f}" for part, value in correlations[method].items())
         axes.set(xlabel="ΔD, change of direction")
-        axes.set_title(f"{method}\ncorrelation: {said}", fontsize=10, pad=16)
+        axes.set_title(f"{method}\ncorrelation: {values}", fontsize=10, pad=16)
         axes.ticklabel_format(scilimits=(-2, 3))
     row[0].set_ylabel("ΔM, change of magnitude")
-    steps = next(iter(found.values()))
+    steps = next(iter(by_method.values()))
     _legend(row[-1], [f"step {step}" for step in steps])
-    _save(figure, path, "How far the weights of query and value have moved")
+    _save(figure, path, "Changes of the query and value weights")
 
 
 def _panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
@@ -85,9 +87,9 @@ def _panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure,
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _legend(axes: Axes, colored: Sequence[str]) -> None:
-    """Colors by name, markers by part of the attention."""
-    entries = [Line2D([], [], color=color, label=name) for color, name in zip(_COLOURS, colored)]
+def _legend(axes: Axes, names: Sequence[str]) -> None:
+    """Draws a legend of colors by name and markers by part of the attention."""
+    entries = [Line2D([], [], color=color, label=name) for color, name in zip(_COLORS, names)]
     entries += [
         Line2D([], [], color="grey", marker=marker, linestyle="", label=part) for part, marker in _MARKERS.items()
     ]
@@ -107,8 +109,10 @@ def _ticks(size: int) -> list[int]:
 
 
 def _by_part(weights: Mapping[str, Amplification]) -> dict[str, list[Amplification]]:
-    """The weights of query and of value, each in the order of the layers."""
-    return {part: [found for path, found in weights.items() if _part(path) == part] for part in _MARKERS}
+    """Groups the weights of query and value, each in the order of the layers."""
+    return {
+        part: [amplification for path, amplification in weights.items() if _part(path) == part] for part in _MARKERS
+    }
 
 
 def _part(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Training runs that keep the adapters of chosen weights after every epoch."""
+"""Training runs that save the adapters of selected weights after every epoch."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,15 +11,12 @@ from rich.console import Console
 import lora_jax as lora
 from experiments.reports.results import read_json, write_json
 from experiments.studies.head import Start
-from experiments.studies.methods import Method, loss_function
+from experiments.studies.methods import Method, fit
 from experiments.studies.problem import accuracy, answers
-from experiments.training import loop, outputs
 from experiments.training import mesh as meshes
-from experiments.training.loop import plan_steps
+from experiments.training import outputs
 from experiments.training.mesh import MeshSizes
-from experiments.training.progress import bar
 from experiments.training.run import TrainingRun
-from experiments.training.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -27,10 +24,10 @@ class Run:
     """A finished run.
 
     Attributes:
-      name: Of its method.
-      seed: Of the initial factors and the order of the examples.
-      deltas: The adapters of the watched weights, by step.
-      accuracy: On validation, at the end.
+      name: The name of the method.
+      seed: The random seed of the initial factors and the order of the examples.
+      deltas: The adapters of the tracked weights by step.
+      accuracy: The validation accuracy at the end.
     """
 
     name: str
@@ -44,30 +41,30 @@ class Run:
         return self.deltas[max(self.deltas)]
 
 
-def trained(
+def run_method(
     start: Start,
     method: Method,
     seed: int,
-    watched: list[str],
+    tracked: list[str],
     *,
     directory: Path,
     checkpoint_every: int,
     console: Console,
 ) -> Run:
-    """Trains a method, or goes on with it, or reads what `directory` holds of it.
+    """Trains a method, resumes its run, or reads the result of a finished run.
 
     Args:
-      start: The base with the head that training starts from.
-      method: What to train.
-      seed: Of the initial factors and the order of the examples.
-      watched: Paths of the weights whose adapters are kept.
-      directory: Of this run alone.
+      start: The starting point.
+      method: The method.
+      seed: Random seed of the initial factors and the order of the examples.
+      tracked: Paths of the weights whose adapters are saved.
+      directory: The directory of this run.
       checkpoint_every: Steps between checkpoints.
-      console: Where the bar is drawn.
+      console: The output of the progress bar.
     """
     finished = directory / "history.json"
     if not finished.exists():
-        _train(start, method, seed, watched, directory, checkpoint_every, console)
+        _train(start, method, seed, tracked, directory, checkpoint_every, console)
     evaluations = read_json(finished, lambda content: [(step, accuracy) for step, accuracy in content["evaluations"]])
     steps = [step for step, _ in evaluations if step]
     deltas = {step: lora.load(_snapshot(directory, step), start.problem.base) for step in steps}
@@ -78,22 +75,17 @@ def _train(
     start: Start,
     method: Method,
     seed: int,
-    watched: list[str],
+    tracked: list[str],
     directory: Path,
     checkpoint_every: int,
     console: Console,
 ) -> None:
     problem, base, splits = start.problem, start.base, start.problem.splits
-    init_key, train_key = jax.random.split(jax.random.key(seed))
-    delta = problem.delta(init_key, base, method.spec)
-    stream = Stream(splits["train"].sequences, splits["train"].labels, problem.lengths, method.batch_size, seed)
-    total, due = plan_steps(method.epochs, stream.steps_per_epoch)
-    tx = method.optimizer(total)
     adapted = jax.jit(lora.adapt(problem.apply))
 
     def evaluate(state: lora.TrainState) -> float:
-        kept = {path: state.delta[path] for path in watched}
-        lora.save(_snapshot(directory, int(state.step)), kept, base=problem.base)
+        delta = {path: state.delta[path] for path in tracked}
+        lora.save(_snapshot(directory, int(state.step)), delta, base=problem.base)
 
         def logits(*inputs: np.ndarray) -> jax.Array:
             return adapted(base, state.delta, *inputs)[0]
@@ -103,19 +95,7 @@ def _train(
     run = TrainingRun(
         directory, meshes.make_mesh(MeshSizes()), {"method": repr(method), "seed": seed}, checkpoint_every
     )
-    with bar(console, f"{method.name} (seed {seed})", method.epochs * len(splits["train"])) as shown:
-        _, history = loop.train(
-            run,
-            lora.train_step(loss_function(problem.apply, method.label_smoothing), tx),
-            lora.TrainState.create(base, delta, tx, train_key),
-            stream,
-            total,
-            due=due,
-            score=start.result.validation_accuracy,
-            evaluate=evaluate,
-            format_score="{:.1%}".format,
-            bar=shown,
-        )
+    _, history = fit(start, base, method, seed, run, console, evaluate=evaluate)
     write_json(directory / "history.json", asdict(history))
     outputs.clear(directory, "checkpoints")
 

@@ -1,9 +1,8 @@
-"""A trained sentence classifier in PEFT's format: its encoder's adapter, and its head as a file of its own.
+"""Exports a trained sentence classifier in PEFT's format: the encoder's adapter, and the head in a separate file.
 
-PEFT adapts what transformers opens, and transformers has no mean over tokens with one linear layer behind it. So the
-adapter is for the bare encoder, as `AutoModel` opens it: whatever head the base was given here, the adapter depends on
-the published weights alone. The head is two tensors, and a README says in a few lines of PyTorch how all of it is put
-together.
+transformers has no model with a linear layer on the mean over tokens. The exported adapter is therefore for the bare
+encoder, as `AutoModel` opens it, and depends only on the published weights. The head is two tensors, and a README has a
+few lines of PyTorch that combine them.
 """
 
 import json
@@ -21,11 +20,11 @@ from experiments.studies.problem import HEAD, Problem
 from lora_jax.io import replace_file
 
 DIRECTORY, LOGITS = "peft", "test_logits.npy"
-_PUBLISHED = {location.MINILM: "sentence-transformers/all-MiniLM-L6-v2"}  # what a package carries, by its hub name
+_PUBLISHED = {location.MINILM: "sentence-transformers/all-MiniLM-L6-v2"}  # names on the Hugging Face Hub
 _README = """# LoRA on {title}
 
-Made by lora_jax. The adapter is for the encoder as transformers opens it; the head on the mean of its token vectors is
-in `classifier.safetensors`.{note}
+Written by lora_jax. The adapter is for the encoder as transformers opens it. `classifier.safetensors` contains the head
+on the mean of the token vectors.{note}
 
 ```python
 import torch
@@ -55,7 +54,7 @@ print(labels[logits(["a chess engine"]).argmax()])
 
 _QUANTIZED = """
 
-It was trained over linear layers in NF4 (double quantization, blocks of 64); the code below uses it over floats."""
+It was trained with linear layers in NF4 (double quantization, blocks of 64); the code below uses float weights."""
 
 
 def export(
@@ -67,26 +66,26 @@ def export(
     *,
     quantized: bool = False,
 ) -> None:
-    """Writes `peft/`, and beside it what a check by hand compares it with.
+    """Writes `peft/`, and the logits for :mod:`experiments.checks.exported_quickstart`.
 
     Args:
-      problem: What was learned.
+      problem: The model and the task.
       delta: LoRA on the encoder, and the classifier.
-      model: The base, as `experiments.models.location.find` knows it.
-      directory: Of the run.
-      logits: Of the test examples, in their order, over the published weights.
-      quantized: Whether the base was quantized in training, which the README then says.
+      model: The base; see :func:`experiments.models.location.find`.
+      directory: The directory of the run.
+      logits: The logits of the test examples with the published weights.
+      quantized: Whether the base was quantized in training, for the README.
     """
-    found = location.find(model)
-    base = _PUBLISHED.get(model, str(found.absolute()) if Path(model).is_dir() else model)
+    checkpoint_directory = location.find(model)
+    base = _PUBLISHED.get(model, str(checkpoint_directory.absolute()) if Path(model).is_dir() else model)
     head = HEAD.removeprefix("^")
     encoder = {path: adapter for path, adapter in delta.items() if not path.startswith(head)}
     merged = lora.merge(problem.base, {path: delta[path] for path in delta.keys() - encoder.keys()})["classifier"]
-    names = classifier.encoder_names(bert.BertConfig.from_json(checkpoint.read_config(found)))
-    place = directory / DIRECTORY
-    lora.peft.save(place, encoder, names, base_model=base, task_type="FEATURE_EXTRACTION")
+    names = classifier.encoder_names(bert.BertConfig.from_json(checkpoint.read_config(checkpoint_directory)))
+    output = directory / DIRECTORY
+    lora.peft.save(output, encoder, names, base_model=base, task_type="FEATURE_EXTRACTION")
     tensors = {"weight": np.ascontiguousarray(np.asarray(merged["kernel"]).T), "bias": np.asarray(merged["bias"])}
-    with replace_file(place / "classifier.safetensors") as file:
+    with replace_file(output / "classifier.safetensors") as file:
         save_file(tensors, file)
     labels = textwrap.fill(json.dumps(problem.names), 100, subsequent_indent="    ", break_long_words=False)
     text = _README.format(
@@ -96,6 +95,6 @@ def export(
         length=problem.lengths[-1],
         note=_QUANTIZED if quantized else "",
     )
-    with replace_file(place / "README.md") as file:
+    with replace_file(output / "README.md") as file:
         file.write_text(text, encoding="utf-8")
     np.save(directory / LOGITS, logits)

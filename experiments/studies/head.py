@@ -1,4 +1,4 @@
-"""The head that every method starts from, as a result of its own."""
+"""The converged head from which every method starts."""
 
 import time
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from experiments.training.progress import bar
 
 @dataclass(frozen=True)
 class Start:
-    """Where every trained method starts.
+    """The starting point of every trained method.
 
     Attributes:
-      problem: What is learned.
-      base: Its base with the converged head.
-      result: What is known of that head.
+      problem: The model and the task.
+      base: The base with the converged head.
+      result: The result of the head alone.
     """
 
     problem: Problem
@@ -32,19 +32,19 @@ class Start:
 
 
 def run(problem: Problem, directory: Path, console: Console) -> Start:
-    """Fits the head, or reads the one that `directory` holds."""
-    adapter, result = directory / "adapter", directory / "result.json"
-    if result.exists():
+    """Fits the head, or reads it from `directory`."""
+    adapter, stored = directory / "adapter", directory / "result.json"
+    if stored.exists():
         base = lora.merge(problem.base, lora.load(adapter, problem.base))
-        return Start(problem, base, Result.load(result))
-    began = time.perf_counter()
+        return Start(problem, base, Result.load(stored))
+    started = time.perf_counter()
     features = _features(problem, console)
     labeled = {name: (features[name], split.labels) for name, split in problem.splits.items()}
     fitted = baseline.fit(labeled["train"], labeled["validation"], len(problem.names))
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - started
     base = problem.with_head(fitted.kernel, fitted.bias)
     lora.save(adapter, problem.delta(jax.random.key(0), base, {HEAD: lora.Full()}), base=problem.base)
-    found = Result(
+    result = Result(
         method="head",
         seed=0,
         trained_parameters=fitted.kernel.size + fitted.bias.size,
@@ -58,23 +58,23 @@ def run(problem: Problem, directory: Path, console: Console) -> Start:
         losses=[],
         evaluations=[],
     )
-    found.save(result)
+    result.save(stored)
     console.print(
         f"head: C = {fitted.penalty:.2g}, validation {fitted.validation_accuracy:.1%}, {seconds:.0f} s",
         highlight=False,
     )
-    return Start(problem, base, found)
+    return Start(problem, base, result)
 
 
 def _features(problem: Problem, console: Console) -> dict[str, np.ndarray]:
-    """The sentence vectors of every split, computed once."""
+    """Computes the sentence vectors of every split."""
     apply = jax.jit(problem.apply)
 
     def vectors(tokens: np.ndarray, mask: np.ndarray) -> jax.Array:
         return apply(problem.base, tokens, mask)[1]
 
-    with bar(console, "features", sum(map(len, problem.splits.values()))) as shown:
+    with bar(console, "features", sum(map(len, problem.splits.values()))) as progress:
         return {
-            name: answers(vectors, split, problem.lengths, advance=shown.advance)
+            name: answers(vectors, split, problem.lengths, advance=progress.advance)
             for name, split in problem.splits.items()
         }

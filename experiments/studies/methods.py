@@ -1,4 +1,4 @@
-"""One trained method: what it adapts, its training run, its result."""
+"""Trained methods of classification: what they adapt, their training and their results."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,24 +20,24 @@ from experiments.training import outputs, processes
 from experiments.training.loop import plan_steps, train
 from experiments.training.optimizer import adam
 from experiments.training.progress import bar
-from experiments.training.run import TrainingRun
+from experiments.training.run import History, TrainingRun
 from experiments.training.stream import Stream
 
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained and how.
+    """The trained weights and hyperparameters of a method.
 
     Attributes:
-      name: In the table and in the names of directories.
-      spec: Patterns of paths and the recipe of each.
+      name: The name in tables and directories.
+      spec: Recipes by pattern of paths.
       lr: Peak learning rate.
       epochs: Passes over the training examples.
-      batch_size: Examples a step.
-      warmup: Share of the steps in which the learning rate rises.
-      clip: Largest global norm of the gradients.
-      label_smoothing: Share of the target that is spread over all classes.
-      rules: Patterns of paths and the format of each, where the base is quantized.
+      batch_size: Examples per step.
+      warmup: Fraction of the steps in which the learning rate rises.
+      clip: Maximum global norm of the gradients.
+      label_smoothing: Label smoothing: the probability that is spread evenly over the classes.
+      rules: Formats of quantized weights by pattern of paths.
     """
 
     name: str
@@ -51,19 +51,19 @@ class Method:
     rules: Mapping[str, Any] = field(default_factory=dict)
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """See :func:`experiments.training.optimizer.adam`."""
+        """Returns the optimizer of a run of `steps` steps."""
         return adam(self.lr, steps, warmup=self.warmup, clip=self.clip)
 
 
 def run(start: Start, method: Method, seed: int, run: TrainingRun, console: Console) -> Result:
-    """Trains a method, or goes on with it, or reads its result where it is finished.
+    """Trains a method, resumes its run, or reads the result of a finished run.
 
     Args:
-      start: The base with the head that training starts from.
-      method: What to train.
-      seed: Of the initial factors and the order of the examples.
-      run: Where; its directory will hold `adapter/` and `result.json`.
-      console: Where the bar is drawn.
+      start: The starting point.
+      method: The method.
+      seed: Random seed of the initial factors and the order of the examples.
+      run: The training run. `adapter/` and `result.json` are written to its directory.
+      console: The output of the progress bar.
     """
     directory, mesh = run.directory, run.mesh
     stored = directory / "result.json"
@@ -72,48 +72,30 @@ def run(start: Start, method: Method, seed: int, run: TrainingRun, console: Cons
     problem, splits = start.problem, start.problem.splits
     base = meshes.put_weights(mesh, bert.AXES, start.base)
     base = problem.quantized(base, method.rules) if method.rules else base
-    init_key, train_key = jax.random.split(jax.random.key(seed))
-    delta = problem.delta(init_key, base, method.spec, mesh)
-    stream = Stream(splits["train"].sequences, splits["train"].labels, problem.lengths, method.batch_size, seed)
-    total, due = plan_steps(method.epochs, stream.steps_per_epoch)
-    tx = method.optimizer(total)
-    state = lora.TrainState.create(base, delta, tx, train_key)
-    costs = {
-        "trained_parameters": sum(leaf.size for leaf in jax.tree.leaves(lora.partition(delta)[0])),
-        "adam_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
-    }
     adapted = jax.jit(lora.adapt(problem.apply), out_shardings=meshes.replicated(mesh))
     plain = jax.jit(problem.apply, out_shardings=meshes.replicated(mesh))
 
     def logits(split: str, function: Callable, *params: Any) -> np.ndarray:
         def answer(*inputs: np.ndarray) -> jax.Array:
-            return function(*params, *(meshes.shard_examples(mesh, one) for one in inputs))[0]
+            return function(*params, *(meshes.shard_examples(mesh, array) for array in inputs))[0]
 
         return answers(answer, splits[split], problem.lengths)
 
-    with bar(console, _title(method, seed), method.epochs * len(splits["train"])) as shown:
-        state, history = train(
-            run,
-            lora.train_step(loss_function(problem.apply, method.label_smoothing), tx),
-            state,
-            stream,
-            total,
-            due=due,
-            score=start.result.validation_accuracy,
-            evaluate=lambda state: accuracy(logits("validation", adapted, base, state.delta), splits["validation"]),
-            format_score="{:.1%}".format,
-            bar=shown,
-        )
+    def evaluate(state: lora.TrainState) -> float:
+        return accuracy(logits("validation", adapted, base, state.delta), splits["validation"])
+
+    state, history = fit(start, base, method, seed, run, console, evaluate=evaluate)
     unmerged = logits("test", adapted, base, state.delta)
     merged = logits("test", plain, lora.merge(base, state.delta))
-    trained = meshes.gather(state.delta)
+    delta = meshes.gather(state.delta)
     with processes.first_before_others():
         if processes.is_first():
-            lora.save(directory / "adapter", trained, base=problem.base)  # the head is in the delta: any will do
+            lora.save(directory / "adapter", delta, base=problem.base)  # the delta replaces the head
             result = Result(
                 method=method.name,
                 seed=seed,
-                **costs,
+                trained_parameters=sum(leaf.size for leaf in jax.tree.leaves(lora.partition(delta)[0])),
+                adam_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
                 adapter_bytes=stored_bytes(directory / "adapter"),
                 seconds=history.seconds,
                 validation_accuracy=history.evaluations[-1][1],
@@ -128,15 +110,60 @@ def run(start: Start, method: Method, seed: int, run: TrainingRun, console: Cons
     return Result.load(stored)
 
 
+def fit(
+    start: Start,
+    base: Any,
+    method: Method,
+    seed: int,
+    run: TrainingRun,
+    console: Console,
+    *,
+    evaluate: Callable[[lora.TrainState], float],
+) -> tuple[lora.TrainState, History]:
+    """Trains a new delta of a method, or resumes its run.
+
+    Args:
+      start: The starting point.
+      base: Its base on the mesh of the run, which may be quantized.
+      method: The method.
+      seed: Random seed of the initial factors and the order of the examples.
+      run: The training run.
+      console: The output of the progress bar.
+      evaluate: Computes the validation accuracy of a state.
+
+    Returns:
+      The final state and the measurements.
+    """
+    problem, split = start.problem, start.problem.splits["train"]
+    init_key, train_key = jax.random.split(jax.random.key(seed))
+    delta = problem.delta(init_key, base, method.spec, run.mesh)
+    stream = Stream(split.sequences, split.labels, problem.lengths, method.batch_size, seed)
+    total, due = plan_steps(method.epochs, stream.steps_per_epoch)
+    tx = method.optimizer(total)
+    with bar(console, _title(method, seed), method.epochs * len(split)) as progress:
+        return train(
+            run,
+            lora.train_step(loss_function(problem.apply, method.label_smoothing), tx),
+            lora.TrainState.create(base, delta, tx, train_key),
+            stream,
+            total,
+            due=due,
+            score=start.result.validation_accuracy,
+            evaluate=evaluate,
+            format_score="{:.1%}".format,
+            bar=progress,
+        )
+
+
 def loss_function(apply: Callable, label_smoothing: float) -> Callable:
-    """Cross-entropy for the library's train step: its sum over a batch's examples, and how many they are."""
+    """Returns a loss function for `lora.train_step`: the summed cross-entropy and the number of examples."""
     adapted = lora.adapt(apply)
 
     def loss(base, delta, batch, key):
         logits, _ = adapted(base, delta, batch["tokens"], batch["mask"])
         targets = optax.smooth_labels(jax.nn.one_hot(batch["labels"], logits.shape[-1]), label_smoothing)
-        each = optax.softmax_cross_entropy(logits, targets)
-        return jnp.sum(each * batch["weights"]), jnp.sum(batch["weights"])
+        losses = optax.softmax_cross_entropy(logits, targets)
+        return jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"])
 
     return loss
 

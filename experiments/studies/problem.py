@@ -1,4 +1,4 @@
-"""Sentence classification made ready: a pretrained classifier as a pure function, and tokenized splits."""
+"""Sentence classification: a pretrained classifier as a pure function, and tokenized splits."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ HEAD = r"^classifier/"
 
 @dataclass(frozen=True)
 class Split:
-    """Tokenized examples: token ids, an array each, and `int32[examples]` labels."""
+    """Tokenized examples: the token ids of each, and `int32[examples]` labels."""
 
     sequences: list[np.ndarray]
     labels: np.ndarray
@@ -34,15 +34,15 @@ class Split:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is learned and from where.
+    """A model and a classification task.
 
     Attributes:
       apply: `apply(base, tokens, mask) -> (logits, sentence vectors)`.
-      base: The pretrained parameters with a classifier; a plain nested dict.
+      base: The pretrained parameters with a classifier, a plain nested dict.
       splits: `train`, `validation` and `test`.
-      names: The labels in the order of the logits.
-      lengths: What sequences are padded to.
-      digest: Of the model and the data: other ones, another digest.
+      names: The labels, in the order of the logits.
+      lengths: The lengths to which sequences are padded.
+      digest: A digest of the model and the data.
     """
 
     apply: Callable
@@ -53,28 +53,28 @@ class Problem:
     digest: str
 
     def with_head(self, kernel: np.ndarray, bias: np.ndarray) -> dict[str, Any]:
-        """The base with this classifier in place of the one that starts at zero."""
+        """Returns the base with another classifier."""
         return {**self.base, "classifier": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}}
 
     def delta(
         self, key: jax.Array, base: Mapping[str, Any], spec: Mapping[str, Any], mesh: Mesh | None = None
     ) -> dict[str, Any]:
-        """A new delta on `base`, which lies on a mesh or not."""
+        """Initializes a delta for `base`, on a mesh if there is one."""
 
-        def make(key: jax.Array, base: Any) -> dict[str, Any]:
+        def init(key: jax.Array, base: Any) -> dict[str, Any]:
             return lora.init(key, base, spec, self.apply, *self._shapes())
 
-        return make(key, base) if mesh is None else meshes.init_delta(mesh, make, key, base)
+        return init(key, base) if mesh is None else meshes.init_delta(mesh, init, key, base)
 
     def check(self, name: str, spec: Mapping[str, Any]) -> None:
-        """Raises a UserError where a spec, of a method of this name, does not fit the base."""
+        """Raises a UserError if the spec of a method does not fit the base."""
         try:
             jax.eval_shape(lambda key, base: self.delta(key, base, spec), jax.random.key(0), self.base)
         except ValueError as error:
             raise UserError(f"{name}: {error}") from None
 
     def quantized(self, base: Mapping[str, Any], rules: Mapping[str, Any]) -> Any:
-        """The base with quantized weights."""
+        """Returns the base with quantized weights."""
         return lora.quantize(base, rules, self.apply, *self._shapes())
 
     def _shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -89,34 +89,34 @@ def load(
     lengths: tuple[int, ...],
     report: Callable[[str], None],
 ) -> Problem:
-    """Finds and reads the model and the data.
+    """Loads the model and the data.
 
     Args:
-      model: See `experiments.models.location.find`.
-      data: See `experiments.tasks.examples.load`.
-      limits: How many examples of each split.
-      lengths: See `experiments.tasks.batching.plan`; longer texts are cut to the last one.
-      report: Called with a line on each of them.
+      model: See :func:`experiments.models.location.find`.
+      data: See :func:`experiments.tasks.examples.load`.
+      limits: Number of examples of each split.
+      lengths: See :func:`experiments.tasks.batching.plan`. Longer texts are truncated.
+      report: Called with lines that describe model and data.
 
     Raises:
-      UserError: Something is missing or malformed.
+      UserError: Model or data are missing or malformed.
     """
-    read = {split: examples.load(data, split, limit) for split, limit in limits.items()}
-    names = read["train"].names
+    loaded = {split: examples.load(data, split, limit) for split, limit in limits.items()}
+    names = loaded["train"].names
     directory = location.find(model)
     positions = checkpoint.read_config(directory).get("max_position_embeddings", lengths[-1])
     if lengths[-1] > positions:
-        raise UserError(f"lengths go up to {lengths[-1]}, {model} has {positions} positions only")
+        raise UserError(f"lengths go up to {lengths[-1]}, but {model} has only {positions} positions")
     tokenizer = text.load_tokenizer(directory)
     splits = {
-        split: Split(text.encode(tokenizer, found.texts, lengths[-1]), found.labels) for split, found in read.items()
+        name: Split(text.encode(tokenizer, split.texts, lengths[-1]), split.labels) for name, split in loaded.items()
     }
     apply, base = lora.nnx.functional(classifier.load(directory, len(names)))
     count = sum(leaf.size for leaf in jax.tree.leaves(base))
     report(f"base: {model}, {count:,} parameters with the new head")
-    sizes = ", ".join(f"{len(found):,} {split}" for split, found in splits.items())
+    sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
     report(f"data: {data}, {len(names)} classes; examples: {sizes}")
-    return Problem(apply, base, splits, names, lengths, provenance.digest(directory, read))
+    return Problem(apply, base, splits, names, lengths, provenance.digest(directory, loaded))
 
 
 def answers(
@@ -126,16 +126,16 @@ def answers(
     *,
     advance: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
-    """What `function(tokens, mask)` returns for each example of a split, in the split's order."""
+    """Returns `function(tokens, mask)` for each example of a split, in the order of the split."""
     rows: dict[int, np.ndarray] = {}
     for planned in plan(split.sequences, lengths, EVALUATION_BATCH):
         batch = assemble(planned, split.sequences, split.labels, EVALUATION_BATCH)
-        found = np.asarray(function(batch["tokens"], batch["mask"]))
-        rows |= zip(planned.indices.tolist(), found)
+        values = np.asarray(function(batch["tokens"], batch["mask"]))
+        rows |= zip(planned.indices.tolist(), values)
         advance(len(planned.indices))
     return np.stack([rows[index] for index in range(len(split))])
 
 
 def accuracy(logits: np.ndarray, split: Split) -> float:
-    """The share of examples whose largest logit is their label's."""
+    """Returns the fraction of examples whose largest logit is that of their label."""
     return float(np.mean(logits.argmax(axis=-1) == split.labels))

@@ -1,11 +1,14 @@
-"""What decides a run's numbers, and the directory that it therefore has."""
+"""Directories and records of runs, with everything that determines their results."""
 
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from experiments.tasks.examples import Examples
 from experiments.training import outputs, processes
@@ -15,41 +18,47 @@ _WRITTEN = (
     *("adapter", "step-[0-9]*", "merged", "peft", "test_logits.npy"),
     *("checkpoints", "config.json", "history.json", "metrics.jsonl", "profile", "result.json", "tensorboard"),
 )
-"""What studies write into the directory of a run."""
+"""Names that studies write in the directory of a run."""
 
 
-def directory(out: Path, name: str, everything: Any, *, fresh: bool) -> Path:
-    """Where a run lives: other settings, data, model or versions, another directory; nothing stale is resumed.
+def directory(out: Path, name: str, inputs: Any, *, fresh: bool) -> Path:
+    """Returns the directory of a run. Its name depends on settings, data, model and versions, so that resuming is safe.
 
     Args:
-      out: Where all runs live.
-      name: What the directory's name begins with.
-      everything: All that decides the run's numbers, as JSON can hold it.
-      fresh: Remove what is there.
+      out: The parent of the directories of all runs.
+      name: The prefix of the directory's name.
+      inputs: Everything that determines the results of the run, as JSON data.
+      fresh: Whether to remove an existing run.
     """
-    mark = hashlib.sha256(json.dumps([everything, versions()], sort_keys=True).encode()).hexdigest()[:8]
-    place = out / f"{name}-{mark}"
+    mark = hashlib.sha256(json.dumps([inputs, versions()], sort_keys=True).encode()).hexdigest()[:8]
+    path = out / f"{name}-{mark}"
     with processes.first_before_others():
         if processes.is_first():
-            outputs.begin(place, *_WRITTEN, fresh=fresh)
-    return place
+            outputs.begin(path, *_WRITTEN, fresh=fresh)
+    return path
 
 
-def digest(model: Path, read: Mapping[str, Examples]) -> str:
-    """Of a checkpoint's files and of examples: other ones, another digest."""
-    seen = hashlib.sha256()
+def digest(model: Path, splits: Mapping[str, Examples]) -> str:
+    """Returns a digest of a checkpoint's files and of examples."""
+    result = hashlib.sha256()
     for path in [model / "config.json", model / "tokenizer.json", *peft.model_files(model)]:
         with path.open("rb") as file:
-            seen.update(hashlib.file_digest(file, "sha256").digest())
-    for found in read.values():
-        seen.update(repr((found.names, found.texts)).encode() + found.labels.tobytes())
-    return seen.hexdigest()
+            result.update(hashlib.file_digest(file, "sha256").digest())
+    for split in splits.values():
+        result.update(repr((split.names, split.texts)).encode() + split.labels.tobytes())
+    return result.hexdigest()
+
+
+def record(config: Any, **entries: Any) -> dict[str, Any]:
+    """Returns the JSON record of a study: its config, versions and devices, and other entries."""
+    devices = [device.device_kind for device in jax.devices()]
+    return {"config": asdict(config), "versions": versions(), "devices": devices, **entries}
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the numbers."""
-    found = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+    """Returns the versions of the packages that affect the results."""
+    packages = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
     try:
-        return {"lora-jax": metadata.version("lora-jax"), **found}
+        return {"lora-jax": metadata.version("lora-jax"), **packages}
     except metadata.PackageNotFoundError:  # run from a checkout
-        return found
+        return packages

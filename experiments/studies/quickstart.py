@@ -1,4 +1,4 @@
-"""LoRA beside a converged head, LoRA on all linear layers and full fine-tuning: one table, one picture."""
+"""Compares LoRA with a converged head and full fine-tuning, in a table and a plot."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +17,7 @@ from experiments.studies import encoder_export, head, methods, provenance, sente
 from experiments.studies.head import Start
 from experiments.studies.methods import Method
 from experiments.studies.problem import HEAD, Problem, accuracy, answers, load
+from experiments.tasks import examples
 from experiments.training import mesh as meshes
 from experiments.training import outputs, processes
 from experiments.training.run import TrainingRun
@@ -27,10 +28,10 @@ _QUERY_VALUE = r"attention/(query|value)/kernel"
 
 @outputs.exclusive
 def run(config: Config) -> list[Result]:
-    """Runs what the config asks for, shows the table, writes JSON and picture.
+    """Runs or resumes the methods of the config, prints a table, and writes a JSON record and a plot.
 
     Raises:
-      UserError: The model or the data are missing or malformed.
+      UserError: Model or data are missing or malformed.
     """
     console = processes.console()
     meshes.make_mesh(config.mesh)
@@ -38,15 +39,10 @@ def run(config: Config) -> list[Result]:
     with processes.first_before_others():
         if processes.is_first():
             outputs.claim(config.out, "run.json", "curves.png")
-    limits = {
-        "train": config.train_examples,
-        "validation": config.validation_examples,
-        "test": config.test_examples,
-    }
-    problem = load(config.model, config.data, limits, config.lengths, report=console.print)
+    problem = load(config.model, config.data, examples.limits(config), config.lengths, report=console.print)
     for name in config.methods:
         if name != "head":
-            problem.check(name, method(name, config).spec)
+            problem.check(name, make_method(name, config).spec)
     directory = _directory(config, "head", 0, problem.digest, {})
     with processes.first_before_others():
         start = head.run(problem, directory, console)
@@ -57,7 +53,7 @@ def run(config: Config) -> list[Result]:
         for name in config.methods:
             if name != "head":
                 for seed in range(config.seeds):
-                    directory, result = _trained(start, name, seed, config, mesh, console)
+                    directory, result = _train(start, name, seed, config, mesh, console)
                     results.append(result)
     if processes.is_first():
         _report(config, results, directory, console)
@@ -67,12 +63,12 @@ def run(config: Config) -> list[Result]:
 def _report(config: Config, results: list[Result], last: Path, console: Console) -> None:
     console.print()
     console.print(table(results))
-    if trained := [result for result in results if result.losses]:
-        console.print(merged_line(trained))
+    if with_adapters := [result for result in results if result.losses]:
+        console.print(merged_line(with_adapters))
     curves.draw(config.out / "curves.png", results, f"{config.model} on {config.data}")
-    write_json(config.out / "run.json", _record(config, results))
-    console.print(f"written to {config.out}: run.json, curves.png and an adapter a run")
-    console.print("in Python, from here:")
+    write_json(config.out / "run.json", provenance.record(config, results=[asdict(result) for result in results]))
+    console.print(f"written to {config.out}: run.json, curves.png and an adapter for each run")
+    console.print("to use it in Python, from this directory:")
     for line in (
         "from experiments.studies import sentences",
         f"print(sentences.load({str(last)!r})('a chess engine that plays over the internet'))",
@@ -80,8 +76,8 @@ def _report(config: Config, results: list[Result], last: Path, console: Console)
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
-def method(name: str, config: Config) -> Method:
-    """A method of the config's `methods`."""
+def make_method(name: str, config: Config) -> Method:
+    """Returns a method by its name in the config's `methods`."""
     low_rank = lora.LoRA(rank=config.rank, alpha=config.alpha)
     decomposed = lora.DoRA(rank=config.rank, alpha=config.alpha)
     quantized = {_LINEAR: lora.NF4()}
@@ -105,23 +101,23 @@ def method(name: str, config: Config) -> Method:
     )
 
 
-def _trained(start: Start, name: str, seed: int, config: Config, mesh: Mesh, console: Console) -> tuple[Path, Result]:
-    """The directory of a run and its result."""
-    chosen = method(name, config)
-    settings = {key: value for key, value in asdict(chosen).items() if key not in ("spec", "rules")}
-    settings |= {"spec": repr(chosen.spec), "rules": repr(chosen.rules)}
+def _train(start: Start, name: str, seed: int, config: Config, mesh: Mesh, console: Console) -> tuple[Path, Result]:
+    """Trains a method and returns the directory and the result of the run."""
+    method = make_method(name, config)
+    settings = {key: value for key, value in asdict(method).items() if key not in ("spec", "rules")}
+    settings |= {"spec": repr(method.spec), "rules": repr(method.rules)}
     directory = _directory(config, name, seed, start.problem.digest, settings)
     run = TrainingRun(directory, mesh, asdict(config), config.checkpoint_every, profile=config.profiled_steps())
-    result = methods.run(start, chosen, seed, run, console)
+    result = methods.run(start, method, seed, run, console)
     if processes.is_first():
         sentences.describe(directory, config.model, start.problem)
         if config.export == "peft":
-            _export(start.problem, chosen, config.model, directory, console)
+            _export(start.problem, method, config.model, directory, console)
     return directory, result
 
 
 def _export(problem: Problem, method: Method, model: str, directory: Path, console: Console) -> None:
-    """Writes the adapter of a finished run in PEFT's format, or says why it has none."""
+    """Writes the adapter of a finished run in PEFT's format, unless the method has none."""
     if method.name == "full":
         console.print("PEFT: full fine-tuning has no adapter; its weights are in adapter/", highlight=False)
         return
@@ -131,19 +127,10 @@ def _export(problem: Problem, method: Method, model: str, directory: Path, conso
     line = f"PEFT: {directory / encoder_export.DIRECTORY}"
     if method.rules:
         right = accuracy(logits, problem.splits["test"])
-        line += f" (trained over NF4; over the published float weights, as its README opens them, {right:.1%})"
+        line += f" (trained with NF4 weights; accuracy with the published float weights: {right:.1%})"
     console.print(line, highlight=False, soft_wrap=True)
 
 
 def _directory(config: Config, name: str, seed: int, digest: str, settings: dict[str, Any]) -> Path:
     title = name if name == "head" else f"{name}-seed{seed}"
     return provenance.directory(config.out, title, [name, seed, digest, config.lengths, settings], fresh=config.fresh)
-
-
-def _record(config: Config, results: list[Result]) -> dict[str, Any]:
-    return {
-        "config": asdict(config),
-        "versions": provenance.versions(),
-        "devices": [device.device_kind for device in jax.devices()],
-        "results": [asdict(result) for result in results],
-    }

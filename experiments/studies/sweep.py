@@ -1,4 +1,4 @@
-"""LoRA's rank and learning rate: every pair of a grid trained at once, the best one tried on test."""
+"""Trains a grid of LoRA's rank and learning rate at once, and evaluates the best adapter on test examples."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +19,7 @@ from experiments.studies import head, provenance
 from experiments.studies.head import Start
 from experiments.studies.methods import loss_function
 from experiments.studies.problem import HEAD, Problem, accuracy, answers, load
+from experiments.tasks import examples
 from experiments.training import mesh as meshes
 from experiments.training import outputs, processes
 from experiments.training.loop import plan_steps, train
@@ -33,16 +34,16 @@ _QUERY_VALUE = r"attention/(query|value)/kernel"
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep has found.
+    """The result of a sweep.
 
     Attributes:
-      grid: (rank, learning rate) of each adapter.
-      validation_accuracy: Of each adapter; None where its training diverged.
-      chosen: The place of the best one.
-      test_accuracy: Of the best one.
-      head_accuracy: On validation, of the head alone that training starts from.
-      losses: The mean over adapters, of every step.
-      seconds: Training and its evaluations, compilation included.
+      grid: The pair (rank, learning rate) of each adapter.
+      validation_accuracy: The validation accuracy of each adapter; None if its training diverged.
+      chosen: The index of the best adapter.
+      test_accuracy: The test accuracy of the best adapter.
+      head_accuracy: The validation accuracy of the head alone, from which training starts.
+      losses: The mean loss over adapters of every step.
+      seconds: Time of training and evaluation, including compilation.
     """
 
     grid: list[tuple[int, float]]
@@ -56,19 +57,14 @@ class Sweep:
 
 @outputs.exclusive
 def run(config: Config) -> Sweep:
-    """Trains the grid, shows the table, writes JSON, heat map and the chosen adapter.
+    """Trains or resumes the grid, prints a table, and writes a JSON record, a heat map and the best adapter.
 
     Raises:
-      UserError: The model or the data are missing or malformed, a rank is above the weights', or all diverged.
+      UserError: Model or data are missing or malformed, a rank exceeds that of the weights, or all adapters diverged.
     """
     outputs.claim(config.out, "run.json", "sweep.png")
     console = processes.console()
-    limits = {
-        "train": config.train_examples,
-        "validation": config.validation_examples,
-        "test": config.test_examples,
-    }
-    problem = load(config.model, config.data, limits, config.lengths, report=console.print)
+    problem = load(config.model, config.data, examples.limits(config), config.lengths, report=console.print)
     for rank in config.ranks:
         problem.check(f"ranks {rank}", _spec(config, rank))
     start = head.run(problem, _directory(config, "head", [problem.digest, config.lengths]), console)
@@ -76,18 +72,18 @@ def run(config: Config) -> Sweep:
     directory = _directory(config, "sweep", [problem.digest, settings])
     stored = directory / "result.json"
     if stored.exists():
-        found = read_json(stored, lambda content: Sweep(**content))
+        sweep = read_json(stored, lambda content: Sweep(**content))
     else:
-        found = _trained(config, start, directory, console)
-    _show(config, found, directory, console)
-    return found
+        sweep = _train(config, start, directory, console)
+    _show(config, sweep, directory, console)
+    return sweep
 
 
 _NOT_NUMBERS = ("out", "fresh", "model", "data", "checkpoint_every")
-"""What of a config does not decide the numbers, or is in the digest."""
+"""Settings that do not affect the results, or that the digest covers."""
 
 
-def _trained(config: Config, start: Start, directory: Path, console: Console) -> Sweep:
+def _train(config: Config, start: Start, directory: Path, console: Console) -> Sweep:
     problem, splits = start.problem, start.problem.splits
     deltas = _deltas(config, start)
     stream = Stream(splits["train"].sequences, splits["train"].labels, problem.lengths, config.batch_size, config.seed)
@@ -100,17 +96,17 @@ def _trained(config: Config, start: Start, directory: Path, console: Console) ->
     rates = [lr for _, lr in config.grid]
     states = lora.TrainStates.create(start.base, deltas, tx, keys, {"lr": rates})
     step = lora.train_many(loss_function(problem.apply, config.label_smoothing), tx, batch_axes=None)
-    accuracies, measured = _accuracies(problem), dict[int, np.ndarray]()
+    accuracies, scores_at = _accuracies(problem), dict[int, np.ndarray]()
 
     def evaluate(states: lora.TrainStates) -> float:
-        scores = measured[_done(states)] = accuracies(states)
+        scores = scores_at[_last_step(states)] = accuracies(states)
         return float(np.nanmax(scores))
 
     run = TrainingRun(directory, meshes.make_mesh(MeshSizes()), asdict(config), config.checkpoint_every)
-    with bar(console, f"{len(deltas)} adapters", config.epochs * len(splits["train"])) as shown:
+    with bar(console, f"{len(deltas)} adapters", config.epochs * len(splits["train"])) as progress:
         states, history = train(
             run,
-            _stopping(step),
+            _stop_diverged(step),
             states,
             stream,
             steps,
@@ -118,17 +114,17 @@ def _trained(config: Config, start: Start, directory: Path, console: Console) ->
             score=start.result.validation_accuracy,
             evaluate=evaluate,
             format_score="{:.1%} at best".format,
-            bar=shown,
+            bar=progress,
         )
-    if _done(states) not in measured:  # resumed behind the last step
+    if _last_step(states) not in scores_at:  # resumed after the last step
         evaluate(states)
-    scores = measured[_done(states)]
+    scores = scores_at[_last_step(states)]
     chosen = int(np.nanargmax(scores))
     best = lora.unstack(states.delta, deltas)[chosen]
     lora.save(directory / "adapter", best, base=problem.base)
     adapted = jax.jit(lora.adapt(problem.apply))
     logits = answers(lambda *inputs: adapted(start.base, best, *inputs)[0], splits["test"], problem.lengths)
-    found = Sweep(
+    sweep = Sweep(
         grid=config.grid,
         validation_accuracy=[None if np.isnan(score) else float(score) for score in scores],
         chosen=chosen,
@@ -137,12 +133,12 @@ def _trained(config: Config, start: Start, directory: Path, console: Console) ->
         losses=history.losses,
         seconds=history.seconds,
     )
-    write_json(directory / "result.json", asdict(found))
+    write_json(directory / "result.json", asdict(sweep))
     outputs.clear(directory, "checkpoints")
-    return found
+    return sweep
 
 
-def _done(states: lora.TrainStates) -> int:
+def _last_step(states: lora.TrainStates) -> int:
     return int(states.step.max())
 
 
@@ -151,71 +147,65 @@ def _spec(config: Config, rank: int) -> dict[str, Any]:
 
 
 def _deltas(config: Config, start: Start) -> list[dict[str, Any]]:
-    """An adapter for each pair of the grid. Those of one rank start from the same factors."""
+    """Initializes an adapter for each pair of the grid. Adapters of the same rank start from the same factors."""
     key = jax.random.key(config.seed)
     by_rank = {rank: start.problem.delta(key, start.base, _spec(config, rank)) for rank in config.ranks}
     return [by_rank[rank] for rank, _ in config.grid]
 
 
-def _stopping(step: Callable) -> Callable:
-    """The step of all adapters as the loop takes it; an adapter whose loss is not finite is stopped."""
+def _stop_diverged(step: Callable) -> Callable:
+    """Wraps the step of all adapters for the training loop; it deactivates adapters whose loss is not finite."""
 
-    def stepping(states: lora.TrainStates, batch: Any) -> tuple[lora.TrainStates, dict[str, Any]]:
+    def wrapped(states: lora.TrainStates, batch: Any) -> tuple[lora.TrainStates, dict[str, Any]]:
         states, metrics = step(states, batch)
         finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"]) & np.asarray(states.active)
         if not finite.any():
-            raise UserError("every adapter of the grid diverged, try smaller learning rates")
+            raise UserError("all adapters diverged; try smaller learning rates")
         means = {name: np.mean(np.asarray(metrics[name])[finite]) for name in ("loss", "grad_norm")}
         return replace(states, active=jnp.asarray(finite)), means
 
-    return stepping
+    return wrapped
 
 
 def _accuracies(problem: Problem) -> Callable[[lora.TrainStates], np.ndarray]:
-    """The accuracy of every adapter on validation; NaN for those that were stopped."""
+    """Returns a function from states to the validation accuracy of each adapter; NaN if it diverged."""
     adapted = jax.jit(jax.vmap(lora.adapt(problem.apply), in_axes=(None, 0, None, None), out_axes=1))
     split = problem.splits["validation"]
 
-    def of(states: lora.TrainStates) -> np.ndarray:
+    def evaluate(states: lora.TrainStates) -> np.ndarray:
         logits = answers(lambda *inputs: adapted(states.base, states.delta, *inputs)[0], split, problem.lengths)
         right = logits.argmax(axis=-1) == split.labels[:, None]
         return np.where(np.asarray(states.active), right.mean(axis=0), np.nan)
 
-    return of
+    return evaluate
 
 
-def _show(config: Config, found: Sweep, directory: Path, console: Console) -> None:
-    scores = np.array(found.validation_accuracy, float).reshape(len(config.ranks), -1)
-    rank, lr = found.grid[found.chosen]
+def _show(config: Config, sweep: Sweep, directory: Path, console: Console) -> None:
+    scores = np.array(sweep.validation_accuracy, float).reshape(len(config.ranks), -1)
+    rank, lr = sweep.grid[sweep.chosen]
     ranks, rates = [f"{rank}" for rank in config.ranks], [f"{lr:g}" for lr in config.learning_rates]
     console.print()
     console.print("validation accuracy by rank (down) and learning rate (across)")
     console.print(grid_table(scores, ranks, rates, "rank"))
     console.print(
-        f"chosen: rank {rank}, learning rate {lr:g}, validation {scores.flat[found.chosen]:.1%}, test "
-        f"{found.test_accuracy:.1%}; the head alone: validation {found.head_accuracy:.1%}",
+        f"chosen: rank {rank}, learning rate {lr:g}, validation {scores.flat[sweep.chosen]:.1%}, test "
+        f"{sweep.test_accuracy:.1%}; the head alone: validation {sweep.head_accuracy:.1%}",
         highlight=False,
     )
-    console.print(f"{len(found.grid)} adapters trained in {found.seconds:.0f} s", highlight=False)
+    console.print(f"{len(sweep.grid)} adapters trained in {sweep.seconds:.0f} s", highlight=False)
     draw_grid(
         config.out / "sweep.png",
         scores,
         ranks,
         rates,
         labels=("rank", "peak learning rate"),
-        chosen=divmod(found.chosen, len(rates)),
+        chosen=divmod(sweep.chosen, len(rates)),
         title=f"LoRA: {config.model} on {config.data}",
     )
-    record = {
-        "config": asdict(config),
-        "versions": provenance.versions(),
-        "devices": [device.device_kind for device in jax.devices()],
-        "result": asdict(found),
-        "adapter": str(directory / "adapter"),
-    }
+    record = provenance.record(config, result=asdict(sweep), adapter=str(directory / "adapter"))
     write_json(config.out / "run.json", record)
     console.print(f"written to {config.out}: run.json, sweep.png and the chosen adapter", highlight=False)
 
 
-def _directory(config: Config, name: str, everything: Any) -> Path:
-    return provenance.directory(config.out, name, everything, fresh=config.fresh)
+def _directory(config: Config, name: str, inputs: Any) -> Path:
+    return provenance.directory(config.out, name, inputs, fresh=config.fresh)

@@ -4,6 +4,7 @@ import gzip
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+
+def limits(config: Any) -> dict[str, int | None]:
+    """Returns a config's number of examples of each split (`train_examples` and so on)."""
+    return {split: getattr(config, f"{split}_examples") for split in ("train", "validation", "test")}
 
 
 def load(directory: str | Path, split: str, limit: int | None = None) -> Examples:

@@ -115,8 +115,8 @@ def test_wrong_flags(capsys, monkeypatch, flags, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layer": 1}, "error: --layer 1: the model has layers 0 to 0"),
-        ({"large_rank": 17}, "error: --large-rank 17 is above the rank of the model's weights, 16"),
+        ({"layer": 1}, "error: --layer 1: expected a layer from 0 to 0"),
+        ({"large_rank": 17}, "error: --large-rank 17 exceeds the rank of the model's weights, 16"),
     ],
 )
 def test_settings_that_the_model_does_not_have(config, capsys, monkeypatch, change, message):

@@ -14,7 +14,7 @@ from experiments.input.chat import Template
 from experiments.input.options import Options
 from experiments.input.template_files import load_template, parse_arguments, special_tokens
 from experiments.models import location
-from experiments.studies.sft.samples import ends
+from experiments.studies.sft.samples import read_end_tokens
 from experiments.tasks.text import load_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -149,8 +149,8 @@ def test_a_post_processor_that_uses_a_missing_token(tmp_path):
 def test_ends_of_the_wrong_type(tmp_path, number):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": number}))
-    with pytest.raises(UserError, match=r"eos_token_id is .*, expected a token's number or a list of them"):
-        ends(tmp_path)
+    with pytest.raises(UserError, match=r"eos_token_id is .*, expected a token id or a list of them"):
+        read_end_tokens(tmp_path)
 
 
 def test_another_template(tmp_path):

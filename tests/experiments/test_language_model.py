@@ -150,8 +150,8 @@ def test_what_the_user_can_put_right_is_one_sentence(capsys, tmp_path, tiny_mode
     check("model_type is 'bert', supported is 'gpt2'", "gpt2-tiny", "--model", tiny_model)
     check("no such directory", "llama-tiny", "--model", "./nowhere")
     check("no such data directory", "llama-tiny", "--data", tmp_path / "nowhere")
-    check("128 positions only", "gpt2-tiny", "--lengths", "200")
-    check("128 positions only", "gpt2-tiny", "--new-tokens", "140")
+    check("has only 128 positions", "gpt2-tiny", "--lengths", "200")
+    check("has only 128 positions", "gpt2-tiny", "--new-tokens", "140")
     check("matches no path", "gpt2-tiny", "--targets", "attention", "head")
     check("rank", "llama-tiny", "--rank", "1000")
     broken = tmp_path / "broken"

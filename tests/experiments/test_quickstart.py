@@ -172,8 +172,11 @@ def test_every_method_exports_or_says_why_not(settings, finished, tmp_path, caps
     out = capsys.readouterr().out
     assert "PEFT: full fine-tuning has no adapter; its weights are in adapter/" in out
     (directory,) = runs(config, "qlora")
-    assert f"PEFT: {directory / 'peft'} (trained over NF4; over the published float weights" in " ".join(out.split())
-    assert "trained over linear layers in NF4" in (directory / "peft" / "README.md").read_text()
+    assert (
+        f"PEFT: {directory / 'peft'} (trained with NF4 weights; accuracy with the published float weights"
+        in " ".join(out.split())
+    )
+    assert "trained with linear layers in NF4" in (directory / "peft" / "README.md").read_text()
     assert (directory / "peft" / "adapter_model.safetensors").exists()
 
 

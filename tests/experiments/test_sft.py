@@ -173,14 +173,14 @@ def test_data_without_validation(settings, tmp_path, lenient):
         (["--mesh.data", "3"], "batch.global 8 cannot be divided over a mesh of data 3 × fsdp 1 × tensor 1; nearest"),
         (["--mesh.fsdp", "16"], "has 16 devices, here are 8; mesh.fsdp 8 fits"),
         (["--batch.global", "6", "--batch.accumulate", "4"], "in 4 microbatches; nearest that can: 4 and 8"),
-        (["--mesh.tensor", "4"], "mesh.tensor 4 does not divide the 2 heads of keys of tiny-llama; 1, 2 do"),
-        (["--mesh.tensor", "2", "--mesh.sequence", "--length", "33"], "length 33 cannot be divided over mesh.tensor 2"),
+        (["--mesh.tensor", "4"], "mesh.tensor 4 does not divide the 2 key heads of tiny-llama; use one of 1, 2"),
+        (["--mesh.tensor", "2", "--mesh.sequence", "--length", "33"], "length 33 is not divisible by mesh.tensor 2"),
         (["--mesh.sequence"], "mesh.tensor is 1"),
         (["--mesh.fsdp", "2", "--quantize", "nf4"], "quantize nf4: "),
         (["--targets", "head", "--model", "tiny-gpt2"], "targets head: the head of tiny-gpt2 is its token embedding"),
         (
             ["--model", "tiny-gpt2", "--length", "1000"],
-            "length 1,000: tiny-gpt2 is made for sequences of up to 128",
+            "length 1,000: tiny-gpt2 supports sequences of up to 128",
         ),
         (["--model", "tiny-gpt2", "--new-tokens", "500"], "--new-tokens 500: with prompts they are"),
         (["--out", "gs://bucket/runs"], "out gs:/bucket/runs: expected a directory"),
@@ -196,7 +196,7 @@ def test_what_a_user_can_put_right(flags, message, tmp_path, capsys, monkeypatch
 
 def test_every_family_has_names_and_axes():
     for model in ("tiny-llama", "tiny-gpt2", "Mixtral-8x7B-v0.1"):
-        family = families.get_family(program.described(model))
-        assert family.axes and family.names(family.shape(program.described(model)))
+        family = families.get_family(program.read_description(model))
+        assert family.axes and family.names(family.shape(program.read_description(model)))
     with pytest.raises(UserError, match="model_type is 'lama'; did you mean llama"):
         families.get_family({"model_type": "lama"})

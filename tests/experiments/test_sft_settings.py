@@ -18,7 +18,7 @@ from experiments.configs.sft import BatchSizes, Config
 from experiments.errors import UserError
 from experiments.models import location
 from experiments.models.chunked_loss import cross_entropy
-from experiments.studies.sft import program, study
+from experiments.studies.sft import data, program, study
 from experiments.training import meter, record
 from experiments.training.optimizer import adam, learning_rate
 from tests.experiments.sft_runs import adapters_equal
@@ -66,7 +66,7 @@ def test_a_finished_run_goes_on(settings, finished, tmp_path, lenient):
 def test_validating_with_what_is_trained_on(settings, tmp_path):
     console = Console(file=io.StringIO(), width=80)
     config = dataclasses.replace(settings, out=tmp_path, validation=settings.data)
-    study._read(config, location.find(config.model), console)
+    data.read_data(config, location.find(config.model), console)
     (line,) = [line for line in console.file.getvalue().splitlines() if "also training data" in line]
     assert line.startswith(f"validation: {settings.data[0]} is also training data; its loss does not measure")
 
@@ -75,7 +75,7 @@ def test_going_on_needs_checkpoints(settings, tmp_path, lenient):
     config = dataclasses.replace(settings, out=tmp_path, validation=None, steps=1)
     study.run(config)
     (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="no checkpoints to go on from at step 1; --fresh starts over"):
+    with pytest.raises(UserError, match="no checkpoints to continue from step 1; --fresh starts over"):
         study.run(dataclasses.replace(config, steps=2))
 
 
@@ -119,7 +119,7 @@ def test_a_run_starts_from_an_adapter(settings, finished, tmp_path, form, lenien
 
 
 def test_what_a_run_cannot_start_from(settings, tmp_path):
-    with pytest.raises(UserError, match=r"expected adapter\.json .* or adapter_config\.json"):
+    with pytest.raises(UserError, match=r"expected a directory with adapter\.json .* or adapter_config\.json"):
         program.abstract(dataclasses.replace(settings, rank=16, init_from=tmp_path))
     (tmp_path / "adapter-best").mkdir()
     (tmp_path / "adapter-best" / "adapter.json").touch()
@@ -246,11 +246,11 @@ def test_a_loss_that_is_not_finite_names_its_cause():
         (["--validation-share", "0.1"], "--validation-share 0.1: "),
         (["--data", "PLAIN", "--patience", "1"], "--patience: PLAIN has no validation examples; name some with"),
         (["--data", "PLAIN", "--eval-every", "1"], "--eval-every: PLAIN has no validation examples"),
-        (["--length", "256"], "length 256: tiny-llama is made for sequences of up to 128 tokens"),
+        (["--length", "256"], "length 256: tiny-llama supports sequences of up to 128 tokens"),
         (["--data", "PLAIN:nan"], "PLAIN:nan: invalid weight nan; expected a positive number, as in PLAIN:2"),
         (["--template", "no.jinja"], "--template no.jinja: no such file"),
         (["--template-arguments", "1"], "--template-arguments: '1', expected a JSON object or NAME=VALUE"),
-        (["--init-from", "nowhere"], "--init-from nowhere: is no directory"),
+        (["--init-from", "nowhere"], "--init-from nowhere: no such directory"),
     ],
 )
 def test_what_a_user_can_put_right(flags, message, tmp_path, capsys, monkeypatch):

@@ -1,1 +1,1 @@
-"""A causal language model adapted to texts that follow a prompt, through every step that an adapter can take."""
+"""Adapts a causal language model: training, generation, merging, export and loading."""

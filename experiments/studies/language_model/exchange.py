@@ -1,4 +1,4 @@
-"""The trained adapter merged, written, read back; and by how much what it then computes differs."""
+"""Merges, exports and reloads a trained adapter, and compares the outputs."""
 
 from pathlib import Path
 from typing import Any
@@ -26,20 +26,23 @@ def run(
     generated: np.ndarray,
     base_model: str,
 ) -> list[Agreement]:
-    """Writes `merged/`, a checkpoint that transformers opens, and `peft/`, an adapter that PEFT opens; reads both.
+    """Writes and reloads `merged/`, a checkpoint for transformers, and `peft/`, an adapter for PEFT.
 
     Args:
-      problem: What was learned.
+      problem: The model and the task.
       delta: The adapter.
-      directory: Where both go; what an interrupted run left of them is replaced.
-      step: Of generation, from parameters that nothing adapts.
-      generated: What base and adapter write after each prompt.
-      base_model: What PEFT is told the base is.
+      directory: The directory of both. Files of an interrupted run are replaced.
+      step: The generation step of parameters without an adapter.
+      generated: The tokens that base and adapter generate for each prompt.
+      base_model: The name of the base, for PEFT.
+
+    Returns:
+      Comparisons with base and adapter.
     """
     merged = lora.merge(problem.base, delta)
     outputs.clear(directory, MERGED)
     config = checkpoint.read_config(problem.directory)
-    # both spellings, of older transformers and of newer ones
+    # The names in newer and older versions of transformers.
     config |= {name: "float32" for name in ("dtype", "torch_dtype") if name in config}
     checkpoint.save(directory / MERGED, merged, problem.names, config, tokenizer=problem.directory)
     lora.peft.save(directory / PEFT, delta, problem.names, base_model=base_model, task_type="CAUSAL_LM")
@@ -47,34 +50,34 @@ def run(
     reread = problem.reload(directory / MERGED)
     reloaded = lora.peft.load(directory / PEFT, problem.base, problem.names)
     plain, adapted = jax.jit(problem.apply), jax.jit(lora.adapt(problem.apply))
-    again = samples.generate(problem, step, merged, generated.shape[1])
-    written = generated >= 0
-    apart: dict[str, float] = dict.fromkeys(("merged", "checkpoint", "adapter"), 0.0)
+    merged_tokens = samples.generate(problem, step, merged, generated.shape[1])
+    valid = generated >= 0
+    differences: dict[str, float] = dict.fromkeys(("merged", "checkpoint", "adapter"), 0.0)
     largest = 0.0
     for batch in problem.batches("test"):
-        tokens, real = batch["tokens"], batch["mask"]
-        logits = np.asarray(adapted(problem.base, delta, tokens))[real]
+        tokens, mask = batch["tokens"], batch["mask"]
+        logits = np.asarray(adapted(problem.base, delta, tokens))[mask]
         others = {
             "merged": plain(merged, tokens),
             "checkpoint": plain(reread, tokens),
             "adapter": adapted(problem.base, reloaded, tokens),
         }
         for name, other in others.items():
-            apart[name] = max(apart[name], float(np.abs(np.asarray(other)[real] - logits).max()))
+            differences[name] = max(differences[name], float(np.abs(np.asarray(other)[mask] - logits).max()))
         largest = max(largest, float(np.abs(logits).max()))
-    logits = f"logits, {largest:.1f} at most"
+    logits = f"logits (largest {largest:.1f})"
     return [
-        Agreement("merged weights", "tokens after the prompts", *_equal([generated[written]], [again[written]])),
-        Agreement("merged weights", logits, difference=apart["merged"]),
+        Agreement("merged weights", "tokens after the prompts", *_equal([generated[valid]], [merged_tokens[valid]])),
+        Agreement("merged weights", logits, difference=differences["merged"]),
         Agreement("merged checkpoint, reloaded", "weights", *_equal(*map(jax.tree.leaves, (merged, reread)))),
-        Agreement("merged checkpoint, reloaded", logits, difference=apart["checkpoint"]),
-        Agreement("PEFT adapter, reloaded", "its arrays", *_equal(*_arrays(delta, reloaded))),
-        Agreement("PEFT adapter, reloaded", logits, difference=apart["adapter"]),
+        Agreement("merged checkpoint, reloaded", logits, difference=differences["checkpoint"]),
+        Agreement("PEFT adapter, reloaded", "arrays", *_equal(*_arrays(delta, reloaded))),
+        Agreement("PEFT adapter, reloaded", logits, difference=differences["adapter"]),
     ]
 
 
 def _arrays(one: dict[str, Any], other: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-    """The leaves of two deltas, path by path."""
+    """Returns the leaves of two deltas in the order of their paths."""
     if one.keys() != other.keys():
         raise ValueError(f"the adapters hold different paths: {sorted(one.keys() ^ other.keys())}")
     return [x for path in one for x in jax.tree.leaves(one[path])], [
@@ -83,6 +86,6 @@ def _arrays(one: dict[str, Any], other: dict[str, Any]) -> tuple[list[Any], list
 
 
 def _equal(some: list[Any], others: list[Any]) -> tuple[int, int]:
-    """How many numbers of two lists of arrays are the same bits, and how many there are."""
+    """Returns the number of equal values in two lists of arrays, and the number of values."""
     pairs = [(np.asarray(one), np.asarray(other)) for one, other in zip(some, others, strict=True)]
     return sum(int(np.sum(one == other)) for one, other in pairs), sum(one.size for one, _ in pairs)

@@ -1,4 +1,4 @@
-"""Texts after prompts made ready: a pretrained decoder as a pure function, and tokenized splits."""
+"""Language modeling: a pretrained decoder as a pure function, and tokenized splits."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,22 +25,22 @@ EVALUATION_BATCH = 64
 
 @dataclass(frozen=True)
 class Problem:
-    """What is learned and from where.
+    """A model and a language modeling task.
 
     Attributes:
       family: The architecture.
-      options: How the model computes.
-      directory: Of the base's checkpoint.
-      model: The base; its arrays are in `base`.
+      options: The options of the model's computation.
+      directory: The checkpoint of the base.
+      model: The base model; `base` has its arrays.
       apply: `apply(base, tokens, …)`, the call of :class:`experiments.models.decoder.Decoder`.
-      base: The parameters; a plain nested dict.
-      names: Of the parameters in the checkpoint.
-      tokenizer: The checkpoint's own.
+      base: The parameters, a plain nested dict.
+      names: The names of the parameters in the checkpoint.
+      tokenizer: The checkpoint's tokenizer.
       ends: The tokens that end a text.
-      prompts: What a text can be asked for with.
+      prompts: The prompts for generation.
       splits: `train`, `validation` and `test`.
-      lengths: What sequences are padded to.
-      digest: Of the model and the data: other ones, another digest.
+      lengths: The lengths to which sequences are padded.
+      digest: A digest of the model and the data.
     """
 
     family: families.Family
@@ -59,17 +59,17 @@ class Problem:
 
     @property
     def end(self) -> int | None:
-        """The token that is put behind a text."""
+        """The token that is added at the end of a text."""
         return self.ends[0] if self.ends else None
 
     def batches(self, split: str) -> Iterator[Batch]:
-        """A split in its own order."""
-        found = self.splits[split]
-        for planned in plan(found.sequences, self.lengths, EVALUATION_BATCH):
-            yield assemble(planned, found.sequences, found.labels, EVALUATION_BATCH)
+        """Yields the batches of a split in its order."""
+        data = self.splits[split]
+        for planned in plan(data.sequences, self.lengths, EVALUATION_BATCH):
+            yield assemble(planned, data.sequences, data.labels, EVALUATION_BATCH)
 
     def reload(self, directory: Path) -> dict[str, Any]:
-        """The parameters of another checkpoint of this model."""
+        """Loads the parameters of another checkpoint of this model."""
         return lora.nnx.functional(self.family.load(directory, self.options))[1]
 
 
@@ -83,33 +83,32 @@ def load(config: Config, report: Callable[[str], None]) -> Problem:
     Raises:
       UserError: Something is missing or malformed.
     """
-    limits = {"train": config.train_examples, "validation": config.validation_examples, "test": config.test_examples}
-    read = {split: examples.load(config.data, split, limit) for split, limit in limits.items()}
+    loaded = {split: examples.load(config.data, split, limit) for split, limit in examples.limits(config).items()}
     directory, family = location.find(config.model), families.FAMILIES[config.family]
-    options = Options(scan=True, loss_chunk=config.loss_chunk)  # one layer to compile, however many there are
+    options = Options(scan=True, loss_chunk=config.loss_chunk)  # compiles a single layer
     model = family.load(directory, options)
     tokenizer = text.load_tokenizer(directory)
     longest = max(config.lengths[-1], config.new_tokens)
     if model.longest is not None and longest > model.longest:
-        raise UserError(f"texts go up to {longest} tokens, {config.model} has {model.longest} positions only")
+        raise UserError(f"texts have up to {longest} tokens, but {config.model} has only {model.longest} positions")
     if tokenizer.get_vocab_size() > model.config.vocab_size:
         raise UserError(
-            f"{directory / 'tokenizer.json'}: {tokenizer.get_vocab_size()} tokens, "
-            f"the model knows {model.config.vocab_size} only"
+            f"{directory / 'tokenizer.json'}: {tokenizer.get_vocab_size()} tokens, but the model has only "
+            f"{model.config.vocab_size}"
         )
     ends = _ends(checkpoint.read_config(directory))
     splits = {
-        split: continuations.encode(
+        name: continuations.encode(
             tokenizer,
-            [f"{found.names[label]}:" for label in found.labels],
-            found.texts,
+            [f"{split.names[label]}:" for label in split.labels],
+            split.texts,
             config.lengths[-1],
             ends[0] if ends else None,
         )
-        for split, found in read.items()
+        for name, split in loaded.items()
     }
     apply, base = lora.nnx.functional(model)
-    sizes = ", ".join(f"{len(found):,} {split}" for split, found in splits.items())
+    sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
     tokens = sum(int(np.sum(labels != NO_LABEL)) for labels in splits["train"].labels)
     report(f"base: {config.model}, {config.family}, {model.config.vocab_size:,} tokens in its vocabulary")
     report(f"data: {config.data}; examples: {sizes}; {tokens:,} tokens to learn from")
@@ -123,14 +122,14 @@ def load(config: Config, report: Callable[[str], None]) -> Problem:
         family.names(model.config),
         tokenizer,
         ends,
-        tuple(f"{name}:" for name in read["train"].names),
+        tuple(f"{name}:" for name in loaded["train"].names),
         splits,
         config.lengths,
-        provenance.digest(directory, read),
+        provenance.digest(directory, loaded),
     )
 
 
 def _ends(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """`eos_token_id` of a `config.json`: a number, several, or none."""
-    found = config.get("eos_token_id")
-    return () if found is None else tuple(found) if isinstance(found, list) else (int(found),)
+    """Returns the end tokens of a `config.json`."""
+    value = config.get("eos_token_id")
+    return () if value is None else tuple(value) if isinstance(value, list) else (int(value),)

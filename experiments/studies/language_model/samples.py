@@ -1,4 +1,4 @@
-"""Texts that a model writes after each prompt."""
+"""Generates a text for each prompt."""
 
 from typing import Any
 
@@ -11,17 +11,20 @@ from experiments.tasks.continuations import encode_prompts
 
 
 def generate(problem: Problem, step: generation.Step, params: Any, new_tokens: int) -> np.ndarray:
-    """The likeliest tokens after every prompt, `int32[prompts, new_tokens]`; -1 behind a text's end.
+    """Continues every prompt by greedy decoding.
 
     Args:
-      problem: Has the prompts.
+      problem: The model and the prompts.
       step: See :func:`experiments.generation.make_step`.
-      params: What it is given first.
-      new_tokens: The most tokens to add.
+      params: The first argument of `step`.
+      new_tokens: Maximum number of tokens to add.
+
+    Returns:
+      `int32[prompts, new_tokens]`, -1 after the end of a text.
     """
     tokens, mask = encode_prompts(problem.tokenizer, problem.prompts, problem.end)
     cache = problem.model.cache(len(tokens), tokens.shape[1] + new_tokens)
-    found = generation.greedy(
+    result = generation.greedy(
         step,
         params,
         jnp.asarray(tokens),
@@ -31,11 +34,11 @@ def generate(problem: Problem, step: generation.Step, params: Any, new_tokens: i
         eos=problem.ends,
         pad=problem.end or 0,
     )
-    found = np.array(found)
-    ended = np.isin(found, problem.ends)
-    return np.where(np.cumsum(ended, axis=1) - ended > 0, -1, found)
+    generated = np.array(result)
+    ended = np.isin(generated, problem.ends)
+    return np.where(np.cumsum(ended, axis=1) - ended > 0, -1, generated)
 
 
 def texts(problem: Problem, generated: np.ndarray) -> list[str]:
-    """What was generated, without the tokens that end it."""
+    """Decodes generated tokens, without the tokens that end a text."""
     return problem.tokenizer.decode_batch([row[row >= 0].tolist() for row in generated], skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""A language model adapted by LoRA, end to end: train, generate, merge, export, read back; tables and a picture."""
+"""Adapts a language model with LoRA: trains, generates, merges, exports, reloads and reports."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,31 +15,31 @@ from experiments import generation
 from experiments.configs.language_model import Config
 from experiments.reports import curves
 from experiments.reports.agreement import Agreement, agreement_table
-from experiments.reports.results import read_json, stored_bytes, write_json
+from experiments.reports.results import read_record, stored_bytes, write_json
 from experiments.reports.table import size
 from experiments.studies import provenance
 from experiments.studies.language_model import exchange, samples, training
 from experiments.studies.language_model.problem import Problem, load
 from experiments.training import outputs, processes
 
-_WAYS = {"base": "the base", "frequencies": "the frequency of each token alone", "adapted": "base and adapter"}
-_LINE = 68  # characters of a text that is shown
+_MODELS = {"base": "the base", "frequencies": "the frequency of each token alone", "adapted": "base and adapter"}
+_LINE = 68  # maximum characters of a sample
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of a run.
+    """The result of a run.
 
     Attributes:
-      trained_parameters: Scalars that training moves.
-      adapter_bytes: What the adapter in PEFT's format takes on disk.
-      merged_bytes: What the merged checkpoint takes.
-      seconds: Training and its evaluations, compilation included.
-      perplexities: On the test examples, by what gave them.
-      losses: Of every training step.
-      evaluations: (step, mean loss a token on validation) pairs.
-      texts: (prompt, what the base writes, what base and adapter write) triples.
-      agreements: What merging, writing and reading changed.
+      trained_parameters: Number of trained scalars.
+      adapter_bytes: Size of the adapter in PEFT's format.
+      merged_bytes: Size of the merged checkpoint.
+      seconds: Time of training and evaluation, including compilation.
+      perplexities: Perplexities of the test examples by model.
+      losses: The loss of every training step.
+      evaluations: Pairs (step, mean validation loss per token).
+      texts: Triples (prompt, text of the base, text of base and adapter).
+      agreements: Comparisons of merged and reloaded weights with base and adapter.
     """
 
     trained_parameters: int
@@ -54,23 +54,20 @@ class Report:
 
     @classmethod
     def load(cls, path: Path) -> "Report":
-        """Reads what the study wrote as JSON."""
+        """Reads a report that the study wrote."""
 
-        def make(content: Any) -> "Report":
-            content["agreements"] = [Agreement(**one) for one in content["agreements"]]
-            for name in ("evaluations", "texts"):
-                content[name] = [tuple(one) for one in content[name]]
-            return cls(**content)
+        def agreement(fields: dict[str, Any]) -> Agreement:
+            return Agreement(**fields)
 
-        return read_json(path, make)
+        return read_record(path, cls, {"evaluations": tuple, "texts": tuple, "agreements": agreement})
 
 
 @outputs.exclusive
 def run(config: Config) -> Report:
-    """Runs what the config asks for, shows it, writes JSON and picture.
+    """Runs or resumes the study, prints its result, and writes a JSON record and a plot.
 
     Raises:
-      UserError: The model or the data are missing or malformed.
+      UserError: Model or data are missing or malformed.
     """
     outputs.claim(config.out, "run.json", "loss.png")
     console = processes.console()
@@ -86,9 +83,8 @@ def run(config: Config) -> Report:
     _show(report, config, console)
     title = f"{config.model} on {config.data}, LoRA of rank {config.rank}"
     curves.draw_losses(config.out / "loss.png", report.losses, report.evaluations, title)
-    record = {"config": asdict(config), "versions": provenance.versions(), "directory": directory.name}
-    devices = [device.device_kind for device in jax.devices()]
-    write_json(config.out / "run.json", {**record, "devices": devices, "result": asdict(report)})
+    record = provenance.record(config, directory=directory.name, result=asdict(report))
+    write_json(config.out / "run.json", record)
     console.print(f"written to {config.out}: run.json, loss.png; {directory.name}/merged, {directory.name}/peft")
     return report
 
@@ -98,7 +94,7 @@ def _run(problem: Problem, config: Config, directory: Path, console: Console) ->
     console.print()
     console.print(str(lora.summary(problem.base, prepared.delta)), highlight=False, soft_wrap=True)
     console.print()
-    # a new adapter changes nothing: this is the base
+    # A new adapter does not change the outputs: these are the losses of the base.
     base_loss = {split: prepared.loss(prepared.delta, split) for split in ("validation", "test")}
     step = generation.make_step(problem.apply)
     before = samples.generate(problem, step, problem.base, config.new_tokens)
@@ -123,21 +119,21 @@ def _run(problem: Problem, config: Config, directory: Path, console: Console) ->
 
 
 def _settings(config: Config, problem: Problem) -> dict[str, Any]:
-    """All that decides the numbers."""
-    elsewhere = ("out", "fresh", "model", "data", "samples", "checkpoint_every")
-    chosen = {name: value for name, value in asdict(config).items() if name not in elsewhere}
-    return chosen | {"digest": problem.digest}
+    """Returns everything that affects the results."""
+    excluded = ("out", "fresh", "model", "data", "samples", "checkpoint_every")
+    settings = {name: value for name, value in asdict(config).items() if name not in excluded}
+    return settings | {"digest": problem.digest}
 
 
 def _show(report: Report, config: Config, console: Console) -> None:
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("test texts by")
-    shown.add_column("perplexity a token", justify="right")
-    for name, words in _WAYS.items():
-        shown.add_row(words, f"{report.perplexities[name]:.1f}")
-    console.print(shown)
-    chosen = np.linspace(0, len(report.texts) - 1, min(config.samples, len(report.texts))).round().astype(int)
-    for prompt, before, after in (report.texts[i] for i in chosen):
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("test texts by")
+    table.add_column("perplexity per token", justify="right")
+    for name, words in _MODELS.items():
+        table.add_row(words, f"{report.perplexities[name]:.1f}")
+    console.print(table)
+    indices = np.linspace(0, len(report.texts) - 1, min(config.samples, len(report.texts))).round().astype(int)
+    for prompt, before, after in (report.texts[i] for i in indices):
         console.print(prompt, style="bold", highlight=False, markup=False)
         console.print(f"  before: {_short(before)}\n  after:  {_short(after)}", highlight=False, markup=False)
     console.print(agreement_table(report.agreements))
@@ -149,6 +145,6 @@ def _show(report: Report, config: Config, console: Console) -> None:
 
 
 def _short(text: str) -> str:
-    """A text in quotes that fits a line."""
+    """Returns a quoted text, shortened to a line."""
     quoted = repr(text.strip())
     return quoted if len(quoted) <= _LINE else quoted[: _LINE - 2] + "…" + quoted[-1]

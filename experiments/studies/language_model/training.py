@@ -1,4 +1,4 @@
-"""The adapter and its training run."""
+"""The adapter and its training."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -34,15 +34,15 @@ _PATTERNS = {
 
 @dataclass(frozen=True)
 class Run:
-    """A training run that is made ready.
+    """A training run before its first step.
 
     Attributes:
-      delta: The adapter that it begins with.
-      state: What the first step is given.
+      delta: The initial adapter.
+      state: The initial state.
       step: The compiled step.
       stream: The batches.
-      examples: How many a pass over them holds.
-      loss: Mean loss a token of a split, under a delta.
+      examples: Number of training examples.
+      loss: Computes the mean loss per token of a split with a delta.
     """
 
     delta: dict[str, Any]
@@ -54,10 +54,10 @@ class Run:
 
 
 def prepare(problem: Problem, config: Config) -> Run:
-    """A new adapter on the base, and the step that trains it.
+    """Initializes an adapter and the step that trains it.
 
     Raises:
-      UserError: The model has nothing that one of the targets names, or less than the rank in a direction.
+      UserError: A target matches no weight of the model, or the rank exceeds that of a weight.
     """
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     low_rank = lora.LoRA(rank=config.rank, alpha=config.alpha)
@@ -82,10 +82,9 @@ def prepare(problem: Problem, config: Config) -> Run:
 
 
 def loss_function(apply: Callable) -> Callable:
-    """For the library's train step: the loss summed over a batch's labels, and how many they are.
+    """Returns a loss function for `lora.train_step`: the sum over a batch's labels, and their number.
 
-    The model computes the losses from its last hidden states and its head, a chunk of tokens at a time: all logits of
-    a batch exist at no time.
+    The model computes the losses for a chunk of tokens at a time, so that the logits of a whole batch never exist.
     """
     adapted = lora.adapt(apply)
 
@@ -99,21 +98,21 @@ def loss_function(apply: Callable) -> Callable:
 def run(
     prepared: Run, config: Config, directory: Path, base_loss: float, console: Console
 ) -> tuple[dict[str, Any], History]:
-    """Trains, or goes on with training.
+    """Trains the adapter, or resumes training.
 
     Args:
-      prepared: What to train.
-      config: Of the study.
-      directory: Of the run alone.
-      base_loss: Mean loss a token of the base on validation.
-      console: Where the bar is drawn.
+      prepared: From :func:`prepare`.
+      config: The study's config.
+      directory: The directory of the run.
+      base_loss: The base's mean validation loss per token.
+      console: The output of the progress bar.
 
     Returns:
-      The trained adapter and what was measured.
+      The trained adapter and the measurements.
     """
     total, due = loop.plan_steps(config.epochs, prepared.stream.steps_per_epoch)
     run = TrainingRun(directory, meshes.make_mesh(MeshSizes()), asdict(config), config.checkpoint_every, best="min")
-    with bar(console, config.family, config.epochs * prepared.examples) as shown:
+    with bar(console, config.family, config.epochs * prepared.examples) as progress:
         state, history = loop.train(
             run,
             prepared.step,
@@ -124,13 +123,13 @@ def run(
             score=base_loss,
             evaluate=lambda state: prepared.loss(state.delta, "validation"),
             format_score=lambda loss: f"perplexity {np.exp(loss):.1f}",
-            bar=shown,
+            bar=progress,
         )
     return state.delta, history
 
 
 def frequency_loss(train: Sequence[np.ndarray], test: Sequence[np.ndarray], vocabulary: int) -> float:
-    """Mean loss a token of a model that knows how frequent each token is in training, and nothing else."""
-    learned, asked = (np.concatenate(labels) for labels in (train, test))
-    counts = np.bincount(learned[learned != NO_LABEL], minlength=vocabulary) + 1.0
-    return float(-np.log(counts / counts.sum())[asked[asked != NO_LABEL]].mean())
+    """Returns the mean loss per token of a model that predicts each token by its frequency in training."""
+    training_tokens, test_tokens = (np.concatenate(labels) for labels in (train, test))
+    counts = np.bincount(training_tokens[training_tokens != NO_LABEL], minlength=vocabulary) + 1.0
+    return float(-np.log(counts / counts.sum())[test_tokens[test_tokens != NO_LABEL]].mean())

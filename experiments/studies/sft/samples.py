@@ -1,4 +1,4 @@
-"""What a model answers to prompts of the validation examples."""
+"""Generates the model's answers to prompts of the validation examples."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +20,18 @@ from experiments.studies.sft.program import Program
 from experiments.training import mesh as meshes
 
 _GENERATION = "generation_config.json"
-_LONGEST = 512  # tokens of a prompt, whose end is kept: every token sees every other at once, on one device
+_MAX_PROMPT = 512  # tokens; longer prompts are truncated at the beginning, because attention runs on one device
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Texts that are to be gone on from.
+    """Prompts and reference answers.
 
     Attributes:
       tokens: `int32[prompts, length]`, padded on the right.
       mask: `bool[prompts, length]`, True at tokens.
       texts: The prompts as text.
-      answers: What the examples have in the place of an answer.
+      answers: The answers of the examples.
     """
 
     tokens: np.ndarray
@@ -41,24 +41,24 @@ class Prompts:
 
 
 class Writer:
-    """Generates with the program's weights, wherever they lie; every process has to call it.
+    """Generates answers with the program's weights on its mesh. Every process has to call it.
 
     Args:
-      program: Has the model.
-      encoder: Of the checkpoint.
-      directory: Of the checkpoint, whose configs say which tokens end a text.
-      records: Of validation, whose first ones are the prompts; as many as the config's samples, or all.
+      program: The program.
+      encoder: The encoder of the checkpoint.
+      directory: The checkpoint, whose configs have the tokens that end a text.
+      records: The first of these records are the prompts, as many as the config's `samples`.
 
     Raises:
-      UserError: The model cannot tell so many tokens apart.
+      UserError: Prompt and answer are longer than the model supports.
     """
 
     def __init__(self, program: Program, encoder: Encoder, directory: Path, records: Records):
         config = program.config
         self._config, self._mesh, self._tokenizer = config, program.mesh, encoder.tokenizer
-        self._ends = ends(directory)
-        self.prompts = _prompts(encoder, records, config.samples, min(config.length, _LONGEST))
-        # Nothing divides the few rows: weights alone are on the mesh.
+        self._ends = read_end_tokens(directory)
+        self.prompts = _prompts(encoder, records, config.samples, min(config.length, _MAX_PROMPT))
+        # The few prompts are not sharded; only the weights are.
         options = Options(scan=True, dtype=jnp.dtype(config.dtype))
         family, shape = program.family, program.shape
         self._model = nnx.eval_shape(lambda: family.build(shape, options, rngs=nnx.Rngs(0)))
@@ -67,20 +67,20 @@ class Writer:
             self._model.check_length(slots)
         except ValueError:
             raise UserError(
-                f"--new-tokens {config.new_tokens}: with prompts they are {slots} tokens, {config.model} has "
+                f"--new-tokens {config.new_tokens}: prompt and answer have {slots} tokens, but {config.model} has only "
                 f"{self._model.longest} positions"
             ) from None
         apply, _ = lora.nnx.functional(self._model)
         self._step = generation.make_step(lora.adapt(apply))
 
     def write(self, base: Any, delta: Any) -> list[str]:
-        """An answer to each prompt, of the likeliest tokens."""
+        """Generates an answer to each prompt by greedy decoding."""
         if not self.prompts.texts:
             return []
         count, length = self.prompts.tokens.shape
         with jax.default_device(jax.local_devices()[0]):
             cache = jax.tree.map(np.asarray, self._model.cache(count, length + self._config.new_tokens))
-        found = generation.greedy(
+        tokens = generation.greedy(
             self._step,
             (base, delta),
             jnp.asarray(self.prompts.tokens),
@@ -90,29 +90,28 @@ class Writer:
             eos=self._ends,
             pad=self._ends[0] if self._ends else 0,
         )
-        rows = meshes.gather(found)
-        ended = np.isin(rows, self._ends)
-        kept = np.cumsum(ended, axis=1) == 0
+        rows = meshes.gather(tokens)
+        before_end = np.cumsum(np.isin(rows, self._ends), axis=1) == 0
         decode = self._tokenizer.decode
-        return [decode(row[keep].tolist(), skip_special_tokens=True).strip() for row, keep in zip(rows, kept)]
+        return [decode(row[keep].tolist(), skip_special_tokens=True).strip() for row, keep in zip(rows, before_end)]
 
 
-def ends(directory: Path) -> tuple[int, ...]:
-    """The tokens that end a text: as `generation_config.json` has them, else `config.json`."""
-    found = None
+def read_end_tokens(directory: Path) -> tuple[int, ...]:
+    """Reads the tokens that end a text from `generation_config.json`, or from `config.json`."""
+    value = None
     if (directory / _GENERATION).exists():
-        found = checkpoint.read_config(directory, _GENERATION).get("eos_token_id")
-    if found is None:
-        found = checkpoint.read_config(directory).get("eos_token_id")
-    numbers = () if found is None else tuple(found) if isinstance(found, list) else (found,)
+        value = checkpoint.read_config(directory, _GENERATION).get("eos_token_id")
+    if value is None:
+        value = checkpoint.read_config(directory).get("eos_token_id")
+    numbers = () if value is None else tuple(value) if isinstance(value, list) else (value,)
     if not all(isinstance(number, int) and 0 <= number < 1 << 31 for number in numbers):
-        raise UserError(f"{directory}: eos_token_id is {found!r}, expected a token's number or a list of them")
+        raise UserError(f"{directory}: eos_token_id is {value!r}, expected a token id or a list of them")
     return numbers
 
 
 def _prompts(encoder: Encoder, records: Records, count: int, length: int) -> Prompts:
     encoded = [encoder.encode_prompt(records[i], records.location(i)) for i in range(min(count, len(records)))]
-    rows = [ids[-length:] for ids, _ in encoded]  # of one that is too long, the end
+    rows = [ids[-length:] for ids, _ in encoded]  # truncated at the beginning
     longest = max(map(len, rows), default=1)
     tokens, mask = np.zeros((len(rows), longest), np.int32), np.zeros((len(rows), longest), bool)
     for i, ids in enumerate(rows):

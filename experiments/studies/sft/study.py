@@ -1,11 +1,10 @@
-"""A decoder fine-tuned on conversations: data, training, texts before and after, the adapter in two formats."""
+"""Fine-tunes a decoder on conversations, and writes the adapter in two formats and sample answers."""
 
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,22 @@ from rich.console import Console
 import lora_jax as lora
 from experiments.configs.sft import Config
 from experiments.errors import UserError
-from experiments.input import pipeline, sources
-from experiments.input.checking import check_records
-from experiments.input.encoding import Encoder, load_encoder
+from experiments.input import pipeline
 from experiments.input.packing import Packed
-from experiments.input.usage import show, usage
-from experiments.models import checkpoint, location
+from experiments.models import location
 from experiments.models.flops import step_flops
-from experiments.reports import curves
-from experiments.reports.results import read_json, write_json
+from experiments.reports.results import write_json
 from experiments.studies.sft import program as programs
+from experiments.studies.sft.data import TOKENS, Data, read_data
 from experiments.studies.sft.program import Program
-from experiments.studies.sft.samples import Writer, ends
+from experiments.studies.sft.report import ADAPTER, BEST, PEFT, PEFT_LAST, RESULT, Report, show
+from experiments.studies.sft.samples import Writer
 from experiments.training import chips, loop, outputs, processes
 from experiments.training import mesh as meshes
 from experiments.training.checkpoints import Checkpoints, differences
 from experiments.training.progress import bar
-from experiments.training.run import Costs, History, Limits, TrainingRun
+from experiments.training.run import Costs, Limits, TrainingRun
 
-ADAPTER, BEST, RESULT, TOKENS = "adapter", "adapter-best", "result.json", "tokens"
-PEFT, PEFT_LAST = "peft", "peft-last"  # the best step's, as people load it, and the last step's
 _WRITTEN = (
     ADAPTER,
     BEST,
@@ -67,60 +62,19 @@ _NOT_NUMBERS = (
     ),
     *("optimizer_on_host", "samples", "new_tokens", "checkpoint_every", "log_every"),
 )
-"""What of a config does not decide the numbers, but for rounding, or is in a digest."""
+"""Settings that do not affect the results except by rounding, or that a digest covers."""
 
 _EXTENDED = ("epochs", "steps", "max_minutes", "patience", "eval_every")
-"""How long a run goes on and when it is evaluated: a run that is there goes on with others."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What is known of a run.
-
-    Attributes:
-      settings: What decided the numbers.
-      trained_parameters: Scalars that training moves.
-      seconds: Training and its evaluations, compilation included.
-      losses: Of every training step.
-      evaluations: (step, mean loss a token on validation) pairs.
-      best_step: Of the smallest of them.
-      texts: (prompt, answer before, answer after, the example's own) of some validation examples.
-      ended: Why it ended before its last step; None where it did not.
-    """
-
-    settings: dict[str, Any]
-    trained_parameters: int
-    seconds: float
-    losses: list[float]
-    evaluations: list[tuple[int, float]]
-    best_step: int
-    texts: list[tuple[str, str, str, str]]
-    ended: str | None = None
-
-    @property
-    def history(self) -> History:
-        """What was measured, as the training loop has it."""
-        return History(self.losses, self.evaluations, self.seconds)
-
-    @classmethod
-    def load(cls, path: Path) -> "Report":
-        """Reads what the study wrote as JSON."""
-
-        def make(content: Any) -> "Report":
-            for name in ("evaluations", "texts"):
-                content[name] = [tuple(one) for one in content[name]]
-            return cls(**content)
-
-        return read_json(path, make)
+"""Settings that may change when a run continues: its length and its evaluations."""
 
 
 @outputs.exclusive
 def run(config: Config) -> Report:
-    """Runs what the config asks for, shows it, writes adapter, JSON and picture.
+    """Runs or resumes the study, shows its result, and writes adapters, a JSON record and a plot.
 
     Raises:
-      UserError: The model or the data are missing or malformed, or do not go with the mesh; the directory holds a run
-        of other settings.
+      UserError: Model or data are missing, malformed or incompatible with the mesh, or the directory contains a run
+        with other settings.
     """
     console = processes.console()
     programs.check(config)
@@ -128,106 +82,32 @@ def run(config: Config) -> Report:
         directory = location.find(config.model)
         if processes.is_first():
             outputs.begin(config.out, *_WRITTEN, fresh=config.fresh, cached=(TOKENS,))
-    data = _read(config, directory, console)
+    data = read_data(config, directory, console)
     total, due = loop.plan_steps(config.epochs, data.train.steps_per_epoch, config.steps, config.eval_every)
     program = programs.abstract(config, steps=total)
     settings = _settings(config, data, directory)
     report = None
     if processes.broadcast((config.out / RESULT).exists()):
-        report = _finished(config.out / RESULT, settings)
+        report = _read_report(config.out / RESULT, settings)
         done = len(report.losses)
         if done < total and _limits(config).reached(report.history) is None:
             if not (config.out / "checkpoints").is_dir():
-                raise UserError(f"{config.out}: no checkpoints to go on from at step {done}; --fresh starts over")
-            line = f"goes on from step {done:,} to {total:,}; the learning rate is that of the longer run"
+                raise UserError(f"{config.out}: no checkpoints to continue from step {done}; --fresh starts over")
+            line = f"continues from step {done:,} to {total:,} with the learning rate schedule of the longer run"
             console.print(line, highlight=False)
             report = None
     if report is None:
         with jax.set_mesh(program.mesh):
-            report = _trained(config, program, data, directory, (total, due), settings, console)
+            report = _train(config, program, data, directory, (total, due), settings, console)
     if processes.is_first():
-        _show(config, report, console)
+        show(config, report, console)
     return report
 
 
-@dataclass(frozen=True)
-class _Data:
-    """What is learned.
-
-    Attributes:
-      encoder: Of the checkpoint.
-      records: Whose prompts the model answers: of validation where there are some.
-      train: Batches.
-      validation: Likewise; None where there are no such examples.
-      digests: Of the records and of the encoder.
-    """
-
-    encoder: Encoder
-    records: sources.Records
-    train: Packed
-    validation: Packed | None
-    digests: list[str]
-
-
-def _read(config: Config, directory: Path, console: Console) -> _Data:
-    train, validation = sources.splits(config.data, config.validation, config.data_form)
-    for line in [] if validation is None else sources.overlap_warnings(train, validation):
-        console.print(f"validation: {line}", highlight=False, markup=False, soft_wrap=True)
-    if config.validation_share:
-        if validation is not None:
-            raise UserError(
-                f"--validation-share {config.validation_share}: {' and '.join(config.data)} has validation examples of "
-                "its own"
-            )
-        train, validation = sources.split(train, config.validation_share, config.seed)
-    needing = {"--patience": config.patience, "--eval-every": config.eval_every}
-    needing = [flag for flag, value in needing.items() if value is not None]
-    if validation is None and needing:
-        raise UserError(
-            f"{' and '.join(needing)}: {' and '.join(config.data)} has no validation examples; name some with "
-            "--validation, or hold some out with --validation-share"
-        )
-    train, findings = check_records(train, on_bad=config.on_bad, limit=config.train_examples)
-    findings_of = {"train": findings}
-    if validation is not None:
-        validation, findings_of["validation"] = check_records(validation, on_bad=config.on_bad)
-        validation = sources.first(validation, min(config.validation_examples or sys.maxsize, len(validation)))
-    end = ends(directory)
-    vocabulary = checkpoint.read_config(directory).get("vocab_size")
-    vocabulary = vocabulary if isinstance(vocabulary, int) else None  # the model says what is wrong with it
-    encoder = load_encoder(directory, end[0] if end else None, config.encoding(), vocabulary=vocabulary)
-
-    def packed(records: sources.Records, seed: int | None, name: str) -> Packed:
-        return pipeline.batches(
-            records,
-            encoder,
-            config.out / TOKENS,
-            length=config.length,
-            global_batch=config.batch.global_,
-            seed=seed,
-            pack=config.pack,
-            on_bad=config.on_bad,
-            process_index=jax.process_index(),
-            report=lambda line: console.print(f"{name}: {line}", highlight=False, soft_wrap=True),
-        )
-
-    with processes.first_before_others():
-        batches = packed(train, config.seed, "training")
-        others = None if validation is None else packed(validation, None, "validation")
-    uses = {"train": usage(train, findings_of["train"], batches)}
-    if validation is not None and others is not None:
-        uses["validation"] = usage(validation, findings_of["validation"], others)
-    show(console, uses, config.length)
-    digests = [train.digest, *([] if validation is None else [validation.digest]), encoder.digest]
-    prompts, of = (train, batches) if validation is None or others is None else (validation, others)
-    prompts = prompts.take(np.setdiff1d(np.arange(len(prompts)), list(of.data.skipped)))
-    return _Data(encoder, prompts, batches, others, digests)
-
-
-def _trained(
+def _train(
     config: Config,
     program: Program,
-    data: _Data,
+    data: Data,
     directory: Path,
     steps: tuple[int, set[int]],
     settings: dict[str, Any],
@@ -254,7 +134,7 @@ def _trained(
         log_every=config.log_every,
         costs=_costs(config, program, base, state.delta),
     )
-    with bar(console, "training", sum(map(data.train.examples, range(total)))) as shown:
+    with bar(console, "training", sum(map(data.train.examples, range(total)))) as progress:
         state, history = loop.train(
             run,
             program.step,
@@ -265,7 +145,7 @@ def _trained(
             score=score,
             evaluate=evaluate,
             format_score=lambda loss: f"loss {loss:.3f}, perplexity {np.exp(loss):.1f}",
-            bar=shown,
+            bar=progress,
         )
     after = writer.write(base, state.delta)
     last_step = len(history.losses)
@@ -297,22 +177,22 @@ def _trained(
 
 
 def _evaluator(program: Program, batches: Packed | None) -> Callable[[lora.TrainState], float]:
-    """The mean loss a token on validation, of a state; NaN without such examples."""
+    """Returns a function from a state to its mean validation loss per token; NaN without validation examples."""
     if batches is None:
         return lambda state: math.nan
     summed, mesh = jax.jit(program.loss, out_shardings=meshes.replicated(program.mesh)), program.mesh
     size, steps = batches.batch_size, batches.steps_per_epoch
 
     def evaluate(state: lora.TrainState) -> float:
-        turns = pipeline.iterate(batches, steps, rows=meshes.process_rows(mesh, size))
-        sums = [summed(state.base, state.delta, meshes.put_batch(mesh, batch, size), None) for batch in turns]
+        iterator = pipeline.iterate(batches, steps, rows=meshes.process_rows(mesh, size))
+        sums = [summed(state.base, state.delta, meshes.put_batch(mesh, batch, size), None) for batch in iterator]
         return sum(float(total) for total, _ in sums) / sum(int(count) for _, count in sums)
 
     return evaluate
 
 
 def _costs(config: Config, program: Program, base: Any, delta: Any) -> Costs:
-    """What the model needs for a token, and what the devices can do: known of TPUs and GPUs."""
+    """Returns the model's FLOPs per token and the devices' peak FLOPs, if they are known."""
     chip = chips.find_chip(jax.devices()[0].device_kind)
     flops = step_flops(base, delta, program.shape, program.tokens, config.length) / program.tokens
     return Costs(flops, None if chip is None else chip.flops * program.mesh.size)
@@ -322,51 +202,21 @@ def _limits(config: Config) -> Limits:
     return Limits(config.max_minutes, config.patience, best="min")
 
 
-def _settings(config: Config, data: _Data, directory: Path) -> dict[str, Any]:
-    """All that decides the numbers but for the base's weights, of which checkpoints have a fingerprint."""
-    chosen = {name: value for name, value in asdict(config).items() if name not in (*_NOT_NUMBERS, *_EXTENDED)}
+def _settings(config: Config, data: Data, directory: Path) -> dict[str, Any]:
+    """Returns everything that affects the results, except the base's weights: checkpoints have their fingerprint."""
+    included = {name: value for name, value in asdict(config).items() if name not in (*_NOT_NUMBERS, *_EXTENDED)}
     files = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
-    everything = chosen | {"model files": files, "data files": data.digests}
-    return json.loads(json.dumps(everything, default=str))
+    return json.loads(json.dumps(included | {"model files": files, "data files": data.digests}, default=str))
 
 
-def _finished(stored: Path, settings: dict[str, Any]) -> Report:
-    """What a run that is there has found.
+def _read_report(path: Path, settings: dict[str, Any]) -> Report:
+    """Reads the report of a finished run.
 
     Raises:
-      UserError: It is of other settings.
+      UserError: The run had other settings.
     """
-    report = Report.load(stored)
+    report = Report.load(path)
     before = {name: value for name, value in report.settings.items() if name not in _EXTENDED}
     if difference := differences(before, settings):
-        raise UserError(f"{stored.parent}: holds a finished run with {difference}; --fresh starts over")
+        raise UserError(f"{path.parent}: contains a finished run with {difference}; --fresh starts over")
     return report
-
-
-def _show(config: Config, report: Report, console: Console) -> None:
-    for prompt, before, after, answer in report.texts:
-        console.print(prompt, style="bold", highlight=False, markup=False)
-        for name, text in (("before", before), ("after", after), ("example", answer)):
-            console.print(f"  {name}: {text!r}", highlight=False, markup=False)
-    losses = dict(report.evaluations)
-    if losses:
-        console.print(
-            f"validation loss {losses[0]:.3f} before, {losses[report.best_step]:.3f} at best (step "
-            f"{report.best_step:,} of {len(report.losses):,})",
-            highlight=False,
-        )
-    curves.draw_losses(
-        config.out / "loss.png", report.losses, report.evaluations, f"{config.model} on {' and '.join(config.data)}"
-    )
-    last, best = len(report.losses), report.best_step
-    console.print(
-        f"{report.trained_parameters:,} trained parameters, {report.seconds:.0f} s of training"
-        + (f", ended early: {report.ended}" if report.ended else ""),
-        highlight=False,
-    )
-    console.print(
-        f"written to {config.out}: {BEST} and {PEFT} (the best step, {best:,}), {ADAPTER} and {PEFT_LAST} (the last "
-        f"step, {last:,}), {RESULT}, loss.png, metrics.jsonl, tensorboard",
-        highlight=False,
-        soft_wrap=True,
-    )

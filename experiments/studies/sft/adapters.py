@@ -1,0 +1,118 @@
+"""The adapter of supervised fine-tuning: a new one from a config, or one that is read from a directory."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lora_jax as lora
+from experiments.configs.sft import Config
+from experiments.errors import UserError
+from experiments.models.weights import flatten_weights
+
+LINEAR = {
+    "attention": r"attention/(query|key|value|qkv|output)/kernel$",
+    "feed-forward": r"feed_forward/(gate|up|down)/kernel$",
+}
+"""Patterns of the linear layers of all blocks, by target. A quantized base has all of them quantized."""
+
+OTHERS = {"embedding": r"^token/embedding$", "head": r"^output/kernel$"}
+_OURS, _PEFT = "adapter.json", "adapter_config.json"  # files that identify the directory of an adapter
+
+
+def make_spec(config: Config, base: Any) -> dict[str, Any]:
+    """Returns the recipes of adapted weights by pattern.
+
+    Raises:
+      UserError: A pattern of `ranks` does not determine the rank of any weight.
+    """
+    recipe = {"lora": lora.LoRA, "dora": lora.DoRA}[config.method]
+    dtype = jnp.dtype(config.adapter_dtype)
+
+    def with_rank(rank: int) -> Any:
+        return recipe(rank, config.alpha, dropout=config.dropout, dtype=dtype)
+
+    targets = [(LINEAR | OTHERS)[target] for target in config.targets]
+    patterns = config.rank_patterns()
+    if not patterns:
+        return {target: with_rank(config.rank) for target in targets}
+    adapted = [path for path in flatten_weights(base) if any(re.search(target, path) for target in targets)]
+    first = {path: next((one for one in patterns if re.search(one, path)), None) for path in adapted}
+    for pattern in patterns:
+        if pattern not in first.values():
+            earlier = any(re.search(pattern, path) for path in adapted)
+            why = "matches only weights that an earlier pattern matches" if earlier else "matches no adapted weight"
+            raise UserError(f"ranks: {pattern!r} {why}; these are adapted: {', '.join(adapted)}")
+    exact = {f"^{re.escape(path)}$": patterns[pattern] if pattern else config.rank for path, pattern in first.items()}
+    unmatched = [target for target in targets if not any(re.search(target, path) for path in adapted)]
+    return {path: with_rank(rank) for path, rank in exact.items()} | {
+        target: with_rank(config.rank) for target in unmatched
+    }
+
+
+def new_adapter(config: Config, base: Any, apply: Callable, key: Any, tokens: Any) -> Any:
+    """Returns the shapes of a new adapter.
+
+    Raises:
+      UserError: A target cannot be adapted.
+    """
+    tied = "output/kernel" not in flatten_weights(base)
+    if "head" in config.targets and tied:
+        raise UserError(
+            f"--targets head: the head of {config.model} is its token embedding; --targets embedding adapts both"
+        )
+    spec = make_spec(config, base)
+    try:
+        return jax.eval_shape(lambda key, base: lora.init(key, base, spec, apply, tokens), key, base)
+    except ValueError as error:
+        raise UserError(f"--targets {' '.join(config.targets)}: {error}") from None
+
+
+def read_adapter(directory: Path, base: Any, names: Any, dtype: jnp.dtype) -> Any:
+    """Reads the adapter to start from into host memory.
+
+    Args:
+      directory: A directory that `lora_jax.save` or PEFT wrote.
+      base: The parameters, or their shapes.
+      names: The names of the base's weights in Hugging Face layout.
+      dtype: The dtype of the trained leaves.
+
+    Raises:
+      UserError: The directory has no adapter, or the adapter does not fit the base.
+    """
+    check_adapter(directory)
+    ours = (directory / _OURS).exists()
+    try:
+        delta = lora.load(directory, base) if ours else lora.peft.load(directory, base, names)
+    except (OSError, ValueError) as error:
+        if not ours and (match := re.search(r"^ *tied: (.*?), so that", str(error), re.MULTILINE)):
+            raise UserError(
+                f"--init-from {directory}: {match[1]}, but head and embedding of this model are one weight; merge the "
+                "adapter with `lora-jax merge`, which stores both, and train the merged model (--model)"
+            ) from None
+        raise UserError(
+            f"--init-from: {error}" if str(directory) in str(error) else f"--init-from {directory}: {error}"
+        ) from None
+    train, frozen = lora.partition(delta)
+    return lora.join(jax.tree.map(lambda leaf: leaf.astype(dtype), train), frozen)
+
+
+def check_adapter(directory: Path) -> None:
+    """Raises a UserError if a directory does not contain an adapter."""
+    if any((directory / name).exists() for name in (_OURS, _PEFT)):
+        return
+    if not directory.is_dir():
+        raise UserError(f"--init-from {directory}: no such directory")
+    nested = [entry for entry in sorted(directory.iterdir()) if any((entry / name).exists() for name in (_OURS, _PEFT))]
+    hint = f"; adapters are in {', '.join(map(str, nested))}" if nested else ""
+    raise UserError(f"--init-from {directory}: expected a directory with {_OURS} (lora_jax) or {_PEFT} (PEFT){hint}")
+
+
+def has_dropout(delta: Any) -> bool:
+    """Whether an adapter to start from has a dropout rate above 0."""
+    rates = [getattr(adapter, "dropout", None) for adapter in (delta or {}).values()]
+    return any(rate is not None and np.any(np.asarray(rate) > 0) for rate in rates)

@@ -1,0 +1,80 @@
+"""The result of a run of supervised fine-tuning, as a JSON record, text and a plot."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments.configs.sft import Config
+from experiments.reports import curves
+from experiments.reports.results import read_record
+from experiments.training.run import History
+
+ADAPTER, BEST, RESULT = "adapter", "adapter-best", "result.json"
+PEFT, PEFT_LAST = "peft", "peft-last"  # of the best step and of the last step
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of a run.
+
+    Attributes:
+      settings: The settings that affect the results.
+      trained_parameters: Number of trained scalars.
+      seconds: Time of training and evaluation, including compilation.
+      losses: The loss of every training step.
+      evaluations: Pairs (step, mean validation loss per token).
+      best_step: The step of the smallest validation loss.
+      texts: Tuples (prompt, answer before training, answer after training, reference answer).
+      ended: Why training ended early; None if it did not.
+    """
+
+    settings: dict[str, Any]
+    trained_parameters: int
+    seconds: float
+    losses: list[float]
+    evaluations: list[tuple[int, float]]
+    best_step: int
+    texts: list[tuple[str, str, str, str]]
+    ended: str | None = None
+
+    @property
+    def history(self) -> History:
+        """The measurements in the form of the training loop."""
+        return History(self.losses, self.evaluations, self.seconds)
+
+    @classmethod
+    def load(cls, path: Path) -> "Report":
+        """Reads a report that the study wrote."""
+        return read_record(path, cls, {"evaluations": tuple, "texts": tuple})
+
+
+def show(config: Config, report: Report, console: Console) -> None:
+    """Prints a report and plots its losses."""
+    for prompt, before, after, answer in report.texts:
+        console.print(prompt, style="bold", highlight=False, markup=False)
+        for name, text in (("before", before), ("after", after), ("example", answer)):
+            console.print(f"  {name}: {text!r}", highlight=False, markup=False)
+    losses = dict(report.evaluations)
+    if losses:
+        console.print(
+            f"validation loss {losses[0]:.3f} before, {losses[report.best_step]:.3f} at best (step "
+            f"{report.best_step:,} of {len(report.losses):,})",
+            highlight=False,
+        )
+    curves.draw_losses(
+        config.out / "loss.png", report.losses, report.evaluations, f"{config.model} on {' and '.join(config.data)}"
+    )
+    last, best = len(report.losses), report.best_step
+    console.print(
+        f"{report.trained_parameters:,} trained parameters, {report.seconds:.0f} s of training"
+        + (f", ended early: {report.ended}" if report.ended else ""),
+        highlight=False,
+    )
+    console.print(
+        f"written to {config.out}: {BEST} and {PEFT} (the best step, {best:,}), {ADAPTER} and {PEFT_LAST} (the last "
+        f"step, {last:,}), {RESULT}, loss.png, metrics.jsonl, tensorboard",
+        highlight=False,
+        soft_wrap=True,
+    )
