@@ -54,7 +54,7 @@ class BoundaryTokenizer:
     def _tail_starts(self, example: Example) -> list[int]:
         """Returns the start of the last control token before each answer; tokens before it ignore later text."""
         positions = [begin for begin, _ in self._control.tokens_in(example.text, example.literal)]
-        return [max((one for one in positions if one < begin), default=0) for begin, _ in example.spans]
+        return [max((position for position in positions if position < begin), default=0) for begin, _ in example.spans]
 
     def _pairs(
         self, example: Example, whole: Tokens, tails: Sequence[tuple[int, np.ndarray]]

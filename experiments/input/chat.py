@@ -127,13 +127,14 @@ class Template:
         failed = [
             number
             for number, (calls, _) in enumerate(groups)
-            if any(isinstance(one, RenderingError) for one in results[number])
+            if any(isinstance(result, RenderingError) for result in results[number])
             and any(_as_openai(message) != _plain(message) for call in calls for message in call.messages)
         ]
-        for number, again in zip(failed, self._render([groups[number] for number in failed], _as_openai)):
-            pairs = zip(results[number], again)
+        retries = self._render([groups[number] for number in failed], _as_openai)
+        for number, retried in zip(failed, retries):
             results[number] = [
-                two if isinstance(one, RenderingError) and isinstance(two, Marked) else one for one, two in pairs
+                second if isinstance(first, RenderingError) and isinstance(second, Marked) else first
+                for first, second in zip(results[number], retried)
             ]
         return results
 
@@ -150,8 +151,8 @@ class Template:
             for number, (_, location) in enumerate(groups):
                 with _nesting_errors(location):
                     values[number] = self.control.marked(values[number], marks)
-        rendered = self._renderer.render([[{**self._variables, **one} for one in group] for group in values], marks)
-        return [[_read_marks(one, marks) for one in group] for group in rendered]
+        variables = [[self._variables | call for call in group] for group in values]
+        return [[_read_marks(text, marks) for text in group] for group in self._renderer.render(variables, marks)]
 
     def require(self, rendering: Rendering, location: str) -> Marked:
         """Returns the text of a rendering.

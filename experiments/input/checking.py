@@ -67,7 +67,7 @@ def check_records(
         return records, findings
     usable = np.array([good[source][number] for source, number in zip(records.source_of, records.number_of)], bool)
     if not usable.any():
-        reason = next(reason for one in findings for reason in one.reasons)
+        reason = next(reason for source in findings for reason in source.reasons)
         raise UserError(f"all {len(records):,} records are malformed; the first: {reason}")
     return first(records.take(np.flatnonzero(usable)), limit), findings
 

@@ -134,9 +134,9 @@ class ControlTokens:
                 text = f"{text}{marks.literal}{marks.literal_end}"
             return text
         if isinstance(value, Mapping):
-            return {self.marked(name, marks): self.marked(one, marks) for name, one in value.items()}
+            return {self.marked(name, marks): self.marked(item, marks) for name, item in value.items()}
         if isinstance(value, list | tuple):
-            return [self.marked(one, marks) for one in value]
+            return [self.marked(item, marks) for item in value]
         return value
 
     def tokens_in(self, text: str, literal: Sequence[Span]) -> list[Span]:
@@ -156,12 +156,12 @@ def strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for name, one in value.items():
+        for name, item in value.items():
             yield from strings(name)
-            yield from strings(one)
+            yield from strings(item)
     elif isinstance(value, list | tuple):
-        for one in value:
-            yield from strings(one)
+        for item in value:
+            yield from strings(item)
 
 
 class Tokens(NamedTuple):

@@ -71,8 +71,8 @@ class Encoder:
         """A digest of everything that determines the tokens."""
         digest = hashlib.sha256((self.directory / "tokenizer.json").read_bytes())
         chat, options = self.template and self.template.identity, dataclasses.asdict(self.options)
-        everything = [chat, self.end, options, self.vocabulary, self.control.spellings]
-        digest.update(json.dumps(everything, sort_keys=True).encode())
+        inputs = [chat, self.end, options, self.vocabulary, self.control.spellings]
+        digest.update(json.dumps(inputs, sort_keys=True).encode())
         return digest.hexdigest()
 
     @property
@@ -107,9 +107,9 @@ class Encoder:
         encoded: list[list[Encoded]] = [[] for _ in records]
         for example, number, pairs in zip(examples, origins, self._boundaries.encode(examples)):
             for tokens, targets in pairs:
-                one = self._document(tokens, targets) if example.document else Encoded(tokens, targets)
-                self._check_vocabulary(one.tokens, locations[number])
-                encoded[number].append(one)
+                result = self._document(tokens, targets) if example.document else Encoded(tokens, targets)
+                self._check_vocabulary(result.tokens, locations[number])
+                encoded[number].append(result)
         return encoded
 
     def encode_prompt(self, record: Record, location: str) -> tuple[np.ndarray, str]:
@@ -165,12 +165,12 @@ class Encoder:
                 conversation, template = self._conversation(record, location)
                 plans[number] = plan(template, conversation, location, self.options.train_on)
         for template in (self.template, self.template and self.template.with_tools):
-            group = {number: one for number, one in plans.items() if one.template is template}
+            group = {number: planned for number, planned in plans.items() if planned.template is template}
             if template is not None and group:
-                renderings = template.renderings_of([(one.calls, one.location) for one in group.values()])
-                for (number, one), texts in zip(group.items(), renderings):
+                renderings = template.renderings_of([(planned.calls, planned.location) for planned in group.values()])
+                for (number, planned), texts in zip(group.items(), renderings):
                     notes: set[str] = set()
-                    examples[number] = conversation_examples(one, texts, notes)
+                    examples[number] = conversation_examples(planned, texts, notes)
                     self.notes.update(notes)
         return examples
 

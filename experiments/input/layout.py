@@ -39,7 +39,7 @@ def matching(pattern: str) -> list[Path]:
     return files
 
 
-def in_directory(directory: Path, split: str, *, beside: bool = False, named: bool = False) -> list[Path]:
+def in_directory(directory: Path, split: str, *, separate: bool = False, named: bool = False) -> list[Path]:
     """Returns the files of a split in a directory, ordered by shard.
 
     The files of a split are named after it (`train.jsonl`, `valid.json.gz`, `train-00000-of-00002.parquet`) and are in
@@ -50,7 +50,7 @@ def in_directory(directory: Path, split: str, *, beside: bool = False, named: bo
     Args:
       directory: The directory.
       split: `train`, `validation`, `test`, or another name of files.
-      beside: Whether to return only data other than the training data. A directory without splits has none.
+      separate: Whether to return only data other than the training data. A directory without splits has none.
       named: Whether the user named the split, so that it has to exist.
 
     Returns:
@@ -73,7 +73,7 @@ def in_directory(directory: Path, split: str, *, beside: bool = False, named: bo
             "validation.jsonl"
         )
     if split in SPLITS and not any(map(_split_of, by_name)) and (split == "train" or not named):
-        return [] if beside else sorted(path for files in by_name.values() for path in files)
+        return [] if separate else sorted(path for files in by_name.values() for path in files)
     name = choose(by_name, split, str(directory), named=named)
     return [] if name is None else _check_shards(by_name[name], directory)
 

@@ -90,8 +90,10 @@ class Renderer:
                 if isinstance(answer, RenderingError):
                     results[number] += [answer] * len(groups[number])
                     continue
-                for one in answer["renderings"]:
-                    results[number].append(one["text"] if "text" in one else RenderingError(one["error"]))
+                results[number] += [
+                    rendering["text"] if "text" in rendering else RenderingError(rendering["error"])
+                    for rendering in answer["renderings"]
+                ]
             requests = requests[len(answers) :]
         return results
 

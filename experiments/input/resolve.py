@@ -64,14 +64,14 @@ class Source(Protocol):
         ...
 
 
-def resolve(data: str, split: str, form: FormName | None = None, *, beside: bool = False) -> list[Source]:
+def resolve(data: str, split: str, form: FormName | None = None, *, separate: bool = False) -> list[Source]:
     """Opens the files or data sets of a split.
 
     Args:
       data: A name as for :func:`experiments.input.sources.splits`, without a weight.
       split: `train`, `validation` or `test`.
       form: The format; None detects it.
-      beside: Whether to return only data other than the training data that `data` names. A single file and
+      separate: Whether to return only data other than the training data that `data` names. A single file and
         `DATASET:SPLIT` have none.
 
     Returns:
@@ -82,25 +82,25 @@ def resolve(data: str, split: str, form: FormName | None = None, *, beside: bool
     """
     path = Path(data)
     if _is_directory(data):
-        return _directory(data, split, form, beside=beside)
+        return _directory(data, split, form, separate=separate)
     directory, _, name = data.rpartition(":")
     if directory and _is_directory(directory) and not path.exists():
-        return [] if beside else _directory(directory, name, form, named=True)
+        return [] if separate else _directory(directory, name, form, named=True)
     if path.is_file():
-        return [] if beside else _files([path], split, form)
+        return [] if separate else _files([path], split, form)
     if path.exists():
         raise UserError(f"{data}: expected a file or a directory, got a pipe or a device; write it to a file first")
     if Path(directory).is_file() or (glob.has_magic(directory) and data_suffix(Path(directory)) in layout.SUFFIXES):
         raise UserError(f"{data}: invalid weight {name}; expected a positive number, as in {directory}:2")
     if glob.has_magic(data):
-        return [] if beside else _files(layout.matching(data), split, form)
+        return [] if separate else _files(layout.matching(data), split, form)
     dataset = data.partition(":")[0]
     if data.startswith((".", "/", "~")) or dataset.count("/") != 1 or data_suffix(path) in layout.SUFFIXES:
         shipped = ", ".join(examples.SHIPPED)
         raise UserError(
             f"{data}: no such file or directory; data sets are {shipped} or named ORGANIZATION/DATASET (on the Hub)"
         )
-    return [] if beside and ":" in data else hub(data, split, form)
+    return [] if separate and ":" in data else hub(data, split, form)
 
 
 def _is_directory(data: str) -> bool:
@@ -108,20 +108,20 @@ def _is_directory(data: str) -> bool:
 
 
 def _directory(
-    data: str, split: str, form: FormName | None, *, beside: bool = False, named: bool = False
+    data: str, split: str, form: FormName | None, *, separate: bool = False, named: bool = False
 ) -> list[Source]:
     path = examples.SHIPPED.get(data, Path(data))
     if (path / "labels.txt").exists():
-        return [] if beside and not list(path.glob(f"{split}.tsv*")) else [Labeled(data, split)]
+        return [] if separate and not list(path.glob(f"{split}.tsv*")) else [Labeled(data, split)]
     if (path / "state.json").is_file():  # a single split that the datasets library saved
         if named:
             layout.choose([saved_split(path) or "train"], split, data, named=True)
-        return [] if beside else _files(saved_files(path), split, form)
+        return [] if separate else _files(saved_files(path), split, form)
     if (path / "dataset_dict.json").is_file():
         names = [folder.parent.name for folder in path.glob("*/state.json")]
         name = layout.choose(names, split, data, named=named)
         return [] if name is None else _files(saved_files(path / name), split, form)
-    return _files(layout.in_directory(path, split, beside=beside, named=named), split, form)
+    return _files(layout.in_directory(path, split, separate=separate, named=named), split, form)
 
 
 def _files(paths: Sequence[Path], split: str, form: FormName | None) -> list[Source]:
@@ -206,20 +206,19 @@ def hub(name: str, split: str, form: FormName | None = None) -> list[Source]:
     Raises:
       UserError: The Hub cannot be reached, or it does not have the data set or the split.
     """
-    dataset, *rest = name.split(":")
-    config = rest[0] if len(rest) > 1 else None
-    split = rest[-1] if rest else split
+    dataset, *options = name.split(":")
+    config = options[0] if len(options) > 1 else None
+    split = options[-1] if options else split
+    title = ":".join([dataset, *options[:-1]])
     import datasets  # takes seconds
 
     try:
         tables = datasets.load_dataset(dataset, config)
     except Exception as error:  # the library, the network and a data set's files raise exceptions of many types
         raise UserError(
-            f"{':'.join([dataset, *rest[:-1], split])}: no such file, and the Hugging Face Hub does not provide it as "
+            f"{title}:{split}: no such file, and the Hugging Face Hub does not provide it as "
             f"ORGANIZATION/DATASET:SPLIT or ORGANIZATION/DATASET:CONFIG:SPLIT ({describe_error(error)})"
         ) from None
     names = [str(name) for name in tables]
-    chosen = layout.choose(names, split, ":".join([dataset, *rest[:-1]]), named=bool(rest))
-    if chosen is None:
-        return []
-    return [File(TableRows(tables[chosen], ":".join([dataset, *rest[:-1], chosen])), form)]
+    selected = layout.choose(names, split, title, named=bool(options))
+    return [] if selected is None else [File(TableRows(tables[selected], f"{title}:{selected}"), form)]

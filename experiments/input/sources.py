@@ -94,7 +94,9 @@ def splits(
     train = concatenate([_read_weighted(name, "train", form) for name in names])
     if others:
         return train, concatenate([_read_weighted(name, "validation", form) for name in others])
-    sources = [source for name in names for source in resolve(_split_weight(name)[0], "validation", form, beside=True)]
+    sources = [
+        source for name in names for source in resolve(_split_weight(name)[0], "validation", form, separate=True)
+    ]
     return train, _all(sources) if sources else None
 
 

@@ -126,8 +126,8 @@ def _templates(directory: Path) -> tuple[str, dict[str, str]]:
         return str(where), {"default": content}
     entries = content if isinstance(content, list) else [content]
     named = {}
-    for one in entries:
-        name, text = (one.get("name"), one.get("template")) if isinstance(one, dict) else (None, None)
+    for entry in entries:
+        name, text = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
         if isinstance(name, str) and isinstance(text, str):
             named[name] = text
     if len(named) < len(entries):

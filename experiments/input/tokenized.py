@@ -78,8 +78,8 @@ def tokenize(
       UserError: A record is malformed, or the files cannot be written.
     """
     versions = {name: metadata.version(name) for name in ("tokenizers", "jinja2")}
-    everything = json.dumps([_FORMAT, records.digest, encoder.digest, on_bad, versions], sort_keys=True)
-    digest = hashlib.sha256(everything.encode()).hexdigest()
+    inputs = json.dumps([_FORMAT, records.digest, encoder.digest, on_bad, versions], sort_keys=True)
+    digest = hashlib.sha256(inputs.encode()).hexdigest()
     location = directory / digest[:16]
     dtypes = _dtypes(encoder.largest)
     if not _is_complete(location, dtypes):

@@ -67,10 +67,10 @@ def _selected_examples(plan: Plan, renderings: Sequence[Rendering], notes: set[s
 def _examples_from_blocks(plan: Plan, renderings: Sequence[Rendering], notes: set[str]) -> list[Example]:
     """Locates answers by the `{% generation %}` blocks of the template."""
     template, whole, numbers = plan.template, renderings[-1], answers(plan.record, plan.location)
-    prefixes = [one for one in renderings[: len(numbers)] if isinstance(one, Marked)]
+    prefixes = [prefix for prefix in renderings[: len(numbers)] if isinstance(prefix, Marked)]
     if len(prefixes) == len(numbers):
-        firsts = [0, *(len(one.blocks) for one in prefixes)]
-        parts = [Example(one.text, one.blocks[first:], one.literal) for one, first in zip(prefixes, firsts)]
+        firsts = [0, *(len(prefix.blocks) for prefix in prefixes)]
+        parts = [Example(prefix.text, prefix.blocks[first:], prefix.literal) for prefix, first in zip(prefixes, firsts)]
     else:  # it does not accept prefixes of the conversation: the blocks of the whole one are its answers in order
         text, blocks, literal = template.require(whole, plan.location)
         if len(blocks) != len(numbers):
@@ -94,14 +94,14 @@ def _examples_from_blocks(plan: Plan, renderings: Sequence[Rendering], notes: se
 
 def _merge_examples(plan: Plan, whole: Rendering, examples: list[Example], notes: set[str]) -> list[Example]:
     """Merges the examples of answers into one if the whole conversation begins with the text of each."""
-    for one in examples:
-        _note_end(plan.template, one, notes)
+    for example in examples:
+        _note_end(plan.template, example, notes)
     if isinstance(whole, RenderingError):
         return examples
     note_tools(plan, whole.text, notes)
-    if not all(whole.text.startswith(one.text[: one.spans[-1][1]]) for one in examples):
+    if not all(whole.text.startswith(example.text[: example.spans[-1][1]]) for example in examples):
         return examples
-    return [Example(whole.text, [span for one in examples for span in one.spans], whole.literal)]
+    return [Example(whole.text, [span for example in examples for span in example.spans], whole.literal)]
 
 
 def _note_end(template: Template, example: Example, notes: set[str]) -> None:
@@ -176,7 +176,7 @@ def _example_after_header(plan: Plan, number: int, prompt: Marked, whole: Marked
     template, location = plan.template, f"{plan.location}, message {number + 1}"
     before, call = plan.record.messages[:number], whole_call(plan.record, number)
     calls = [replace(call, messages=[*before, {"role": "assistant", "content": probe}]) for probe in _PROBES]
-    texts = [template.require(one, location).text for one in template.renderings(calls, location)]
+    texts = [template.require(rendering, location).text for rendering in template.renderings(calls, location)]
     header = _common_prefix(*texts)
     if texts[0] != texts[1] and whole.text.startswith(header):
         if prompt.text.startswith(header):

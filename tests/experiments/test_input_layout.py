@@ -41,7 +41,7 @@ def tree(root, *names):
 def test_splits_of_a_directory(tmp_path, names, train, validation):
     tree(tmp_path, *names)
     assert [path.name for path in layout.in_directory(tmp_path, "train")] == train
-    assert [path.name for path in layout.in_directory(tmp_path, "validation", beside=True)] == validation
+    assert [path.name for path in layout.in_directory(tmp_path, "validation", separate=True)] == validation
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,8 @@ def run(
             "checkpoint": plain(reread, tokens),
             "adapter": adapted(problem.base, reloaded, tokens),
         }
-        for name, other in others.items():
-            differences[name] = max(differences[name], float(np.abs(np.asarray(other)[mask] - logits).max()))
+        for name, array in others.items():
+            differences[name] = max(differences[name], float(np.abs(np.asarray(array)[mask] - logits).max()))
         largest = max(largest, float(np.abs(logits).max()))
     logits = f"logits (largest {largest:.1f})"
     return [
@@ -76,16 +76,15 @@ def run(
     ]
 
 
-def _arrays(one: dict[str, Any], other: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+def _arrays(delta: dict[str, Any], other: dict[str, Any]) -> tuple[list[Any], list[Any]]:
     """Returns the leaves of two deltas in the order of their paths."""
-    if one.keys() != other.keys():
-        raise ValueError(f"the adapters hold different paths: {sorted(one.keys() ^ other.keys())}")
-    return [x for path in one for x in jax.tree.leaves(one[path])], [
-        x for path in one for x in jax.tree.leaves(other[path])
-    ]
+    if delta.keys() != other.keys():
+        raise ValueError(f"the adapters hold different paths: {sorted(delta.keys() ^ other.keys())}")
+    leaves = [[leaf for path in delta for leaf in jax.tree.leaves(tree[path])] for tree in (delta, other)]
+    return leaves[0], leaves[1]
 
 
-def _equal(some: list[Any], others: list[Any]) -> tuple[int, int]:
+def _equal(left: list[Any], right: list[Any]) -> tuple[int, int]:
     """Returns the number of equal values in two lists of arrays, and the number of values."""
-    pairs = [(np.asarray(one), np.asarray(other)) for one, other in zip(some, others, strict=True)]
-    return sum(int(np.sum(one == other)) for one, other in pairs), sum(one.size for one, _ in pairs)
+    pairs = [(np.asarray(first), np.asarray(second)) for first, second in zip(left, right, strict=True)]
+    return sum(int(np.sum(first == second)) for first, second in pairs), sum(first.size for first, _ in pairs)

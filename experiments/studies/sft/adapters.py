@@ -41,7 +41,7 @@ def make_spec(config: Config, base: Any) -> dict[str, Any]:
     if not patterns:
         return {target: with_rank(config.rank) for target in targets}
     adapted = [path for path in flatten_weights(base) if any(re.search(target, path) for target in targets)]
-    first = {path: next((one for one in patterns if re.search(one, path)), None) for path in adapted}
+    first = {path: next((pattern for pattern in patterns if re.search(pattern, path)), None) for path in adapted}
     for pattern in patterns:
         if pattern not in first.values():
             earlier = any(re.search(pattern, path) for path in adapted)

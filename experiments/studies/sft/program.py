@@ -94,8 +94,8 @@ class Program:
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shapes and shardings of a batch."""
         size = (self.config.batch.global_, self.config.length)
-        one = jax.ShapeDtypeStruct(size, jnp.int32, sharding=meshes.batch_sharding(self.mesh))
-        return dict.fromkeys(("tokens", "segments", "positions", "labels"), one)
+        array = jax.ShapeDtypeStruct(size, jnp.int32, sharding=meshes.batch_sharding(self.mesh))
+        return dict.fromkeys(("tokens", "segments", "positions", "labels"), array)
 
     def lower(self) -> jax.stages.Lowered:
         """Lowers the step for the devices of the mesh."""

@@ -150,7 +150,7 @@ def _train(
     after = writer.write(base, state.delta)
     last_step = len(history.losses)
     best, best_step = state, last_step
-    if history.evaluations and min(history.evaluations[1:], key=lambda one: one[1])[0] != last_step:
+    if history.evaluations and min(history.evaluations[1:], key=lambda evaluation: evaluation[1])[0] != last_step:
         with Checkpoints(run.checkpoints, best="min", settings=settings) as checkpoints:
             best, best_step = checkpoints.best(state)
     adapters = {ADAPTER: meshes.gather(state.delta), BEST: meshes.gather(best.delta)}
