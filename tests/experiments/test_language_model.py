@@ -163,7 +163,7 @@ def test_what_the_user_can_put_right_is_one_sentence(capsys, tmp_path, tiny_mode
     tokenizer = json.loads((location.find("tiny-llama") / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["antidisestablishment"] = 512
     (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
-    check("513 tokens, the model knows 512 only", "llama-tiny", "--model", broken)
+    check("513 tokens, but the model has only 512", "llama-tiny", "--model", broken)
     (broken / "model.safetensors").write_bytes(b"junk")
     check("model.safetensors", "llama-tiny", "--model", broken)
 

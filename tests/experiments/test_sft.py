@@ -182,10 +182,10 @@ def test_data_without_validation(settings, tmp_path, lenient):
             ["--model", "tiny-gpt2", "--length", "1000"],
             "length 1,000: tiny-gpt2 supports sequences of up to 128",
         ),
-        (["--model", "tiny-gpt2", "--new-tokens", "500"], "--new-tokens 500: with prompts they are"),
+        (["--model", "tiny-gpt2", "--new-tokens", "500"], "--new-tokens 500: prompt and answer have"),
         (["--out", "gs://bucket/runs"], "out gs:/bucket/runs: expected a directory"),
         (["--profile", "5"], "profile must be FIRST:LAST"),
-        (["--rank", "1000"], "the adapter of attention and feed-forward: "),
+        (["--rank", "1000"], "--targets attention feed-forward: "),
     ],
 )
 def test_what_a_user_can_put_right(flags, message, tmp_path, capsys, monkeypatch):

@@ -249,7 +249,7 @@ def test_a_loss_that_is_not_finite_names_its_cause():
         (["--length", "256"], "length 256: tiny-llama supports sequences of up to 128 tokens"),
         (["--data", "PLAIN:nan"], "PLAIN:nan: invalid weight nan; expected a positive number, as in PLAIN:2"),
         (["--template", "no.jinja"], "--template no.jinja: no such file"),
-        (["--template-arguments", "1"], "--template-arguments: '1', expected a JSON object or NAME=VALUE"),
+        (["--template-arguments", "1"], "--template-arguments: expected a JSON object or NAME=VALUE, got '1'"),
         (["--init-from", "nowhere"], "--init-from nowhere: no such directory"),
     ],
 )
