@@ -68,7 +68,7 @@ def _report(config: Config, results: list[Result], last: Path, console: Console)
     curves.draw(config.out / "curves.png", results, f"{config.model} on {config.data}")
     write_json(config.out / "run.json", provenance.record(config, results=[asdict(result) for result in results]))
     console.print(f"written to {config.out}: run.json, curves.png and an adapter for each run")
-    console.print("to use it in Python, from this directory:")
+    console.print("in Python, from here:")
     for line in (
         "from experiments.studies import sentences",
         f"print(sentences.load({str(last)!r})('a chess engine that plays over the internet'))",
