@@ -1,4 +1,4 @@
-"""Deltas made by moving a part of the base, as deltas of the base before the move."""
+"""Conversion of deltas whose initializer changed the base to deltas of the original base."""
 
 import dataclasses
 
@@ -12,20 +12,19 @@ from lora_jax.leaves import align_leading
 
 
 def to_plain_lora(delta: Delta, start: Delta) -> Delta:
-    r"""The trained delta for the base that :func:`lora_jax.prepare` was given, of ranks r + r.
+    r"""Converts a delta for the base from :func:`lora_jax.prepare` to one for the original base, of twice the rank.
 
-    PiSSA and its like take :math:`s\,a_0^\top b_0` out of the weight. What they trained, on the weight as it was, is
-    :math:`s\,a^\top b - s\,a_0^\top b_0`: the factors side by side. It can be exported and used with the original
-    weights, which the moved base cannot. (After LoftQ the quantized base is the one to use: it differs from the
-    original by more than low rank.)
+    PiSSA and similar initializers subtract :math:`s\,a_0^\top b_0` from the weight. The trained change of the original
+    weight is :math:`s\,a^\top b - s\,a_0^\top b_0`: the factors side by side. It can be exported and used with the
+    original weights. (After LoftQ use the quantized base: it differs from the original by more than low rank.)
 
     Args:
       delta: After training.
       start: As `prepare` returned it.
 
     Returns:
-      A delta like `delta`. Adapters that started from a product of zero stay as they are, and so do those that train
-      a leaf outright; DoRA keeps its magnitudes.
+      A delta like `delta`. Adapters that started from a product of zero, and those that train a leaf outright, do not
+      change; DoRA's magnitudes do not change.
 
     Raises:
       ValueError: The deltas differ in paths, or an adapter and its start in kind, shape or roles; the start of an

@@ -1,4 +1,4 @@
-"""all_linear: the key of a spec that stands for the weights of all linear layers."""
+"""all_linear: the key of a spec that matches the weights of all linear layers."""
 
 from collections.abc import Mapping, Sequence
 
@@ -19,8 +19,8 @@ class AllLinear:
 
     A linear layer is a weight that the traced function multiplies with an input: in unrolled or scanned layers, and
     experts. Embeddings (and heads that share their weight), convolutions, norms and biases are not. The output head
-    is left out as by PEFT, unless nothing else is linear; it is known by its path: `lm_head`, `unembed…`, or a top
-    level `output`, `head`, `classifier`, `score` or `logits`. A pattern of its own adapts it.
+    is left out, as in PEFT, unless nothing else is linear; its path identifies it: `lm_head`, `unembed…`, or a top
+    level `output`, `head`, `classifier`, `score` or `logits`. A pattern that names it adapts it.
 
     Args:
       recipe: For example `lora.LoRA(8)`.
@@ -53,7 +53,7 @@ all_linear = AllLinear()
 
 
 def linear_weights(uses: Mapping[str, Sequence[Use]], shapes: Mapping[str, Sequence[int]]) -> list[str]:
-    """The paths that :data:`all_linear` stands for.
+    """The paths that :data:`all_linear` matches.
 
     Args:
       uses: Per path, from :func:`lora_jax.axes.uses_of`.
