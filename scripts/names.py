@@ -18,9 +18,6 @@ FORBIDDEN = frozenset(
 ROOT = Path(__file__).resolve().parent.parent
 CHECKED = ("lora_jax", "experiments", "tests", "scripts", "notebooks")
 
-NOT_YET = ("experiments/studies/",)
-"""Prefixes of files that still bind forbidden names. This list only shrinks."""
-
 
 def bound_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
     """Yields (name, line) for every name that a module binds, including those of attributes and parameters.
@@ -70,8 +67,6 @@ def main(arguments: list[str]) -> int:
     for file in (file for path in paths for file in python_files(path)):
         file = file.resolve()
         name = str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else str(file)
-        if name.startswith(NOT_YET):
-            continue
         for line, bound in forbidden_names(file.read_text(encoding="utf-8")):
             count += 1
             print(f"{name}:{line}: '{bound}' says how the value was obtained. Name it for what it is.")
