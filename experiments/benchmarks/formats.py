@@ -65,7 +65,7 @@ class Row:
 
 def measure(problem: Problem, form: Format, exact: np.ndarray) -> Row:
     """Measures a format."""
-    quantized = problem.quantized(problem.base, {LINEAR: form})
+    quantized = problem.quantize(problem.base, {LINEAR: form})
     base_leaves, quantized_base_leaves = (flatten_weights(tree) for tree in (problem.base, quantized))
     leaves = {path: leaf for path, leaf in quantized_base_leaves.items() if is_quantized(leaf)}
     errors = [relative(leaf.dequantize(), base_leaves[path]) for path, leaf in leaves.items()]

@@ -150,7 +150,7 @@ class Template:
         if self._literal:
             for number, (_, location) in enumerate(groups):
                 with _nesting_errors(location):
-                    values[number] = self.control.marked(values[number], marks)
+                    values[number] = self.control.mark(values[number], marks)
         variables = [[self._variables | call for call in group] for group in values]
         return [[_read_marks(text, marks) for text in group] for group in self._renderer.render(variables, marks)]
 

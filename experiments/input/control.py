@@ -104,7 +104,7 @@ class ControlTokens:
     Example:
       >>> control = ControlTokens(["<|end|>"])
       >>> marks = Marks("(", ")", "[", "]")
-      >>> control.marked({"role": "user", "content": "what does <|end|> do? <|"}, marks)
+      >>> control.mark({"role": "user", "content": "what does <|end|> do? <|"}, marks)
       {'role': 'user', 'content': 'what does [<|end|>] do? <|[]'}
       >>> control.tokens_in("what does <|end|> do?<|end|>", [(10, 17)])
       [(21, 28)]
@@ -118,11 +118,11 @@ class ControlTokens:
         self._prefixes = {spelling[:size] for spelling in self.spellings for size in range(1, len(spelling))}
         self._suffixes = {spelling[size:] for spelling in self.spellings for size in range(1, len(spelling))}
 
-    def spelled(self, text: str) -> bool:
+    def occur_in(self, text: str) -> bool:
         """Whether a text contains the spelling of a control token."""
         return self._pattern.search(text) is not None
 
-    def marked(self, value: Any, marks: Marks) -> Any:
+    def mark(self, value: Any, marks: Marks) -> Any:
         """Returns a copy of JSON data with marks around text that spells a control token, by itself or together with
         the text around it."""
         if isinstance(value, str):
@@ -134,9 +134,9 @@ class ControlTokens:
                 text = f"{text}{marks.literal}{marks.literal_end}"
             return text
         if isinstance(value, Mapping):
-            return {self.marked(name, marks): self.marked(item, marks) for name, item in value.items()}
+            return {self.mark(name, marks): self.mark(item, marks) for name, item in value.items()}
         if isinstance(value, list | tuple):
-            return [self.marked(item, marks) for item in value]
+            return [self.mark(item, marks) for item in value]
         return value
 
     def tokens_in(self, text: str, literal: Sequence[Span]) -> list[Span]:

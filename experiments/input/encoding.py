@@ -206,7 +206,7 @@ class Encoder:
 
     def _literal(self, text: str) -> list[Span]:
         """Returns the literal spans of a text that is not rendered with a template."""
-        is_text = self.options.control_tokens == "text" and self.control.spelled(text)
+        is_text = self.options.control_tokens == "text" and self.control.occur_in(text)
         return [(0, len(text))] if is_text else []
 
     def _document(self, tokens: np.ndarray, targets: np.ndarray) -> Encoded:

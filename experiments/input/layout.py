@@ -25,7 +25,7 @@ def is_data(path: Path) -> bool:
     return data_suffix(path) in SUFFIXES and not hidden and path.name not in _NOT_DATA
 
 
-def matching(pattern: str) -> list[Path]:
+def find_matching(pattern: str) -> list[Path]:
     """Returns the data files that a glob matches, sorted.
 
     Raises:

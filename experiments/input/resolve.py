@@ -93,7 +93,7 @@ def resolve(data: str, split: str, form: FormName | None = None, *, separate: bo
     if Path(directory).is_file() or (glob.has_magic(directory) and data_suffix(Path(directory)) in layout.SUFFIXES):
         raise UserError(f"{data}: invalid weight {name}; expected a positive number, as in {directory}:2")
     if glob.has_magic(data):
-        return [] if separate else _files(layout.matching(data), split, form)
+        return [] if separate else _files(layout.find_matching(data), split, form)
     dataset = data.partition(":")[0]
     if data.startswith((".", "/", "~")) or dataset.count("/") != 1 or data_suffix(path) in layout.SUFFIXES:
         shipped = ", ".join(examples.SHIPPED)

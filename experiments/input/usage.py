@@ -100,7 +100,7 @@ def show(console: Console, splits: Mapping[str, Sequence[Usage]], length: int) -
     for split, files in splits.items():
         table.add_row(Text(split, style="bold"))
         names = [_short(row.name) for row in files]
-        for row, full, name in zip(_condensed(files), files, names):
+        for row, full, name in zip(_condense(files), files, names):
             numbers = [row.records, row.used, *([row.passes] if repeated else [])]
             numbers += [row.truncated, row.malformed + row.unused]
             title = row.name if names.count(name) > 1 or row is not full else name
@@ -119,7 +119,7 @@ def _short(name: str) -> str:
     return f"{path.parent.name}/{path.name}" if path.suffix == ".arrow" else path.name
 
 
-def _condensed(files: Sequence[Usage]) -> list[Usage]:
+def _condense(files: Sequence[Usage]) -> list[Usage]:
     """Combines all but the first files into one row."""
     if len(files) <= _ROWS:
         return list(files)

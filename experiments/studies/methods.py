@@ -71,7 +71,7 @@ def run(start: Start, method: Method, seed: int, run: TrainingRun, console: Cons
         return Result.load(stored)
     problem, splits = start.problem, start.problem.splits
     base = meshes.put_weights(mesh, bert.AXES, start.base)
-    base = problem.quantized(base, method.rules) if method.rules else base
+    base = problem.quantize(base, method.rules) if method.rules else base
     adapted = jax.jit(lora.adapt(problem.apply), out_shardings=meshes.replicated(mesh))
     plain = jax.jit(problem.apply, out_shardings=meshes.replicated(mesh))
 

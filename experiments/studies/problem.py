@@ -73,8 +73,8 @@ class Problem:
         except ValueError as error:
             raise UserError(f"{name}: {error}") from None
 
-    def quantized(self, base: Mapping[str, Any], rules: Mapping[str, Any]) -> Any:
-        """Returns the base with quantized weights."""
+    def quantize(self, base: Mapping[str, Any], rules: Mapping[str, Any]) -> Any:
+        """Quantizes the weights of a base."""
         return lora.quantize(base, rules, self.apply, *self._shapes())
 
     def _shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
