@@ -24,13 +24,13 @@ Multiples of 2³² divided by the golden ratio stay far apart modulo 2³², so t
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """The number of masks that a body draws for each path. Static, so that a cached `jit` returns it too."""
+    """The number of masks that a body draws for each path. Static, so that a cached `jit` can return it."""
 
     counts: tuple[tuple[str, int], ...]
 
     @classmethod
     def most(cls, draws: "Sequence[Draws]") -> "Draws":
-        """The largest number for each path: what branches, of which one runs, may draw."""
+        """The largest number for each path: an upper bound for branches, one of which runs."""
         paths = dict.fromkeys(path for one in draws for path, _ in one.counts)
         return cls(tuple((path, max(dict(one.counts).get(path, 0) for one in draws)) for path in paths))
 
@@ -39,7 +39,7 @@ class Draws:
         return Draws(tuple((path, number * count) for path, number in self.counts))
 
     def unknown_times(self) -> "Draws":
-        """The masks of a loop whose iterations cannot be counted."""
+        """The masks of a loop with an unknown number of iterations."""
         return Draws(tuple((path, UNKNOWN_COUNT) for path, number in self.counts if number))
 
     def after(self, numbers: Numbers) -> Numbers:

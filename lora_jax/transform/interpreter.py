@@ -28,8 +28,8 @@ class Use:
       factored: Whether the adapter is applied without forming the merged weight.
       reason: Why the weight is merged, or how it is used.
       source: The line of the user's code, or '' for inputs and outputs.
-      roles: Role by axis of the original weight, as far as this use tells: 'in', 'out', 'batch', or
-        'indexed' for an axis of which one slice is used.
+      roles: Role by axis of the leaf, for the axes whose role the use shows: 'in', 'out', 'batch', or 'indexed' for an
+        axis of which one slice is used.
     """
 
     path: str
@@ -66,8 +66,8 @@ class Interpreter:
     def body(self, jaxpr: jaxprs.Jaxpr, *, outlined: bool = False) -> Callable[..., tuple[list[Any], Draws]]:
         """A jaxpr as a function of :meth:`numbers` and its inputs.
 
-        It returns the outputs, arrays or (where a view of a weight is returned) weights, and the draws that the caller
-        gives to :meth:`advance`. If it is outlined, equations without weights are not run: their results are zeros.
+        It returns the outputs, which are arrays or views of weights, and the draws that the caller passes to
+        :meth:`advance`. If it is outlined, equations without weights are not run: their results are zeros.
         """
 
         def call(numbers: Numbers, *arguments: Any):
@@ -118,7 +118,7 @@ class Interpreter:
         return [out.total() if isinstance(out, Product) else out for out in outputs]
 
     def cached(self, key: Any, make: Callable[[], Callable]) -> Callable:
-        """One compiled function per sub-jaxpr, so that calls outside jit compile once."""
+        """Returns one compiled function per sub-jaxpr, so that calls outside jit compile once."""
         if self.uses is not None:
             return make()
         if key not in self._calls:

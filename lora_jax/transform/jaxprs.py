@@ -1,4 +1,4 @@
-"""All contact with JAX's jaxpr internals. When a JAX release moves something, only this file changes."""
+"""All uses of JAX's internals. If a JAX release changes them, only this file changes."""
 
 import collections
 import contextlib
@@ -24,15 +24,15 @@ from jax.interpreters import ad, batching, mlir
 from lora_jax.leaves import is_quantized
 
 compute_on: Callable = getattr(compute_on_module, "compute_on2", compute_on_module.compute_on)
-"""Runs a function on another compute type (the host). Newer releases have one name for it, older two."""
+"""Runs a function on another compute type (the host). Newer JAX releases have another name for it."""
 
 Jaxpr = Any
-"""An open or a closed jaxpr; newer releases have one class for both."""
+"""An open or a closed jaxpr. Newer JAX releases have one class for both."""
 
 Equation = Any
 
 ConcreteArray = ArrayImpl
-"""The class of JAX arrays that have values (tracers are of others)."""
+"""The class of concrete JAX arrays. Tracers have other classes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def trace(function: Callable[..., Sequence[jax.Array]], arguments: Sequence[Any]
 
 
 def lifted(function: Callable[..., Sequence[jax.Array]], arguments: Sequence[Any]) -> tuple[Jaxpr, Sequence[Any]]:
-    """A traced function whose constants are further inputs, after its own, and the constants."""
+    """Returns a traced function that takes its constants as further inputs, after its own, and the constants."""
     closed = jax.make_jaxpr(function)(*arguments)
     count = len(arguments)
 
@@ -86,7 +86,7 @@ def lifted(function: Callable[..., Sequence[jax.Array]], arguments: Sequence[Any
 
 
 def aval(leaf: Any) -> Any:
-    """What is known of an array, or of the array that a quantized leaf stands for, when it is traced. Hashable."""
+    """The type of an array, or the types of the arrays of a quantized leaf, in a trace. Hashable."""
     if not is_quantized(leaf):
         return jax.typeof(leaf)
     types = [jax.typeof(array) for array in jax.tree.leaves(leaf)]
@@ -94,7 +94,7 @@ def aval(leaf: Any) -> Any:
 
 
 def abstract(leaf: Any) -> Any:
-    """A quantized leaf as the shape and dtype that a function of floats is traced with; an array as it is."""
+    """Returns the shape and dtype of a quantized leaf's values, for a trace; returns an array itself."""
     if not is_quantized(leaf):
         return leaf
     # Where meshes have explicit axes, and inside shard_map, it says more than shape and dtype.
@@ -118,7 +118,7 @@ def outputs(jaxpr: Jaxpr) -> Sequence[Any]:
 
 
 def last_uses(jaxpr: Jaxpr) -> dict[int, list[Any]]:
-    """Per equation (by position), the variables that are not needed after it."""
+    """By position of an equation, the variables that no later equation uses."""
     seen = {atom for atom in outputs(jaxpr) if not isinstance(atom, Literal)}
     last: dict[int, list[Any]] = {}
     eqns = equations(jaxpr)
@@ -142,7 +142,7 @@ def read(environment: dict[Any, Any], atom: Any) -> Any:
 
 
 def is_literal(atom: Any) -> bool:
-    """Whether an operand of an equation is a constant that is written in it."""
+    """Whether an operand of an equation is a literal."""
     return isinstance(atom, Literal)
 
 
@@ -188,7 +188,7 @@ def kernel_blocks(equation: Equation) -> list[tuple[int, ...]]:
 
 
 def outline(variable: Any) -> jax.Array | None:
-    """Zeros in the place of a variable, or of what a reference refers to; None if that is no array of numbers."""
+    """Returns zeros of the shape of a variable (or of what a reference refers to); None if it is not numeric."""
     aval = getattr(variable.aval, "inner_aval", variable.aval)
     dtype = getattr(aval, "dtype", None)
     if not isinstance(dtype, np.dtype) or not hasattr(aval, "shape"):
@@ -197,7 +197,7 @@ def outline(variable: Any) -> jax.Array | None:
 
 
 def is_dropped(variable: Any) -> bool:
-    """Whether an equation's output is not used at all."""
+    """Whether an output of an equation is unused."""
     return isinstance(variable, jax_core.DropVar)
 
 
@@ -213,7 +213,7 @@ def context(equation: Equation) -> Iterator[None]:
 
 
 def bind(equation: Equation, values: Sequence[Any], **changes: Any) -> list[Any]:
-    """Runs an equation on other operands, with its own parameters but for the `changes`."""
+    """Binds an equation's primitive to other operands, with its parameters and these `changes`."""
     parameters = equation.primitive.get_bind_params(equation.params | changes)
     result = equation.primitive.bind(*values, **parameters)
     return list(result) if equation.primitive.multiple_results else [result]
@@ -272,7 +272,7 @@ def scan_counts(equation: Equation) -> tuple[int, int]:
 
 
 def forwarded(jaxpr: Jaxpr) -> dict[int, int]:
-    """Which outputs are inputs handed through unchanged: `{output: input}`, calls of jit included."""
+    """The outputs that are unchanged inputs: `{output: input}`, also through calls of jit."""
     variables, consts = inputs(jaxpr)
     origin = {variable: position - len(consts) for position, variable in enumerate(variables)}
     for equation in equations(jaxpr):
@@ -323,7 +323,7 @@ def zeros(aval: Any) -> jax.Array:
 
 
 def is_for_one_device(context: Any) -> bool:
-    """Whether what is lowered is the program of one device, and not divided by the compiler over several."""
+    """Whether the program being lowered runs on one device, and is not partitioned by the compiler."""
     axes = context.module_context.axis_context
     if hasattr(axes, "manual_axes"):
         return set(axes.manual_axes) == set(axes.mesh.axis_names)
@@ -331,12 +331,12 @@ def is_for_one_device(context: Any) -> bool:
 
 
 def is_unspecified(sharding: Any) -> bool:
-    """Whether a jit parameter leaves a sharding open."""
+    """Whether a sharding parameter of jit is unspecified."""
     return sharding is None or type(sharding).__name__ in ("UnspecifiedValue", "AUTO")
 
 
 def is_staged() -> bool:
-    """Whether operations are recorded (by `jit`, `scan`, …) or mapped, instead of run, be it for a derivative."""
+    """Whether operations are staged (by `jit`, `scan`, …) instead of run, also inside a derivative or `vmap`."""
     trace = jax_core.trace_ctx.trace
     while type(trace).__name__ in ("JVPTrace", "LinearizeTrace", "BatchTrace"):
         trace = trace.parent_trace
@@ -344,7 +344,7 @@ def is_staged() -> bool:
 
 
 def trace_context() -> Any:
-    """What a trace depends on beside its arguments: configuration, mesh, axis names. Hashable."""
+    """The global state that a trace depends on: configuration, mesh, axis names. Hashable."""
     return jax_config.trace_context()
 
 

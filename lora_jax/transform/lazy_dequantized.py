@@ -1,4 +1,4 @@
-"""A quantized weight in the interpreter: its views wait until it is used, and each use dequantizes it anew."""
+"""Quantized weights in the interpreter: each use dequantizes the weight and then applies its views."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from lora_jax.transform import jaxprs
 from lora_jax.transform.regions import region
 
 ELEMENTWISE = ("convert_element_type", "copy", "copy_p", "name", "reduce_precision", "optimization_barrier")
-"""Views of each element by itself, which act on a part as on the whole."""
+"""Elementwise views, which act on a part of a weight as they act on the whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class View:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LazyDequantized:
-    """What stands in the place of an array: a quantized leaf under views. It is a pytree, so it crosses jit, scan, ….
+    """A quantized leaf under views, carried instead of an array. It is a pytree, so it crosses jit, scan, ….
 
     Attributes:
       leaf: The pytree node with `dequantize()`.
@@ -57,7 +57,7 @@ class LazyDequantized:
 
     @classmethod
     def of(cls, leaf: Any) -> "LazyDequantized":
-        """A leaf under no view."""
+        """Returns a leaf without views."""
         return cls(leaf, (), (), tuple(leaf.shape), np.dtype(leaf.dtype))
 
     @property
@@ -65,7 +65,7 @@ class LazyDequantized:
         return len(self.shape)
 
     def compute(self) -> jax.Array:
-        """The array, dequantized here and now."""
+        """Dequantizes the leaf and applies the views."""
         leaf = self.leaf.at_use() if hasattr(self.leaf, "at_use") else self.leaf
         value = leaf.dequantize()
         for view, others in zip(self.views, self.others):
@@ -74,7 +74,7 @@ class LazyDequantized:
         return value
 
     def under(self, view: View, others: Sequence[Any]) -> "LazyDequantized":
-        """The weight under one more view."""
+        """Returns the weight with one more view."""
         aval = view.equation.outvars[view.output].aval
         return dataclasses.replace(
             self,
@@ -86,7 +86,7 @@ class LazyDequantized:
 
     @property
     def layers(self) -> int:
-        """How many leading axes are those of every array of the leaf, so that a part of the arrays is a part."""
+        """The number of leading axes that every array of the leaf has: a slice of the arrays is a slice of the leaf."""
         return getattr(self.leaf, "layers", 0) if self._by_element else 0
 
     @property
@@ -94,11 +94,11 @@ class LazyDequantized:
         return all(view.equation.primitive.name in ELEMENTWISE for view in self.views)
 
     def with_leaf(self, leaf: Any) -> "LazyDequantized":
-        """The same views of a part of the leaf along its layers."""
+        """Returns the same views of a part of the leaf along its layers."""
         return dataclasses.replace(self, leaf=leaf, shape=tuple(leaf.shape))
 
     def parts(self, spec: Any, mesh: Any) -> "tuple[LazyDequantized, LazyDequantized] | None":
-        """For `shard_map`: a weight that can be divided, and the partition spec of each array in its place."""
+        """For `shard_map`: a weight that can be sharded, and the same with the partition spec of each array."""
         if not self._by_element or not hasattr(self.leaf, "parts"):
             return None
         divided = self.leaf.parts(spec, mesh)
@@ -108,12 +108,12 @@ class LazyDequantized:
         return dataclasses.replace(self, leaf=leaf), dataclasses.replace(self, leaf=specs)
 
     def rows(self, take: Callable[[jax.Array], jax.Array]) -> "LazyDequantized | None":
-        """The rows that `take` takes of an array's first axis, index axes in front; None where that cuts blocks."""
+        """Returns the rows that `take` selects on the first axis, index axes first; None if that would cut blocks."""
         rows = self.leaf.rows(take) if self._by_element and hasattr(self.leaf, "rows") else None
         return None if rows is None else self.with_leaf(rows)
 
     def along(self, axis: int, cut: Callable[[jax.Array], jax.Array]) -> "LazyDequantized | None":
-        """The part that `cut` makes of each array, along an axis of layers; None for other axes."""
+        """Applies `cut` to each array, along an axis of layers; returns None for other axes."""
         return self.with_leaf(jax.tree.map(cut, self.leaf)) if axis < self.layers else None
 
 
@@ -127,10 +127,10 @@ def viewed(equation: jaxprs.Equation, values: Sequence[Any]) -> list[Any]:
 
 
 def recomputed(function: Callable, *values: Any) -> Any:
-    """`function(*values)` with arrays in the place of quantized weights.
+    """Returns `function(*values)` with quantized weights dequantized.
 
-    The backward pass keeps their codes and dequantizes again: the whole is rematerialized, and XLA may not share the
-    arrays of the two passes.
+    The backward pass keeps their codes and dequantizes again: the function is rematerialized, and XLA may not share
+    the arrays of the two passes.
 
     Args:
       function: Of arrays, and of pytrees that may hold :class:`LazyDequantized` (which it then computes itself).
@@ -151,9 +151,9 @@ def recomputed(function: Callable, *values: Any) -> Any:
 def product(
     function: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, value: "jax.Array | LazyDequantized"
 ) -> Any:
-    """`function(x, W)`, linear in x, of a weight that may be quantized: dequantized where it is used, in any loop.
+    """Returns `function(x, W)`, linear in x, for a weight that may be quantized. It is dequantized at each use.
 
-    The backward pass keeps the codes alone, and dequantizes again.
+    The backward pass keeps only the codes and dequantizes again.
     """
     if not isinstance(value, LazyDequantized):
         return function(x, value)

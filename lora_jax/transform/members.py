@@ -1,8 +1,8 @@
-"""Products with the factors of one of several members, which batched examples choose each for itself.
+"""Products with the factors of one of several members, chosen by each example of a batch.
 
-The factors keep an axis of members, a bond like the rank, and a one-hot vector is one factor more: the sum over the
-bond is then the chosen member's term, whatever a product does with its factors. Where examples are batched, sorted by
-member, an input's product with stacked factors is one ragged product, and no factor is copied for an example.
+The factors keep an axis of members, a bond like the rank, and a one-hot vector is one more factor: the sum over the
+bond is the chosen member's term, however the factors are multiplied. For batched examples, sorted by member, the
+product of an input with stacked factors is one ragged product, and no factor is copied for each example.
 """
 
 import math
@@ -30,7 +30,7 @@ def chain(
     reverse: bool = False,
     places: Mapping[Label, Any] | None = None,
 ) -> jax.Array:
-    """As :func:`lora_jax.adapters.factored.chain`, with ragged products where factors have an axis of members."""
+    """As :func:`lora_jax.adapters.factored.chain`, with ragged products for factors with an axis of members."""
     choice = next((factor for factor in factors if factor.labels == (MEMBER,)), None)
     if choice is None:
         return factored.chain(start, factors, out, precision=precision, dtype=dtype, reverse=reverse, places=places)
@@ -44,7 +44,7 @@ def chain(
 
 
 def picked(factors: Sequence[Factor]) -> list[Factor]:
-    """The same product without the axis of members: of each factor the chosen member's part."""
+    """Returns the factors of the chosen member, without the axis of members."""
     choice = next((factor for factor in factors if factor.labels == (MEMBER,)), None)
     if choice is None:
         return list(factors)
@@ -84,7 +84,7 @@ def _product(left: Factor, right: Factor, choice: Factor, later: set[Label], pre
 
 
 def _chosen(precision, dtype):
-    """The product of `x [n, k]` with one of `[members, k, m]`, which a one-hot vector picks."""
+    """Returns the product of `x [n, k]` with one of `[members, k, m]`, selected by a one-hot vector."""
 
     @jax.custom_batching.custom_vmap
     def product(x, matrices, choice):

@@ -1,4 +1,4 @@
-"""A contraction whose low-rank part is still to be added to it."""
+"""A contraction whose low-rank part has not been added yet."""
 
 import dataclasses
 from typing import Any
@@ -10,16 +10,16 @@ from lora_jax.transform import jaxprs
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """`x·W` and `(x·a)·b`, not yet added up.
+    """`x·W` and `(x·a)·b` as separate arrays.
 
-    What the function itself adds next (a bias, a residual) is added to `x·W`, and the low-rank part after
-    it. XLA then keeps one array for the backward pass; with the low-rank part added first it copies the
-    cheap second sum into every consumer and keeps both products instead.
+    If the function adds an array next (a bias, a residual), it is added to `x·W` first, and the low-rank part after
+    it. XLA then keeps one array for the backward pass. With the low-rank part added first, XLA copies the cheap second
+    sum into every consumer and keeps both products.
 
     Attributes:
-      base: The product with the base weight, and what has been added to it.
+      base: The product with the base weight, plus the arrays added since.
       update: The low-rank part, of the same shape and dtype.
-      equation: Where the contraction comes from.
+      equation: The contraction.
     """
 
     base: jax.Array

@@ -1,7 +1,7 @@
 """Moments of the inputs of a weight, read without side effects.
 
-Beside its value a weight carries zeros, labeled by its batch and in axes. Where it is contracted, the input passes
-through an identity whose derivative with respect to the zeros is declared to be the input's moments. The gradient of
+A weight carries zeros, labeled by its batch and in axes. At a contraction the input passes through an identity
+function whose derivative with respect to the zeros is defined as the moments of the input. The gradient of
 any sum of the function's outputs with respect to the zeros is then what `jax.grad` adds up over all uses of the
 weight, through jit, scan, remat and cond, a slice for each layer of a scan.
 """

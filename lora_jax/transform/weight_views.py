@@ -1,4 +1,4 @@
-"""How views act on a weight: its labels are renamed, split or cut as the axes of its value are."""
+"""How views act on a weight: its labels are renamed, split or sliced with the axes of its value."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -20,7 +20,7 @@ COMBINING = ("concatenate", "stack", "add", "add_any", "sub", "select_n")
 
 
 def bare(values: Sequence[Any]) -> list[Any]:
-    """The values with base weights in the place of weights."""
+    """The values, with base weights instead of weights."""
     return [value.value if isinstance(value, Weight) else value for value in values]
 
 
@@ -74,7 +74,7 @@ def _size(part: Any, axis: int) -> int:
 
 @rule("pad")
 def pad(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
-    """What pads the base weight may be any scalar; terms are padded with zeros."""
+    """The base weight may be padded with any scalar; terms are padded with zeros."""
     weight, fill = values
     if not isinstance(weight, Weight) or isinstance(fill, Weight):
         raise CannotFactor("a weight pads another array")

@@ -1,4 +1,4 @@
-"""Calls and control flow: sub-jaxprs are interpreted inside the construct they came in."""
+"""Calls and control flow: sub-jaxprs are interpreted inside the same construct."""
 
 from typing import Any
 
@@ -113,7 +113,7 @@ def _plain_outputs(interpreter, equation, jaxpr, draws: list):
 
 
 def _carries(interpreter, equation, carry, unchanged):
-    """Splits the carry of a loop into weights that the loop hands through, by position, and the other values."""
+    """Splits the carry of a loop into unchanged weights, by position, and the other values."""
     fixed = {}
     for position, value in enumerate(carry):
         if isinstance(value, Weight):
@@ -131,7 +131,7 @@ def _join_carry(fixed, variable):
 
 
 def _unchanged(jaxpr, num_consts):
-    """Carry positions that the body returns as they came in."""
+    """Carry positions that the body returns unchanged."""
     return {output for output, source in jaxprs.forwarded(jaxpr).items() if source == num_consts + output}
 
 
@@ -167,7 +167,7 @@ def while_loop(interpreter: Evaluator, equation: Equation, values: list[Any]) ->
 
 
 def _plain_except(interpreter, equation, jaxpr, fixed):
-    """A loop's body without the fixed part of its carry among the outputs."""
+    """A loop's body, without the unchanged part of the carry among its outputs."""
     body = interpreter.body(jaxpr)
 
     def call(numbers, *arguments):
@@ -287,7 +287,7 @@ def _record(interpreter: Evaluator, weight: Weight, equation: Equation, reason: 
 
 
 def _sharded(interpreter, equation, weight: Weight, spec, mesh):
-    """A weight that shard_map divides, and the specs of its leaves, from the spec of its base."""
+    """A weight that shard_map shards, and the specs of its leaves, from the spec of its base."""
     if weight.has_taps:
         raise CannotFactor("inside shard_map each device sees a part of the inputs")
     names = spec_by_label(weight, spec, mesh)

@@ -16,7 +16,7 @@ from lora_jax.transform.weight_views import fresh
 
 @rule("gather")
 def gather(interpreter: Evaluator, equation: jaxprs.Equation, values: list[Any]) -> list[Any]:
-    """A gather that indexes one axis and takes the others whole."""
+    """A gather that indexes one axis and selects the others as a whole."""
     weight, indices = values
     if not isinstance(weight, Weight) or isinstance(indices, Weight):
         raise CannotFactor("a weight is used as an index")

@@ -1,4 +1,4 @@
-"""Operations that leave a weight a weight: casts, transposes, reshapes, slices, scalings, shardings."""
+"""Operations whose result is a view of a weight: casts, transposes, reshapes, slices, scalings, shardings."""
 
 import functools
 import math
@@ -23,7 +23,7 @@ Equation = jaxprs.Equation
 
 @rule("convert_element_type", "copy", "copy_p", "name", "pvary", "reduce_precision", "sharding_constraint")
 def keep_factors(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
-    """Casts, copies, sharding constraints: the factors stay as they are."""
+    """Casts, copies and sharding constraints act on the base weight only."""
     (weight,) = values
     (value,) = viewed(equation, [weight.value])
     if not jnp.issubdtype(value.dtype, jnp.inexact):
@@ -33,7 +33,7 @@ def keep_factors(interpreter: Evaluator, equation: Equation, values: list[Any]) 
 
 @rule("device_put")
 def device_put(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
-    """The base weight moves. The factors stay, and the product decides where they are used."""
+    """Only the base weight is moved."""
     if len(values) == 1:
         return keep_factors(interpreter, equation, values)
     if any(isinstance(value, Weight) and isinstance(value.value, LazyDequantized) for value in values):
@@ -43,7 +43,7 @@ def device_put(interpreter: Evaluator, equation: Equation, values: list[Any]) ->
 
 @rule("optimization_barrier")
 def keep_all_factors(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
-    """Operations on several arrays at once, each of which stays as it is."""
+    """Operations that return several arrays unchanged."""
     arrays, treedef = jax.tree.flatten(bare(values))
     results = jax.tree.unflatten(treedef, jaxprs.bind(equation, arrays))
     return [
@@ -191,7 +191,7 @@ def scale(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list
 
 
 def _with_array(interpreter: Evaluator, equation: Equation, values: Sequence[Weight]) -> list[Any]:
-    """Two weights, of which one is smaller (a scalar, a vector): that one as an array."""
+    """Two weights, of which the smaller one (a scalar, a vector) becomes an array."""
     return [
         interpreter.materialize(value, equation, "it scales another weight")
         if math.prod(value.value.shape) < math.prod(other.value.shape)
@@ -212,7 +212,7 @@ def reverse(interpreter: Evaluator, equation: Equation, values: list[Any]) -> li
 
 @rule("tile")
 def tile(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
-    """Repetitions are axes that no factor has."""
+    """Repetitions become axes that no factor has."""
     (weight,) = values
     (value,) = viewed(equation, [weight.value])
     repeated = zip(fresh(weight, value.ndim), equation.params["reps"], weight.dims)
