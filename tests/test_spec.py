@@ -142,20 +142,18 @@ def test_blocks_that_do_not_divide():
         init({"0/kernel": lora.LoRA(1, blocks=3)})
 
 
-def test_two_uses_that_cannot_be_reconciled():
+def test_of_two_uses_that_need_other_roles_the_first_decides():
     def two(base, x):
         return jnp.einsum("td,dhk->thk", x, base["w"]).sum() + jnp.einsum("th,dhk->tdk", x, base["w"]).sum()
 
-    with pytest.raises(ValueError, match=r"two uses.*\('in', 'out', 'out'\).*\('out', 'in', 'out'\).*axes="):
-        init({"w": lora.LoRA(1)}, {"w": jnp.ones((4, 4, 2))}, two, jnp.ones((3, 4)))
-    spec = {"w": lora.LoRA(1, axes=("in", "out", "out"))}
-    base = {"w": jnp.ones((4, 4, 2))}
-    delta = init(spec, base, two, jnp.ones((3, 4)))
-    # Both uses are still factored and right.
-    delta = jax.tree.map(lambda leaf: leaf + 0.3, delta)
-    out = lora.adapt(two)(base, delta, jnp.ones((3, 4)))
-    chex.assert_trees_all_close(out, two(lora.merge(base, delta), jnp.ones((3, 4))), rtol=1e-5)
-    assert lora.explain(two, base, delta, jnp.ones((3, 4))).factored
+    base, x = {"w": jnp.ones((4, 4, 2))}, jnp.ones((3, 4))
+    for axes, factored in (None, [True, False]), (("in", "out", "batch"), [True, True]):
+        delta = init({"w": lora.LoRA(1, axes=axes)}, base, two, x)
+        assert delta["w"].axes == (axes or ("in", "out", "out"))
+        delta = jax.tree.map(lambda leaf: leaf + 0.3, delta)
+        out = lora.adapt(two)(base, delta, x)
+        chex.assert_trees_all_close(out, two(lora.merge(base, delta), x), rtol=1e-5)
+        assert [use.factored for use in lora.explain(two, base, delta, x)["w"]] == factored
 
 
 def test_declared_batch_axes_give_each_expert_its_factors():
