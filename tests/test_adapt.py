@@ -184,7 +184,7 @@ def test_half_a_delta_is_refused(base, delta, x):
 def test_something_else_than_a_delta_is_refused(base, x):
     with pytest.raises(TypeError, match="dict from paths to adapters"):
         lora.adapt(matmul)(base, [1], x)
-    with pytest.raises(TypeError, match="no adapter"):
+    with pytest.raises(TypeError, match="expected an Adapter"):
         lora.adapt(matmul)(base, {"w": jnp.ones((4, 6))}, x)
 
 

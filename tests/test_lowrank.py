@@ -315,7 +315,7 @@ def test_members_with_and_without_a_bias(getkey):
         rtol=1e-5,
         atol=1e-5,
     )
-    with pytest.raises(ValueError, match=r"'w'.* bias .*no room"):
+    with pytest.raises(ValueError, match=r"'w'.* adds a bias .*those of the stack do not"):
         lora.swap(lora.stack([without(one)]), 0, one)
 
 

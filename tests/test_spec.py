@@ -124,7 +124,7 @@ def test_wrong_axes():
         ({"rank": 1, "scaling": "alpha"}, "'alpha/r', 'alpha/sqrt"),
         ({"rank": 1, "dropout": 1.0}, "below 1"),
         ({"rank": 1, "init": "xavier"}, "'kaiming_uniform'"),
-        ({"rank": 1, "dtype": jnp.int32}, "floats"),
+        ({"rank": 1, "dtype": jnp.int32}, "expected a floating-point dtype"),
         ({"rank": 1, "blocks": (False, False)}, "no block"),
     ],
 )
@@ -235,10 +235,10 @@ def test_shapes_suffice():
     chex.assert_trees_all_equal(delta, init({"kernel": lora.LoRA(2)}))
 
 
-@pytest.mark.parametrize("init, reads", [("pissa", "reads the weight"), ("corda", "the function is run")])
+@pytest.mark.parametrize("init, reads", [("pissa", "reads the weight"), ("corda", "the function must run")])
 def test_shapes_do_not_suffice_where_values_are_read(init, reads):
     shapes = jax.eval_shape(lambda: BASE)
-    with pytest.raises(ValueError, match=rf"'layers/0/\w+': .*{reads}; the base has .* shape only"):
+    with pytest.raises(ValueError, match=rf"'layers/0/\w+': .*{reads}.*the base has.* shape"):
         lora.prepare(jax.random.key(0), shapes, {"0/kernel": lora.LoRA(2, init=init)}, fn, [X])
 
 

@@ -121,14 +121,14 @@ def test_transforms_that_need_something_else(name, base, delta, lenient, recwarn
 RECIPES = {
     name: getattr(lora, name)
     for name in lora.__all__
-    if inspect.isclass(getattr(lora, name)) and issubclass(getattr(lora, name), lora.adapters.protocol.Recipe)
+    if inspect.isclass(getattr(lora, name)) and lora.Recipe in getattr(lora, name).__mro__[1:]
 }
 # What weight decay and noise do to every leaf that they see, without the time that compiling random numbers takes.
 NOISE = optax.stateless(lambda updates, params: jax.tree.map(lambda g, p: -0.1 * (g + p + 1), updates, params))
 
 
 def build(recipe):
-    arguments = {"rank": 2, "ids": (0, 2), "dropout": 0.1}
+    arguments = {"rank": 2, "block_size": 3, "ids": (0, 2), "dropout": 0.1}
     return recipe(**{name: arguments[name] for name in inspect.signature(recipe).parameters if name in arguments})
 
 

@@ -14,6 +14,7 @@ from experiments.errors import UserError
 from experiments.models import checkpoint, llama
 from experiments.models.options import Options
 from experiments.models.rope import Rope
+from experiments.models.stored_weights import StoredWeights
 from tests.experiments.decoders import FIXTURES, LLAMAS, expected, load, names
 
 TOLERANCE = 1e-4
@@ -141,8 +142,8 @@ def test_weights_are_put_where_they_are_asked_for():
         model = llama.load(FIXTURES / "llama", Options(scan=scan), sharding=sharding)
         apply, base = lora.nnx.functional(model)
         for path, leaf in jax.tree_util.tree_leaves_with_path(base):
-            expected = sharding("/".join(str(key.key) for key in path), leaf.shape)
-            assert leaf.sharding.is_equivalent_to(expected, leaf.ndim), path
+            target = sharding("/".join(str(key.key) for key in path), leaf.shape)
+            assert leaf.sharding.is_equivalent_to(target, leaf.ndim), path
         jax.tree.map(np.testing.assert_array_equal, base, load("llama", Options(scan=scan)).base)
     logits = jax.jit(apply)(base, expected("llama")["tokens"])
     assert np.abs(logits - expected("llama")["logits"]).max() <= TOLERANCE
@@ -238,14 +239,14 @@ def test_weights_are_quantized_as_they_are_read_a_layer_at_a_time(scan, monkeypa
     apply, base = lora.nnx.functional(llama.load(FIXTURES / "llama", options))
     whole = lora.quantize(base, RULES, apply, tokens)
     sizes = []
-    place_on_mesh = checkpoint._Stored._placed
+    place_on_mesh = StoredWeights._device_array
 
     def counted(*args):
         leaf = place_on_mesh(*args)
         sizes.append(leaf.shape)
         return leaf
 
-    monkeypatch.setattr(checkpoint._Stored, "_placed", counted)
+    monkeypatch.setattr(StoredWeights, "_device_array", counted)
     apply, read = lora.nnx.functional(llama.load(FIXTURES / "llama", options, rules=RULES))
     assert jax.tree.structure(read) == jax.tree.structure(whole)
     for one, other in zip(jax.tree.leaves(read), jax.tree.leaves(whole)):

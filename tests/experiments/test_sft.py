@@ -142,8 +142,8 @@ def test_a_quantized_base_on_a_mesh(settings, finished, tmp_path, lenient):
 
 def test_a_trace_of_a_run_that_resumes(settings, tmp_path, monkeypatch, lenient):
     config = dataclasses.replace(settings, out=tmp_path, samples=0, steps=5, profile="2:4", batch=BatchSizes(8))
-    reached = iter([False, False, True])
-    monkeypatch.setattr(Interrupt, "reached", lambda self, step: next(reached, False))
+    requests = iter([False, False, True])
+    monkeypatch.setattr(Interrupt, "requested", lambda self, step: next(requests, False))
     with pytest.raises(Preempted, match="at step 3: saved"):
         study.run(config)
     assert len(study.run(config).losses) == 5
@@ -152,7 +152,7 @@ def test_a_trace_of_a_run_that_resumes(settings, tmp_path, monkeypatch, lenient)
 
 def test_another_config_is_refused_on_resuming(settings, tmp_path, monkeypatch, lenient):
     config = dataclasses.replace(settings, out=tmp_path, samples=0, steps=3, batch=BatchSizes(8))
-    monkeypatch.setattr(Interrupt, "reached", lambda self, step: step == 2)
+    monkeypatch.setattr(Interrupt, "requested", lambda self, step: step == 2)
     with pytest.raises(Preempted):
         study.run(config)
     with pytest.raises(UserError, match=r"the checkpoint of step 2 was made with lr 0\.001, not 0\.002; --fresh"):

@@ -222,7 +222,8 @@ def test_rows_of_a_quantized_table_are_looked_up_by_their_codes(name):
 )
 def test_other_lookups_are_right_too(name, fn):
     base = lora.quantize({"w": normal(0, 10, WIDTH)}, {"w": lora.NF4(16, axes=("lookup", "out"))})
-    np.testing.assert_array_equal(lora.adapt(fn)(base, {}), fn(lora.dequantize(base)))
+    # Compiled together and apart, codes times scales round differently.
+    np.testing.assert_allclose(lora.adapt(fn)(base, {}), fn(lora.dequantize(base)), rtol=3e-7)
 
 
 @pytest.mark.parametrize("use", ["slice", "index", "dynamic_index", "gather"])
