@@ -533,7 +533,7 @@ def test_prepare_refuses():
     with pytest.raises(ValueError, match=r"singular vectors.*26"):
         lora.prepare(jax.random.key(0), published(), {"up": lora.LoRA(13, init=LoRAGA())}, fn, [X], loss=loss)
     for bad in (lambda: EVA(rho=0.5), lambda: LoftQ(rounded, 0), lambda: LoRAGA(gamma=0.0)):
-        with pytest.raises(ValueError, match="at least|above|expected a positive integer"):
+        with pytest.raises(ValueError, match=r"at least|above|expected a positive integer"):
             bad()
     with pytest.raises(TypeError, match="define make_factors"):
         drawn(Initializer())
