@@ -155,3 +155,94 @@ def test_former_names_state_the_new_ones():
     with pytest.raises(AttributeError, match=r"LoRAAdapter.layout has been renamed to labels"):
         _ = LoRAAdapter.layout
     assert layouts.WORDS[:3] == ("batch", "in", "out")
+
+
+def define(layout, kind="test.layouts.Defined", *, sizes=(), bases=(Adapter,), without=(), **fields):
+    """Defines an adapter class with one array of this layout and other static fields."""
+    annotations = {
+        "a": jax.Array,
+        "axes": tuple[str, ...],
+        **{name: annotation for name, (annotation, _) in fields.items()},
+    }
+    values = {"a": trained(layout), "axes": static(), **{name: value for name, (_, value) in fields.items()}}
+    annotations = {name: value for name, value in annotations.items() if name not in without}
+    namespace = {"__annotations__": annotations, "__module__": __name__}
+    namespace |= {name: value for name, value in values.items() if name not in without and value is not None}
+    return adapter(kind, sizes=sizes)(type("Defined", bases, namespace))
+
+
+SPLIT = (tuple[int, ...], static())
+NOT_LAYOUTS = {
+    "a field that holds no role": (
+        ("rank axes", {}),
+        r"Defined\.a: .* unknown word 'axes'.*static fields that hold a role",
+    ),
+    "its opposite": (("rank ~axes", {}), r"unknown word '~axes'"),
+    "a number's field": (("rank count", {"count": (int, static())}), r"unknown word 'count'"),
+    "other choices": (("rank how", {"how": (str, static(choices=("fast", "slow")))}), r"unknown word 'how'"),
+    "parts without split": (("rank slow-in", {}), r"'slow-in', but Defined has no static field `split`"),
+    "a scalar with axes": (("scalar in", {}), r"'scalar in' has other words beside 'scalar'"),
+    "a weight with axes": (("weight in", {}), r"'weight in' has other words beside 'weight'"),
+    "three ranks": (("rank rank rank", {}), r"has 'rank' 3 times; .*the rank may be there twice"),
+    "a size that is a word": (("batch in", {"sizes": ("in",)}), r"sizes=\('in',\)\): 'in' has a meaning in layouts"),
+    "a size with a space": (("in", {"sizes": ("two words",)}), r"'two words' is not an identifier"),
+    "a size that is a field": (
+        ("in", {"sizes": ("side",), "side": (str, static(choices=("in", "out")))}),
+        r"'side' has a meaning in layouts",
+    ),
+    "a static field's layout": (("in", {"count": (int, static("inn"))}), r"Defined\.count: .* unknown word 'inn'"),
+}
+
+
+@pytest.mark.parametrize("definition, message", NOT_LAYOUTS.values(), ids=NOT_LAYOUTS)
+def test_a_layout_whose_words_do_not_fit_is_an_error_at_the_definition(definition, message):
+    layout, options = definition
+    with pytest.raises(ValueError, match=message):
+        define(layout, **options)
+    assert "test.layouts.Defined" not in KINDS
+
+
+def test_words_that_fit_are_accepted():
+    for layout, options in (
+        ("rank ~side", {"side": (str, static(choices=("in", "out")))}),
+        ("rank side", {"side": ("str", static())}),
+        ("slow-in rank rank", {"split": SPLIT}),
+        ("own own own", {"sizes": ("own",)}),
+    ):
+        define(layout, **options)
+        del KINDS["test.layouts.Defined"]
+
+
+NOT_ADAPTERS = {
+    "an undeclared field": (
+        {"alpha": (float, None)},
+        r"Defined\.alpha: declare the field by trained\(layout\), frozen",
+    ),
+    "a plain default": ({"alpha": (float, 1.0)}, r"Defined\.alpha: declare the field by trained"),
+    "no axes": ({"without": ("axes",)}, r"Defined has no field for the roles .* axes: tuple\[str, \.\.\.\] = static"),
+    "another class": ({"bases": (object,)}, r"expected a subclass of lora_jax\.Adapter"),
+    "sizes as a string": ({"sizes": "foo"}, r"sizes='foo'\): expected a tuple of words"),
+    "an empty kind": ({"kind": ""}, r"adapter\(''\): expected a name for checkpoints"),
+    "a number": ({"kind": 3}, r"adapter\(3\): expected a name for checkpoints"),
+}
+
+
+@pytest.mark.parametrize("options, message", NOT_ADAPTERS.values(), ids=NOT_ADAPTERS)
+def test_a_class_that_is_not_an_adapter_is_an_error_at_the_definition(options, message):
+    with pytest.raises(TypeError, match=message):
+        define("rank in", **options)
+    assert not {"", 3, "test.layouts.Defined"} & set(KINDS)
+
+
+def test_an_inherited_field_must_be_declared():
+    base = dataclasses.make_dataclass("Base", [("alpha", float)], frozen=True)
+    with pytest.raises(TypeError, match=r"Defined\.alpha: declare the field"):
+        define("rank in", bases=(base, Adapter))
+
+
+def test_the_decorator_needs_a_kind():
+    with pytest.raises(TypeError, match=r'adapter\(Bare\): write @adapter\("kind"\)'):
+
+        @adapter
+        class Bare(Adapter):
+            axes: tuple[str, ...] = static()

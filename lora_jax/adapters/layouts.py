@@ -39,25 +39,51 @@ _OPPOSITE = {IN: OUT, OUT: IN}
 
 
 def check_layouts(cls: type, kind: str, sizes: Collection[str]) -> None:
-    """Raises `ValueError` unless every layout of an adapter class is made of words that exist, roles once each."""
+    """Raises `ValueError` unless every layout of an adapter class consists of words that exist and fit together."""
     fields = dataclasses.fields(cls)
-    choices = [field.name for field in fields if "static" in field.metadata]
-    vocabulary = [*WORDS, *sizes, *choices, *(f"~{name}" for name in choices)]
+    holders = [field.name for field in fields if _holds_role(field)]
+    for size in sizes:
+        if size in WORDS or size in holders or not size.isidentifier():
+            what = "has a meaning in layouts already" if size in WORDS or size in holders else "is not an identifier"
+            raise ValueError(f"adapter({kind!r}, sizes={tuple(sizes)}): {size!r} {what}. Choose another name.")
     for field in fields:
         words = field.metadata.get("layout", "").split()
+        where = f"{cls.__name__}.{field.name}: the layout {' '.join(words)!r}"
         for word in words:
-            if word not in vocabulary:
+            _check_word(where, word, kind, sizes, holders)
+            limit = 2 if word == RANK else len(words) if word in sizes else 1
+            if words.count(word) > limit:
                 raise ValueError(
-                    f"{cls.__name__}.{field.name}: the layout {' '.join(words)!r} has the unknown word {word!r}; "
-                    f"{paths.nearest(word, vocabulary)}. The words are {', '.join((*WORDS, *sizes))}, and the names of "
-                    f"static fields that hold a role. Declare the size of an axis that the weight does not have: "
-                    f"adapter({kind!r}, sizes=({word!r},))."
+                    f"{where} has {word!r} {words.count(word)} times; only sizes may repeat, and the rank may be there "
+                    "twice."
                 )
-            if words.count(word) > 1 and word not in (RANK, *sizes):
+            if word in (SCALAR, WEIGHT) and len(words) > 1:
+                raise ValueError(f"{where} has other words beside {word!r}, which names all axes of the array.")
+            if word.startswith((SLOW, FAST)) and not any(
+                other.name == "split" and "static" in other.metadata for other in fields
+            ):
                 raise ValueError(
-                    f"{cls.__name__}.{field.name}: the layout {' '.join(words)!r} has {word!r} {words.count(word)} "
-                    "times; only sizes may repeat."
+                    f"{where} has {word!r}, but {cls.__name__} has no static field `split`, which gives the axes that "
+                    "are in two parts."
                 )
+
+
+def _check_word(where: str, word: str, kind: str, sizes: Collection[str], holders: Collection[str]) -> None:
+    vocabulary = [*WORDS, *sizes, *holders, *(f"~{name}" for name in holders)]
+    if word not in vocabulary:
+        name = word.removeprefix("~")
+        declare = f"adapter({kind!r}, sizes=({name!r},))"
+        raise ValueError(
+            f"{where} has the unknown word {word!r}; {paths.nearest(word, vocabulary)}. The words are "
+            f"{', '.join((*WORDS, *sizes))}, and the names of static fields that hold a role, such as side: str = "
+            f"static(choices=('in', 'out')). Declare the size of an axis that the weight does not have: {declare}."
+        )
+
+
+def _holds_role(field: dataclasses.Field) -> bool:
+    """Whether a field is a static one whose value is a role."""
+    is_string = "static" in field.metadata and field.type in (str, "str")
+    return is_string and set(field.metadata["choices"]) <= {BATCH, IN, OUT}
 
 
 def labels(node: Any, name: str) -> tuple[str, ...]:

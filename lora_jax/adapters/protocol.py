@@ -1,6 +1,7 @@
 """What an adapter is and what a recipe is: the two small contracts that every family fulfills."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
@@ -11,7 +12,7 @@ from lora_jax.adapters import layouts
 from lora_jax.adapters.factored import Factor, Factored, dense
 from lora_jax.adapters.layouts import BATCH, IN, LOOKUP, OUT, ROLES  # noqa: F401 (roles belong to the protocol)
 from lora_jax.initializers import Statistics
-from lora_jax.leaves import shapes
+from lora_jax.leaves import shapes, short
 from lora_jax.renamed import RenamedMethod
 
 NO_BIAS = (
@@ -244,7 +245,8 @@ def adapter(kind: str, *, sizes: tuple[str, ...] = ()) -> Callable[[type[T]], ty
       sizes: Words of layouts for axes that the weight does not have.
 
     Raises:
-      ValueError: Another class has this kind; a layout has an unknown word.
+      TypeError: The class is not an :class:`Adapter`, or its fields are not declared by these functions.
+      ValueError: Another class has this kind; the words of a layout are unknown or do not fit together.
 
     Example:
       >>> import jax, lora_jax as lora
@@ -261,15 +263,29 @@ def adapter(kind: str, *, sizes: tuple[str, ...] = ()) -> Callable[[type[T]], ty
       (3,)
     """
 
+    if isinstance(kind, type):
+        raise TypeError(f'adapter({kind.__name__}): write @adapter("kind"), with the name in checkpoints.')
+    if not isinstance(kind, str) or not kind:
+        raise TypeError(f"adapter({kind!r}): expected a name for checkpoints, such as 'my_package.MyAdapter'.")
+    if isinstance(sizes, str) or not all(isinstance(size, str) for size in sizes):
+        raise TypeError(f"adapter({kind!r}, sizes={sizes!r}): expected a tuple of words, such as ('middle',).")
+
     def decorate(cls: type[T]) -> type[T]:
+        if not isinstance(cls, type) or not issubclass(cls, Adapter):
+            raise TypeError(f"adapter({kind!r}) on {short(cls)}: expected a subclass of lora_jax.Adapter.")
         other = KINDS.get(kind)
         if other is not None and ((other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__)):
             raise ValueError(
                 f"adapter({kind!r}) on {cls.__module__}.{cls.__qualname__}: {other.__module__}.{other.__qualname__} "
                 "has this kind already. Choose another name, such as one that begins with your package's."
             )
+        _check_declared(cls)
         cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
         fields = dataclasses.fields(cls)  # pyrefly: ignore[bad-argument-type]
+        if not any(field.name == "axes" and "static" in field.metadata for field in fields):
+            raise TypeError(
+                f"{cls.__name__} has no field for the roles of the weight's axes: add axes: tuple[str, ...] = static()."
+            )
         declared = {*sizes, *(word for base in cls.__mro__[1:] for word in getattr(base, "_sizes", ()))}
         layouts.check_layouts(cls, kind, sorted(declared))
         jax.tree_util.register_dataclass(
@@ -283,6 +299,20 @@ def adapter(kind: str, *, sizes: tuple[str, ...] = ()) -> Callable[[type[T]], ty
         return cls
 
     return decorate
+
+
+def _check_declared(cls: type) -> None:
+    """Raises `TypeError` unless each field of a class is declared as trained, frozen or static."""
+    declared = {field.name: field for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    for name, annotation in inspect.get_annotations(cls).items():
+        if "ClassVar" not in str(annotation) and "KW_ONLY" not in str(annotation):
+            declared[name] = vars(cls).get(name)
+    for name, field in declared.items():
+        if not {"trained", "static"} & set(getattr(field, "metadata", ())):
+            raise TypeError(
+                f"{cls.__name__}.{name}: declare the field by trained(layout), frozen(layout) or static(), such as "
+                f"{name}: jax.Array = trained('batch rank in')."
+            )
 
 
 class Recipe:
