@@ -10,7 +10,7 @@ from contract.cases import RECIPES
 
 import lora_jax as lora
 from lora_jax.adapters import Factor, frozen, in_and_out, sizes, static, trained
-from lora_jax.testing import check_adapter
+from lora_jax.testing import check_adapter, weight_gradients
 
 
 @lora.adapter("test.user.Bottleneck")
@@ -135,3 +135,25 @@ BROKEN = {
 def test_a_broken_adapter_fails(methods, message):
     with pytest.raises(AssertionError, match=message):
         check_adapter(Bottleneck(2, cls=broken(**methods)), axes=[("in", "out")])
+
+
+@pytest.mark.parametrize(
+    "recipe, axes, sizes",
+    [
+        (lora.LoRA(2), ("in", "out"), {"in": 5}),
+        (lora.LoRA(2), ("in", "out"), {"in": 7, "out": 35}),
+        (lora.LoRA(5), ("in", "out"), {"in": 5, "out": 12}),
+        (lora.LoRA(8), ("out", "in"), {}),
+        (lora.LoRA(5), ("batch", "in", "out"), {"batch": 5, "in": 5}),
+        (lora.DoRA(2), ("lookup", "out"), {}),
+        (lora.DoRA(2), ("in", "out"), {"in": 5, "out": 7}),
+    ],
+    ids=str,
+)
+def test_correct_adapters_pass_for_sizes_equal_to_ranks_and_for_lookups(recipe, axes, sizes):
+    check_adapter(recipe, axes=[axes], sizes=sizes)
+
+
+def test_an_embedding_s_gradient_counts_as_one_of_the_weight():
+    gradient = jax.make_jaxpr(jax.grad(lambda w: (w[jnp.arange(5)] ** 2).sum()))(jnp.ones((12, 8)))
+    assert weight_gradients(gradient, [((12, 8), ("lookup", "out"))]) == ["scatter-add -> (12, 8)"]

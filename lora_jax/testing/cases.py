@@ -1,6 +1,7 @@
 """A weight with an adapter that a recipe creates, and a function that uses it."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,8 +15,6 @@ from lora_jax.merging import merge
 from lora_jax.optim import join, partition
 from lora_jax.spec import prepare
 from lora_jax.transform.adapt import adapt
-
-TOKENS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,14 +97,16 @@ def check_unflattening(node: Adapter) -> None:
 
 def use_weight(axes: tuple[str, ...], shape: tuple[int, ...], key: jax.Array) -> tuple[Callable, jax.Array]:
     """A function that uses the weight as its roles say, and its input."""
+    # No array with an axis of tokens has the shape of the weight, however its axes are flattened.
+    tokens = next(count for count in itertools.count(5) if math.gcd(count, math.prod(shape)) == 1)
     if LOOKUP in axes:
         axis = axes.index(LOOKUP)
-        return lambda base, x: jnp.take(base["w"], x, axis=axis), jax.random.randint(key, (TOKENS,), 0, shape[axis])
+        return lambda base, x: jnp.take(base["w"], x, axis=axis), jax.random.randint(key, (tokens,), 0, shape[axis])
     letters = [chr(ord("a") + axis) for axis in range(len(axes))]
     batch, summed, out = ("".join(x for x, role in zip(letters, axes) if role == r) for r in (BATCH, IN, OUT))
     subscripts = f"{batch}z{summed},{''.join(letters)}->{batch}z{out}"
     sizes = dict(zip(letters, shape))
-    x = jax.random.normal(key, [TOKENS if x == "z" else sizes[x] for x in f"{batch}z{summed}"])
+    x = jax.random.normal(key, [tokens if x == "z" else sizes[x] for x in f"{batch}z{summed}"])
     return lambda base, x: jnp.einsum(subscripts, x.astype(base["w"].dtype), base["w"]), x
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lora_jax.adapters.protocol import BATCH, IN, OUT
+from lora_jax.adapters.roles import contracted
 
 CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "lora_ragged_product", "scatter-add")
 
@@ -38,19 +39,24 @@ def weight_gradients(jaxpr: Any, weights: Sequence[tuple[Sequence[int], Sequence
       >>> weight_gradients(jax.make_jaxpr(gradient)(jnp.ones((4, 3)), jnp.ones((5, 4))), [((4, 3), ("in", "out"))])
       ['dot_general -> (3, 4)']
     """
-    shapes = set().union(*(_forms(tuple(shape), axes) for shape, axes in weights))
+    shapes = set().union(*(weight_forms(shape, axes) for shape, axes in weights))
     return [
         f"{equation.primitive.name} -> {out.aval.shape}"
         for equation in equations(jaxpr)
         if equation.primitive.name in CONTRACTIONS
         for out in equation.outvars
-        if tuple(sorted(size for size in out.aval.shape if size != 1)) in shapes
+        if sorted_sizes(out.aval.shape) in shapes
     ]
 
 
-def _forms(shape: tuple[int, ...], axes: Sequence[str]) -> set[tuple[int, ...]]:
+def weight_forms(shape: Sequence[int], axes: Sequence[str]) -> set[tuple[int, ...]]:
     """The shapes in which the gradient of a weight may occur: any order of axes, groups flattened, one layer."""
-    groups = {role: [n for n, r in zip(shape, axes) if r == role] for role in (BATCH, IN, OUT)}
+    groups = {role: [n for n, r in zip(shape, contracted(axes)) if r == role] for role in (BATCH, IN, OUT)}
     fan_in, fan_out = math.prod(groups[IN]), math.prod(groups[OUT])
     forms = [shape, [*groups[BATCH], fan_in, fan_out], [fan_in, fan_out], [*groups[IN], *groups[OUT]]]
-    return {tuple(sorted(size for size in form if size != 1)) for form in forms}
+    return {sorted_sizes(form) for form in forms}
+
+
+def sorted_sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    """The sizes of an array's axes in increasing order, without those of size 1."""
+    return tuple(sorted(size for size in shape if size != 1))
