@@ -303,7 +303,7 @@ def adapter(kind: str, *, sizes: tuple[str, ...] = ()) -> Callable[[type[T]], ty
 
 def _check_declared(cls: type) -> None:
     """Raises `TypeError` unless each field of a class is declared as trained, frozen or static."""
-    declared = {field.name: field for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    declared: dict[str, Any] = {f.name: f for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
     for name, annotation in inspect.get_annotations(cls).items():
         if "ClassVar" not in str(annotation) and "KW_ONLY" not in str(annotation):
             declared[name] = vars(cls).get(name)
