@@ -4,6 +4,8 @@ Frozen base parameters and trainable low-rank deltas sit in separate pytrees; a 
 becomes a function of (base, delta) without touching the model's code. See :func:`adapt`.
 """
 
+from typing import TYPE_CHECKING
+
 from lora_jax import adapters, analysis, initializers, io, merging, nnx, optim, paths, peft, quantization, testing
 from lora_jax.adapters.adalora import AdaLoRA
 from lora_jax.adapters.dora import DoRA
@@ -31,6 +33,7 @@ from lora_jax.linear import all_linear
 from lora_jax.merging import combine, merge, switch_task, truncate, unmerge
 from lora_jax.optim import join, optimizer, partition, trainable_mask
 from lora_jax.quantization import FP4, NF4, Int4, Int8, dequantize, quantize
+from lora_jax.renamed import module_getattr
 from lora_jax.report import explain, summary
 from lora_jax.resume import restore_state, save_state
 from lora_jax.sharding import delta_shardings, state_shardings
@@ -112,3 +115,6 @@ __all__ = [
     "unmerge",
     "unstack",
 ]
+
+if not TYPE_CHECKING:  # a type checker accepts any name of a module that has it
+    __getattr__ = module_getattr(__name__)

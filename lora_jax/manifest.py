@@ -16,6 +16,7 @@ from lora_jax.adapters.consistency import check_adapter, check_adapters, check_s
 from lora_jax.adapters.protocol import KINDS, Delta
 from lora_jax.base_identity import describe_weight, digest_of, is_addressable
 from lora_jax.io.read_errors import describe_error
+from lora_jax.renamed import module_getattr
 
 FORMAT = "lora_jax adapter"
 VERSION = 1
@@ -236,3 +237,6 @@ def _tuples(value: Any) -> Any:
 def _short(value: Any) -> str:
     text = "missing" if value is None else repr(value)
     return text if len(text) <= 80 else f"{text[:80]} …"
+
+
+__getattr__ = module_getattr(__name__, BasePrecisionWarning="lora_jax.BasePrecisionWarning")

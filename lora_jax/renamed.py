@@ -1,11 +1,55 @@
 """Former names, which raise errors that state the new names."""
 
+import dis
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+MODULES = {
+    "lora_jax.adapters.conversion": "lora_jax.adapters.terms",
+    "lora_jax.array_store": "lora_jax.io.arrays",
+    "lora_jax.capturing": "lora_jax.calibration; its function capture is collect_stats",
+    "lora_jax.commands.wording": "lora_jax.commands.formatting",
+    "lora_jax.files": "lora_jax.io.files",
+    "lora_jax.locks": "lora_jax.io.locks",
+    "lora_jax.peft.biases": "lora_jax.commands.biases",
+    "lora_jax.peft.exported": "lora_jax.peft.export",
+    "lora_jax.peft.factors": "lora_jax.peft.factor_layout",
+    "lora_jax.peft.fitting": "lora_jax.commands.fitting",
+    "lora_jax.peft.layout": "lora_jax.commands.layout",
+    "lora_jax.peft.whole": "lora_jax.peft.modules_to_save",
+    "lora_jax.plain": "lora_jax.conversion",
+    "lora_jax.quantize": "lora_jax.quantization; lora_jax.quantize is a function",
+    "lora_jax.reading": "lora_jax.io.read_errors",
+    "lora_jax.regions": "lora_jax.transform.regions",
+    "lora_jax.termination": "lora_jax.io.signals",
+    "lora_jax.transform.deferred": "lora_jax.transform.lazy_dequantized; its class Deferred is LazyDequantized",
+    "lora_jax.transform.keyed": "lora_jax.transform.dropout_keys",
+}
+"""The new name of each former module; after a semicolon, a remark."""
+
+
+class FormerModules:
+    """An entry of `sys.meta_path` that states the new name of a former module.
+
+    Example:
+      >>> import lora_jax.plain
+      Traceback (most recent call last):
+      ModuleNotFoundError: lora_jax.plain has been renamed to lora_jax.conversion.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        if name in MODULES:
+            # Without `name=`: `from package import module` ignores an error that names the module.
+            raise ModuleNotFoundError(f"{name} has been renamed to {MODULES[name]}.")
+
+
+sys.meta_path.append(FormerModules)  # the last entry: it is asked for modules that no other entry finds
+
 
 def module_getattr(module: str, **names: str) -> Callable[[str], Any]:
-    """Creates a module's `__getattr__` for former names.
+    """Creates a module's `__getattr__` for former names and former submodules.
 
     Args:
       module: The module's `__name__`.
@@ -19,9 +63,15 @@ def module_getattr(module: str, **names: str) -> Callable[[str], Any]:
     """
 
     def __getattr__(name: str) -> NoReturn:
-        if name in names:
-            raise AttributeError(f"{module}.{name} has been renamed to {names[name]}.")
-        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        new = names.get(name) or MODULES.get(f"{module}.{name}")
+        if new is None:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        message = f"{module}.{name} has been renamed to {new}."
+        caller = sys._getframe(1)
+        if dis.opname[caller.f_code.co_code[caller.f_lasti]] == "IMPORT_FROM":
+            # `from module import name` replaces an AttributeError by "cannot import name".
+            raise ImportError(message, name=module)
+        raise AttributeError(message)
 
     return __getattr__
 
@@ -43,11 +93,10 @@ class RenamedMethod:
     def __init__(self, new: str):
         self._new = new
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._old = name
-
     def __get__(self, instance: Any, owner: type) -> NoReturn:
-        raise AttributeError(f"{owner.__name__}.{self._old} has been renamed to {self._new}.")
+        # Not from `__set_name__`, which Python 3.11 does not call in a NamedTuple.
+        old = next(name for base in owner.__mro__ for name, value in vars(base).items() if value is self)
+        raise AttributeError(f"{owner.__name__}.{old} has been renamed to {self._new}.")
 
     @staticmethod
     def check(cls: type) -> None:

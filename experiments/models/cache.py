@@ -5,6 +5,7 @@ share keys and values, K width of a head.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from experiments.models import stack
 from experiments.models.attention import attend
 from experiments.models.options import Options
+from experiments.renamed import raise_missing
 
 
 @jax.tree_util.register_dataclass
@@ -157,3 +159,6 @@ def _count_positions(segments_BL: jax.Array | None, shape_BL: tuple[int, ...]) -
     segments_BL = segments_BL.astype(jnp.int32)
     begins_BL = jnp.concatenate([jnp.ones((shape_BL[0], 1), bool), segments_BL[:, 1:] != segments_BL[:, :-1]], axis=1)
     return index_BL - jax.lax.cummax(jnp.where(begins_BL, index_BL, 0), axis=1)
+
+
+__getattr__ = functools.partial(raise_missing, __name__)

@@ -6,6 +6,7 @@ References:
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.errors import UserError
+from experiments.renamed import raise_missing
 
 _THETA = 10_000.0  # the default of configs
 # The required fields of each type, by Hugging Face's names; 'dynamic' needs none below the length that it extends.
@@ -133,3 +135,6 @@ def _yarn(plain: np.ndarray, theta: float, fields: Mapping[str, Any], original: 
     if factor is None and fields.get("mscale") and fields.get("mscale_all_dim"):
         factor = temperature(fields["mscale"]) / temperature(fields["mscale_all_dim"])
     return frequencies, temperature(1) if factor is None else float(factor)
+
+
+__getattr__ = functools.partial(raise_missing, __name__)

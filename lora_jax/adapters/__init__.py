@@ -28,4 +28,4 @@ __all__ = [
     "trained",
 ]
 
-__getattr__ = module_getattr(__name__, conversion="terms")
+__getattr__ = module_getattr(__name__)

@@ -78,4 +78,11 @@ def get_initializer(init: str | Initializer) -> Initializer:
     return INITIALIZERS[init]
 
 
-__getattr__ = module_getattr(__name__, find="get_initializer", Given="Target", Start="Factors", Reading="Statistics")
+__getattr__ = module_getattr(
+    __name__,
+    find="get_initializer",
+    Given="Target",
+    Informed="Calibrated",
+    Reading="Statistics",
+    Start="Factors",
+)

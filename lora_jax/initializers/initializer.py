@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.leaves import dequantized
-from lora_jax.renamed import RenamedMethod
+from lora_jax.renamed import RenamedMethod, module_getattr
 
 INPUTS, GRADIENT = "inputs", "gradient"
 """The statistics of the data that an initializer may read: of the weight's inputs, or the gradient of a loss."""
@@ -177,3 +177,6 @@ class Calibrated(Initializer):
         return self.initializer.make_factors(
             dataclasses.replace(target, inputs=inputs, gradient=gradient, ranks=self.ranks)
         )
+
+
+__getattr__ = module_getattr(__name__, Given="Target", Informed="Calibrated", Reading="Statistics", Start="Factors")

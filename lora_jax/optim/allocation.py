@@ -1,7 +1,7 @@
 """AdaLoRA's rank allocation: a shrinking budget of triplets, kept by importance."""
 
 import dataclasses
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from lora_jax import checks, paths
 from lora_jax.adapters.adalora import AdaLoRAAdapter
 from lora_jax.adapters.protocol import is_adapter, is_inexact
 from lora_jax.optim.extra import check_transform, update_with
+from lora_jax.renamed import RenamedMethod
 
 
 class AllocationState(NamedTuple):
@@ -31,9 +32,7 @@ class AllocationState(NamedTuple):
     uncertainty: dict[str, AdaLoRAAdapter]
     inner: Any
 
-    def __getattr__(self, name: str) -> NoReturn:
-        renamed = f"AllocationState.{name} has been renamed to active."
-        raise AttributeError(renamed if name == "kept" else f"AllocationState has no attribute {name!r}.")
+    kept = RenamedMethod("active")
 
 
 # Saved states name `active` by its former name in their paths.

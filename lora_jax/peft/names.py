@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from lora_jax.paths import nearest
 from lora_jax.peft.weights import Binding, Weight
+from lora_jax.renamed import RenamedMethod, module_getattr
 
 SAME = ""
 LINEAR = "in out -> out in"
@@ -50,6 +51,9 @@ class Names:
     prefix: str = ""
     fused: tuple[Fused, ...] = ()
 
+    place = RenamedMethod("get")
+    in_files = RenamedMethod("with_file_names")
+
     def get(self, path: str, shape: Sequence[int]) -> Binding | None:
         """Binds a leaf to its tensors; returns None if no row matches its path.
 
@@ -71,11 +75,6 @@ class Names:
         if (binding := self.get(path, shape)) is None:
             raise ValueError(f"no name is declared for {path!r}; {nearest(path, [row.path for row in self.weights])}")
         return binding
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name == "place":
-            raise AttributeError("Names.place has been renamed to get.")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @functools.cached_property
     def _literals(self) -> dict[str, int]:
@@ -101,3 +100,6 @@ def check_names(caller: str, names: Any) -> None:
             f"{caller}: expected a lora.peft.Names as names, which lists each leaf's tensors in PyTorch; got "
             f"{type(names).__name__}."
         )
+
+
+__getattr__ = module_getattr(__name__, Place="lora_jax.peft.Binding")

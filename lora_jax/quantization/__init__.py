@@ -6,6 +6,7 @@ from lora_jax.quantization.leaf import Quantized
 from lora_jax.quantization.placement import gathered, shardings
 from lora_jax.quantization.rules import Plan, dequantize, quantize
 from lora_jax.quantization.scales import Scales
+from lora_jax.renamed import module_getattr
 
 __all__ = [
     "FP4",
@@ -23,3 +24,5 @@ __all__ = [
     "quantize",
     "shardings",
 ]
+
+__getattr__ = module_getattr(__name__, four_bit_tensors="bitsandbytes_tensors")

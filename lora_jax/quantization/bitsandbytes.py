@@ -12,6 +12,7 @@ from lora_jax.quantization import codebooks
 from lora_jax.quantization.formats import FP4, NF4, Int8
 from lora_jax.quantization.leaf import Quantized
 from lora_jax.quantization.scales import SECOND_BLOCK, Scales
+from lora_jax.renamed import module_getattr
 
 _STATE = ".quant_state.bitsandbytes__"
 _FORMATS = {"nf4": (NF4, codebooks.NORMAL_FLOAT), "fp4": (FP4, codebooks.FLOAT)}
@@ -164,3 +165,6 @@ def _four_bits(tensors: Mapping[str, Any], name: str, state_name: str) -> Quanti
         sizes=sizes,
         dtype=np.dtype(dtype),
     )
+
+
+__getattr__ = module_getattr(__name__, four_bit_tensors="bitsandbytes_tensors")

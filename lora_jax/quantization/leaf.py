@@ -13,6 +13,7 @@ from lora_jax.meshes import shard_count, spec_entries
 from lora_jax.quantization import blockwise
 from lora_jax.quantization.codec import Codec
 from lora_jax.quantization.scales import SECOND_BLOCK, Scales
+from lora_jax.renamed import RenamedMethod
 from lora_jax.transform.regions import region
 
 
@@ -76,6 +77,8 @@ class Quantized:
             return jax.device_put(new, old.sharding) if is_concrete and new.sharding != old.sharding else new
 
         return jax.tree.map(put, leaf, self)
+
+    place = RenamedMethod("block_axis")
 
     @property
     def block_axis(self) -> int:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.quantization import codebooks
+from lora_jax.renamed import RenamedMethod
 
 SECOND_BLOCK = 256
 """The number of scales that share a second-level scale."""
@@ -31,6 +32,8 @@ class Scales:
     codes: jax.Array
     second: jax.Array
     offset: jax.Array
+
+    decoded = RenamedMethod("decode")
 
     @classmethod
     def of(cls, scales: jax.Array, layers: int, axis: int) -> "Scales":
