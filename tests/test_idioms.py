@@ -264,3 +264,80 @@ def test_the_rule_in_the_guide_is_complete(monkeypatch):
 def test_a_primitive_has_one_rule():
     with pytest.raises(ValueError, match=r"'dot_general' already has a rule, dot_general"):
         rule("dot_general")(lambda interpreter, equation, values: values)
+
+
+def attention(p, x):
+    """Learned positions for one example, and a fused kernel that is split."""
+    h = x + p["positions"]
+    q, k, v = jnp.split(p["qkv"], 3, axis=1)
+    return jax.nn.softmax((h @ q) @ (h @ k).T) @ (h @ v)
+
+
+@pytest.mark.parametrize("recipe, shape", [(lora.LoRA(2), (2, D)), (lora.IA3(), (3 * D,))])
+@pytest.mark.parametrize("positions", [{}, {"positions": lora.Full()}, {"positions": lora.LoRA(2, axes=IN_OUT)}])
+def test_a_weight_that_is_added_to_activations_is_one(recipe, shape, positions):
+    base = {"qkv": normal(2, D, 3 * D), "positions": normal(3, 5, D)}
+    delta = lora.init(jax.random.key(0), base, {"qkv": recipe} | positions, attention, X)
+    assert delta["qkv"].axes == IN_OUT
+    assert jax.tree.leaves(delta["qkv"])[0].shape == shape
+    uses = lora.explain(attention, base, delta, X)
+    assert all(use.factored for use in uses["qkv"])
+    assert all(use.operation in ("input", "add") and not use.factored for use in uses.get("positions", []))
+
+
+def test_heads_of_different_numbers_are_fused():
+    base = {"q": normal(2, D, 3, 2), "k": normal(3, D, 1, 2), "v": normal(4, D, 2, 2)}
+
+    def fn(p, x):
+        return x @ jnp.concatenate([p[name].reshape(D, -1) for name in "qkv"], axis=1)
+
+    delta = moved(lora.init(jax.random.key(0), base, {".": lora.LoRA(2)}, fn, X))
+    assert lora.explain(fn, base, delta, X).factored
+    np.testing.assert_allclose(lora.adapt(fn)(base, delta, X), fn(lora.merge(base, delta), X), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda p, x: jnp.einsum("ntd,ndf->ntf", x, jnp.concatenate([p["stack"], p["stack"]])),
+        lambda p, x: jnp.einsum("ntd,ndf->ntf", x[:4], jnp.pad(p["stack"], ((1, 0), (0, 0), (0, 0)))),
+    ],
+    ids=["concatenated", "padded"],
+)
+def test_masks_of_joined_experts_depend_on_the_key(fn):
+    x = normal(1, 6, 5, D)
+    delta = moved(lora.init(jax.random.key(0), BASE, {"stack": lora.LoRA(2, dropout=0.5)}, fn, x))
+    one, other = (lora.adapt(fn)(BASE, delta, x, dropout_key=jax.random.key(seed)) for seed in (0, 1))
+    adapted = [n for n in range(one.shape[0]) if not np.allclose(one[n], fn(BASE, x)[n])]
+    assert len(adapted) >= 3
+    assert not any(np.allclose(one[n], other[n]) for n in adapted)
+
+
+def test_windows_are_reduced_without_roles():
+    def fn(p, x):
+        return x @ jax.lax.reduce_window(p["square"], 0.0, jax.lax.add, (3, 1), (1, 1), "SAME")
+
+    with pytest.raises(ValueError, match="contracts no axis"):
+        lora.init(jax.random.key(0), BASE, {"square": lora.LoRA(2)}, fn, X)
+    delta = lora.init(jax.random.key(0), BASE, {"square": lora.LoRA(2, axes=IN_OUT)}, fn, X)
+    assert not lora.explain(fn, BASE, delta, X).factored
+
+
+def test_a_merged_weight_does_not_hide_the_roles_of_another():
+    base = {"w": normal(2, D, F), "q": normal(3, D, 3, 2)}
+
+    def fn(p, x):
+        return x @ jnp.concatenate([p["w"], jnp.tanh(p["q"].reshape(D, -1))], 1)
+
+    spec = {"w": lora.LoRA(2), "q": lora.LoRA(2, axes=("in", "out", "out"))}
+    delta = moved(lora.init(jax.random.key(0), base, spec, fn, X))
+    uses = lora.explain(fn, base, delta, X)
+    assert delta["w"].axes == IN_OUT and uses["w"][0].factored and not uses["q"][0].factored
+
+
+def test_inputs_behind_a_mask_are_not_read():
+    def fn(p, x):
+        return x @ jnp.where(p["h"][:, None] > 1, p["w"], 0.0)
+
+    with pytest.raises(ValueError, match="a mask on in axes"):
+        lora.prepare(jax.random.key(0), BASE, {"^w$": lora.LoRA(2, init="eva")}, fn, [X])

@@ -1,6 +1,7 @@
 """Traces a call of a function of parameters to a program over named weights. Shared by adapt, explain and init."""
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -104,11 +105,18 @@ class Call:
     def results(self, interpreter: Interpreter, consts: Sequence[Any], arrays: Sequence[Any]) -> list[jax.Array]:
         """Returns the array leaves of the output."""
         used = [array for array, keep in zip(arrays, self.program.used) if keep]
-        results, _ = interpreter.body(self.program.jaxpr)({}, *consts, *used)
+        results, _ = interpreter.body(self.program.jaxpr, activations=self._activations)({}, *consts, *used)
         return [
             interpreter.materialize(out, None, "the function returns it") if isinstance(out, Weight) else out
             for out in results
         ]
+
+    @functools.cached_property
+    def _activations(self) -> frozenset[Any]:
+        """The variables of the program that depend on inputs other than the base."""
+        used = [position for position, keep in enumerate(self.program.used) if keep]
+        flags = [position >= len(self.paths) for position in used]
+        return jaxprs.dependents(self.program.jaxpr, [False] * len(self.program.consts) + flags)
 
     def restore(self, results: Sequence[jax.Array]) -> Any:
         """Returns the output in its own structure, with the given array leaves."""

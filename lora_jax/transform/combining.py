@@ -4,6 +4,7 @@ A part of a concatenation is a weight padded with zeros, and a concatenation is 
 acts on the factors of a term, whose product is then zero outside the part.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.adapters.factored import Dims, Factor, Label
-from lora_jax.transform.weight import CannotFactor, Term, Value, Weight, twin
+from lora_jax.transform.weight import CannotFactor, Term, Value, Weight, twin, value_size
 from lora_jax.transform.weight_views import split_labels
 
 Padding = tuple[int, int, int]
@@ -25,7 +26,12 @@ def pad_axis(weight: Weight, axis: int, padding: Padding) -> Weight:
     """
     if not any(padding):
         return weight
-    label, size = weight.single(axis), weight.dims[axis][0][1]
+    ((label, size), *inner), (low, high, interior) = weight.dims[axis], padding
+    if inner:  # the slowest of several axes is padded, by whole multiples of the others
+        stride = value_size(inner)
+        if low % stride or high % stride or interior:
+            raise CannotFactor(f"axis {axis} is made of several axes, and padded by a part of one")
+        low, high, padding = low // stride, high // stride, (low // stride, high // stride, 0)
 
     def pad(array: jax.Array, at: int, fill: int = 0) -> jax.Array:
         config = [padding if other == at else (0, 0, 0) for other in range(array.ndim)]
@@ -42,10 +48,18 @@ def pad_axis(weight: Weight, axis: int, padding: Padding) -> Weight:
         first, *rest = term.factors
         return term.replace(factors=(with_label(first), *rest))
 
+    def with_one_key(term: Term) -> Term:
+        if term.dropout is None or label not in term.dropout.key.labels:
+            return term
+        key = term.dropout.key  # a mask depends on the first key; padding has none
+        at, rest = key.axis(label), tuple(x for x in key.labels if x != label)
+        first = Factor(lax.index_in_dim(key.array, 0, at, keepdims=False), rest)
+        return term.replace(dropout=dataclasses.replace(term.dropout, key=first))
+
+    weight = weight.replace(terms=tuple(map(with_one_key, weight.terms)))
     weight = weight.replace(terms=tuple(map(with_label_once, weight.terms)), gains=tuple(map(with_label, weight.gains)))
     padded = weight.along(label, pad, lambda array, at: pad(array, at, 1))
-    low, high, interior = padding
-    return padded.with_axis(axis, [(label, low + size + high + interior * max(size - 1, 0))])
+    return padded.with_axis(axis, [(label, low + size + high + interior * max(size - 1, 0)), *inner])
 
 
 def add_up(weights: Sequence[Weight], value: Value) -> Weight:
@@ -95,6 +109,8 @@ def stacked(weights: Sequence[Weight], axis: int) -> Weight | None:
 
     Padded terms would all take part in each layer of a scan over the axis; the stacked term has one slice for each.
     """
+    if len(weights[0].dims[axis]) != 1:
+        return None
     label = weights[0].single(axis)
     terms = [term for weight in weights for term in weight.terms]
     if len(terms) != len(weights) or any(weight.gains or weight.dims != weights[0].dims for weight in weights):
@@ -123,6 +139,8 @@ def masked(weight: Weight, mask: Factor) -> Weight:
     """The terms of a weight times a mask, a gain with labels of the weight's axes. Its value is left as it is."""
     if weight.gains:
         raise CannotFactor("a mask on a weight with gains")
+    if any(label in tap.labels for term in weight.terms for tap in term.taps for label in mask.labels):
+        raise CannotFactor("a mask on in axes, which the inputs that are read would not show")
     terms = (term.replace(factors=(*term.factors, mask)) if term.factors else term for term in weight.terms)
     return weight.replace(terms=tuple(terms))
 

@@ -61,18 +61,23 @@ class Interpreter:
         self._first: Numbers = {}
         self._drawn: dict[str, int] = {}
         self._jaxpr: jaxprs.Jaxpr | None = None
+        self._activations: Container[Any] = ()
         self._outlined = False
 
-    def body(self, jaxpr: jaxprs.Jaxpr, *, outlined: bool = False) -> Callable[..., tuple[list[Any], Draws]]:
+    def body(
+        self, jaxpr: jaxprs.Jaxpr, *, outlined: bool = False, activations: Container[Any] | None = None
+    ) -> Callable[..., tuple[list[Any], Draws]]:
         """A jaxpr as a function of :meth:`numbers` and its inputs.
 
         It returns the outputs, which are arrays or views of weights, and the draws that the caller passes to
-        :meth:`advance`. If it is outlined, equations without weights are not run: their results are zeros.
+        :meth:`advance`. If it is outlined, equations without weights are not run: their results are zeros. Of a whole
+        program, `activations` are the variables that depend on inputs other than the base.
         """
 
         def call(numbers: Numbers, *arguments: Any):
             frame = Interpreter(flatten=self.flatten, uses=self.uses)
             frame._calls = self._calls
+            frame._activations = self._activations if activations is None else activations
             frame._first = numbers
             frame._outlined = outlined or self._outlined
             return frame._run(jaxpr, arguments), Draws(tuple(frame._drawn.items()))
@@ -94,6 +99,10 @@ class Interpreter:
     def constant_axes(self, atom: Any) -> Sequence[int]:
         """Axes along which an operand of the current jaxpr is known to have equal entries."""
         return sorted(jaxprs.constant_axes(self._jaxpr, atom))
+
+    def is_activation(self, atom: Any) -> bool:
+        """Whether an operand depends on inputs of the function other than the base."""
+        return not jaxprs.is_literal(atom) and atom in self._activations
 
     def _run(self, jaxpr: jaxprs.Jaxpr, arguments: Sequence[Any]) -> list[Any]:
         self._jaxpr = jaxpr
@@ -127,9 +136,13 @@ class Interpreter:
 
     def _apply(self, equation: jaxprs.Equation, values: list[Any]) -> list[Any]:
         name, weights = equation.primitive.name, [value for value in values if isinstance(value, Weight)]
-        if name not in COMBINING and not all(weight.is_merged for weight in weights):
+        arrays = [v.value if isinstance(v, Weight) and v.is_merged else v for v in values]
+        is_tracked = bool(weights) and all(weight.is_merged for weight in weights)
+        if is_tracked and name in jaxprs.ELEMENTWISE:
+            return follow(equation, values, on_arrays(equation, arrays))
+        if name not in COMBINING and not is_tracked:
             # An array that was computed from weights does not make another weight's operation one of two weights.
-            values = [v.value if isinstance(v, Weight) and v.is_merged else v for v in values]
+            values = arrays
         if self._outlined and (not weights or name not in RULES):
             return follow(equation, values, list(map(jaxprs.outline, equation.outvars)))
         if not weights:
@@ -143,6 +156,8 @@ class Interpreter:
                 reason, roles = str(error), error.roles if len(weights) == 1 else {}
                 if self.uses is not None:  # what the rule had recorded before it gave up
                     del self.uses[recorded:]
+            if name in COMBINING and not is_tracked and any(weight.is_merged for weight in weights):
+                return self._apply(equation, arrays)
         notes = [self._note(value, equation, reason, roles) if isinstance(value, Weight) else [] for value in values]
 
         def merged(*values):

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -176,6 +177,41 @@ def constant_axes(jaxpr: Jaxpr, atom: Any) -> frozenset[int]:
         return constant
 
     return axes(atom)
+
+
+def dependents(jaxpr: Jaxpr, flags: Sequence[bool]) -> frozenset[Any]:
+    """The variables of a jaxpr, and of the jaxprs in it, that depend on the flagged inputs."""
+    variables: set[Any] = set()
+    _mark_dependents(jaxpr, flags, variables)
+    return frozenset(variables)
+
+
+def _mark_dependents(jaxpr: Jaxpr, flags: Sequence[bool], variables: set[Any]) -> None:
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    variables |= {variable for variable, flag in zip(inner.invars, flags) if flag}
+    for equation in inner.eqns:
+        flags = [not isinstance(atom, Literal) and atom in variables for atom in equation.invars]
+        if any(flags):
+            variables |= set(equation.outvars)
+        for body in jax_core.jaxprs_in_params(equation.params):
+            operands = flags[len(flags) - len(body.invars) :] if equation.primitive.name == "cond" else flags
+            if len(operands) != len(body.invars) or equation.primitive.name == "while":
+                operands = [any(flags)] * len(body.invars)  # which operand is which input is not known
+            _mark_dependents(body, operands, variables)
+            if equation.primitive.name == "scan":
+                _mark_carry(equation, body, operands, variables)
+
+
+def _mark_carry(equation: Equation, body: Jaxpr, flags: list[bool], variables: set[Any]) -> None:
+    """Repeats a scan's body until no further part of its carry depends on the flagged inputs."""
+    first, count = scan_counts(equation)
+    while True:
+        carried = [not isinstance(atom, Literal) and atom in variables for atom in body.outvars[:count]]
+        joined = [*flags[:first], *map(operator.or_, flags[first : first + count], carried), *flags[first + count :]]
+        if joined == flags:
+            return
+        flags = joined
+        _mark_dependents(body, flags, variables)
 
 
 def kernel_blocks(equation: Equation) -> list[tuple[int, ...]]:

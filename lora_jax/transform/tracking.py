@@ -74,7 +74,7 @@ def follow(equation: jaxprs.Equation, values: Sequence[Any], results: Sequence[A
             return [_joined(same).replace(value=results[0])]
     elif name == "get" and len(weights) == 1 and len(shape) == weights[0].value.ndim:  # a reference in a kernel
         return [_block(weights[0], results[0], range(len(shape)))]
-    elif name.startswith("reduce_") and len(weights) == len(results) == 1:
+    elif name.startswith("reduce_") and "axes" in equation.params and len(weights) == len(results) == 1:
         (weight,), reduced = weights, equation.params["axes"]
 
         def mark(source: Source) -> Source:

@@ -24,9 +24,21 @@ def bare(values: Sequence[Any]) -> list[Any]:
     return [value.value if isinstance(value, Weight) else value for value in values]
 
 
+def _check_activations(
+    interpreter: Evaluator, equation: Equation, values: Sequence[Any], atoms: Sequence[Any] | None = None
+) -> None:
+    """Raises `CannotFactor` if an activation is joined with a weight, which makes the weight an activation."""
+    atoms = equation.invars if atoms is None else atoms
+    for atom, value in zip(atoms, values[len(values) - len(atoms) :]):
+        is_weight = isinstance(value, Weight) and not value.is_merged
+        if not is_weight and interpreter.is_activation(atom):
+            raise CannotFactor("it is joined with an activation")
+
+
 @rule("concatenate")
 def concatenate(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     """Weights and arrays one after another: the sum of the parts, each padded with zeros."""
+    _check_activations(interpreter, equation, values)
     (value,) = viewed(equation, bare(values))
     return [_joined(values, value, equation.params["dimension"])]
 
@@ -34,6 +46,7 @@ def concatenate(interpreter: Evaluator, equation: Equation, values: list[Any]) -
 @rule("stack")
 def stack(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     """As `concatenate`, along a new axis."""
+    _check_activations(interpreter, equation, values)
     (value,) = viewed(equation, bare(values))
     axis = equation.params["axis"]
     parts: list[Any] = []
@@ -87,6 +100,7 @@ def pad(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[A
 @rule("add", "add_any", "sub")
 def add(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     """A sum of weights and arrays: the adapters' terms are those of all weights."""
+    _check_activations(interpreter, equation, values)
     shape = equation.outvars[0].aval.shape
     weights = []
     for position, value in enumerate(values):
@@ -104,6 +118,7 @@ def select(interpreter: Evaluator, equation: Equation, values: list[Any]) -> lis
     which, *cases = values
     if isinstance(which, Weight):
         raise CannotFactor("a weight selects")
+    _check_activations(interpreter, equation, values, equation.invars[1:])
     constant = interpreter.constant_axes(equation.invars[0])
     weights = []
     for number, case in enumerate(cases):
