@@ -23,7 +23,7 @@ def to_plain_lora(delta: Delta, start: Delta) -> Delta:
       start: As `prepare` returned it.
 
     Returns:
-      A delta like `delta`. Adapters that started from a product of zero, and those that train a leaf outright, do not
+      A delta like `delta`. Adapters that started from a product of zero, and those that train a leaf in full, do not
       change; DoRA's magnitudes do not change.
 
     Raises:

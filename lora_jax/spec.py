@@ -83,6 +83,7 @@ def init(
     Raises:
       ValueError: A pattern matches nothing or is fully shadowed, or matches integers; a weight has no axis roles or the
         function never uses it; the rank is above the weight's.
+      TypeError: The spec is not a dict of recipes, or a recipe returns something other than an adapter.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -95,7 +96,7 @@ def init(
     delta = {}
     for path, recipe, arguments in _each(key, base, spec, fn, args, kwargs):
         with _prefix_errors(path):
-            delta[path] = recipe.create(*arguments)
+            delta[path] = _check_result(path, recipe, "create", recipe.create(*arguments))
     return delta
 
 
@@ -182,7 +183,7 @@ def prepare(
         recipe = calibrated.pop(path)
         if recipe is not None:
             with _prefix_errors(path):
-                weight, node = recipe.prepare(*arguments)
+                weight, node = _prepare(path, recipe, arguments)
                 delta[path] = node
                 if weight is arguments[1]:
                     continue
@@ -192,6 +193,24 @@ def prepare(
                 if is_finite(arguments[1]) and not is_finite(weight):
                     raise ValueError(f"{recipes[path]} makes a finite weight one with NaN or Inf.")
     return paths.flatten(base).map(lambda path, leaf: _place_like(residuals.get(path, leaf), leaf)), delta
+
+
+def _prepare(path: str, recipe: Recipe, arguments: Any) -> tuple[Any, Adapter]:
+    """The weight and the adapter that a recipe prepares."""
+    result = recipe.prepare(*arguments)
+    if not isinstance(result, tuple) or len(result) != 2:
+        name = type(result).__name__
+        raise TypeError(f"{path!r}: {recipe}: prepare() returned {name}, expected the weight and an Adapter.")
+    weight, node = result
+    return weight, _check_result(path, recipe, "create" if type(recipe).prepare is Recipe.prepare else "prepare", node)
+
+
+def _check_result(path: str, recipe: Recipe, method: str, node: Any) -> Adapter:
+    """Returns what a recipe's method returned; raises `TypeError` unless it is an adapter."""
+    if not isinstance(node, Adapter):
+        name = "None" if node is None else type(node).__name__
+        raise TypeError(f"{path!r}: {recipe}: {method}() returned {name}, expected an Adapter.")
+    return node
 
 
 def _place_like(weight: Any, leaf: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,8 @@ def broken(**methods):
     """A class like `BottleneckAdapter` with some methods replaced."""
     name = "Broken_" + "_".join(methods)
     fields = {"__annotations__": {}, "__module__": __name__, **methods}
-    return lora.adapter(f"test.user.{name}")(type(name, (BottleneckAdapter,), fields))
+    kind = "_".join(["test.user", *(method.__name__ for method in methods.values())])
+    return lora.adapter(kind)(type(name, (BottleneckAdapter,), fields))
 
 
 def trainable_everywhere(self):
@@ -157,3 +159,93 @@ def test_correct_adapters_pass_for_sizes_equal_to_ranks_and_for_lookups(recipe, 
 def test_an_embedding_s_gradient_counts_as_one_of_the_weight():
     gradient = jax.make_jaxpr(jax.grad(lambda w: (w[jnp.arange(5)] ** 2).sum()))(jnp.ones((12, 8)))
     assert weight_gradients(gradient, [((12, 8), ("lookup", "out"))]) == ["scatter-add -> (12, 8)"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Changed(Bottleneck):
+    """Changes the adapter that `Bottleneck` creates."""
+
+    change: Callable = lambda node, key: node
+
+    def create(self, key, weight, axes):
+        return self.change(super().create(key, weight, axes), key)
+
+
+@lora.adapter("test.user.Seeded")
+class SeededAdapter(BottleneckAdapter):
+    seed: int = static()
+
+
+def seed_by_key(node, key):
+    arrays = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
+    return SeededAdapter(**arrays, seed=int(jax.random.randint(key, (), 0, 10**6)))
+
+
+def another_rank_by_key(node, key):
+    return node.pad_rank(3 + int(jax.random.randint(key, (), 0, 1000)))
+
+
+def rename_rank(self, weight):
+    return self.form(self.factor("a", rank="rnak"), self.factor("middle"), self.factor("scale"), self.factor("b"))
+
+
+def list_of_factors(self, weight):
+    return [self.factor("a"), self.factor("b")]
+
+
+RECIPES_BROKEN = {
+    "none": (Changed(2, change=lambda node, key: None), r"'w': Changed.*create\(\) returned None, expected an Adapter"),
+    "a tuple": (Changed(2, change=lambda node, key: (node,)), r"create\(\) returned tuple, expected an Adapter"),
+    "a structure by key": (Changed(2, change=seed_by_key), r"pytree: adapters of two keys have different structures"),
+    "shapes by key": (Changed(2, change=another_rank_by_key), r"two keys give a different types: f32\[\d+,12\] and"),
+    "a float": (
+        Changed(2, change=lambda node, key: dataclasses.replace(node, scale=1.5)),
+        r"scale is 1\.5: expected an array, such as jnp\.asarray\(1\.5\)",
+    ),
+    "a wrong label": (
+        Bottleneck(2, cls=broken(factored=rename_rank)),
+        r"Broken_factored\.factored\(\): only one factor has the label 'rnak'",
+    ),
+    "a list": (
+        Bottleneck(2, cls=broken(factored=list_of_factors)),
+        r"Broken_factored\.factored\(\) returned list; expected self\.form\(factor, …\) or None",
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe, message", RECIPES_BROKEN.values(), ids=RECIPES_BROKEN)
+def test_a_broken_recipe_fails_by_name(recipe, message):
+    with pytest.raises(AssertionError, match=message):
+        check_adapter(recipe, axes=[("in", "out")])
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"sizes": {"inn": 4}}, ValueError, r"sizes=\{'inn': 4\}: 'inn' is no axis role"),
+        ({"sizes": {"in": 0}}, ValueError, r"the size of 'in' is 0; expected a positive integer"),
+        ({"axes": []}, ValueError, r"axes=\[\]: expected the roles of one weight or more, such as \[\('in', 'out'\)\]"),
+        ({"axes": ("in", "out")}, ValueError, r"axes=\('in', 'out'\): expected the roles of one weight or more"),
+        ({"key": 0}, TypeError, r"check_adapter\(recipe, key=…\): expected a PRNG key.*got int"),
+    ],
+    ids=str,
+)
+def test_arguments_are_checked(arguments, error, message):
+    with pytest.raises(error, match=message):
+        check_adapter(Bottleneck(2), **arguments)
+
+
+def test_init_and_prepare_name_the_path_whose_recipe_returns_no_adapter():
+    base, key, fn = {"w": jnp.ones((4, 3))}, jax.random.key(0), lambda base, x: x @ base["w"]
+    spec = {"w": Changed(2, change=lambda node, key: None)}
+    with pytest.raises(TypeError, match=r"'w': Changed.*: create\(\) returned None, expected an Adapter"):
+        lora.init(key, base, spec, fn, jnp.ones((1, 4)))
+    with pytest.raises(TypeError, match=r"'w': Changed.*: create\(\) returned None, expected an Adapter"):
+        lora.prepare(key, base, spec, fn, [(jnp.ones((1, 4)),)])
+
+    class Prepares(Bottleneck):
+        def prepare(self, key, weight, axes):
+            return self.create(key, weight, axes)
+
+    with pytest.raises(TypeError, match=r"prepare\(\) returned BottleneckAdapter, expected the weight and an Adapter"):
+        lora.prepare(key, base, {"w": Prepares(2)}, fn, [(jnp.ones((1, 4)),)])

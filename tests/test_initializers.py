@@ -559,7 +559,7 @@ def test_prepare_refuses_what_is_not_finite():
 @pytest.mark.parametrize("init", ["pissa", "corda", LoftQ(lambda weight: weight.at[0, 0].set(jnp.inf))])
 def test_infinite_weights_are_refused_before_a_decomposition_that_would_not_end(init):
     base = published() if isinstance(init, LoftQ) else {**published(), "up": published()["up"].at[0, 0].set(jnp.inf)}
-    with pytest.raises(ValueError, match="'up': the matrix to decompose holds NaN or Inf"):
+    with pytest.raises(ValueError, match="'up': the matrix to decompose has NaN or Inf"):
         lora.prepare(jax.random.key(0), base, {"up": lora.LoRA(2, init=init)}, fn, [X])
 
 

@@ -202,7 +202,7 @@ def test_terms_of_every_family_are_measured(recipe, getkey):
 
 
 @pytest.mark.parametrize("recipe", [lora.IA3(), lora.Full(), lora.DVoRA(2)], ids=lambda recipe: type(recipe).__name__)
-def test_what_adds_no_term_has_no_norm(recipe, getkey):
+def test_an_adapter_that_is_not_additive_has_no_norm(recipe, getkey):
     node = recipe.create(getkey(), jnp.ones((6, 8)), ("in", "out"))
-    with pytest.raises(ValueError, match="adds no term of its own"):
+    with pytest.raises(ValueError, match="is not additive, so it has no term"):
         norm(node)

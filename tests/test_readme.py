@@ -39,7 +39,7 @@ def test_the_examples_run(lenient, tmp_path, monkeypatch):
     (tmp_path / "llama").mkdir()
     lora.peft.write_model(tmp_path / "llama", [(name, np.asarray(tensor)) for name, tensor in checkpoint.items()])
     assert main(commands[0]) == 0 and main(commands[1]) == 0
-    # vLLM takes no head that is trained outright
+    # vLLM takes no head that is trained in full
     low_rank = {path: node for path, node in names["state"].delta.items() if node.kind == "LoRA"}
     lora.peft.save("my-adapter", low_rank, names["names"])
     assert main(commands[2]) == 0

@@ -232,7 +232,7 @@ def test_real_factors_for_a_complex_weight_are_refused(recipe):
         lora.init(jax.random.key(0), COMPLEX, {"w": recipe}, lambda p, x: x @ p["w"], X.astype(jnp.complex64))
 
 
-def test_a_complex_weight_is_trained_outright():
+def test_a_complex_weight_is_trained_in_full():
     x, fn = X.astype(jnp.complex64), lambda p, x: x @ p["w"]
     delta = lora.init(jax.random.key(0), COMPLEX, {"w": lora.Full()}, fn, x)
     np.testing.assert_allclose(lora.adapt(fn)(COMPLEX, delta, x), fn(COMPLEX, x), rtol=1e-4, atol=1e-4)

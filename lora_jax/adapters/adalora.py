@@ -26,7 +26,7 @@ class AdaLoRAAdapter(Adapter):
       values: `[*batch, (blocks,) rank]`; the paper's Λ.
       b: `[*batch, (blocks,) rank, *out]`; the paper's P, transposed.
       scale: Scalar, or one for each batch element, as in :class:`lora_jax.adapters.lowrank.LoRAAdapter`.
-      dropout: Scalar; the rate on the input of the low-rank product where a dropout key is given.
+      dropout: Scalar; the rate on the input of the low-rank product if a dropout key is passed.
       axes: The role of each axis of the weight.
       blocks: Which of the equal parts of the out axis are adapted.
     """

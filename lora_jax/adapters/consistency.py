@@ -1,6 +1,7 @@
 """Checks that the arrays and static fields of adapters are consistent with their declarations."""
 
 import functools
+import numbers
 import os
 import types
 import typing
@@ -47,10 +48,13 @@ def check_adapters(delta: Any, advice: str = "", *, stacked: bool = False) -> No
 
 
 def check_whole(node: Adapter) -> None:
-    """Raises `ValueError` if required leaves of an adapter are None."""
+    """Raises `ValueError` if required leaves of an adapter are None, or Python numbers."""
     for field in fields(node):  # pyrefly: ignore[bad-argument-type]
         if "trained" in field.metadata and not field.kw_only and getattr(node, field.name) is None:
             raise ValueError("it has leaves that are None: it is one half of partition(); give join(train, frozen).")
+        for leaf in jax.tree.leaves(getattr(node, field.name)) if "trained" in field.metadata else ():
+            if isinstance(leaf, numbers.Number):
+                raise ValueError(f"{field.name} is {leaf!r}: expected an array, such as jnp.asarray({leaf!r}).")
 
 
 def is_stack(node: Adapter) -> bool:
@@ -84,7 +88,7 @@ def _check(structure: Any, types_of_leaves: tuple[tuple[tuple[int, ...], Any], .
     if not any(blocks):
         raise ValueError(f"blocks={blocks}: no block is adapted.")
     layouts.check_sizes(node)
-    if problem := node.contradiction():
+    if problem := node.find_inconsistency():
         raise ValueError(problem)
     shape, by_layouts = node.shape(), layouts.shape(node)
     if axes and len(shape) != len(axes):

@@ -58,7 +58,7 @@ class Decomposed(Adapter):
 class DoRAAdapter(Decomposed, LoRAAdapter):
     """W' = magnitude / ‖V‖ · V with V = W + scale · Σᵣ a[r] · b[r], a norm for each output (or input)."""
 
-    def contradiction(self) -> str | None:
+    def find_inconsistency(self) -> str | None:
         return None if self.bias is None else "DoRA has no bias; LoRA and LoRA-FA have one."
 
 
@@ -156,7 +156,7 @@ def _quantized_norms(
 
     Args:
       leaf: The weight.
-      factors: Of its adapter.
+      factors: The factors of its adapter.
       axes: The labels of each of its axes.
       labels: Those of the norms, batch axes first.
       batch: The number of batch axes.

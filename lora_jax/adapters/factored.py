@@ -6,6 +6,7 @@ the others (the rank) are bonds that are summed. Slicing, transposing, reshaping
 slices labels, and a contraction with an input is a chain of small products that starts from the input.
 """
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -87,6 +88,34 @@ class Factored:
                 sizes[unknown[0]] = size // rest
             dims.append(tuple((label, sizes[label]) for label in labels))
         return tuple(dims)
+
+
+def check_form(form: Any, owner: str) -> None:
+    """Raises an error unless a factored form is a :class:`Factored` with labels that fit together.
+
+    Args:
+      form: What `factored()` returned.
+      owner: The name of the adapter's class, for the message.
+
+    Raises:
+      TypeError: It is not a `Factored`.
+      ValueError: A factor has more or fewer labels than axes, or one that neither the weight nor another factor has.
+    """
+    if not isinstance(form, Factored):
+        raise TypeError(f"{owner}.factored() returned {type(form).__name__}; expected self.form(factor, …) or None.")
+    counts = collections.Counter(label for factor in form.factors for label in set(factor.labels))
+    axes = [label for labels in form.labels for label in labels]
+    for factor in (*form.factors, *form.gains):
+        if len(factor.labels) != jnp.ndim(factor.array):
+            shape = jnp.shape(factor.array)
+            raise ValueError(f"{owner}.factored(): a factor of shape {shape} has the labels {factor.labels}.")
+        for label in factor.labels:
+            if label not in axes and counts[label] < 2:
+                raise ValueError(
+                    f"{owner}.factored(): only one factor has the label {label!r}, which is no axis of the weight "
+                    f"({', '.join(axes)}). A summed label occurs in at least two factors; the labels of the factors "
+                    f"are {', '.join(str(factor.labels) for factor in form.factors)}."
+                )
 
 
 def compute_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
@@ -200,8 +229,8 @@ def chain(
       factors: Cast to the dtype of `start`. One whose labels all stay (a diagonal) is multiplied elementwise, as
         gains are (:func:`times`).
       out: Labels and sizes of the result's axes, in order. A label that nothing has is broadcast.
-      precision: Of each product, as for `jax.lax.dot_general`.
-      dtype: Of the result; the dtype of `start` where None.
+      precision: The precision of each product, as for `jax.lax.dot_general`.
+      dtype: The dtype of the result; None for the dtype of `start`.
       reverse: Puts the factor on the left of each product, so that its axes come first.
       places: Under a mesh with explicit axes: the mesh axes (or None) of labels of the result; other labels have the
         operands' mesh axes. Products before the last one are sharded like the input or the result, so that only arrays

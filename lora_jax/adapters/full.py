@@ -1,4 +1,4 @@
-"""Leaves and rows that are trained outright: heads, norms, biases, new tokens."""
+"""Leaves and rows that are trained in full: heads, norms, biases, new tokens."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from lora_jax.renamed import module_getattr
 
 @adapter("Full")
 class FullAdapter(Adapter):
-    """A leaf trained outright.
+    """A leaf trained in full.
 
     Attributes:
       value: Replaces the weight.
@@ -47,10 +47,10 @@ def enlarges(node: Adapter, shape: tuple[int, ...]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Full(Recipe):
-    """Trains a leaf outright, starting from its value: classifier heads, norms, biases.
+    """Trains a leaf in full, starting from its value: classifier heads, norms, biases.
 
     Args:
-      dtype: Of the trained copy; None is float32, or the base's dtype where that is wider. The function
+      dtype: The dtype of the trained copy; None is float32, or the base's dtype where that is wider. The function
         still sees the dtype of the base.
 
     Example:
@@ -77,7 +77,7 @@ class Full(Recipe):
 
 @adapter("Rows", sizes=("row",))
 class RowsAdapter(Adapter):
-    """Chosen rows of a lookup table trained outright.
+    """Chosen rows of a lookup table trained in full.
 
     Attributes:
       rows: `[n, *out]`; replace rows of the table.
@@ -113,12 +113,12 @@ class RowsAdapter(Adapter):
 
 @dataclasses.dataclass(frozen=True)
 class Rows(Recipe):
-    """Trains chosen rows of an embedding outright (new or special tokens), the rest stays frozen.
+    """Trains chosen rows of an embedding in full (new or special tokens), the rest stays frozen.
 
     Args:
       ids: The rows, each once.
       axes: The role of each axis; None takes them from the trace.
-      dtype: Of the trained rows; None as for `Full`.
+      dtype: The dtype of the trained rows; None as for `Full`.
 
     Example:
       >>> import jax, jax.numpy as jnp

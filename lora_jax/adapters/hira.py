@@ -54,9 +54,9 @@ class HiRA(Recipe):
     the weight.
 
     Args:
-      rank: Of the matrix; at most the smaller of the weight's in and out sizes.
+      rank: The rank of the matrix; at most the smaller of the weight's in and out sizes.
       axes: The role of each axis of the weight; None takes them from the trace.
-      dtype: Of the factors.
+      dtype: The dtype of the factors.
 
     Example:
       >>> import jax, jax.numpy as jnp

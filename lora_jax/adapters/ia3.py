@@ -52,7 +52,7 @@ class IA3(Recipe):
     Args:
       on: 'out' or 'in'. The in axes of a convolution are its window and its channels.
       axes: The role of each axis of the weight; None takes them from the trace.
-      dtype: Of the gains.
+      dtype: The dtype of the gains.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -1,12 +1,12 @@
-"""What the layouts of an adapter's fields state: the axes of each array, and everything that follows from them.
+"""The layouts of an adapter's fields: the axes of each array, and the shapes, ranks and labels derived from them.
 
 A layout names the axes of an array in words, such as `"batch rank in"`:
 
   batch, in, out    the weight's axes of that role
   block             the adapted blocks of the out axis; absent when there is one block
   rank              an axis that :meth:`Adapter.pad_rank` enlarges; twice in a layout for a square matrix
-  slow-in, fast-in  the axes of that role, of which the one that the static field `split` names is in two parts: its
-                    slow part, or all the others and its fast part (likewise slow-out, fast-out)
+  slow-in, fast-in  parts of the in axes if the static field `split` divides one of them: its slow part; its fast part
+                    and all other in axes (likewise slow-out, fast-out)
   weight            all axes of the weight, whatever their roles
   scalar            no axis
 
@@ -234,7 +234,7 @@ def _resolved(node: Any, word: str) -> str:
 
 
 def _is_whole(node: Any, name: str) -> bool:
-    """Whether a field spans the whole out axis of a weight of which other fields have blocks."""
+    """Whether a field has the whole out axis while other fields have its blocks."""
     return blocks(node) > 1 and BLOCK not in _words(node, name)
 
 

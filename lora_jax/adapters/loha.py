@@ -79,10 +79,10 @@ class LoHa(Recipe):
     r"""The elementwise product of two low-rank terms: :math:`W + s\,(A_1^\top B_1) \odot (A_2^\top B_2)`.
 
     Args:
-      rank: Of each term; the product's is up to its square. At most the smaller of the weight's in and out sizes.
+      rank: The rank of each term; the product's is up to its square. At most the weight's smaller in or out size.
       alpha: The scale's numerator, over the rank; None makes the scale 1.
       axes: The role of each axis of the weight; None takes them from the trace.
-      dtype: Of the factors.
+      dtype: The dtype of the factors.
 
     Example:
       >>> import jax, jax.numpy as jnp

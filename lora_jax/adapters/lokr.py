@@ -38,7 +38,7 @@ class LoKrAdapter(Adapter):
 
     additive = True
 
-    def contradiction(self) -> str | None:
+    def find_inconsistency(self) -> str | None:
         return roles.wrong_split(self.split, self.axes, (IN, OUT))
 
     def factored(self, weight: jax.Array) -> Factored:
@@ -69,7 +69,7 @@ class LoKrFullAdapter(Adapter):
 
     additive = True
 
-    def contradiction(self) -> str | None:
+    def find_inconsistency(self) -> str | None:
         return roles.wrong_split(self.split, self.axes, (IN, OUT))
 
     def factored(self, weight: jax.Array) -> Factored:
@@ -95,12 +95,12 @@ class LoKr(Recipe):
     full, as PEFT does.
 
     Args:
-      rank: Of the second matrix.
+      rank: The rank of the second matrix.
       alpha: The scale's numerator, over the rank; None makes the scale 1.
       factor: Bounds the sizes of c: the largest divisor of the axis up to it and up to the axis's square root.
         None leaves the square root.
       axes: The role of each axis of the weight; None takes them from the trace.
-      dtype: Of the factors.
+      dtype: The dtype of the factors.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -25,7 +25,7 @@ class LoRAXSAdapter(Adapter):
       a: `[*batch, rank, *in]`, frozen: singular vectors of the weight.
       b: `[*batch, rank, *out]`, frozen: singular vectors times singular values.
       scale: Scalar.
-      dropout: Scalar; the rate on the input of the low-rank product if a dropout key is given.
+      dropout: Scalar; the rate on the input of the low-rank product if a dropout key is passed.
       axes: The role of each axis of the weight.
     """
 
@@ -61,7 +61,7 @@ class LoRAXS(Recipe):
       niter: Subspace iterations of a randomized decomposition, for large matrices; None for the exact one.
       axes: The role of each axis of the weight; None takes them from the trace.
       dropout: Rate on the input of the low-rank product, if `adapted` is given a `dropout_key`.
-      dtype: Of the matrices.
+      dtype: The dtype of the matrices.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -32,11 +32,11 @@ class LoRAAdapter(Adapter):
       a: `[*batch, (blocks,) rank, *in]`.
       b: `[*batch, (blocks,) rank, *out]`; the out axis divided by the number of blocks.
       scale: Scalar, or one for each batch element (layer, expert) and block: `[*batch, (blocks,)]` or its leading axes.
-      dropout: Scalar; the rate on the input of the low-rank product where a dropout key is given.
+      dropout: Scalar; the rate on the input of the low-rank product if a dropout key is passed.
       axes: The role of each axis of the weight.
       blocks: Which of the equal parts of the out axis are adapted; `(True,)` for the whole axis. `a` and
         `b` hold the adapted ones only.
-      fingerprint: Of the weight, if `prepare` moved a part of it into the factors; see
+      fingerprint: The fingerprint of the weight, if `prepare` moved a part of it into the factors; see
         :mod:`lora_jax.adapters.fingerprints`.
       bias: `[*batch, (blocks,) *out]`; of the second product, like PEFT's `lora_bias`, on a layer that has no bias
         of its own; None for none. An adapter with one is not merged.
@@ -106,7 +106,7 @@ class LoRA(Recipe):
     r"""A low-rank term beside a frozen weight: :math:`W + s\,A^\top B`.
 
     Args:
-      rank: Of the term; at most the smaller of the weight's in and out sizes.
+      rank: The rank of the term; at most the smaller of the weight's in and out sizes.
       alpha: The scale's numerator; None makes the scale 1.
       axes: The role of each axis of the weight ('batch', 'in', 'out'); None takes them from the trace.
       blocks: Splits the out axis into that many equal parts with factors of their own, as fused qkv
@@ -116,8 +116,8 @@ class LoRA(Recipe):
       init: 'kaiming_uniform' (a uniform, b zero; lookups get a zero, b normal), another name of
         :mod:`lora_jax.initializers`, or an `Initializer`. Those that read data or move a part of the weight
         into the factors go through :func:`lora_jax.prepare`.
-      dropout: Rate on the input of the low-rank product, where `adapted` is given a `dropout_key`.
-      dtype: Of the factors.
+      dropout: Rate on the input of the low-rank product, if `adapted` is passed a `dropout_key`.
+      dtype: The dtype of the factors.
 
     Raises:
       ValueError: The rank or the blocks are not positive integers; alpha or the scale that it makes is zero, not finite
@@ -251,7 +251,7 @@ class LoRA(Recipe):
         return LoRAAdapter(**fields)
 
     def _matrices(self, shape: Sequence[int], axes: Sequence[str]) -> Matrices:
-        """The weight as matrices; raises where it has none of this rank."""
+        """Returns the weight as matrices; raises `ValueError` if its rank is below the requested one."""
         name = self._name
         axes = roles.in_and_out(name, axes, shape)
         batch, in_sizes, out = (roles.sizes(shape, axes, role) for role in (BATCH, IN, OUT))

@@ -22,7 +22,7 @@ class MiSSAdapter(Adapter):
     Attributes:
       d: `[*batch, rank, *out]`.
       scale: Scalar.
-      dropout: Scalar; the rate on the input of the low-rank product if a dropout key is given.
+      dropout: Scalar; the rate on the input of the low-rank product if a dropout key is passed.
       shards: The size of the divided in axis over the rank.
       rest: The sizes of the in axes, the rank in place of the divided one.
       split: The number of the divided in axis.
@@ -39,7 +39,7 @@ class MiSSAdapter(Adapter):
 
     additive = True
 
-    def contradiction(self) -> str | None:
+    def find_inconsistency(self) -> str | None:
         return roles.wrong_split(self.split, self.axes, (IN,))
 
     def factored(self, weight: jax.Array) -> Factored:
@@ -63,7 +63,7 @@ class MiSS(Recipe):
       rank: The number of rows; divides the in axis.
       axes: The role of each axis of the weight; None takes them from the trace.
       dropout: Rate on the input of the product with the rows, if `adapted` is given a `dropout_key`.
-      dtype: Of the rows.
+      dtype: The dtype of the rows.
 
     Example:
       >>> import jax, jax.numpy as jnp

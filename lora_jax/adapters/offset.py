@@ -18,7 +18,7 @@ class OffsetAdapter(Adapter):
     """w + scale · value.
 
     Attributes:
-      value: Of the leaf's shape.
+      value: An array of the leaf's shape.
       scale: Scalar, or of the shape of the leaf's leading axes.
       axes: Empty: no role is needed.
     """
@@ -48,7 +48,7 @@ class Offset(Recipe):
 
     Args:
       scale: Multiplies the term.
-      dtype: Of the term.
+      dtype: The dtype of the term.
 
     Example:
       >>> import jax, jax.numpy as jnp

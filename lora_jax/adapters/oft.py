@@ -26,7 +26,7 @@ class OFTAdapter(Adapter):
 
     Attributes:
       q: `[*batch, blocks, n(n − 1)/2]` for blocks of size n.
-      terms: Of the series; 0 for the exact transform.
+      terms: The number of terms of the series; 0 for the exact transform.
       rest: The sizes of the in axes, the block size in place of the divided one.
       out: The sizes of the out axes.
       split: The number of the divided in axis.
@@ -40,7 +40,7 @@ class OFTAdapter(Adapter):
     split: tuple[int, ...] = static()
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
 
-    def contradiction(self) -> str | None:
+    def find_inconsistency(self) -> str | None:
         if problem := roles.wrong_split(self.split, self.axes, (IN,)):
             return problem
         size = self._block_size()
@@ -93,11 +93,11 @@ class OFT(Recipe):
     The largest in axis is divided into blocks.
 
     Args:
-      block_size: Of a block; divides the in axis.
-      terms: None for the Cayley transform :math:`(I - Q)(I + Q)^{-1}`; a number for so many terms of the Neumann series
-        of :math:`(I + Q)(I - Q)^{-1}`, which needs no inverse and is orthogonal only for small Q (5 in PEFT).
+      block_size: The size of a block; divides the in axis.
+      terms: None for the Cayley transform :math:`(I - Q)(I + Q)^{-1}`; otherwise the number of terms of the Neumann
+        series of :math:`(I + Q)(I - Q)^{-1}`, which needs no inverse and is orthogonal only for small Q (5 in PEFT).
       axes: The role of each axis of the weight; None takes them from the trace.
-      dtype: Of the trained entries.
+      dtype: The dtype of the trained entries.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What an adapter is and what a recipe is: the two small contracts that every family fulfills."""
+"""The contracts of adapters and recipes."""
 
 import dataclasses
 import inspect
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters import layouts
-from lora_jax.adapters.factored import Factor, Factored, dense
+from lora_jax.adapters.factored import Factor, Factored, check_form, dense
 from lora_jax.adapters.layouts import BATCH, IN, LOOKUP, OUT, ROLES  # noqa: F401 (roles belong to the protocol)
 from lora_jax.initializers import Statistics
 from lora_jax.leaves import shapes, short
@@ -34,7 +34,8 @@ def trained(layout: str = "", *, vector: bool = False, **options: Any) -> Any:
         Empty declares nothing.
       vector: Whether it holds a number for each output, input or rank, as a bias does, instead of a factor.
         Optimizers treat the two differently (:func:`lora_jax.optim.decay_mask`).
-      **options: Of `dataclasses.field`. A field with `default=None, kw_only=True` may be absent, from checkpoints too.
+      **options: Options of `dataclasses.field`. A field with `default=None, kw_only=True` may be absent, also from
+        checkpoints.
     """
     metadata = {"trained": True, "vector": vector, "layout": layout, "leading": False}
     return dataclasses.field(metadata=metadata, **options)
@@ -55,7 +56,7 @@ def static(layout: str = "", *, choices: tuple[Any, ...] = ()) -> Any:
     """Declares a field that is part of the structure: strings, numbers, booleans and tuples of these.
 
     Args:
-      layout: Of a field that holds sizes of the weight's axes which no array has: these axes, as for :func:`trained`.
+      layout: If the field holds sizes of the weight's axes which no array has: these axes, as for :func:`trained`.
       choices: The values that it may have; empty for any of its type.
     """
     return dataclasses.field(metadata={"static": True, "choices": choices, "layout": layout, "leading": False})
@@ -98,6 +99,7 @@ class Adapter:
     padded = RenamedMethod("pad_rank")
     neutral = RenamedMethod("identity_like")
     layout = RenamedMethod("labels")
+    contradiction = RenamedMethod("find_inconsistency")
 
     def __init_subclass__(cls) -> None:
         RenamedMethod.check(cls)
@@ -127,7 +129,7 @@ class Adapter:
         """A field's array as a factor of the factored form, labeled as its layout declares.
 
         Args:
-          name: Of the field.
+          name: The name of the field.
           **renamed: Other labels for some of the layout's, such as `rank="other"`.
         """
         array = getattr(self, name)
@@ -161,6 +163,7 @@ class Adapter:
         form = self.factored(weight)
         if form is None:
             raise TypeError(f"{type(self).__name__} has neither a factored form nor its own merge().")
+        check_form(form, type(self).__name__)
         if form.offset is not None:
             raise ValueError(NO_BIAS)
         return dense(weight, form.dims(weight.shape), [form.factors] if form.factors else [], form.gains)
@@ -191,9 +194,9 @@ class Adapter:
         return dataclasses.replace(self, **padded)  # pyrefly: ignore[bad-specialization]
 
     def identity_like(self, weight: jax.Array | None) -> Self:
-        """An adapter with the structure, shapes and dtypes of this one that leaves its weight as it is.
+        """An adapter with the structure, shapes and dtypes of this one that does not change its weight.
 
-        It represents this path in members of a stack that do not adapt it. For additive kinds all arrays but scales
+        A stack uses it for members that do not adapt this path. For additive kinds all arrays but scales
         are zero.
 
         Args:
@@ -205,7 +208,7 @@ class Adapter:
         del weight
         if not self.additive:
             raise TypeError(
-                f"{type(self).__name__} is not additive: define identity_like(), which leaves the weight as it is."
+                f"{type(self).__name__} is not additive: define identity_like(), which does not change the weight."
             )
         return dataclasses.replace(self, **layouts.zeros(self))  # pyrefly: ignore[bad-specialization]
 
@@ -221,12 +224,12 @@ class Adapter:
         }
         return dataclasses.replace(self, **masks)  # pyrefly: ignore[bad-specialization]
 
-    def contradiction(self) -> str | None:
-        """What contradicts in static fields, where their types and the layouts of arrays do not tell."""
+    def find_inconsistency(self) -> str | None:
+        """Describes an inconsistency of static fields that types and layouts allow; None if there is none."""
         return None
 
     def describe(self) -> dict[str, Any]:
-        """What a reader wants to know of the adapter (rank, alpha, …), as JSON values."""
+        """Returns the adapter's settings for reports (rank, alpha, …), as JSON values."""
         return {}
 
 
@@ -356,7 +359,7 @@ class Recipe:
           axes: The role of each of its axes: 'batch', 'in', 'out', or 'lookup' for an in axis that
             is indexed.
         """
-        raise TypeError(f"{type(self).__name__} makes no adapter: define create().")
+        raise TypeError(f"{type(self).__name__} does not define create().")
 
     def prepare(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, Adapter]:
         """The weight and its adapter, for inits that move part of the weight into the adapter."""

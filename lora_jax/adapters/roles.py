@@ -21,9 +21,9 @@ def in_and_out(name: str, axes: Sequence[str], shape: Sequence[int]) -> tuple[st
     """The roles as adapters store them.
 
     Args:
-      name: Of the recipe, for the message.
+      name: The recipe's name, for the message.
       axes: The role of each axis.
-      shape: Of the weight.
+      shape: The weight's shape.
 
     Raises:
       ValueError: The roles do not fit the shape, or there is no in or no out axis.
@@ -34,7 +34,7 @@ def in_and_out(name: str, axes: Sequence[str], shape: Sequence[int]) -> tuple[st
         if role not in roles:
             raise ValueError(
                 f"{name} needs an in and an out axis; the weight of shape {tuple(shape)} has the roles {tuple(axes)}, "
-                f"no {role!r} axis. Full() trains such a leaf outright."
+                f"no {role!r} axis. Full() trains such a leaf in full."
             )
     return roles
 

@@ -32,7 +32,7 @@ class Pair:
       in_labels: The other labels of in axes.
       out_labels: The other labels of out axes.
       bonds: The labels that are summed; the rank is the product of their sizes.
-      sizes: Of all labels.
+      sizes: The sizes of all labels.
     """
 
     reads: tuple[Factor, ...]
@@ -81,7 +81,7 @@ def term(node: Adapter) -> Factored | None:
       ValueError: The adapter is not additive.
     """
     if not node.additive:
-        raise ValueError(f"A {node.kind} adapter adds no term of its own to its weight.")
+        raise ValueError(f"A {node.kind} adapter is not additive, so it has no term.")
     form = node.factored(jax.ShapeDtypeStruct(node.shape(), jnp.float32))  # pyrefly: ignore[bad-argument-type]
     return form if form is not None and form.factors else None
 
@@ -138,7 +138,7 @@ def as_low_rank(node: Adapter) -> LoRAAdapter:
     AdaLoRA's values and VeRA's vectors are multiplied into the factors; LoHa's rank becomes its square.
 
     Raises:
-      ValueError: The adapter adds no term of its own, or none that is a product of two factors.
+      ValueError: The adapter is not additive, or its term is not a product of two factors.
     """
     if isinstance(node, AdaLoRAAdapter):
         node = node.folded()

@@ -42,7 +42,7 @@ class VeRAAdapter(Adapter):
       a: `[rank, *in]`, frozen; the same array in all adapters of one seed, rank and size.
       b: `[rank, *out]`, likewise.
       scale: Scalar.
-      dropout: Scalar; the rate on the input of the low-rank product where a dropout key is given.
+      dropout: Scalar; the rate on the input of the low-rank product if a dropout key is passed.
       axes: The role of each axis of the weight.
     """
 
@@ -76,12 +76,13 @@ class VeRA(Recipe):
     r"""Trains two vectors beside a frozen random pair: :math:`W + A^\top\,\mathrm{diag}(d)\,B\,\mathrm{diag}(g)`.
 
     Args:
-      rank: Of the pair; may be above the weight's.
-      seed: Of the pair. Weights of one size share it, in memory (until a transformation copies the delta) and on disk.
+      rank: The rank of the pair; may be above the weight's.
+      seed: The seed of the pair. Weights of one size share the pair, in memory (until a transformation copies the
+        delta) and on disk.
       d: What the vector d starts from; g starts from zero.
       axes: The role of each axis of the weight; None takes them from the trace.
-      dropout: Rate on the input of the low-rank product, where `adapted` is given a `dropout_key`.
-      dtype: Of the vectors and the pair.
+      dropout: Rate on the input of the low-rank product, if `adapted` is passed a `dropout_key`.
+      dtype: The dtype of the vectors and the pair.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -45,9 +45,9 @@ def singular_triplets(
 
 
 def check_finite(matrices: jax.Array) -> None:
-    """Raises where a matrix to decompose holds NaN or Inf, on which LAPACK may not end; while tracing, all pass."""
+    """Raises `ValueError` if a matrix has NaN or Inf, on which LAPACK may not terminate. Tracers are not checked."""
     if not is_finite(matrices):
-        raise ValueError("the matrix to decompose holds NaN or Inf.")
+        raise ValueError("the matrix to decompose has NaN or Inf.")
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -118,7 +118,8 @@ class Initializer:
     """Initializes the factors of a low-rank term. Subclasses are frozen dataclasses.
 
     Attributes:
-      moves_weight: Whether a part of the weight moves into the factors, so that the base changes.
+      moves_weight: Whether a part of the weight moves into the factors, so that the base changes. A quantized base is
+        quantized again without that part, so the initial outputs change by the rounding error of the remaining weight.
       reads: The statistics of the data that it reads, :data:`INPUTS` or :data:`GRADIENT`; None for none.
     """
 

@@ -17,6 +17,9 @@ class PiSSA(Initializer):
       niter: Subspace iterations of a randomised decomposition, for large matrices (16 in the authors' scripts); None
         for the exact one.
 
+    In a quantized base the remaining weight is quantized again, which changes the initial outputs. The error is that of
+    a smaller weight, without the largest singular values.
+
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
       >>> base, fn, x = {"w": jnp.diag(jnp.asarray([3.0, 2.0]))}, lambda base, x: x @ base["w"], jnp.ones((1, 2))
@@ -47,6 +50,10 @@ class MiLoRA(Initializer):
     r"""The smallest singular values of the weight, the reverse of :class:`PiSSA`: the base keeps the principal part.
 
     A direction whose singular value is zero starts from zero factors, which stay zero.
+
+    In a quantized base the remaining weight, almost the whole one, is quantized again: the initial outputs change by
+    about the error of quantizing the weight. To avoid a second rounding, start from the base in floats and
+    quantize the base that `prepare` returns.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora

@@ -346,4 +346,4 @@ def _term(path: str, node: Adapter) -> LoRAAdapter | OffsetAdapter:
 
 def _need_term(path: str, node: Adapter) -> None:
     if not node.additive:
-        raise ValueError(f"{path!r}: the {node.kind} adapter adds no term of its own, which could be scaled.")
+        raise ValueError(f"{path!r}: the {node.kind} adapter is not additive, so it cannot be scaled.")

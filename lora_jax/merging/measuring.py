@@ -18,7 +18,7 @@ def norm(node: Adapter) -> float:
     a high rank).
 
     Raises:
-      ValueError: The adapter adds no term of its own.
+      ValueError: The adapter is not additive.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -40,7 +40,7 @@ def distance(one: Adapter, other: Adapter, *, sign: float = -1.0) -> float:
       sign: Of `other`: −1 for the difference, 1 for the sum.
 
     Raises:
-      ValueError: They are for weights of different shapes or roles, or one adds no term of its own.
+      ValueError: They are for weights of different shapes or roles, or one is not additive.
     """
     if (one.shape(), one.axes) != (other.shape(), other.axes):
         raise ValueError(

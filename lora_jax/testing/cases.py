@@ -28,6 +28,7 @@ class Case:
       fn: The function of the base and `x`.
       x: Its input.
       fresh: The delta as it is created.
+      again: The delta that another key creates.
       delta: The delta with its trained leaves perturbed.
       other: Perturbed otherwise.
     """
@@ -38,20 +39,23 @@ class Case:
     fn: Callable
     x: jax.Array
     fresh: dict[str, Adapter]
+    again: dict[str, Adapter]
     delta: dict[str, Adapter]
     other: dict[str, Adapter]
 
     @classmethod
     def create(cls, recipe: Recipe, axes: tuple[str, ...], sizes: Mapping[str, int], key: jax.Array) -> "Case":
-        keys = jax.random.split(key, 5)
+        keys = jax.random.split(key, 6)
         shape = tuple(sizes[role] for role in axes)
         weight = jax.random.normal(keys[0], shape) / math.prod(sizes[role] for role in axes if role == IN) ** 0.5
         fn, x = use_weight(axes, shape, keys[1])
         loss = (lambda base, x: score(fn(base, x))) if recipe.reads == "gradient" else None
-        base, fresh = prepare(keys[2], {"w": weight}, {"w": recipe}, fn, [(x,)], loss=loss)
+        (base, fresh), (_, again) = (
+            prepare(key, {"w": weight}, {"w": recipe}, fn, [(x,)], loss=loss) for key in (keys[2], keys[5])
+        )
         check_unflattening(fresh["w"])
-        delta, other = (_perturb(fresh, key) for key in keys[3:])
-        return cls(axes, weight, base, fn, x, fresh, delta, other)
+        delta, other = (_perturb(fresh, key) for key in keys[3:5])
+        return cls(axes, weight, base, fn, x, fresh, again, delta, other)
 
     @property
     def node(self) -> Adapter:
@@ -91,7 +95,7 @@ def check_unflattening(node: Adapter) -> None:
         except Exception as error:
             raise AssertionError(
                 f"{type(node).__name__} validates its leaves when it is unflattened: {error!r}. JAX unflattens with "
-                "any leaves; check arrays in contradiction()."
+                "any leaves; check arrays in find_inconsistency()."
             ) from error
 
 

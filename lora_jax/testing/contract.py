@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import numbers
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import paths
+from lora_jax import checks, paths
 from lora_jax.adapters.consistency import check_adapters
+from lora_jax.adapters.factored import check_form
 from lora_jax.adapters.protocol import BATCH, IN, KINDS, LOOKUP, OUT, ROLES, Recipe, is_inexact
 from lora_jax.batching import route, stack, unstack
 from lora_jax.checkpoint import load, save
+from lora_jax.leaves import short
 from lora_jax.merging import merge, unmerge
 from lora_jax.optim import join, partition
 from lora_jax.quantization import NF4, quantize
@@ -47,7 +50,7 @@ def check_adapter(
     - the factored form, if there is one, agrees with :meth:`lora_jax.Adapter.merge` in outputs and gradients (float32,
       bfloat16 and NF4 weights, in loops over layers), and no gradient is as large as the weight, unless a leaf is;
     - merging keeps shape and dtype and rounds once;
-    - padding changes neither the weight nor a gradient, and `identity_like` leaves the weight as it is;
+    - padding changes neither the weight nor a gradient, and `identity_like` does not change the weight;
     - an additive adapter's term does not depend on the weight and is proportional to its `scale`;
     - it is the same after saving and loading, and works with `jit`, `vmap`, stacks, routing and shardings.
 
@@ -56,11 +59,12 @@ def check_adapter(
       axes: The roles of the axes of the weights to adapt, 'batch' first; give those that the recipe supports. A weight
         with a 'lookup' axis is indexed, others are multiplied with an input.
       sizes: The size of an axis by its role; by default 3, 12 and 8 for 'batch', 'in' and 'out'.
-      key: For the weights and inputs.
+      key: A PRNG key for the weights and inputs.
 
     Raises:
       AssertionError: A part of the contract is violated; the message says which, for which axes and leaf.
-      ValueError: `axes` has an unknown role.
+      TypeError: `recipe` is not a recipe, or `key` not a PRNG key.
+      ValueError: `axes` is empty or has an unknown role; `sizes` has one, or a size that is not a positive integer.
 
     Example:
       >>> import lora_jax as lora
@@ -69,14 +73,27 @@ def check_adapter(
     if not isinstance(recipe, Recipe):
         raise TypeError(f"check_adapter takes a recipe, such as lora.LoRA(8); got {type(recipe).__name__}.")
     key = jax.random.key(0) if key is None else key
+    checks.key("check_adapter(recipe, key=…)", key)
+    _check_axes_and_sizes(axes, sizes or {})
     for roles in axes:
-        if unknown := [role for role in roles if role not in ROLES]:
-            raise ValueError(f"axes={axes!r}: {unknown[0]!r} is no axis role; the roles are {', '.join(ROLES)}.")
         with _part(recipe, roles, "creating the adapter"):
             case = Case.create(recipe, tuple(roles), {**SIZES, **(sizes or {})}, key)
         for check in CHECKS:
             with _part(recipe, roles, check.__name__.removeprefix("_check_").replace("_", " ")):
                 check(case)
+
+
+def _check_axes_and_sizes(axes: Sequence[Sequence[str]], sizes: Mapping[str, int]) -> None:
+    """Raises `ValueError` unless there are axes and all roles are known."""
+    if not axes or any(isinstance(roles, str) for roles in (axes, *axes)):
+        raise ValueError(f"axes={axes!r}: expected the roles of one weight or more, such as [('in', 'out')].")
+    for name, words in (("axes", [role for roles in axes for role in roles]), ("sizes", sizes)):
+        if unknown := [role for role in words if role not in ROLES]:
+            argument = f"{name}={axes if name == 'axes' else sizes!r}"
+            raise ValueError(f"{argument}: {unknown[0]!r} is no axis role; the roles are {', '.join(ROLES)}.")
+    for role, size in sizes.items():
+        if not isinstance(size, numbers.Integral) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"sizes={sizes!r}: the size of {role!r} is {size!r}; expected a positive integer.")
 
 
 @contextlib.contextmanager
@@ -113,6 +130,8 @@ def _check_declaration(case: Case) -> None:
     cls = type(node)
     require(KINDS.get(getattr(cls, "kind", "")) is cls, f"{cls.__name__} is not decorated with adapter(kind).")
     check_adapters(case.delta)
+    if (form := node.factored(case.base["w"])) is not None:
+        check_form(form, cls.__name__)
     require(node.shape() == case.weight.shape, f"shape() is {node.shape()}; the weight's is {case.weight.shape}.")
     require(node.axes in ((), plain), f"axes is {node.axes}; expected {plain}, with lookups as 'in'.")
     require(jax.tree.leaves(partition(case.delta)[0]), "no leaf is trained.")
@@ -127,7 +146,12 @@ def _check_start(case: Case) -> None:
 def _check_pytree(case: Case) -> None:
     structure = jax.tree.structure(case.node)
     hash(structure)
-    require(structure == jax.tree.structure(case.other["w"]), "two adapters of one recipe have different structures.")
+    other = jax.tree.structure(case.again["w"])
+    require(structure == other, f"adapters of two keys have different structures: {structure} and {other}.")
+    for name, leaf in leaves_by_name(case.again).items():
+        expected = leaves_by_name(case.fresh)[name]
+        types = (leaf.shape, leaf.dtype), (expected.shape, expected.dtype)
+        require(types[0] == types[1], f"two keys give {name} different types: {short(leaf)} and {short(expected)}.")
     jax.eval_shape(lambda node: node, case.node)
 
 

@@ -30,7 +30,7 @@ def weight_gradients(jaxpr: Any, weights: Sequence[tuple[Sequence[int], Sequence
     """The contractions of a jaxpr whose result has the shape of a weight, transposed or flattened.
 
     Args:
-      jaxpr: Of a gradient, from `jax.make_jaxpr`.
+      jaxpr: The jaxpr of a gradient, from `jax.make_jaxpr`.
       weights: The shape of each weight and the roles of its axes.
 
     Example:
