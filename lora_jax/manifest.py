@@ -136,7 +136,10 @@ def _check_entry(where: str, entry: Any, adapters: Mapping[str, Any]) -> None:
         raise ValueError(f"{where} is {_short(entry)}; expected an object.")
     kind = entry.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"{where} has kind {_short(kind)}; expected one of {', '.join(sorted(KINDS))}.")
+        raise ValueError(
+            f"{where} has kind {_short(kind)}, which no adapter class that is imported has; "
+            f"{paths.nearest(str(kind), sorted(KINDS))}. Import the module that defines it."
+        )
     arrays, structure = (_object(where, entry, name) for name in ("arrays", "structure"))
     _sizes(f"{where}: weight_shape", entry.get("weight_shape"))
     fields = {field.name: field for field in dataclasses.fields(KINDS[kind])}  # pyrefly: ignore[bad-argument-type]

@@ -135,7 +135,7 @@ def edit(saved, change):
     [
         (lambda m: m.update(version=9), "version 9; this release reads 1"),
         (lambda m: m.update(format="other"), "not the manifest"),
-        (lambda m: m["adapters"]["table"].update(kind="Foo"), "kind 'Foo'; expected one of"),
+        (lambda m: m["adapters"]["table"].update(kind="Foo"), "kind 'Foo', which no adapter class"),
         (lambda m: m["adapters"]["table"]["structure"].pop("count"), "has the fields"),
         (lambda m: m["adapters"]["table"]["arrays"]["rows"].update(shape=[2, 5]), "disagree on 'table:rows'"),
         (lambda m: m["adapters"].pop("table"), "disagree on 'table:ids'"),
