@@ -3,7 +3,9 @@
 import dis
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
+
+T = TypeVar("T")
 
 MODULES = {
     "lora_jax.adapters.conversion": "lora_jax.adapters.terms",
@@ -76,32 +78,42 @@ def module_getattr(module: str, **names: str) -> Callable[[str], Any]:
     return __getattr__
 
 
-class RenamedMethod:
-    """The former name of a method. Reading it raises an error, and so does defining it in a subclass.
+class _FormerMember:
+    def __init__(self, old: str, new: str):
+        self.old = old
+        self.new = new
+
+    def __get__(self, instance: Any, owner: type) -> NoReturn:
+        raise AttributeError(f"{owner.__name__}.{self.old} has been renamed to {self.new}.")
+
+
+def former_members(**names: str) -> Callable[[type[T]], type[T]]:
+    """Decorates a class whose attributes have former names. Reading one of these raises an error.
+
+    Args:
+      **names: The new name of each former name.
 
     Example:
-      >>> class Recipe:
-      ...     make = RenamedMethod("create")
-      ...
+      >>> @former_members(make="create")
+      ... class Recipe:
       ...     def __init_subclass__(cls):
-      ...         RenamedMethod.check(cls)
+      ...         check_members(cls)
       >>> Recipe().make
       Traceback (most recent call last):
       AttributeError: Recipe.make has been renamed to create.
     """
 
-    def __init__(self, new: str):
-        self._new = new
+    def decorate(cls: type[T]) -> type[T]:
+        for old, new in names.items():
+            setattr(cls, old, _FormerMember(old, new))
+        return cls
 
-    def __get__(self, instance: Any, owner: type) -> NoReturn:
-        # Not from `__set_name__`, which Python 3.11 does not call in a NamedTuple.
-        old = next(name for base in owner.__mro__ for name, value in vars(base).items() if value is self)
-        raise AttributeError(f"{owner.__name__}.{old} has been renamed to {self._new}.")
+    return decorate
 
-    @staticmethod
-    def check(cls: type) -> None:
-        """Raises `TypeError` if a class defines a method under a former name of its bases."""
-        for base in cls.__mro__[1:]:
-            for name, method in vars(base).items():
-                if isinstance(method, RenamedMethod) and name in vars(cls):
-                    raise TypeError(f"{cls.__name__}.{name}: {base.__name__}.{name} has been renamed to {method._new}.")
+
+def check_members(cls: type) -> None:
+    """Raises `TypeError` if a class defines an attribute under a former name of its bases."""
+    for base in cls.__mro__[1:]:
+        for name, member in vars(base).items():
+            if isinstance(member, _FormerMember) and name in vars(cls):
+                raise TypeError(f"{cls.__name__}.{name}: {base.__name__}.{name} has been renamed to {member.new}.")

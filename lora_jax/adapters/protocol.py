@@ -13,7 +13,7 @@ from lora_jax.adapters.factored import Factor, Factored, check_form, dense
 from lora_jax.adapters.layouts import BATCH, IN, LOOKUP, OUT, ROLES  # noqa: F401 (roles belong to the protocol)
 from lora_jax.initializers import Statistics
 from lora_jax.leaves import shapes, short
-from lora_jax.renamed import RenamedMethod
+from lora_jax.renamed import check_members, former_members
 
 NO_BIAS = (
     "the adapter adds a bias to the outputs, which no merged weight holds. Use the adapter unmerged, or load it on a "
@@ -62,6 +62,7 @@ def static(layout: str = "", *, choices: tuple[Any, ...] = ()) -> Any:
     return dataclasses.field(metadata={"static": True, "choices": choices, "layout": layout, "leading": False})
 
 
+@former_members(padded="pad_rank", neutral="identity_like", layout="labels", contradiction="find_inconsistency")
 class Adapter:
     """A pytree node that knows how to change one weight. Subclasses are decorated with :func:`adapter`.
 
@@ -96,13 +97,9 @@ class Adapter:
     additive: ClassVar[bool] = False
     _sizes: ClassVar[tuple[str, ...]] = ()
     merged_because: ClassVar[str] = "the adapter has no factored form"
-    padded = RenamedMethod("pad_rank")
-    neutral = RenamedMethod("identity_like")
-    layout = RenamedMethod("labels")
-    contradiction = RenamedMethod("find_inconsistency")
 
     def __init_subclass__(cls) -> None:
-        RenamedMethod.check(cls)
+        check_members(cls)
 
     def __repr__(self) -> str:
         fields = dataclasses.fields(self)  # pyrefly: ignore[bad-argument-type]
@@ -318,6 +315,7 @@ def _check_declared(cls: type) -> None:
             )
 
 
+@former_members(make="create", informed="with_calibration")
 class Recipe:
     """Creates an adapter for a weight. Recipes are frozen dataclasses.
 
@@ -343,11 +341,9 @@ class Recipe:
     axes: tuple[str, ...] | None = None
     needs_axes: ClassVar[bool] = True
     reads: str | None = None
-    make = RenamedMethod("create")
-    informed = RenamedMethod("with_calibration")
 
     def __init_subclass__(cls) -> None:
-        RenamedMethod.check(cls)
+        check_members(cls)
 
     def create(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> Adapter:
         """A new adapter.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.leaves import dequantized
-from lora_jax.renamed import RenamedMethod, module_getattr
+from lora_jax.renamed import check_members, former_members, module_getattr
 
 INPUTS, GRADIENT = "inputs", "gradient"
 """The statistics of the data that an initializer may read: of the weight's inputs, or the gradient of a loss."""
@@ -114,6 +114,7 @@ class Factors:
     leaf: Any = None
 
 
+@former_members(start="make_factors", distributed="allocate_ranks")
 class Initializer:
     """Initializes the factors of a low-rank term. Subclasses are frozen dataclasses.
 
@@ -125,11 +126,9 @@ class Initializer:
 
     moves_weight: ClassVar[bool] = False
     reads: ClassVar[str | None] = None
-    start = RenamedMethod("make_factors")
-    distributed = RenamedMethod("allocate_ranks")
 
     def __init_subclass__(cls) -> None:
-        RenamedMethod.check(cls)
+        check_members(cls)
 
     def make_factors(self, target: Target) -> Factors:
         """Returns the factors for one weight, and the weight if it changes."""

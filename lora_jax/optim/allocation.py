@@ -12,9 +12,10 @@ from lora_jax import checks, paths
 from lora_jax.adapters.adalora import AdaLoRAAdapter
 from lora_jax.adapters.protocol import is_adapter, is_inexact
 from lora_jax.optim.extra import check_transform, update_with
-from lora_jax.renamed import RenamedMethod
+from lora_jax.renamed import former_members
 
 
+@former_members(kept="active")
 class AllocationState(NamedTuple):
     """State of :func:`allocate_ranks`.
 
@@ -31,8 +32,6 @@ class AllocationState(NamedTuple):
     sensitivity: dict[str, AdaLoRAAdapter]
     uncertainty: dict[str, AdaLoRAAdapter]
     inner: Any
-
-    kept = RenamedMethod("active")
 
 
 # Saved states name `active` by its former name in their paths.

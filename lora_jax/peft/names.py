@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_jax.paths import nearest
 from lora_jax.peft.weights import Binding, Weight
-from lora_jax.renamed import RenamedMethod, module_getattr
+from lora_jax.renamed import former_members, module_getattr
 
 SAME = ""
 LINEAR = "in out -> out in"
@@ -32,6 +32,7 @@ class Fused:
 
 
 @dataclasses.dataclass(frozen=True)
+@former_members(place="get", in_files="with_file_names")
 class Names:
     """The names of a model's weights in PyTorch; a model declares them once.
 
@@ -50,9 +51,6 @@ class Names:
     weights: tuple[Weight, ...]
     prefix: str = ""
     fused: tuple[Fused, ...] = ()
-
-    place = RenamedMethod("get")
-    in_files = RenamedMethod("with_file_names")
 
     def get(self, path: str, shape: Sequence[int]) -> Binding | None:
         """Binds a leaf to its tensors; returns None if no row matches its path.

@@ -18,7 +18,7 @@ from lora_jax.peft.templates import (
     path_pattern,
     placeholders,
 )
-from lora_jax.renamed import RenamedMethod
+from lora_jax.renamed import former_members
 
 ModuleKind = Literal["linear", "conv1d", "embedding", "conv", "experts", "transposed_experts"]
 MODULE_ROLES: dict[str, tuple[str, ...]] = {
@@ -119,6 +119,7 @@ class Weight:
 
 
 @dataclasses.dataclass(frozen=True)
+@former_members(left="leaf_axes", right="tensor_axes", running="index_labels")
 class Binding:
     """A leaf and the tensors that hold it.
 
@@ -135,10 +136,6 @@ class Binding:
     shape: tuple[int, ...]
     fixed: Mapping[str, str]
     stacked: tuple[str, ...]
-
-    left = RenamedMethod("leaf_axes")
-    right = RenamedMethod("tensor_axes")
-    running = RenamedMethod("index_labels")
 
     def __post_init__(self):
         if len(self.leaf_axes) != len(self.shape):

@@ -13,12 +13,13 @@ from lora_jax.meshes import shard_count, spec_entries
 from lora_jax.quantization import blockwise
 from lora_jax.quantization.codec import Codec
 from lora_jax.quantization.scales import SECOND_BLOCK, Scales
-from lora_jax.renamed import RenamedMethod
+from lora_jax.renamed import former_members
 from lora_jax.transform.regions import region
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
+@former_members(place="block_axis")
 class Quantized:
     """A weight as codes, and a scale for each block of them.
 
@@ -77,8 +78,6 @@ class Quantized:
             return jax.device_put(new, old.sharding) if is_concrete and new.sharding != old.sharding else new
 
         return jax.tree.map(put, leaf, self)
-
-    place = RenamedMethod("block_axis")
 
     @property
     def block_axis(self) -> int:

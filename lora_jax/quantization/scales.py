@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.quantization import codebooks
-from lora_jax.renamed import RenamedMethod
+from lora_jax.renamed import former_members
 
 SECOND_BLOCK = 256
 """The number of scales that share a second-level scale."""
@@ -18,6 +18,7 @@ _HUGE = 2.0**120
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
+@former_members(decoded="decode")
 class Scales:
     """The scales of a weight's blocks in eight bits.
 
@@ -32,8 +33,6 @@ class Scales:
     codes: jax.Array
     second: jax.Array
     offset: jax.Array
-
-    decoded = RenamedMethod("decode")
 
     @classmethod
     def of(cls, scales: jax.Array, layers: int, axis: int) -> "Scales":
