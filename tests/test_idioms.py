@@ -146,6 +146,14 @@ MERGED = {
     ),
     "masked entries": ("w", lambda p, x: x @ (p["w"] * (p["v"] > 0).astype(jnp.float32))),
     "blocks on a diagonal": ("square", lambda p, x: x @ (p["square"] * jnp.kron(jnp.eye(3), jnp.ones((3, 3))))),
+    "modulated by each example": (
+        "w",
+        lambda p, x: jax.vmap(lambda row: row @ (p["w"] * jnp.tanh(row[:F])[None]))(x),
+    ),
+    "masked by each example": (
+        "w",
+        lambda p, x: jnp.einsum("td,tdf->tf", x, p["w"][None] * (x[:, :, None] > 0).astype(jnp.float32)),
+    ),
     "product of two weights": ("w|u", lambda p, x: x @ (p["w"] @ p["u"])),
     "product of two weights, by elements": ("w|v", lambda p, x: x @ (p["w"] * p["v"])),
     "mean over experts": ("stack", lambda p, x: x @ p["stack"].mean(0)),

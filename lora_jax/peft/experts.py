@@ -16,6 +16,7 @@ from lora_jax.peft.arrays import fold_scale
 from lora_jax.peft.factor_layout import pad_rank
 from lora_jax.peft.module import ExpertSlice, Module
 from lora_jax.peft.names import Fused, Names
+from lora_jax.peft.problems import collect_problems
 from lora_jax.peft.torch_adapter import TorchAdapter
 
 FUSED_PARTS = {"gate_up_proj": (("w1", "w3"), ("gate_proj", "up_proj")), "down_proj": (("w2",), ("down_proj",))}
@@ -97,7 +98,7 @@ def fuse(adapter: TorchAdapter, names: Names) -> None:
     for parameter, parts in find_parts(names, dict.fromkeys((*adapter.tensors, *stored))).items():
         modules = {(position.expert, position.part): by_name.pop(x) for x, position in parts if x in by_name}
         if modules:
-            with adapter.collect_problems():
+            with collect_problems(adapter.problems):
                 by_name[parameter] = _fuse_modules(parameter, modules, parts[0][1])
     adapter.modules = list(by_name.values())
 

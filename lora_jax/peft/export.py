@@ -17,6 +17,7 @@ from lora_jax.peft.factor_layout import FactorLayout
 from lora_jax.peft.leaf_modules import LabeledArray, split_low_rank
 from lora_jax.peft.module import Module
 from lora_jax.peft.names import Names
+from lora_jax.peft.problems import collect_problems
 from lora_jax.peft.torch_adapter import TorchAdapter, are_ambiguous
 from lora_jax.peft.weights import Binding
 
@@ -28,7 +29,7 @@ def export(delta: Mapping[str, Adapter], names: Names) -> TorchAdapter:
     rows: dict[str, int] = {}
     numbers = {id(weight): number for number, weight in enumerate(names.weights)}
     for path, node in delta.items():
-        with adapter.collect_problems():
+        with collect_problems(adapter.problems):
             binding = names.find(path, node.shape())
             in_model = binding.in_model
             adapter.tensors += binding.tensors
@@ -53,7 +54,7 @@ def export(delta: Mapping[str, Adapter], names: Names) -> TorchAdapter:
                 raise ValueError(f"{path!r}: PEFT's LoRA has no counterpart of {node.kind}")
     adapter.ambiguous = are_ambiguous(names, [module.path for module in adapter.modules])
     adapter.modules.sort(key=lambda module: rows.get(module.name, 0))
-    with adapter.collect_problems():
+    with collect_problems(adapter.problems):
         _attach_offsets(adapter.modules, offsets)
     adapter.problems += _check_shared(adapter, names)
     return adapter

@@ -1,7 +1,6 @@
 """What the parts of a loader share: the adapter's files, the base, and the problems so far."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,6 @@ class LoadContext:
         self.base = BaseIndex(base, names)
         self.problems: list[str] = []
         self._hints = _HINTS
-
-    @contextlib.contextmanager
-    def collect_problems(self) -> Iterator[None]:
-        """Appends the message of a `ValueError` of the block to the problems."""
-        try:
-            yield
-        except ValueError as error:
-            self.problems.append(str(error))
 
     def finish(self, directory: Path, delta: Mapping[str, Adapter]) -> dict[str, Adapter]:
         """Returns a delta in the base's order.

@@ -10,6 +10,7 @@ from lora_jax.peft.completeness import check_complete, check_shared, find_untied
 from lora_jax.peft.load_context import LoadContext
 from lora_jax.peft.low_rank import make_low_rank
 from lora_jax.peft.module import Module
+from lora_jax.peft.problems import collect_problems
 from lora_jax.peft.replacements import load_offsets, load_rows, load_values
 from lora_jax.peft.resolve import resolve_keys
 
@@ -42,7 +43,7 @@ def _load_factors(context: LoadContext, modules: Mapping[str, Module[StoredTenso
     bindings = {base.binding(name).path: base.binding(name) for name in modules if name not in base.tied}
     delta: dict[str, Adapter] = {}
     for path, leaf_modules in by_leaf.items():
-        with context.collect_problems():
+        with collect_problems(context.problems):
             delta[path] = make_low_rank(bindings[path], leaf_modules, base.leaves[path], use_dora=config.use_dora)
     return delta
 

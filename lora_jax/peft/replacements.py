@@ -17,6 +17,7 @@ from lora_jax.peft.factor_layout import FactorLayout
 from lora_jax.peft.keys import Key
 from lora_jax.peft.load_context import LoadContext
 from lora_jax.peft.module import Module
+from lora_jax.peft.problems import collect_problems
 from lora_jax.peft.weights import Binding
 
 
@@ -32,7 +33,7 @@ def load_offsets(context: LoadContext, modules: Mapping[str, Module[StoredTensor
         elif not config.lora_bias:
             context.problems.append(f"unused: {tensor.key}, since {CONFIG} has lora_bias false")
         elif bias is not None:
-            with context.collect_problems():
+            with collect_problems(context.problems):
                 binding = base.binding(bias)
                 by_leaf[binding.path][bias] = tensor.read(binding.tensor_shape), module.scale
         elif name in base.tied and context.tensors.read(tensor.key).any():
@@ -71,7 +72,7 @@ def load_values(
         if primary not in base.tensors:
             context.problems.append(context.describe_unknown(key))
             continue
-        with context.collect_problems():
+        with collect_problems(context.problems):
             shape = _replacement_shape(context, key, primary, primary in modules)
             value = context.tensors.read_checked(key.key, shape)
             is_saved = keys.saved_module(key.module, context.config.modules_to_save)
@@ -84,7 +85,7 @@ def load_values(
             replaced.setdefault(primary, key)
     delta: dict[str, Adapter] = {}
     for path, binding in {base.binding(name).path: base.binding(name) for name in replaced}.items():
-        with context.collect_problems():
+        with collect_problems(context.problems):
             delta[path] = _make_full(context, binding, replaced)
     return delta
 
@@ -135,7 +136,7 @@ def load_rows(context: LoadContext, rows: Sequence[Key], untied: Collection[str]
         name = context.base.file_name(f"{key.module}.weight")
         if name in untied or name in context.base.tied:
             continue
-        with context.collect_problems():
+        with collect_problems(context.problems):
             if not _repeats_rows(context, key, rows):
                 adapters.append(_make_rows(context, key, name))
     return adapters

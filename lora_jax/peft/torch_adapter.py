@@ -1,9 +1,8 @@
 """An adapter in PyTorch's terms, as every target writes it."""
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -35,14 +34,6 @@ class TorchAdapter:
     ambiguous: bool = False
     tensors: list[str] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)
-
-    @contextlib.contextmanager
-    def collect_problems(self) -> Iterator[None]:
-        """Appends the message of a `ValueError` of the block to the problems."""
-        try:
-            yield
-        except ValueError as error:
-            self.problems.append(str(error))
 
 
 def are_ambiguous(names: Names, modules: Iterable[str]) -> bool:

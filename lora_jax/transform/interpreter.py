@@ -14,7 +14,7 @@ from lora_jax.transform.lazy_dequantized import recomputed
 from lora_jax.transform.product import Product
 from lora_jax.transform.rules import COMBINING, RULES
 from lora_jax.transform.rules.contractions import on_arrays
-from lora_jax.transform.tracking import follow, merged_view, primal
+from lora_jax.transform.tracking import MERGED_BECAUSE, follow, merged_view, primal
 from lora_jax.transform.weight import CannotFactor, Dropout, Term, Weight
 
 
@@ -147,7 +147,7 @@ class Interpreter:
             return follow(equation, values, list(map(jaxprs.outline, equation.outvars)))
         if not weights:
             return on_arrays(equation, values)
-        reason, roles = f"there is no factored form of {name}", {}
+        reason, roles = MERGED_BECAUSE.get(name, f"there is no factored form of {name}"), {}
         if name in RULES:
             recorded = len(self.uses or ())
             try:

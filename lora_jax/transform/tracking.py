@@ -15,6 +15,12 @@ from lora_jax.transform.weight import CannotFactor, Source, Weight, value_size
 _PRIMALS = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr"}
 """Primitives with a primal function, and the parameter that holds its jaxpr."""
 
+MERGED_BECAUSE = {
+    **dict.fromkeys(_PRIMALS, "its derivative is declared for the weight as a whole"),
+    "pallas_call": "a kernel reads the weight by blocks",
+}
+"""Why primitives with an inner function merge a weight."""
+
 
 def merged_view(weight: Weight, uses: Sequence[Sequence[int]]) -> Weight:
     """A weight that has been merged, as it is carried on.
@@ -69,7 +75,7 @@ def follow(equation: jaxprs.Equation, values: Sequence[Any], results: Sequence[A
         return list(results)
     name, shape = equation.primitive.name, results[0].shape
     if name in jaxprs.ELEMENTWISE:
-        same = [weight for weight in weights if tuple(weight.value.shape) == shape]
+        same = [whole for weight in weights if (whole := _broadcast(weight, shape)) is not None]
         if same and _is_matrix(same[0]):
             return [_joined(same).replace(value=results[0])]
     elif name == "get" and len(weights) == 1 and len(shape) == weights[0].value.ndim:  # a reference in a kernel
@@ -87,6 +93,19 @@ def follow(equation: jaxprs.Equation, values: Sequence[Any], results: Sequence[A
         if _is_matrix(rest):
             return [rest]
     return list(results)
+
+
+def _broadcast(weight: Weight, shape: Sequence[int]) -> Weight | None:
+    """A weight whose axes of size one have the sizes of a shape; None if other axes differ."""
+    if weight.value.ndim != len(shape):
+        return None
+    for axis, (size, target) in enumerate(zip(weight.value.shape, shape)):
+        if size == target:
+            continue
+        if size != 1 or len(weight.dims[axis]) != 1:
+            return None
+        weight = weight.with_axis(axis, [(weight.single(axis), target)])
+    return weight
 
 
 def _is_matrix(weight: Weight) -> bool:

@@ -22,6 +22,7 @@ from lora_jax.peft.methods.vera import PAIR
 from lora_jax.peft.module import Module
 from lora_jax.peft.names import Names
 from lora_jax.peft.opening import adapter_files
+from lora_jax.peft.problems import collect_problems
 from lora_jax.peft.tensors import Tensors, read_json
 from lora_jax.peft.weights import Binding
 
@@ -108,14 +109,14 @@ def _load_adapters(
     bindings: dict[str, Binding] = {}
     for name, module in modules.items():
         binding, index = context.base.tensors[name]
-        with context.collect_problems():
+        with collect_problems(context.problems):
             layout = factor_layout(method, binding)
             by_leaf[binding.path][index] = method.fields(layout, _reader(module), module.path, settings)
             bindings[binding.path] = binding
     _check_targets(context, method, modules, settings)
     delta: dict[str, Adapter] = {}
     for path, binding in bindings.items():
-        with context.collect_problems():
+        with collect_problems(context.problems):
             layout = factor_layout(method, binding)
             arrays = _stack_layers(method, layout, by_leaf[path])
             delta[path] = method.build(arrays, layout, settings)
