@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lora
-from lora_jax.adapters.factored import narrowed
+from lora_jax.adapters.factored import narrow_dtype
 
 
 def test_narrowed_gives_the_bits_of_a_cast():
@@ -19,8 +19,8 @@ def test_narrowed_gives_the_bits_of_a_cast():
     values = jax.lax.bitcast_convert_type(bits, jnp.float32)
     values = values[~jnp.isnan(values)]
     for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
-        np.testing.assert_array_equal(narrowed(values, dtype), values.astype(dtype))
-    assert jnp.isnan(narrowed(jnp.full(3, jnp.nan), jnp.bfloat16)).all()
+        np.testing.assert_array_equal(narrow_dtype(values, dtype), values.astype(dtype))
+    assert jnp.isnan(narrow_dtype(jnp.full(3, jnp.nan), jnp.bfloat16)).all()
 
 
 def test_factors_of_a_scan_are_rounded_in_the_loop_for_the_dtype_of_its_products():

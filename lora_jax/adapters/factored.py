@@ -250,7 +250,7 @@ def chain(
         if set(factor.labels) <= later & set(result.labels):  # a diagonal: nothing is summed
             result = Factor(times(result.array, factor, list(result.sizes.items())), result.labels)
             continue
-        factor = Factor(narrowed(factor.array, start.array.dtype), factor.labels)
+        factor = Factor(narrow_dtype(factor.array, start.array.dtype), factor.labels)
         is_last = index == len(order) - 1
         has_all = all(set(f.labels) <= set(names) for f in order[index + 1 :])  # but for diagonals
         pair = (factor, result) if reverse else (result, factor)
@@ -263,7 +263,7 @@ def chain(
     return lax.broadcast_in_dim(array, [size for _, size in out], axes)
 
 
-def narrowed(array: jax.Array, dtype: Any) -> jax.Array:
+def narrow_dtype(array: jax.Array, dtype: Any) -> jax.Array:
     """A factor in the dtype of the product that takes it.
 
     If a loop over layers reads a float32 stack only in bfloat16, XLA for TPUs converts the stack before the loop and

@@ -19,7 +19,7 @@ from lora_jax.transform.lazy_dequantized import product
 from lora_jax.transform.low_rank import low_rank_product
 from lora_jax.transform.product import Product
 from lora_jax.transform.registry import Evaluator, Rule, rule
-from lora_jax.transform.taps import Moments, check_whole, moments, tapped
+from lora_jax.transform.taps import Moments, check_whole, insert_taps, moments
 from lora_jax.transform.weight import CannotFactor, Term, Weight, value_size
 from lora_jax.transform.weight_views import split_label
 
@@ -118,7 +118,7 @@ def _contract(interpreter: Evaluator, equation: Any, weight: Weight, x: jax.Arra
     for term in weight.terms:
         _check_roles(term, weight, axes)
     before, after = _split_gains(weight, axes)
-    offsets = [_offset(term, axes.summed, jaxprs.described(equation)) for term in weight.terms]
+    offsets = [_offset(term, axes.summed, jaxprs.describe_equation(equation)) for term in weight.terms]
     for term, offset in zip(weight.terms, offsets):
         description = operation.description + ("" if offset is None else " + bias")
         interpreter.record(term, equation, axes.roles, description)
@@ -127,7 +127,7 @@ def _contract(interpreter: Evaluator, equation: Any, weight: Weight, x: jax.Arra
     for term in weight.terms:
         if term.taps:
             check_whole(term, axes.summed)
-            x = tapped(x, term.taps, _measure(operation, axes, term))
+            x = insert_taps(x, term.taps, _measure(operation, axes, term))
     base = product(operation.run, x, weight.value)
     update = None
     for term, offset in zip(weight.terms, offsets):

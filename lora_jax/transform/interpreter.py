@@ -195,7 +195,7 @@ class Interpreter:
     ) -> list[list[int]]:
         """Records that a weight becomes an array; raises if its inputs are to be read. Returns each term's uses."""
         indices = []
-        where = "" if equation is None else f" ({jaxprs.described(equation)})"
+        where = "" if equation is None else f" ({jaxprs.describe_equation(equation)})"
         for term in weight.terms:
             if term.taps:
                 raise ValueError(f"{term.path!r}: its inputs cannot be read here: {reason}{where}.")

@@ -75,7 +75,9 @@ def trace(function: Callable[..., Sequence[jax.Array]], arguments: Sequence[Any]
     )
 
 
-def lifted(function: Callable[..., Sequence[jax.Array]], arguments: Sequence[Any]) -> tuple[Jaxpr, Sequence[Any]]:
+def lift_constants(
+    function: Callable[..., Sequence[jax.Array]], arguments: Sequence[Any]
+) -> tuple[Jaxpr, Sequence[Any]]:
     """Returns a traced function that takes its constants as further inputs, after its own, and the constants."""
     closed = jax.make_jaxpr(function)(*arguments)
     count = len(arguments)
@@ -293,7 +295,7 @@ def source(equation: Equation) -> str:
     return f"{os.path.basename(file)}:{line}" + (f" ({name})" if name else "")
 
 
-def described(equation: Equation) -> str:
+def describe_equation(equation: Equation) -> str:
     """The operation of an equation and where it comes from: `dot_general at model.py:12 (fn)`."""
     return f"{equation.primitive.name} at {source(equation)}"
 
@@ -307,13 +309,13 @@ def scan_counts(equation: Equation) -> tuple[int, int]:
     return len(list(consts)), len(list(carry))
 
 
-def forwarded(jaxpr: Jaxpr) -> dict[int, int]:
+def forwarded_outputs(jaxpr: Jaxpr) -> dict[int, int]:
     """The outputs that are unchanged inputs: `{output: input}`, also through calls of jit."""
     variables, consts = inputs(jaxpr)
     origin = {variable: position - len(consts) for position, variable in enumerate(variables)}
     for equation in equations(jaxpr):
         if equation.primitive.name in ("jit", "pjit"):
-            for out, source in forwarded(equation.params["jaxpr"]).items():
+            for out, source in forwarded_outputs(equation.params["jaxpr"]).items():
                 atom = equation.invars[source]
                 if not isinstance(atom, Literal) and atom in origin:
                     origin[equation.outvars[out]] = origin[atom]

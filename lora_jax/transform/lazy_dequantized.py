@@ -112,12 +112,12 @@ class LazyDequantized:
         rows = self.leaf.rows(take) if self._by_element and hasattr(self.leaf, "rows") else None
         return None if rows is None else self.with_leaf(rows)
 
-    def along(self, axis: int, cut: Callable[[jax.Array], jax.Array]) -> "LazyDequantized | None":
-        """Applies `cut` to each array, along an axis of layers; returns None for other axes."""
-        return self.with_leaf(jax.tree.map(cut, self.leaf)) if axis < self.layers else None
+    def along(self, axis: int, slice_array: Callable[[jax.Array], jax.Array]) -> "LazyDequantized | None":
+        """Applies `slice_array` to each array, along an axis of layers; returns None for other axes."""
+        return self.with_leaf(jax.tree.map(slice_array, self.leaf)) if axis < self.layers else None
 
 
-def viewed(equation: jaxprs.Equation, values: Sequence[Any]) -> list[Any]:
+def apply_view(equation: jaxprs.Equation, values: Sequence[Any]) -> list[Any]:
     """The results of an equation that makes views: of arrays at once, of quantized weights when they are used."""
     lazy = next((operand for operand, value in enumerate(values) if isinstance(value, LazyDequantized)), None)
     if lazy is None:

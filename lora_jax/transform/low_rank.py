@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.adapters import factored
-from lora_jax.adapters.factored import Factor, Label, explicit_sharding, folded, narrowed, placed, times
+from lora_jax.adapters.factored import Factor, Label, explicit_sharding, folded, narrow_dtype, placed, times
 from lora_jax.meshes import shard_count
 from lora_jax.transform.contraction_axes import TOKENS, Axes, Pairs
-from lora_jax.transform.members import chain, picked
+from lora_jax.transform.members import chain, pick_member
 from lora_jax.transform.weight import CannotFactor, value_size
 
 
@@ -86,7 +86,7 @@ def _kernel_chain(factors, x, base, axes: Axes, flatten: bool, precision) -> tup
     operation = axes.operation
     chosen = {label for label, _ in axes.chosen}
     if chosen:
-        result, rest = Factor(x, tuple(label for label, _ in axes.x)), picked(factors)
+        result, rest = Factor(x, tuple(label for label, _ in axes.x)), pick_member(factors)
     else:
         kernel, rest = _kernel(factors, {label for label, _ in axes.summed})
         result = _run(axes, x, kernel, axes.weight.dims)
@@ -141,7 +141,7 @@ def _run(axes: Axes, x: jax.Array, factor: Factor, dims: Sequence[Pairs]) -> Fac
     array = jnp.broadcast_to(
         array.reshape([size if label in sizes else 1 for label, size in pairs]), [size for _, size in pairs]
     )
-    array = narrowed(array.reshape([value_size(axis) for axis in layout]), x.dtype)
+    array = narrow_dtype(array.reshape([value_size(axis) for axis in layout]), x.dtype)
     hidden = operation.run(x, array, preferred_element_type=None)
     out = [[(f"{TOKENS}{axis - (axis > at)}", size)] for axis, size in enumerate(hidden.shape)]
     out[at] = layout[free]

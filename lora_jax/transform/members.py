@@ -43,7 +43,7 @@ def chain(
     return factored.chain(result, [], out, dtype=dtype or start.array.dtype)
 
 
-def picked(factors: Sequence[Factor]) -> list[Factor]:
+def pick_member(factors: Sequence[Factor]) -> list[Factor]:
     """Returns the factors of the chosen member, without the axis of members."""
     choice = next((factor for factor in factors if factor.labels == (MEMBER,)), None)
     if choice is None:

@@ -40,7 +40,7 @@ def region(function: Callable[..., jax.Array], *operands: Any, linear: int = 0) 
     """
     leaves, treedef = jax.tree.flatten(operands)
     leaves = jaxprs.varying_together(leaves, leaves)
-    program, constants = jaxprs.lifted(lambda *leaves: [function(*treedef.unflatten(leaves))], leaves)
+    program, constants = jaxprs.lift_constants(lambda *leaves: [function(*treedef.unflatten(leaves))], leaves)
 
     # Under differentiation, the barriers of `checkpoint` keep the forward and the backward pass apart.
     @jax.checkpoint

@@ -67,7 +67,7 @@ def _backward(measure, x, cotangent):
 _tapped.defvjp(_forward, _backward)
 
 
-def tapped(x: jax.Array, taps: Sequence[Factor], measure: Callable[[jax.Array], Moments]) -> jax.Array:
+def insert_taps(x: jax.Array, taps: Sequence[Factor], measure: Callable[[jax.Array], Moments]) -> jax.Array:
     """The input itself; the derivative with respect to the taps is `measure(x)`."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise CannotFactor(f"the input has dtype {x.dtype}")

@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_jax.transform import jaxprs
 from lora_jax.transform.combining import add_up, as_gain, check_summand, masked, pad_axis, stacked
-from lora_jax.transform.lazy_dequantized import viewed
+from lora_jax.transform.lazy_dequantized import apply_view
 from lora_jax.transform.registry import Evaluator, rule
 from lora_jax.transform.weight import CannotFactor, Value, Weight
 from lora_jax.transform.weight_views import fresh
@@ -39,7 +39,7 @@ def _check_activations(
 def concatenate(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     """Weights and arrays one after another: the sum of the parts, each padded with zeros."""
     _check_activations(interpreter, equation, values)
-    (value,) = viewed(equation, bare(values))
+    (value,) = apply_view(equation, bare(values))
     return [_joined(values, value, equation.params["dimension"])]
 
 
@@ -47,7 +47,7 @@ def concatenate(interpreter: Evaluator, equation: Equation, values: list[Any]) -
 def stack(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     """As `concatenate`, along a new axis."""
     _check_activations(interpreter, equation, values)
-    (value,) = viewed(equation, bare(values))
+    (value,) = apply_view(equation, bare(values))
     axis = equation.params["axis"]
     parts: list[Any] = []
     for part in values:
@@ -91,7 +91,7 @@ def pad(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[A
     weight, fill = values
     if not isinstance(weight, Weight) or isinstance(fill, Weight):
         raise CannotFactor("a weight pads another array")
-    (value,) = viewed(equation, [weight.value, fill])
+    (value,) = apply_view(equation, [weight.value, fill])
     for axis, (low, high, interior) in enumerate(equation.params["padding_config"]):
         weight = pad_axis(weight, axis, (int(low), int(high), int(interior)))
     return [weight.replace(value=value)]
@@ -108,7 +108,7 @@ def add(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[A
             check_summand(value, shape)
             minus = equation.primitive.name == "sub" and position == 1
             weights.append(value.scaled(value.value, jnp.negative) if minus else value)
-    (value,) = viewed(equation, bare(values))
+    (value,) = apply_view(equation, bare(values))
     return [add_up(weights, value)]
 
 
@@ -126,5 +126,5 @@ def select(interpreter: Evaluator, equation: Equation, values: list[Any]) -> lis
             weights.append(
                 masked(case, as_gain(case, (which == np.asarray(number, which.dtype)).astype(jnp.float32), constant))
             )
-    (value,) = viewed(equation, bare(values))
+    (value,) = apply_view(equation, bare(values))
     return [add_up(weights, value)]

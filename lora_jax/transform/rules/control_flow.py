@@ -132,7 +132,7 @@ def _join_carry(fixed, variable):
 
 def _unchanged(jaxpr, num_consts):
     """Carry positions that the body returns unchanged."""
-    return {output for output, source in jaxprs.forwarded(jaxpr).items() if source == num_consts + output}
+    return {output for output, source in jaxprs.forwarded_outputs(jaxpr).items() if source == num_consts + output}
 
 
 @rule("while")
@@ -235,10 +235,10 @@ def _scanned(interpreter, equation, weight: Weight):
             row = value.with_leaf(row)
         queue = iter(slices)
 
-        def cut(factor: Factor) -> Factor:
+        def slice_array(factor: Factor) -> Factor:
             return Factor(next(queue), factor.labels[1:]) if label in factor.labels else factor
 
-        return led.mark_scanned(label).map_factors(cut).replace(value=row, dims=led.dims[1:])
+        return led.mark_scanned(label).map_factors(slice_array).replace(value=row, dims=led.dims[1:])
 
     return [value.leaf if isinstance(value, LazyDequantized) else value, *arrays], restore
 

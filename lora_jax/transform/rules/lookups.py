@@ -8,7 +8,7 @@ from jax import lax
 
 from lora_jax.adapters.factored import Factor
 from lora_jax.transform import jaxprs
-from lora_jax.transform.lazy_dequantized import LazyDequantized, viewed
+from lora_jax.transform.lazy_dequantized import LazyDequantized, apply_view
 from lora_jax.transform.registry import Evaluator, rule
 from lora_jax.transform.weight import CannotFactor, Weight, twin
 from lora_jax.transform.weight_views import fresh
@@ -39,7 +39,9 @@ def gather(interpreter: Evaluator, equation: jaxprs.Equation, values: list[Any])
     filling = params["fill_value"]
     if filling is not None and filling != 0 and not np.isnan(filling) and any(not g.labels for g in weight.gains):
         raise CannotFactor("rows out of range would be scaled")
-    value = weight.value if isinstance(weight.value, LazyDequantized) else viewed(equation, [weight.value, indices])[0]
+    value = (
+        weight.value if isinstance(weight.value, LazyDequantized) else apply_view(equation, [weight.value, indices])[0]
+    )
     indices = indices[..., column : column + 1]
 
     # The axes of the indices (their last one holds the index itself) become axes of the result.
@@ -88,7 +90,7 @@ def gather(interpreter: Evaluator, equation: jaxprs.Equation, values: list[Any])
 
         through_scales = filling is None or filling == 0 or np.isnan(filling)
         rows = value.rows(take) if in_front and through_scales else None
-        value = viewed(equation, [value, values[1]])[0] if rows is None else rows
+        value = apply_view(equation, [value, values[1]])[0] if rows is None else rows
     window = iter(a for a in range(weight.value.ndim) if a not in batching and a not in collapsed)
     lead, added = iter(index_dims), fresh(weight, indices.ndim)[-1]
     dims: list[tuple[tuple[str, int], ...]] = []

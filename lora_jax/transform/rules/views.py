@@ -12,7 +12,7 @@ from jax import lax
 from lora_jax.adapters.factored import Factor, compute_dtype
 from lora_jax.transform import jaxprs
 from lora_jax.transform.combining import as_gain
-from lora_jax.transform.lazy_dequantized import LazyDequantized, viewed
+from lora_jax.transform.lazy_dequantized import LazyDequantized, apply_view
 from lora_jax.transform.registry import Evaluator, rule
 from lora_jax.transform.rules.combinations import bare
 from lora_jax.transform.weight import CannotFactor, Weight
@@ -25,7 +25,7 @@ Equation = jaxprs.Equation
 def keep_factors(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     """Casts, copies and sharding constraints act on the base weight only."""
     (weight,) = values
-    (value,) = viewed(equation, [weight.value])
+    (value,) = apply_view(equation, [weight.value])
     if not jnp.issubdtype(value.dtype, jnp.inexact):
         raise CannotFactor(f"the weight becomes {value.dtype}")
     return [weight.replace(value=value)]
@@ -54,7 +54,7 @@ def keep_all_factors(interpreter: Evaluator, equation: Equation, values: list[An
 @rule("transpose")
 def transpose(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     (weight,) = values
-    (value,) = viewed(equation, [weight.value])
+    (value,) = apply_view(equation, [weight.value])
     return [permuted(weight, value, equation.params["permutation"])]
 
 
@@ -63,7 +63,7 @@ def reshape(interpreter: Evaluator, equation: Equation, values: list[Any]) -> li
     weight, *sizes = values
     if sizes:
         raise CannotFactor("a reshape to traced sizes")
-    (value,) = viewed(equation, [weight.value])
+    (value,) = apply_view(equation, [weight.value])
     order = equation.params.get("dimensions")
     return [reshaped(weight if order is None else permuted(weight, value, order), value)]
 
@@ -71,7 +71,7 @@ def reshape(interpreter: Evaluator, equation: Equation, values: list[Any]) -> li
 @rule("squeeze")
 def squeeze(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     (weight,) = values
-    (value,) = viewed(equation, [weight.value])
+    (value,) = apply_view(equation, [weight.value])
     return [reshaped(weight, value)]
 
 
@@ -80,7 +80,7 @@ def broadcast(interpreter: Evaluator, equation: Equation, values: list[Any]) -> 
     weight, *sizes = values
     if sizes:
         raise CannotFactor("a broadcast to traced sizes")
-    (value,) = viewed(equation, [weight.value])
+    (value,) = apply_view(equation, [weight.value])
     targets = equation.params["broadcast_dimensions"]
     added = iter(fresh(weight, value.ndim + len(targets)))
     dims: list[tuple[tuple[str, int], ...]] = [((next(added), size),) for size in value.shape]
@@ -93,15 +93,15 @@ def broadcast(interpreter: Evaluator, equation: Equation, values: list[Any]) -> 
     return [weight.replace(value=value, dims=tuple(dims))]
 
 
-def _part(equation, weight: Weight, others: Sequence, sizes: Sequence[int], cut: Callable):
-    """The base's value of a slice by `cut(array, axis)` along one axis: a layer of a quantized weight is quantized."""
+def _part(equation, weight: Weight, others: Sequence, sizes: Sequence[int], slice_array: Callable):
+    """The base value of a slice, by `slice_array(array, axis)` along one axis; a layer of codes stays codes."""
     value = weight.value
     changed = [axis for axis, size in enumerate(value.shape) if sizes[axis] != size]
     if isinstance(value, LazyDequantized) and len(changed) == 1:
-        part = value.along(changed[0], lambda array: cut(array, changed[0]))
+        part = value.along(changed[0], lambda array: slice_array(array, changed[0]))
         if part is not None:
             return part
-    return viewed(equation, [value, *others])[0]
+    return apply_view(equation, [value, *others])[0]
 
 
 @rule("slice")
@@ -110,10 +110,10 @@ def static_slice(interpreter: Evaluator, equation: Equation, values: list[Any]) 
     starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
     strides = equation.params["strides"] or (1,) * len(starts)
 
-    def cut(array, axis):
+    def slice_array(array, axis):
         return lax.slice_in_dim(array, starts[axis], limits[axis], strides[axis], axis)
 
-    value = _part(equation, weight, [], limits, cut)
+    value = _part(equation, weight, [], limits, slice_array)
     for axis, (start, limit, stride) in enumerate(zip(starts, limits, strides)):
         if (start, limit, stride) != (0, weight.value.shape[axis], 1):
             weight = slice_axis(weight, value, axis, start, limit, stride)
@@ -125,7 +125,7 @@ def split(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list
     (weight,) = values
     parts, start = [], 0
     axis = equation.params["axis"]
-    for size, value in zip(equation.params["sizes"], viewed(equation, [weight.value])):
+    for size, value in zip(equation.params["sizes"], apply_view(equation, [weight.value])):
         parts.append(slice_axis(weight, value, axis, start, start + int(size)))
         start += int(size)
     return parts
@@ -138,10 +138,10 @@ def dynamic_slice(interpreter: Evaluator, equation: Equation, values: list[Any])
         raise CannotFactor("a weight is used as an index")
     sizes = equation.params["slice_sizes"]
 
-    def cut(array, axis):
+    def slice_array(array, axis):
         return lax.dynamic_slice_in_dim(array, starts[axis], sizes[axis], axis)
 
-    value = _part(equation, weight, starts, sizes, cut)
+    value = _part(equation, weight, starts, sizes, slice_array)
     starts = starts[: value.ndim]
     for axis, (start, size) in enumerate(zip(starts, value.shape)):
         if size == weight.value.shape[axis]:
@@ -155,7 +155,7 @@ def dynamic_slice(interpreter: Evaluator, equation: Equation, values: list[Any])
 @rule("neg")
 def negate(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     (weight,) = values
-    return [weight.scaled(viewed(equation, [weight.value])[0], jnp.negative)]
+    return [weight.scaled(apply_view(equation, [weight.value])[0], jnp.negative)]
 
 
 @rule("mul", "div")
@@ -177,7 +177,7 @@ def scale(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list
     if weight.value.shape != tuple(equation.outvars[0].aval.shape):
         raise CannotFactor(f"{name} by an array of shape {array.shape}, to which the weight is broadcast")
     if jaxprs.is_literal(atom):
-        (value,) = viewed(equation, bare(values))
+        (value,) = apply_view(equation, bare(values))
 
         def act(factor: jax.Array) -> jax.Array:
             dtype = array.dtype if jnp.iscomplexobj(array) else factor.dtype
@@ -203,7 +203,7 @@ def _with_array(interpreter: Evaluator, equation: Equation, values: Sequence[Wei
 @rule("rev")
 def reverse(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     (weight,) = values
-    (value,) = viewed(equation, [weight.value])
+    (value,) = apply_view(equation, [weight.value])
     for axis in equation.params["dimensions"]:
         for label, _ in weight.dims[axis]:
             weight = weight.along(label, lambda array, at: lax.rev(array, (at,)))
@@ -214,7 +214,7 @@ def reverse(interpreter: Evaluator, equation: Equation, values: list[Any]) -> li
 def tile(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     """Repetitions become axes that no factor has."""
     (weight,) = values
-    (value,) = viewed(equation, [weight.value])
+    (value,) = apply_view(equation, [weight.value])
     repeated = zip(fresh(weight, value.ndim), equation.params["reps"], weight.dims)
     return [
         weight.replace(value=value, dims=tuple(((label, n), *axis) if n > 1 else axis for label, n, axis in repeated))
@@ -227,10 +227,10 @@ def unstack(interpreter: Evaluator, equation: Equation, values: list[Any]) -> li
     (weight,) = values
     axis = equation.params["axis"]
     parts = []
-    for index, value in enumerate(viewed(equation, [weight.value])):
+    for index, value in enumerate(apply_view(equation, [weight.value])):
         if isinstance(weight.value, LazyDequantized):  # a quantized layer is one of codes
-            cut = functools.partial(lax.index_in_dim, index=index, axis=axis, keepdims=False)
-            layer = weight.value.along(axis, cut)
+            slice_array = functools.partial(lax.index_in_dim, index=index, axis=axis, keepdims=False)
+            layer = weight.value.along(axis, slice_array)
             value = value if layer is None else layer
         part = slice_axis(weight, weight.value, axis, index, index + 1)
         parts.append(reshaped(part, value))
@@ -243,7 +243,7 @@ def reshard(interpreter: Evaluator, equation: Equation, values: list[Any]) -> li
     (weight,) = values
     target = equation.params["dst_sharding"]
     names = spec_by_label(weight, target.spec, target.mesh)
-    (value,) = viewed(equation, [weight.value])
+    (value,) = apply_view(equation, [weight.value])
 
     def reshard_factor(factor: Factor) -> Factor:
         spec = jax.sharding.PartitionSpec(*(names.get(label) for label in factor.labels))
@@ -260,7 +260,7 @@ def all_gather(interpreter: Evaluator, equation: Equation, values: list[Any]) ->
     params = equation.params
     if not params["tiled"]:
         raise CannotFactor("an all_gather that adds an axis")
-    (value,) = viewed(equation, [weight.value])
+    (value,) = apply_view(equation, [weight.value])
     axis = params["all_gather_dimension"]
     label = weight.single(axis)
 
