@@ -369,7 +369,7 @@ class Recipe:
 def check_weight(weight: jax.Array | None, kind: str) -> jax.Array:
     """The weight that :meth:`Adapter.identity_like` needs; raises `ValueError` if it is None."""
     if weight is None:
-        raise ValueError(f"A {kind} adapter that changes nothing is made from the weight: give base=.")
+        raise ValueError(f"The identity of {kind} depends on the weight: pass base=.")
     return weight
 
 
