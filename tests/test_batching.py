@@ -368,7 +368,7 @@ def test_what_does_not_stack():
         ([one, dora], "'w': DoRA and LoRA adapters cannot be stacked"),
         ([one, blocks], r"'w': adapters with different static fields .*blocks=\(True, True\).* and .*blocks=\(True,\)"),
         ([one, half], r"'w': leaves .* bfloat16\[1, 4\] and float32\[1, 4\]"),
-        ([dora, {}], "'w': A DoRA adapter that changes nothing is made from the weight: give base="),
+        ([dora, {}], "'w': The identity of DoRA depends on the weight: pass base="),
         ([{}, {}], "all deltas are empty"),
     ):
         with pytest.raises(ValueError, match=message):
