@@ -57,8 +57,8 @@ class Config(Runtime):
 
     data: tuple[str, ...] = ("debian_sections",)
     """The training data: files, globs, directories with train and validation files, data sets on the Hugging Face Hub
-    (ORG/NAME:SPLIT), or debian_sections, which is shipped. Several are concatenated. Each may end in :WEIGHT, how often
-    its examples are seen per epoch, as in a.jsonl:3 b.parquet:0.5."""
+    (ORG/NAME:SPLIT), or debian_synopses or debian_sections, which are shipped. Several are concatenated. Each may end
+    in :WEIGHT, how often its examples are seen per epoch, as in a.jsonl:3 b.parquet:0.5."""
 
     data_form: FormName | None = None
     """The format of the records. None detects it from their columns: messages (chat), conversations (sharegpt),

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.errors import UserError
 
-SHIPPED = {"debian_sections": Path(__file__).parent / "debian_sections"}
+SHIPPED = {name: Path(__file__).parent / name for name in ("debian_synopses", "debian_sections")}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def load(directory: str | Path, split: str, limit: int | None = None) -> Example
     header and one example per line. The first column is the label and the last one the text; others are ignored.
 
     Args:
-      directory: A directory, or the name of a shipped one: `debian_sections`.
+      directory: A directory, or the name of a shipped one with labels: `debian_sections`.
       split: `train`, `validation` or `test`.
       limit: Number of examples to keep, from the beginning; None keeps all.
 

@@ -114,7 +114,9 @@ def test_splits(tmp_path):
 
 @pytest.mark.parametrize("data", ["./none.jsonl", "none", "some/none.jsonl", "/a/b"])
 def test_what_is_not_there(data):
-    with pytest.raises(UserError, match=f"{data}: no such file or directory; data sets are debian_sections or"):
+    with pytest.raises(
+        UserError, match=f"{data}: no such file or directory; data sets are debian_synopses, debian_sections or"
+    ):
         sources.read(data, "train")
 
 

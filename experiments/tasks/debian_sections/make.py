@@ -43,9 +43,10 @@ class Example(NamedTuple):
     synopsis: str
 
 
-def stanzas(lines: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Yields the one-line fields of each paragraph of a Debian control file."""
+def stanzas(lines: Iterable[str], *, continued: bool = False) -> Iterator[dict[str, str]]:
+    """Yields the fields of each paragraph of a Debian control file: their first lines, or all lines (`continued`)."""
     fields: dict[str, str] = {}
+    name = ""
     for line in lines:
         if not line.strip():
             if fields:
@@ -54,6 +55,8 @@ def stanzas(lines: Iterable[str]) -> Iterator[dict[str, str]]:
         elif not line[0].isspace():
             name, _, value = line.partition(":")
             fields[name] = value.strip()
+        elif continued:
+            fields[name] += f"\n{line[1:].rstrip()}"
     if fields:
         yield fields
 
