@@ -1,6 +1,7 @@
 """Checks of the arguments of a training step."""
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -34,6 +35,29 @@ def explain_donation(state: Any, *, check: bool = False) -> Iterator[None]:
             "The buffers of this state were donated to an earlier step. Use the state that the step returned, or "
             "create the step with donate=False to use a state more than once."
         ) from error
+
+
+def check_lowered(state: Any, batch: Any, called_state: Any, called_batch: Any, *, same_static: bool) -> None:
+    """Raises `TypeError` unless a compiled step is called with trees of the structures that it was lowered for.
+
+    Args:
+      state: The state that the step was lowered for, with anything as leaves.
+      batch: Its batch.
+      called_state: The argument of the compiled step.
+      called_batch: Its other argument.
+      same_static: Whether static leaves of the base, and which leaves are trained, are the same.
+    """
+    names = [field.name for field in dataclasses.fields(state)]
+    pairs = {f"state.{name}": (getattr(state, name), getattr(called_state, name)) for name in names}
+    pairs["batch"] = (batch, called_batch)
+    for name, (one, other) in pairs.items():
+        expected, got = jax.tree.structure(one), jax.tree.structure(other)
+        if expected != got:
+            raise TypeError(f"{name}: the compiled step was lowered for the structure {expected}; got {got}.")
+    if not same_static:
+        raise TypeError(
+            "The compiled step was lowered for another state: leaves of its base that are not arrays differ."
+        )
 
 
 def _is_deleted(leaf: Any) -> bool:

@@ -8,7 +8,7 @@ import jax
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from lora_jax.compiled import Lowered, Metrics, Step
+from lora_jax.compiled import Metrics, Step
 from lora_jax.finite import check_finite
 from lora_jax.meshes import mesh_sharding, replicated
 from lora_jax.optim import trainable_mask
@@ -16,7 +16,7 @@ from lora_jax.optim.extra import check_transform
 from lora_jax.optim.offload import in_host_memory
 from lora_jax.splitting import Mask, Static
 from lora_jax.state import TrainState
-from lora_jax.step_checks import check_batch, check_state, explain_donation
+from lora_jax.step_checks import check_batch, check_state
 from lora_jax.transform import dropout_keys
 from lora_jax.update import make_update
 
@@ -36,7 +36,7 @@ def train_step(
     donate: bool = True,
     skip_nonfinite: bool = False,
     pmap: bool = False,
-) -> Step:
+) -> Step[TrainState]:
     """Creates a compiled training step, which updates the trainable leaves.
 
     Args:
@@ -67,9 +67,9 @@ def train_step(
       `weight`, the total weight; `invalid_weights`, the number of microbatches whose weight is negative or not finite;
       and `nonfinite`, `{path: number of gradient elements that are NaN or infinite}`. :func:`check_finite` raises an
       error on the last two. If the total weight is zero (a batch of padding), sums are not divided.
-      `step.lower(state, batch)` lowers the step without running it, for compiler analyses. Without pmap its leaves may
-      be `jax.ShapeDtypeStruct` with shardings on devices of another machine. The result of its `compile()` is called
-      like the step.
+      `step.lower(state, batch)` lowers the step without running it, as the method of a function from `jax.jit` does.
+      Without pmap its leaves may be `jax.ShapeDtypeStruct` with shardings on devices of another machine.
+      `step.lower(state, batch).compile()` is called like the step, and has XLA's analyses.
 
     Raises:
       TypeError: `tx` is not an Optax transform. (From the step:) the loss is not real, or does not have the form that
@@ -140,8 +140,8 @@ def train_step(
         out = jax.tree.unflatten(structure, shardings)
         return jax.jit(body, donate_argnums=donated, static_argnums=(0, 1), out_shardings=(out, None, None))
 
-    def compiled(carry: Any) -> Any:
-        leaves, structure = jax.tree.flatten(carry)
+    def program(args: tuple[Any, ...]) -> Callable:
+        leaves, structure = jax.tree.flatten(args[4])
         return mapped if pmap else jitted(structure, tuple(map(_output_sharding, leaves)))
 
     def arguments(state: TrainState, batch: Any) -> tuple[Any, ...]:
@@ -165,32 +165,13 @@ def train_step(
     def finish(state: TrainState, args: tuple[Any, ...], results: tuple[Any, ...]) -> tuple[TrainState, Metrics]:
         static, mask, arrays, frozen, *_ = args
         (train, opt_state, number, key), metrics, aux = results
+        dropout_keys.warn_without_key(calls, state.delta)
         if has_aux:
             metrics["aux"] = aux
         base = static.restore(arrays) if pmap else state.base
         return TrainState(base, mask.restore(train, frozen), opt_state, number, key), metrics
 
-    def run(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        with explain_donation(state, check=pmap):
-            args = arguments(state, batch)
-            results = compiled(args[4])(*args)
-        dropout_keys.warn_without_key(calls, state.delta)
-        return finish(state, args, results)
-
-    def lower(state: TrainState, batch: Any) -> Lowered:
-        args = arguments(state, batch)
-
-        def call(program: jax.stages.Compiled, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-            with explain_donation(state, check=pmap):
-                call_args = arguments(state, batch)
-                if call_args[:2] != args[:2]:
-                    raise TypeError("The compiled step was lowered for a base and delta of another structure.")
-                results = program(*call_args[2:])
-            return finish(state, call_args, results)
-
-        return Lowered(compiled(args[4]).lower(*args), call)
-
-    return Step(run, lower)
+    return Step.create(arguments, program, finish, static=2, check_buffers=pmap)
 
 
 def _output_sharding(leaf: Any) -> NamedSharding | None:

@@ -601,3 +601,23 @@ def test_states_that_a_step_consumed_and_fields_that_are_none():
         lora.TrainStates.create(BASE, low_rank()[:2], optax.lbfgs(), KEYS[:2])
     with pytest.raises(TypeError, match=r"expected a TrainStates as state; got dict"):
         step({}, None)
+
+
+def test_a_compiled_step_is_called_like_the_step():
+    step, _ = many()
+    batch = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), batches(0, 0))
+    shapes = jax.eval_shape(lambda *args: args, first_states(), batch)
+    compiled = step.lower(*shapes).compile()
+    (states, losses), (expected, expected_losses) = (together(each, first_states(), 2) for each in (compiled, step))
+    np.testing.assert_array_equal(losses, expected_losses)
+    chex.assert_trees_all_equal(states, expected)
+    with pytest.raises(TypeError, match=r"^batch: the compiled step was lowered for the structure"):
+        compiled(states, list(shapes[1]))
+
+
+def test_routed_functions_are_compiled_ahead_of_time():
+    stacked, ids = lora.stack(low_rank()), jnp.array(IDS)
+    for grouped in (False, True):
+        routed = lora.route(lora.adapt(fn), grouped=grouped)
+        compiled = jax.jit(routed).lower(BASE, stacked, ids, X).compile()
+        chex.assert_trees_all_close(compiled(BASE, stacked, ids, X), routed(BASE, stacked, ids, X), rtol=1e-5)

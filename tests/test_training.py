@@ -353,19 +353,69 @@ def test_a_state_that_a_step_consumed(pmap, base, batch):
     chex.assert_trees_all_equal(first.delta, second.delta)
 
 
-@pytest.mark.parametrize("pmap", [False, True])
-def test_a_lowered_step_compiles_to_a_step(pmap, base, batch):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"donate": False}, {"pmap": True}, {"pmap": True, "donate": False}, {"accumulate": 2, "has_aux": True}],
+    ids=str,
+)
+def test_a_compiled_step_is_called_like_the_step(options, base, batch):
+    loss = (lambda *args: (plain(*args), {"ones": jnp.ones(3)})) if options.get("has_aux") else plain
     tx = optax.sgd(0.1, momentum=0.9)
-    step = lora.train_step(plain, tx, donate=False, pmap=pmap)
-    state = start(base, batch, tx)
-    compiled = step.lower(state, batch).compile()
+    step = lora.train_step(loss, tx, **options)
+    compiled = step.lower(start(base, batch, tx), batch).compile()
     assert isinstance(compiled.memory_analysis().temp_size_in_bytes, int)
-    expected, metrics = step(state, batch)
-    got, other = compiled(state, batch)
-    chex.assert_trees_all_equal((got.delta, other), (expected.delta, metrics))
     assert compiled.cost_analysis()["flops"] > 0
-    with pytest.raises(TypeError, match="another structure"):
+    expected, state = start(base, batch, tx), start(base, batch, tx)
+    for _ in range(2):
+        expected, metrics = step(expected, batch)
+        consumed, (state, others) = state, compiled(state=state, batch=batch)
+    chex.assert_trees_all_equal((state.delta, state.step, others), (expected.delta, expected.step, metrics))
+    if options.get("donate", True):
+        with pytest.raises(RuntimeError, match="donated to an earlier step"):
+            compiled(consumed, batch)
+
+
+def test_a_compiled_step_lowered_for_shapes(base, batch):
+    tx = optax.sgd(0.1, momentum=0.9)
+    step = lora.train_step(plain, tx, donate=False)
+    state = start(base, batch, tx)
+    compiled = step.lower(*jax.eval_shape(lambda *args: args, state, batch)).compile()
+    chex.assert_trees_all_equal(compiled(state, batch)[0].delta, step(state, batch)[0].delta)
+    with pytest.raises(TypeError, match=r"state.delta: the compiled step was lowered for the structure .*; got "):
         compiled(start(base, batch, tx, {"head": lora.LoRA(2)}), batch)
+    with pytest.raises(TypeError, match=r"^batch: the compiled step was lowered for the structure"):
+        compiled(state, list(batch))
+    with pytest.raises(TypeError, match="leaves of its base that are not arrays differ"):
+        step.lower(state.replace(base={**base, "mode": "a"}), batch).compile()(
+            state.replace(base={**base, "mode": "b"}), batch
+        )
+
+
+def test_a_compiled_step_on_a_mesh_takes_the_states_that_it_returns(base, batch):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    base = jax.device_put(base, NamedSharding(mesh, PartitionSpec()))
+    batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    tx = optax.sgd(0.1, momentum=0.9)
+    step, state = lora.train_step(plain, tx), start(base, batch, tx)
+    compiled = step.lower(state, batch).compile()
+    for _ in range(3):
+        state, metrics = compiled(state, batch)
+    assert int(state.step) == 3 and jnp.isfinite(metrics["loss"])
+
+
+def test_a_compiled_step_notices_dropout_without_a_key(base, batch):
+    tx = optax.sgd(0.1)
+    state = start(base, batch, tx, {"^w$": lora.LoRA(2, dropout=0.25)})
+    compiled = lora.train_step(plain, tx, donate=False).lower(state, batch).compile()
+    with pytest.warns(UserWarning, match="1 adapters have dropout"):
+        compiled(state, batch)
+
+
+def test_adapted_functions_are_compiled_ahead_of_time(base, batch):
+    x = batch[0]
+    delta = lora.init(jax.random.key(0), base, {"^w$": lora.LoRA(2)}, fn, x)
+    compiled = jax.jit(adapted).lower(*jax.eval_shape(lambda *args: args, base, delta, x)).compile()
+    chex.assert_trees_all_close(compiled(base, delta, x), adapted(base, delta, x), rtol=1e-6)
 
 
 def test_dropout_without_a_key_is_noticed_once(base, batch):

@@ -15,12 +15,12 @@ from lora_jax.adapters.fingerprints import check_base
 from lora_jax.adapters.protocol import Adapter, Delta
 from lora_jax.batching.mapped import check_sizes, map_with_axes
 from lora_jax.batching.stacking import stack
+from lora_jax.compiled import Metrics, Step
 from lora_jax.optim import partition
 from lora_jax.optim.extra import check_transform, check_usable, init_optimizer, update_with
 from lora_jax.splitting import Static
 from lora_jax.state import fields_with_shapes, replace_fields
-from lora_jax.step_checks import check_batch, check_state, explain_donation
-from lora_jax.training import Metrics
+from lora_jax.step_checks import check_batch, check_state
 from lora_jax.transform import dropout_keys
 from lora_jax.transform.call import Arguments, check_delta
 from lora_jax.update import make_update, select
@@ -139,7 +139,7 @@ def train_many(
     skip_nonfinite: bool = False,
     batch_axes: Any = 0,
     at_once: int | None = None,
-) -> Callable[[TrainStates, Any], tuple[TrainStates, Metrics]]:
+) -> Step[TrainStates]:
     r"""Returns a compiled step that trains many adapters at once, as :func:`lora_jax.train_step` trains one.
 
     Computes :math:`\Delta_k \leftarrow \Delta_k + u_k(\nabla_{\Delta_k} L(W, \Delta_k, B_k))` for all members k by one
@@ -165,7 +165,7 @@ def train_many(
     Returns:
       `step(states, batch) -> (states, metrics)`, with the metrics of :func:`lora_jax.train_step`, each `[members]`.
       The metrics of an inactive member describe the update that was not applied. The buffers of deltas, optimizer
-      states, steps and keys are donated.
+      states, steps and keys are donated. `step.lower(states, batch)` is as for :func:`lora_jax.train_step`.
 
     Raises:
       ValueError: `accumulate` or `at_once` is not a positive integer. (From the step:) the batch has another number of
@@ -225,19 +225,21 @@ def train_many(
 
     compiled = jax.jit(body, donate_argnums=(2,) if donate else (), static_argnums=(0,))
 
-    def step(states: TrainStates, batch: Any) -> tuple[TrainStates, Metrics]:
+    def arguments(states: TrainStates, batch: Any) -> tuple[Any, ...]:
         check_state(states, TrainStates)
         members = len(states.active)
         check_sizes(members, batch_axes, batch, f"The states have {members} members; the batch has {{}}.")
         carry = (states.delta, states.opt_state, states.step, states.key)
         fixed = (states.hyper, states.active, states.present)
         static, arrays = Static.split(states.base)
-        with explain_donation(states):
-            (delta, opt_state, number, key), metrics = compiled(static, arrays, carry, fixed, batch)
+        return static, arrays, carry, fixed, batch
+
+    def finish(states: TrainStates, args: tuple[Any, ...], results: Any) -> tuple[TrainStates, Metrics]:
+        (delta, opt_state, number, key), metrics = results
         dropout_keys.warn_without_key(calls, delta)
         return states.replace(delta=delta, opt_state=opt_state, step=number, key=key), metrics
 
-    return step
+    return Step.create(arguments, lambda args: compiled, finish, static=1)
 
 
 def _make_transform(

@@ -56,7 +56,7 @@ def warn_without_key(calls: list[bool], delta: Mapping[str, Any]) -> None:
         warnings.warn(
             f"{len(rates)} adapters have dropout ({rate:g} at {path!r}), but the loss passes no key, so that dropout "
             "is off: call adapted(base, delta, …, dropout_key=key) in loss_fn(base, delta, batch, key).",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
