@@ -64,9 +64,10 @@ def beam_search(
     Args:
       step: Computes the next logits; see :func:`experiments.generation.stepper`.
       params: The first argument of `step`.
-      tokens_BL: Prompts, padded on either side.
+      tokens_BL: Prompts, padded on either side; with a used cache, what follows the tokens in it, at least one per row.
       mask_BL: True at tokens, False at padding. None: no padding.
-      cache: An empty cache with the same number of rows and slots for prompts and new tokens.
+      cache: A cache with the same number of rows and free slots for prompts and new tokens: an empty one, or one that
+        holds the beginning of each row; see :func:`experiments.generation.prefill`.
       new_tokens: Maximum number of tokens to add.
       beams: Number of texts per prompt.
       length_penalty: Log-probabilities are divided by the number of new tokens to this power. Values above 0 favor
@@ -76,12 +77,13 @@ def beam_search(
         better at any length.
       eos: The token or tokens that end a text.
       pad: The token after the end of a text.
-      no_repeat: The size n of n-grams that may not occur twice in a prompt and its continuation; 0 allows all.
+      no_repeat: The size n of n-grams that may not occur twice in a prompt and its continuation; 0 allows all. Others
+        need an empty cache.
 
     Raises:
-      ValueError: The cache does not fit or is in use, or the vocabulary is smaller than the number of candidates.
+      ValueError: The cache does not fit, or the vocabulary is smaller than the number of candidates.
     """
-    prompts.check(tokens_BL, new_tokens, cache)
+    prompts.check(tokens_BL, new_tokens, cache, no_repeat)
     if beams < 1:
         raise ValueError(f"beams={beams}, expected at least 1.")
     if early_stopping not in (True, False, "never"):

@@ -50,21 +50,23 @@ def greedy(
     Args:
       step: Computes the next logits; see :func:`make_step`.
       params: The first argument of `step`.
-      tokens_BL: Prompts, padded on either side.
+      tokens_BL: Prompts, padded on either side; with a used cache, what follows the tokens in it, at least one per row.
       mask_BL: True at tokens, False at padding. None: no padding.
-      cache: An empty cache with the same number of rows and slots for prompts and new tokens.
+      cache: A cache with the same number of rows and free slots for prompts and new tokens: an empty one, or one that
+        holds the beginning of each row; see :func:`experiments.generation.prefill`.
       new_tokens: Maximum number of tokens to add.
       eos: The token or tokens that end a text.
       pad: The token after the end of a text.
-      no_repeat: The size n of n-grams that may not occur twice in a prompt and its continuation; 0 allows all.
+      no_repeat: The size n of n-grams that may not occur twice in a prompt and its continuation; 0 allows all. Others
+        need an empty cache.
 
     Returns:
       The new tokens, `int[batch, new_tokens]`.
 
     Raises:
-      ValueError: The cache does not fit or is in use.
+      ValueError: The cache does not fit.
     """
-    prompts.check(tokens_BL, new_tokens, cache)
+    prompts.check(tokens_BL, new_tokens, cache, no_repeat)
     return _continue(
         None, step, params, tokens_BL, mask_BL, cache, None, None, new_tokens, prompts.ends(eos), pad, no_repeat, None
     )
@@ -92,9 +94,9 @@ def sample(
       key: The random key.
       step: See :func:`greedy`, also for the other arguments that are not described here.
       params: The first argument of `step`.
-      tokens_BL: Prompts, padded on either side.
+      tokens_BL: Prompts, padded on either side; with a used cache, what follows the tokens in it, at least one per row.
       mask_BL: True at tokens, False at padding.
-      cache: An empty cache.
+      cache: See :func:`greedy`.
       new_tokens: Maximum number of tokens to add.
       temperature: See :func:`experiments.generation.sampling.filter_logits`.
       top_k: See :func:`experiments.generation.sampling.filter_logits`.
@@ -107,9 +109,9 @@ def sample(
       The new tokens, `int[batch, new_tokens]`.
 
     Raises:
-      ValueError: The cache does not fit or is in use, or an option is out of range.
+      ValueError: The cache does not fit, or an option is out of range.
     """
-    prompts.check(tokens_BL, new_tokens, cache)
+    prompts.check(tokens_BL, new_tokens, cache, no_repeat)
     if temperature <= 0:
         raise ValueError(f"temperature={temperature}, expected above 0; greedy() selects the likeliest token.")
     if top_k is not None and top_k < 1:

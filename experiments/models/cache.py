@@ -48,6 +48,23 @@ class Cache:
         layers = jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4), self.layers)
         return dataclasses.replace(self, layers=layers, positions_BT=jnp.take(self.positions_BT, rows, axis=0))
 
+    def truncate(self, used: int) -> "Cache":
+        """Returns the cache with the tokens of the first `used` slots only. An empty cache counts as used from then on,
+        so that the first call is compiled like all others."""
+        is_kept_1T = jnp.arange(self.slots)[None] < used
+        positions_BT = jnp.where(is_kept_1T, self.positions_BT, -1)
+        return Cache(self.layers, positions_BT, jnp.asarray(used, jnp.int32), False)
+
+    def grow(self, slots: int) -> "Cache":
+        """Returns the cache with more slots."""
+        more = slots - self.slots
+
+        def pad(x: jax.Array, axis: int, value: int) -> jax.Array:
+            return jnp.pad(x, [(0, more if i == axis % x.ndim else 0) for i in range(x.ndim)], constant_values=value)
+
+        layers = jax.tree.map(lambda x: pad(x, -3, 0), self.layers)
+        return dataclasses.replace(self, layers=layers, positions_BT=pad(self.positions_BT, 1, -1))
+
 
 def empty_cache(layers: int, batch: int, slots: int, groups: int, width: int, options: Options) -> Cache:
     """Returns a cache without tokens."""

@@ -196,11 +196,17 @@ def test_parameters_are_no_constants_of_what_is_compiled():
 def test_what_cannot_be_generated_is_refused(getkey):
     model = load("gpt2")
     args, how = arguments("gpt2", model)
-    with pytest.raises(ValueError, match="3 rows and 17 slots and is empty; expected an empty one with 3 rows and 18"):
+    with pytest.raises(ValueError, match="3 rows and 17 slots, 0 of them used; expected 3 rows and 18 slots: 9 tokens"):
         generation.greedy(*args, **how | {"cache": model.model.cache(3, 17)})
     _, used = model.jitted(model.base, args[2], args[3], cache=how["cache"])
-    with pytest.raises(ValueError, match="in use"):
+    with pytest.raises(ValueError, match="18 slots, 9 of them used; expected 3 rows and 27 slots: 9 used ones, 9 tok"):
         generation.beam_search(*args, **how | {"cache": used}, beams=2)
+    with pytest.raises(ValueError, match="no_repeat=2 compares with all tokens of a text, but the cache holds only"):
+        generation.greedy(*args, **how | {"cache": used}, no_repeat=2)
+    with pytest.raises(ValueError, match="The prompts have no tokens"):
+        generation.greedy(model.step, model.base, args[2][:, :0], **how)
+    with pytest.raises(ValueError, match="3 rows and 18 slots, 9 of them used; expected 2 rows and 11 slots"):
+        generation.prefill(model.step, model.base, args[2][:2, :2], cache=used)
     with pytest.raises(ValueError, match="new_tokens=0"):
         generation.greedy(*args, **how | {"new_tokens": 0})
     for name, value in (("temperature", 0.0), ("top_k", 0), ("top_p", 1.5)):
