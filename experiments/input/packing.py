@@ -88,6 +88,7 @@ class Packed:
       unused: `bool[examples]`, whether an example has no target within the length.
       num_truncated: Number of truncated examples.
       num_unused: Number of unused examples.
+      max_labels: The largest number of labels in a row.
 
     Raises:
       UserError: No example has a target within the length.
@@ -112,6 +113,8 @@ class Packed:
         self._rows = Rows(order[np.argsort(row, kind="stable")], starts)
         self.steps_per_epoch = -(-len(self._rows) // batch_size)
         self.num_truncated, self.num_unused = int(self.truncated.sum()), int(self.unused.sum())
+        self._labels = self._count_labels()
+        self.max_labels = int(self._row_sums(self._labels).max())
         self._order = lru_cache(maxsize=2)(self._permutation)  # threads that read ahead may be in two epochs
 
     def __getitem__(self, step: int) -> Batch:
@@ -149,6 +152,34 @@ class Packed:
         """Returns the number of examples in the batch of a step."""
         numbers = self._numbers(step, slice(None))
         return int(np.diff(self._rows.starts)[numbers[numbers >= 0]].sum())
+
+    def tokens(self, step: int) -> int:
+        """Returns the number of tokens, without padding, in the batch of a step."""
+        return self._sum(self._sizes, step)
+
+    def labels(self, step: int) -> int:
+        """Returns the number of labels in the batch of a step."""
+        return self._sum(self._labels, step)
+
+    def _sum(self, values: np.ndarray, step: int) -> int:
+        numbers = self._numbers(step, slice(None))
+        return int(self._row_sums(values)[numbers[numbers >= 0]].sum())
+
+    def _row_sums(self, values: np.ndarray) -> np.ndarray:
+        """Returns the sum of a value of each example in each row."""
+        return np.add.reduceat(values[self._rows.members], self._rows.starts[:-1], dtype=np.int64)
+
+    def _count_labels(self) -> np.ndarray:
+        """Returns the number of labels of each example; an example's first token is no label."""
+        counts = np.zeros(len(self.data), np.int64)
+        (full,) = np.nonzero(self.data.lengths)
+        targets, begins = self.data.targets, self._begins[full]
+        if len(full):
+            counts[full] = np.add.reduceat(targets.view(np.uint8), begins, dtype=np.int64) - targets[begins]
+        for number in np.flatnonzero(self.truncated):
+            begin = self._begins[number] + 1
+            counts[number] = np.count_nonzero(targets[begin : begin + self._sizes[number]])
+        return counts
 
     @property
     def fill(self) -> float:

@@ -39,6 +39,14 @@ class Batches(Protocol):
         """Returns the number of examples in the whole batch of a step."""
         ...
 
+    def tokens(self, step: int, /) -> int:
+        """Returns the number of tokens, without padding, in the whole batch of a step."""
+        ...
+
+    def labels(self, step: int, /) -> int:
+        """Returns the number of labels in the whole batch of a step."""
+        ...
+
 
 def batches(
     records: Records,

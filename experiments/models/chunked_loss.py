@@ -13,6 +13,7 @@ def cross_entropy(
     *,
     chunk: int,
     smoothing: float = 0.0,
+    max_labels: int | None = None,
 ) -> jax.Array:
     r"""Returns each token's :math:`-\log p(\text{label})` from the last hidden states.
 
@@ -25,12 +26,15 @@ def cross_entropy(
       labels_BL: The label of each token; negative labels are ignored.
       chunk: The number of tokens per sequence and chunk.
       smoothing: The fraction of each label that is spread evenly over the vocabulary.
+      max_labels: The largest number of labels that are not ignored in one sequence, as a static bound: the head then
+        computes the logits of so many tokens per sequence, those with labels, instead of all. None has no bound.
 
     Returns:
-      `float32[batch, tokens]`, 0 for ignored labels. Its sum divided by the number of labels is the usual loss.
+      `float32[batch, tokens]`, 0 for ignored labels. Its sum divided by the number of labels is the usual loss. All
+      are NaN in sequences with more labels than `max_labels`.
 
     Raises:
-      ValueError: `chunk` is less than 1.
+      ValueError: `chunk` or `max_labels` is less than 1.
 
     Example:
       >>> x, w = jnp.ones((1, 4, 2)), jnp.zeros((2, 8))
@@ -40,6 +44,23 @@ def cross_entropy(
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk}, expected at least 1.")
+    if max_labels is not None and max_labels < 1:
+        raise ValueError(f"max_labels={max_labels}, expected at least 1.")
+    if max_labels is None or max_labels >= x_BLD.shape[1]:
+        return _losses(head, x_BLD, labels_BL, chunk, smoothing)
+    # Gathering within sequences preserves the batch axis and its sharding.
+    labeled_BL = labels_BL >= 0
+    positions_BK = jnp.argsort(~labeled_BL, axis=1, stable=True)[:, :max_labels]
+    x_BKD = jnp.take_along_axis(x_BLD, positions_BK[..., None], axis=1)
+    loss_BK = _losses(head, x_BKD, jnp.take_along_axis(labels_BL, positions_BK, axis=1), chunk, smoothing)
+    rank_BL = jnp.cumsum(labeled_BL, axis=1, dtype=jnp.int32) - 1
+    loss_BL = jnp.where(labeled_BL, jnp.take_along_axis(loss_BK, jnp.clip(rank_BL, 0, max_labels - 1), axis=1), 0)
+    return jnp.where(rank_BL[:, -1:] < max_labels, loss_BL, jnp.nan)
+
+
+def _losses(
+    head: Callable[[jax.Array], jax.Array], x_BLD: jax.Array, labels_BL: jax.Array, chunk: int, smoothing: float
+) -> jax.Array:
     batch, length, width = x_BLD.shape
     chunk = min(chunk, length)
     count = -(-length // chunk)

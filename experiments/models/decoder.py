@@ -32,6 +32,7 @@ class Decoder(nnx.Module):
         positions_BL: jax.Array | None = None,
         *,
         labels_BL: jax.Array | None = None,
+        max_labels: int | None = None,
         label_smoothing: float = 0.0,
         noise: tuple[jax.Array, float] | None = None,
         cache: Cache | None = None,
@@ -47,6 +48,8 @@ class Decoder(nnx.Module):
           positions_BL: The positions of the tokens; None counts from 0 in each segment, or continues from the cache.
           labels_BL: The label of each token; negative labels are ignored. Losses are returned, and at most
             `options.loss_chunk` logits per row exist at a time.
+          max_labels: The largest number of labels of a row that are not ignored, as a static bound. The head then
+            computes logits only where there are labels; see :func:`experiments.models.chunked_loss.cross_entropy`.
           label_smoothing: The fraction of each label that is spread evenly over the vocabulary.
           noise: A PRNG key and the scale of NEFTune's noise, which is added to the input of the first layer: uniform
             with absolute values up to the scale divided by the square root of length times width.
@@ -71,7 +74,14 @@ class Decoder(nnx.Module):
             x_BLD = x_BLD + jax.random.uniform(key, x_BLD.shape, x_BLD.dtype, -bound, bound)
         x_BLD, layers = self.run(x_BLD, context, None if cache is None else cache.layers)
         if labels_BL is not None:
-            out = cross_entropy(self.head, x_BLD, labels_BL, chunk=self.options.loss_chunk, smoothing=label_smoothing)
+            out = cross_entropy(
+                self.head,
+                x_BLD,
+                labels_BL,
+                chunk=self.options.loss_chunk,
+                smoothing=label_smoothing,
+                max_labels=max_labels,
+            )
         else:
             out = self.head(x_BLD[:, -1] if last else x_BLD)
         return out if cache is None else (out, update_cache(cache, context, layers))

@@ -86,7 +86,7 @@ def train(
                 profile(number, meter)
                 batch = next(iterator)
                 state, metrics = step(state, meshes.put_batch(run.mesh, batch, batches.batch_size))
-                meter.add(number, metrics, batch["tokens"].size * batches.batch_size // (rows.stop - rows.start))
+                meter.add(number, metrics, batches.tokens(number - 1), batches.labels(number - 1))
                 stopping = interrupt.requested(number)
                 # The clocks of processes differ, so all use that of the first process.
                 late = run.limits.minutes is not None and bool(broadcast(run.limits.reached(history) is not None))

@@ -17,31 +17,39 @@ from experiments.training.processes import is_first
 from experiments.training.record import Record
 from experiments.training.run import History, TrainingRun
 
+_SHORT = 0.2  # seconds of a step whose metrics are read after the next one is dispatched
+
 
 class Meter:
-    """Reads a step's metrics after the next step is dispatched, so that devices do not wait for the host."""
+    """Reads the metrics of steps.
+
+    Those of short steps are read after the next step is dispatched, so that devices do not wait for the host. For long
+    steps, and the first one, the wait does not matter, and they are read at once.
+    """
 
     def __init__(self, run: TrainingRun, history: History, record: Record):
         self._run, self._history, self._record = run, history, record
         self._mark = self._start = time.perf_counter()
         self._before = history.seconds
-        self._pending: list[tuple[int, dict[str, Any], int]] = []
-        self._seconds, self._tokens, self._steps = 0.0, 0, 0  # since the last line of metrics
+        self._pending: list[tuple[int, dict[str, Any], int, int]] = []
+        self._pace = math.inf  # seconds of the last step
+        self._seconds, self._tokens, self._labels, self._steps = 0.0, 0, 0, 0  # since the last line of metrics
 
-    def add(self, step: int, metrics: dict[str, Any], tokens: int) -> None:
-        """Adds a dispatched step on `tokens` tokens, and reads the previous one."""
-        self._pending.append((step, metrics, tokens))
-        self.settle(pending=1)
+    def add(self, step: int, metrics: dict[str, Any], tokens: int, labels: int) -> None:
+        """Adds a dispatched step on `tokens` tokens, without padding, with `labels` labels."""
+        self._pending.append((step, metrics, tokens, labels))
+        self.settle(pending=int(self._pace < _SHORT))
 
     def settle(self, pending: int = 0) -> None:
         """Reads the metrics of all but the last `pending` steps."""
         while len(self._pending) > pending:
-            step, metrics, tokens = self._pending.pop(0)
+            step, metrics, tokens, labels = self._pending.pop(0)
             check_finite(step, metrics)
             self._history.losses.append(float(metrics["loss"]))
             now = time.perf_counter()
-            self._seconds, self._mark = self._seconds + now - self._mark, now
-            self._tokens, self._steps = self._tokens + tokens, self._steps + 1
+            self._pace, self._mark = now - self._mark, now
+            self._seconds, self._steps = self._seconds + self._pace, self._steps + 1
+            self._tokens, self._labels = self._tokens + tokens, self._labels + labels
             if step % self._run.log_every == 0 or step == 1:
                 self._log(step, metrics)
         self._history.seconds = self._before + time.perf_counter() - self._start
@@ -55,10 +63,11 @@ class Meter:
             grad_norm=float(metrics["grad_norm"]),
             seconds=self._seconds / self._steps,
             tokens_per_second=speed,
+            labels_per_second=self._labels / self._seconds,
             mfu=costs.flops * speed / costs.peak if costs and costs.peak else None,
             **_memory(),
         )
-        self._seconds, self._tokens, self._steps = 0.0, 0, 0
+        self._seconds, self._tokens, self._labels, self._steps = 0.0, 0, 0, 0
 
     def restart_clock(self) -> None:
         """Excludes the time since the last step from the time of steps."""

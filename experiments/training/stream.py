@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from experiments.tasks.batching import Batch, Labels, Planned, assemble, plan
+from experiments.tasks.batching import NO_LABEL, Batch, Labels, Planned, assemble, plan
 
 
 class Stream:
@@ -48,6 +48,15 @@ class Stream:
     def examples(self, step: int) -> int:
         """Returns the number of examples in the batch of a step."""
         return len(self._planned(step).indices)
+
+    def tokens(self, step: int) -> int:
+        """Returns the number of tokens, without padding, in the batch of a step."""
+        return sum(len(self._sequences[index]) for index in self._planned(step).indices)
+
+    def labels(self, step: int) -> int:
+        """Returns the number of labels in the batch of a step: one of each example, or those of its tokens."""
+        indices = self._planned(step).indices
+        return int(sum(np.sum(np.asarray(self._labels[index]) != NO_LABEL) for index in indices))
 
     def _planned(self, step: int) -> Planned:
         epoch, index = divmod(step, self.steps_per_epoch)

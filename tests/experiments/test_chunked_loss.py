@@ -45,6 +45,47 @@ def test_values_and_gradients_are_the_plain_ones(getkey, chunk, dtype):
         np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=tolerance)
 
 
+@pytest.mark.parametrize("max_labels", [4, 7, 9, 10, 50])
+def test_logits_only_where_there_are_labels(getkey, max_labels):
+    x, w = jax.random.normal(getkey(), (3, 10, 8)), jax.random.normal(getkey(), (8, 13))
+    labels = jnp.full((3, 10), -100).at[0, 2:6].set(3).at[1, jnp.array([0, 4, 9])].set(5)
+    weights = jax.random.uniform(getkey(), labels.shape)
+    shapes = []
+
+    def head(w, x):
+        shapes.append(x.shape)
+        return x @ w
+
+    def loss(x, w, **bound):
+        each = cross_entropy(functools.partial(head, w), x, labels, chunk=3, smoothing=0.1, **bound)
+        return jnp.sum(each * weights), each
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    bounded = jax.jit(functools.partial(gradient, max_labels=max_labels))(x, w)
+    assert {shape[1] for shape in shapes} == {3}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), bounded, jax.jit(gradient)(x, w))
+
+
+def test_the_head_computes_the_tokens_with_labels_alone():
+    x, w, labels = jnp.ones((2, 512, 16)), jnp.ones((16, 64)), jnp.full((2, 512), -1).at[:, 500:].set(1)
+
+    def flops(max_labels):
+        def loss(x, w):
+            return jnp.sum(cross_entropy(lambda x: x @ w, x, labels, chunk=512, max_labels=max_labels))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, w).cost_analysis()["flops"]
+
+    assert flops(16) < 0.2 * flops(None)
+
+
+def test_more_labels_than_the_bound_are_not_a_number():
+    labels = jnp.full((2, 6), -1).at[0, 1:5].set(1).at[1, 3].set(1)
+    losses = cross_entropy(lambda x: x, jnp.ones((2, 6, 3)), labels, chunk=6, max_labels=3)
+    assert np.isnan(losses[0]).all() and np.isfinite(losses[1]).all()
+    with pytest.raises(ValueError, match="max_labels=0, expected at least 1"):
+        cross_entropy(lambda x: x, jnp.ones((2, 6, 3)), labels, chunk=6, max_labels=0)
+
+
 def test_no_pass_holds_all_logits():
     batch, length, width, vocabulary, chunk = 2, 512, 16, 2048, 32
     logits = 4 * batch * length * vocabulary
@@ -64,17 +105,19 @@ def test_no_pass_holds_all_logits():
     assert peak(functools.partial(cross_entropy, chunk=chunk)) < logits / 4
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])  # a tied head, a head of its own
-def test_an_adapted_head_stays_factored(getkey, name, scan):
+@pytest.mark.parametrize(
+    ("name", "scan", "max_labels"),  # a tied head, a head of its own
+    [("gpt2", False, None), ("gpt2", True, 6), ("llama", False, 6), ("llama", True, None)],
+)
+def test_an_adapted_head_stays_factored(getkey, name, scan, max_labels):
     model = load(name, Options(scan=scan, loss_chunk=5))
     tokens = expected(name)["tokens"]
-    labels = jnp.asarray(tokens[:, 1:]).at[1, 4:].set(-100)
+    labels = jnp.asarray(tokens[:, 1:]).at[1, 4:].set(-100).at[:, 6:].set(-100)
     tokens = jnp.asarray(tokens[:, :-1])
     spec = {r"kernel|token/embedding": lora.LoRA(2, alpha=8)}
     delta = lora.init(getkey(), model.base, spec, model.apply, tokens)
     delta = jax.tree.map(lambda x: x if x.ndim == 0 else 0.3 * jax.random.normal(getkey(), x.shape), delta)
-    how = {"labels_BL": labels}
+    how = {"labels_BL": labels, "max_labels": max_labels}
     assert "merged" not in str(lora.explain(model.apply, model.base, delta, tokens, **how))
     train, frozen = lora.partition(delta)
     adapted = lora.adapt(model.apply)

@@ -76,6 +76,11 @@ def test_every_example_stands_once_in_a_pass(data, seed, pack):
         steps = [epoch * packed.steps_per_epoch + step for step in range(packed.steps_per_epoch)]
         examples = [list(examples_of(packed[step])) for step in steps]
         assert [packed.examples(step) for step in steps] == [len(one) for one in examples]
+        batches = [packed[step] for step in steps]
+        assert [packed.tokens(step) for step in steps] == [np.sum(batch["segments"] > 0) for batch in batches]
+        labeled = [np.sum(batch["labels"] != NO_LABEL, axis=1) for batch in batches]
+        assert [packed.labels(step) for step in steps] == [rows.sum() for rows in labeled]
+        assert packed.max_labels == max(rows.max() for rows in labeled)
         orders.append([tokens[0] // 100 - 1 for one in examples for tokens, _ in one])
         assert sorted(orders[-1]) == list(range(100))
         for one in examples:
@@ -115,6 +120,7 @@ def test_long_examples_are_cut_and_those_with_nothing_to_learn_left_out():
     assert (packed.num_truncated, packed.num_unused) == (2, 2)
     examples = [example for step in range(packed.steps_per_epoch) for example in examples_of(packed[step])]
     assert examples == [expected_of(data, i) for i in (0, 1, 4)]
+    assert (packed.labels(0), packed.labels(1), packed.max_labels) == (LENGTH - 9 + 1, 1, LENGTH - 9)
     with pytest.raises(UserError, match="none of 5 examples has a target within 0 tokens"):
         Packed(data, length=0, batch_size=2, seed=None)
 

@@ -108,8 +108,9 @@ def test_the_share_of_the_arithmetic(tmp_path):
     run = TrainingRun(tmp_path, meshes.make_mesh(MeshSizes()), {}, 1, costs=Costs(flops=6.0, peak=100.0))
     with record.Record(tmp_path, {}) as log:
         meter = Meter(run, History(), log)
-        meter.add(1, {"loss": jax.numpy.float32(1), "grad_norm": jax.numpy.float32(1)}, tokens=50)
+        meter.add(1, {"loss": jax.numpy.float32(1), "grad_norm": jax.numpy.float32(1)}, tokens=50, labels=5)
         meter.settle()
     (line,) = record.read(tmp_path / record.METRICS)
     assert line["mfu"] == pytest.approx(6.0 * line["tokens_per_second"] / 100.0)
+    assert line["labels_per_second"] == pytest.approx(line["tokens_per_second"] / 10)
     assert dataclasses.asdict(History(evaluations=[[1, 0.5]]))["evaluations"] == [(1, 0.5)]

@@ -16,6 +16,7 @@ from experiments.configs.sft import BatchSizes, Config
 from experiments.errors import Preempted, UserError
 from experiments.models import families, location
 from experiments.studies.sft import program, study
+from experiments.training import mesh as meshes
 from experiments.training import record
 from experiments.training.interrupt import Interrupt
 from experiments.training.mesh import MeshSizes
@@ -131,6 +132,29 @@ def test_meshes_train_as_one_device(settings, finished, tmp_path, name, lenient)
     np.testing.assert_allclose(report.evaluations, finished[1].evaluations, rtol=1e-5)
     assert report.texts == finished[1].texts
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_logits_where_there_are_labels_on_a_mesh(settings, name, lenient):
+    config = dataclasses.replace(settings, mesh=MESHES[name])
+    bounded, unbounded = (program.abstract(config, max_labels=count) for count in (8, None))
+    mesh = bounded.mesh
+    labels = np.full((8, config.length), -1, np.int32)
+    labels[:, 3], labels[:7, 50:57] = 5, 7
+    batch = {name: np.ones_like(labels) for name in ("tokens", "segments", "positions")} | {"labels": labels}
+    with jax.set_mesh(mesh):
+        base = bounded.load(Path(config.model))
+        delta = bounded.create(jax.random.key(0), base).delta
+        train, frozen = lora.partition(delta)
+        train = jax.tree.map(lambda x: x + 0.1, train)  # factors of zero have no gradients
+
+        def mean(train, program):
+            total, count = program.loss(base, lora.join(train, frozen), meshes.put_batch(mesh, batch, 8), None)
+            return total / count
+
+        values = jax.jit(lambda train: [jax.value_and_grad(mean)(train, parts) for parts in (bounded, unbounded)])
+        one, other = values(train)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, other)
 
 
 def test_a_quantized_base_on_a_mesh(settings, finished, tmp_path, lenient):

@@ -40,6 +40,12 @@ class Data:
     validation: Packed | None
     digests: list[str]
 
+    @property
+    def max_labels(self) -> int:
+        """The largest number of labels in a row, rounded up to a multiple of 8."""
+        counts = [split.max_labels for split in (self.train, self.validation) if split is not None]
+        return -(-max(counts) // 8) * 8
+
 
 def read_data(config: Config, directory: Path, console: Console) -> Data:
     """Reads the data of a config and prints how many records are used.

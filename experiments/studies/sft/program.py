@@ -109,7 +109,12 @@ class Program:
 
 
 def abstract(
-    config: Config, devices: Sequence[jax.Device] | None = None, platform: Platform | None = None, *, steps: int = 1000
+    config: Config,
+    devices: Sequence[jax.Device] | None = None,
+    platform: Platform | None = None,
+    *,
+    steps: int = 1000,
+    max_labels: int | None = None,
 ) -> Program:
     """Returns the program of a config from shapes alone. It computes nothing and reads no weights.
 
@@ -118,6 +123,8 @@ def abstract(
       devices: The devices of the mesh; None uses all devices.
       platform: The platform of the devices, if it differs from this process's.
       steps: Total number of steps, for the learning rate schedule.
+      max_labels: The largest number of labels in a row of a batch; None has no bound, so that logits are computed for
+        every token.
 
     Raises:
       UserError: The model is unknown, or model, batch and mesh are incompatible.
@@ -161,7 +168,7 @@ def abstract(
     if config.optimizer_on_host:
         tx = lora.optim.host_offloaded(tx, min_size=LARGE)
     dropout = config.dropout > 0 or has_dropout(start)
-    loss = _loss(apply, config, dropout=dropout)
+    loss = _loss(apply, config, max_labels, dropout=dropout)
     step = lora.train_step(loss, tx, accumulate=config.batch.accumulate)
     return Program(config, mesh, family, shape, model, apply, base, delta, start, loss, tx, step)
 
@@ -250,7 +257,7 @@ def _base(config: Config, base: Any, apply: Callable, sharding: Callable) -> Any
     return gathered(map_weights(leaf, base), meshes.FSDP)
 
 
-def _loss(apply: Callable, config: Config, *, dropout: bool) -> Callable:
+def _loss(apply: Callable, config: Config, max_labels: int | None, *, dropout: bool) -> Callable:
     """Returns a loss function for `lora.train_step`: the sum over a batch's labels, and their number.
 
     Without a key, as in evaluation, there is no dropout, noise or label smoothing.
@@ -272,6 +279,7 @@ def _loss(apply: Callable, config: Config, *, dropout: bool) -> Callable:
             batch["segments"],
             batch["positions"],
             labels_BL=batch["labels"],
+            max_labels=max_labels,
             **options,
         )
         return jnp.sum(losses), jnp.sum(batch["labels"] >= 0)

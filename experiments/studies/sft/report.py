@@ -1,14 +1,19 @@
 """The result of a run of supervised fine-tuning, as a JSON record, text and a plot."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from experiments.configs.sft import Config
 from experiments.reports import curves
 from experiments.reports.results import read_record
+from experiments.studies.sft.samples import Prompts
 from experiments.training.run import History
 
 ADAPTER, BEST, RESULT = "adapter", "adapter-best", "result.json"
@@ -50,12 +55,25 @@ class Report:
         return read_record(path, cls, {"evaluations": tuple, "texts": tuple})
 
 
+def show_answers(prompts: Prompts, answers: Sequence[str], console: Console) -> None:
+    """Prints the base's answers to the prompts."""
+    for prompt, answer in zip(prompts.texts, answers):
+        console.print(f"{prompt}\n", style="bold", highlight=False, markup=False)
+        console.print(f"the base answers: {answer}\n", highlight=False, markup=False)
+    if prompts.omitted:
+        line = f"{prompts.omitted:,} longer prompts are left out of these samples"
+        console.print(line, highlight=False, markup=False)
+
+
 def show(config: Config, report: Report, console: Console) -> None:
-    """Prints a report and plots its losses."""
-    for prompt, before, after, answer in report.texts:
+    """Prints a report, with the texts before and after training side by side, and plots its losses."""
+    for prompt, *texts in report.texts:
         console.print(prompt, style="bold", highlight=False, markup=False)
-        for name, text in (("before", before), ("after", after), ("example", answer)):
-            console.print(f"  {name}: {text!r}", highlight=False, markup=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
+        for name in ("before", "after", "example"):
+            table.add_column(name, overflow="fold", ratio=1)
+        table.add_row(*map(Text, texts))
+        console.print(table, highlight=False)
     losses = dict(report.evaluations)
     if losses:
         console.print(

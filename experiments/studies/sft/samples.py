@@ -20,7 +20,7 @@ from experiments.studies.sft.program import Program
 from experiments.training import mesh as meshes
 
 _GENERATION = "generation_config.json"
-_MAX_PROMPT = 512  # tokens; longer prompts are truncated at the beginning, because attention runs on one device
+_MAX_PROMPT = 1024  # tokens; longer prompts are left out, because attention runs on one device
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,14 @@ class Prompts:
       mask: `bool[prompts, length]`, True at tokens.
       texts: The prompts as text.
       answers: The answers of the examples.
+      omitted: The number of prompts that are left out because they are too long.
     """
 
     tokens: np.ndarray
     mask: np.ndarray
     texts: list[str]
     answers: list[str]
+    omitted: int = 0
 
 
 class Writer:
@@ -47,7 +49,8 @@ class Writer:
       program: The program.
       encoder: The encoder of the checkpoint.
       directory: The checkpoint, whose configs have the tokens that end a text.
-      records: The first of these records are the prompts, as many as the config's `samples`.
+      records: The first of these records are the prompts, as many as the config's `samples`, except those that are
+        longer than a sequence.
 
     Raises:
       UserError: Prompt and answer are longer than the model supports.
@@ -110,11 +113,19 @@ def read_end_tokens(directory: Path) -> tuple[int, ...]:
 
 
 def _prompts(encoder: Encoder, records: Records, count: int, length: int) -> Prompts:
-    encoded = [encoder.encode_prompt(records[i], records.location(i)) for i in range(min(count, len(records)))]
-    rows = [ids[-length:] for ids, _ in encoded]  # truncated at the beginning
+    rows, answers, omitted = [], [], 0
+    for number in range(len(records)):
+        if len(rows) == count:
+            break
+        ids, answer = encoder.encode_prompt(records[number], records.location(number))
+        if len(ids) > length:  # without its beginning or end it would be another prompt
+            omitted += 1
+            continue
+        rows.append(ids)
+        answers.append(answer)
     longest = max(map(len, rows), default=1)
     tokens, mask = np.zeros((len(rows), longest), np.int32), np.zeros((len(rows), longest), bool)
     for i, ids in enumerate(rows):
         tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
     texts = [encoder.tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip() for ids in rows]
-    return Prompts(tokens, mask, texts, [answer for _, answer in encoded])
+    return Prompts(tokens, mask, texts, answers, omitted)

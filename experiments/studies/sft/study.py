@@ -23,7 +23,7 @@ from experiments.reports.results import write_json
 from experiments.studies.sft import program as programs
 from experiments.studies.sft.data import TOKENS, Data, read_data
 from experiments.studies.sft.program import Program
-from experiments.studies.sft.report import ADAPTER, BEST, PEFT, PEFT_LAST, RESULT, Report, show
+from experiments.studies.sft.report import ADAPTER, BEST, PEFT, PEFT_LAST, RESULT, Report, show, show_answers
 from experiments.studies.sft.samples import Writer
 from experiments.training import chips, loop, outputs, processes
 from experiments.training import mesh as meshes
@@ -84,7 +84,7 @@ def run(config: Config) -> Report:
             outputs.begin(config.out, *_WRITTEN, fresh=config.fresh, cached=(TOKENS,))
     data = read_data(config, directory, console)
     total, due = loop.plan_steps(config.epochs, data.train.steps_per_epoch, config.steps, config.eval_every)
-    program = programs.abstract(config, steps=total)
+    program = programs.abstract(config, steps=total, max_labels=data.max_labels)
     settings = _settings(config, data, directory)
     report = None
     if processes.broadcast((config.out / RESULT).exists()):
@@ -120,8 +120,10 @@ def _train(
     console.print(f"\n{lora.summary(base, state.delta)}\n", highlight=False, soft_wrap=True)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(lora.partition(state.delta)[0]))
     writer = Writer(program, data.encoder, directory, data.records)
+    before = writer.write(base, state.delta)
+    show_answers(writer.prompts, before, console)
     evaluate = _evaluator(program, data.validation)
-    before, score = writer.write(base, state.delta), evaluate(state)
+    score = evaluate(state)
     run = TrainingRun(
         config.out,
         program.mesh,
