@@ -1,33 +1,26 @@
 """Trains a grid of LoRA's rank and learning rate at once, and evaluates the best adapter on test examples."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 import lora_jax as lora
 from experiments.configs.sweep import Config
-from experiments.errors import UserError
 from experiments.reports.grid import draw_grid, grid_table
 from experiments.reports.results import read_json, write_json
 from experiments.studies import head, provenance
 from experiments.studies.head import Start
-from experiments.studies.methods import loss_function
-from experiments.studies.problem import HEAD, Problem, accuracy, answers, load
+from experiments.studies.joint import train_jointly
+from experiments.studies.problem import HEAD, accuracy, answers, load
 from experiments.tasks import examples
 from experiments.training import mesh as meshes
 from experiments.training import outputs, processes
-from experiments.training.loop import plan_steps, train
 from experiments.training.mesh import MeshSizes
-from experiments.training.optimizer import adam
-from experiments.training.progress import bar
 from experiments.training.run import TrainingRun
-from experiments.training.stream import Stream
 
 _QUERY_VALUE = r"attention/(query|value)/kernel"
 
@@ -85,42 +78,12 @@ _NOT_NUMBERS = ("out", "fresh", "model", "data", "checkpoint_every")
 
 def _train(config: Config, start: Start, directory: Path, console: Console) -> Sweep:
     problem, splits = start.problem, start.problem.splits
-    deltas = _deltas(config, start)
-    stream = Stream(splits["train"].sequences, splits["train"].labels, problem.lengths, config.batch_size, config.seed)
-    steps, due = plan_steps(config.epochs, stream.steps_per_epoch)
-
-    def tx(lr):
-        return adam(lr, steps, warmup=config.warmup, clip=config.clip)
-
-    keys = jax.random.split(jax.random.key(config.seed), len(deltas))
-    rates = [lr for _, lr in config.grid]
-    states = lora.TrainStates.create(start.base, deltas, tx, keys, {"lr": rates})
-    step = lora.train_many(loss_function(problem.apply, config.label_smoothing), tx, batch_axes=None)
-    accuracies, scores_at = _accuracies(problem), dict[int, np.ndarray]()
-
-    def evaluate(states: lora.TrainStates) -> float:
-        scores = scores_at[_last_step(states)] = accuracies(states)
-        return float(np.nanmax(scores))
-
+    specs, rates = [_spec(config, rank) for rank, _ in config.grid], [lr for _, lr in config.grid]
     run = TrainingRun(directory, meshes.make_mesh(MeshSizes()), asdict(config), config.checkpoint_every)
-    with bar(console, f"{len(deltas)} adapters", config.epochs * len(splits["train"])) as progress:
-        states, history = train(
-            run,
-            _stop_diverged(step),
-            states,
-            stream,
-            steps,
-            due=due,
-            score=start.result.validation_accuracy,
-            evaluate=evaluate,
-            format_score="{:.1%} at best".format,
-            bar=progress,
-        )
-    if _last_step(states) not in scores_at:  # resumed after the last step
-        evaluate(states)
-    scores = scores_at[_last_step(states)]
+    joint = train_jointly(start, specs, rates, config, run, console)
+    scores = joint.accuracies(splits["validation"].labels)
     chosen = int(np.nanargmax(scores))
-    best = lora.unstack(states.delta, deltas)[chosen]
+    best = joint.deltas[chosen]
     lora.save(directory / "adapter", best, base=problem.base)
     adapted = jax.jit(lora.adapt(problem.apply))
     logits = answers(lambda *inputs: adapted(start.base, best, *inputs)[0], splits["test"], problem.lengths)
@@ -130,54 +93,16 @@ def _train(config: Config, start: Start, directory: Path, console: Console) -> S
         chosen=chosen,
         test_accuracy=accuracy(logits, splits["test"]),
         head_accuracy=start.result.validation_accuracy,
-        losses=history.losses,
-        seconds=history.seconds,
+        losses=joint.history.losses,
+        seconds=joint.history.seconds,
     )
     write_json(directory / "result.json", asdict(sweep))
     outputs.clear(directory, "checkpoints")
     return sweep
 
 
-def _last_step(states: lora.TrainStates) -> int:
-    return int(states.step.max())
-
-
 def _spec(config: Config, rank: int) -> dict[str, Any]:
     return {_QUERY_VALUE: lora.LoRA(rank=rank, alpha=config.alpha), HEAD: lora.Full()}
-
-
-def _deltas(config: Config, start: Start) -> list[dict[str, Any]]:
-    """Initializes an adapter for each pair of the grid. Adapters of the same rank start from the same factors."""
-    key = jax.random.key(config.seed)
-    by_rank = {rank: start.problem.delta(key, start.base, _spec(config, rank)) for rank in config.ranks}
-    return [by_rank[rank] for rank, _ in config.grid]
-
-
-def _stop_diverged(step: Callable) -> Callable:
-    """Wraps the step of all adapters for the training loop; it deactivates adapters whose loss is not finite."""
-
-    def wrapped(states: lora.TrainStates, batch: Any) -> tuple[lora.TrainStates, dict[str, Any]]:
-        states, metrics = step(states, batch)
-        finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"]) & np.asarray(states.active)
-        if not finite.any():
-            raise UserError("all adapters diverged; try smaller learning rates")
-        means = {name: np.mean(np.asarray(metrics[name])[finite]) for name in ("loss", "grad_norm")}
-        return replace(states, active=jnp.asarray(finite)), means
-
-    return wrapped
-
-
-def _accuracies(problem: Problem) -> Callable[[lora.TrainStates], np.ndarray]:
-    """Returns a function from states to the validation accuracy of each adapter; NaN if it diverged."""
-    adapted = jax.jit(jax.vmap(lora.adapt(problem.apply), in_axes=(None, 0, None, None), out_axes=1))
-    split = problem.splits["validation"]
-
-    def evaluate(states: lora.TrainStates) -> np.ndarray:
-        logits = answers(lambda *inputs: adapted(states.base, states.delta, *inputs)[0], split, problem.lengths)
-        right = logits.argmax(axis=-1) == split.labels[:, None]
-        return np.where(np.asarray(states.active), right.mean(axis=0), np.nan)
-
-    return evaluate
 
 
 def _show(config: Config, sweep: Sweep, directory: Path, console: Console) -> None:

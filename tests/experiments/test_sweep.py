@@ -12,7 +12,7 @@ import pytest
 import lora_jax as lora
 from experiments import run
 from experiments.configs.sweep import Config
-from experiments.studies import sweep
+from experiments.studies import joint, sweep
 from experiments.studies.problem import accuracy, answers, load
 
 pytestmark = pytest.mark.usefixtures("lenient")
@@ -66,7 +66,7 @@ def test_the_best_pair_is_chosen_by_validation_and_saved(finished):
 
 def test_a_finished_sweep_is_shown_again(finished, monkeypatch, capsys):
     config, result = finished
-    monkeypatch.setattr(sweep, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    monkeypatch.setattr(joint, "train", lambda *args, **kwargs: pytest.fail("trained again"))
     assert dataclasses.replace(sweep.run(config), grid=result.grid) == result
     out = capsys.readouterr().out
     assert "rank" in out and f"test {result.test_accuracy:.1%}" in out
