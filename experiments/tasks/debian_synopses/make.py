@@ -27,8 +27,10 @@ SIZES = {"train": 5000, "validation": 500, "test": 800}
 """Number of examples of each split."""
 
 PER_SOURCE = 4  # packages of one source
-DESCRIPTION = range(120, 901)  # characters
-SYNOPSIS = range(12, 81)
+MIN_DESCRIPTION = 120  # characters
+MAX_DESCRIPTION = 170  # parts of words: with the other messages, at most 256 tokens of common tokenizers
+SYNOPSIS = range(12, 81)  # characters
+PART = re.compile(r"[^\W\d_]{1,7}|[\d_]|[^\w\s]")
 NOT_REAL = re.compile(r"transitional|dummy|metapackage|meta-package|meta package|debug|obsolete", re.IGNORECASE)
 NOT_REAL_NAME = re.compile(r"-(dbg|dbgsym|debug)$")
 ITEM = re.compile(r"[*+o-] +(?=\S)")
@@ -85,7 +87,8 @@ def _distinct(packages: Iterable[Example]) -> Iterator[Example]:
 def usable(example: Example) -> bool:
     """Whether a package is a real one, and its texts have suitable lengths."""
     return (
-        len(example.description) in DESCRIPTION
+        len(example.description) >= MIN_DESCRIPTION
+        and len(PART.findall(example.description)) <= MAX_DESCRIPTION
         and len(example.synopsis) in SYNOPSIS
         and not NOT_REAL_NAME.search(example.package)
         and not NOT_REAL.search(f"{example.synopsis} {example.description}")
