@@ -22,6 +22,7 @@ from experiments.input.plans import Plan, answers, plan, prompt_call
 from experiments.input.records import Completion, Conversation, Record, Text
 from experiments.input.template_files import load_template, special_tokens
 from experiments.input.turns import Example, conversation_examples
+from experiments.pretrained.files import open_files
 from experiments.tasks.text import load_tokenizer
 
 
@@ -69,7 +70,7 @@ class Encoder:
     @property
     def digest(self) -> str:
         """A digest of everything that determines the tokens."""
-        digest = hashlib.sha256((self.directory / "tokenizer.json").read_bytes())
+        digest = hashlib.sha256((open_files(self.directory).read("tokenizer.json") or "").encode())
         chat, options = self.template and self.template.identity, dataclasses.asdict(self.options)
         inputs = [chat, self.end, options, self.vocabulary, self.control.spellings]
         digest.update(json.dumps(inputs, sort_keys=True).encode())
@@ -148,7 +149,11 @@ class Encoder:
 
     @functools.cached_property
     def _tokenizer(self) -> LiteralTokenizer:
-        return LiteralTokenizer(self.tokenizer, self.control, str(self.directory / "tokenizer.json"))
+        return LiteralTokenizer(self.tokenizer, self.control, self._file)
+
+    @functools.cached_property
+    def _file(self) -> str:
+        return open_files(self.directory).where("tokenizer.json")
 
     @functools.cached_property
     def _boundaries(self) -> BoundaryTokenizer:
@@ -226,7 +231,7 @@ class Encoder:
         token = int(ids.max())
         raise UserError(
             f"{location}: the token {self.tokenizer.id_to_token(token)!r} has the id {token}, but the model's "
-            f"embedding has only {self.vocabulary} rows; {self.directory / 'tokenizer.json'} belongs to another model, "
+            f"embedding has only {self.vocabulary} rows; {self._file} belongs to another model, "
             "or the embedding was not resized"
         )
 
@@ -259,7 +264,7 @@ def load_encoder(
         control=control,
         literal=options.control_tokens == "text",
     )
-    with reading(directory / "tokenizer.json", "a tokenizer"):
+    with reading(open_files(directory).where("tokenizer.json"), "a tokenizer"):
         around = _around(tokenizer)
     # _document applies it. With a post-processor, offsets may exclude the space before a word from all tokens.
     tokenizer.post_processor = None

@@ -9,25 +9,27 @@ from typing import Any
 from experiments.errors import UserError, reading
 from experiments.input.chat import Template
 from experiments.input.control import ControlTokens
+from experiments.pretrained.files import ModelFiles, open_files
 
-CONFIG = "tokenizer_config.json"
+CONFIG, _MAP = "tokenizer_config.json", "special_tokens_map.json"
+_ALONE, _IN_JSON, _OTHERS = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 def load_template(
-    directory: Path,
+    model: Path,
     *,
     template: str | None = None,
     arguments: Mapping[str, Any] | None = None,
     control: ControlTokens | None = None,
     literal: bool = True,
 ) -> Template | None:
-    """Loads the chat template of a checkpoint in Hugging Face layout.
+    """Loads the chat template of a checkpoint in Hugging Face layout, or of a GGUF file.
 
     It is in `chat_template.jinja`, `chat_template.json` or `tokenizer_config.json`.
 
     Args:
-      directory: The checkpoint.
+      model: The checkpoint.
       template: A template to use instead of the default: a file, Jinja source, or the name of one of the checkpoint's.
       arguments: Variables of every rendering.
       control: The tokenizer's control tokens.
@@ -40,8 +42,8 @@ def load_template(
     Raises:
       UserError: A file cannot be read, a template is not valid Jinja, or none of several templates is the default.
     """
-    where, named = _templates(directory)
-    tokens = special_tokens(directory)
+    where, named = _templates(open_files(model))
+    tokens = special_tokens(model)
     default = "default"
     if template is not None and template in named:
         default = template
@@ -63,21 +65,22 @@ def load_template(
     return build(default, build("tool_use") if "tool_use" in named and template is None else None)
 
 
-def special_tokens(directory: Path) -> dict[str, str]:
+def special_tokens(model: Path) -> dict[str, str]:
     """Reads a checkpoint's special tokens, such as `bos_token`.
 
     Raises:
       UserError: A file cannot be read, or a token is not text.
     """
-    config_file, map_file = directory / CONFIG, directory / "special_tokens_map.json"
-    special = {**_read_object(map_file), **_read_object(config_file)}
+    files = open_files(model)
+    config = _read_object(files, CONFIG)
+    special = {**_read_object(files, _MAP), **config}
     texts = {}
     for name in (f"{name}_token" for name in _SPECIAL):
         token = special.get(name)
         text = token.get("content") if isinstance(token, dict) else token
         if token is not None and not isinstance(text, str):
-            path = config_file if name in _read_object(config_file) else map_file
-            raise UserError(f"{path}: {name} is {json.dumps(token)[:100]}, expected a string or an object with content")
+            where, value = files.where(CONFIG if name in config else _MAP), json.dumps(token)[:100]
+            raise UserError(f"{where}: {name} is {value}, expected a string or an object with content")
         if text is not None:
             texts[name] = text
     return texts
@@ -112,18 +115,17 @@ def _value(text: str) -> Any:
         return text
 
 
-def _templates(directory: Path) -> tuple[str, dict[str, str]]:
-    """Returns the file of the templates, and the templates by name."""
-    alone, in_json, config = (directory / name for name in ("chat_template.jinja", "chat_template.json", CONFIG))
-    others = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
-    if alone.exists():
-        return str(alone), {name: _read(path) for name, path in {**others, "default": alone}.items()}
-    where = in_json if in_json.exists() else config
-    content = _read_object(where).get("chat_template")
+def _templates(files: ModelFiles) -> tuple[str, dict[str, str]]:
+    """Returns the location of the templates, and the templates by name."""
+    if (alone := files.read(_ALONE)) is not None:
+        others = {path.stem: _read(path) for path in sorted((files.path / _OTHERS).glob("*.jinja"))}
+        return files.where(_ALONE), {**others, "default": alone}
+    name = CONFIG if files.read(_IN_JSON) is None else _IN_JSON
+    where, content = files.where(name), _read_object(files, name).get("chat_template")
     if content is None:
-        return str(where), {}
+        return where, {}
     if isinstance(content, str):
-        return str(where), {"default": content}
+        return where, {"default": content}
     entries = content if isinstance(content, list) else [content]
     named = {}
     for entry in entries:
@@ -135,7 +137,7 @@ def _templates(directory: Path) -> tuple[str, dict[str, str]]:
             f"{where}: chat_template is {json.dumps(content)[:100]}, expected a string, or a list of objects with "
             "name and template"
         )
-    return str(where), named
+    return where, named
 
 
 def _from_setting(template: str, named: Mapping[str, str]) -> tuple[str, dict[str, str]]:
@@ -154,11 +156,12 @@ def _read(path: Path) -> str:
         return path.read_text("utf-8")
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    if not path.exists():
+def _read_object(files: ModelFiles, name: str) -> dict[str, Any]:
+    text, where = files.read(name), files.where(name)
+    if text is None:
         return {}
-    with reading(path, "JSON"):
-        content = json.loads(_read(path))
+    with reading(where, "JSON"):
+        content = json.loads(text)
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object")
+        raise UserError(f"{where}: expected a JSON object")
     return content

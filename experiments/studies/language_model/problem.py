@@ -14,6 +14,7 @@ from experiments.errors import UserError
 from experiments.models import checkpoint, families, location
 from experiments.models.decoder import Decoder
 from experiments.models.options import Options
+from experiments.pretrained.files import open_files
 from experiments.studies import provenance
 from experiments.tasks import continuations, examples, text
 from experiments.tasks.batching import NO_LABEL, Batch, assemble, plan
@@ -92,9 +93,9 @@ def load(config: Config, report: Callable[[str], None]) -> Problem:
     if model.longest is not None and longest > model.longest:
         raise UserError(f"texts have up to {longest} tokens, but {config.model} has only {model.longest} positions")
     if tokenizer.get_vocab_size() > model.config.vocab_size:
+        where = open_files(directory).where("tokenizer.json")
         raise UserError(
-            f"{directory / 'tokenizer.json'}: {tokenizer.get_vocab_size()} tokens, but the model has only "
-            f"{model.config.vocab_size}"
+            f"{where}: {tokenizer.get_vocab_size()} tokens, but the model has only {model.config.vocab_size}"
         )
     ends = _ends(checkpoint.read_config(directory))
     splits = {

@@ -16,6 +16,7 @@ from experiments.input.encoding import Encoder
 from experiments.input.sources import Records
 from experiments.models import checkpoint
 from experiments.models.options import Options
+from experiments.pretrained.files import open_files
 from experiments.studies.sft.program import Program
 from experiments.training import mesh as meshes
 
@@ -102,7 +103,7 @@ class Writer:
 def read_end_tokens(directory: Path) -> tuple[int, ...]:
     """Reads the tokens that end a text from `generation_config.json`, or from `config.json`."""
     value = None
-    if (directory / _GENERATION).exists():
+    if open_files(directory).read(_GENERATION) is not None:
         value = checkpoint.read_config(directory, _GENERATION).get("eos_token_id")
     if value is None:
         value = checkpoint.read_config(directory).get("eos_token_id")

@@ -19,6 +19,7 @@ from experiments.input import pipeline
 from experiments.input.packing import Packed
 from experiments.models import location
 from experiments.models.flops import step_flops
+from experiments.pretrained.files import open_files
 from experiments.reports.results import write_json
 from experiments.studies.sft import program as programs
 from experiments.studies.sft.data import TOKENS, Data, read_data
@@ -207,7 +208,7 @@ def _limits(config: Config) -> Limits:
 def _settings(config: Config, data: Data, directory: Path) -> dict[str, Any]:
     """Returns everything that affects the results, except the base's weights: checkpoints have their fingerprint."""
     included = {name: value for name, value in asdict(config).items() if name not in (*_NOT_NUMBERS, *_EXTENDED)}
-    files = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
+    files = hashlib.sha256((open_files(directory).read("config.json") or "").encode()).hexdigest()
     return json.loads(json.dumps(included | {"model files": files, "data files": data.digests}, default=str))
 
 

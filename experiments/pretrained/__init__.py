@@ -1,0 +1,1 @@
+"""The files of pretrained models, whichever format holds them."""

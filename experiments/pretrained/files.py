@@ -1,0 +1,167 @@
+"""The files of a pretrained model: a directory in Hugging Face layout, or a GGUF file in its place."""
+
+import functools
+from collections.abc import ItemsView, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from experiments.errors import UserError, reading
+from lora_jax import peft
+
+GGUF = ".gguf"
+
+
+class Tensors(Protocol):
+    """Tensors by name, which are read on demand; see :class:`lora_jax.peft.Tensors`."""
+
+    def __enter__(self) -> "Tensors": ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def __getitem__(self, name: str) -> tuple[int, ...]: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __contains__(self, name: object, /) -> bool: ...
+
+    def items(self) -> ItemsView[str, tuple[int, ...]]: ...
+
+    def read(self, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
+        """Reads a tensor, or a part of it."""
+        ...
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        ...
+
+    def dtype(self, name: str) -> str:
+        """The stored type of a tensor."""
+        ...
+
+
+class ModelFiles(Protocol):
+    """The files of a model by their names in Hugging Face layout."""
+
+    @property
+    def path(self) -> Path:
+        """The directory, or the file that holds all of them."""
+        ...
+
+    @property
+    def weights(self) -> list[Path]:
+        """The files that hold the weights."""
+        ...
+
+    def where(self, name: str) -> str:
+        """Returns the location of a file's content, for error messages."""
+        ...
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weights."""
+        ...
+
+    def read(self, name: str) -> str | None:
+        """Returns the content of a text file such as `config.json`; None if there is none."""
+        ...
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Returns the JSON object in a file."""
+        ...
+
+    def tensors(self) -> Tensors:
+        """Returns the weights."""
+        ...
+
+
+class HuggingFaceFiles:
+    """A directory in Hugging Face layout."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def weights(self) -> list[Path]:
+        """The safetensors files.
+
+        Raises:
+          UserError: There are none.
+        """
+        try:
+            return peft.model_files(self.path)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def where(self, name: str) -> str:
+        """Returns the path of a file."""
+        return str(self.path / name)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are safetensors files."""
+        return any((self.path / name).is_file() for name in (peft.WEIGHTS, peft.INDEX))
+
+    def read(self, name: str) -> str | None:
+        """Returns the content of a text file; None if there is none."""
+        path = self.path / name
+        if not path.exists():
+            return None
+        with reading(path, "UTF-8 text"):
+            return path.read_text("utf-8")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Returns the JSON object in a file.
+
+        Raises:
+          UserError: The file is missing or not a JSON object.
+        """
+        try:
+            return peft.read_json(self.path / name)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def tensors(self) -> peft.Tensors:
+        """Returns the tensors of the safetensors files."""
+        return peft.Tensors(self.weights)
+
+
+def open_files(path: Path) -> ModelFiles:
+    """Opens the files of a model.
+
+    Args:
+      path: A directory in Hugging Face layout, a GGUF file, or a directory that holds one.
+
+    Raises:
+      UserError: The directory holds several GGUF files, or the file cannot be used.
+    """
+    file = find_gguf(path)
+    if file is None:
+        return HuggingFaceFiles(path)
+    state = file.stat()
+    return _open_gguf(file, state.st_mtime_ns, state.st_size)
+
+
+def find_gguf(path: Path) -> Path | None:
+    """Returns the GGUF file at a path: the file itself, or the only one of a directory without safetensors.
+
+    Raises:
+      UserError: The directory holds several.
+    """
+    if path.suffix == GGUF and not path.is_dir():
+        return path
+    if any(path.glob("*.safetensors*")):
+        return None
+    files = sorted(path.glob(f"*{GGUF}"))
+    if len(files) > 1:
+        listed = ", ".join(file.name for file in files)
+        raise UserError(f"{path}: holds {len(files)} GGUF files, name one of them: {listed}")
+    return files[0] if files else None
+
+
+@functools.lru_cache(maxsize=2)
+def _open_gguf(file: Path, modified: int, size: int) -> Any:
+    from experiments.pretrained.gguf.files import GgufFiles  # the package needs half a second to import
+
+    return GgufFiles(file)
