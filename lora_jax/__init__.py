@@ -32,7 +32,22 @@ from lora_jax.finite import check_finite
 from lora_jax.linear import all_linear
 from lora_jax.merging import combine, merge, switch_task, truncate, unmerge
 from lora_jax.optim import join, optimizer, partition, trainable_mask
-from lora_jax.quantization import FP4, NF4, Int4, Int8, dequantize, quantize
+from lora_jax.quantization import (
+    FP4,
+    NF4,
+    Q4_0,
+    Q4_1,
+    Q4_K,
+    Q5_0,
+    Q5_1,
+    Q5_K,
+    Q6_K,
+    Q8_0,
+    Int4,
+    Int8,
+    dequantize,
+    quantize,
+)
 from lora_jax.renamed import module_getattr
 from lora_jax.report import explain, summary
 from lora_jax.resume import restore_state, save_state
@@ -48,6 +63,14 @@ __all__ = [
     "IA3",
     "NF4",
     "OFT",
+    "Q4_0",
+    "Q4_1",
+    "Q4_K",
+    "Q5_0",
+    "Q5_1",
+    "Q5_K",
+    "Q6_K",
+    "Q8_0",
     "AdaLoRA",
     "Adapter",
     "BasePrecisionWarning",

@@ -39,7 +39,8 @@ def merge_quantized(base: Any, delta: Delta) -> tuple[Any, dict[str, RoundingErr
       error of each quantized weight that the delta names.
 
     Raises:
-      ValueError: The delta does not fit the base; a merged weight is not finite.
+      ValueError: The delta does not fit the base; a merged weight is not finite; weights cannot be quantized into a
+        format of the base.
 
     Example:
       >>> import jax, lora_jax as lora
@@ -64,7 +65,10 @@ def merge_quantized(base: Any, delta: Delta) -> tuple[Any, dict[str, RoundingErr
             return merge({path: leaf}, {path: delta[path]})[path]
         before = leaf.dequantize().astype(compute_dtype(leaf.dtype))
         after = merge({path: before}, {path: delta[path]})[path]
-        requantized = leaf.requantized(after)
+        try:
+            requantized = leaf.requantized(after)
+        except ValueError as error:
+            raise ValueError(f"{path!r}: {error} lora_jax.merge gives floats.") from error
         lost = jnp.linalg.norm(requantized.dequantize().astype(after.dtype) - after)
         whole, changed = jnp.linalg.norm(after), jnp.linalg.norm(after - before)
         errors[path] = RoundingError(*(float(lost) / float(of) if of else float("inf") for of in (whole, changed)))

@@ -1,7 +1,11 @@
 """Quantized bases: weights as codes of four or eight bits, which `adapt` accepts in place of arrays."""
 
+from lora_jax.quantization.absmax import FP4, NF4, Int4, Int8
 from lora_jax.quantization.bitsandbytes import bitsandbytes_tensors, from_bitsandbytes
-from lora_jax.quantization.formats import FP4, NF4, Format, Int4, Int8
+from lora_jax.quantization.formats import Format
+from lora_jax.quantization.ggml import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
+from lora_jax.quantization.ggml_k import Q4_K, Q5_K, Q6_K
+from lora_jax.quantization.gguf import from_gguf
 from lora_jax.quantization.leaf import Quantized
 from lora_jax.quantization.placement import gathered, shardings
 from lora_jax.quantization.rules import Plan, dequantize, quantize
@@ -11,6 +15,14 @@ from lora_jax.renamed import module_getattr
 __all__ = [
     "FP4",
     "NF4",
+    "Q4_0",
+    "Q4_1",
+    "Q4_K",
+    "Q5_0",
+    "Q5_1",
+    "Q5_K",
+    "Q6_K",
+    "Q8_0",
     "Format",
     "Int4",
     "Int8",
@@ -20,6 +32,7 @@ __all__ = [
     "bitsandbytes_tensors",
     "dequantize",
     "from_bitsandbytes",
+    "from_gguf",
     "gathered",
     "quantize",
     "shardings",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.quantization import codebooks
-from lora_jax.quantization.formats import FP4, NF4, Int8
+from lora_jax.quantization.absmax import FP4, NF4, Int8
 from lora_jax.quantization.leaf import Quantized
 from lora_jax.quantization.scales import SECOND_BLOCK, Scales
 from lora_jax.renamed import module_getattr

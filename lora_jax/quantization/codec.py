@@ -1,44 +1,67 @@
 """The interface of a block code, which a quantized leaf is decoded with."""
 
 import abc
-import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
+import numpy as np
 
 
-@dataclasses.dataclass(frozen=True)
 class Codec(abc.ABC):
-    """A code for numbers in [-1, 1], used in blocks that share a scale.
+    """A code for weights in blocks.
 
-    Args:
-      block: The number of weights that share a scale; even.
-      double: Whether the scales are quantized too: to eight bits, in blocks of 256, about their mean.
+    Methods take `[*lead, blocks, size, *tail]` and the position of `size`, the weights or the bytes of a block.
 
     Attributes:
-      bits: The size of a code, 4 or 8.
+      block: The number of weights in a block.
+      double: Whether the scales beside the codes are quantized too.
+      largest: The largest magnitude of a weight that can be encoded.
+      is_read_only: Whether weights are only read in this code, and not encoded.
     """
 
-    block: int = 64
-    double: bool = True
-
-    bits: ClassVar[int]
-
-    def __post_init__(self):
-        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 2 or self.block % 2:
-            raise ValueError(f"{self.name}(block={self.block!r}): expected a positive even number of weights.")
-        if not isinstance(self.double, bool):
-            raise ValueError(f"{self.name}(double={self.double!r}): expected True or False.")
+    block: Any
+    double: Any = False
+    largest: ClassVar[float] = float(np.finfo(np.float32).max)
+    is_read_only: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
         """The name of the format, without its options."""
         return type(self).__name__
 
+    @property
     @abc.abstractmethod
-    def encode(self, values: jax.Array) -> jax.Array:
-        """Returns the codes (uint8, below 2 to the power of `bits`) of numbers in [-1, 1]."""
+    def block_bytes(self) -> int:
+        """The number of bytes of codes in a block."""
+
+    def check_encodable(self) -> None:
+        """Raises `ValueError` if weights are only read in this code."""
+        if self.is_read_only:
+            raise ValueError(
+                f"{self.name} is read from files only; weights cannot be quantized into it. Formats to quantize into "
+                "are NF4, FP4, Int8, Int4, Q8_0, Q5_1, Q5_0, Q4_1 and Q4_0."
+            )
 
     @abc.abstractmethod
-    def decode(self, codes: jax.Array) -> jax.Array:
-        """Returns the numbers in [-1, 1] that codes stand for, float32."""
+    def encode_blocks(self, values: jax.Array, axis: int) -> tuple[jax.Array, jax.Array | None]:
+        """Encodes blocks.
+
+        Args:
+          values: `[*lead, blocks, block, *tail]`, float32.
+          axis: The position of `block`.
+
+        Returns:
+          Codes, `[*lead, blocks, block_bytes, *tail]`, uint8; and a scale for each block, `[*lead, blocks, *tail]`,
+          float32, or None if the codes contain the scales.
+
+        Raises:
+          ValueError: Weights are only read in this code.
+        """
+
+    @abc.abstractmethod
+    def decode_blocks(self, codes: jax.Array, scales: jax.Array | None, axis: int) -> jax.Array:
+        """Decodes blocks, the inverse of :meth:`encode_blocks`.
+
+        Returns:
+          float32. The weights of a block, in their order, may have several axes in place of one.
+        """

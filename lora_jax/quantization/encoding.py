@@ -22,7 +22,7 @@ def quantize_leaf(weight: Any, form: Format, axes: tuple[str, ...]) -> tuple[Qua
       axes: The role of each axis.
 
     Returns:
-      The quantized leaf, and whether the weight is finite in float32 (a tracer and a shape count as finite).
+      The quantized leaf, and whether the format can hold every number (all of a tracer and of a shape count).
 
     Raises:
       ValueError: A shard of the weight is not a whole number of blocks.
@@ -50,7 +50,7 @@ def _compiled(form: Format, axes: tuple[str, ...], leaves: tuple[NamedSharding, 
     """The compiled function for all weights of a kind; `leaves` are the shardings of codes and scales on a mesh."""
 
     def encode(weight):
-        return form.quantize(weight, axes), jnp.isfinite(weight.astype(jnp.float32)).all()
+        return form.quantize(weight, axes), (jnp.abs(weight.astype(jnp.float32)) <= form.largest).all()
 
     if not leaves:
         return jax.jit(encode)

@@ -29,9 +29,9 @@ class Quantized:
     that they stay valid if leading axes are added or removed.
 
     Attributes:
-      codes: uint8. Along the blocked axis n weights take n bytes, or n/2 if a code has four bits: byte j of a block
-        holds weight j in its upper half and weight j + block/2 in its lower half.
-      scales: float32, or :class:`Scales`; along the blocked axis one for each block.
+      codes: uint8; along the blocked axis the bytes of each block, as the format defines them.
+      scales: float32, or :class:`Scales`; along the blocked axis one for each block. None if the bytes of a block
+        contain its scales.
       format: The code.
       blocked: The weight's axes that blocks run along, as negative numbers, the slowest first.
       sizes: Their sizes. The last block is padded if the product is not a multiple of the block.
@@ -41,7 +41,7 @@ class Quantized:
     """
 
     codes: jax.Array
-    scales: jax.Array | Scales
+    scales: jax.Array | Scales | None
     format: Codec = dataclasses.field(metadata={"static": True})
     blocked: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
@@ -192,7 +192,8 @@ class Quantized:
 
         codes, scales = constrain(self.codes, *self.used), self.scales
         if not isinstance(scales, Scales):
-            return dataclasses.replace(self, codes=codes, scales=constrain(scales, *self.used))
+            scales = None if scales is None else constrain(scales, *self.used)
+            return dataclasses.replace(self, codes=codes, scales=scales)
         # Second-level scales are divided along the slowest axis only: see `specs`.
         slowest = [entry for axis, entry in enumerate(self.used, -len(self.used)) if axis != self.block_axis][:1]
         scales = dataclasses.replace(
@@ -220,7 +221,7 @@ class Quantized:
         codes_entries.insert(len(entries) + 1 + self.block_axis, block_entry)
         codes: Any = PartitionSpec(*codes_entries)
         if not isinstance(self.scales, Scales):
-            return dataclasses.replace(self, codes=codes, scales=codes)
+            return dataclasses.replace(self, codes=codes, scales=None if self.scales is None else codes)
         layers, inner = entries[: self.layers], entries[self.layers :]
         # In the order of the scales the first of the weight's other axes is the slowest.
         slowest = inner[0] if inner and not any(inner[1:]) and block_entry is None else None
@@ -261,8 +262,8 @@ class Quantized:
             self, scales=self._first_level(), format=dataclasses.replace(self.format, double=False)
         )
 
-    def _first_level(self) -> jax.Array:
-        """The scales in float32."""
+    def _first_level(self) -> jax.Array | None:
+        """The scales in float32; None if the codes contain them."""
         return self.scales.decode(self.block_axis) if isinstance(self.scales, Scales) else self.scales
 
 

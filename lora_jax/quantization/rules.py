@@ -51,6 +51,11 @@ class Plan:
             if form is not None and not isinstance(form, Format):
                 value = f"the class {form.__name__}: write {form.__name__}()" if isinstance(form, type) else short(form)
                 raise TypeError(f"The rule {pattern!r} takes a format, such as NF4(), or None; got {value}.")
+            try:
+                if form is not None:
+                    form.check_encodable()
+            except ValueError as error:
+                raise ValueError(f"The rule {pattern!r}: {error}") from error
         if fn is not None:
             check_function("quantize(base, rules, fn, *args)", fn)
         flat = paths.flatten(base)
@@ -108,7 +113,10 @@ class Plan:
         except ValueError as error:
             raise ValueError(f"{path!r}: {error}") from error
         if not is_finite:
-            raise ValueError(f"{path!r} contains NaN, Inf or numbers beyond float32, which cannot be quantized.")
+            raise ValueError(
+                f"{path!r} contains NaN, Inf or numbers beyond {form.largest:.7g}, which cannot be quantized to "
+                f"{form.name}."
+            )
         return quantized
 
 
