@@ -43,6 +43,9 @@ class AbsmaxFormat(Format):
     def block_bytes(self) -> int:
         return self.block * self.bits // 8
 
+    def with_float_scales(self) -> "AbsmaxFormat":
+        return dataclasses.replace(self, double=False)
+
     @abc.abstractmethod
     def encode(self, values: jax.Array) -> jax.Array:
         """Returns the codes (uint8, below 2 to the power of `bits`) of numbers in [-1, 1]."""

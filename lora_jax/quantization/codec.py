@@ -1,26 +1,24 @@
 """The interface of a block code, which a quantized leaf is decoded with."""
 
 import abc
-from typing import Any, ClassVar
+import dataclasses
+from typing import ClassVar
 
 import jax
 import numpy as np
 
 
+@dataclasses.dataclass(frozen=True)
 class Codec(abc.ABC):
     """A code for weights in blocks.
 
     Methods take `[*lead, blocks, size, *tail]` and the position of `size`, the weights or the bytes of a block.
 
     Attributes:
-      block: The number of weights in a block.
-      double: Whether the scales beside the codes are quantized too.
       largest: The largest magnitude of a weight that can be encoded.
       is_read_only: Whether weights are only read in this code, and not encoded.
     """
 
-    block: Any
-    double: Any = False
     largest: ClassVar[float] = float(np.finfo(np.float32).max)
     is_read_only: ClassVar[bool] = False
 
@@ -31,8 +29,22 @@ class Codec(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def block(self) -> int:
+        """The number of weights in a block."""
+
+    @property
+    def double(self) -> bool:
+        """Whether the scales beside the codes are quantized too."""
+        return False
+
+    @property
+    @abc.abstractmethod
     def block_bytes(self) -> int:
         """The number of bytes of codes in a block."""
+
+    def with_float_scales(self) -> "Codec":
+        """Returns the code with scales that are not quantized."""
+        return self
 
     def check_encodable(self) -> None:
         """Raises `ValueError` if weights are only read in this code."""

@@ -107,7 +107,7 @@ def from_gguf(
 def _format(tensor_type: int | str) -> GGMLFormat:
     """Returns the format of a tensor type."""
     by_name = {form.name: form for form in FORMATS.values()}
-    form = by_name.get(tensor_type) if isinstance(tensor_type, str) else FORMATS.get(int(tensor_type))
+    form = by_name.get(tensor_type) if isinstance(tensor_type, str) else FORMATS.get(tensor_type)
     if form is None:
         name = getattr(tensor_type, "name", tensor_type)
         raise ValueError(f"Tensor type {name!r}; expected one of {', '.join(by_name)}, or their numbers in ggml.")

@@ -258,9 +258,7 @@ class Quantized:
         """The leaf with float32 scales."""
         if not isinstance(self.scales, Scales):
             return self
-        return dataclasses.replace(
-            self, scales=self._first_level(), format=dataclasses.replace(self.format, double=False)
-        )
+        return dataclasses.replace(self, scales=self._first_level(), format=self.format.with_float_scales())
 
     def _first_level(self) -> jax.Array | None:
         """The scales in float32; None if the codes contain them."""
