@@ -100,6 +100,7 @@ class ControlTokens:
 
     Args:
       spellings: The text of each token. If empty, no text is marked.
+      ends: The text of the tokens that end a generation.
 
     Example:
       >>> control = ControlTokens(["<|end|>"])
@@ -110,7 +111,8 @@ class ControlTokens:
       [(21, 28)]
     """
 
-    def __init__(self, spellings: Iterable[str]):
+    def __init__(self, spellings: Iterable[str], ends: Iterable[str] = ()):
+        self.ends = frozenset(ends)
         self.spellings = sorted({spelling for spelling in spellings if spelling}, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, self.spellings)) or r"(?!)")
         self._longest = max(map(len, self.spellings), default=0)

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -72,7 +72,7 @@ class Encoder:
         """A digest of everything that determines the tokens."""
         digest = hashlib.sha256((open_files(self.directory).read("tokenizer.json") or "").encode())
         chat, options = self.template and self.template.identity, dataclasses.asdict(self.options)
-        inputs = [chat, self.end, options, self.vocabulary, self.control.spellings]
+        inputs = [chat, self.end, options, self.vocabulary, self.control.spellings, sorted(self.control.ends)]
         digest.update(json.dumps(inputs, sort_keys=True).encode())
         return digest.hexdigest()
 
@@ -237,7 +237,12 @@ class Encoder:
 
 
 def load_encoder(
-    directory: Path, end: int | None, options: Options | None = None, *, vocabulary: int | None = None
+    directory: Path,
+    end: int | None,
+    options: Options | None = None,
+    *,
+    ends: Collection[int] = (),
+    vocabulary: int | None = None,
 ) -> Encoder:
     """Loads the encoder of a checkpoint.
 
@@ -245,6 +250,7 @@ def load_encoder(
       directory: A checkpoint in Hugging Face layout.
       end: The token that ends a text if there is no chat template.
       options: The user's options; None uses the defaults.
+      ends: The tokens that end a generation. The loss covers an answer up to the first of them.
       vocabulary: Number of tokens for which the model has embeddings.
 
     Raises:
@@ -255,7 +261,8 @@ def load_encoder(
     named = set(special_tokens(directory).values())
     added = tokenizer.get_added_tokens_decoder()
     control = ControlTokens(
-        token.content for number, token in added.items() if token.special or token.content in named or number == end
+        (t.content for number, t in added.items() if t.special or t.content in named or number in {end, *ends}),
+        ends=(added[number].content for number in ends if number in added),
     )
     template = load_template(
         directory,

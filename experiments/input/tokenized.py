@@ -19,7 +19,7 @@ from experiments.input.encoding import Encoded, Encoder
 from experiments.input.sources import Records
 
 _CHUNK = 1024  # records to tokenize at a time
-_FORMAT = 3  # version of the files
+_FORMAT = 4  # version of the files
 _META = "meta.json"
 _REASONS = 3  # error messages of skipped records to keep
 

@@ -94,6 +94,7 @@ def _examples_from_blocks(plan: Plan, renderings: Sequence[Rendering], notes: se
 
 def _merge_examples(plan: Plan, whole: Rendering, examples: list[Example], notes: set[str]) -> list[Example]:
     """Merges the examples of answers into one if the whole conversation begins with the text of each."""
+    examples = [_end_turns(plan.template, example) for example in examples]
     for example in examples:
         _note_end(plan.template, example, notes)
     if isinstance(whole, RenderingError):
@@ -102,6 +103,25 @@ def _merge_examples(plan: Plan, whole: Rendering, examples: list[Example], notes
     if not all(whole.text.startswith(example.text[: example.spans[-1][1]]) for example in examples):
         return examples
     return [Example(whole.text, [span for example in examples for span in example.spans], whole.literal)]
+
+
+def _end_turns(template: Template, example: Example) -> Example:
+    """Ends each span with the token that ends the turn: generation does not reach the text after it.
+
+    This is the first of the control tokens at the end of the span that ends a generation, or else the last of them.
+    """
+    tokens = template.control.tokens_in(example.text, example.literal)
+    spans = []
+    for begin, end in example.spans:
+        position, last = end, None
+        for first, after in reversed([token for token in tokens if begin <= token[0] and token[1] <= end]):
+            if example.text[after:position].strip():
+                break
+            position = first
+            if last is None or example.text[first:after] in template.control.ends:
+                last = after
+        spans.append((begin, end if last is None else last))
+    return replace(example, spans=spans)
 
 
 def _note_end(template: Template, example: Example, notes: set[str]) -> None:

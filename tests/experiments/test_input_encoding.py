@@ -34,12 +34,13 @@ GENERATION = CHATML.replace(
 def encoder(tmp_path):
     """A function that makes the encoder of a checkpoint with a template."""
 
-    def build(chat_template=CHATML, vocabulary=None, end=None, **options):
+    def build(chat_template=CHATML, vocabulary=None, end=None, ends=(), **options):
         tokenizer = Tokenizer.from_file(str(location.find("tiny-llama") / "tokenizer.json"))
         tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
         tokenizer.save(str(tmp_path / "tokenizer.json"))
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": chat_template}))
-        return load_encoder(tmp_path, end, Options(**options), vocabulary=vocabulary)
+        ends = [tokenizer.token_to_id(token) for token in ends]
+        return load_encoder(tmp_path, end, Options(**options), ends=ends, vocabulary=vocabulary)
 
     return build
 
@@ -123,12 +124,29 @@ def test_characters_that_programs_keep_to_themselves_are_text(encoder):
     content = "a \ufdd0b\ufdd1 \ue000\U000f0000\U00020000\U0002a6cf c"
     record = Conversation((user(content), assistant(content)))
     assert learned(encoder(GENERATION), record) == [f"{content}<|im_end|>"]
-    assert learned(encoder(), record) == [f"{content}<|im_end|>\n"]
+    assert learned(encoder(), record) == [f"{content}<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        (("<|end_of_text|>", "<|im_end|>"), "one\n\n<|im_start|><|im_end|>"),
+        (("<|end_of_text|>",), "one\n\n<|im_start|><|im_end|>\n<|end_of_text|>"),
+        ((), "one\n\n<|im_start|><|im_end|>\n<|end_of_text|>"),
+    ],
+)
+def test_answers_end_with_the_token_that_ends_the_turn(encoder, ends, expected):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_start|><|im_end|>{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}<|end_of_text|>{{ '\n' }}{% endif %}"
+    )
+    record = Conversation((user(), assistant("one\n\n")))
+    assert learned(encoder(template, ends=ends), record) == [expected]
 
 
 def test_weights(encoder):
     turns = (user(), assistant("one", weight=0), user(), assistant("two", weight=1), user(), assistant("three"))
-    for template, end in ((CHATML, "<|im_end|>\n"), (GENERATION, "<|im_end|>")):
+    for template, end in ((CHATML, "<|im_end|>"), (GENERATION, "<|im_end|>")):
         assert learned(encoder(template), Conversation(turns)) == [f"two{end}three{end}"]
         assert learned(encoder(template, train_on="last"), Conversation(turns)) == [f"three{end}"]
         assert learned(encoder(template), Conversation(turns, learn_from=4)) == [f"three{end}"]
@@ -158,13 +176,13 @@ def test_the_whole_text_is_learned_on_demand(encoder):
 def test_content_parts(encoder):
     parts = [{"type": "text", "text": "one, "}, {"type": "text", "text": "two"}]
     record = Conversation((user(parts), assistant(parts)))
-    assert learned(encoder(), record) == ["one, two<|im_end|>\n"]
+    assert learned(encoder(), record) == ["one, two<|im_end|>"]
     both = CHATML.replace(
         "{{ m.content }}",
         "{% if m.content is string %}{{ m.content }}{% else %}"
         "{% for p in m.content %}[{{ p.text }}]{% endfor %}{% endif %}",
     )
-    assert learned(encoder(both), record) == ["[one, ][two]<|im_end|>\n"]
+    assert learned(encoder(both), record) == ["[one, ][two]<|im_end|>"]
     image = Conversation((user([{"type": "image", "url": "x"}]), assistant("one")))
     with pytest.raises(UserError, match=r"line 1: a content part of type image; only text"):
         learned(encoder(), image)
@@ -214,7 +232,7 @@ def test_what_a_template_trims_or_escapes_is_there(encoder, content, rendering):
     assert learned(encoder(CHATML.replace("{{ m.content }}", rendering)), Conversation((user(), assistant(content))))
     no_thinking = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
     record = Conversation((user(), assistant("<think>\nlong\n</think>\n\nuno")))
-    assert learned(encoder(no_thinking), record) == ["\n\nuno<|im_end|>\n"]
+    assert learned(encoder(no_thinking), record) == ["\n\nuno<|im_end|>"]
 
 
 def test_notes(encoder):
@@ -257,7 +275,7 @@ def test_an_answer_that_only_the_last_turn_allows(encoder):
     template = "{% if messages[-1].tool_calls %}{{ raise_exception('no answer') }}{% endif %}" + CHATML
     one = encoder(template)
     turns = (user(), assistant("see", tool_calls=[CALL]), {"role": "tool", "content": "90"}, assistant("ninety"))
-    assert learned(one, Conversation(turns)) == ["ninety<|im_end|>\n"]
+    assert learned(one, Conversation(turns)) == ["ninety<|im_end|>"]
     assert [note.partition(":")[0] for note in one.notes] == ["an answer before the last one is skipped"]
     with pytest.raises(UserError, match=r"line 1, message 2: .*no answer"):
         learned(one, Conversation(turns[:2]))

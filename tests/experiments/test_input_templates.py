@@ -28,9 +28,9 @@ REFUSED = {  # by transformers too, or because the template leaves out a call
 SAID = {"one": "A game for two.\nOn 64 squares.", "many": "Still fine.", "calls": "It is 90 m tall."}
 END = {
     **dict.fromkeys(("llama3", "llama3_1"), "<|eot_id|>"),
-    **dict.fromkeys(("qwen2_5", "qwen3", "qwen3_5_think", "smollm3"), "<|im_end|>\n"),
-    "qwen3_training": "<|im_end|>\n",
-    **dict.fromkeys(("gemma", "gemma3"), "<end_of_turn>\n"),
+    **dict.fromkeys(("qwen2_5", "qwen3", "qwen3_5_think", "smollm3"), "<|im_end|>"),
+    "qwen3_training": "<|im_end|>",
+    **dict.fromkeys(("gemma", "gemma3"), "<end_of_turn>"),
     **dict.fromkeys(("phi3", "phi3_5"), "<|end|>\n<|end_of_text|>"),
     "mistral_nemo": "<|end_of_text|>",
     "deepseek_r1_distill": "<｜end▁of▁sentence｜>",
@@ -103,11 +103,11 @@ def test_renderings_and_answers(encoders, name, what):
     assert len(pairs) == len(turns)
     for (prompt, completion), (turn, (expected_prompt, whole)) in zip(pairs, turns.items()):
         if whole.startswith(expected_prompt):
-            assert prompt + completion == whole or expected["whole"].startswith(prompt + completion)
+            assert any(text.startswith(prompt + completion) for text in (whole, expected["whole"]))
             assert prompt == expected_prompt or encoder.template.marks_generation
         message = one.messages[turn]
         assert message.get("content", "height") in completion
-        assert completion.endswith(END[name]) or (name.startswith("phi") and completion.endswith("<|end|>\n"))
+        assert completion.endswith(END[name]) or (name.startswith("phi") and completion.endswith("<|end|>"))
     prompt, answer = encoder.encode_prompt(one, "here")
     last = max(turns)
     assert decoded(encoder, prompt) == turns[last][0] and answer == one.messages[last]["content"]
@@ -118,10 +118,10 @@ def test_thinking_of_earlier_turns_is_learned_in_examples_of_their_own(encoders)
     encoder = encoders("qwen3")
     pairs = answers(encoder, encoder.encode([record("thinking")], ["here"]))
     question = "<|im_start|>user\nWhat is chess?<|im_end|>\n<|im_start|>assistant\n"
-    assert pairs[0] == (question, "<think>\nTwo players.\n</think>\n\nA game.<|im_end|>\n")
+    assert pairs[0] == (question, "<think>\nTwo players.\n</think>\n\nA game.<|im_end|>")
     assert pairs[1] == (
         f"{question}A game.<|im_end|>\n<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n",
-        "<think>\nOne more than one.\n</think>\n\n2<|im_end|>\n",
+        "<think>\nOne more than one.\n</think>\n\n2<|im_end|>",
     )
     (last,) = encoders("qwen3", train_on="last").encode([record("thinking")], ["here"])
     assert answers(encoder, [last]) == pairs[1:]
@@ -154,12 +154,12 @@ def test_a_prompt_that_opens_the_thinking(encoders):
     pairs = answers(encoder, encoder.encode([record("thinking")], ["here"]))
     assert [prompt.endswith("<|im_start|>assistant\n<think>\n") for prompt, _ in pairs] == [True, True]
     assert [completion for _, completion in pairs] == [
-        "Two players.\n</think>\n\nA game.<|im_end|>\n",
-        "One more than one.\n</think>\n\n2<|im_end|>\n",
+        "Two players.\n</think>\n\nA game.<|im_end|>",
+        "One more than one.\n</think>\n\n2<|im_end|>",
     ]
     assert not encoder.notes
     ((prompt, completion),) = answers(encoder, encoder.encode([record("no_thinking")], ["here"]))
-    assert prompt.endswith("<think>\n\n</think>\n\n") and completion == f"{SAID['one']}<|im_end|>\n"
+    assert prompt.endswith("<think>\n\n</think>\n\n") and completion == f"{SAID['one']}<|im_end|>"
     # The same argument for all records.
     off = encoders("qwen3_5_think", template_arguments={"enable_thinking": False})
     np.testing.assert_array_equal(
@@ -186,9 +186,9 @@ def test_calls_are_learned_and_tools_are_rendered(encoders):
     encoder = encoders("qwen2_5")
     (example,) = encoder.encode([record("calls")], ["here"])
     pairs = answers(encoder, [example])
-    assert pairs[0][1] == '<tool_call>\n{"name": "height", "arguments": {"of": "tower"}}\n</tool_call><|im_end|>\n'
+    assert pairs[0][1] == '<tool_call>\n{"name": "height", "arguments": {"of": "tower"}}\n</tool_call><|im_end|>'
     assert '<tools>\n{"type": "function", "function": {"name": "height"' in pairs[0][0]
-    assert pairs[1][1] == "It is 90 m tall.<|im_end|>\n"
+    assert pairs[1][1] == "It is 90 m tall.<|im_end|>"
     encoder = encoders("deepseek_r1_distill")
     pairs = answers(encoder, encoder.encode([record("calls")], ["here"]))
     assert 'function<｜tool▁sep｜>height\n```json\n{"of": "tower"}\n```' in pairs[0][1]

@@ -118,4 +118,4 @@ def _load_encoder(config: Config, directory: Path) -> Encoder:
     vocabulary = checkpoint.read_config(directory).get("vocab_size")
     if not isinstance(vocabulary, int):  # loading the model reports it
         vocabulary = None
-    return load_encoder(directory, ends[0] if ends else None, config.encoding(), vocabulary=vocabulary)
+    return load_encoder(directory, ends[0] if ends else None, config.encoding(), ends=ends, vocabulary=vocabulary)
