@@ -1,42 +1,17 @@
 """LoRA on a pretrained sentence encoder, compared with other methods, in one command."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.constructors import PrimitiveConstructorSpec
-
 from experiments import settings
+from experiments.configs.method_names import separated_by_commas
 from experiments.training.runtime import Runtime
 
 METHODS = ("head", "lora", "qlora", "qdora", "all-linear", "full")
 
 
-def parse_methods(text: Sequence[str]) -> tuple[str, ...]:
-    """Parses methods that are separated by commas.
-
-    Raises:
-      ValueError: A method is unknown or repeated.
-    """
-    methods = tuple(part.strip() for part in ",".join(text).split(",") if part.strip())
-    if unknown := [method for method in methods if method not in METHODS]:
-        raise ValueError(f"unknown method {unknown[0]!r}; expected one of {', '.join(METHODS)}")
-    if not methods or len(set(methods)) < len(methods):
-        raise ValueError(f"expected different methods, separated by commas, from {', '.join(METHODS)}")
-    return methods
-
-
-Methods = Annotated[
-    tuple[str, ...],
-    PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="METHOD,METHOD",
-        instance_from_str=parse_methods,
-        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(part, str) for part in value),
-        str_from_instance=lambda value: [",".join(value)],
-    ),
-]
+Methods = Annotated[tuple[str, ...], separated_by_commas(METHODS)]
 
 
 @dataclass(frozen=True)

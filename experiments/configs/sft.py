@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from experiments import settings
+from experiments.configs.method_names import separated_by_commas
 from experiments.input.checking import OnBad
 from experiments.input.forms import FormName
 from experiments.input.options import Options, TrainOn
@@ -19,6 +20,18 @@ from experiments.training.runtime import Runtime
 
 Target = Literal["attention", "feed-forward", "embedding", "head"]
 Float = Literal["float32", "bfloat16"]
+Quantization = Literal["none", "nf4", "int8"]
+METHODS: dict[str, tuple[Literal["lora", "dora"], Quantization]] = {
+    "lora": ("lora", "none"),
+    "dora": ("dora", "none"),
+    "qlora": ("lora", "nf4"),
+    "qdora": ("dora", "nf4"),
+}
+"""The adapter method and the quantization of each of the methods that a run may compare."""
+
+Methods = Annotated[tuple[str, ...], separated_by_commas(tuple(METHODS))]
+FAST = {"steps": 2, "samples": 2, "validation_examples": 2, "test_examples": 2, "out": Path("runs/sft-fast")}
+"""What `fast` sets, unless it is set otherwise."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,8 @@ class Config(Runtime):
     resumes.
     """
 
-    STUDY = "experiments.studies.sft.study"
+    STUDY = "experiments.studies.sft.comparison"
+    MINUTES = 10
 
     model: str = "tiny-llama"
     """The base: a directory in Hugging Face layout with tokenizer.json, a name on the Hugging Face Hub, or a model that
@@ -89,6 +103,10 @@ class Config(Runtime):
     method: Literal["lora", "dora"] = "lora"
     """The adapter method."""
 
+    methods: Methods = ()
+    """Methods to compare in one table, separated by commas: lora, dora, qlora (LoRA on a base in NF4), qdora. Each run
+    is in a subdirectory of --out. Empty trains one adapter with --method and --quantize."""
+
     targets: tuple[Target, ...] = ("attention", "feed-forward")
     """The weights to adapt: attention projections, feed-forward layers (including the experts of a mixture), the token
     embedding, the output head."""
@@ -106,7 +124,7 @@ class Config(Runtime):
     adapter_dtype: Float = "float32"
     """The dtype of the factors and of the optimizer state."""
 
-    quantize: Literal["none", "nf4", "int8"] = "none"
+    quantize: Quantization = "none"
     """The quantization of the base's linear layers. nf4 is QLoRA's format with double quantization."""
 
     dtype: Float = "float32"
@@ -211,6 +229,13 @@ class Config(Runtime):
     new_tokens: int = 32
     """Maximum number of tokens per answer."""
 
+    test_examples: int | None = 40
+    """Number of test examples (else validation examples) that base and adapter answer after training, for the table of
+    perplexity, ROUGE-L and BLEU. None uses all, 0 none."""
+
+    fast: bool = False
+    """The smallest complete run: two steps, two examples of each kind."""
+
     seed: int = 0
     """Random seed of the initial factors, dropout and the order of the examples."""
 
@@ -226,6 +251,13 @@ class Config(Runtime):
             raise ValueError("data is empty; expected at least one file, directory or data set")
         settings.positive(self, "rank", "alpha", "length", "epochs", "clip", "loss_chunk", "checkpoint_every")
         settings.positive(self, "steps", "train_examples", "validation_examples", "new_tokens")
+        if self.test_examples is not None:
+            settings.not_negative(self, "test_examples")
+        if self.fast:
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            for name, value in FAST.items():
+                if getattr(self, name) == defaults[name]:
+                    object.__setattr__(self, name, value)
         settings.positive(self, "max_minutes", "patience", "eval_every", "log_every")
         settings.not_negative(self, "lr", "weight_decay", "samples", "seed", "neftune")
         settings.fraction(self, "warmup", "dropout", "label_smoothing", "validation_share")
@@ -237,6 +269,10 @@ class Config(Runtime):
             raise ValueError(f"decay must be a fraction of the steps, above 0 and at most 1, not {self.decay}")
         if not self.targets:
             raise ValueError("targets is empty; expected at least one kind of weight to adapt")
+        if self.methods and (self.method != "lora" or self.quantize != "none" or self.init_from is not None):
+            raise ValueError(
+                "methods determines method and quantize, and every run starts from a new adapter; set only it"
+            )
         if self.validation and self.validation_share:
             raise ValueError("validation and validation_share exclude each other; set only one of them")
         self.rank_patterns()

@@ -94,10 +94,25 @@ def splits(
     train = concatenate([_read_weighted(name, "train", form) for name in names])
     if others:
         return train, concatenate([_read_weighted(name, "validation", form) for name in others])
-    sources = [
-        source for name in names for source in resolve(_split_weight(name)[0], "validation", form, separate=True)
-    ]
-    return train, _all(sources) if sources else None
+    return train, read_separate(names, "validation", form)
+
+
+def read_separate(data: Sequence[str], split: str, form: FormName | None = None) -> Records | None:
+    """Opens the records of a split other than the training data.
+
+    Args:
+      data: Names as for :func:`splits`.
+      split: `validation` or `test`.
+      form: The format; None detects it.
+
+    Returns:
+      The records; None if none of the data has the split.
+
+    Raises:
+      UserError: The data is missing, unavailable or empty.
+    """
+    sources = [source for name in data for source in resolve(_split_weight(name)[0], split, form, separate=True)]
+    return _all(sources) if sources else None
 
 
 def overlap_warnings(train: Records, validation: Records) -> list[str]:

@@ -27,5 +27,6 @@ def pod_config(name: str, model: str, mesh: MeshSizes, batch: int, lr: float = 1
         dtype="bfloat16",
         length=2048,
         checkpoint_every=200,
+        test_examples=0,
         **fields,
     )

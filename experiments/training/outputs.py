@@ -22,7 +22,7 @@ _INSIDE = "|".join(
     (
         r"\d+|damaged-\d+|.+\.orbax-checkpoint-tmp.*",  # checkpoints
         r"events\.out\.tfevents\..+|plugins",  # tensorboard, profile
-        r"adapter\.json|arrays(-[0-9a-f]{32})?",
+        r"adapter\.json|arrays(-[0-9a-f]{32})?|run\.json",
         r"adapter_config\.json|adapter_model\.safetensors|classifier\.safetensors|README\.md",
         r"(generation_)?config\.json|model.*\.safetensors(\.index\.json)?|tokenizer.*|special_tokens_map\.json|vocab\.txt",
         r"\..*\.(writing|replaced)(\..+)?|\.unfinished-\d+",
@@ -31,11 +31,11 @@ _INSIDE = "|".join(
 """A pattern of the files that this program writes to subdirectories."""
 
 
-def exclusive(run: Callable[[Any], R]) -> Callable[[Any], R]:
-    """Decorates a study's `run(config)` to hold the lock of `config.out`, in the first process."""
+def exclusive(run: Callable[..., R]) -> Callable[..., R]:
+    """Decorates a study's `run(config, …)` to hold the lock of `config.out`, in the first process."""
 
     @functools.wraps(run)
-    def locked_run(config: Any) -> R:
+    def locked_run(config: Any, *args: Any, **options: Any) -> R:
         out = config.out
         processes.check_shared(out)
         with ExitStack() as stack:
@@ -47,7 +47,7 @@ def exclusive(run: Callable[[Any], R]) -> Callable[[Any], R]:
                         )
                     stack.enter_context(create_parents(out / LISTING))
                     stack.enter_context(lock.hold_lock(out))
-            return run(config)
+            return run(config, *args, **options)
 
     return locked_run
 

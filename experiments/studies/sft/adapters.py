@@ -13,6 +13,7 @@ import lora_jax as lora
 from experiments.configs.sft import Config
 from experiments.errors import UserError
 from experiments.models.weights import flatten_weights
+from lora_jax.io import join_names
 
 LINEAR = {
     "attention": r"attention/(query|key|value|qkv|output)/kernel$",
@@ -72,44 +73,50 @@ def new_adapter(config: Config, base: Any, apply: Callable, key: Any, tokens: An
         raise UserError(f"--targets {' '.join(config.targets)}: {error}") from None
 
 
-def read_adapter(directory: Path, base: Any, names: Any, dtype: jnp.dtype) -> Any:
-    """Reads the adapter to start from into host memory.
+def read_adapter(directory: Path, base: Any, names: Any, dtype: jnp.dtype, flag: str = "--init-from") -> Any:
+    """Reads an adapter into host memory.
 
     Args:
       directory: A directory that `lora_jax.save` or PEFT wrote.
       base: The parameters, or their shapes.
       names: The names of the base's weights in Hugging Face layout.
       dtype: The dtype of the trained leaves.
+      flag: The flag that names the directory, for error messages.
 
     Raises:
       UserError: The directory has no adapter, or the adapter does not fit the base.
     """
-    check_adapter(directory)
+    check_adapter(directory, flag)
     ours = (directory / _OURS).exists()
     try:
         delta = lora.load(directory, base) if ours else lora.peft.load(directory, base, names)
     except (OSError, ValueError) as error:
         if not ours and (match := re.search(r"^ *tied: (.*?), so that", str(error), re.MULTILINE)):
             raise UserError(
-                f"--init-from {directory}: {match[1]}, but head and embedding of this model are one weight; merge the "
+                f"{flag} {directory}: {match[1]}, but head and embedding of this model are one weight; merge the "
                 "adapter with `lora-jax merge`, which stores both, and train the merged model (--model)"
             ) from None
         raise UserError(
-            f"--init-from: {error}" if str(directory) in str(error) else f"--init-from {directory}: {error}"
+            f"{flag}: {error}" if str(directory) in str(error) else f"{flag} {directory}: {error}"
         ) from None
     train, frozen = lora.partition(delta)
     return lora.join(jax.tree.map(lambda leaf: leaf.astype(dtype), train), frozen)
 
 
-def check_adapter(directory: Path) -> None:
-    """Raises a UserError if a directory does not contain an adapter."""
-    if any((directory / name).exists() for name in (_OURS, _PEFT)):
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory contains an adapter."""
+    return any((directory / name).exists() for name in (_OURS, _PEFT))
+
+
+def check_adapter(directory: Path, flag: str = "--init-from") -> None:
+    """Raises a UserError that names the flag if a directory does not contain an adapter."""
+    if is_adapter(directory):
         return
     if not directory.is_dir():
-        raise UserError(f"--init-from {directory}: no such directory")
-    nested = [entry for entry in sorted(directory.iterdir()) if any((entry / name).exists() for name in (_OURS, _PEFT))]
-    hint = f"; adapters are in {', '.join(map(str, nested))}" if nested else ""
-    raise UserError(f"--init-from {directory}: expected a directory with {_OURS} (lora_jax) or {_PEFT} (PEFT){hint}")
+        raise UserError(f"{flag} {directory}: no such directory")
+    nested = [entry for pattern in ("*", "*/*") for entry in sorted(directory.glob(pattern)) if is_adapter(entry)]
+    hint = f"; adapters are in {join_names(list(map(str, nested)))}" if nested else ""
+    raise UserError(f"{flag} {directory}: expected a directory with {_OURS} (lora_jax) or {_PEFT} (PEFT){hint}")
 
 
 def has_dropout(delta: Any) -> bool:

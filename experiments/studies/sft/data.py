@@ -58,7 +58,7 @@ def read_data(config: Config, directory: Path, console: Console) -> Data:
     Raises:
       UserError: Data is missing or malformed, or a setting needs validation data.
     """
-    train, validation = _read_splits(config)
+    train, validation = read_splits(config)
     for line in [] if validation is None else sources.overlap_warnings(train, validation):
         console.print(f"validation: {line}", highlight=False, markup=False, soft_wrap=True)
     train, findings = check_records(train, on_bad=config.on_bad, limit=config.train_examples)
@@ -66,7 +66,7 @@ def read_data(config: Config, directory: Path, console: Console) -> Data:
     if validation is not None:
         validation, findings_of["validation"] = check_records(validation, on_bad=config.on_bad)
         validation = sources.first(validation, min(config.validation_examples or sys.maxsize, len(validation)))
-    encoder = _load_encoder(config, directory)
+    encoder = read_encoder(config, directory)
 
     def pack(records: sources.Records, seed: int | None, name: str) -> Packed:
         return pipeline.batches(
@@ -95,7 +95,7 @@ def read_data(config: Config, directory: Path, console: Console) -> Data:
     return Data(encoder, records, train_batches, validation_batches, [*digests, encoder.digest])
 
 
-def _read_splits(config: Config) -> tuple[sources.Records, sources.Records | None]:
+def read_splits(config: Config) -> tuple[sources.Records, sources.Records | None]:
     """Opens the training and validation records, and holds some out if the config says so."""
     train, validation = sources.splits(config.data, config.validation, config.data_form)
     names = " and ".join(config.data)
@@ -113,7 +113,8 @@ def _read_splits(config: Config) -> tuple[sources.Records, sources.Records | Non
     return train, validation
 
 
-def _load_encoder(config: Config, directory: Path) -> Encoder:
+def read_encoder(config: Config, directory: Path) -> Encoder:
+    """Loads the encoder of a checkpoint with the config's options."""
     ends = read_end_tokens(directory)
     vocabulary = checkpoint.read_config(directory).get("vocab_size")
     if not isinstance(vocabulary, int):  # loading the model reports it

@@ -24,6 +24,7 @@ from experiments.reports.results import write_json
 from experiments.studies.sft import program as programs
 from experiments.studies.sft.data import TOKENS, Data, read_data
 from experiments.studies.sft.program import Program
+from experiments.studies.sft.recorded import write_run
 from experiments.studies.sft.report import ADAPTER, BEST, PEFT, PEFT_LAST, RESULT, Report, show, show_answers
 from experiments.studies.sft.samples import Writer
 from experiments.training import chips, loop, outputs, processes
@@ -61,7 +62,16 @@ _NOT_NUMBERS = (
         "attention",
         "loss_chunk",
     ),
-    *("optimizer_on_host", "samples", "new_tokens", "checkpoint_every", "log_every"),
+    *(
+        "optimizer_on_host",
+        "samples",
+        "new_tokens",
+        "checkpoint_every",
+        "log_every",
+        "test_examples",
+        "methods",
+        "fast",
+    ),
 )
 """Settings that do not affect the results except by rounding, or that a digest covers."""
 
@@ -171,6 +181,7 @@ def _train(
     if processes.is_first():
         for name, delta in adapters.items():
             lora.save(config.out / name, delta)
+            write_run(config.out / name, config, data.records)
         names = program.family.names(program.shape)
         for name, adapter in ((PEFT, BEST), (PEFT_LAST, ADAPTER)):
             lora.peft.save(config.out / name, adapters[adapter], names, base_model=config.model, task_type="CAUSAL_LM")
