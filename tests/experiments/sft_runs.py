@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 ARGUMENTS = (
-    *("--train-examples", "160", "--validation-examples", "8", "--samples", "0"),
+    *("--train-examples", "160", "--validation-examples", "8", "--samples", "0", "--test-examples", "0"),
     *("--length", "32", "--batch.global", "4", "--rank", "2", "--epochs", "100", "--dropout", "0.1"),
 )
 """Of the command line, for the shipped tiny Llama."""
