@@ -55,9 +55,9 @@ def read_named(config: Config, *, train: Records | None) -> HeldOut:
     Raises:
       UserError: Data is missing or empty.
     """
-    found = find_held_out(config)
+    separate = find_held_out(config)
     records, _ = sources.splits(config.data, form=config.data_form)
-    return found or HeldOut(" and ".join(config.data), records, train)
+    return separate or HeldOut(" and ".join(config.data), records, train)
 
 
 @dataclass(frozen=True)
