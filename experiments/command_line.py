@@ -19,6 +19,9 @@ from experiments.training.interrupt import terminable
 
 _PROGRAM = "python -m experiments.run"
 _LOST = 76
+_CONFIGS = "configs, with minutes on 2 CPU cores:"
+_SUMMARY = 29  # the column at which summaries begin
+_PODS = "configs for several chips (experiments/pods/README.md):"
 _CACHE = Path("~/.cache/lora_jax/compiled")
 
 
@@ -35,6 +38,9 @@ def main(args: Sequence[str] | None = None) -> int:
     name, *rest = list(sys.argv[1:] if args is None else args) or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
+        return 0
+    if name == "--list":
+        print(listing())
         return 0
     status, joined = 0, False
     try:
@@ -84,16 +90,38 @@ def _report(status: int, line: str) -> int:
 
 
 def usage() -> str:
-    """Returns the text of `--help`: a line for each config."""
-    lines = [f"usage: {_PROGRAM} CONFIG [--help] [--overrides]"]
-    for package, title in ((configs, "configs:"), (pods, "configs for several chips (experiments/pods/README.md):")):
+    """Returns the text of `--help`: what `--list` prints, with whole summaries in several lines."""
+    width = shutil.get_terminal_size().columns
+    lines = [f"usage: {_PROGRAM} CONFIG [--help] [--overrides]", f"       {_PROGRAM} --list"]
+    for title, entries in _entries().items():
         lines += ["", title]
-        for name in config_names(package):
-            summary = (find_config(name).__doc__ or "").strip().splitlines()[0]
-            lines += textwrap.wrap(
-                f"  {name:18} {summary}", shutil.get_terminal_size().columns, subsequent_indent=" " * 21
-            )
+        for entry in entries:
+            lines += textwrap.wrap(entry, width, subsequent_indent=" " * _SUMMARY)
     return "\n".join(lines)
+
+
+def listing() -> str:
+    """Returns the text of `--list`: a line for each config, which fits the terminal if there is one."""
+    width = shutil.get_terminal_size((sys.maxsize, 24)).columns
+    lines = []
+    for title, entries in _entries().items():
+        lines += ["", title] if lines else [title]
+        lines += [entry if len(entry) <= width else f"{entry[: width - 1]}…" for entry in entries]
+    return "\n".join(lines)
+
+
+def _entries() -> dict[str, list[str]]:
+    """Returns for each package of configs a title, and name, minutes and summary of each config as a line."""
+    groups = {}
+    for package, title in ((configs, _CONFIGS), (pods, _PODS)):
+        groups[title] = []
+        for name in config_names(package):
+            module = find_config(name)
+            minutes = module.DEFAULTS.MINUTES if package is configs else None  # those of pods depend on the data
+            time = "–" if minutes is None else f"{minutes} min"
+            summary = (module.__doc__ or "").strip().splitlines()[0]
+            groups[title].append(f"{f'  {name:18} {time:>6}':{_SUMMARY}}{summary}")
+    return groups
 
 
 def config_names(package: ModuleType) -> list[str]:

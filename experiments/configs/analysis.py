@@ -1,4 +1,4 @@
-"""How LoRA, DoRA and full fine-tuning change the weights of a pretrained model."""
+"""How LoRA, DoRA and full fine-tuning change weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ class Config:
     """
 
     STUDY = "experiments.studies.analysis"
+    MINUTES = 9
 
     rank: int = 8
     """The small LoRA rank, and DoRA's rank."""

@@ -1,4 +1,4 @@
-"""Scores of a model's answers to held-out examples: the base, with examples in its prompt, and an adapter."""
+"""Scores answers of a base and an adapter."""
 
 from dataclasses import dataclass
 from pathlib import Path

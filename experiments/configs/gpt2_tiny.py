@@ -1,4 +1,4 @@
-"""A tiny random GPT-2 learns package descriptions: trained, sampled, merged, exported to PEFT, reloaded."""
+"""A tiny random GPT-2: trained, merged, exported."""
 
 from pathlib import Path
 

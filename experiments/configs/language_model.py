@@ -25,6 +25,7 @@ class Config:
     """
 
     STUDY = "experiments.studies.language_model.study"
+    MINUTES = 1
 
     family: tyro.conf.SuppressFixed[tyro.conf.Fixed[Family]]
     """The architecture of the base."""

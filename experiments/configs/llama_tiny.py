@@ -1,4 +1,4 @@
-"""A tiny random Llama learns package descriptions: trained, sampled, merged, exported to PEFT, reloaded."""
+"""A tiny random Llama: trained, merged, exported."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""LoRA on a pretrained sentence encoder, compared with other methods, in one command."""
+"""LoRA on a sentence encoder, next to other methods."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ class Config(Runtime):
     """
 
     STUDY = "experiments.studies.quickstart"
+    MINUTES = 4
 
     methods: Methods = ("head", "lora")
     """The methods to compare, separated by commas: head (logistic regression on frozen features), lora (LoRA on query

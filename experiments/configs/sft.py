@@ -1,4 +1,4 @@
-"""A decoder fine-tuned on conversations, on the checkpoint's own chat template: from a laptop to a pod."""
+"""A chat model fine-tuned on conversations."""
 
 import dataclasses
 import re

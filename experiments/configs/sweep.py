@@ -1,4 +1,4 @@
-"""A sweep over LoRA's rank and learning rate: every pair is trained at once over one base."""
+"""A sweep over LoRA's rank and learning rate."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ class Config:
     """
 
     STUDY = "experiments.studies.sweep"
+    MINUTES = 10
 
     ranks: tuple[int, ...] = (1, 2, 4, 8)
     """Ranks of LoRA on query and value."""

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from experiments import command_line, configs, run
+from experiments import command_line, configs, pods, run
 from experiments.configs import language_model, quickstart, sft
 from experiments.configs.sft import BatchSizes
 from experiments.errors import UserError
@@ -27,6 +27,22 @@ def test_help_lists_the_configs(capsys):
         status, out, err = answer(capsys, *args)
         assert status == 0 and not err
         assert all(f"  {name} " in out for name in ("quickstart", "llama-tiny", "gpt2-tiny"))
+
+
+def test_the_list_has_one_line_and_the_minutes_of_each_command(capsys, monkeypatch):
+    names = command_line.config_names(configs)
+    for columns in (None, 80, 120):
+        monkeypatch.delenv("COLUMNS", raising=False) if columns is None else monkeypatch.setenv("COLUMNS", str(columns))
+        status, out, err = answer(capsys, "--list")
+        assert status == 0 and not err
+        lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ")}
+        assert set(lines) == {*names, *command_line.config_names(pods)}
+        assert columns is None or max(map(len, out.splitlines())) <= columns
+        for name in names:
+            module = command_line.find_config(name)
+            minutes = vars(type(module.DEFAULTS))["MINUTES"]
+            assert (minutes is None and name == "chat") or (minutes > 0 and f" {minutes} min  " in lines[name])
+            assert columns is not None or lines[name].endswith(module.__doc__.splitlines()[0])
 
 
 def test_dashes_and_underscores_name_the_same_config():
