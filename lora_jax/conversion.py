@@ -48,10 +48,10 @@ def to_plain_lora(delta: Delta, start: Delta) -> Delta:
     if set(delta) != set(start):
         different = sorted(set(delta) ^ set(start))
         raise ValueError(f"to_plain_lora(delta, start): the deltas differ in their paths, {different[0]!r} for one.")
-    return {path: _beside(path, node, start[path]) for path, node in delta.items()}
+    return {path: _subtract_start(path, node, start[path]) for path, node in delta.items()}
 
 
-def _beside(path: str, node: Adapter, start: Adapter) -> Adapter:
+def _subtract_start(path: str, node: Adapter, start: Adapter) -> Adapter:
     if not isinstance(node, LoRAAdapter) or not isinstance(start, LoRAAdapter):
         return node
     node = dataclasses.replace(node, fingerprint=None)

@@ -62,7 +62,7 @@ def test_recipes_of_the_contract_s_layers_pass(name):
 
 
 def test_roles_and_recipes_are_checked():
-    with pytest.raises(ValueError, match=r"'inn' is no axis role; the roles are batch, in, out, lookup"):
+    with pytest.raises(ValueError, match=r"got the role 'inn', expected one of 'batch', 'in', 'out', 'lookup'"):
         check_adapter(Bottleneck(2), axes=[("inn", "out")])
     with pytest.raises(TypeError, match=r"takes a recipe, such as lora.LoRA\(8\); got BottleneckAdapter"):
         check_adapter(Bottleneck(2).create(jax.random.key(0), jnp.ones((4, 3)), ("in", "out")))
@@ -222,7 +222,7 @@ def test_a_broken_recipe_fails_by_name(recipe, message):
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"sizes": {"inn": 4}}, ValueError, r"sizes=\{'inn': 4\}: 'inn' is no axis role"),
+        ({"sizes": {"inn": 4}}, ValueError, r"sizes=\{'inn': 4\}: got the role 'inn', expected one of"),
         ({"sizes": {"in": 0}}, ValueError, r"the size of 'in' is 0; expected a positive integer"),
         ({"axes": []}, ValueError, r"axes=\[\]: expected the roles of one weight or more, such as \[\('in', 'out'\)\]"),
         ({"axes": ("in", "out")}, ValueError, r"axes=\('in', 'out'\): expected the roles of one weight or more"),

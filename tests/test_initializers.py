@@ -616,7 +616,7 @@ def test_plain_lora_refuses_and_leaves_alone():
     np.testing.assert_allclose(added(plain), added(now["up"]) - added(start["up"]), atol=1e-6)
 
 
-# The randomised decomposition.
+# The randomized decomposition.
 
 
 def test_sketches_find_the_leading_triplets():

@@ -133,7 +133,7 @@ def change(entry, **structure):
     [
         (lambda a: change(a["plain"], axes=["in", "out", "out"]), r"'plain' \(LoRA\): b has the shape \(2, 6\)"),
         (lambda a: change(a["plain"], axes=["in"]), r"'plain' \(LoRA\): b has the shape"),
-        (lambda a: change(a["plain"], axes=["in", "outer"]), "'outer' is no axis role"),
+        (lambda a: change(a["plain"], axes=["in", "outer"]), "got the role 'outer'"),
         (lambda a: change(a["plain"], axes="in"), "axes='in'"),
         (lambda a: change(a["plain"], blocks=[0, 0]), r"'plain' .*blocks=\(0, 0\): expected tuple\[bool, ...\]"),
         (lambda a: change(a["plain"], blocks=[False]), "no block is adapted"),

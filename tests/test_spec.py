@@ -109,7 +109,7 @@ def test_without_a_function_recipes_give_axes():
 def test_wrong_axes():
     with pytest.raises(ValueError, match=r"3 roles.*\(4, 8\) needs 2"):
         init({"0/kernel": lora.LoRA(1, axes=("in", "in", "out"))})
-    with pytest.raises(ValueError, match="'inn' is no axis role"):
+    with pytest.raises(ValueError, match="got the role 'inn', expected one of"):
         init({"0/kernel": lora.LoRA(1, axes=("inn", "out"))})
     with pytest.raises(ValueError, match="no 'out' axis"):
         init({"0/kernel": lora.LoRA(1, axes=("in", "in"))})

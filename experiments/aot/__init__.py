@@ -1,1 +1,1 @@
-"""What a compiled step will take on chips that this machine does not have."""
+"""Estimates the memory and time of a compiled step on chips that are not attached."""

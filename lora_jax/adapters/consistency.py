@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from lora_jax.adapters import layouts
-from lora_jax.adapters.protocol import ROLES, Adapter, is_adapter
+from lora_jax.adapters.protocol import Adapter, check_roles, is_adapter
 from lora_jax.leaves import short
 
 
@@ -83,8 +83,7 @@ def _check(structure: Any, types_of_leaves: tuple[tuple[tuple[int, ...], Any], .
         return
     check_static_fields(node)
     axes, blocks = node.axes, getattr(node, "blocks", (True,))
-    if unknown := [role for role in axes if role not in ROLES]:
-        raise ValueError(f"axes={axes}: {unknown[0]!r} is no axis role; the roles are {', '.join(ROLES)}.")
+    check_roles(f"axes={axes}", axes)
     if not any(blocks):
         raise ValueError(f"blocks={blocks}: no block is adapted.")
     layouts.check_sizes(node)

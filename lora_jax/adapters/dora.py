@@ -138,7 +138,7 @@ def norms(weight: Any, form: Factored, labels: Sequence[str], batch: int) -> jax
     order = [label for label, _ in pairs if label in labels]
     squares = Factor(jnp.sum(jnp.square(jnp.abs(wide.array)), axis=summed), tuple(order)).transposed(labels).array
     cross = chain(Factor(wide.array.conj(), wide.labels), factors, out, precision=exact).real
-    # From the factor whose axes are summed: with its twin it gives rank × rank.
+    # Starts with the factor on the summed axes: its product with its conjugate is only rank × rank.
     start = min(range(len(factors)), key=lambda i: len(set(factors[i].labels) & set(labels)))
     delta = chain(factors[start], [*factors[:start], *factors[start + 1 :], *twins], out, precision=exact).real
     total = squares + 2.0 * cross + delta

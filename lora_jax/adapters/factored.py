@@ -112,7 +112,7 @@ def check_form(form: Any, owner: str) -> None:
         for label in factor.labels:
             if label not in axes and counts[label] < 2:
                 raise ValueError(
-                    f"{owner}.factored(): only one factor has the label {label!r}, which is no axis of the weight "
+                    f"{owner}.factored(): only one factor has the label {label!r}, which is not an axis of the weight "
                     f"({', '.join(axes)}). A summed label occurs in at least two factors; the labels of the factors "
                     f"are {', '.join(str(factor.labels) for factor in form.factors)}."
                 )

@@ -25,7 +25,7 @@ class LoKrAdapter(Adapter):
       a: `[*batch, rank, *in₂]`.
       b: `[*batch, rank, *out₂]`.
       scale: Scalar.
-      split: The numbers of the in and of the out axis that are divided.
+      split: The indices of the in axis and of the out axis that are divided.
       axes: The role of each axis of the weight.
     """
 
@@ -57,7 +57,7 @@ class LoKrFullAdapter(Adapter):
       c: `[*batch, in₁, out₁]`.
       d: `[*batch, *in₂, *out₂]`.
       scale: Scalar.
-      split: The numbers of the in and of the out axis that are divided.
+      split: The indices of the in axis and of the out axis that are divided.
       axes: The role of each axis of the weight.
     """
 
@@ -98,7 +98,7 @@ class LoKr(Recipe):
       rank: The rank of the second matrix.
       alpha: The scale's numerator, over the rank; None makes the scale 1.
       factor: Bounds the sizes of c: the largest divisor of the axis up to it and up to the axis's square root.
-        None leaves the square root.
+        With None, only the square root bounds it.
       axes: The role of each axis of the weight; None takes them from the trace.
       dtype: The dtype of the factors.
 

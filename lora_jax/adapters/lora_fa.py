@@ -34,8 +34,8 @@ class LoRAFA(LoRA):
       Zhang et al., `LoRA-FA <https://arxiv.org/abs/2308.03303>`_, 2023, §3
     """
 
-    def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, LoRAAdapter]:
-        weight, node = super()._make(key, weight, axes, moves)
+    def _create(self, key, weight, axes, moves: bool) -> tuple[jax.Array, LoRAAdapter]:
+        weight, node = super()._create(key, weight, axes, moves)
         starts_at_zero = self.init == "zero_a" or (self.init == "kaiming_uniform" and LOOKUP in axes)
         # A tracer has no values yet.
         if starts_at_zero if isinstance(node.a, jax.core.Tracer) else not node.a.any():

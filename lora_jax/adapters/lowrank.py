@@ -167,11 +167,11 @@ class LoRA(Recipe):
 
     def create(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> LoRAAdapter:
         """A new adapter whose term is zero (for initializers that are)."""
-        return self._make(key, weight, axes, moves=False)[1]
+        return self._create(key, weight, axes, moves=False)[1]
 
     def prepare(self, key: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, LoRAAdapter]:
         """The weight without the part that the initializer moved into the factors, and the adapter."""
-        return self._make(key, weight, axes, moves=True)
+        return self._create(key, weight, axes, moves=True)
 
     @property
     def reads(self) -> str | None:  # pyrefly: ignore[bad-override]
@@ -198,14 +198,14 @@ class LoRA(Recipe):
             )
         return recipes
 
-    def _make(self, key, weight, axes, moves: bool) -> tuple[jax.Array, LoRAAdapter]:
+    def _create(self, key, weight, axes, moves: bool) -> tuple[jax.Array, LoRAAdapter]:
         initializer = initializers.get_initializer(self.init)
         if initializer.reads or (initializer.moves_weight and not moves):
-            does = (
+            requirement = (
                 f"reads the {initializer.reads}" if initializer.reads else "moves a part of the weight into its factors"
             )
             raise ValueError(
-                f"{self._name}(init={self.init!r}) {does}: use "
+                f"{self._name}(init={self.init!r}) {requirement}: use "
                 "base, delta = lora_jax.prepare(key, base, spec, fn, batches)."
             )
         if initializer.moves_weight and is_abstract(weight):

@@ -29,7 +29,7 @@ class OFTAdapter(Adapter):
       terms: The number of terms of the series; 0 for the exact transform.
       rest: The sizes of the in axes, the block size in place of the divided one.
       out: The sizes of the out axes.
-      split: The number of the divided in axis.
+      split: The index of the divided in axis.
       axes: The role of each axis of the weight.
     """
 

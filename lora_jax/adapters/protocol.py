@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import jax
@@ -399,6 +399,12 @@ def is_inexact(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
+def check_roles(argument: str, roles: Iterable[str]) -> None:
+    """Raises `ValueError` unless all roles are roles of axes; the message begins with `argument`."""
+    if unknown := [role for role in roles if role not in ROLES]:
+        raise ValueError(f"{argument}: got the role {unknown[0]!r}, expected one of {', '.join(map(repr, ROLES))}.")
+
+
 def check_axes(axes: Sequence[str], shape: Sequence[int]) -> None:
     """Raises `ValueError` unless `axes` gives one known role for each axis of a weight."""
     if isinstance(axes, str) or not isinstance(axes, Sequence):
@@ -407,6 +413,4 @@ def check_axes(axes: Sequence[str], shape: Sequence[int]) -> None:
         raise ValueError(
             f"axes={tuple(axes)} gives {len(axes)} roles; the weight of shape {tuple(shape)} needs {len(shape)}."
         )
-    unknown = [role for role in axes if role not in ROLES]
-    if unknown:
-        raise ValueError(f"axes={tuple(axes)}: {unknown[0]!r} is no axis role; the roles are {', '.join(ROLES)}.")
+    check_roles(f"axes={tuple(axes)}", axes)

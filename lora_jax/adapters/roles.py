@@ -50,7 +50,7 @@ def check_rank(name: str, rank: int, shape: Sequence[int], axes: Sequence[str], 
 
 
 def largest(shape: Sequence[int], axes: Sequence[str], role: str) -> int:
-    """The number of the largest axis of a role, the last of several."""
+    """The index of the largest axis with a role, the last of equal ones."""
     return max((size, axis) for axis, (size, axis_role) in enumerate(zip(shape, axes)) if axis_role == role)[1]
 
 
@@ -72,7 +72,7 @@ def divided(name: str, argument: str, part: int, shape: Sequence[int], axis: int
 
 
 def wrong_split(split: Sequence[int], axes: Sequence[str], roles: Sequence[str]) -> str | None:
-    """What is wrong with the numbers of divided axes, which have these roles; None if they are right."""
+    """What is wrong with the indices of divided axes, which have these roles; None if they are right."""
     if tuple(axes[axis] for axis in split if axis < len(axes)) == tuple(roles):
         return None
     expected = " and ".join(f"an {role}" for role in roles)

@@ -99,12 +99,12 @@ def pair(node: Adapter) -> Pair | None:
     sizes |= {label: size for factor in form.factors for label, size in factor.sizes.items()}
     role_of = {label: role for labels, role in zip(form.labels, node.axes) for label in labels}
 
-    def has(factor: Factor, role: str) -> bool:
+    def has_role(factor: Factor, role: str) -> bool:
         return any(role_of.get(label) == role for label in factor.labels)
 
-    reads = [factor for factor in form.factors if has(factor, IN)]
-    writes = [factor for factor in form.factors if has(factor, OUT) and not has(factor, IN)]
-    middle = [factor for factor in form.factors if not has(factor, OUT) and not has(factor, IN)]
+    reads = [factor for factor in form.factors if has_role(factor, IN)]
+    writes = [factor for factor in form.factors if has_role(factor, OUT) and not has_role(factor, IN)]
+    middle = [factor for factor in form.factors if not has_role(factor, OUT) and not has_role(factor, IN)]
     # An out label on both sides counts matrices, as batch labels do: the blocks of a fused axis.
     shared = _labels(reads) & _labels(writes)
     lead = tuple(x for x, role in role_of.items() if role == BATCH or (role == OUT and x in shared))

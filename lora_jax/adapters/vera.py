@@ -68,7 +68,7 @@ class VeRAAdapter(Adapter):
 
 @adapter("DVoRA")
 class DVoRAAdapter(Decomposed, VeRAAdapter):
-    """The same on the direction of the weight, with a trained magnitude, as in DoRA."""
+    """VeRA on the direction of the weight, with a trained magnitude, as in DoRA."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -188,16 +188,16 @@ def _fit(path: str, node: Adapter, like: Adapter, rank: int) -> Adapter:
 
 def _add_optional_leaves(node: Adapter, like: Adapter) -> Adapter:
     """Adds zeros for the optional leaves that an adapter lacks and another one has. They have no effect."""
-    lacking = [name for name in _optional(like) if getattr(node, name, 0) is None]
-    leaves = {name: getattr(like, name) for name in lacking}
+    absent = [name for name in _optional(like) if getattr(node, name, 0) is None]
+    leaves = {name: getattr(like, name) for name in absent}
     zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
     return dataclasses.replace(node, **zeros)  # pyrefly: ignore[bad-specialization]
 
 
 def _drop_optional_leaves(stacked: Adapter, like: Adapter) -> Adapter:
     """Drops the optional leaves of a stacked adapter that a member lacks."""
-    lacking = [name for name in _optional(stacked) if getattr(like, name, 0) is None]
-    return dataclasses.replace(stacked, **dict.fromkeys(lacking))  # pyrefly: ignore[bad-specialization]
+    absent = [name for name in _optional(stacked) if getattr(like, name, 0) is None]
+    return dataclasses.replace(stacked, **dict.fromkeys(absent))  # pyrefly: ignore[bad-specialization]
 
 
 def _optional(node: Adapter) -> list[str]:

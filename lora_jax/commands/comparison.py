@@ -123,15 +123,15 @@ def _compare_copies(
     """
     lines = []
     bases = [infer_base(directory, ignore)[0] for directory in directories]
-    held = [find_copies(directory, ignore) for directory in directories]
-    for name in dict.fromkeys((*held[0], *held[1])):
-        is_held, path = [name in names for names in held], leaf_path(name)
-        if all(is_held):
+    stored = [find_copies(directory, ignore) for directory in directories]
+    for name in dict.fromkeys((*stored[0], *stored[1])):
+        is_stored, path = [name in names for names in stored], leaf_path(name)
+        if all(is_stored):
             if not np.array_equal(bases[0][path], bases[1][path]):
                 lines.append(f"{name}, stored in full in both, differs")
-        elif path not in deltas[is_held.index(True)]:
+        elif path not in deltas[is_stored.index(True)]:
             lines.append(
-                f"{directories[is_held.index(True)]} stores {name} in full without modules_to_save: only the base "
+                f"{directories[is_stored.index(True)]} stores {name} in full without modules_to_save: only the base "
                 "shows whether it was trained"
             )
     return lines

@@ -20,7 +20,7 @@ def singular_triplets(
     Args:
       matrices: `[batch, m, n]`, at least float32.
       rank: How many; at most the smaller of m and n.
-      niter: Subspace iterations of a randomised decomposition, O(m·n·rank) each; None for the exact one,
+      niter: Subspace iterations of a randomized decomposition, O(m·n·rank) each; None for the exact one,
         O(m·n·min(m, n)).
       key: Draws the sketch.
 

@@ -64,7 +64,7 @@ def orthogonal(key, batch, rank, fan_in, fan_out):
     up to the rounding of the products that form it.
     """
     if rank % 2:
-        raise ValueError(f"init='orthogonal' shares an even rank between a and b; the rank is {rank}.")
+        raise ValueError(f"init='orthogonal' requires an even rank, half of it for a and half for b; got {rank}.")
     keys = jax.random.split(key, 3)
     q, _ = jnp.linalg.qr(jax.random.normal(keys[0], (batch, rank, rank), jnp.float32))
 

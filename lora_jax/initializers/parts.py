@@ -14,7 +14,7 @@ class PiSSA(Initializer):
     r"""The largest singular values of the weight: :math:`s\,a^\top b = U_r\Sigma_r V_r^\top`, with both factors √Σ.
 
     Args:
-      niter: Subspace iterations of a randomised decomposition, for large matrices (16 in the authors' scripts); None
+      niter: Subspace iterations of a randomized decomposition, for large matrices (16 in the authors' scripts); None
         for the exact one.
 
     In a quantized base the remaining weight is quantized again, which changes the initial outputs. The error is that of

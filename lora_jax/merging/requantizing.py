@@ -69,9 +69,9 @@ def merge_quantized(base: Any, delta: Delta) -> tuple[Any, dict[str, RoundingErr
             requantized = leaf.requantized(after)
         except ValueError as error:
             raise ValueError(f"{path!r}: {error} lora_jax.merge gives floats.") from error
-        lost = jnp.linalg.norm(requantized.dequantize().astype(after.dtype) - after)
+        rounding = jnp.linalg.norm(requantized.dequantize().astype(after.dtype) - after)
         whole, changed = jnp.linalg.norm(after), jnp.linalg.norm(after - before)
-        errors[path] = RoundingError(*(float(lost) / float(of) if of else float("inf") for of in (whole, changed)))
+        errors[path] = RoundingError(*(float(rounding) / float(of) if of else float("inf") for of in (whole, changed)))
         return requantized
 
     return paths.flatten(base).map(of), errors

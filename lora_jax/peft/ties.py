@@ -66,9 +66,9 @@ def is_shared(table: str, names: Iterable[str]) -> bool:
     parent, _, last = keys.split_name(table)[0].rpartition(".")
     if last == "shared":
         return True
-    beside = f"{parent}." if parent else ""
+    prefix = f"{parent}." if parent else ""
     return table.endswith(_TABLES) and all(
-        any(name.startswith(f"{beside}{part}.") for name in names) for part in ("encoder", "decoder")
+        any(name.startswith(f"{prefix}{part}.") for name in names) for part in ("encoder", "decoder")
     )
 
 
@@ -102,7 +102,7 @@ def check_shared(
             raise ValueError(
                 f"the adapter changes {module} alone, and the encoder, the decoder and {module} of this base are one "
                 f"table ({table}), which transformers cannot load with tie_word_embeddings false: keep the adapter "
-                f"beside the base; ignore=({module!r},) merges the rest."
+                f"prefix the base; ignore=({module!r},) merges the rest."
             )
     for path, node in delta.items():
         name = path.replace("/", ".")

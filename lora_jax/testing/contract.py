@@ -15,7 +15,7 @@ import numpy as np
 from lora_jax import checks, paths
 from lora_jax.adapters.consistency import check_adapters
 from lora_jax.adapters.factored import check_form
-from lora_jax.adapters.protocol import BATCH, IN, KINDS, LOOKUP, OUT, ROLES, Recipe, is_inexact
+from lora_jax.adapters.protocol import BATCH, IN, KINDS, LOOKUP, OUT, Recipe, check_roles, is_inexact
 from lora_jax.batching import route, stack, unstack
 from lora_jax.checkpoint import load, save
 from lora_jax.leaves import short
@@ -88,9 +88,7 @@ def _check_axes_and_sizes(axes: Sequence[Sequence[str]], sizes: Mapping[str, int
     if not axes or any(isinstance(roles, str) for roles in (axes, *axes)):
         raise ValueError(f"axes={axes!r}: expected the roles of one weight or more, such as [('in', 'out')].")
     for name, words in (("axes", [role for roles in axes for role in roles]), ("sizes", sizes)):
-        if unknown := [role for role in words if role not in ROLES]:
-            argument = f"{name}={axes if name == 'axes' else sizes!r}"
-            raise ValueError(f"{argument}: {unknown[0]!r} is no axis role; the roles are {', '.join(ROLES)}.")
+        check_roles(f"{name}={axes if name == 'axes' else sizes!r}", words)
     for role, size in sizes.items():
         if not isinstance(size, numbers.Integral) or isinstance(size, bool) or size < 1:
             raise ValueError(f"sizes={sizes!r}: the size of {role!r} is {size!r}; expected a positive integer.")

@@ -221,7 +221,7 @@ def test_finished_runs_are_not_repeated_unless_asked(settings, finished, monkeyp
     assert not any((run / "result.json").exists() for run in runs(config, "lora-seed0"))
 
 
-def test_seeds_differ_and_are_summarised(finished):
+def test_seeds_differ_and_are_summarized(finished):
     _, results = finished
     assert [(result.method, result.seed) for result in results] == [("head", 0), ("lora", 0), ("lora", 1)]
     assert results[1].losses != results[2].losses

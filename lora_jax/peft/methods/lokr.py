@@ -82,7 +82,7 @@ class LoKrMethod(Method):
         return problems
 
     def config(self, nodes: Mapping[str, Any], scales: Mapping[str, float]) -> dict[str, Any]:
-        # A full second matrix has no rank. PEFT selects this form by r: the larger side of the matrix does.
+        # A full second matrix has no rank. PEFT selects this form if r is at least half of the larger side.
         ranks = {
             name: max(node.d.shape[-2:]) if isinstance(node, LoKrFullAdapter) else node.rank
             for name, node in nodes.items()
