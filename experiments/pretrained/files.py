@@ -1,6 +1,7 @@
 """The files of a pretrained model: a directory in Hugging Face layout, or a GGUF file in its place."""
 
 import functools
+import re
 from collections.abc import ItemsView, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -153,10 +154,13 @@ def find_gguf(path: Path) -> Path | None:
         return path
     if any(path.glob("*.safetensors*")):
         return None
-    files = sorted(path.glob(f"*{GGUF}"))
+    models: dict[str, Path] = {}  # of a model in parts, the first
+    for file in sorted(path.glob(f"*{GGUF}")):
+        models.setdefault(re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"\1", file.name), file)
+    files = list(models.values())
     if len(files) > 1:
         listed = ", ".join(file.name for file in files)
-        raise UserError(f"{path}: holds {len(files)} GGUF files, name one of them: {listed}")
+        raise UserError(f"{path}: holds {len(files)} models, name the file of one of them: {listed}")
     return files[0] if files else None
 
 

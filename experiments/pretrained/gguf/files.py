@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import UserError
-from experiments.pretrained.gguf.config import config_json
-from experiments.pretrained.gguf.reader import read
-from experiments.pretrained.gguf.tensors import GgufTensors
+from experiments.pretrained.gguf.config import derive_config
+from experiments.pretrained.gguf.reader import raise_problems, read
+from experiments.pretrained.gguf.tensors import GgufTensors, tensor_problems
 from experiments.pretrained.gguf.tokenizer import build_tokenizer
 
 _SPECIAL = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "seperator": "sep", "mask": "mask"}
@@ -19,14 +19,21 @@ class GgufFiles:
 
     Args:
       path: The file.
+
+    Raises:
+      UserError: The file cannot be used; the error lists everything wrong with its fields and tensors.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self._content = read(path)
+        self._config, problems = derive_config(self._content)
+        if self._config:
+            problems += tensor_problems(self._content, self._config)
+        raise_problems(path, problems)
         self._texts: dict[str, str] = {}
         self._builders = {
-            "config.json": self._config,
+            "config.json": lambda: _dump(self._config),
             "generation_config.json": self._generation_config,
             "tokenizer.json": lambda: build_tokenizer(self._content).to_str(),
             "tokenizer_config.json": self._tokenizer_config,
@@ -67,10 +74,7 @@ class GgufFiles:
 
     def tensors(self) -> GgufTensors:
         """Returns the tensors, a context manager."""
-        return GgufTensors(self._content)
-
-    def _config(self) -> str:
-        return _dump(config_json(self._content))
+        return GgufTensors(self._content, self._config)
 
     def _generation_config(self) -> str:
         fields = self._content.fields

@@ -1,9 +1,11 @@
-"""Opens GGUF files, and lists everything that is wrong with one before its tensors are read."""
+"""Opens GGUF files, and collects what is wrong with their tensors without reading them."""
 
 import functools
 import math
+import re
+import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,14 @@ import numpy as np
 from experiments.errors import UserError
 from lora_jax.io import shorten
 
-_MAGIC, _HEADER = b"GGUF", 24  # the header: magic, version, number of tensors, number of fields
+_MAGIC, _HEADER = b"GGUF", 24  # bytes: magic, version, number of tensors, number of fields
 _FLOATS: dict[gguf.GGMLQuantizationType, np.dtype] = {
     gguf.GGMLQuantizationType.F64: np.dtype(np.float64),
     gguf.GGMLQuantizationType.F32: np.dtype(np.float32),
     gguf.GGMLQuantizationType.F16: np.dtype(np.float16),
     gguf.GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
 }
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _LISTED = 12  # the maximum number of problems in an error
 
 
@@ -54,62 +57,142 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Content:
-    """The fields and tensors of a GGUF file, or of the parts into which a model is split.
+    """The fields and tensors of a GGUF file, or of all parts of a model.
 
     Attributes:
       path: The first file, for error messages.
       files: All files.
       fields: The values of the fields by name.
       tensors: The tensors by name.
+      problems: What is wrong with other tensors, by name; a file that ends too early has a problem of its own.
     """
 
     path: Path
     files: tuple[Path, ...]
     fields: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
+    problems: Mapping[str, str]
+
+
+def read(path: Path) -> Content:
+    """Reads the fields of a GGUF file and where its tensors are. Tensors are mapped into memory, and read on use.
+
+    Args:
+      path: The file; for a model in parts (`NAME-00001-of-00003.gguf`), any of them.
+
+    Raises:
+      UserError: The file is not GGUF, ends within its header, or has another version or byte order; parts are missing.
+    """
+    files = parts(path)
+    readers = [_open(file) for file in files]
+    tensors = {name: tensor for reader in readers for name, tensor in reader.stored.items()}
+    problems = {name: problem for reader in readers for name, problem in reader.problems.items()}
+    fields = {name: reader.value(name) for reader in reversed(readers) for name in reader.fields}
+    return Content(files[0], files, fields, tensors, problems)
+
+
+def parts(path: Path) -> tuple[Path, ...]:
+    """Returns all files of the model to which a file belongs.
+
+    Raises:
+      UserError: Some do not exist.
+    """
+    match = _PART.fullmatch(path.name)
+    if match is None:
+        return (path,)
+    names = [f"{match[1]}-{number + 1:05}-of-{match[3]}.gguf" for number in range(int(match[3]))]
+    if missing := [name for name in names if not (path.parent / name).is_file()]:
+        raise UserError(f"{path}: {len(missing)} of {len(names)} parts are missing: {', '.join(missing[:3])}")
+    return tuple(path.parent / name for name in names)
+
+
+def raise_problems(path: Path, problems: Iterable[str]) -> None:
+    """Raises a UserError that lists problems of a file, if there are any."""
+    problems = list(problems)
+    if problems:
+        more = [f"… and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+        listed = "\n  ".join([*problems[:_LISTED], *more])
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(f"{path}: cannot be used ({count}):\n  {listed}")
 
 
 class _Reader(gguf.GGUFReader):
-    """A reader that never reads beyond the file's end, and collects what is wrong with the tensors."""
+    """A reader that stays within the file, reads arrays at once, and collects what is wrong with tensors."""
 
     def __init__(self, path: Path):
-        self.path, self.problems, self.stored = path, [], {}
+        self.path = path
+        self.stored: dict[str, StoredTensor] = {}
+        self.problems: dict[str, str] = {}
         super().__init__(path)
+
+    def value(self, name: str) -> Any:
+        """Returns the value of a field."""
+        field = self.fields[name]
+        is_array = field.types[:1] == [gguf.GGUFValueType.ARRAY]
+        return field.parts[field.data[0]] if is_array else field.contents()
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
         if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
-            raise ValueError(f"the file ends at byte {len(self.data):,}, within its header")
+            raise ValueError(f"it ends at byte {len(self.data):,}, within its header")
         return super()._get(offset, dtype, count, override_order)
 
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        # The package reads arrays item by item, which takes seconds for a vocabulary.
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind = gguf.GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
+        count, start = int(self._get(orig_offs + 4, np.uint64)[0]), orig_offs + 12
+        if kind == gguf.GGUFValueType.STRING:
+            values, end = self._strings(start, count)
+        elif kind in self.gguf_scalar_to_np:
+            numbers = self._get(start, self.gguf_scalar_to_np[kind], count)
+            values, end = numbers.tolist(), start + numbers.nbytes
+        else:
+            raise ValueError(f"a field is an array of the type {kind.name}")
+        return end - orig_offs, [values], [0], [gguf.GGUFValueType.ARRAY, kind]
+
+    def _strings(self, start: int, count: int) -> tuple[list[str], int]:
+        view, strings, end = self.data.data, [], start
+        for _ in range(count):
+            if end + 8 > len(view):
+                raise ValueError(f"it ends at byte {len(view):,}, within its header")
+            (length,) = struct.unpack_from("=Q", view, end)
+            self._get(end + 8, np.uint8, length)
+            strings.append(str(view[end + 8 : end + 8 + length], "utf-8"))
+            end += 8 + length
+        return strings, end
+
     def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+        end = 0
         for field in fields:
             _, name_bytes, _, dimensions, code, offset = field.parts
-            name = str(bytes(name_bytes), encoding="utf-8")
+            name, shape = str(bytes(name_bytes), encoding="utf-8"), tuple(map(int, reversed(dimensions)))
             try:
                 kind = gguf.GGMLQuantizationType(int(code[0]))
             except ValueError:
-                self.problems.append(f"{name}: unknown type {int(code[0])}")
+                self.problems[name] = f"unknown type: {name} has the type {int(code[0])}"
                 continue
-            shape = tuple(int(size) for size in reversed(dimensions))
-            block, size = gguf.GGML_QUANT_SIZES[kind]
-            count, start = math.prod(shape), int(start_offs) + int(offset[0])
-            stored_bytes = count // block * size
+            block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+            start, size = int(start_offs) + int(offset[0]), math.prod(shape) // block * block_bytes
+            end = max(end, start + size)
             if name in self.stored:
-                self.problems.append(f"{name}: stored twice")
-            elif not shape or shape[-1] % block:
-                self.problems.append(f"{name}: shape {shape}, expected rows of whole blocks of {block} for {kind.name}")
+                self.problems[name] = f"twice: {name}"
             elif not _is_readable(kind):
-                self.problems.append(f"{name}: type {kind.name} cannot be dequantized")
-            elif start + stored_bytes > len(self.data):
-                missing = start + stored_bytes - len(self.data)
-                self.problems.append(
-                    f"{name}: {min(missing, stored_bytes):,} of its {stored_bytes:,} bytes are missing"
-                )
+                self.problems[name] = f"type: {name} has the type {kind.name}, which cannot be dequantized"
+            elif len(shape) < 2 and kind not in _FLOATS:
+                self.problems[name] = f"type: {name} is a vector of the type {kind.name}, expected numbers"
+            elif not shape or shape[-1] % block:
+                self.problems[name] = f"shape: {name} is {shape}, {kind.name} has rows of whole blocks of {block}"
+            elif start + size > len(self.data):
+                self.problems[name] = f"truncated: {name}"
             else:
-                data = np.asarray(self.data[start : start + stored_bytes])
-                dtype, row = _FLOATS.get(kind, np.dtype(np.uint8)), shape[-1] // block * size
-                data = data.view(dtype).reshape(*shape[:-1], row // dtype.itemsize)
+                dtype = _FLOATS.get(kind, np.dtype(np.uint8))
+                row = shape[-1] if kind in _FLOATS else shape[-1] // block * block_bytes
+                data = np.asarray(self.data[start : start + size]).view(dtype).reshape(*shape[:-1], row)
                 self.stored[name] = StoredTensor(name, self.path, kind, shape, data)
+        if end > len(self.data):
+            sizes = f"{self.path.name} has {len(self.data):,} bytes, its tensors need {end:,}"
+            self.problems = {str(self.path): f"truncated: {sizes}"} | self.problems
 
 
 @functools.cache
@@ -124,33 +207,16 @@ def _is_readable(kind: gguf.GGMLQuantizationType) -> bool:
     return True
 
 
-def read(path: Path) -> Content:
-    """Reads the fields of a GGUF file and where its tensors are. Tensors are mapped into memory, and read on use.
-
-    Raises:
-      UserError: The file is not GGUF, is truncated, or has another version or byte order, or its tensors have unknown
-        types; the error lists everything wrong.
-    """
+def _open(path: Path) -> _Reader:
     _check_header(path)
     try:
-        reader = _Reader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
+        return _Reader(path)
     except (ValueError, KeyError, IndexError, OverflowError, MemoryError) as error:
         raise UserError(f"{path}: truncated or damaged ({shorten(str(error))})") from None
-    raise_problems(path, reader.problems)
-    return Content(path, (path,), fields, reader.stored)
-
-
-def raise_problems(path: Path, problems: list[str]) -> None:
-    """Raises a UserError that lists problems of a file, if there are any."""
-    if problems:
-        more = [f"… and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
-        listed = "\n  ".join([*problems[:_LISTED], *more])
-        raise UserError(f"{path}: cannot be used ({len(problems)} problems):\n  {listed}")
 
 
 def _check_header(path: Path) -> None:
-    """Raises a UserError unless a file begins like a GGUF file of a known version in this machine's byte order."""
+    """Raises a UserError unless a file begins like a GGUF file of a supported version in this machine's byte order."""
     try:
         with path.open("rb") as file:
             header = file.read(_HEADER)
@@ -164,8 +230,7 @@ def _check_header(path: Path) -> None:
     version = int.from_bytes(header[4:8], sys.byteorder)
     if version in supported:
         return
-    other = int.from_bytes(header[4:8], "big" if sys.byteorder == "little" else "little")
-    if other in supported:
-        order = "big" if sys.byteorder == "little" else "little"
-        raise UserError(f"{path}: {order}-endian, convert it with gguf-convert-endian {path} {sys.byteorder}")
+    other = "big" if sys.byteorder == "little" else "little"
+    if int.from_bytes(header[4:8], other) in supported:
+        raise UserError(f"{path}: {other}-endian; convert it with gguf-convert-endian {path} {sys.byteorder}")
     raise UserError(f"{path}: GGUF version {version}, supported is {' or '.join(map(str, supported))}")

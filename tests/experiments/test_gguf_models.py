@@ -1,0 +1,148 @@
+"""GGUF files of every family, which llama.cpp's converter made from the stored decoders."""
+
+import dataclasses
+import shutil
+
+import gguf
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import lora_jax as lora
+from experiments.models import checkpoint, families, location
+from experiments.models.options import Options
+from experiments.models.weights import flatten_weights
+from experiments.pretrained.gguf.rope import llama3_scaling
+from tests.experiments import gguf_files
+from tests.experiments.decoders import ALL, FIXTURES
+
+SCANNED = Options(scan=True)
+F32 = gguf.GGMLQuantizationType.F32
+
+
+def family(path):
+    return families.get_family(checkpoint.read_config(path))
+
+
+def weights(path, options=SCANNED, **loading):
+    return flatten_weights(lora.nnx.functional(family(path).load(path, options, **loading))[1])
+
+
+def check_equal(actual, expected):
+    assert actual.keys() == expected.keys()
+    for path, weight in expected.items():
+        assert weight.dtype == actual[path].dtype and np.array_equal(weight, actual[path]), path
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("options", [SCANNED, Options()], ids=["scanned", "unrolled"])
+def test_weights_are_those_of_the_checkpoint_bit_for_bit(name, options):
+    check_equal(weights(gguf_files.FILES / f"{name}.gguf", options), weights(FIXTURES / name, options))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_shapes_are_those_of_the_checkpoint(name):
+    shapes = [family(path).shape(checkpoint.read_config(path)) for path in paths(name)]
+    if name in ("mistral", "qwen2"):  # llama.cpp has no sliding window for them
+        shapes[1] = dataclasses.replace(shapes[1], sliding=(False,) * len(shapes[1].sliding), sliding_window=0)
+        shapes[0] = dataclasses.replace(shapes[0], sliding_window=0)
+    assert shapes[0] == shapes[1]
+
+
+def paths(name):
+    return gguf_files.FILES / f"{name}.gguf", FIXTURES / name
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("llama_f16", np.float16), ("llama_bf16", ml_dtypes.bfloat16)])
+def test_halves_load_as_they_are(name, dtype):
+    path, expected = gguf_files.FILES / f"{name}.gguf", weights(FIXTURES / "llama")
+    is_matrix = {key: key.endswith(("kernel", "embedding")) for key in expected}
+    expected = {
+        key: np.asarray(array).astype(dtype if is_matrix[key] else np.float32) for key, array in expected.items()
+    }
+    check_equal(weights(path, dtype=None), expected)
+    check_equal(weights(path), {key: array.astype(np.float32) for key, array in expected.items()})
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+def test_codes_are_dequantized(kind, tmp_path):
+    path, expected = wide_model(tmp_path, kind)
+    check_equal(weights(path), expected)
+    half = weights(path, dtype=jnp.bfloat16)
+    assert all(array.dtype == jnp.bfloat16 for array in half.values())
+
+
+def wide_model(tmp_path, kind):
+    """A Llama whose rows are whole blocks, with codes of a type, and its dequantized weights."""
+    rng = np.random.default_rng(0)
+    fields, tensors = gguf_files.read(gguf_files.FILES / "llama.gguf")
+    for name, value in {"embedding_length": 64, "feed_forward_length": 96}.items():
+        fields[f"llama.{name}"] = (value, fields[f"llama.{name}"][1])
+    for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        fields[f"llama.{name}"] = (16, fields[f"llama.{name}"][1])
+    del tensors["rope_freqs.weight"]
+    plain = {}
+    for name, (data, _) in tensors.items():
+        wide = {16: 64, 24: 96, 8: 32, 61: 61}
+        values = rng.normal(size=[wide[size] for size in data.shape]).astype(np.float32)
+        quantization = gguf.GGMLQuantizationType[kind] if values.ndim == 2 else F32
+        codes = gguf.quants.quantize(values, quantization)
+        plain[name] = (gguf.quants.dequantize(codes, quantization).reshape(values.shape), F32)
+        tensors[name] = (codes, quantization)
+    path = gguf_files.write(tmp_path / "codes.gguf", fields, tensors)
+    return path, weights(gguf_files.write(tmp_path / "plain.gguf", fields, plain))
+
+
+def test_older_and_newer_forms_of_tensors(tmp_path):
+    """A tensor for each expert, a copy of the head, and the fused tensors of the converter's options."""
+    fields, tensors = gguf_files.read(gguf_files.FILES / "mixtral.gguf")
+    single, fused = dict(tensors), dict(tensors)
+    for layer in range(2):
+        for name in ("gate", "up", "down"):
+            data, kind = single.pop(f"blk.{layer}.ffn_{name}_exps.weight")
+            single |= {f"blk.{layer}.ffn_{name}.{number}.weight": (part, kind) for number, part in enumerate(data)}
+        gate, up = (fused.pop(f"blk.{layer}.ffn_{name}_exps.weight")[0] for name in ("gate", "up"))
+        fused[f"blk.{layer}.ffn_gate_up_exps.weight"] = (np.concatenate([gate, up], axis=1), F32)
+        qkv = [fused.pop(f"blk.{layer}.attn_{name}.weight")[0] for name in "qkv"]
+        fused[f"blk.{layer}.attn_qkv.weight"] = (np.concatenate(qkv), F32)
+    expected = weights(FIXTURES / "mixtral")
+    for number, changed in enumerate((single, fused)):
+        check_equal(weights(gguf_files.write(tmp_path / f"{number}.gguf", fields, changed)), expected)
+    fields, tensors = gguf_files.read(gguf_files.FILES / "gpt2.gguf")
+    tensors["output.weight"] = tensors["token_embd.weight"]
+    path = gguf_files.write(tmp_path / "gpt2.gguf", fields, tensors)
+    check_equal(weights(path), weights(FIXTURES / "gpt2"))
+
+
+@pytest.mark.parametrize("theta", [100.0, 10_000.0, 500_000.0])
+@pytest.mark.parametrize("width", [8, 16, 64, 128])
+@pytest.mark.parametrize(("factor", "low", "high", "length"), [(8.0, 1, 4, 8192), (32.0, 1, 4, 64), (4.0, 2, 16, 64)])
+def test_factors_of_llama3_are_explained(theta, width, factor, low, high, length):
+    """As the converter computes them."""
+    rotations = length * theta ** (-np.arange(0, width, 2) / width) / (2 * np.pi)
+    weight = np.clip((rotations - low) / (high - low), 0, 1)
+    factors = (1 / (weight + (1 - weight) / factor)).astype(np.float32)
+    if np.all(factors == 1):
+        with pytest.raises(ValueError, match="with some above 1"):
+            llama3_scaling(factors, theta, width)
+        return
+    scaling = llama3_scaling(factors, theta, width)
+    low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
+    rotations *= scaling["original_max_position_embeddings"] / length
+    weight = np.clip((rotations - low) / (high - low), 0, 1)
+    np.testing.assert_allclose(1 / (weight + (1 - weight) / factor), factors, rtol=1e-4)
+
+
+def test_directories_and_parts(tmp_path):
+    path = shutil.copyfile(gguf_files.FILES / "llama.gguf", tmp_path / "model.gguf")
+    assert location.find(str(tmp_path)) == location.find(str(path)) == path
+    check_equal(weights(tmp_path), weights(FIXTURES / "llama"))
+    fields, tensors = gguf_files.read(path)
+    path.unlink()
+    for number, names in enumerate((sorted(tensors)[:5], sorted(tensors)[5:])):
+        part = tmp_path / f"model-{number + 1:05}-of-00002.gguf"
+        chosen = fields if number == 0 else {"general.architecture": fields["general.architecture"]}
+        gguf_files.write(part, chosen, {name: tensors[name] for name in names})
+    check_equal(weights(tmp_path), weights(FIXTURES / "llama"))
+    check_equal(weights(part), weights(FIXTURES / "llama"))
