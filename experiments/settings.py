@@ -17,10 +17,11 @@ def positive(config: Any, *names: str) -> None:
 
 
 def not_negative(config: Any, *names: str) -> None:
-    """Checks that settings are finite and not below zero."""
+    """Checks that settings are finite and not below zero. None means no limit; text is not checked."""
     for name in names:
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"{name} must not be negative or infinite, got {getattr(config, name)}")
+        value = getattr(config, name)
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise ValueError(f"{name} must not be negative or infinite, got {value}")
 
 
 def fraction(config: Any, *names: str) -> None:

@@ -44,7 +44,7 @@ def compile_config(config: Config, topology: Topology) -> Analysis:
         hint = f"--mesh.data {data} fits" if data and not rest else f"choose sizes whose product is {chips}"
         raise UserError(f"the mesh ({mesh}) has {mesh.count} devices, {topology.name} has {chips} chips; {hint}")
     step = program.abstract(config, topology.devices, "tpu")
-    model_flops = step_flops(step.base, step.delta, step.shape, step.tokens, config.length)
+    model_flops = step_flops(step.base, step.delta, step.shape, step.tokens, config.row_length)
     try:
         analysis = analyze(step, topology, model_flops)
         if analysis.memory.total > analysis.memory.capacity:

@@ -94,7 +94,7 @@ def tokens_at_a_time(config: Config) -> float:
     """Returns the number of tokens of a microbatch that a chip holds between layers."""
     mesh: MeshSizes = config.mesh
     parts = mesh.replicas * config.batch.accumulate * (mesh.tensor if mesh.sequence else 1)
-    return config.batch.global_ * config.length / parts
+    return config.batch.global_ * config.row_length / parts
 
 
 def inputs_of_layers(config: Config) -> float:

@@ -104,7 +104,7 @@ def line(row: Row, values: Mapping[str, Any]) -> str:
     cells = (
         row.name,
         row.slice,
-        config.length,
+        config.row_length,
         config.batch.global_,
         axes + (", sequence" if mesh.sequence else ""),
         config.remat,

@@ -5,6 +5,7 @@ and therefore on the number of processes. Here the lengths of all examples are a
 are planned once, and any process can assemble any rows of any batch.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -29,6 +30,31 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.starts) - 1
+
+
+LONGEST = 2048
+"""The largest length that :func:`fit_length` chooses."""
+
+
+def fit_length(data: Iterable[Tokenized], longest: int | None = None, multiple: int = 128) -> int:
+    """Returns the smallest length of a row that truncates no example, or the largest possible one.
+
+    Args:
+      data: Tokenized examples.
+      longest: The longest sequence that the model supports; None if unknown.
+      multiple: The length is a multiple of it, unless `longest` is smaller.
+
+    Example:
+      >>> data = Tokenized(*[np.zeros(0)] * 2, lengths=np.array([40, 150]), firsts=None, owners=None, digest="")
+      >>> fit_length([data]), fit_length([data], longest=100)
+      (256, 100)
+    """
+    return min(-(-positions(data) // multiple) * multiple, longest or LONGEST, LONGEST)
+
+
+def positions(data: Iterable[Tokenized]) -> int:
+    """Returns the number of positions that the longest example takes: one less than its tokens."""
+    return max((int(part.lengths.max(initial=2)) for part in data), default=2) - 1
 
 
 def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
@@ -84,6 +110,7 @@ class Packed:
       data: The tokenized examples.
       steps_per_epoch: Batches per epoch.
       batch_size: Rows per batch.
+      length: The length of a row.
       truncated: `bool[examples]`, whether an example is truncated.
       unused: `bool[examples]`, whether an example has no target within the length.
       num_truncated: Number of truncated examples.
@@ -95,7 +122,7 @@ class Packed:
     """
 
     def __init__(self, data: Tokenized, *, length: int, batch_size: int, seed: int | None, pack: bool = True):
-        self.data, self._length, self.batch_size, self._seed = data, length, batch_size, seed
+        self.data, self.length, self.batch_size, self._seed = data, length, batch_size, seed
         self._begins = np.cumsum(data.lengths, dtype=np.int64) - data.lengths
         self._sizes = np.minimum(data.lengths - 1, length)
         self.unused = (data.firsts >= data.lengths) | (data.firsts > length)
@@ -133,7 +160,7 @@ class Packed:
         offsets = ends[:-1] - np.repeat(ends[firsts], counts)
         positions = _ranges(sizes)
         sources = np.repeat(self._begins[examples], sizes) + positions
-        targets = np.repeat(np.repeat(np.arange(len(numbers)) * self._length, counts) + offsets, sizes) + positions
+        targets = np.repeat(np.repeat(np.arange(len(numbers)) * self.length, counts) + offsets, sizes) + positions
         tokens, learned = self.data.tokens, self.data.targets[sources + 1]
         values = {
             "tokens": tokens[sources],
@@ -144,7 +171,7 @@ class Packed:
         batch = {}
         for name, value in values.items():
             empty = NO_LABEL if name == "labels" else 0
-            batch[name] = np.full((len(numbers), self._length), empty, np.int32)
+            batch[name] = np.full((len(numbers), self.length), empty, np.int32)
             batch[name].reshape(-1)[targets] = value
         return batch
 
@@ -173,7 +200,7 @@ class Packed:
         """Returns the number of labels of each example; an example's first token is no label."""
         counts = np.zeros(len(self.data), np.int64)
         (full,) = np.nonzero(self.data.lengths)
-        targets, begins = self.data.targets, self._begins[full]
+        targets, begins = self.data.targets[: self.data.lengths.sum()], self._begins[full]
         if len(full):
             counts[full] = np.add.reduceat(targets.view(np.uint8), begins, dtype=np.int64) - targets[begins]
         for number in np.flatnonzero(self.truncated):
@@ -184,7 +211,7 @@ class Packed:
     @property
     def fill(self) -> float:
         """The fraction of an epoch's positions that are not padding."""
-        return float(self._sizes[self._rows.members].sum() / (len(self._rows) * self._length))
+        return float(self._sizes[self._rows.members].sum() / (len(self._rows) * self.length))
 
     def _numbers(self, step: int, rows: slice) -> np.ndarray:
         """Returns the indices of the rows of a batch; -1 for an empty row."""

@@ -58,10 +58,9 @@ def batches(
     seed: int | None,
     pack: bool = True,
     on_bad: OnBad = "error",
-    process_index: int = 0,
     report: Callable[[str], None] = lambda line: None,
 ) -> Packed:
-    """Tokenizes records and packs them into global batches, the same in every process.
+    """Tokenizes records and packs them into global batches of rows, the same in every process.
 
     Args:
       records: From :func:`experiments.input.sources.splits`.
@@ -72,22 +71,34 @@ def batches(
       seed: Random seed of the order. None keeps the order of the records.
       pack: Whether to put several examples into a row.
       on_bad: Whether to raise an error or to skip records that cannot be encoded.
-      process_index: The index of this process among those that share the directory.
       report: Called with lines that describe the batches.
 
     Raises:
       UserError: A record is malformed, tokens cannot be written, or no record has a target.
     """
-    data = tokenize(records, encoder, directory, on_bad=on_bad, process_index=process_index, report=report)
+    data = tokenize(records, encoder, directory, on_bad=on_bad, report=report)
     packed = Packed(data, length=length, batch_size=global_batch, seed=seed, pack=pack)
+    describe(packed, len(records), report)
+    return packed
+
+
+def describe(packed: Packed, records: int, report: Callable[[str], None]) -> None:
+    """Reports what batches contain.
+
+    Args:
+      packed: The batches.
+      records: The number of records in them.
+      report: Called with each line.
+    """
+    data, length = packed.data, packed.length
     notes = [f"{packed.num_truncated:,} truncated to {length:,} tokens"] if packed.num_truncated else []
     notes += [f"{packed.num_unused:,} without a target within {length:,} tokens"] if packed.num_unused else []
-    origin = f" from {len(records):,} records" if len(data) != len(records) else ""
+    origin = f" from {records:,} records" if len(data) != records else ""
     what = ", ".join([f"{len(data):,} examples{origin}", *notes])
     for note, count in data.notes.items():
-        report(f"{count:,} of {len(records):,} records: {note}")
-    report(f"{what}; {packed.steps_per_epoch:,} batches of {global_batch:,} rows per epoch, {packed.fill:.1%} filled")
-    return packed
+        report(f"{count:,} of {records:,} records: {note}")
+    batches = f"{packed.steps_per_epoch:,} batches of {packed.batch_size:,} rows of {length:,} tokens per epoch"
+    report(f"{what}; {batches}, {packed.fill:.1%} filled")
 
 
 def iterate(source: Batches, steps: int, *, rows: slice = slice(None), start: int = 0) -> grain.DatasetIterator[Batch]:

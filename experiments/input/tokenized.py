@@ -5,9 +5,11 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -17,10 +19,12 @@ from experiments.errors import UserError
 from experiments.input.checking import OnBad
 from experiments.input.encoding import Encoded, Encoder
 from experiments.input.sources import Records
+from experiments.user_cache import VARIABLE
 
 _CHUNK = 1024  # records to tokenize at a time
 _FORMAT = 4  # version of the files
 _META = "meta.json"
+_STALE = 86_400  # seconds after which the files of a process that was killed are removed
 _REASONS = 3  # error messages of skipped records to keep
 
 
@@ -52,6 +56,18 @@ class Tokenized:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def of_first(self, records: int) -> "Tokenized":
+        """Returns the examples of the first records."""
+        count = int(np.searchsorted(self.owners, records))
+        skipped = {number: reason for number, reason in self.skipped.items() if number < records}
+        return replace(
+            self,
+            lengths=self.lengths[:count],
+            firsts=self.firsts[:count],
+            owners=self.owners[:count],
+            skipped=skipped,
+        )
+
 
 def tokenize(
     records: Records,
@@ -59,19 +75,18 @@ def tokenize(
     directory: Path,
     *,
     on_bad: OnBad = "error",
-    process_index: int = 0,
     report: Callable[[str], None] = lambda line: None,
 ) -> Tokenized:
     """Tokenizes records, or reads the tokens that the directory already holds.
 
-    Several processes may call it for one directory at the same time. The first to finish provides the files for all.
+    Any number of processes and runs may call it for one directory at the same time. The first to finish provides the
+    files for all.
 
     Args:
       records: The records.
       encoder: The encoder.
       directory: The parent of the files' directory, which is named by a digest of everything that determines them.
       on_bad: Whether to raise an error or to skip records that cannot be encoded.
-      process_index: The index of this process among those that share the directory.
       report: Called with a line about progress if there is work to do.
 
     Raises:
@@ -84,23 +99,37 @@ def tokenize(
     dtypes = _dtypes(encoder.largest)
     if not _is_complete(location, dtypes):
         report(f"tokenizing {len(records):,} records into {location}")
-        unfinished = directory / f".{digest[:16]}-{process_index}"
         try:
-            encoder.notes.clear()
-            skipped = {}
-            chunks = _encode(records, encoder, None if on_bad == "error" else skipped)
-            _write(unfinished, dtypes, chunks, encoder.notes, skipped)
-            _publish(unfinished, location, dtypes)
+            with _unfinished(directory, digest[:16]) as unfinished:
+                encoder.notes.clear()
+                skipped = {}
+                chunks = _encode(records, encoder, None if on_bad == "error" else skipped)
+                _write(unfinished, dtypes, chunks, encoder.notes, skipped)
+                _publish(unfinished, location, dtypes)
         except OSError as error:
-            raise UserError(f"{directory}: cannot write tokens ({error.strerror or error})") from None
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)  # incomplete files after an error
+            reason = error.strerror or error
+            raise UserError(f"{directory}: cannot write tokens ({reason}); {VARIABLE} sets another directory") from None
     arrays = {name: _memory_map(location / f"{name}.bin", dtype) for name, dtype in dtypes.items()}
     meta = json.loads((location / _META).read_text())
     skipped = {int(number): reason for number, reason in meta["skipped"].items()}
     if len(skipped) == len(records):
         raise UserError(f"none of {len(records):,} records can be encoded; the first: {skipped[0]}")
     return Tokenized(**arrays, digest=digest, notes=meta["notes"], skipped=skipped)
+
+
+@contextlib.contextmanager
+def _unfinished(directory: Path, name: str) -> Iterator[Path]:
+    """A directory for the files until they are complete. Those of processes that were killed long ago are removed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for other in directory.glob(f".{name}-*"):
+        with contextlib.suppress(FileNotFoundError):  # another process has finished, or has removed it
+            if time.time() - other.stat().st_mtime > _STALE:
+                shutil.rmtree(other)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=directory))
+    try:
+        yield unfinished
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)  # incomplete files after an error
 
 
 def _memory_map(path: Path, dtype: np.dtype) -> np.ndarray:
@@ -150,8 +179,6 @@ def _write(
     notes: Mapping[str, int],
     skipped: Mapping[int, str],
 ) -> None:
-    shutil.rmtree(location, ignore_errors=True)  # left by a process that was killed
-    location.mkdir(parents=True)
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context((location / f"{name}.bin").open("wb")) for name in dtypes}
         for by_record in chunks:

@@ -82,13 +82,14 @@ def usage(records: Records, findings: Sequence[Findings], packed: Packed) -> lis
     return rows
 
 
-def show(console: Console, splits: Mapping[str, Sequence[Usage]], length: int) -> None:
+def show(console: Console, splits: Mapping[str, Sequence[Usage]], length: int, longest: int = 0) -> None:
     """Prints a table with a row for each file, followed by the reasons for skipping or truncating records.
 
     Args:
       console: The output.
       splits: The usage of each split's files.
       length: Tokens per sequence.
+      longest: The length that would truncate no record.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("data", overflow="fold")
@@ -109,6 +110,8 @@ def show(console: Console, splits: Mapping[str, Sequence[Usage]], length: int) -
     for split, files in splits.items():
         for line in _notes(files, length):
             console.print(f"{split}: {line}", highlight=False, markup=False, soft_wrap=True)
+        if line := _truncation(files, length, longest):
+            console.print(f"{split}: {line}", style="bold yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _short(name: str) -> str:
@@ -130,13 +133,24 @@ def _condense(files: Sequence[Usage]) -> list[Usage]:
 
 
 def _notes(files: Sequence[Usage], length: int) -> list[str]:
-    malformed, unused, truncated = (sum(getattr(row, n) for row in files) for n in ("malformed", "unused", "truncated"))
+    malformed, unused = (sum(getattr(row, name) for row in files) for name in ("malformed", "unused"))
     reasons = [reason for row in files for reason in row.reasons][:_REASONS]
     lines = [f"skipped: {reason}" for reason in reasons]
     if malformed > len(reasons):
         lines.append(f"skipped: {malformed - len(reasons):,} more malformed records")
     if unused:
         lines.append(f"skipped: {unused:,} without a target within {length:,} tokens")
-    if truncated:
-        lines.append(f"truncated: {truncated:,} longer than {length:,} tokens")
     return lines
+
+
+def _truncation(files: Sequence[Usage], length: int, longest: int) -> str | None:
+    """Describes how many records are too long; None if none is."""
+    truncated, unused, records = (
+        sum(getattr(row, name) for row in files) for name in ("truncated", "unused", "records")
+    )
+    hint = f"--length {longest} keeps everything"
+    if truncated:
+        share = f"{truncated:,} of {records:,} records ({truncated / records:.0%})"
+        line = f"warning: {share} are longer than {length:,} tokens and lose their end, which is what they teach"
+        return f"{line}; {hint}" if longest > length else line
+    return f"warning: {hint}" if unused and longest > length else None

@@ -32,7 +32,7 @@ def train(
     total: int,
     *,
     due: set[int],
-    score: float,
+    score: float | None,
     evaluate: Callable[[S], float],
     format_score: Callable[[float], str],
     bar: Bar,
@@ -46,7 +46,7 @@ def train(
       batches: The batches by step.
       total: The total number of steps.
       due: The steps after which the state is evaluated and saved.
-      score: The validation score of the initial state.
+      score: The validation score of the initial state; None if it is not evaluated.
       evaluate: Returns the validation score of a state.
       format_score: Formats a score for printing.
       bar: The progress bar.
@@ -62,7 +62,8 @@ def train(
     """
     with Checkpoints(run.checkpoints, best=run.best, settings=run.settings, say=bar.say) as checkpoints:
         state, content = checkpoints.restore(state)
-        history = History(**content["history"]) if content else History(evaluations=[(0, score)] if due else [])
+        before = [] if score is None else [(0, score)]
+        history = History(**content["history"]) if content else History(evaluations=before)
         start = len(history.losses)
         if start > total:
             raise UserError(

@@ -45,6 +45,27 @@ def adam(
     return tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
 
 
+def published_rate(hidden_size: int, model_type: str, *, full: bool = False) -> float:
+    r"""Returns the learning rate of a published rule: :math:`5 \cdot 10^{-5} \cdot 10 \cdot (2000 / h)^p`.
+
+    Args:
+      hidden_size: The width :math:`h` of the model.
+      model_type: Of `config.json`. The exponent :math:`p` is 0.0775 for Qwen and 0.781 for Llama; the latter also
+        serves for other models.
+      full: Whether for full fine-tuning, which has no factor 10.
+
+    Example:
+      >>> f"{published_rate(576, 'llama'):.2g}, {published_rate(4096, 'qwen3'):.2g}"
+      '0.0013, 0.00047'
+
+    References:
+      Schulman et al., `LoRA Without Regret <https://thinkingmachines.ai/blog/lora/>`_, 2025, and the rule of the Tinker
+      cookbook (`hyperparam_utils`)
+    """
+    exponent = 0.0775 if model_type.startswith("qwen") else 0.781
+    return 5e-5 * (1 if full else 10) * (2000 / hidden_size) ** exponent
+
+
 def learning_rate(
     lr: float, steps: int, *, warmup: float, schedule: Schedule = "linear", floor: float = 0.0, decay: float = 0.1
 ) -> optax.Schedule:

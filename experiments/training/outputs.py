@@ -52,18 +52,17 @@ def exclusive(run: Callable[..., R]) -> Callable[..., R]:
     return locked_run
 
 
-def begin(directory: Path, *patterns: str, fresh: bool, cached: Sequence[str] = ()) -> None:
+def begin(directory: Path, *patterns: str, fresh: bool) -> None:
     """Prepares a run's directory: :func:`clear` if `fresh`, then :func:`claim`.
 
     Args:
       directory: The directory of the run.
       patterns: The names, or glob patterns, of the entries that the run writes.
       fresh: Whether the run starts over.
-      cached: Entries that the run writes once, which a fresh run keeps.
     """
     if fresh:
         clear(directory, *patterns)
-    claim(directory, *patterns, *cached)
+    claim(directory, *patterns)
 
 
 def claim(directory: Path, *patterns: str) -> None:

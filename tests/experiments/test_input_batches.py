@@ -1,7 +1,9 @@
 """Packed batches: every example once, whole and by itself; the same for any number of processes and after a restart."""
 
+import dataclasses
 import doctest
 import json
+import os
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from experiments.errors import UserError
 from experiments.input import packing, pipeline, sources, tokenized
 from experiments.input.encoding import load_encoder
-from experiments.input.packing import Packed, best_fit
+from experiments.input.packing import Packed, best_fit, fit_length
 from experiments.input.pipeline import iterate
 from experiments.input.tokenized import Tokenized, tokenize
 from experiments.models import llama, location
@@ -125,6 +127,19 @@ def test_long_examples_are_cut_and_those_with_nothing_to_learn_left_out():
         Packed(data, length=0, batch_size=2, seed=None)
 
 
+def test_the_length_is_that_of_the_data(few, encoder, tmp_path):
+    data = tokenize(few, encoder, tmp_path)
+    longest = int(data.lengths.max())
+    assert fit_length([data], multiple=8) == -(-(longest - 1) // 8) * 8
+    assert fit_length([data], longest=20) == 20
+    assert Packed(data, length=fit_length([data]), batch_size=2, seed=0).num_truncated == 0
+    part = data.of_first(7)
+    assert part.owners.tolist() == list(range(7)) and fit_length([part, data]) == fit_length([data])
+    packed = Packed(part, length=128, batch_size=1, seed=None, pack=False)
+    assert packed.steps_per_epoch == 7 and packed.labels(6) == np.sum(packed[6]["labels"] != NO_LABEL)
+    assert fit_length([dataclasses.replace(part, lengths=np.array([10_000]))]) == packing.LONGEST
+
+
 @pytest.mark.parametrize("kind", ["packed", "stream"])
 def test_a_batch_does_not_depend_on_processes_or_restarts(data, kind):
     if kind == "packed":
@@ -184,7 +199,7 @@ def test_tokens_are_written_once(tmp_path, few, encoder, monkeypatch):
     assert data.lengths.tolist() == [len(one.tokens) for one in expected]
     assert data.firsts.tolist() == [int(np.argmax(one.targets)) for one in expected]
     assert data.tokens.dtype == np.uint16
-    again = tokenize(few, encoder, tmp_path, process_index=1, report=lines.append)
+    again = tokenize(few, encoder, tmp_path, report=lines.append)
     np.testing.assert_array_equal(again.tokens, data.tokens)
     assert len(lines) == 1
     (directory / "tokens.bin").write_bytes(b"xy")  # damaged: made again
@@ -196,14 +211,23 @@ def test_tokens_are_written_once(tmp_path, few, encoder, monkeypatch):
 def test_processes_that_tokenize_at_once_agree(tmp_path, few, encoder, monkeypatch):
     write = tokenized._write
 
+    killed = [tmp_path / f".{tokenize(few, encoder, tmp_path / 'other').digest[:16]}-{age}" for age in ("old", "new")]
+    for directory in killed:
+        directory.mkdir()
+    os.utime(killed[0], (0, 0))
+    calls = []
+
     def overtaken(directory, *args):
         write(directory, *args)
-        if directory.name.endswith("-1"):
-            tokenize(few, encoder, tmp_path, process_index=0)
+        calls.append(directory)
+        if len(calls) == 1:
+            tokenize(few, encoder, tmp_path)
 
     monkeypatch.setattr(tokenized, "_write", overtaken)
-    data = tokenize(few, encoder, tmp_path, process_index=1)
-    assert len(data) == 50 and len(list(tmp_path.iterdir())) == 1
+    data = tokenize(few, encoder, tmp_path)
+    assert len(data) == 50 and len(set(calls)) == 2
+    assert not killed[0].exists() and killed[1].exists()  # its process may still write
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path, encoder):
@@ -238,8 +262,8 @@ def test_from_records_to_batches(tmp_path, few, encoder):
     lines = []
     packed = pipeline.batches(few, encoder, tmp_path, length=24, global_batch=4, seed=0, report=lines.append)
     assert lines[-1] == (
-        f"50 examples, {packed.num_truncated} truncated to 24 tokens; {packed.steps_per_epoch} batches of 4 rows per "
-        f"epoch, {packed.fill:.1%} filled"
+        f"50 examples, {packed.num_truncated} truncated to 24 tokens; {packed.steps_per_epoch} batches of 4 rows of 24 "
+        f"tokens per epoch, {packed.fill:.1%} filled"
     )
     first = next(iterate(packed, packed.steps_per_epoch))
     tokens, labels = next(examples_of(first))

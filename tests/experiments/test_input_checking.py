@@ -97,7 +97,7 @@ def test_the_table(mixed):
     ]
     for width in (80, 120):
         text = io.StringIO()
-        show(Console(file=text, width=width), {"train": rows, "validation": rows[1:]}, 64)
+        show(Console(file=text, width=width), {"train": rows, "validation": rows[1:]}, 64, 256)
         lines = text.getvalue().splitlines()
         header, train, first, form, second = lines[:5]
         assert header.split() == ["data", "format", "records", "used", "per", "epoch", "truncated", "skipped"]
@@ -112,7 +112,10 @@ def test_the_table(mixed):
             and "train: skipped: 1 more malformed records" in notes
         )
         assert "train: skipped: 1 without a target within 64 tokens" in notes
-        assert "train: truncated: 3 longer than 64 tokens validation: skipped: " in notes
+        assert (
+            "train: warning: 3 of 9 records (33%) are longer than 64 tokens and lose their end, which is what they "
+            "teach; --length 256 keeps everything validation: skipped: " in notes
+        )
 
 
 def test_many_files_in_one_table(tmp_path):

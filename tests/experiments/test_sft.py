@@ -20,7 +20,7 @@ from experiments.training import mesh as meshes
 from experiments.training import record
 from experiments.training.interrupt import Interrupt
 from experiments.training.mesh import MeshSizes
-from tests.experiments.sft_runs import adapters_equal
+from tests.experiments.sft_runs import TINY, adapters_equal
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}> {% generation %}{{ message.content }}{% endgeneration %}"
@@ -214,7 +214,8 @@ def test_data_without_validation(settings, tmp_path, lenient):
 )
 def test_what_a_user_can_put_right(flags, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
-    assert run.main(["sft", "--out", str(tmp_path), "--train-examples", "8", "--samples", "1", *flags]) == 2
+    sizes = ["--length", "128", "--batch.global", "8", "--train-examples", "8"]
+    assert run.main(["sft", *TINY, *sizes, "--out", str(tmp_path), "--samples", "1", *flags]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
 
 

@@ -18,10 +18,10 @@ from experiments.configs.sft import BatchSizes, Config
 from experiments.errors import UserError
 from experiments.models import location
 from experiments.models.chunked_loss import cross_entropy
-from experiments.studies.sft import data, program, study
+from experiments.studies.sft import choices, data, program, study
 from experiments.training import meter, record
 from experiments.training.optimizer import adam, learning_rate
-from tests.experiments.sft_runs import adapters_equal
+from tests.experiments.sft_runs import TINY, adapters_equal
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,7 @@ def settings(tmp_path_factory):
         rows = [{"prompt": f"{name} {i}:", "completion": f" number {i} of {count}"} for i in range(count)]
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Config(
+        model="tiny-llama",
         data=str(directory / "train.jsonl"),
         validation=str(directory / "other.jsonl"),
         out=directory / "out",
@@ -163,6 +164,55 @@ def test_ranks_by_pattern(settings):
         program.abstract(dataclasses.replace(settings, ranks=("attention=3", "query=4")))
 
 
+def test_evaluations_have_a_share_of_the_time(settings, tmp_path, capsys, lenient):
+    config = dataclasses.replace(settings, out=tmp_path, eval_share=0.3, steps=2)
+    console = Console(file=io.StringIO(), width=200)
+    directory = location.find(config.model)
+    read = data.read_data(config, directory, console)
+    assert read.validation_examples == 1 and read.validation.steps_per_epoch == 1
+    assert "an evaluation reads 1 of 4 records, since all evaluations take at most 30%" in console.file.getvalue()
+    assert len(read.records) == 4  # prompts of the samples
+    for share, steps, first, count in ((0.9, 4, False, 4), (0.5, 4, True, 2), (0.1, 2, True, 1)):
+        config = dataclasses.replace(settings, eval_share=share, steps=steps, eval_first=first)
+        assert data.read_data(config, directory, console).validation_examples == count
+    assert data.read_data(config, directory, console, evaluated=3).validation_examples == 3
+    for off in ({"eval_share": 0.0}, {"validation_examples": 0}):
+        read = data.read_data(dataclasses.replace(settings, **off), directory, console)
+        assert read.validation is None and len(read.records) > 0
+
+
+def test_nothing_is_evaluated(settings, tmp_path, lenient):
+    config = dataclasses.replace(settings, out=tmp_path, steps=2, eval_share=0.0)
+    report = study.run(config)
+    assert report.evaluations == [] and len(report.losses) == report.best_step == 2
+    assert study.run(dataclasses.replace(config, eval_share=0.2)) == report
+
+
+def test_the_learning_rate_of_a_model():
+    console = Console(file=io.StringIO(), width=200)
+    llama = {"model_type": "llama", "hidden_size": 576}
+    rates = {lr: choices.choose_rate(Config(lr=lr), llama, console) for lr in (None, "auto", 0.5)}
+    assert rates == {None: 3e-3, "auto": 1.3e-3, 0.5: 0.5}
+    assert choices.choose_rate(Config(model="other"), {"model_type": "qwen3", "hidden_size": 4096}) == 4.7e-4
+    assert choices.choose_rate(Config(model="tiny-gpt2"), {"model_type": "gpt2", "n_embd": 2000}) == 5e-4
+    printed = console.file.getvalue().splitlines()
+    assert printed == [
+        "lr 0.003: the best of short runs of smollm2-135m",
+        "lr 0.0013: the published rule for LoRA on a model of hidden size 576",
+    ]
+
+
+def test_the_length_comes_from_the_data(settings, tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    config = dataclasses.replace(settings, length=None)
+    read = data.read_data(config, location.find(config.model), console, longest=20)
+    assert read.train.length == 20 and "length 20: the longest example has 18 tokens" in console.file.getvalue()
+    config = dataclasses.replace(settings, length=16)
+    data.read_data(config, location.find(config.model), console)
+    assert "train: warning: 8 of 8 records (100%) are longer than 16 tokens" in console.file.getvalue()
+    assert "; --length 17 keeps everything" in console.file.getvalue()
+
+
 def test_a_share_is_held_out(settings, tmp_path, lenient):
     config = dataclasses.replace(settings, out=tmp_path, validation=None, validation_share=0.25, steps=1)
     report = study.run(config)
@@ -251,6 +301,9 @@ def test_a_loss_that_is_not_finite_names_its_cause():
         (["--template", "no.jinja"], "--template no.jinja: no such file"),
         (["--template-arguments", "1"], "--template-arguments: expected a JSON object or NAME=VALUE, got '1'"),
         (["--init-from", "nowhere"], "--init-from nowhere: no such directory"),
+        (["--validation-examples", "-1"], "validation_examples must not be negative or infinite, got -1"),
+        (["--eval-share", "1"], "eval_share must be a fraction, at least 0 and below 1, not 1.0"),
+        (["--eval-share", "0", "--patience", "2"], "patience: eval_share or validation_examples is 0, so nothing is"),
     ],
 )
 def test_what_a_user_can_put_right(flags, message, tmp_path, capsys, monkeypatch):
@@ -258,5 +311,7 @@ def test_what_a_user_can_put_right(flags, message, tmp_path, capsys, monkeypatch
     plain = tmp_path / "plain.jsonl"
     plain.write_text('{"prompt": "a", "completion": " b"}\n')
     flags, message = [flag.replace("PLAIN", str(plain)) for flag in flags], message.replace("PLAIN", str(plain))
-    assert run.main(["sft", "--out", str(tmp_path / "out"), "--train-examples", "8", "--samples", "0", *flags]) == 2
+    sizes = ["--length", "128", "--batch.global", "8", "--train-examples", "8"]
+    tiny = TINY[:2] if "--data" in flags else TINY
+    assert run.main(["sft", *tiny, *sizes, "--out", str(tmp_path / "out"), "--samples", "0", *flags]) == 2
     assert message in " ".join(capsys.readouterr().err.split())

@@ -19,6 +19,7 @@ from experiments.models import checkpoint, families, location, shapes
 from experiments.models.options import Options, Platform
 from experiments.models.weights import map_weights
 from experiments.studies.sft.adapters import LINEAR, check_adapter, has_dropout, make_spec, new_adapter, read_adapter
+from experiments.studies.sft.choices import choose_rate
 from experiments.training import mesh as meshes
 from experiments.training.optimizer import adam
 from lora_jax.quantization import Format, Plan, gathered, shardings
@@ -62,7 +63,7 @@ class Program:
     @property
     def tokens(self) -> int:
         """Number of tokens per step."""
-        return self.config.batch.global_ * self.config.length
+        return self.config.batch.global_ * self.config.row_length
 
     def load(self, directory: Path) -> Any:
         """Loads the base from a checkpoint, each shard directly onto its device."""
@@ -93,7 +94,7 @@ class Program:
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shapes and shardings of a batch."""
-        size = (self.config.batch.global_, self.config.length)
+        size = (self.config.batch.global_, self.config.row_length)
         array = jax.ShapeDtypeStruct(size, jnp.int32, sharding=meshes.batch_sharding(self.mesh))
         return dict.fromkeys(("tokens", "segments", "positions", "labels"), array)
 
@@ -129,16 +130,16 @@ def abstract(
     Raises:
       UserError: The model is unknown, or model, batch and mesh are incompatible.
     """
-    mesh = make_mesh(config, devices)
     description = read_description(config.model)
+    mesh = make_mesh(config, devices)
     family = families.get_family(description)
     shape = family.shape(description)
     _check_heads(config, shape)
     options = model_options(config, platform)
     model = nnx.eval_shape(lambda: family.build(shape, options, rngs=nnx.Rngs(0)))
-    if model.trained_length is not None and config.length > model.trained_length:
+    if model.trained_length is not None and config.row_length > model.trained_length:
         raise UserError(
-            f"length {config.length:,}: {config.model} supports sequences of up to {model.trained_length:,} tokens"
+            f"length {config.row_length:,}: {config.model} supports sequences of up to {model.trained_length:,} tokens"
         )
     apply, base = lora.nnx.functional(model)
     with jax.set_mesh(mesh):
@@ -156,7 +157,7 @@ def abstract(
             delta = new_adapter(config, base, apply, key, tokens)
     delta = with_shardings(delta, lora.delta_shardings(base, delta))
     tx = adam(
-        config.lr,
+        choose_rate(config, description),
         steps,
         warmup=config.warmup,
         clip=config.clip,
@@ -192,10 +193,10 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     """
     mesh = meshes.make_mesh(config.mesh, devices)
     meshes.check_batch(config.batch.global_, config.mesh, "batch.global", accumulate=config.batch.accumulate)
-    if config.mesh.sequence and config.length % config.mesh.tensor:
-        fits = meshes.nearest_fits(config.length, lambda n: n % config.mesh.tensor == 0)
+    if config.mesh.sequence and config.row_length % config.mesh.tensor:
+        fits = meshes.nearest_fits(config.row_length, lambda n: n % config.mesh.tensor == 0)
         raise UserError(
-            f"length {config.length} is not divisible by mesh.tensor {config.mesh.tensor}, which mesh.sequence "
+            f"length {config.row_length} is not divisible by mesh.tensor {config.mesh.tensor}, which mesh.sequence "
             f"requires; the nearest lengths are {' and '.join(map(str, fits))}"
         )
     return mesh
@@ -219,7 +220,7 @@ def model_options(config: Config, platform: Platform | None) -> Options:
     """Returns the options of the model's computation."""
     kernel = config.attention
     if kernel == "auto":
-        kernel = "flash" if (platform or jax.default_backend()) == "tpu" and config.length % 128 == 0 else "xla"
+        kernel = "flash" if (platform or jax.default_backend()) == "tpu" and config.row_length % 128 == 0 else "xla"
     return Options(
         scan=True,
         remat=config.remat,
@@ -296,4 +297,4 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
 
 def _example(config: Config) -> jax.ShapeDtypeStruct:
     """Returns the shape of the tokens with which a model is traced."""
-    return jax.ShapeDtypeStruct((config.batch.global_ // config.batch.accumulate, config.length), jnp.int32)
+    return jax.ShapeDtypeStruct((config.batch.global_ // config.batch.accumulate, config.row_length), jnp.int32)

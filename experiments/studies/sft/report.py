@@ -33,6 +33,7 @@ class Report:
       best_step: The step of the smallest validation loss.
       texts: Tuples (prompt, answer before training, answer after training, reference answer).
       ended: Why training ended early; None if it did not.
+      validation_examples: Number of records that an evaluation read; None in results of earlier versions.
     """
 
     settings: dict[str, Any]
@@ -43,6 +44,7 @@ class Report:
     best_step: int
     texts: list[tuple[str, str, str, str]]
     ended: str | None = None
+    validation_examples: int | None = None
 
     @property
     def history(self) -> History:
@@ -74,13 +76,10 @@ def show(config: Config, report: Report, console: Console) -> None:
             table.add_column(name, overflow="fold", ratio=1)
         table.add_row(*map(Text, texts))
         console.print(table, highlight=False)
-    losses = dict(report.evaluations)
-    if losses:
-        console.print(
-            f"validation loss {losses[0]:.3f} before, {losses[report.best_step]:.3f} at best (step "
-            f"{report.best_step:,} of {len(report.losses):,})",
-            highlight=False,
-        )
+    if losses := dict(report.evaluations):
+        before = f"{losses[0]:.3f} before, " if 0 in losses else ""
+        best = f"{losses[report.best_step]:.3f} at best (step {report.best_step:,} of {len(report.losses):,})"
+        console.print(f"validation loss {before}{best}", highlight=False)
     curves.draw_losses(
         config.out / "loss.png", report.losses, report.evaluations, f"{config.model} on {' and '.join(config.data)}"
     )

@@ -61,7 +61,7 @@ class Writer:
         config = program.config
         self._config, self._mesh, self._tokenizer = config, program.mesh, encoder.tokenizer
         self._ends = read_end_tokens(directory)
-        self.prompts = _prompts(encoder, records, config.samples, min(config.length, _MAX_PROMPT))
+        self.prompts = _prompts(encoder, records, config.samples, min(config.row_length, _MAX_PROMPT))
         # The few prompts are not sharded; only the weights are.
         options = Options(scan=True, dtype=jnp.dtype(config.dtype))
         family, shape = program.family, program.shape

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from experiments.models.flops import step_flops
 from experiments.pretrained.files import open_files
 from experiments.reports.results import write_json
 from experiments.studies.sft import program as programs
-from experiments.studies.sft.data import TOKENS, Data, read_data
+from experiments.studies.sft.choices import choose_rate, longest_sequence
+from experiments.studies.sft.data import Data, read_data
 from experiments.studies.sft.program import Program
 from experiments.studies.sft.recorded import write_run
 from experiments.studies.sft.report import ADAPTER, BEST, PEFT, PEFT_LAST, RESULT, Report, show, show_answers
@@ -68,6 +69,8 @@ _NOT_NUMBERS = (
         "new_tokens",
         "checkpoint_every",
         "log_every",
+        "eval_share",
+        "eval_first",
         "test_examples",
         "methods",
         "fast",
@@ -92,8 +95,11 @@ def run(config: Config) -> Report:
     with processes.first_before_others():
         directory = location.find(config.model)
         if processes.is_first():
-            outputs.begin(config.out, *_WRITTEN, fresh=config.fresh, cached=(TOKENS,))
-    data = read_data(config, directory, console)
+            outputs.begin(config.out, *_WRITTEN, fresh=config.fresh)
+    description = programs.read_description(config.model)
+    config = replace(config, lr=choose_rate(config, description, console))
+    data = read_data(config, directory, console, longest_sequence(description), _evaluated(config.out / RESULT))
+    config = replace(config, length=data.train.length)
     total, due = loop.plan_steps(config.epochs, data.train.steps_per_epoch, config.steps, config.eval_every)
     program = programs.abstract(config, steps=total, max_labels=data.max_labels)
     settings = _settings(config, data, directory)
@@ -134,7 +140,8 @@ def _train(
     before = writer.write(base, state.delta)
     show_answers(writer.prompts, before, console)
     evaluate = _evaluator(program, data.validation)
-    score = evaluate(state)
+    evaluates = data.validation is not None
+    score = evaluate(state) if evaluates and config.eval_first else None
     run = TrainingRun(
         config.out,
         program.mesh,
@@ -154,7 +161,7 @@ def _train(
             state,
             data.train,
             total,
-            due=due if data.validation else set(),
+            due=due if evaluates else set(),
             score=score,
             evaluate=evaluate,
             format_score=lambda loss: f"loss {loss:.3f}, perplexity {np.exp(loss):.1f}",
@@ -163,7 +170,8 @@ def _train(
     after = writer.write(base, state.delta)
     last_step = len(history.losses)
     best, best_step = state, last_step
-    if history.evaluations and min(history.evaluations[1:], key=lambda evaluation: evaluation[1])[0] != last_step:
+    trained = [evaluation for evaluation in history.evaluations if evaluation[0]]
+    if trained and min(trained, key=lambda evaluation: evaluation[1])[0] != last_step:
         with Checkpoints(run.checkpoints, best="min", settings=settings) as checkpoints:
             best, best_step = checkpoints.best(state)
     adapters = {ADAPTER: meshes.gather(state.delta), BEST: meshes.gather(best.delta)}
@@ -177,6 +185,7 @@ def _train(
         best_step=best_step,
         texts=list(zip(prompts.texts, before, after, prompts.answers)),
         ended=run.limits.reached(history) if last_step < total else None,
+        validation_examples=data.validation_examples,
     )
     if processes.is_first():
         for name, delta in adapters.items():
@@ -208,7 +217,7 @@ def _evaluator(program: Program, batches: Packed | None) -> Callable[[lora.Train
 def _costs(config: Config, program: Program, base: Any, delta: Any) -> Costs:
     """Returns the model's FLOPs per token and the devices' peak FLOPs, if they are known."""
     chip = chips.find_chip(jax.devices()[0].device_kind)
-    flops = step_flops(base, delta, program.shape, program.tokens, config.length) / program.tokens
+    flops = step_flops(base, delta, program.shape, program.tokens, config.row_length) / program.tokens
     return Costs(flops, None if chip is None else chip.flops * program.mesh.size)
 
 
@@ -221,6 +230,11 @@ def _settings(config: Config, data: Data, directory: Path) -> dict[str, Any]:
     included = {name: value for name, value in asdict(config).items() if name not in (*_NOT_NUMBERS, *_EXTENDED)}
     files = hashlib.sha256((open_files(directory).read("config.json") or "").encode()).hexdigest()
     return json.loads(json.dumps(included | {"model files": files, "data files": data.digests}, default=str))
+
+
+def _evaluated(path: Path) -> int | None:
+    """Returns the number of validation records of a finished run, which may continue; None without one."""
+    return Report.load(path).validation_examples if path.exists() else None
 
 
 def _read_report(path: Path, settings: dict[str, Any]) -> Report:
