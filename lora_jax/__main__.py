@@ -15,6 +15,7 @@ from lora_jax.io import printable, raise_on_signal, shorten
 PROGRAM = "lora-jax"
 DIFFERENT, WRONG, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
+_ADAPTER = "a directory that PEFT or lora_jax wrote"
 _WIDE = 1000  # the width of tables if the output is not a terminal
 _PROBLEMS = 12  # the number of an adapter's problems that are listed
 
@@ -66,6 +67,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 arguments.out,
                 target=arguments.target,
                 base=arguments.base,
+                dtype=arguments.dtype,
                 force=arguments.force,
                 ignore=arguments.ignore,
                 console=console,
@@ -143,34 +145,39 @@ def _parser() -> argparse.ArgumentParser:
         "With --base every tensor is checked against the checkpoint, and norms are compared with its weights'.",
         "inspect my-adapter --base llama",
     )
-    inspect.add_argument("adapter", metavar="ADAPTER", type=Path, help="a directory that PEFT or lora_jax wrote")
-    inspect.add_argument("--base", type=Path, help="the checkpoint directory to check a PEFT adapter against")
+    inspect.add_argument("adapter", metavar="ADAPTER", type=Path, help=_ADAPTER)
+    inspect.add_argument("--base", type=Path, help="the checkpoint directory to check the adapter against")
 
     merge = add(
         "merge",
         "BASE ADAPTER OUT",
-        "Merges a PEFT adapter into a checkpoint that transformers loads.",
+        "Merges an adapter into a checkpoint that transformers loads.",
         "Sums are computed in float32 and rounded once to the stored dtype; files, shards and dtypes are the base's.",
         "merge llama my-adapter merged",
     )
     merge.add_argument("base", metavar="BASE", type=Path, help="a checkpoint directory: config.json and safetensors")
-    merge.add_argument("adapter", metavar="ADAPTER", type=Path, help="a directory that PEFT wrote")
+    merge.add_argument("adapter", metavar="ADAPTER", type=Path, help=_ADAPTER)
     merge.add_argument("out", metavar="OUT", type=Path, help="the new checkpoint directory")
 
     convert = add(
         "convert",
         "ADAPTER OUT --target TARGET",
-        "Converts a PEFT adapter for another reader.",
+        "Converts an adapter for another reader.",
         "Anything that the reader does not support is an error; uneven scales are folded into B if it has one for all.",
         "convert my-adapter for-vllm --target vllm",
     )
-    convert.add_argument("adapter", metavar="ADAPTER", type=Path, help="a directory that PEFT wrote")
-    convert.add_argument("out", metavar="OUT", type=Path, help="the new adapter directory")
+    convert.add_argument("adapter", metavar="ADAPTER", type=Path, help=f"{_ADAPTER}; or a GGUF file of llama.cpp")
+    convert.add_argument("out", metavar="OUT", type=Path, help="the new adapter directory, or .gguf file")
     convert.add_argument(
         "--target",
         required=True,
-        choices=("peft", "vllm", "gguf", "mlx"),
-        help="vllm and gguf (llama.cpp's converter) support a part of PEFT's format, mlx (mlx-lm) has its own",
+        choices=("peft", "vllm", "gguf", "gguf-file", "mlx"),
+        help="vllm and gguf (llama.cpp's converter) support a part of PEFT's format, mlx (mlx-lm) has its own; "
+        "gguf-file is the file that llama.cpp loads, for which --base may be a directory with config.json alone, or a "
+        "GGUF file",
+    )
+    convert.add_argument(
+        "--dtype", choices=("f32", "f16", "bf16"), help="the type of the factors of a gguf-file; f32 without"
     )
     convert.add_argument(
         "--base",
@@ -189,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
         "equal, bit for bit, 1 if they differ, 2 if one cannot be read.",
         "diff before after",
     )
-    diff.add_argument("adapter", metavar="ADAPTER", type=Path, help="a directory that PEFT or lora_jax wrote")
+    diff.add_argument("adapter", metavar="ADAPTER", type=Path, help=_ADAPTER)
     diff.add_argument("other", metavar="OTHER", type=Path, help="the adapter to compare with")
     for command in (inspect, merge, convert, diff):
         command.add_argument(

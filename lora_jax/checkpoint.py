@@ -2,7 +2,8 @@
 
 An adapter directory contains `adapter.json` and `arrays/`, an Orbax checkpoint. `adapter.json` has the format version;
 for each path the kind, axis roles and other structure, rank and alpha, and the shape and dtype of every array or the
-name of the array that is stored in its place; and digests of the base. :func:`load` reads nothing else.
+name of the array that is stored in its place; and digests of the base. :func:`load` reads nothing else. The
+file may have the weights' names in PyTorch, for the command line.
 
 A later save writes its arrays to a new directory, `arrays-…`, which `adapter.json` names. Replacing this one file
 replaces the adapter: if a process is killed, or several load and save, each reads the old or the new adapter. Other
@@ -33,13 +34,15 @@ from lora_jax.io.files import create_parents, errors_naming, join_names, replace
 from lora_jax.io.locks import lock, match_entries
 from lora_jax.io.read_errors import describe_error, is_read_error, shorten
 from lora_jax.manifest import ARRAYS, FORMAT, MANIFEST, NAME
+from lora_jax.peft.names import Names, check_names
+from lora_jax.peft.stored_names import describe_names, parse_names
 
 _ATTEMPTS = 8  # to load an adapter that other processes replace
 _TEMPORARY = r"(\.orbax-checkpoint-tmp.*)?"
 _UNFINISHED = rf"{ARRAYS}-[0-9a-f]{{32}}{_TEMPORARY}|\.[0-9a-f]{{32}}\.writing\.{re.escape(MANIFEST)}"
 
 
-def save(directory: str | os.PathLike, delta: Delta, *, base: Any = None) -> None:
+def save(directory: str | os.PathLike, delta: Delta, *, base: Any = None, names: Names | None = None) -> None:
     """Saves an adapter atomically: if the process is killed, the directory has the old or the new adapter.
 
     With several processes, only the one that calls this function writes. Gather arrays that span processes first.
@@ -50,6 +53,8 @@ def save(directory: str | os.PathLike, delta: Delta, *, base: Any = None) -> Non
       delta: Adapters with concrete arrays.
       base: The parameters that the delta was trained on. With it a digest of each adapted weight is stored, so that
         :func:`load` detects another base of the same shapes.
+      names: The names of the base's weights in PyTorch, which the command line needs to merge the adapter into a
+        checkpoint, to convert it, and to compare it with adapters of PEFT.
 
     Raises:
       TypeError: The arguments are swapped, or the delta is not a dict of adapters.
@@ -66,7 +71,11 @@ def save(directory: str | os.PathLike, delta: Delta, *, base: Any = None) -> Non
       True
     """
     checks.path("lora.save(directory, delta)", directory)
-    write(directory, *manifest.describe(delta, base))
+    description, arrays = manifest.describe(delta, base)
+    if names is not None:
+        check_names("lora.save(directory, delta, names=names)", names)
+        description[manifest.NAMES] = describe_names(names)
+    write(directory, description, arrays)
 
 
 def write(directory: str | os.PathLike, description: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
@@ -119,6 +128,16 @@ def load(directory: str | os.PathLike, base: Any = None) -> Delta:
     """
     checks.path("lora.load(directory, base)", directory)
     return read(directory, base)[0]
+
+
+def read_names(directory: pathlib.Path) -> Names | None:
+    """Returns the names of the weights in PyTorch; None for an adapter that was saved without them.
+
+    Raises:
+      ValueError: The manifest is damaged.
+    """
+    content = manifest.read(directory).get(manifest.NAMES)
+    return None if content is None else parse_names(str(directory / MANIFEST), content)
 
 
 def read(directory: str | os.PathLike, base: Any) -> tuple[Delta, dict[str, Any], dict[str, jax.Array]]:

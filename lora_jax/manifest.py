@@ -24,7 +24,7 @@ MANIFEST, ARRAYS = "adapter.json", "arrays"
 NAME = rf"{ARRAYS}(-[0-9a-f]{{32}})?"
 """Matches the directory of arrays that a manifest names."""
 
-SAME, STATE = "same_as", "state"
+SAME, STATE, NAMES = "same_as", "state", "names"
 
 
 def describe(delta: Delta, base: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

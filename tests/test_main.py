@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 
 import ml_dtypes
@@ -252,6 +253,70 @@ def test_adapters_of_this_library(run, fails, base, tmp_path):
     ):
         assert "lora_jax.peft.save" in text
     assert "of PEFT, the other of lora_jax" in fails("diff", CASES["llama"].adapter, one)
+
+
+NAMED = ["dora_linear", "experts_two", "llama", "modules_to_save"]
+
+
+def save_named(case, directory):
+    """PEFT's adapter on a JAX model, saved by this library with PyTorch's names."""
+    lora.save(directory, lora.peft.load(case.adapter, case.base, case.names), names=case.names)
+    return directory
+
+
+@pytest.mark.parametrize("fixture", NAMED)
+def test_adapters_of_this_library_with_names(run, fixture, tmp_path):
+    case = FIXTURE[fixture]
+    adapter = save_named(case, tmp_path / "adapter")
+    base = write_base(tmp_path / "base", case.base_tensors, model_config(fixture))
+    for source, out in ((case.adapter, "expected"), (adapter, "merged")):
+        status, _, err = run("merge", base, source, tmp_path / out)
+        assert status == 0, err
+    expected, merged = (read(tmp_path / out / "model.safetensors") for out in ("expected", "merged"))
+    assert merged.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(merged[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
+    status, _, err = run("convert", adapter, tmp_path / "peft", "--target", "peft")
+    assert status == 0, err
+    for one, other in ((case.adapter, adapter), (adapter, tmp_path / "peft")):
+        out, err = run("diff", one, other)[1:]  # the status is 1 if only one of them names a task
+        assert "the same" in out, out + err
+    status, out, _ = run("inspect", adapter)
+    assert status == 0 and "has PyTorch's names of the weights, for merge and convert" in out
+    status, out, _ = run("inspect", adapter, "--base", base)
+    assert status == 0 and f"fits {base}" in out and "a lora_jax adapter" in out
+
+
+def test_what_pytorch_does_not_have(run, fails, base, tmp_path):
+    """The temporary files of a conversion are not in messages."""
+    weights = {"w": np.ones((4, 4), np.float32)}
+    names = lora.peft.Names((lora.peft.Weight("w", "w.weight", lora.peft.LINEAR),))
+    spec = {"w": lora.DoRA(2, axes=("in", "out"), norm_over="out")}
+    import jax
+
+    lora.save(tmp_path / "adapter", lora.init(jax.random.key(0), weights, spec), names=names)
+    assert "PEFT's DoRA has a magnitude for each output" in fails("merge", base, tmp_path / "adapter", tmp_path / "out")
+    lora.save(
+        tmp_path / "adapter",
+        lora.init(jax.random.key(0), weights, {"w": lora.LoRA(2, axes=("in", "out"))}),
+        names=names,
+    )
+    error = fails("merge", base, tmp_path / "adapter", tmp_path / "out")
+    assert "w.lora_A.weight" in error and str(tmp_path / "adapter") in error
+    assert tempfile.gettempdir() not in error.replace(str(tmp_path), "")
+
+
+@pytest.mark.parametrize("names", [[], {}, {"weights": [{"path": "w"}]}, {"weights": [{"path": "w", "name": "{x}"}]}])
+def test_damaged_names(fails, base, tmp_path, names):
+    adapter = native(tmp_path / "adapter")
+    manifest = json.loads((adapter / "adapter.json").read_text())
+    (adapter / "adapter.json").write_text(json.dumps(manifest | {"names": names}))
+    assert "adapter.json: 'names' is not a table of names" in fails("merge", base, adapter, tmp_path / "out")
+
+
+def test_names_of_another_type(tmp_path):
+    with pytest.raises(TypeError, match=r"expected a lora.peft.Names as names"):
+        lora.save(tmp_path / "adapter", lora.checkpoint.load(native(tmp_path / "one")), names={"w": "w.weight"})
 
 
 HEADER = {"format": "lora_jax adapter", "version": 1}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from lora_jax import checkpoint
 from lora_jax.adapters.full import FullAdapter, RowsAdapter
 from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.protocol import Adapter
@@ -24,9 +25,9 @@ from lora_jax.commands.formatting import (
 from lora_jax.commands.inspection import euclidean
 from lora_jax.commands.layout import find_copies, infer_base
 from lora_jax.commands.leaves import leaf_path
-from lora_jax.commands.reading import adapter_directory, is_native, read
+from lora_jax.commands.reading import GGUF, NATIVE, PEFT, adapter_directory, describe_kind, open_peft, read
 from lora_jax.merging import distance, norm
-from lora_jax.peft import keys
+from lora_jax.peft import gguf, keys
 from lora_jax.peft.config import TOKENS
 from lora_jax.peft.opening import read_config
 
@@ -35,12 +36,26 @@ _UNSUPPORTED = f"diff compares adapters of lora_jax and of PEFT's LORA and {TOKE
 
 def diff(one: Path, other: Path, console: Console, progress: Console, *, ignore: Sequence[str] = ()) -> bool:
     """Prints the differences of two adapters; returns whether there are any."""
-    one, other = adapter_directory(one, progress), adapter_directory(other, progress)
-    native = is_native(one), is_native(other)
-    if native[0] != native[1]:
+    one, other = (path if gguf.is_gguf(path) else adapter_directory(path, progress) for path in (one, other))
+    kinds = [describe_kind(path) for path in (one, other)]
+    if GGUF in kinds and kinds != [GGUF, GGUF]:
         raise ValueError(
-            f"{one} and {other}: one is of PEFT, the other of lora_jax, and their weights have different names."
+            f"{one} and {other}: one is a GGUF file, with the names of llama.cpp; lora-jax convert writes the other as "
+            "one (--target gguf-file)."
         )
+    if kinds[0] == kinds[1]:
+        return _diff(one, other, kinds[0], console, progress, ignore)
+    if checkpoint.read_names((one, other)[kinds.index(NATIVE)]) is None:
+        raise ValueError(
+            f"{one} and {other}: one is of PEFT, the other of lora_jax, and their weights have different names; "
+            "lora_jax.save(…, names=names) stores those of PyTorch, for comparisons."
+        )
+    with open_peft(one, "a comparison") as first, open_peft(other, "a comparison") as second:
+        return _diff(first, second, PEFT, console, progress, ignore)
+
+
+def _diff(one: Path, other: Path, kind: str, console: Console, progress: Console, ignore: Sequence[str]) -> bool:
+    """Prints the differences of two adapters of one kind."""
     first, second = (read(directory, ignore, _UNSUPPORTED) for directory in (one, other))
     paths = sorted({*first, *second}, key=natural_order)
     table = make_table("weight", "first", "second", "‖difference‖", "relative")
@@ -50,10 +65,10 @@ def diff(one: Path, other: Path, console: Console, progress: Console, *, ignore:
             x, y = first.get(path), second.get(path)
             if x is None or y is None or not _same(x, y):
                 different += 1
-                table.add_row(format_path(path, native[0]), *_describe(x, y), *_format_distance(x, y))
+                table.add_row(format_path(path, kind == NATIVE), *_describe(x, y), *_format_distance(x, y))
             advance(1)
     further = []
-    if not any(native):
+    if kind == PEFT:
         further += _compare_copies((one, other), (first, second), ignore)
         further += _compare_configs((one, other), {*first, *second})
     if different:

@@ -27,9 +27,18 @@ from lora_jax.commands.formatting import (
 )
 from lora_jax.commands.layout import find_copies
 from lora_jax.commands.leaves import leaf_path
-from lora_jax.commands.reading import adapter_directory, is_native, load_on_checkpoint, open_checkpoint, read
+from lora_jax.commands.reading import (
+    GGUF,
+    NATIVE,
+    adapter_directory,
+    describe_kind,
+    load_on_checkpoint,
+    open_checkpoint,
+    read,
+)
 from lora_jax.merging import norm
 from lora_jax.optim import partition
+from lora_jax.peft import gguf
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.opening import read_config
 from lora_jax.peft.targets import MAX_LORA_RANKS
@@ -42,12 +51,16 @@ def inspect(
     directory: Path, base: Path | None, console: Console, progress: Console, *, ignore: Sequence[str] = ()
 ) -> None:
     """Prints the content of an adapter, and which base it fits."""
-    directory = adapter_directory(directory, progress)
-    native = is_native(directory)
+    if gguf.is_gguf(directory):
+        _check_no_base(directory, base)
+    else:
+        directory = adapter_directory(directory, progress)
+    kind = describe_kind(directory)
+    native = kind == NATIVE and base is None  # on a checkpoint it has the checkpoint's names
     delta, untied = load_on_checkpoint(directory, base, ignore) if base else (read(directory, ignore), {})
     sizes = _sizes(delta, base, {head: table for head, (table, _) in untied.items()}, progress)
-    console.print(f"{directory}: {'a lora_jax' if native else 'a PEFT'} adapter of {summarize_kinds(delta)}")
-    for line in _about_base(directory, base, native, ignore):
+    console.print(f"{directory}: a {kind} adapter of {summarize_kinds(delta)}")
+    for line in _about_base(directory, base, kind, ignore):
         console.print(line)
     for head, (table, why) in untied.items():
         console.print(f"unties {head} from {table}: {why}")
@@ -81,12 +94,24 @@ def inspect(
         console.print(f"ΔW is zero for {format_count(len(unchanged), 'weight')}: {listed}")
 
 
-def _about_base(directory: Path, base: Path | None, native: bool, ignore: Sequence[str]) -> Iterator[str]:
-    if native:
+def _check_no_base(file: Path, base: Path | None) -> None:
+    if base is not None:
+        raise ValueError(
+            f"{file}: a GGUF file is inspected without --base; lora-jax convert --target peft --base checks its fit."
+        )
+
+
+def _about_base(directory: Path, base: Path | None, kind: str, ignore: Sequence[str]) -> Iterator[str]:
+    if kind == GGUF:
+        yield "base: weights of the names and shapes below, in llama.cpp"
+        return
+    if kind == NATIVE:
         weights = read_json(directory / checkpoint.MANIFEST).get("base", {})
         digests = sum(bool(entry.get("sha256")) for entry in weights.values())
         with_digest = f", {digests} of them with a digest" if digests else ""
-        yield f"base: weights of the paths and shapes below{with_digest}"
+        yield f"base: weights of the paths and shapes below{with_digest}" if base is None else f"fits {base}"
+        if checkpoint.read_names(directory) is not None:
+            yield "has PyTorch's names of the weights, for merge and convert"
         return
     config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
     name = config.get("base_model_name_or_path")

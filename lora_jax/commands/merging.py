@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -23,12 +24,12 @@ from lora_jax.commands.reading import (
     MODEL,
     adapter_directory,
     check_directory,
-    check_peft,
     model_config,
     open_checkpoint,
+    open_peft,
 )
 from lora_jax.io.files import replace_directory
-from lora_jax.peft import ties
+from lora_jax.peft import gguf, ties
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.rewriting import rewrite
 from lora_jax.peft.tensor_files import WRITTEN_BY, ownership_test
@@ -47,17 +48,25 @@ def merge(
     console: Console,
     progress: Console,
 ) -> None:
-    """Writes a checkpoint with a PEFT adapter merged into it, with the base's files and dtypes."""
+    """Writes a checkpoint with an adapter merged into it, with the base's files and dtypes."""
     adapter = adapter_directory(adapter, progress)
-    check_peft(adapter, "a merge")
+    if gguf.is_gguf(base):
+        raise ValueError(
+            f"{base}: a merge takes a checkpoint in Hugging Face layout, a directory with config.json and safetensors. "
+            f"For llama.cpp, which applies the adapter to this file unmerged: {_gguf_command(base, adapter)}."
+        )
     check_directory(base)
     copied, omitted = _other_files(base, model_files(base))
     owns = ownership_test({INDEX, *(file.name for file in copied)})
     check_new(out, MODEL, "checkpoint", owns, force, inputs=(base, adapter))
     config = model_config(base)
-    with open_checkpoint(base) as tensors, replace_directory(out, MODEL, what="checkpoint", owns=owns) as fresh:
-        fit = fit_checkpoint(tensors, adapter, config, ignore)
-        delta = peft.load(adapter, fit.base, fit.names, ignore=ignore)
+    with (
+        open_peft(adapter, "a merge") as source,
+        open_checkpoint(base) as tensors,
+        replace_directory(out, MODEL, what="checkpoint", owns=owns) as fresh,
+    ):
+        fit = fit_checkpoint(tensors, source, config, ignore)
+        delta = peft.load(source, fit.base, fit.names, ignore=ignore)
         heads = [(table, head) for head, (table, _) in fit.untied.items()]
         ties.check_shared(delta, [*_untied_copies(tensors, config, delta), *heads], tensors, config)
         ties.share_rows(delta, tensors, config)
@@ -127,6 +136,12 @@ def merge(
         console.print(f"enlarged: {name} to {shape[0]:,} rows, with the same vocab_size in {MODEL}")
     if omitted:
         console.print(f"not copied: {abbreviate(omitted)}")
+
+
+def _gguf_command(base: Path, adapter: Path) -> str:
+    return shlex.join(
+        ["lora-jax", "convert", str(adapter), "adapter.gguf", "--target", "gguf-file", "--base", str(base)]
+    )
 
 
 def _set_vocabulary(directory: Path, config: dict[str, Any], larger: dict[str, tuple[int, ...]]) -> dict[str, Any]:

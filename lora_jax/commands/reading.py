@@ -1,6 +1,7 @@
 """Reads the commands' inputs: adapters of this library and of PEFT, checkpoints in Hugging Face layout."""
 
 import contextlib
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ from lora_jax import checkpoint, peft
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.commands.fitting import fit_checkpoint
 from lora_jax.commands.layout import infer_base
+from lora_jax.peft import gguf
 from lora_jax.peft.config import CONFIG
 from lora_jax.peft.methods import method_in
 from lora_jax.peft.opening import find_adapter, single_file
+from lora_jax.peft.saving import write_adapter
 from lora_jax.peft.tensors import (
+    INDEX,
+    WEIGHTS,
     Tensors,
     check_index,
     describe_missing,
@@ -24,6 +29,8 @@ from lora_jax.peft.tensors import (
 )
 
 MODEL = "config.json"
+NATIVE, PEFT, GGUF = "lora_jax", "PEFT", "GGUF"
+"""The kinds of adapters."""
 
 
 def adapter_directory(directory: Path, console: Console) -> Path:
@@ -43,16 +50,18 @@ def adapter_directory(directory: Path, console: Console) -> Path:
 
 
 def read(directory: Path, ignore: Sequence[str] = (), otherwise: str = "give --base") -> dict[str, Adapter]:
-    """Reads an adapter of this library or of PEFT; PEFT's gets PyTorch's names and orientation.
+    """Reads an adapter of this library, of PEFT or of llama.cpp; the others' have their own names and orientation.
 
     Args:
-      directory: The adapter's directory.
+      directory: The adapter's directory, or a GGUF file.
       ignore: Tensors to ignore.
       otherwise: What the user can do if the adapter does not define the shapes of its weights.
 
     Raises:
       ValueError: The directory has no adapter, or a damaged one.
     """
+    if gguf.is_gguf(directory):
+        return dict(gguf.read_delta(directory))
     if is_native(directory):
         return checkpoint.load(directory)
     check_shapes(directory, otherwise)
@@ -76,19 +85,45 @@ def load_on_checkpoint(
     Raises:
       ValueError: It is not an adapter of PEFT, is damaged, or does not fit.
     """
-    check_peft(directory, "its fit")
-    with open_checkpoint(base) as tensors:
-        fit = fit_checkpoint(tensors, directory, model_config(base), ignore)
-        return peft.load(directory, fit.base, fit.names, ignore=ignore), fit.untied
+    with open_peft(directory, "its fit") as source, open_checkpoint(base) as tensors:
+        fit = fit_checkpoint(tensors, source, model_config(base), ignore)
+        return peft.load(source, fit.base, fit.names, ignore=ignore), fit.untied
 
 
-def check_peft(directory: Path, task: str) -> None:
-    """Raises `ValueError` unless an adapter is one of PEFT."""
-    if is_native(directory):
+@contextlib.contextmanager
+def open_peft(directory: Path, task: str) -> Iterator[Path]:
+    """Yields an adapter as a directory of PEFT: this one, or a temporary one for an adapter of this library.
+
+    Args:
+      directory: The adapter's directory.
+      task: What needs PyTorch's names, for messages.
+
+    Raises:
+      ValueError: The adapter is of this library, and was saved without the names of its weights in PyTorch, or PEFT
+        cannot represent it.
+    """
+    if not is_native(directory):
+        yield directory
+        return
+    names = checkpoint.read_names(directory)
+    if names is None:
         raise ValueError(
-            f"{directory}: {task} takes a PEFT adapter; this one of lora_jax has the paths of a JAX model, and "
-            "lora_jax.peft.save(…, names) writes it for PyTorch."
+            f"{directory}: {task} needs PyTorch's names of the weights, and this adapter of lora_jax was saved without "
+            "them: save it by lora_jax.save(…, names=names), or for PyTorch by lora_jax.peft.save(…, names)."
         )
+    delta = checkpoint.load(directory)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / directory.name
+        try:
+            write_adapter(path, delta, names, "peft")
+            yield path
+        except ValueError as error:  # the path in messages is the user's
+            raise ValueError(str(error).replace(str(path), str(directory))) from None
+
+
+def has_weights(base: Path) -> bool:
+    """Whether a directory has the weights of a checkpoint."""
+    return (base / WEIGHTS).exists() or (base / INDEX).exists()
 
 
 def is_native(directory: Path) -> bool:
@@ -108,6 +143,15 @@ def is_native(directory: Path) -> bool:
     raise ValueError(
         f"{directory}: not an adapter (it has neither {CONFIG} nor {checkpoint.MANIFEST}){pickle_hint(directory)}."
     )
+
+
+def describe_kind(directory: Path) -> str:
+    """Returns the kind of an adapter.
+
+    Raises:
+      ValueError: The path has no adapter.
+    """
+    return GGUF if gguf.is_gguf(directory) else NATIVE if is_native(directory) else PEFT
 
 
 @contextlib.contextmanager

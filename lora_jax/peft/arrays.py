@@ -44,4 +44,4 @@ def fold_scale(module: Module[np.ndarray], factor: float) -> Module[np.ndarray]:
     if factor == 1.0:
         return module
     scaled = {part: multiply(module.tensors[part], factor) for part in ("b", "b_bias") if part in module.tensors}
-    return dataclasses.replace(replace_tensors(module, **scaled), scale=module.scale / factor)
+    return dataclasses.replace(replace_tensors(module, **scaled), scale=module.scale / factor if factor else 1.0)

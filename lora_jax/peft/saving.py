@@ -17,6 +17,7 @@ from lora_jax.peft.methods import method_of, save_method
 from lora_jax.peft.modules_to_save import complete
 from lora_jax.peft.names import Names, check_names
 from lora_jax.peft.targets import TARGETS
+from lora_jax.peft.torch_adapter import TorchAdapter
 
 
 def save(
@@ -96,9 +97,27 @@ def write_adapter(
     adapter = export(delta, names)
     experts.fuse(adapter, names)
     complete(adapter, names, base, task_type if target == "peft" else None, modules_to_save)
-    if target != "peft" and not any("b_bias" in m.tensors and m.tensors["b_bias"].any() for m in adapter.modules):
-        adapter.modules = [replace_tensors(module, b_bias=None) for module in adapter.modules]
+    write_torch_adapter(directory, adapter, target, base_model=base_model, task_type=task_type)
+
+
+def write_torch_adapter(
+    directory: Path,
+    adapter: TorchAdapter,
+    target: str,
+    *,
+    base_model: str | None = None,
+    task_type: str | None = None,
+) -> None:
+    """Writes an adapter in PyTorch's terms; raises `ValueError` for everything that the reader does not support."""
+    if target != "peft":
+        drop_zero_biases(adapter)
     problems = [*adapter.problems, *TARGETS[target].refuse(adapter)]
     if problems:
         raise ValueError(f"The delta cannot be written for {TARGETS[target].reader} {list_problems(problems)}")
     TARGETS[target].write(directory, adapter, base_model, task_type)
+
+
+def drop_zero_biases(adapter: TorchAdapter) -> None:
+    """Removes the biases on B if all of them are zero: PEFT has them on all modules or on none."""
+    if not any("b_bias" in module.tensors and module.tensors["b_bias"].any() for module in adapter.modules):
+        adapter.modules = [replace_tensors(module, b_bias=None) for module in adapter.modules]

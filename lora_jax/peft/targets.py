@@ -16,6 +16,7 @@ from lora_jax.peft import keys
 from lora_jax.peft.arrays import fold_scale, pad_module
 from lora_jax.peft.config import CONFIG, Config, exact_pattern
 from lora_jax.peft.keys import ADAPTER
+from lora_jax.peft.llama_cpp import common_alpha, complete_experts, round_alpha
 from lora_jax.peft.mlx_experts import stack_experts
 from lora_jax.peft.module import Module
 from lora_jax.peft.tensor_files import ownership_test, write_tensors
@@ -97,9 +98,9 @@ def _refuse_for_vllm(adapter: TorchAdapter) -> list[str]:
     return problems
 
 
-def _refuse_for_gguf(adapter: TorchAdapter) -> list[str]:
+def refuse_for_gguf(adapter: TorchAdapter, kinds: Sequence[str] = ("linear", "conv1d", "embedding")) -> list[str]:
     """llama.cpp looks up the factors of a tied head under the embedding's name, and transposes them."""
-    problems = _refuse_others("llama.cpp", ("linear", "conv1d", "embedding"))(adapter)
+    problems = _refuse_others("llama.cpp", kinds)(adapter)
     tied = [module.label for module in adapter.modules if module.tied]
     return problems + [
         f"{label}: llama.cpp supports no factors of a head that is the embedding (tied)" for label in tied
@@ -129,26 +130,26 @@ def _write_vllm(directory: Path, adapter: TorchAdapter, base_model: str | None, 
     modules = _equalize_scales(adapter.modules)
     rank = max(module.rank for module in modules)
     adapter = dataclasses.replace(adapter, modules=[pad_module(module, rank) for module in modules])
-    alpha = _round_alpha(adapter.modules[0].scale * rank, rank)
+    alpha = round_alpha(adapter.modules[0].scale * rank, rank)
     _write(directory, adapter, Config(**_common_fields(adapter, base_model, task_type), r=rank, lora_alpha=alpha))
     least = min(n for n in MAX_LORA_RANKS if n >= rank)
     print(f"vLLM needs max_lora_rank of at least {least} for this adapter of rank {rank}.")
 
 
 def _write_gguf(directory: Path, adapter: TorchAdapter, base_model: str | None, task_type: str | None) -> None:
-    """llama.cpp has one alpha for all modules, and divides it by the rank of each module's B."""
-    alphas = [_round_alpha(module.scale * module.rank, module.rank) for module in adapter.modules]
-    alpha = alphas[0]
-    modules = adapter.modules
-    if any(other != alpha for other in alphas):
-        alpha = collections.Counter(alphas).most_common(1)[0][0]
-        modules = [m if a == alpha else fold_scale(m, m.scale * m.rank / alpha) for m, a in zip(modules, alphas)]
+    """llama.cpp's converter ignores patterns, rsLoRA, and the orientation of GPT-2's weights."""
+    alpha, modules = common_alpha(complete_experts(adapter.modules, adapter.tensors))
     adapter = dataclasses.replace(adapter, modules=modules)
     ranks = collections.Counter(module.rank for module in modules)
     rank = ranks.most_common(1)[0][0]
     pattern = {exact_pattern(m.label): m.rank for m in modules if m.rank != rank}
     fields = _common_fields(adapter, base_model, task_type)
     _write(directory, adapter, Config(**fields, r=rank, lora_alpha=alpha, rank_pattern=pattern))
+    if any(module.kind == "conv1d" for module in modules):
+        print(
+            "llama.cpp's converter exchanges A and B of GPT-2's modules, and llama.cpp does not load its file; "
+            "lora-jax convert --target gguf-file writes one that it loads."
+        )
 
 
 def _write_mlx(directory: Path, adapter: TorchAdapter, base_model: str | None, task_type: str | None) -> None:
@@ -186,7 +187,7 @@ def _write_mlx(directory: Path, adapter: TorchAdapter, base_model: str | None, t
 TARGETS = {
     "peft": Target("PEFT", _refuse_for_peft, _write_peft),
     "vllm": Target("vLLM", _refuse_for_vllm, _write_vllm),
-    "gguf": Target("llama.cpp (gguf)", _refuse_for_gguf, _write_gguf),
+    "gguf": Target("llama.cpp (gguf)", refuse_for_gguf, _write_gguf),
     "mlx": Target("mlx-lm", _refuse_for_mlx, _write_mlx),
 }
 
@@ -202,8 +203,8 @@ def _scales(modules: Sequence[Module[np.ndarray]], ranks: dict[str, int]) -> dic
     """The fields r, alpha and their patterns, for the rank and scale of each module."""
     if not modules:
         return {}
-    plain = {m.label: _round_alpha(m.scale * m.rank, m.rank) for m in modules}
-    rooted = {m.label: _round_alpha(m.scale * math.sqrt(m.rank), math.sqrt(m.rank)) for m in modules}
+    plain = {m.label: round_alpha(m.scale * m.rank, m.rank) for m in modules}
+    rooted = {m.label: round_alpha(m.scale * math.sqrt(m.rank), math.sqrt(m.rank)) for m in modules}
     # rsLoRA if only that makes every alpha an integer, as users choose them.
     use_rslora = all(map(_is_integer, rooted.values())) and not all(map(_is_integer, plain.values()))
     alphas = rooted if use_rslora else plain
@@ -215,15 +216,6 @@ def _scales(modules: Sequence[Module[np.ndarray]], ranks: dict[str, int]) -> dic
         "rank_pattern": {exact_pattern(label): r for label, r in ranks.items() if r != rank},
         "alpha_pattern": {exact_pattern(label): a for label, a in alphas.items() if a != alpha},
     }
-
-
-def _round_alpha(alpha: float, divisor: float) -> float:
-    """Returns the alpha with the fewest digits that gives the same float32 scale."""
-    for digits in range(1, 10):
-        short = float(f"{alpha:.{digits}g}")
-        if np.float32(short / divisor) == np.float32(alpha / divisor):
-            return int(short) if short.is_integer() else short
-    return alpha
 
 
 def _is_integer(value: float) -> bool:
