@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax import contrib
+from quantized_bases import quantize
 
 import lora_jax as lora
 
@@ -36,6 +37,10 @@ def quantized():
     return lora.quantize(floats(), {"w": lora.NF4(axes=("in", "out"))})
 
 
+def in_blocks_of_a_file():
+    return quantize(quantize(floats(), {"w": lora.Q4_1(axes=("in", "out"))}), {"v": lora.Q4_K(axes=("in", "out"))})
+
+
 def on_mesh():
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     return jax.device_put(floats(), NamedSharding(mesh, PartitionSpec("fsdp", "tensor")))
@@ -56,7 +61,7 @@ def injected():
     return optax.inject_hyperparams(optax.adamw)(learning_rate=0.01, weight_decay=0.1)
 
 
-@pytest.mark.parametrize("base", [floats, quantized, on_mesh])
+@pytest.mark.parametrize("base", [floats, quantized, in_blocks_of_a_file, on_mesh])
 @pytest.mark.parametrize(
     "make", [injected, lambda: lora.optimizer(optax.noisy_sgd(0.1, key=jax.random.key(3)))], ids=["adamw", "noisy_sgd"]
 )

@@ -215,6 +215,7 @@ class Quantized:
         first, *more = (by_axis.pop(axis) for axis in self.blocked)
         count = shard_count(first, mesh)
         is_whole = math.prod(self.sizes) % (self.format.block * count) == 0 and self.sizes[0] % count == 0
+        is_whole |= count == 1
         entries = list(by_axis.values())
         block_entry = first if is_whole and not any(more) else None
         codes_entries = list(entries)

@@ -111,7 +111,8 @@ def _check_shards(leaf: Quantized, sharding: NamedSharding) -> None:
         )
     part = math.prod(sharding.shard_shape(leaf.shape)[axis] for axis in leaf.blocked)
     fitting = math.gcd(part, leaf.format.block)
-    hint = f"; block={fitting} fits" if fitting >= 2 and fitting % 2 == 0 else ""
+    can_choose = any(field.name == "block" for field in dataclasses.fields(leaf.format))
+    hint = f"; block={fitting} fits" if can_choose and fitting >= 2 and fitting % 2 == 0 else ""
     raise ValueError(
         f"each shard of a weight of shape {leaf.shape} under {sharding.spec} has {part} weights for an output, "
         f"which is not a multiple of the block of {leaf.format.block}{hint}. Or shard another axis."

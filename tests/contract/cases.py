@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from quantized_bases import FORMATS, quantize
 
 import lora_jax as lora
 from contract.layers import LAYERS
@@ -64,8 +65,8 @@ SOME = (
 )
 """A layer of each form that a use of a weight may have."""
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "NF4": jnp.float32}
-"""Of everything in a case; in NF4 the adapted weights are quantized, and everything else is float32."""
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16} | dict.fromkeys(FORMATS, jnp.float32)
+"""Of everything in a case; with a format the adapted weights are quantized, and everything else is float32."""
 
 TRANSFORMATIONS = ("plain", "jit", "grad", "jvp", "vmap", "scan", "remat", "pmap", "shard_map")
 
@@ -171,12 +172,12 @@ def build_layer(layer: str, dtype: str) -> tuple[Callable, Any, tuple]:
 def build(layer: str, recipe: str, dtype: str) -> Case:
     definition = LAYERS[layer]
     fn, base, args = build_layer(layer, dtype)
-    if dtype == "NF4":
+    if dtype in FORMATS:
         rules = {
-            f"^{path}$": lora.NF4(block=4, axes=axes if definition.merged else None)
+            f"^{path}$": dataclasses.replace(FORMATS[dtype], axes=axes if definition.merged else None)
             for path, axes in definition.axes.items()
         }
-        base = lora.quantize(base, rules, fn, *args)
+        base = quantize(base, rules, fn, *args)
     # Where a custom derivative rule hides the product, the trace tells no roles and the user gives them.
     spec = {
         f"^{path}$": RECIPES[recipe](axes=axes if definition.merged else None) for path, axes in definition.axes.items()

@@ -1,12 +1,14 @@
 """A quantized leaf as a pytree: shapes, slices, prints, damage."""
 
 import dataclasses
+import pickle
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from quantized_bases import FORMATS, quantize
 
 import lora_jax as lora
 from lora_jax.quantization.scales import Scales
@@ -30,14 +32,14 @@ def make(name, form=None):
     queues = {role: iter(sizes) for role, sizes in SIZES.items()}
     shape = tuple(next(queues[role]) for role in AXES[name])
     weight = jax.random.normal(jax.random.key(len(name)), shape)
-    form = form or lora.NF4(block=8, axes=AXES[name])
-    return weight, lora.quantize({"w": weight}, {"w": form})["w"]
+    form = dataclasses.replace(form or lora.NF4(block=8), axes=AXES[name])
+    return weight, quantize({"w": weight}, {"w": form})["w"]
 
 
-@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("form", [lora.Int8(8, False), lora.Int8(8, True), lora.Q8_0()], ids=str)
 @pytest.mark.parametrize("name", AXES)
-def test_a_leaf_has_the_shape_and_nearly_the_values_of_its_weight(name, double):
-    weight, leaf = make(name, lora.Int8(block=8, double=double, axes=AXES[name]))
+def test_a_leaf_has_the_shape_and_nearly_the_values_of_its_weight(name, form):
+    weight, leaf = make(name, form)
     assert (leaf.shape, leaf.ndim, leaf.size, leaf.dtype) == (weight.shape, weight.ndim, weight.size, weight.dtype)
     values = leaf.dequantize()
     assert (values.shape, values.dtype) == (weight.shape, weight.dtype)
@@ -45,10 +47,11 @@ def test_a_leaf_has_the_shape_and_nearly_the_values_of_its_weight(name, double):
     np.testing.assert_array_equal(np.asarray(leaf), values)
 
 
+@pytest.mark.parametrize("form", [lora.NF4(8), lora.Q8_0(), lora.Q4_0(), lora.Q4_1()], ids=lambda form: form.name)
 @pytest.mark.parametrize("name", ["layers", "experts"])
-def test_layers_and_experts_have_blocks_and_scales_of_their_own(name):
-    weight, leaf = make(name)
-    form = lora.NF4(block=8, axes=AXES[name])
+def test_layers_and_experts_have_blocks_and_scales_of_their_own(name, form):
+    weight, leaf = make(name, form)
+    form = dataclasses.replace(form, axes=AXES[name])
     changed = lora.quantize({"w": weight.at[0].multiply(100.0)}, {"w": form})["w"]
     for one, other in zip(jax.tree.leaves(leaf), jax.tree.leaves(changed)):
         np.testing.assert_array_equal(one[1:], other[1:])
@@ -63,8 +66,9 @@ def test_layers_and_experts_have_blocks_and_scales_of_their_own(name):
     )
 
 
-def test_leaves_stack():
-    weight, leaf = make("kernel")
+@pytest.mark.parametrize("form", FORMATS)
+def test_leaves_stack(form):
+    weight, leaf = make("kernel", FORMATS[form])
     both = jax.tree.map(lambda *arrays: jnp.stack(arrays), leaf, leaf)
     assert both.shape == (2, *weight.shape)
     np.testing.assert_array_equal(both.dequantize()[1], leaf.dequantize())
@@ -78,9 +82,21 @@ def test_what_padding_costs_is_in_the_bits():
     assert f"{padded.bits:.3f} bits" in repr(padded)
 
 
-def test_a_leaf_prints_its_format_shape_dtype_and_bits():
-    _, leaf = make("layers")
-    assert repr(leaf) == f"NF4[3, 24, 6](dtype=float32, block=8, double, {leaf.bits:.3f} bits)"
+@pytest.mark.parametrize(
+    "form, text",
+    [
+        (None, "NF4[3, 24, 6](dtype=float32, block=8, double, {:.3f} bits)"),
+        (lora.Q4_1(), "Q4_1[3, 24, 6](dtype=float32, block=32, {:.3f} bits)"),
+        (lora.Q4_K(), "Q4_K[3, 24, 6](dtype=float32, block=256, {:.3f} bits)"),
+    ],
+    ids=str,
+)
+def test_a_leaf_prints_its_format_shape_dtype_and_bits(form, text):
+    _, leaf = make("layers", form)
+    assert repr(leaf) == text.format(leaf.bits)
+    again = pickle.loads(pickle.dumps(leaf))
+    assert jax.tree.structure(again) == jax.tree.structure(leaf)
+    np.testing.assert_array_equal(again.dequantize(), leaf.dequantize())
     mask = jax.tree.map(lambda _: False, leaf)
     assert "False" in repr(mask)
 
@@ -113,6 +129,14 @@ def test_arrays_that_were_cast_are_told():
         dataclasses.replace(leaf, codes=leaf.codes.astype(jnp.int32)).dequantize()
 
 
+def test_cut_blocks_of_a_file_are_told():
+    _, leaf = make("kernel", lora.Q4_K())
+    with pytest.raises(ValueError, match=r"in Q4_K\(.*: its arrays do not fit .* codes \(143, 6\); .* \(144, 6\)"):
+        dataclasses.replace(leaf, codes=leaf.codes[:-1]).dequantize()
+    with pytest.raises(ValueError, match="its arrays are int32; expected uint8"):
+        dataclasses.replace(leaf, codes=leaf.codes.astype(jnp.int32)).dequantize()
+
+
 def test_any_codes_are_some_weight():
     """Every byte is two codes, so that a flipped bit is another weight of the block's size, never NaN."""
     _, leaf = make("kernel")
@@ -136,8 +160,9 @@ def test_the_mean_of_scales_does_not_depend_on_their_order():
     np.testing.assert_allclose(one, np.asarray(scales, np.float64).mean(), rtol=3e-7)
 
 
-def test_orbax_keeps_a_leaf(tmp_path):
-    _, leaf = make("layers")
+@pytest.mark.parametrize("form", FORMATS)
+def test_orbax_keeps_a_leaf(tmp_path, form):
+    _, leaf = make("layers", FORMATS[form])
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "base", {"w": leaf})
         checkpointer.wait_until_finished()

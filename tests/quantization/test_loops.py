@@ -1,5 +1,6 @@
 """A quantized weight is dequantized where it is used: no loop, and no unrolled model, holds all weights as floats."""
 
+import dataclasses
 import re
 
 import jax
@@ -9,6 +10,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from quantized_bases import FORMATS, quantize
 
 import lora_jax as lora
 
@@ -40,6 +42,11 @@ def convolutions(params, x):
 FLOATS = [jax.random.normal(jax.random.key(i), (WIDTH, WIDTH)) / 16 for i in range(LAYERS)]
 BASE = lora.quantize(FLOATS, {"": lora.NF4(axes=("in", "out"))})
 PLAIN = lora.dequantize(BASE)
+STORED = {
+    name: quantize(FLOATS, {"": dataclasses.replace(form, axes=("in", "out"))})
+    for name, form in FORMATS.items()
+    if name != "NF4"
+}
 
 
 def problem(recipe, fn=model, x=X):
@@ -113,6 +120,13 @@ def test_of_every_kind_of_adapter(recipe):
         assert temporaries(loops(adapted)[name], BASE, delta, X) < 3, name
 
 
+@pytest.mark.parametrize("form", STORED)
+def test_of_every_format(form):
+    adapted, delta = problem("LoRA")
+    for name in ("fori_loop", "accumulated gradient"):
+        assert temporaries(loops(adapted)[name], STORED[form], delta, X) < 3, name
+
+
 def test_of_convolutions():
     x = X.reshape(1, 8, WIDTH // 2)
     delta = {}
@@ -129,11 +143,17 @@ def test_of_a_training_step_that_accumulates():
     assert temporaries(lambda state, x: step(state, x), state, x) < 3
 
 
-@pytest.mark.parametrize("loop", ["one call", "fori_loop", "while_loop", "nested"])
-def test_values_are_those_of_the_dequantized_weights_to_the_bit(loop):
+@pytest.mark.parametrize(
+    "loop, form",
+    [
+        *((loop, "NF4") for loop in ("one call", "fori_loop", "while_loop", "nested")),
+        *(("fori_loop", f) for f in STORED),
+    ],
+)
+def test_values_are_those_of_the_dequantized_weights_to_the_bit(loop, form):
     adapted, delta = problem("LoRA")
-    function = jax.jit(loops(adapted)[loop])
-    np.testing.assert_array_equal(function(BASE, delta, X), function(PLAIN, delta, X))
+    function, base = jax.jit(loops(adapted)[loop]), STORED.get(form, BASE)
+    np.testing.assert_array_equal(function(base, delta, X), function(lora.dequantize(base), delta, X))
 
 
 def test_gradients_are_those_of_the_dequantized_weights():
@@ -163,9 +183,18 @@ def collectives(function, *args):
     return {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in names}
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("divided", ["batch", "out", "in"])
-def test_a_mesh_has_no_more_collectives(kind, divided):
+@pytest.mark.parametrize(
+    "kind, divided, form",
+    [
+        *((kind, divided, lora.NF4(32)) for kind in ("Auto", "Explicit") for divided in ("batch", "out", "in")),
+        ("Auto", "in", lora.Q4_1()),
+        ("Explicit", "in", lora.Q8_0()),
+        ("Auto", "out", lora.Q4_0()),
+        ("Explicit", "out", lora.Q4_K()),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_a_mesh_has_no_more_collectives(kind, divided, form):
     mesh = jax.make_mesh((4,), ("m",), axis_types=(getattr(jax.sharding.AxisType, kind),), devices=jax.devices()[:4])
     adapted, delta = problem("LoRA")
 
@@ -175,7 +204,7 @@ def test_a_mesh_has_no_more_collectives(kind, divided):
     weight, batch = {"batch": (P(), P("m")), "out": (P(None, "m"), P()), "in": (P("m"), P(None, "m"))}[divided]
     with jax.set_mesh(mesh):
         placed = jax.device_put(PLAIN[:1], NamedSharding(mesh, weight))
-        base = lora.quantize(placed, {"": lora.NF4(32, axes=("in", "out"))})
+        base = quantize(placed, {"": dataclasses.replace(form, axes=("in", "out"))})
         x = jax.device_put(X, NamedSharding(mesh, batch))
         adapted, delta = lora.adapt(fn), {"0": delta["0"]}
         ours, plain = collectives(adapted, base, delta, x), collectives(adapted, placed, delta, x)

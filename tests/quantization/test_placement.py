@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from quantized_bases import quantize
 
 import lora_jax as lora
-from lora_jax.quantization import encoding
+from lora_jax.quantization import encoding, from_gguf, shardings
 
 FORM = lora.NF4(axes=("in", "out"))
 WEIGHT = jax.random.normal(jax.random.key(0), (512, 256)) / 20
@@ -30,7 +31,7 @@ def whole():
 
 
 def placed(mesh, spec, weight=WEIGHT, form=FORM):
-    return lora.quantize({"w": jax.device_put(weight, NamedSharding(mesh, spec))}, {"w": form})["w"]
+    return quantize({"w": jax.device_put(weight, NamedSharding(mesh, spec))}, {"w": form})["w"]
 
 
 def assert_same(one, other):
@@ -59,6 +60,19 @@ def test_a_sharded_weight_has_the_codes_of_the_whole_one_on_its_devices(mesh, wh
     np.testing.assert_array_equal(values(leaf), values(whole))
 
 
+@pytest.mark.parametrize("form", [lora.Q8_0, lora.Q4_0, lora.Q4_1, lora.Q4_K])
+def test_blocks_of_a_file_are_sharded_like_the_weight(mesh, form):
+    roles = ("in", "out")
+    whole = quantize({"w": WEIGHT}, {"w": form(axes=roles)})["w"]
+    for spec in (P("n", "m"), P(None, ("m", "n"))):  # of Q4_K's blocks there are two along the in axis
+        leaf = placed(mesh, spec, form=form(axes=roles))
+        assert_same(leaf, whole)
+        assert [array.sharding.spec for array in jax.tree.leaves(leaf)] == [spec]
+        np.testing.assert_array_equal(jax.jit(lambda leaf: leaf.dequantize())(leaf), whole.dequantize())
+        read = from_gguf(np.asarray(whole.codes).T, form().name)
+        assert_same(jax.device_put(read, shardings(read, NamedSharding(mesh, spec))), whole)
+
+
 def test_weights_of_a_kind_on_a_mesh_are_quantized_by_one_function(mesh):
     placed(mesh, P(None, "n"))
     before = encoding._compiled.cache_info()
@@ -75,6 +89,17 @@ def test_shards_that_are_no_whole_blocks_are_told_with_the_block_that_fits(mesh)
         placed(mesh, P("m", "n"), WEIGHT[:96])
     leaf = placed(mesh, P("m", "n"), WEIGHT[:96], lora.NF4(8, axes=("in", "out")))
     assert leaf.codes.sharding.spec == P("m", "n")
+    with pytest.raises(ValueError, match=r"24 weights .* not a multiple of the block of 32. Or shard another axis"):
+        placed(mesh, P("m", "n"), WEIGHT[:96], lora.Q4_1(axes=("in", "out")))
+    with pytest.raises(ValueError, match=r"128 weights .* not a multiple of the block of 256. Or shard another axis"):
+        placed(mesh, P("m", "n"), WEIGHT, lora.Q4_K(axes=("in", "out")))
+
+
+def test_an_axis_of_one_device_divides_no_blocks():
+    mesh = jax.make_mesh((8, 1), ("m", "n"), axis_types=(AxisType.Auto,) * 2)
+    leaf = placed(mesh, P("n", "m"), WEIGHT[:96], lora.NF4(axes=("in", "out")))  # of 64 and a part
+    assert leaf.codes.sharding.spec == P("n", "m")
+    np.testing.assert_allclose(leaf.dequantize(), WEIGHT[:96], atol=0.05)
 
 
 def test_several_blocked_axes_are_divided_along_the_first(mesh):
@@ -98,10 +123,20 @@ def test_shapes_get_shardings_too(mesh):
     assert [array.sharding.spec for array in jax.tree.leaves(leaf)] == [P(None, "m"), P(None, "m"), P("m"), P()]
 
 
-@pytest.mark.parametrize("spec", [P("m", None), P(None, "m"), P("n", "m")], ids=str)
-def test_meshes_with_explicit_axes(whole, spec):
-    mesh = mesh_of(AxisType.Explicit)
-    leaf = placed(mesh, spec)
+@pytest.mark.parametrize(
+    "spec, form",
+    [
+        *((spec, FORM) for spec in (P("m", None), P(None, "m"), P("n", "m"))),
+        (P("m", None), lora.Q8_0(axes=("in", "out"))),
+        (P(None, "m"), lora.Q4_0(axes=("in", "out"))),
+        (P("m", "n"), lora.Q4_1(axes=("in", "out"))),
+        (P("n", "m"), lora.Q4_K(axes=("in", "out"))),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_meshes_with_explicit_axes(spec, form):
+    mesh, whole = mesh_of(AxisType.Explicit), quantize({"w": WEIGHT}, {"w": form})["w"]
+    leaf = placed(mesh, spec, form=form)
     assert_same(leaf, whole)
     out = NamedSharding(mesh, P(None, spec[1]))
     fn = lambda base, x: jnp.tanh(jnp.dot(x, base["w"], out_sharding=out))  # noqa: E731
@@ -126,19 +161,23 @@ def sharded(mesh, spec, inner, before=lambda w: w):
 
 
 @pytest.mark.parametrize(
-    "spec, inner, before, whole_first",
+    "spec, inner, before, whole_first, form",
     [
-        (P("m", None), lambda x, w: jax.lax.psum(x @ w, "m"), lambda w: w, False),
-        (P(None, "m"), lambda x, w: x @ w, lambda w: w, False),
-        (P("m", "n"), lambda x, w: jax.lax.psum(x @ w, "m"), lambda w: w.astype(jnp.float32), False),
-        (P(("m", "n"), None), lambda x, w: jax.lax.psum(x @ w, ("m", "n")), lambda w: w, False),
-        (P("m", None), lambda x, w: jax.lax.psum(x @ w, "m"), lambda w: w * 2.0, True),
+        (P("m", None), lambda x, w: jax.lax.psum(x @ w, "m"), lambda w: w, False, lora.NF4()),
+        (P(None, "m"), lambda x, w: x @ w, lambda w: w, False, lora.NF4()),
+        (P("m", "n"), lambda x, w: jax.lax.psum(x @ w, "m"), lambda w: w.astype(jnp.float32), False, lora.NF4()),
+        (P(("m", "n"), None), lambda x, w: jax.lax.psum(x @ w, ("m", "n")), lambda w: w, False, lora.NF4()),
+        (P("m", None), lambda x, w: jax.lax.psum(x @ w, "m"), lambda w: w * 2.0, True, lora.NF4()),
+        (P("m", None), lambda x, w: jax.lax.psum(x @ w, "m"), lambda w: w, False, lora.Q8_0()),
+        (P(("m", "n"), None), lambda x, w: jax.lax.psum(x @ w, ("m", "n")), lambda w: w, False, lora.Q4_1()),
+        (P("n", "m"), lambda x, w: jax.lax.psum(x @ w, "n"), lambda w: w, False, lora.Q4_K()),
+        (P("m", None), lambda x, w: jax.lax.psum(x @ w, "m"), lambda w: w, True, lora.Q4_K()),
     ],
-    ids=["in", "out", "both", "in_both", "scaled_before"],
+    ids=["in", "out", "both", "in_both", "scaled_before", "in_Q8_0", "in_both_Q4_1", "both_Q4_K", "cut_Q4_K"],
 )
-def test_shards_of_codes_in_shard_map(mesh, spec, inner, before, whole_first):
+def test_shards_of_codes_in_shard_map(mesh, spec, inner, before, whole_first, form):
     fn = sharded(mesh, spec, inner, before)
-    base = lora.quantize({"w": WEIGHT}, {"w": lora.NF4()}, fn, X)
+    base = quantize({"w": WEIGHT}, {"w": form}, fn, X)
     delta = lora.init(jax.random.key(0), base, {"w": lora.LoRA(4, init="orthogonal")}, fn, X)
     adapted = lora.adapt(fn)
     train, frozen = lora.partition(jax.tree.map(lambda leaf: leaf + 0.05, delta))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quantized_bases import FORMATS, quantize
 
 import lora_jax as lora
 from lora_jax.initializers import EVA, LoftQ, PiSSA
@@ -32,11 +33,11 @@ def error(base, delta, floats, path="up"):
     return float(jnp.linalg.norm(lora.merge(base, delta)[path] - floats[path]))
 
 
-@pytest.mark.parametrize("iterations", [1, 3])
-def test_loftq_makes_a_quantized_base_and_factors_nearer_to_the_weight(floats, base, iterations):
-    spec = {"up": lora.LoRA(8, alpha=16, init=LoftQ(FORM, iterations))}
+@pytest.mark.parametrize("form, iterations", [(FORM, 1), (FORM, 3), (lora.Q4_0(), 1), (lora.Q4_1(), 1)], ids=str)
+def test_loftq_makes_a_quantized_base_and_factors_nearer_to_the_weight(floats, form, iterations):
+    spec, base = {"up": lora.LoRA(8, alpha=16, init=LoftQ(form, iterations))}, lora.quantize(floats, {"": form}, fn, X)
     moved, delta = lora.prepare(jax.random.key(0), floats, spec, fn, [X])
-    assert moved["up"].format == FORM and moved["down"] is floats["down"]
+    assert moved["up"].format == form and moved["down"] is floats["down"]
     assert error(moved, delta, floats) < 0.9 * error(base, {}, floats)
     out = lora.adapt(fn)(moved, delta, X)
     np.testing.assert_allclose(out, fn(lora.merge(moved, delta), X), rtol=1e-4, atol=1e-3)
@@ -45,6 +46,11 @@ def test_loftq_makes_a_quantized_base_and_factors_nearer_to_the_weight(floats, b
 def test_loftq_over_a_quantized_base_says_that_it_comes_too_late(base):
     with pytest.raises(ValueError, match="'up': LoftQ compensates for the error of quantization, and this"):
         lora.prepare(jax.random.key(0), base, {"up": lora.LoRA(8, init=LoftQ(FORM))}, fn, [X])
+
+
+def test_loftq_refuses_formats_that_are_only_read(floats):
+    with pytest.raises(ValueError, match="'up': Q6_K is read from files only; weights cannot be quantized into it"):
+        lora.prepare(jax.random.key(0), floats, {"up": lora.LoRA(8, init=LoftQ(lora.Q6_K()))}, fn, [X])
 
 
 def test_loftq_wants_a_format_and_not_its_class():
@@ -60,10 +66,13 @@ def test_pissa_before_quantizing_leaves_a_smaller_error_than_quantizing_alone(fl
     assert error(small, delta, floats) < error(base, {}, floats)
 
 
-@pytest.mark.parametrize("init", ["pissa", PiSSA(niter=4), "olora"], ids=str)
-def test_inits_that_move_a_part_of_a_quantized_weight_quantize_the_rest_again(base, init):
+@pytest.mark.parametrize(
+    "form, init", [(FORM, "pissa"), (FORM, PiSSA(niter=4)), (FORM, "olora"), (lora.Q4_1(), "pissa")], ids=str
+)
+def test_inits_that_move_a_part_of_a_quantized_weight_quantize_the_rest_again(floats, form, init):
+    base = lora.quantize(floats, {"": form}, fn, X)
     moved, delta = lora.prepare(jax.random.key(0), base, {"up": lora.LoRA(8, init=init)}, fn, [X])
-    assert is_quantized(moved["up"]) and moved["up"].format == FORM and moved["down"] is base["down"]
+    assert is_quantized(moved["up"]) and moved["up"].format == form and moved["down"] is base["down"]
     before, after = base["up"].dequantize(), lora.merge(moved, delta)["up"]
     rounding = jnp.linalg.norm(moved["up"].dequantize()) * 0.12
     assert 0 < jnp.linalg.norm(after - before) < rounding
@@ -116,13 +125,15 @@ def test_merge_gives_floats_everywhere(base):
     np.testing.assert_array_equal(restored["up"], base["up"].dequantize())
 
 
-def test_merge_quantized_states_what_rounding_took(base):
+@pytest.mark.parametrize("form", [FORM, lora.Q8_0(), lora.Q4_0(), lora.Q4_1()], ids=lambda form: form.name)
+def test_merge_quantized_states_what_rounding_took(form, floats):
+    base = lora.quantize(floats, {"": form}, fn, X)
     delta = lora.init(jax.random.key(0), base, {"": lora.LoRA(4)}, fn, X)
     train, frozen = lora.partition(delta)
     small = lora.join(jax.tree.map(lambda leaf: leaf + 1e-3, train), frozen)
     large = lora.join(jax.tree.map(lambda leaf: leaf + 1.0, train), frozen)
     merged, errors = merge_quantized(base, small)
-    assert merged["up"].format == FORM and set(errors) == {"up", "down"}
+    assert merged["up"].format == form and set(errors) == {"up", "down"}
     exact = lora.merge(base, small)["up"]
     lost = jnp.linalg.norm(merged["up"].dequantize() - exact)
     np.testing.assert_allclose(errors["up"].weight, lost / jnp.linalg.norm(exact), rtol=1e-5)
@@ -142,11 +153,14 @@ def test_merge_quantized_merges_other_weights_as_merge_does(floats, base):
         merge_quantized(mixed, {"upp": delta["up"]})
 
 
-def test_a_saved_adapter_knows_its_quantized_base(base, floats, tmp_path):
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_saved_adapter_knows_its_quantized_base(form, floats, tmp_path):
+    form = FORMATS[form]
+    base = quantize(floats, {"": form}, fn, X)
     delta = lora.init(jax.random.key(0), base, {"": lora.LoRA(4)}, fn, X)
     lora.save(tmp_path / "adapter", delta, base=base)
     lora.load(tmp_path / "adapter", base)
-    other = lora.quantize({"up": floats["up"] * 2, "down": floats["down"]}, {"": FORM}, fn, X)
+    other = quantize({"up": floats["up"] * 2, "down": floats["down"]}, {"": form}, fn, X)
     with pytest.raises(ValueError, match="up"):
         lora.load(tmp_path / "adapter", other)
 

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quantized_bases import FORMATS, quantize
 
 import lora_jax as lora
 
 FORM = lora.NF4(block=16)
+STORED = {name: form for name, form in FORMATS.items() if name != "NF4"}
 WIDTH = 64
 
 
@@ -50,10 +52,10 @@ RECIPES = {
 FUNCTIONS = {"unrolled": (layers, UNROLLED), "scanned": (scanned, STACKED)}
 
 
-def build(function, recipe, *, some=""):
+def build(function, recipe, *, form=FORM, some=""):
     """The function, the quantized base, and a loss of the trained leaves, which are moved from their start."""
     fn, base = FUNCTIONS[function]
-    base = lora.quantize(base, {"": FORM}, fn, X)
+    base = quantize(base, {"": form}, fn, X)
     delta = lora.init(jax.random.key(0), base, {some: RECIPES[recipe]}, fn, X)
     train, frozen = lora.partition(delta)
     train = jax.tree.map(lambda leaf: leaf + 0.05 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), train)
@@ -71,20 +73,26 @@ def weight_sized(tree):
     return [leaf.shape for leaf in floats if leaf.size >= WIDTH * 96]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_gradients_are_those_through_the_dequantized_weights(function, recipe):
-    base, train, loss = build(function, recipe)
+CASES = [(function, recipe, "NF4") for function in FUNCTIONS for recipe in RECIPES]
+
+
+@pytest.mark.parametrize(
+    "function, recipe, form", [*CASES, *(("scanned", "DoRA_norm_gradient", form) for form in STORED)]
+)
+def test_gradients_are_those_through_the_dequantized_weights(function, recipe, form):
+    base, train, loss = build(function, recipe, form=STORED.get(form, FORM))
     gradients = jax.jit(jax.grad(loss))(train, base)
     expected = jax.jit(jax.grad(loss))(train, lora.dequantize(base))
     for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected)):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * float(jnp.abs(other).max()))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_no_float_of_a_weight_s_size_waits_for_the_backward_pass(function, recipe):
-    base, train, loss = build(function, recipe)
+@pytest.mark.parametrize(
+    "function, recipe, form",
+    [*CASES, *((function, recipe, form) for function in FUNCTIONS for recipe in ("LoRA", "DoRA") for form in STORED)],
+)
+def test_no_float_of_a_weight_s_size_waits_for_the_backward_pass(function, recipe, form):
+    base, train, loss = build(function, recipe, form=STORED.get(form, FORM))
 
     def residuals(base):
         return jax.eval_shape(lambda train: jax.vjp(lambda train: loss(train, base), train)[1], train)
@@ -94,13 +102,17 @@ def test_no_float_of_a_weight_s_size_waits_for_the_backward_pass(function, recip
         assert weight_sized(residuals(lora.dequantize(base))) != []
 
 
-@pytest.mark.parametrize("some", ["", "up"], ids=["all_adapted", "some_adapted"])
-def test_each_pass_dequantizes_for_itself(some):
+@pytest.mark.parametrize(
+    "form, some",
+    [(FORM, ""), (FORM, "up"), (lora.Q4_0(), ""), (lora.Q4_1(), "")],
+    ids=["NF4_all_adapted", "NF4_some_adapted", "Q4_0", "Q4_1"],
+)
+def test_each_pass_dequantizes_for_itself(form, some):
     """What is lowered for a TPU dequantizes once a weight and pass, between two barriers, and again behind a third.
 
     (That XLA keeps to it was seen in a compile. On a CPU a region is a branch of a conditional: test_loops.py.)
     """
-    base, train, loss = build("unrolled", "LoRA", some=some)
+    base, train, loss = build("unrolled", "LoRA", form=form, some=some)
 
     def counts(function):
         text = jax.jit(function).trace(train, base).lower(lowering_platforms=("tpu",)).as_text()
@@ -111,8 +123,9 @@ def test_each_pass_dequantizes_for_itself(some):
     assert counts(jax.grad(loss)) == (4 + 3, 2 * 4 + 3 * 3)
 
 
-def test_the_compiled_step_holds_fewer_bytes_than_with_weights_dequantized_before_it():
-    base, train, loss = build("scanned", "LoRA")
+@pytest.mark.parametrize("form", [FORM, *STORED.values()], ids=["NF4", *STORED])
+def test_the_compiled_step_holds_fewer_bytes_than_with_weights_dequantized_before_it(form):
+    base, train, loss = build("scanned", "LoRA", form=form)
 
     def temporaries(step):
         return jax.jit(jax.grad(step)).lower(train, base).compile().memory_analysis().temp_size_in_bytes
@@ -198,10 +211,14 @@ LOOKUPS = {
 }
 
 
-@pytest.mark.parametrize("name", LOOKUPS)
-def test_rows_of_a_quantized_table_are_looked_up_by_their_codes(name):
+LOOKUP_CASES = [(name, "NF4") for name in LOOKUPS]
+LOOKUP_CASES += [(name, form) for name in ("past the end", "filled with zeros") for form in STORED]
+
+
+@pytest.mark.parametrize("name, form", LOOKUP_CASES)
+def test_rows_of_a_quantized_table_are_looked_up_by_their_codes(name, form):
     fn = lambda base: LOOKUPS[name](base["table"])  # noqa: E731
-    base = lora.quantize({"table": normal(0, 10, WIDTH)}, {"table": FORM}, fn)
+    base = quantize({"table": normal(0, 10, WIDTH)}, {"table": STORED.get(form, FORM)}, fn)
     delta = lora.init(jax.random.key(0), base, {"table": lora.LoRA(2)}, fn)
     adapted = lora.adapt(fn)
     np.testing.assert_array_equal(adapted(base, {}), fn(lora.dequantize(base)))
@@ -226,8 +243,18 @@ def test_other_lookups_are_right_too(name, fn):
     np.testing.assert_allclose(lora.adapt(fn)(base, {}), fn(lora.dequantize(base)), rtol=3e-7)
 
 
-@pytest.mark.parametrize("use", ["slice", "index", "dynamic_index", "gather"])
-def test_one_layer_of_a_stack_is_a_slice_of_codes(use):
+@pytest.mark.parametrize(
+    "use, form",
+    [
+        *((use, FORM) for use in ("slice", "index", "dynamic_index", "gather")),
+        ("slice", lora.Q8_0()),
+        ("index", lora.Q4_0()),
+        ("dynamic_index", lora.Q4_1()),
+        ("gather", lora.Q4_K()),
+    ],
+    ids=str,
+)
+def test_one_layer_of_a_stack_is_a_slice_of_codes(use, form):
     parts = {
         "slice": lambda w: w[1:2].reshape(WIDTH, WIDTH),
         "index": lambda w: w[1],
@@ -235,7 +262,8 @@ def test_one_layer_of_a_stack_is_a_slice_of_codes(use):
         "gather": lambda w: jnp.take(w, IDS[0, 0], axis=0),
     }
     fn = lambda base, x: jnp.tanh(x @ parts[use](base["w"]))  # noqa: E731
-    base = lora.quantize({"w": normal(3, 4, WIDTH, WIDTH)}, {"w": lora.NF4(16, axes=("batch", "in", "out"))})
+    axes = ("batch", "in", "out")
+    base = quantize({"w": normal(3, 4, WIDTH, WIDTH)}, {"w": dataclasses.replace(form, axes=axes)})
     delta = lora.init(
         jax.random.key(0), base, {"w": lora.LoRA(2, init="orthogonal", axes=("batch", "in", "out"))}, fn, X
     )

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from quantized_bases import quantize
 
 import lora_jax as lora
 from lora_jax import paths
@@ -131,7 +132,7 @@ def model(layout: Layout | None = None, mesh: Mesh | None = None, *, remat: bool
 
 def started(mix: str = "LoRA_Full", form: Any = None) -> tuple[Any, Any]:
     """The base, in a format, and a delta of it that changes something."""
-    base = BASE if form is None else lora.quantize(BASE, {"layers": form}, model(), X)
+    base = BASE if form is None else quantize(BASE, {"layers": form}, model(), X)
     delta = lora.init(jax.random.key(0), base, MIXES[mix], model(), X)
     if mix == "biases":
         delta = {path: dataclasses.replace(node, bias=node.b[..., 0, :]) for path, node in delta.items()}

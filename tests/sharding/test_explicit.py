@@ -33,6 +33,7 @@ NEEDED = {  # by the base's own products: FSDP's layers, the tokens before up an
 CASES = {
     "all": ("all", "LoRA_Full", None),
     "all_NF4": ("all", "LoRA_Full", lora.NF4(8)),
+    "all_Q4_0": ("all", "LoRA_Full", lora.Q4_0()),
     "all_recipes": ("all", "DoRA_VeRA_Full", None),
     "all_blocks": ("all", "blocks_LoKr_IA3", None),
     "all_biases": ("all", "biases", None),

@@ -1,11 +1,14 @@
 """FSDP over a quantized base: where a weight is used its codes are gathered, and floats are made of them there."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from quantized_bases import quantize
 
 import lora_jax as lora
 from lora_jax.quantization import gathered, shardings
@@ -25,22 +28,22 @@ from sharding.problem import (
     trained,
 )
 
-FORM = lora.NF4(8)
+FORM, SMALL = lora.NF4(8), lora.NF4(4)
 MESHES = {"fsdp": three(1, 8, 1), "all": three(2, 2, 2)}
 U = P.UNCONSTRAINED
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_a_step_gathers_codes_and_is_the_step_of_one_device(name):
+@pytest.mark.parametrize("name, form", [*((name, FORM) for name in MESHES), ("all", lora.Q4_1())])
+def test_a_step_gathers_codes_and_is_the_step_of_one_device(name, form):
     layout = MESHES[name]
     mesh = layout.mesh()
-    base, delta, x = placed(layout, mesh, *started(form=FORM))
+    base, delta, x = placed(layout, mesh, *started(form=form))
     got = trained(model(layout, mesh), gathered(base, "fsdp"), delta, x)
-    assert_same(got, alone(form=FORM))
+    assert_same(got, alone(form=form))
     assert_at_home(got.state, layout, mesh)
     layer = WIDTH * HIDDEN // layout.sizes["tensor"]
     moved = [one for one in collectives(got.text) if one.moves and RANK not in one.shape]
-    codes = [one for one in moved if one.dtype == "u8" and one.size == layer // 2]
+    codes = [one for one in moved if one.dtype == "u8" and one.size == layer // form.block * form.block_bytes]
     # Each of the two weights for its product, and again for the gradient of the product's input.
     assert len(codes) == 4, moved
     assert not any(one.once for one in codes), "layers are gathered before the loop over them"
@@ -55,9 +58,10 @@ def mesh():
     return jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
 
-def leaf_on(mesh, spec):
+def leaf_on(mesh, spec, form=SMALL):
     weight = jax.device_put(WEIGHT, NamedSharding(mesh, spec))
-    return gathered(lora.quantize({"w": weight}, {"w": lora.NF4(4, axes=("batch", "in", "out"))}), "fsdp")["w"]
+    form = dataclasses.replace(form, axes=("batch", "in", "out"))
+    return gathered(quantize({"w": weight}, {"w": form}), "fsdp")["w"]
 
 
 def test_what_is_said_of_each_axis(mesh):
@@ -88,16 +92,18 @@ def test_dequantized_outside_of_a_function_it_stays_divided(mesh):
 
 
 @pytest.mark.parametrize(
-    "spec, moved",
+    "spec, form, moved",
     [
-        (P(None, "fsdp", None), {("u8", (64, 64)), ("u8", (32, 64))}),
-        (P(None, None, "fsdp"), {("u8", (64, 64)), ("u8", (32, 64)), ("f32", (8,))}),
-        (P(None, None, ("tensor", "fsdp")), {("u8", (64, 32)), ("u8", (32, 32)), ("f32", (4,))}),
+        (P(None, "fsdp", None), lora.NF4(4), {("u8", (64, 64)), ("u8", (32, 64))}),
+        (P(None, None, "fsdp"), lora.NF4(4), {("u8", (64, 64)), ("u8", (32, 64)), ("f32", (8,))}),
+        (P(None, None, ("tensor", "fsdp")), lora.NF4(4), {("u8", (64, 32)), ("u8", (32, 32)), ("f32", (4,))}),
+        (P(None, "fsdp", None), lora.Q4_1(), {("u8", (80, 64))}),
+        (P(None, None, ("tensor", "fsdp")), lora.Q4_K(), {("u8", (144, 32))}),
     ],
-    ids=["in", "out", "out_both"],
+    ids=["in", "out", "out_both", "in_Q4_1", "out_both_Q4_K"],
 )
-def test_scales_come_with_their_codes(mesh, spec, moved):
-    leaf = leaf_on(mesh, spec)
+def test_scales_come_with_their_codes(mesh, spec, form, moved):
+    leaf = leaf_on(mesh, spec, form)
     x = jax.device_put(X[:, :1], NamedSharding(mesh, P("fsdp")))
     fn = lora.adapt(lambda base, x: jax.lax.scan(lambda x, w: (x, x @ w), x, base["w"])[1])
     compiled = jax.jit(fn).lower({"w": leaf}, {}, x).compile()

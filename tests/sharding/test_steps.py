@@ -57,8 +57,14 @@ def check_traffic(transfers: list[Collective], layout: Layout) -> None:
 
 @pytest.mark.parametrize(
     "name, form",
-    [*((name, None) for name in MESHES), *((name, lora.NF4(8)) for name in ("fsdp", "tensor", "all"))],
-    ids=lambda value: value if isinstance(value, str) else "float32" if value is None else "NF4",
+    [
+        *((name, None) for name in MESHES),
+        *((name, lora.NF4(8)) for name in ("fsdp", "tensor", "all")),
+        # Of shards in blocks of 32 there are no more than two along the axes of this model.
+        *(("all", form) for form in (lora.Q8_0(), lora.Q4_1())),
+        ("data", lora.Q4_K()),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "float32" if value is None else value.name,
 )
 def test_a_sharded_step_is_the_step_of_one_device(name, form):
     layout = MESHES[name]

@@ -84,8 +84,10 @@ def gather(interpreter: Evaluator, equation: jaxprs.Equation, values: list[Any])
         )
 
         def take(array):
-            # A row out of range gets its filling, zero or NaN, through its scales.
-            fill = filling if jnp.issubdtype(array.dtype, jnp.inexact) else 0
+            # A row out of range gets its filling, zero or NaN, through its scales. Scales may be in the bytes of its
+            # codes: all bits are set in a NaN.
+            is_float, is_nan = jnp.issubdtype(array.dtype, jnp.inexact), filling is not None and np.isnan(filling)
+            fill = filling if is_float else jnp.iinfo(array.dtype).max if is_nan else 0
             return look_up(Factor(array, (label, *fresh(weight, array.ndim - 1))), fill).array
 
         through_scales = filling is None or filling == 0 or np.isnan(filling)
