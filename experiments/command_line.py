@@ -7,22 +7,15 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 
-import jax
-
 from experiments import configs, flags, pods, startup
-from experiments.errors import Preempted, UserError
-from experiments.training import processes
-from experiments.training.interrupt import terminable
+from experiments.errors import UserError
 
 _PROGRAM = "python -m experiments.run"
-_LOST = 76
 _CONFIGS = "configs, with minutes on 2 CPU cores:"
 _SUMMARY = 29  # the column at which summaries begin
 _PODS = "configs for several chips (experiments/pods/README.md):"
-_CACHE = Path("~/.cache/lora_jax/compiled")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -42,51 +35,20 @@ def main(args: Sequence[str] | None = None) -> int:
     if name == "--list":
         print(listing())
         return 0
-    status, joined = 0, False
     try:
-        module = find_config(name)
-        config = flags.parse(module.DEFAULTS, f"{_PROGRAM} {name}", rest)
-        keep_compiled()
-        joined = getattr(config, "distributed", False)
-        with processes.distributed() if joined else terminable():
-            importlib.import_module(config.STUDY).run(config)
-    except UserError as error:
-        status = _report(2, f"error: {error}")
-    except BrokenPipeError:
-        raise  # startup.run handles a closed standard output
-    except OSError as error:  # such as a full disk or a read-only directory
-        message = f"{error.filename or 'input or output'}: {error.strerror}" if error.strerror else str(error)
-        status = _report(2, f"error: {message}")
+        config = flags.parse(find_config(name).DEFAULTS, f"{_PROGRAM} {name}", rest)
+        if hasattr(config, "CHECK"):
+            importlib.import_module(config.CHECK).check(config)
+        from experiments import execution  # takes seconds, since it imports JAX
+
+        return execution.execute(config)
     except SystemExit as stop:  # from --help, or from flags that do not parse
         return stop.code if isinstance(stop.code, int) else 2
-    except Preempted as error:
-        status = _report(startup.PREEMPTED, f"preempted {error}; the same command resumes")
-    except processes.LostProcess as error:
-        status = _report(_LOST, f"error: {error}; restart all processes to resume")
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except BaseException as error:
+        status = startup.report(error)
+        if status is None:
             raise
-        status = _report(
-            2,
-            f"error: out of memory ({str(error).strip().splitlines()[0]}); use a smaller batch, more devices or more "
-            "rematerialization; experiments.compile_for_pod computes the memory of a step",
-        )
-    except KeyboardInterrupt:
-        status = _report(startup.INTERRUPTED, "interrupted: the same command resumes")
-    if joined and status:
-        processes.end(status)
-    return status
-
-
-def keep_compiled() -> None:
-    """Enables JAX's persistent compilation cache, in the user's cache directory unless one is configured."""
-    if jax.config.jax_compilation_cache_dir is None:  # pyrefly: ignore[missing-attribute]
-        jax.config.update("jax_compilation_cache_dir", str(_CACHE.expanduser()))
-
-
-def _report(status: int, line: str) -> int:
-    print(line, file=sys.stderr)
-    return status
+        return status
 
 
 def usage() -> str:
@@ -137,10 +99,13 @@ def find_config(name: str) -> ModuleType:
     Raises:
       UserError: No config has this name; the message has the nearest one.
     """
-    names = {name: package for package in (configs, pods) for name in config_names(package)}
     dashed = name.replace("_", "-")
-    if dashed not in names:
-        near = difflib.get_close_matches(dashed, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names)}"
-        raise UserError(f"unknown config {name!r}; {hint}")
-    return importlib.import_module(f"{names[dashed].__name__}.{dashed.replace('-', '_')}")
+    for package in (configs, pods):
+        if dashed.replace("-", "_") in {module.name for module in pkgutil.iter_modules(package.__path__)}:
+            module = importlib.import_module(f"{package.__name__}.{dashed.replace('-', '_')}")
+            if hasattr(module, "DEFAULTS"):
+                return module
+    names = [name for package in (configs, pods) for name in config_names(package)]
+    near = difflib.get_close_matches(dashed, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names)}"
+    raise UserError(f"unknown config {name!r}; {hint}")

@@ -2,8 +2,11 @@
 
 import contextlib
 import os
+from collections.abc import Generator
 
-from lora_jax import io
+# lora_jax is imported late, since its import takes seconds: settings and data are checked before.
+
+_SHORT = 1000  # characters of a message that has no line to shorten
 
 
 class UserError(ValueError):
@@ -13,7 +16,11 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(io.shorten(message))
+        if len(message) > _SHORT:
+            from lora_jax import io
+
+            message = io.shorten(message)
+        super().__init__(message)
 
 
 class Preempted(BaseException):
@@ -23,6 +30,13 @@ class Preempted(BaseException):
     """
 
 
-def reading(path: str | os.PathLike, form: str = "") -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def reading(path: str | os.PathLike, form: str = "") -> Generator[None]:
     """Converts errors that a file's content causes in the `with` block to a :class:`UserError` that names the file."""
-    return io.reading(path, form, error=UserError)
+    try:
+        yield
+    except Exception:
+        from lora_jax import io
+
+        with io.reading(path, form, error=UserError):
+            raise

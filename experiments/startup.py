@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from experiments.errors import Preempted, UserError
+
 PREEMPTED = 75
 """The exit status of a run that SIGTERM ended; sysexits.h calls it EX_TEMPFAIL."""
 
@@ -31,6 +33,30 @@ def preemptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def report(error: BaseException) -> int | None:
+    """Prints an error that the user can correct, or an interruption, as one sentence.
+
+    Returns:
+      The exit status; None for an exception that is raised on.
+    """
+    if isinstance(error, UserError):
+        return print_error(2, f"error: {error}")
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # such as a full or read-only disk
+        message = f"{error.filename or 'input or output'}: {error.strerror}" if error.strerror else str(error)
+        return print_error(2, f"error: {message}")
+    if isinstance(error, Preempted):
+        return print_error(PREEMPTED, f"preempted {error}; the same command resumes")
+    if isinstance(error, KeyboardInterrupt):
+        return print_error(INTERRUPTED, "interrupted: the same command resumes")
+    return None  # run() handles a closed standard output
+
+
+def print_error(status: int, line: str) -> int:
+    """Prints a line to the standard error, and returns the status."""
+    print(line, file=sys.stderr)
+    return status
 
 
 def run(name: str, main: Callable[[], int]) -> int:

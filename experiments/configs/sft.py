@@ -12,10 +12,9 @@ from experiments import settings
 from experiments.configs.method_names import separated_by_commas
 from experiments.input.checking import OnBad
 from experiments.input.forms import FormName
-from experiments.input.options import Options, TrainOn
-from experiments.input.template_files import parse_arguments
+from experiments.input.options import Options, TrainOn, parse_arguments
 from experiments.models.options import AttentionKernel, Remat
-from experiments.training.optimizer import Schedule
+from experiments.training.options import Schedule
 from experiments.training.runtime import Runtime
 
 Target = Literal["attention", "feed-forward", "embedding", "head"]
@@ -64,6 +63,7 @@ class Config(Runtime):
     """
 
     STUDY = "experiments.studies.sft.comparison"
+    CHECK = "experiments.studies.sft.splits"
     MINUTES = 10
 
     model: str = "smollm2-135m"

@@ -1,5 +1,7 @@
 """The user's options for converting records to tokens."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,3 +27,32 @@ class Options:
     train_on: TrainOn = "answers"
     control_tokens: Literal["text", "parse"] = "text"
     tokenize_together: bool = False
+
+
+def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
+    """Parses template arguments from a command line: JSON objects or NAME=VALUE.
+
+    Raises:
+      ValueError: An argument is neither.
+
+    Example:
+      >>> parse_arguments(['{"enable_thinking": false}', "date_string=1 May 2025", "level=2"])
+      {'enable_thinking': False, 'date_string': '1 May 2025', 'level': 2}
+    """
+    arguments = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if equals and name.isidentifier():
+            arguments[name] = _value(value)
+        elif isinstance(parsed := _value(text), dict):
+            arguments |= parsed
+        else:
+            raise ValueError(f"--template-arguments: expected a JSON object or NAME=VALUE, got {text!r}")
+    return arguments
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text

@@ -15,7 +15,6 @@ from experiments.input.json_rows import JsonRows
 from experiments.input.opening import COMPRESSED, data_suffix, open_content
 from experiments.input.records import Completion, Record
 from experiments.tasks import examples
-from lora_jax.io import describe_error
 
 
 class Rows(Protocol):
@@ -210,7 +209,9 @@ def hub(name: str, split: str, form: FormName | None = None) -> list[Source]:
     config = options[0] if len(options) > 1 else None
     split = options[-1] if options else split
     title = ":".join([dataset, *options[:-1]])
-    import datasets  # takes seconds
+    import datasets  # takes seconds, as lora_jax does
+
+    from lora_jax.io import describe_error
 
     try:
         tables = datasets.load_dataset(dataset, config)

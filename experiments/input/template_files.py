@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,35 +84,6 @@ def special_tokens(model: Path) -> dict[str, str]:
         if text is not None:
             texts[name] = text
     return texts
-
-
-def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
-    """Parses template arguments from a command line: JSON objects or NAME=VALUE.
-
-    Raises:
-      ValueError: An argument is neither.
-
-    Example:
-      >>> parse_arguments(['{"enable_thinking": false}', "date_string=1 May 2025", "level=2"])
-      {'enable_thinking': False, 'date_string': '1 May 2025', 'level': 2}
-    """
-    arguments = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if equals and name.isidentifier():
-            arguments[name] = _value(value)
-        elif isinstance(parsed := _value(text), dict):
-            arguments |= parsed
-        else:
-            raise ValueError(f"--template-arguments: expected a JSON object or NAME=VALUE, got {text!r}")
-    return arguments
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
 
 
 def _templates(files: ModelFiles) -> tuple[str, dict[str, str]]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import jax.numpy as jnp
+import numpy as np
 
 Remat = Literal["none", "dots", "full", "offload"]
 AttentionKernel = Literal["xla", "cudnn", "flash"]
@@ -48,7 +48,7 @@ class Options:
 
     scan: bool = False
     remat: Remat = "none"
-    dtype: Any = jnp.float32
+    dtype: Any = np.float32
     attention: AttentionKernel = "xla"
     platform: Platform | None = None
     shards: Shards | None = None

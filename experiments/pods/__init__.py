@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.configs.sft import BatchSizes, Config
-from experiments.training.mesh import MeshSizes
+from experiments.training.mesh_sizes import MeshSizes
 
 
 def pod_config(name: str, model: str, mesh: MeshSizes, batch: int, lr: float = 1e-4, **fields: Any) -> Config:

@@ -1,7 +1,7 @@
 """Mixtral 8x7B by LoRA on attention and experts: 16 chips of v5e."""
 
 from experiments.pods import pod_config
-from experiments.training.mesh import MeshSizes
+from experiments.training.mesh_sizes import MeshSizes
 
 DEFAULTS = pod_config(
     "mixtral-8x7b-lora",

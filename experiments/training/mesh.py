@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,11 +12,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 import lora_jax as lora
 from experiments.errors import UserError
-from experiments.models.options import Shards, WeightAxes
+from experiments.models.options import WeightAxes
 from experiments.models.weights import map_weights
+from experiments.training.mesh_sizes import BATCH, DATA, FSDP, NAMES, TENSOR, MeshSizes
 
-DATA, FSDP, TENSOR = NAMES = ("data", "fsdp", "tensor")
-BATCH = (DATA, FSDP)
 RULES: Mapping[str | None, str | None] = {
     "embed": FSDP,
     "heads": TENSOR,
@@ -28,49 +26,6 @@ RULES: Mapping[str | None, str | None] = {
     None: None,
 }
 """The mesh axis that an axis of a weight is sharded over, by the name of the latter."""
-
-
-@dataclass(frozen=True)
-class MeshSizes:
-    """The number of devices along each mesh axis. A run uses as many devices as their product."""
-
-    data: int = 1
-    """Number of copies of the base. Each copy processes an equal part of the batch."""
-
-    fsdp: int = 1
-    """Number of shards of each weight and of the batch. A weight is gathered when it is used."""
-
-    tensor: int = 1
-    """Number of shards of each layer's heads and hidden width."""
-
-    sequence: bool = False
-    """Whether the tokens of a sequence are sharded over the tensor axis between layers."""
-
-    def __post_init__(self) -> None:
-        for name in NAMES:
-            if getattr(self, name) < 1:
-                raise ValueError(f"mesh.{name} must be positive, not {getattr(self, name)}")
-        if self.sequence and self.tensor == 1:
-            raise ValueError("mesh.sequence shards tokens over the tensor axis, but mesh.tensor is 1")
-
-    @property
-    def count(self) -> int:
-        """Number of devices."""
-        return self.data * self.fsdp * self.tensor
-
-    @property
-    def replicas(self) -> int:
-        """Number of parts of a batch."""
-        return self.data * self.fsdp
-
-    @property
-    def shards(self) -> Shards:
-        """The mesh axes that shard a model's activations."""
-        return Shards(BATCH, TENSOR, TENSOR if self.sequence else None)
-
-    def __str__(self) -> str:
-        sizes = " × ".join(f"{name} {getattr(self, name)}" for name in NAMES)
-        return sizes + (", sequences over tensor" if self.sequence else "")
 
 
 def make_mesh(sizes: MeshSizes, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -1,12 +1,9 @@
 """The optimizer of the studies."""
 
-from typing import Literal
-
 import optax
 
 import lora_jax as lora
-
-Schedule = Literal["linear", "cosine", "constant", "wsd"]
+from experiments.training.options import Schedule
 
 
 def adam(

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
-from experiments.training.mesh import MeshSizes
+from experiments.training.mesh_sizes import MeshSizes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from experiments.configs.sft import Config
 from experiments.errors import UserError
 from experiments.input import rendering
 from experiments.input.chat import Template
-from experiments.input.options import Options
-from experiments.input.template_files import load_template, parse_arguments, special_tokens
+from experiments.input.options import Options, parse_arguments
+from experiments.input.template_files import load_template, special_tokens
 from experiments.models import location
 from experiments.studies.sft.samples import read_end_tokens
 from experiments.tasks.text import load_tokenizer

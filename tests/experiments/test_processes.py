@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
-from experiments import command_line, run
+from experiments import execution, run
 from experiments.training import record
 from experiments.training.processes import SILENCE
 from tests.experiments.sft_runs import ARGUMENTS, losses
@@ -126,6 +126,6 @@ def test_an_environment_that_does_not_say_who_is_who(variables, message, monkeyp
     monkeypatch.setattr(jax._src.xla_bridge, "backends_are_initialized", lambda: False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(command_line.processes, "end", lambda status: None)
+    monkeypatch.setattr(execution.processes, "end", lambda status: None)
     assert run.main(["sft", "--distributed"]) == 2
     assert message in capsys.readouterr().err

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from experiments import user_cache
 from experiments.configs.sft import Config
-from experiments.errors import UserError
 from experiments.input import pipeline, sources
 from experiments.input.checking import Findings, check_records
 from experiments.input.encoding import Encoder, load_encoder
@@ -19,6 +18,7 @@ from experiments.input.tokenized import Tokenized, tokenize
 from experiments.input.usage import show, usage
 from experiments.models import checkpoint
 from experiments.studies.sft.samples import read_end_tokens
+from experiments.studies.sft.splits import read_splits
 from experiments.training import processes
 from experiments.training.loop import plan_steps
 
@@ -134,24 +134,6 @@ def _count_evaluated(config: Config, train: Packed, validation: Tokenized) -> in
     budget = config.eval_share * _COST * sum(map(train.tokens, range(total))) / (len(due) + config.eval_first)
     examples = int(np.searchsorted(np.cumsum(validation.lengths, dtype=np.int64), budget, side="right"))
     return int(validation.owners[max(examples, 1) - 1]) + 1
-
-
-def read_splits(config: Config) -> tuple[sources.Records, sources.Records | None]:
-    """Opens the training and validation records, and holds some out if the config says so."""
-    train, validation = sources.splits(config.data, config.validation, config.data_form)
-    names = " and ".join(config.data)
-    if config.validation_share:
-        if validation is not None:
-            raise UserError(f"--validation-share {config.validation_share}: {names} already has validation examples")
-        train, validation = sources.split(train, config.validation_share, config.seed)
-    flags = {"--patience": config.patience, "--eval-every": config.eval_every}
-    flags = [flag for flag, value in flags.items() if value is not None]
-    if validation is None and flags:
-        raise UserError(
-            f"{' and '.join(flags)}: {names} has no validation examples; name some with --validation, or hold some out "
-            "with --validation-share"
-        )
-    return train, validation
 
 
 def read_encoder(config: Config, directory: Path) -> Encoder:

@@ -10,7 +10,7 @@ from experiments.input.checking import check_records
 from experiments.input.encoding import Encoder
 from experiments.input.records import Text
 from experiments.input.sources import Records
-from experiments.studies.sft.data import read_splits
+from experiments.studies.sft.splits import read_splits
 
 SHOTS = 3
 """The number of solved examples in the prompt of the base."""
