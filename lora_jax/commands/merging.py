@@ -52,8 +52,9 @@ def merge(
     adapter = adapter_directory(adapter, progress)
     if gguf.is_gguf(base):
         raise ValueError(
-            f"{base}: a merge takes a checkpoint in Hugging Face layout, a directory with config.json and safetensors. "
-            f"For llama.cpp, which applies the adapter to this file unmerged: {_gguf_command(base, adapter)}."
+            f"{base}: is a GGUF file, and a merge takes a checkpoint directory (config.json and safetensors). To apply "
+            f"the adapter to this base in llama.cpp, unmerged: {_gguf_command(base, adapter)}. To merge it: python -m "
+            f"experiments.run merge --model {base} --adapter {adapter}."
         )
     check_directory(base)
     copied, omitted = _other_files(base, model_files(base))

@@ -188,10 +188,10 @@ def _train(
         validation_examples=data.validation_examples,
     )
     if processes.is_first():
-        for name, delta in adapters.items():
-            lora.save(config.out / name, delta)
-            write_run(config.out / name, config, data.records)
         names = program.family.names(program.shape)
+        for name, delta in adapters.items():
+            lora.save(config.out / name, delta, names=names)
+            write_run(config.out / name, config, data.records)
         for name, adapter in ((PEFT, BEST), (PEFT_LAST, ADAPTER)):
             lora.peft.save(config.out / name, adapters[adapter], names, base_model=config.model, task_type="CAUSAL_LM")
         write_json(config.out / RESULT, asdict(report))
