@@ -2,12 +2,12 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from experiments.errors import UserError
-from experiments.input.records import Preference, Problem, Rated
+from experiments.input.records import Completion, Conversation, Preference, Problem, Rated, Record, Text, TextPair
 from experiments.input.sources import Records, first
 
 OnBad = Literal["error", "skip"]
@@ -19,7 +19,32 @@ _OTHER_USE: dict[type, str] = {
     "completion and ignores the label",
     Problem: "a prompt with an answer for a rule-based reward, which sft does not support; to train on the answers, "
     "rename the column answer to completion",
+    TextPair: "a pair of texts for embeddings, which sft does not support; rename the columns to prompt and completion",
 }
+_KINDS: dict[type, str] = {
+    Conversation: "a conversation",
+    Completion: "a prompt with a completion",
+    Text: "a text",
+    Preference: "a preference record (chosen and rejected, and prompt or a shared beginning)",
+    Rated: "an answer with a label (prompt, completion and label)",
+    Problem: "a prompt with a checkable answer (prompt and answer)",
+    TextPair: "a pair of texts (anchor and positive, or query and document, and optionally negatives)",
+}
+
+
+class Use(NamedTuple):
+    """A kind of training.
+
+    Attributes:
+      name: Its name, for error messages.
+      kinds: The types of the records that it trains on.
+    """
+
+    name: str
+    kinds: tuple[type, ...]
+
+
+SFT = Use("sft", (Conversation, Completion, Text))
 
 
 @dataclass
@@ -38,7 +63,7 @@ class Findings:
 
 
 def check_records(
-    records: Records, *, on_bad: OnBad = "error", limit: int | None = None
+    records: Records, *, on_bad: OnBad = "error", limit: int | None = None, use: Use = SFT
 ) -> tuple[Records, tuple[Findings, ...]]:
     """Reads all records and removes malformed ones.
 
@@ -48,6 +73,7 @@ def check_records(
       records: From :func:`experiments.input.sources.splits`.
       on_bad: `error` raises at the first malformed record; `skip` counts and removes malformed records.
       limit: Number of well-formed records to keep, from the beginning; None keeps all.
+      use: The training that uses the records.
 
     Returns:
       The records, and the findings for each source.
@@ -62,7 +88,7 @@ def check_records(
     good = [np.full(len(source), -1, np.int8) for source in records.sources]  # -1: not read yet
     for index, (source, number) in enumerate(zip(records.source_of.tolist(), records.number_of.tolist())):
         if good[source][number] < 0:
-            good[source][number] = _is_good(records, index, on_bad, findings[source])
+            good[source][number] = _is_good(records, index, on_bad, findings[source], use)
     if on_bad == "error":
         return records, findings
     usable = np.array([good[source][number] for source, number in zip(records.source_of, records.number_of)], bool)
@@ -72,7 +98,7 @@ def check_records(
     return first(records.take(np.flatnonzero(usable)), limit), findings
 
 
-def _is_good(records: Records, index: int, on_bad: OnBad, findings: Findings) -> bool:
+def _is_good(records: Records, index: int, on_bad: OnBad, findings: Findings, use: Use) -> bool:
     try:
         form, record = records.read(index)
     except UserError as error:
@@ -82,7 +108,15 @@ def _is_good(records: Records, index: int, on_bad: OnBad, findings: Findings) ->
         if len(findings.reasons) < _REASONS:
             findings.reasons.append(str(error))
         return False
-    if type(record) in _OTHER_USE:
-        raise UserError(f"{records.location(index)}: {_OTHER_USE[type(record)]}")
+    if type(record) not in use.kinds:
+        raise UserError(f"{records.location(index)}: {_describe(record, use)}")
     findings.forms[form] += 1
     return True
+
+
+def _describe(record: Record, use: Use) -> str:
+    """Describes a record that is for another kind of training."""
+    if use is SFT:
+        return _OTHER_USE[type(record)]
+    expected = " or ".join(_KINDS[kind] for kind in use.kinds)
+    return f"{_KINDS[type(record)]}, which {use.name} does not support; expected {expected}"

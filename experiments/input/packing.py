@@ -121,6 +121,8 @@ class Packed:
       UserError: No example has a target within the length.
     """
 
+    unused_reason = "without a target within"
+
     def __init__(self, data: Tokenized, *, length: int, batch_size: int, seed: int | None, pack: bool = True):
         self.data, self.length, self.batch_size, self._seed = data, length, batch_size, seed
         self._begins = np.cumsum(data.lengths, dtype=np.int64) - data.lengths

@@ -89,4 +89,19 @@ class Problem:
     tools: tuple[Tool, ...] | None = None
 
 
-Record = Conversation | Completion | Text | Preference | Rated | Problem
+@dataclass(frozen=True)
+class TextPair:
+    """A text and another that belongs to it, such as a query and its document, for embeddings.
+
+    Attributes:
+      anchor: The first text.
+      positive: The text that belongs to it.
+      negatives: Texts that do not, besides those of other records.
+    """
+
+    anchor: str
+    positive: str
+    negatives: tuple[str, ...] = ()
+
+
+Record = Conversation | Completion | Text | Preference | Rated | Problem | TextPair

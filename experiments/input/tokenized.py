@@ -8,16 +8,18 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from experiments.errors import UserError
 from experiments.input.checking import OnBad
-from experiments.input.encoding import Encoded, Encoder
+from experiments.input.encoding import Encoded
+from experiments.input.records import Record
 from experiments.input.sources import Records
 from experiments.user_cache import VARIABLE
 
@@ -69,9 +71,32 @@ class Tokenized:
         )
 
 
+class RecordEncoder(Protocol):
+    """Converts records to examples, such as :class:`experiments.input.encoding.Encoder`."""
+
+    @property
+    def notes(self) -> Counter[str]:
+        """Notes for the user about the records encoded so far, with the number of records that each concerns."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """A digest of everything that determines the tokens."""
+        ...
+
+    @property
+    def largest(self) -> int:
+        """The largest token id that may occur."""
+        ...
+
+    def encode_each(self, records: Sequence[Record], locations: Sequence[str], /) -> list[list[Encoded]]:
+        """Returns the examples of each record; raises a UserError for a record that cannot be encoded."""
+        ...
+
+
 def tokenize(
     records: Records,
-    encoder: Encoder,
+    encoder: RecordEncoder,
     directory: Path,
     *,
     on_bad: OnBad = "error",
@@ -143,7 +168,9 @@ def _dtypes(largest: int) -> dict[str, np.dtype]:
     return {name: np.dtype(kind) for name, kind in kinds.items()}
 
 
-def _encode(records: Records, encoder: Encoder, skipped: dict[int, str] | None) -> Iterator[dict[int, list[Encoded]]]:
+def _encode(
+    records: Records, encoder: RecordEncoder, skipped: dict[int, str] | None
+) -> Iterator[dict[int, list[Encoded]]]:
     """Yields the examples of records by index. Records that cannot be encoded are added to `skipped`, or are errors."""
     for start in range(0, len(records), _CHUNK):
         numbers = range(start, min(start + _CHUNK, len(records)))
@@ -161,7 +188,7 @@ def _encode(records: Records, encoder: Encoder, skipped: dict[int, str] | None) 
 
 
 def _encode_singly(
-    records: Records, numbers: range, encoder: Encoder, skipped: dict[int, str]
+    records: Records, numbers: range, encoder: RecordEncoder, skipped: dict[int, str]
 ) -> dict[int, list[Encoded]]:
     encoded = {}
     for number in numbers:

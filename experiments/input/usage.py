@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from experiments.input.answer_batches import AnswerBatches
 from experiments.input.checking import Findings
 from experiments.input.packing import Packed
 from experiments.input.sources import Records
@@ -30,8 +31,9 @@ class Usage:
       passes: Number of times that an epoch uses one of them; more than `used` for a weight above 1.
       truncated: Number of used records that are truncated.
       malformed: Number of records that cannot be read or encoded.
-      unused: Number of records that have no target within the length.
+      unused: Number of records that are not used because of the length.
       reasons: Error messages of the first malformed records.
+      unused_reason: Why records are unused, followed by the length in a sentence.
     """
 
     name: str
@@ -43,9 +45,10 @@ class Usage:
     malformed: int
     unused: int
     reasons: tuple[str, ...]
+    unused_reason: str = Packed.unused_reason
 
 
-def usage(records: Records, findings: Sequence[Findings], packed: Packed) -> list[Usage]:
+def usage(records: Records, findings: Sequence[Findings], packed: Packed | AnswerBatches) -> list[Usage]:
     """Computes the usage of each source's records.
 
     Args:
@@ -77,6 +80,7 @@ def usage(records: Records, findings: Sequence[Findings], packed: Packed) -> lis
                 malformed=result.skipped + count(skipped),
                 unused=count(~used & ~skipped),
                 reasons=(*result.reasons, *reasons),
+                unused_reason=packed.unused_reason,
             )
         )
     return rows
@@ -129,7 +133,8 @@ def _condense(files: Sequence[Usage]) -> list[Usage]:
     others = files[_ROWS - 1 :]
     sums = {name: sum(getattr(row, name) for row in others) for name in _COUNTS}
     forms = tuple(dict.fromkeys(form for row in others for form in row.forms))
-    return [*files[: _ROWS - 1], Usage(f"{len(others):,} more files", forms, reasons=(), **sums)]
+    more = Usage(f"{len(others):,} more files", forms, reasons=(), unused_reason=files[0].unused_reason, **sums)
+    return [*files[: _ROWS - 1], more]
 
 
 def _notes(files: Sequence[Usage], length: int) -> list[str]:
@@ -139,7 +144,7 @@ def _notes(files: Sequence[Usage], length: int) -> list[str]:
     if malformed > len(reasons):
         lines.append(f"skipped: {malformed - len(reasons):,} more malformed records")
     if unused:
-        lines.append(f"skipped: {unused:,} without a target within {length:,} tokens")
+        lines.append(f"skipped: {unused:,} {files[0].unused_reason} {length:,} tokens")
     return lines
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from experiments.errors import UserError
 from experiments.input import sources
 from experiments.input.checking import check_records
+from experiments.input.packing import Packed
 from experiments.input.records import Completion
 from experiments.input.usage import show, usage
 
@@ -89,6 +90,7 @@ def test_the_table(mixed):
         data=data,
         truncated=np.array([1, 0, 0, 1, 0, 1, 0, 1], bool),
         unused=np.array([0, 1, 0, 0, 1, 0, 0, 0], bool),
+        unused_reason=Packed.unused_reason,
     )
     rows = usage(records, findings, packed)
     assert [(row.records, row.used, row.passes, row.truncated, row.malformed, row.unused) for row in rows] == [
@@ -126,7 +128,9 @@ def test_many_files_in_one_table(tmp_path):
     records, findings = check_records(sources.splits(names)[0])
     none = np.zeros(20, bool)
     data = SimpleNamespace(owners=np.arange(20), skipped={})
-    rows = usage(records, findings, SimpleNamespace(data=data, truncated=none, unused=none))
+    rows = usage(
+        records, findings, SimpleNamespace(data=data, truncated=none, unused=none, unused_reason=Packed.unused_reason)
+    )
     text = io.StringIO()
     show(Console(file=text, width=250), {"train": rows}, 64)
     lines = text.getvalue().splitlines()
@@ -140,7 +144,9 @@ def test_saved_splits_in_the_table(tmp_path):
     records, findings = check_records(sources.splits([f"{tmp_path}:train", f"{tmp_path}:test"])[0])
     none, data = np.zeros(2, bool), SimpleNamespace(owners=np.arange(2), skipped={})
     text = io.StringIO()
-    rows = usage(records, findings, SimpleNamespace(data=data, truncated=none, unused=none))
+    rows = usage(
+        records, findings, SimpleNamespace(data=data, truncated=none, unused=none, unused_reason=Packed.unused_reason)
+    )
     show(Console(file=text, width=120), {"train": rows}, 64)
     lines = text.getvalue().splitlines()
     assert [line.split()[0] for line in lines[2:]] == [
