@@ -1,6 +1,7 @@
-"""The cross-entropy of a language model, computed for chunks of tokens."""
+"""The cross-entropy of a language model, and other functions of its logits, computed for chunks of tokens."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,41 +43,75 @@ def cross_entropy(
       >>> [round(float(value), 3) for value in loss[0]]  # log 8, for 8 equal logits
       [2.079, 2.079, 2.079, 0.0]
     """
-    if chunk < 1:
-        raise ValueError(f"chunk={chunk}, expected at least 1.")
     if max_labels is not None and max_labels < 1:
         raise ValueError(f"max_labels={max_labels}, expected at least 1.")
     if max_labels is None or max_labels >= x_BLD.shape[1]:
         return _losses(head, x_BLD, labels_BL, chunk, smoothing)
     # Gathering within sequences preserves the batch axis and its sharding.
     labeled_BL = labels_BL >= 0
-    positions_BK = jnp.argsort(~labeled_BL, axis=1, stable=True)[:, :max_labels]
-    x_BKD = jnp.take_along_axis(x_BLD, positions_BK[..., None], axis=1)
-    loss_BK = _losses(head, x_BKD, jnp.take_along_axis(labels_BL, positions_BK, axis=1), chunk, smoothing)
+    loss_BK = _losses(head, *gather_labeled(x_BLD, labels_BL, max_labels), chunk, smoothing)
     rank_BL = jnp.cumsum(labeled_BL, axis=1, dtype=jnp.int32) - 1
     loss_BL = jnp.where(labeled_BL, jnp.take_along_axis(loss_BK, jnp.clip(rank_BL, 0, max_labels - 1), axis=1), 0)
     return jnp.where(rank_BL[:, -1:] < max_labels, loss_BL, jnp.nan)
 
 
+def gather_labeled(x_BLD: jax.Array, labels_BL: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the first `count` labeled tokens of each sequence and their labels; others where there are fewer.
+
+    Example:
+      >>> x, labels = gather_labeled(jnp.arange(4.0)[None, :, None], jnp.array([[-1, 7, -1, 8]]), 2)
+      >>> x[..., 0].tolist(), labels.tolist()
+      ([[1.0, 3.0]], [[7, 8]])
+    """
+    positions_BK = jnp.argsort(labels_BL < 0, axis=1, stable=True)[:, :count]
+    x_BKD = jnp.take_along_axis(x_BLD, positions_BK[..., None], axis=1)
+    return x_BKD, jnp.take_along_axis(labels_BL, positions_BK, axis=1)
+
+
 def _losses(
     head: Callable[[jax.Array], jax.Array], x_BLD: jax.Array, labels_BL: jax.Array, chunk: int, smoothing: float
 ) -> jax.Array:
-    batch, length, width = x_BLD.shape
-    chunk = min(chunk, length)
-    count = -(-length // chunk)
-    rest = count * chunk - length
-    x_BLD = jnp.pad(x_BLD, ((0, 0), (0, rest), (0, 0)))
-    labels_BL = jnp.pad(labels_BL, ((0, 0), (0, rest)), constant_values=-1)
-    # Chunks along the length preserve the batch axis and its sharding.
-    x_CBlD = jnp.moveaxis(x_BLD.reshape(batch, count, chunk, width), 1, 0)
-    labels_CBl = jnp.moveaxis(labels_BL.reshape(batch, count, chunk), 1, 0)
-
-    @jax.checkpoint
     def chunk_loss(x_BlD: jax.Array, labels_Bl: jax.Array) -> jax.Array:
         return _cross_entropy(head(x_BlD), labels_Bl, smoothing)
 
-    _, loss_CBl = jax.lax.scan(lambda _, chunk: (None, chunk_loss(*chunk)), None, (x_CBlD, labels_CBl))
-    return jnp.moveaxis(loss_CBl, 0, 1).reshape(batch, count * chunk)[:, :length]
+    return map_chunks(chunk_loss, x_BLD, labels_BL, chunk=chunk)
+
+
+def map_chunks(fn: Callable[..., Any], *arrays: jax.Array, chunk: int) -> Any:
+    """Computes a function of tokens for one chunk of each sequence at a time, and again in the backward pass.
+
+    Args:
+      fn: A function of chunks `[batch, tokens, …]` to values of tokens: a tree of arrays `[batch, tokens, …]`.
+      *arrays: `[batch, length, …]`.
+      chunk: The number of tokens per sequence and chunk.
+
+    Returns:
+      The values of all tokens, `[batch, length, …]`.
+
+    Raises:
+      ValueError: `chunk` is less than 1.
+
+    Example:
+      >>> map_chunks(lambda x, y: x + y, jnp.ones((1, 3)), jnp.ones((1, 3)), chunk=2).tolist()
+      [[2.0, 2.0, 2.0]]
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}, expected at least 1.")
+    batch, length = arrays[0].shape[:2]
+    chunk = min(chunk, length)
+    count = -(-length // chunk)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, count * chunk - length), *((0, 0),) * (x.ndim - 2)))
+        # Chunks along the length preserve the batch axis and its sharding.
+        return jnp.moveaxis(x.reshape(batch, count, chunk, *x.shape[2:]), 1, 0)
+
+    def merge(values: jax.Array) -> jax.Array:
+        return jnp.moveaxis(values, 0, 1).reshape(batch, count * chunk, *values.shape[3:])[:, :length]
+
+    body = jax.checkpoint(fn)
+    _, values = jax.lax.scan(lambda _, chunks: (None, body(*chunks)), None, tuple(map(split, arrays)))
+    return jax.tree.map(merge, values)
 
 
 def _cross_entropy(logits_BlV: jax.Array, labels_Bl: jax.Array, smoothing: float) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import abc
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ class Decoder(nnx.Module):
         labels_BL: jax.Array | None = None,
         max_labels: int | None = None,
         label_smoothing: float = 0.0,
+        readout: Callable[[Callable[[jax.Array], jax.Array], jax.Array], Any] | None = None,
         noise: tuple[jax.Array, float] | None = None,
         cache: Cache | None = None,
         last: bool = False,
@@ -51,6 +53,8 @@ class Decoder(nnx.Module):
           max_labels: The largest number of labels of a row that are not ignored, as a static bound. The head then
             computes logits only where there are labels; see :func:`experiments.models.chunked_loss.cross_entropy`.
           label_smoothing: The fraction of each label that is spread evenly over the vocabulary.
+          readout: `readout(head, x_BLD)` returns another result than the logits from the head, a function of hidden
+            states, and its input; see :func:`experiments.models.chunked_loss.map_chunks`.
           noise: A PRNG key and the scale of NEFTune's noise, which is added to the input of the first layer: uniform
             with absolute values up to the scale divided by the square root of length times width.
           cache: The tokens of earlier calls, from :meth:`cache` or an earlier call.
@@ -82,6 +86,8 @@ class Decoder(nnx.Module):
                 smoothing=label_smoothing,
                 max_labels=max_labels,
             )
+        elif readout is not None:
+            out = readout(self.head, x_BLD)
         else:
             out = self.head(x_BLD[:, -1] if last else x_BLD)
         return out if cache is None else (out, update_cache(cache, context, layers))
