@@ -67,7 +67,7 @@ class AnswerBatches:
         if not len(self._usable):
             raise UserError(
                 f"none of {len(firsts):,} records fits into {length:,} tokens; the shortest has "
-                f"{self.longest.min():,}, and --length {self.longest.max():,} keeps all"
+                f"{self.longest.min():,}, and --length {self.longest.max():,} keeps everything"
             )
         self.unused, self.truncated = np.zeros(len(data), bool), np.zeros(len(data), bool)
         self.unused[self._examples[~fits]] = True
@@ -151,7 +151,6 @@ def answer_batches(
     global_batch: int,
     seed: int | None,
     on_bad: OnBad = "error",
-    process_index: int = 0,
     report: Callable[[str], None] = lambda line: None,
 ) -> AnswerBatches:
     """Tokenizes preferences, rated answers or problems and assembles global batches, the same in every process.
@@ -164,13 +163,12 @@ def answer_batches(
       global_batch: Records per batch, over all processes.
       seed: Random seed of the order. None keeps the order of the records.
       on_bad: Whether to raise an error or to skip records that cannot be encoded.
-      process_index: The index of this process among those that share the directory.
       report: Called with lines that describe the batches and name records that are too long.
 
     Raises:
       UserError: A record is malformed, tokens cannot be written, or no record fits.
     """
-    data = tokenize(records, encoder, directory, on_bad=on_bad, process_index=process_index, report=report)
+    data = tokenize(records, encoder, directory, on_bad=on_bad, report=report)
     owners = np.unique(data.owners)
     desirable = None
     if isinstance(records[int(owners[0])], Rated):
@@ -187,7 +185,7 @@ def answer_batches(
         more = f" and {len(long) - _NAMED:,} more" if len(long) > _NAMED else ""
         report(
             f"skipped: {len(long):,} longer than {length:,} tokens: {', '.join(names)}{more}; "
-            f"--length {batches.longest.max():,} keeps all"
+            f"--length {batches.longest.max():,} keeps everything"
         )
     report(f"{len(owners) - len(long):,} records; {batches.steps_per_epoch:,} batches of {global_batch:,} per epoch")
     return batches

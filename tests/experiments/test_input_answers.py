@@ -135,12 +135,12 @@ def test_they_are_counted_and_named(encoder, tmp_path):
     source, lines = batches(records, encoder, tmp_path, on_bad="skip")
     longest = int(source.longest.max())
     where = f"{tmp_path / 'a.jsonl'}, line 7 ({longest})"
-    assert f"skipped: 1 longer than 64 tokens: {where}; --length {longest} keeps all" in lines
+    assert f"skipped: 1 longer than 64 tokens: {where}; --length {longest} keeps everything" in lines
     (row,) = usage(records, findings, source)
     assert (row.records, row.used, row.malformed, row.unused) == (9, 2, 6, 1)
     assert source[0]["index"].tolist() == [0, 3, -1, -1]
     assert not batches(records, encoder, tmp_path, on_bad="skip", length=longest)[0].unused.any()
-    with pytest.raises(UserError, match=rf"none of 3 records fits into 8 tokens.*--length {longest} keeps all"):
+    with pytest.raises(UserError, match=rf"none of 3 records fits into 8 tokens.*--length {longest} keeps everything"):
         batches(records, encoder, tmp_path, on_bad="skip", length=8)
 
 
