@@ -6,11 +6,10 @@ from typing import Any
 
 from experiments.errors import UserError
 from experiments.pretrained.gguf.config import derive_config
-from experiments.pretrained.gguf.reader import raise_problems, read
+from experiments.pretrained.gguf.reader import Content, raise_problems, read
 from experiments.pretrained.gguf.tensors import GgufTensors, tensor_problems
-from experiments.pretrained.gguf.tokenizer import build_tokenizer
+from experiments.pretrained.gguf.tokenizer import SPECIAL, build_tokenizer
 
-_SPECIAL = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "seperator": "sep", "mask": "mask"}
 _ENDS = ("eos", "eot", "eom")
 
 
@@ -27,13 +26,10 @@ class GgufFiles:
     def __init__(self, path: Path):
         self.path = path
         self._content = read(path)
-        self._config, problems = derive_config(self._content)
-        if self._config:
-            problems += tensor_problems(self._content, self._config)
-        raise_problems(path, problems)
+        self._config = _checked_config(self._content) if self._content.tensors or self._content.problems else None
         self._texts: dict[str, str] = {}
         self._builders = {
-            "config.json": lambda: _dump(self._config),
+            "config.json": lambda: _dump(self._require_config()),
             "generation_config.json": self._generation_config,
             "tokenizer.json": lambda: build_tokenizer(self._content).to_str(),
             "tokenizer_config.json": self._tokenizer_config,
@@ -74,7 +70,12 @@ class GgufFiles:
 
     def tensors(self) -> GgufTensors:
         """Returns the tensors, a context manager."""
-        return GgufTensors(self._content, self._config)
+        return GgufTensors(self._content, self._require_config())
+
+    def _require_config(self) -> dict[str, Any]:
+        if self._config is None:
+            raise UserError(f"{self.path}: holds a tokenizer, but no model")
+        return self._config
 
     def _generation_config(self) -> str:
         fields = self._content.fields
@@ -86,7 +87,7 @@ class GgufFiles:
         fields = self._content.fields
         tokens = fields.get("tokenizer.ggml.tokens") or ()
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        for theirs, name in _SPECIAL.items():
+        for theirs, name in SPECIAL.items():
             number = fields.get(f"tokenizer.ggml.{theirs}_token_id")
             if number is not None:
                 config[f"{name}_token"] = tokens[number]
@@ -97,6 +98,14 @@ class GgufFiles:
         elif template is not None:
             config["chat_template"] = template
         return _dump(config)
+
+
+def _checked_config(content: Content) -> dict[str, Any]:
+    """Returns the content of `config.json`, or raises a UserError that lists everything wrong with a file."""
+    config, problems = derive_config(content)
+    problems += content.problems.values() if problems else tensor_problems(content, config)
+    raise_problems(content.path, problems)
+    return config
 
 
 def _dump(content: dict[str, Any]) -> str:

@@ -56,6 +56,8 @@ def llama3_scaling(factors: np.ndarray, theta: float, width: int) -> dict[str, A
         raise ValueError(f"{len(factors)} factors, expected {len(rotations)} with some above 1")
     for factor, high, length in _settings(factors, rotations):
         length, high = _round(length, 0), _round(high, 3)
+        if high <= _LOW:
+            continue
         weights = np.clip((length * rotations - _LOW) / (high - _LOW), 0, 1)
         if np.allclose(weights + (1 - weights) / factor, 1 / factors, rtol=_TOLERANCE, atol=0):
             limits = {"low_freq_factor": _LOW, "high_freq_factor": high}
