@@ -102,6 +102,9 @@ ODD = ("linen.Conv2d_grouped_dilated", "linen.Embed_tied_attend", "nnx.Embed")
 IN_PARTS = (*USES_DEVICES, "raw.qkv_split_before", "raw.qkv_sliced_before")
 """Layers that multiply by parts of their weight, so that even a merged gradient is made of parts."""
 
+DIVIDED_IN_PARTS = "raw.reshaped_to_heads"
+"""The same of recipes that divide an axis."""
+
 
 def fits(layer: str, recipe: str) -> bool:
     """Whether a recipe can adapt a layer's weights. (All out axes that may be split are of even size.)"""
@@ -140,6 +143,7 @@ class Case:
       axes: The roles that the trace should find.
       wide: The same case with every value as float32, which both forms of a bfloat16 case round; itself in float32.
       factored: Whether the adapters should be applied without a merge.
+      in_parts: Whether a gradient through merged weights has no product of a weight's shape either.
       forward_mode: Whether the function can be differentiated forwards.
       tolerance: Relative to the largest value.
     """
@@ -153,6 +157,7 @@ class Case:
     other: dict
     axes: dict[str, tuple[str, ...]]
     factored: bool
+    in_parts: bool
     forward_mode: bool
     tolerance: float
     wide: "Case | None" = None
@@ -193,6 +198,7 @@ def build(layer: str, recipe: str, dtype: str) -> Case:
         other=moved(fresh, 3),
         axes=definition.axes,
         factored=not definition.merged and recipe not in ("Full", "HiRA") and (layer, recipe) not in MERGED,
+        in_parts=layer in IN_PARTS or (layer == DIVIDED_IN_PARTS and recipe in DIVIDED),
         forward_mode=layer != "raw.custom_vjp",
         # bfloat16 has 8 bits, and a layer is several products and sums.
         tolerance=5e-2 if "bfloat16" in (dtype, *recipe.split("_")) else 2e-5,

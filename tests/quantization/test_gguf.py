@@ -144,3 +144,26 @@ def test_formats_that_are_only_read_are_refused_by_name(name):
     with pytest.raises(ValueError, match=f"'w': {refused}.*lora_jax.merge gives floats"):
         merge_quantized({"w": leaf}, delta)
     np.testing.assert_array_equal(lora.merge({"w": leaf}, delta)["w"], leaf.dequantize())
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_a_weight_of_a_file_is_adapted(name):
+    form = getattr(lora, name)
+    blocks = GGUF[f"{name}/blocks"].reshape(3, -1, form.type_size)
+    for start in form.halves:  # scales near 2⁻⁹
+        blocks[..., start + 1] = blocks[..., start + 1] & 0x83 | 0x18
+    base = {"w": from_gguf(blocks.reshape(3, -1), name)}
+    fn, x = lambda base, x: jnp.tanh(x @ base["w"]), jax.random.normal(jax.random.key(0), (2, 1024)) / 32
+    delta = lora.init(jax.random.key(1), base, {"w": lora.LoRA(2, init="orthogonal")}, fn, x)
+    train, frozen = lora.partition(delta)
+    adapted = lora.adapt(fn)
+    loss = lambda train, base: jnp.sum(adapted(base, lora.join(train, frozen), x) ** 2)  # noqa: E731
+    compiled = jax.jit(jax.value_and_grad(loss))
+    ours, plain = compiled(train, base), compiled(train, lora.dequantize(base))
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(plain)):
+        assert jnp.isfinite(one).all()
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6 * float(jnp.abs(other).max()))
+    residuals = jax.eval_shape(lambda train: jax.vjp(lambda train: loss(train, base), train)[1], train)
+    assert not [a for a in jax.tree.leaves(residuals) if jnp.issubdtype(a.dtype, jnp.floating) and a.size >= 3 * 1024]
+    assert lora.explain(fn, base, delta, x).factored
+    assert lora.summary(base, delta).formats == {name: (1, BITS[name])}
