@@ -225,8 +225,9 @@ class Config(Runtime):
     neftune: float = 0.0
     """Scale of NEFTune's noise on the token embeddings in training. 5 is a usual value; 0 adds no noise."""
 
-    remat: Remat = "full"
-    """Rematerialization: what the backward pass recomputes instead of storing."""
+    remat: Remat | Literal["auto"] = "auto"
+    """Rematerialization: what the backward pass recomputes instead of storing. auto recomputes as little as half of the
+    memory that the base leaves allows, according to an estimate of the activations."""
 
     attention: AttentionKernel | Literal["auto"] = "auto"
     """The attention kernel. auto is flash on TPUs if the length is a multiple of 128, otherwise xla."""

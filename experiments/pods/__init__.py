@@ -4,10 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments.configs.sft import BatchSizes, Config
+from experiments.models.options import Remat
 from experiments.training.mesh_sizes import MeshSizes
 
 
-def pod_config(name: str, model: str, mesh: MeshSizes, batch: int, lr: float = 1e-4, **fields: Any) -> Config:
+def pod_config(
+    name: str, model: str, mesh: MeshSizes, batch: int, lr: float = 1e-4, remat: Remat = "full", **fields: Any
+) -> Config:
     """Returns a config in bfloat16 for sequences of 2,048 tokens, with a checkpoint every 200 steps.
 
     Args:
@@ -16,6 +19,7 @@ def pod_config(name: str, model: str, mesh: MeshSizes, batch: int, lr: float = 1
       mesh: The devices.
       batch: Sequences a step, over all devices.
       lr: Peak learning rate.
+      remat: What the backward pass recomputes.
       **fields: Other fields of the config.
     """
     return Config(
@@ -28,5 +32,6 @@ def pod_config(name: str, model: str, mesh: MeshSizes, batch: int, lr: float = 1
         length=2048,
         checkpoint_every=200,
         test_examples=0,
+        remat=remat,
         **fields,
     )

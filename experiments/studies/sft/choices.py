@@ -1,15 +1,24 @@
 """Settings that a config leaves to the model."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from rich.console import Console
 
 from experiments.configs.sft import SWEPT, Config
 from experiments.models import families
-from experiments.models.options import Options
+from experiments.models.activations import activation_bytes
+from experiments.models.decoder import Decoder
+from experiments.models.options import Options, Platform, Remat
 from experiments.training.optimizer import published_rate
+
+_BYTES = {"nf4": 0.6, "int8": 1.1}  # of a quantized weight
+_FASTEST_FIRST: tuple[Remat, ...] = ("none", "dots", "full")
 
 
 def choose_rate(config: Config, description: Mapping[str, Any], console: Console | None = None) -> float:
@@ -33,8 +42,62 @@ def choose_rate(config: Config, description: Mapping[str, Any], console: Console
     return rate
 
 
+def choose_remat(
+    config: Config, shape: Any, weights: int, platform: Platform | None = None, console: Console | None = None
+) -> Remat:
+    """Returns what a step rematerializes: as little as the memory of its devices allows.
+
+    The choice depends on the settings and on the machine, not on what else is running, so that a run resumes with it.
+
+    Args:
+      config: The study's config.
+      shape: The architecture's config of the model.
+      weights: Number of weights of the base.
+      platform: The platform to compile for ahead of time, whose memory is unknown.
+      console: Where to print a choice.
+    """
+    if config.remat != "auto":
+        return config.remat
+    if platform is not None:
+        return "full"
+    mesh, size = config.mesh, np.dtype(jnp.dtype(config.dtype)).itemsize
+    rows = config.batch.global_ // (config.batch.accumulate * mesh.replicas) or 1
+    base = weights * _BYTES.get(config.quantize, size) / (mesh.fsdp * mesh.tensor)
+    memory = device_memory(mesh.count)
+    budget = (memory - base) / 2
+    flash = config.attention in ("flash", "cudnn")
+    estimates: dict[Remat, float] = {
+        remat: activation_bytes(shape, rows, config.row_length, size, remat, flash=flash) for remat in _FASTEST_FIRST
+    }
+    chosen: Remat = "full"
+    for remat in reversed(_FASTEST_FIRST):
+        if estimates[remat] <= budget:
+            chosen = remat
+    if console is not None:
+        about = f"about {estimates[chosen] / 1e9:.2g} GB of activations, {base / 1e9:.2g} GB of weights"
+        console.print(f"remat {chosen}: {about}, {memory / 1e9:.3g} GB of memory", highlight=False, soft_wrap=True)
+    return chosen
+
+
+def device_memory(devices: int) -> float:
+    """Returns the bytes of memory of a device, or this device's part of the host's memory."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return float(stats["bytes_limit"])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / devices
+
+
 def longest_sequence(description: Mapping[str, Any]) -> int | None:
     """Returns the longest sequence that a model supports; None if unknown."""
+    return _abstract(description).trained_length
+
+
+def count_weights(description: Mapping[str, Any]) -> int:
+    """Returns the number of a model's weights."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(_abstract(description))))
+
+
+def _abstract(description: Mapping[str, Any]) -> Decoder:
     family = families.get_family(description)
     shape = family.shape(description)
-    return nnx.eval_shape(lambda: family.build(shape, Options(scan=True), rngs=nnx.Rngs(0))).trained_length
+    return nnx.eval_shape(lambda: family.build(shape, Options(scan=True), rngs=nnx.Rngs(0)))

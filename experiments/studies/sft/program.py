@@ -16,10 +16,10 @@ import lora_jax as lora
 from experiments.configs.sft import Config
 from experiments.errors import UserError
 from experiments.models import checkpoint, families, location, shapes
-from experiments.models.options import Options, Platform
+from experiments.models.options import Options, Platform, Remat
 from experiments.models.weights import map_weights
 from experiments.studies.sft.adapters import LINEAR, check_adapter, has_dropout, make_spec, new_adapter, read_adapter
-from experiments.studies.sft.choices import choose_rate
+from experiments.studies.sft.choices import choose_rate, choose_remat, count_weights
 from experiments.training import mesh as meshes
 from experiments.training.optimizer import adam
 from lora_jax.quantization import Format, Plan, gathered, shardings
@@ -135,7 +135,8 @@ def abstract(
     family = families.get_family(description)
     shape = family.shape(description)
     _check_heads(config, shape)
-    options = model_options(config, platform)
+    remat = choose_remat(config, shape, count_weights(description), platform)
+    options = model_options(config, remat, platform)
     model = nnx.eval_shape(lambda: family.build(shape, options, rngs=nnx.Rngs(0)))
     if model.trained_length is not None and config.row_length > model.trained_length:
         raise UserError(
@@ -216,14 +217,14 @@ def read_description(model: str) -> Mapping[str, Any]:
     return shapes.read(model) if shapes.has(model) else checkpoint.read_config(location.find(model))
 
 
-def model_options(config: Config, platform: Platform | None) -> Options:
+def model_options(config: Config, remat: Remat, platform: Platform | None) -> Options:
     """Returns the options of the model's computation."""
     kernel = config.attention
     if kernel == "auto":
         kernel = "flash" if (platform or jax.default_backend()) == "tpu" and config.row_length % 128 == 0 else "xla"
     return Options(
         scan=True,
-        remat=config.remat,
+        remat=remat,
         dtype=jnp.dtype(config.dtype),
         attention=kernel,
         platform=platform,

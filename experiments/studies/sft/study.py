@@ -17,12 +17,12 @@ from experiments.configs.sft import Config
 from experiments.errors import UserError
 from experiments.input import pipeline
 from experiments.input.packing import Packed
-from experiments.models import location
+from experiments.models import families, location
 from experiments.models.flops import step_flops
 from experiments.pretrained.files import open_files
 from experiments.reports.results import write_json
 from experiments.studies.sft import program as programs
-from experiments.studies.sft.choices import choose_rate, longest_sequence
+from experiments.studies.sft.choices import choose_rate, choose_remat, count_weights, longest_sequence
 from experiments.studies.sft.data import Data, read_data
 from experiments.studies.sft.program import Program
 from experiments.studies.sft.recorded import write_run
@@ -100,6 +100,8 @@ def run(config: Config) -> Report:
     config = replace(config, lr=choose_rate(config, description, console))
     data = read_data(config, directory, console, longest_sequence(description), _evaluated(config.out / RESULT))
     config = replace(config, length=data.train.length)
+    shape = families.get_family(description).shape(description)
+    choose_remat(config, shape, count_weights(description), console=console)
     total, due = loop.plan_steps(config.epochs, data.train.steps_per_epoch, config.steps, config.eval_every)
     program = programs.abstract(config, steps=total, max_labels=data.max_labels)
     settings = _settings(config, data, directory)
