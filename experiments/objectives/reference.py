@@ -11,7 +11,8 @@ class Frozen(NamedTuple):
     """A base and a reference, in place of the base of a `lora_jax.TrainState`.
 
     A step receives it as an argument, preserves its shardings, and never changes or donates it. A base alone has the
-    reference `{}`, which is the base itself.
+    reference `{}`, which is the base itself. `lora_jax.save_state` and `restore_state` take the state with the base
+    alone.
 
     Attributes:
       base: The frozen parameters.
@@ -25,6 +26,7 @@ class Frozen(NamedTuple):
       >>> state = state.replace(base=Frozen(base, reference=delta))  # the delta at the start: `create` copies it
       >>> sorted(split(state.base)[1])
       ['w']
+      >>> alone = state.replace(base=state.base.base)  # to save it
     """
 
     base: Any

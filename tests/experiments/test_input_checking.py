@@ -73,6 +73,7 @@ def test_none_is_left(tmp_path):
         ),
         ({**GOOD, "label": True}, "--data-form prompt-completion trains on every completion"),
         ({"prompt": "a", "answer": "b"}, "a prompt with an answer for a rule-based reward"),
+        ({"anchor": "a", "positive": "b"}, "a pair of texts for embeddings, which sft does not support"),
     ],
 )
 def test_records_for_other_trainings_are_refused(tmp_path, row, message):
