@@ -1,7 +1,8 @@
 """Checks of settings that several configs share. Each raises a `ValueError` that names the setting."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -35,6 +36,15 @@ def lengths(config: Any) -> None:
     """Checks that `lengths` ascend from at least 3: a first and a last special token, and one token between."""
     if not config.lengths or sorted(set(config.lengths)) != list(config.lengths) or config.lengths[0] < 3:
         raise ValueError(f"lengths must be ascending numbers of at least 3, not {_format(config.lengths)}")
+
+
+def use_fast(config: Any, values: Mapping[str, Any]) -> None:
+    """Sets the values of the smallest complete run if `config.fast`, except settings that differ from their default."""
+    if not config.fast:
+        return
+    for field in dataclasses.fields(config):
+        if field.name in values and getattr(config, field.name) == field.default:
+            object.__setattr__(config, field.name, values[field.name])
 
 
 def _format(values: Sequence[Any]) -> str:

@@ -44,11 +44,12 @@ def load(directory: Path, classes: int) -> SentenceClassifier:
     return SentenceClassifier(encoder, encoder.config.hidden_size, classes, rngs=nnx.Rngs(0))
 
 
-def encoder_names(config: bert.BertConfig) -> Names:
-    """Returns the names of a classifier's encoder weights in the bare encoder (`AutoModel` in transformers)."""
+def encoder_names(config: bert.BertConfig, root: str = "encoder/") -> Names:
+    """Returns the names of an encoder's weights, whose paths begin with `root`, in the bare encoder (`AutoModel` in
+    transformers)."""
     prefix = config.names.prefix
     rows = [
-        dataclasses.replace(weight, path=f"encoder/{weight.path}", name=weight.name.removeprefix(prefix))
+        dataclasses.replace(weight, path=f"{root}{weight.path}", name=weight.name.removeprefix(prefix))
         for weight in config.names.weights
     ]
     return Names(tuple(rows))

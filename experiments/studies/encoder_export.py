@@ -77,7 +77,7 @@ def export(
       quantized: Whether the base was quantized in training, for the README.
     """
     checkpoint_directory = location.find(model)
-    base = _PUBLISHED.get(model, str(checkpoint_directory.absolute()) if Path(model).is_dir() else model)
+    base = published_name(model)
     head = HEAD.removeprefix("^")
     encoder = {path: adapter for path, adapter in delta.items() if not path.startswith(head)}
     merged = lora.merge(problem.base, {path: delta[path] for path in delta.keys() - encoder.keys()})["classifier"]
@@ -98,3 +98,8 @@ def export(
     with replace_file(output / "README.md") as file:
         file.write_text(text, encoding="utf-8")
     np.save(directory / LOGITS, logits)
+
+
+def published_name(model: str) -> str:
+    """Returns the name of a base by which transformers finds it: on the Hugging Face Hub, or its directory."""
+    return _PUBLISHED.get(model, str(Path(model).absolute()) if Path(model).is_dir() else model)

@@ -111,8 +111,8 @@ def interrupt_at(monkeypatch):
     real = lora.train_step
 
     def at(number, what):
-        def train_step(loss, tx):
-            step = real(loss, tx)
+        def train_step(loss, tx, **options):
+            step = real(loss, tx, **options)
 
             def stepping(state, batch):
                 if int(state.step) + 1 == number:

@@ -1,0 +1,1 @@
+"""Contrastive tuning of a sentence encoder for retrieval."""
