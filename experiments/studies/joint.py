@@ -66,6 +66,7 @@ def train_jointly(
     console: Console,
     *,
     at_once: int | None = None,
+    once: bool = False,
 ) -> Joint:
     """Trains an adapter for each spec and learning rate, or resumes their run.
 
@@ -77,6 +78,7 @@ def train_jointly(
       run: The training run.
       console: The output of the progress bar.
       at_once: As for :func:`lora_jax.train_many`.
+      once: Whether to evaluate at the end only.
 
     Raises:
       UserError: The training of all adapters diverged.
@@ -87,6 +89,7 @@ def train_jointly(
         splits["train"].sequences, splits["train"].labels, problem.lengths, settings.batch_size, settings.seed
     )
     steps, due = plan_steps(settings.epochs, stream.steps_per_epoch)
+    due = {steps} if once else due
 
     def tx(lr):
         return adam(lr, steps, warmup=settings.warmup, clip=settings.clip)
