@@ -65,7 +65,7 @@ def convert(
         if model is None:
             check_new(out, CONFIG, "adapter", ownership_test({CONFIG}), force, inputs=inputs)
         else:
-            check_new_file(out, gguf.SUFFIX, gguf.is_marked, force, inputs=inputs)
+            check_new_file(out, gguf.SUFFIX, gguf.is_adapter, "GGUF adapter", force, inputs=inputs)
         with contextlib.ExitStack() as stack:
             delta, names = _load(source, directory, base, target, ignore, stack)
             if model is None:

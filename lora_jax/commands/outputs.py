@@ -34,19 +34,22 @@ def check_new(
         raise FileExistsError(f"{out} exists; --force replaces it.")
 
 
-def check_new_file(out: Path, suffix: str, owns: Callable[[Path], bool], force: bool, inputs: tuple[Path, ...]) -> None:
+def check_new_file(
+    out: Path, suffix: str, is_same: Callable[[Path], bool], what: str, force: bool, inputs: tuple[Path, ...]
+) -> None:
     """Checks that an output file may be written.
 
     Args:
       out: The output.
       suffix: The suffix of its name.
-      owns: Whether this program wrote an existing file.
-      force: Whether to replace an existing output.
+      is_same: Whether an existing file is of the same kind.
+      what: The kind of output, for messages.
+      force: Whether to replace an existing output of the same kind.
       inputs: The paths that the command reads.
 
     Raises:
       ValueError: The output has another suffix, or is one of the inputs.
-      FileExistsError: The output exists, and `force` is False or another program wrote it.
+      FileExistsError: The output exists, and `force` is False or it is not of the same kind.
     """
     if out.suffix != suffix or out.is_dir():
         example = out / f"adapter{suffix}" if out.is_dir() else out.with_name(f"{out.name}{suffix}")
@@ -55,7 +58,7 @@ def check_new_file(out: Path, suffix: str, owns: Callable[[Path], bool], force: 
     for path in inputs:
         if target == path.resolve():
             raise ValueError(f"{out}: the output may not be {path}, which is read.")
-    if target.exists() and not owns(target):
-        raise FileExistsError(f"{out} exists, and lora_jax did not write it, so it is not replaced.")
+    if target.exists() and not is_same(target):
+        raise FileExistsError(f"{out} exists and is not a {what}; only a previous {what} is replaced.")
     if target.exists() and not force:
         raise FileExistsError(f"{out} exists; --force replaces it.")

@@ -287,11 +287,12 @@ def test_outputs(run, fails, tmp_path):
     assert out.read_bytes() == written and [path.name for path in out.parent.iterdir()] == ["a.gguf"]
     assert "ends in .gguf, such as" in fails(*command, tmp_path / "b", *options)
     assert "ends in .gguf, such as" in fails(*command, tmp_path, *options)
-    for content in (b"", b"hello", (FIXTURES / "qwen2" / "f32.gguf").read_bytes()):
-        other = tmp_path / "other.gguf"
-        other.write_bytes(content)
-        assert "lora_jax did not write it" in fails(*command, other, *options, "--force")
-        assert other.read_bytes() == content
+    for name, content in (("text.gguf", b"hello"), ("base.gguf", None)):
+        other = tmp_path / name
+        other.write_bytes(content) if content else write_base_gguf(other, "qwen2")
+        before = other.read_bytes()
+        assert "is not a GGUF adapter" in fails(*command, other, *options, "--force")
+        assert other.read_bytes() == before
     assert "--dtype is for --target gguf-file" in fails(*command, tmp_path / "c", "--target", "vllm", "--dtype", "f16")
 
 

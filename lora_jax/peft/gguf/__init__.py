@@ -1,6 +1,6 @@
 """Adapters as GGUF files, which llama.cpp loads; needs the package `gguf`."""
 
-from lora_jax.peft.gguf.files import is_marked
+from lora_jax.peft.gguf.files import is_adapter
 from lora_jax.peft.gguf.model import SUFFIX, GgufModel, is_gguf, read_model
 from lora_jax.peft.gguf.reading import read_delta, read_torch_adapter
 from lora_jax.peft.gguf.writing import DTYPES, describe_unsupported, write_file
@@ -10,8 +10,8 @@ __all__ = [
     "SUFFIX",
     "GgufModel",
     "describe_unsupported",
+    "is_adapter",
     "is_gguf",
-    "is_marked",
     "read_delta",
     "read_model",
     "read_torch_adapter",

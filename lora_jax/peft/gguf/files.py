@@ -4,8 +4,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-_MARK = b"written_by: lora_jax\n"
-
 
 def import_gguf() -> ModuleType:
     """Returns the package `gguf`.
@@ -60,14 +58,9 @@ def field(reader: Any, key: str, default: Any = None) -> Any:
     return default if entry is None else entry.contents()
 
 
-def mark(file: Path) -> None:
-    """Marks a file as written by this program, by bytes after its end as a GGUF file, which readers ignore."""
-    with open(file, "ab") as stream:
-        stream.write(_MARK)
-
-
-def is_marked(file: Path) -> bool:
-    """Whether :func:`mark` marked a file."""
-    with open(file, "rb") as stream:
-        stream.seek(max(0, file.stat().st_size - len(_MARK)))
-        return stream.read() == _MARK
+def is_adapter(file: Path) -> bool:
+    """Whether a file is a GGUF file of an adapter."""
+    try:
+        return field(open_gguf(file), "general.type") == "adapter"
+    except ValueError:
+        return False

@@ -11,7 +11,7 @@ from lora_jax.io.files import create_parents, replace_file
 from lora_jax.io.read_errors import BREAK
 from lora_jax.peft.arrays import fold_scale, pad_module, replace_tensors
 from lora_jax.peft.experts import FUSED_PARTS
-from lora_jax.peft.gguf.files import import_gguf, load_metadata, mark
+from lora_jax.peft.gguf.files import import_gguf, load_metadata
 from lora_jax.peft.gguf.model import EXPERT_MATRICES, GgufModel
 from lora_jax.peft.llama_cpp import common_alpha, split_expert
 from lora_jax.peft.module import Module
@@ -72,7 +72,6 @@ def write_file(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        mark(fresh)
 
 
 def _to_weights(adapter: TorchAdapter, model: GgufModel) -> list[Module[np.ndarray]]:
