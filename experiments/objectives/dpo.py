@@ -5,7 +5,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from experiments.objectives.log_probabilities import Batch, LogProbs, Loss, check_rows, log_ratios, summed
+from experiments.objectives.log_probabilities import Batch, LogProbs, Loss, check_rows, summed
+from experiments.objectives.reference import log_ratios
 
 Kind = Literal["sigmoid", "hinge", "ipo", "robust"]
 

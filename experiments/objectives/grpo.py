@@ -5,8 +5,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from experiments.objectives.log_probabilities import Batch, LogProbs, Loss, reference_log_probs, summed
-from experiments.objectives.reference import split
+from experiments.objectives.log_probabilities import Batch, LogProbs, Loss, summed
+from experiments.objectives.reference import reference_log_probs, split
 
 Normalize = Literal["sequence", "tokens", "constant"]
 
@@ -79,7 +79,7 @@ def grpo(
 
     Raises:
       ValueError: A value is out of range; (from the loss) see
-        :func:`experiments.objectives.log_probabilities.reference_log_probs`.
+        :func:`experiments.objectives.reference.reference_log_probs`.
 
     Example:
       >>> batch = {"labels": jnp.array([[3, 4], [5, -1]]), "advantages": jnp.array([1.0, -1.0])}

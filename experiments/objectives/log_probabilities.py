@@ -1,7 +1,4 @@
-"""Log-probabilities of the tokens of completions, of a policy and of its reference, by one adapted function.
-
-Shape suffixes: B rows, N examples, K rows of an example, L tokens.
-"""
+"""Log-probabilities of the tokens of answers, by one adapted function of any delta."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -12,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 import lora_jax as lora
-from experiments.objectives.reference import check_reference, equal, same_shapes, split
 
 Batch = Mapping[str, jax.Array]
 """Arrays by name, `[*rows, tokens]`: `tokens`; `labels`, the next token where the loss covers it, otherwise negative;
@@ -75,53 +71,6 @@ class LogProbabilities:
 
 
 _NAMES = ("tokens", "labels", "segments", "positions")
-
-
-def log_ratios(log_probs: LogProbs, base: Any, delta: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
-    """Returns the policy's log-probability of each label minus the reference's, `float32[*rows, tokens]`.
-
-    The differences of tokens are summed, not the sums subtracted: at the start they are zero up to the rounding of one
-    token, however long the text is.
-
-    Args:
-      log_probs: Usually :class:`LogProbabilities`.
-      base: The base, or :class:`experiments.objectives.reference.Frozen`.
-      delta: The policy.
-      batch: Rows of tokens; see :func:`reference_log_probs`.
-      key: A key for dropout, or None.
-
-    Raises:
-      ValueError: See :func:`reference_log_probs`.
-    """
-    policy = log_probs(split(base)[0], delta, batch, key)
-    return policy - reference_log_probs(log_probs, base, delta, batch, policy)
-
-
-def reference_log_probs(log_probs: LogProbs, base: Any, delta: Any, batch: Batch, policy: jax.Array) -> jax.Array:
-    """Returns the log-probabilities of the reference, through which no gradient flows.
-
-    Those of a reference that equals the delta bit for bit are the policy's: XLA may compile the same function to other
-    roundings where it is differentiated.
-
-    Args:
-      log_probs: Usually :class:`LogProbabilities`.
-      base: The base, or :class:`experiments.objectives.reference.Frozen`.
-      delta: The policy.
-      batch: Rows of tokens. If it has `reference_log_probs`, from `log_probs(base, reference, batch)` (computed once
-        for all epochs), they are the result.
-      policy: The log-probabilities of the policy.
-
-    Raises:
-      ValueError: The delta needs a base that `lora_jax.prepare` changed, and the reference does not.
-    """
-    if "reference_log_probs" in batch:
-        return batch["reference_log_probs"]
-    base, reference = split(base)
-    check_reference(delta, reference)
-    values = jax.lax.stop_gradient(log_probs(base, reference, batch, None))
-    if getattr(log_probs, "dropout", False) or not same_shapes(delta, reference):
-        return values
-    return jnp.where(equal(delta, reference), jax.lax.stop_gradient(policy), values)
 
 
 def check_rows(batch: Batch, count: int, objective: str) -> None:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from experiments.objectives.log_probabilities import Batch, LogProbs
+
 
 class Frozen(NamedTuple):
     """A base and a reference, in place of the base of a `lora_jax.TrainState`.
@@ -55,7 +57,54 @@ def check_reference(delta: Any, reference: Any) -> None:
             )
 
 
-def same_shapes(delta: Any, reference: Any) -> bool:
+def log_ratios(log_probs: LogProbs, base: Any, delta: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
+    """Returns the policy's log-probability of each label minus the reference's, `float32[*rows, tokens]`.
+
+    The differences of tokens are summed, not the sums subtracted: at the start they are zero up to the rounding of one
+    token, however long the text is.
+
+    Args:
+      log_probs: Usually :class:`experiments.objectives.log_probabilities.LogProbabilities`.
+      base: The base, or :class:`Frozen`.
+      delta: The policy.
+      batch: Rows of tokens; see :func:`reference_log_probs`.
+      key: A key for dropout, or None.
+
+    Raises:
+      ValueError: See :func:`reference_log_probs`.
+    """
+    policy = log_probs(split(base)[0], delta, batch, key)
+    return policy - reference_log_probs(log_probs, base, delta, batch, policy)
+
+
+def reference_log_probs(log_probs: LogProbs, base: Any, delta: Any, batch: Batch, policy: jax.Array) -> jax.Array:
+    """Returns the log-probabilities of the reference, through which no gradient flows.
+
+    Those of a reference that equals the delta bit for bit are the policy's: XLA may compile the same function to other
+    roundings where it is differentiated.
+
+    Args:
+      log_probs: Usually :class:`experiments.objectives.log_probabilities.LogProbabilities`.
+      base: The base, or :class:`Frozen`.
+      delta: The policy.
+      batch: Rows of tokens. If it has `reference_log_probs`, from `log_probs(base, reference, batch)` (computed once
+        for all epochs), they are the result.
+      policy: The log-probabilities of the policy.
+
+    Raises:
+      ValueError: The delta needs a base that `lora_jax.prepare` changed, and the reference does not.
+    """
+    if "reference_log_probs" in batch:
+        return batch["reference_log_probs"]
+    base, reference = split(base)
+    check_reference(delta, reference)
+    values = jax.lax.stop_gradient(log_probs(base, reference, batch, None))
+    if getattr(log_probs, "dropout", False) or not _same_shapes(delta, reference):
+        return values
+    return jnp.where(_equal(delta, reference), jax.lax.stop_gradient(policy), values)
+
+
+def _same_shapes(delta: Any, reference: Any) -> bool:
     """Whether two deltas have the same structure, shapes and dtypes."""
     leaves, others = jax.tree.leaves(delta), jax.tree.leaves(reference)
     return jax.tree.structure(delta) == jax.tree.structure(reference) and all(
@@ -63,7 +112,7 @@ def same_shapes(delta: Any, reference: Any) -> bool:
     )
 
 
-def equal(delta: Any, reference: Any) -> jax.Array:
+def _equal(delta: Any, reference: Any) -> jax.Array:
     """Whether all leaves of two deltas of the same shapes are equal, a boolean scalar."""
     leaves = jax.tree.map(lambda leaf, other: jnp.all(leaf == other), delta, reference)
     return functools.reduce(jnp.logical_and, jax.tree.leaves(leaves), jnp.bool_(True))

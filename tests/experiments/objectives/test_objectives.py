@@ -19,9 +19,9 @@ from experiments.objectives.distillation import distillation
 from experiments.objectives.dpo import dpo
 from experiments.objectives.grpo import advantages, grpo
 from experiments.objectives.kto import kto
-from experiments.objectives.log_probabilities import LogProbabilities, log_ratios
+from experiments.objectives.log_probabilities import LogProbabilities
 from experiments.objectives.orpo import orpo
-from experiments.objectives.reference import Frozen
+from experiments.objectives.reference import Frozen, log_ratios
 from experiments.objectives.rollouts import rollouts
 from experiments.objectives.simpo import simpo
 from tests.experiments.decoders import load
