@@ -152,7 +152,7 @@ def test_what_the_user_can_put_right_is_one_sentence(capsys, tmp_path, tiny_mode
     check("no such data directory", "llama-tiny", "--data", tmp_path / "nowhere")
     check("has only 128 positions", "gpt2-tiny", "--lengths", "200")
     check("has only 128 positions", "gpt2-tiny", "--new-tokens", "140")
-    check("matches no path", "gpt2-tiny", "--targets", "attention", "head")
+    check("head of tiny-gpt2 is its token embedding", "gpt2-tiny", "--targets", "attention", "head")
     check("rank", "llama-tiny", "--rank", "1000")
     broken = tmp_path / "broken"
     shutil.copytree(location.find("tiny-llama"), broken)

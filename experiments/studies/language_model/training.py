@@ -13,6 +13,7 @@ from rich.console import Console
 import lora_jax as lora
 from experiments.configs.language_model import Config
 from experiments.errors import UserError
+from experiments.models.weights import flatten_weights
 from experiments.studies.language_model.problem import Problem
 from experiments.tasks.batching import NO_LABEL
 from experiments.training import loop
@@ -59,6 +60,10 @@ def prepare(problem: Problem, config: Config) -> Run:
     Raises:
       UserError: A target matches no weight of the model, or the rank exceeds that of a weight.
     """
+    if "head" in config.targets and "output/kernel" not in flatten_weights(problem.base):
+        raise UserError(
+            f"--targets head: the head of {config.model} is its token embedding; --targets embedding adapts both"
+        )
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     low_rank = lora.LoRA(rank=config.rank, alpha=config.alpha)
     spec = {_PATTERNS[target]: lora.Full() if target == "norms" else low_rank for target in config.targets}
