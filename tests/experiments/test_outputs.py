@@ -89,12 +89,11 @@ def test_a_lease_is_renewed(tmp_path, monkeypatch):
 def study():
     @outputs.exclusive
     def run(config):
-        outputs.begin(config.out, "result.json", "checkpoints", "step-[0-9]*", fresh=config.fresh, cached=("tokens",))
+        outputs.begin(config.out, "result.json", "checkpoints", "step-[0-9]*", fresh=config.fresh)
         if config.fails:
             raise UserError("no such model")
-        for name in ("checkpoints/10", "tokens"):
-            (config.out / name).mkdir(parents=True, exist_ok=True)
-        for name in ("result.json", "checkpoints/10/array", "tokens/0.bin", "step-3"):
+        (config.out / "checkpoints/10").mkdir(parents=True, exist_ok=True)
+        for name in ("result.json", "checkpoints/10/array", "step-3"):
             (config.out / name).write_text("ours")
         assert (config.out / lock.LOCK).exists()
 
@@ -108,7 +107,7 @@ def names(directory):
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir())
 
 
-OURS = [outputs.LISTING, "checkpoints/10/array", "result.json", "step-3", "tokens/0.bin"]
+OURS = [outputs.LISTING, "checkpoints/10/array", "result.json", "step-3"]
 
 
 def test_a_run_replaces_what_it_wrote(tmp_path, study):
@@ -119,12 +118,12 @@ def test_a_run_replaces_what_it_wrote(tmp_path, study):
 
 def test_fresh_removes_what_the_program_wrote(tmp_path, study):
     study(tmp_path)
-    mine = ["checkpoints/notes.txt", "notes.txt", "step-notes.txt", "tokens/notes.txt"]
+    mine = ["checkpoints/notes.txt", "notes.txt", "step-notes.txt"]
     for name in mine:
         (tmp_path / name).write_text("mine")
     with pytest.raises(UserError, match="no such model"):
         study(tmp_path, fresh=True, fails=True)
-    assert names(tmp_path) == sorted([outputs.LISTING, "tokens/0.bin", *mine])
+    assert names(tmp_path) == sorted([outputs.LISTING, *mine])
     study(tmp_path, fresh=True)
     assert names(tmp_path) == sorted([*OURS, *mine])
 

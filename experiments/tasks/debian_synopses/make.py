@@ -28,14 +28,14 @@ SIZES = {"train": 5000, "validation": 500, "test": 800}
 
 PER_SOURCE = 4  # packages of one source
 MIN_DESCRIPTION = 120  # characters
-MAX_DESCRIPTION = 170  # parts of words: with the other messages, at most 256 tokens of common tokenizers
+MAX_DESCRIPTION = 120  # parts of words: with the other messages, at most 256 tokens of common tokenizers
 SYNOPSIS = range(12, 81)  # characters
 PART = re.compile(r"[^\W\d_]{1,7}|[\d_]|[^\w\s]")
 NOT_REAL = re.compile(r"transitional|dummy|metapackage|meta-package|meta package|debug|obsolete", re.IGNORECASE)
 NOT_REAL_NAME = re.compile(r"-(dbg|dbgsym|debug)$")
 ITEM = re.compile(r"[*+o-] +(?=\S)")
 VERSION = re.compile(r"[-.]?\d[\d.]*")
-SHARED = 0.3  # maximum share of word sequences that a held-out description shares with the training data
+SHARED = 0.5  # maximum share of word sequences that a held-out description shares with the training data
 WORDS = 6  # length of those sequences
 
 
