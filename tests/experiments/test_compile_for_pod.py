@@ -30,7 +30,8 @@ MESH = ("--mesh.fsdp", "2", "--mesh.tensor", "2", "--dtype", "bfloat16")
 
 
 def run(capfd, *flags, config="sft", slice_=SLICE):
-    status = compile_for_pod.main([config, "--topology", slice_, *flags])
+    tiny = ("--model", "tiny-llama", "--length", "128", "--batch.global", "8") if config == "sft" else ()
+    status = compile_for_pod.main([config, "--topology", slice_, *tiny, *flags])
     return status, capfd.readouterr()
 
 
@@ -177,7 +178,9 @@ def test_the_roofline_is_its_slowest_term():
 
 
 def test_what_a_model_needs():
-    config = Config(model="Mixtral-8x7B-v0.1", targets=("attention",), dtype="bfloat16")
+    config = Config(
+        model="Mixtral-8x7B-v0.1", targets=("attention",), dtype="bfloat16", length=128, batch=BatchSizes(8)
+    )
     parts = program.abstract(config, jax.devices()[:1], "cpu")
     assert multiplied_weights(parts.base, parts.shape) == pytest.approx(
         12.75e9, rel=0.01
