@@ -19,12 +19,13 @@ from experiments.training.runtime import Runtime
 
 Target = Literal["attention", "feed-forward", "embedding", "head"]
 Float = Literal["float32", "bfloat16"]
-Quantization = Literal["none", "nf4", "int8"]
+Quantization = Literal["none", "nf4", "int8", "stored"]
 METHODS: dict[str, tuple[Literal["lora", "dora"], Quantization]] = {
     "lora": ("lora", "none"),
     "dora": ("dora", "none"),
     "qlora": ("lora", "nf4"),
     "qdora": ("dora", "nf4"),
+    "stored": ("lora", "stored"),
 }
 """The adapter method and the quantization of each of the methods that a run may compare."""
 
@@ -105,8 +106,9 @@ class Config(Runtime):
     """The adapter method."""
 
     methods: Methods = ()
-    """Methods to compare in one table, separated by commas: lora, dora, qlora (LoRA on a base in NF4), qdora. Each run
-    is in a subdirectory of --out. Empty trains one adapter with --method and --quantize."""
+    """Methods to compare in one table, separated by commas: lora, dora, qlora (LoRA on a base in NF4), qdora, stored
+    (LoRA on the codes of a GGUF file). Each run is in a subdirectory of --out. Empty trains one adapter with --method
+    and --quantize."""
 
     targets: tuple[Target, ...] = ("attention", "feed-forward")
     """The weights to adapt: attention projections, feed-forward layers (including the experts of a mixture), the token
@@ -128,7 +130,8 @@ class Config(Runtime):
     """The dtype of the factors and of the optimizer state."""
 
     quantize: Quantization = "none"
-    """The quantization of the base's linear layers. nf4 is QLoRA's format with double quantization."""
+    """The quantization of the base's linear layers. nf4 is QLoRA's format with double quantization. stored uses the
+    codes of a GGUF file as they are, those of the embedding included."""
 
     dtype: Float = "float32"
     """The dtype of activations and of the base's weights that are not quantized."""

@@ -14,6 +14,7 @@ from flax import nnx
 
 import lora_jax as lora
 from experiments.errors import UserError
+from experiments.models.stored_codes import StoredCodes
 from experiments.models.stored_weights import StoredWeights
 from experiments.pretrained.files import ModelFiles, open_files
 from lora_jax import peft
@@ -90,6 +91,7 @@ def load(
     rules: Mapping[str, Format | None] | None = None,
     example: Sequence[Any] = (),
     copies: Mapping[str, str] | None = None,
+    stored: bool = False,
 ) -> M:
     """Returns a model with the weights of a checkpoint; random initial values are computed for new weights only.
 
@@ -114,6 +116,8 @@ def load(
         one, so at most one layer's weight is in memory unquantized.
       example: Arguments, or their shapes, of a call of the model, which is traced for `rules`.
       copies: Tensors that are copies of others if the checkpoint does not hold them (an untied head).
+      stored: Whether weights that a GGUF file stores as codes become quantized leaves with the same codes, instead of
+        being dequantized.
 
     Raises:
       UserError: Files are missing or damaged, or tensors are missing, unexpected or of other shapes; the error lists
@@ -139,17 +143,18 @@ def load(
                     f"{len(eight) - 1} other tensors; FP8 is not supported, use the model's bfloat16 weights"
                 )
             bindings = {path: names.find(path, variable.get_value().shape) for path, variable in variables.items()}
-            stored = StoredWeights(tensors, names.prefix, spellings, copies or {})
+            codes = require_codes(directory, copies) if stored else None
+            weights = StoredWeights(tensors, names.prefix, spellings, copies or {}, codes)
             new = {
                 path
                 for path, binding in bindings.items()
-                if re.search(fresh, path) or (re.search(optional, path) and not stored.has_any(binding))
+                if re.search(fresh, path) or (re.search(optional, path) and not weights.has_any(binding))
             }
             read = [binding for path, binding in bindings.items() if path not in new]
-            stored.check(directory, read, {name for path in new for name in bindings[path].tensors}, unused)
+            weights.check(directory, read, {name for path in new for name in bindings[path].tensors}, unused)
             for binding in read:
                 # Pending copies would hold several shards in the host's memory.
-                leaf = stored.leaf(binding, dtype, shardings[binding.path], plan)
+                leaf = weights.leaf(binding, dtype, shardings[binding.path], plan)
                 values[binding.path] = jax.block_until_ready(leaf)
     except UserError:
         raise
@@ -166,6 +171,22 @@ def load(
     values |= initialized
     flat = [(path, variable.replace(values["/".join(map(str, path))])) for path, variable in nnx.to_flat_state(params)]
     return nnx.merge(graph, nnx.from_flat_state(flat), others)
+
+
+def require_codes(path: Path, copies: Mapping[str, str] | None = None) -> StoredCodes:
+    """Returns the codes of a GGUF file.
+
+    Args:
+      path: The file, or a directory that holds one.
+      copies: See :func:`load`.
+
+    Raises:
+      UserError: It stores no codes.
+    """
+    codes = open_files(path).codes()
+    if codes is None:
+        raise UserError(f"{path}: holds no codes of GGUF's formats to use as stored; use --quantize nf4 or int8")
+    return StoredCodes(codes, copies)
 
 
 def save(

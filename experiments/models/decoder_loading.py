@@ -28,12 +28,14 @@ class Loading(TypedDict, total=False):
       sharding: See :func:`experiments.models.checkpoint.load`.
       rules: The weights to quantize while they are read; see :func:`experiments.models.checkpoint.load`.
       untied: Whether a head that is tied to the embedding becomes a separate weight with the embedding's values.
+      stored: Whether codes of a GGUF file are used as they are; see :func:`experiments.models.checkpoint.load`.
     """
 
     dtype: Any
     sharding: checkpoint.Sharding | None
     rules: Mapping[str, Format | None] | None
     untied: bool
+    stored: bool
 
 
 def load_decoder(
@@ -47,6 +49,7 @@ def load_decoder(
     sharding: checkpoint.Sharding | None = None,
     rules: Mapping[str, Format | None] | None = None,
     untied: bool = False,
+    stored: bool = False,
 ) -> M:
     """Returns a decoder with the weights of a checkpoint in Hugging Face layout.
 
@@ -60,6 +63,7 @@ def load_decoder(
       sharding: See :class:`Loading`.
       rules: See :class:`Loading`.
       untied: See :class:`Loading`.
+      stored: See :class:`Loading`.
 
     Raises:
       UserError: The config or the weights are missing, damaged or of another architecture.
@@ -77,6 +81,7 @@ def load_decoder(
         rules=rules,
         copies={_HEAD: embedding} if untied else None,
         example=(jax.ShapeDtypeStruct((1, 8), jnp.int32),),
+        stored=stored,
     )
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.errors import UserError
+from experiments.models.stored_codes import StoredCodes
 from experiments.pretrained.files import Tensors
 from lora_jax import peft
 from lora_jax.quantization import Plan, bitsandbytes_tensors, from_bitsandbytes, shardings
@@ -31,9 +32,16 @@ class StoredWeights:
       UserError: Two tensors have the same usual name.
     """
 
-    def __init__(self, tensors: Tensors, prefix: str, spellings: Sequence[tuple[str, str]], copies: Mapping[str, str]):
+    def __init__(
+        self,
+        tensors: Tensors,
+        prefix: str,
+        spellings: Sequence[tuple[str, str]],
+        copies: Mapping[str, str],
+        codes: StoredCodes | None = None,
+    ):
         self._tensors = tensors
-        self._prefix = prefix
+        self._prefix, self._codes = prefix, codes
         self._names: dict[str, str] = {}  # usual name -> name in the file
         for name in tensors:
             usual = name
@@ -60,6 +68,9 @@ class StoredWeights:
             leaf = self._quantized_leaf(binding, dtype)
             if leaf.shape != binding.shape:
                 raise UserError(f"{binding.path}: shape {leaf.shape} in the checkpoint, expected {binding.shape}")
+            return leaf if sharding is None else jax.device_put(leaf, shardings(leaf, sharding))
+        if self._codes is not None and self._codes.kind(binding) is not None:
+            leaf = self._codes.leaf(binding, dtype)
             return leaf if sharding is None else jax.device_put(leaf, shardings(leaf, sharding))
         if plan is None or binding.path not in plan.chosen:
             return self._device_array(binding, dtype, sharding, slice(None))

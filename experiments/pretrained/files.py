@@ -42,6 +42,20 @@ class Tensors(Protocol):
         ...
 
 
+class Codes(Protocol):
+    """The codes of tensors that are stored in GGUF's quantized types."""
+
+    def __contains__(self, name: object, /) -> bool: ...
+
+    def kind(self, name: str) -> str | None:
+        """Returns the type of a tensor's codes; None if it is stored as numbers."""
+        ...
+
+    def rows(self, name: str) -> np.ndarray:
+        """Returns the blocks of codes of each row of a matrix or table, `uint8[rows, bytes]`."""
+        ...
+
+
 class ModelFiles(Protocol):
     """The files of a model by their names in Hugging Face layout."""
 
@@ -74,6 +88,10 @@ class ModelFiles(Protocol):
 
     def tensors(self) -> Tensors:
         """Returns the weights."""
+        ...
+
+    def codes(self) -> Codes | None:
+        """Returns the codes of the weights; None if none are stored as GGUF's codes."""
         ...
 
 
@@ -126,6 +144,9 @@ class HuggingFaceFiles:
     def tensors(self) -> peft.Tensors:
         """Returns the tensors of the safetensors files."""
         return peft.Tensors(self.weights)
+
+    def codes(self) -> None:
+        """Returns None: safetensors have no codes of GGUF."""
 
 
 def open_files(path: Path) -> ModelFiles:

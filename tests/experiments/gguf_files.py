@@ -30,3 +30,31 @@ def write(path, fields, tensors, endian=gguf.GGUFEndian.LITTLE):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def widen(folder, kind, name="llama", other=None):
+    """A model whose rows are whole blocks, with codes of a type, and its copy with the dequantized numbers.
+
+    With `other`, the last layer has codes of that type.
+    """
+    rng = np.random.default_rng(0)
+    fields, tensors = read(FILES / f"{name}.gguf")
+    prefix, sizes = fields["general.architecture"][0], {16: 64, 24: 96, 8: 32, 48: 192, 64: 256}
+    changes = dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), 16)
+    changes |= {"embedding_length": 64, "feed_forward_length": 256 if name == "gpt2" else 96}
+    for field, value in changes.items():
+        if f"{prefix}.{field}" in fields:
+            fields[f"{prefix}.{field}"] = (value, fields[f"{prefix}.{field}"][1])
+    tensors.pop("rope_freqs.weight", None)
+    plain, coded = {}, {}
+    for tensor, (data, _) in tensors.items():
+        values = rng.normal(size=[sizes.get(size, size) for size in data.shape]).astype(np.float32)
+        chosen = other if other and tensor.startswith("blk.1.") else kind
+        # As the converter has it, routers and positions are numbers.
+        is_number = values.ndim < 2 or "ffn_gate_inp" in tensor or "position" in tensor
+        form = gguf.GGMLQuantizationType["F32" if is_number else chosen]
+        codes = gguf.quants.quantize(values, form)
+        coded[tensor] = (codes, form)
+        numbers = gguf.quants.dequantize(codes, form).reshape(values.shape)
+        plain[tensor] = (numbers, gguf.GGMLQuantizationType.F32)
+    return write(folder / "codes.gguf", fields, coded), write(folder / "plain.gguf", fields, plain)

@@ -67,31 +67,11 @@ def test_halves_load_as_they_are(name, dtype):
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_codes_are_dequantized(kind, tmp_path):
-    path, expected = wide_model(tmp_path, kind)
+    path, plain = gguf_files.widen(tmp_path, kind)
+    expected = weights(plain)
     check_equal(weights(path), expected)
     half = weights(path, dtype=jnp.bfloat16)
     assert all(array.dtype == jnp.bfloat16 for array in half.values())
-
-
-def wide_model(tmp_path, kind):
-    """A Llama whose rows are whole blocks, with codes of a type, and its dequantized weights."""
-    rng = np.random.default_rng(0)
-    fields, tensors = gguf_files.read(gguf_files.FILES / "llama.gguf")
-    for name, value in {"embedding_length": 64, "feed_forward_length": 96}.items():
-        fields[f"llama.{name}"] = (value, fields[f"llama.{name}"][1])
-    for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
-        fields[f"llama.{name}"] = (16, fields[f"llama.{name}"][1])
-    del tensors["rope_freqs.weight"]
-    plain = {}
-    for name, (data, _) in tensors.items():
-        wide = {16: 64, 24: 96, 8: 32, 61: 61}
-        values = rng.normal(size=[wide[size] for size in data.shape]).astype(np.float32)
-        quantization = gguf.GGMLQuantizationType[kind] if values.ndim == 2 else F32
-        codes = gguf.quants.quantize(values, quantization)
-        plain[name] = (gguf.quants.dequantize(codes, quantization).reshape(values.shape), F32)
-        tensors[name] = (codes, quantization)
-    path = gguf_files.write(tmp_path / "codes.gguf", fields, tensors)
-    return path, weights(gguf_files.write(tmp_path / "plain.gguf", fields, plain))
 
 
 def test_older_and_newer_forms_of_tensors(tmp_path):

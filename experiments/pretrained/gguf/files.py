@@ -72,6 +72,11 @@ class GgufFiles:
         """Returns the tensors, a context manager."""
         return GgufTensors(self._content, self._require_config())
 
+    def codes(self) -> GgufTensors | None:
+        """Returns the tensors if some are stored as codes."""
+        tensors = self.tensors()
+        return tensors if any(map(tensors.kind, tensors)) else None
+
     def _require_config(self) -> dict[str, Any]:
         if self._config is None:
             raise UserError(f"{self.path}: holds a tokenizer, but no model")

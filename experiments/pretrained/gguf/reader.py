@@ -46,9 +46,14 @@ class StoredTensor:
     shape: tuple[int, ...]
     data: np.ndarray
 
+    @property
+    def is_float(self) -> bool:
+        """Whether the file stores numbers instead of codes."""
+        return self.kind in _FLOATS
+
     def dequantize(self, rows: np.ndarray) -> np.ndarray:
         """Returns the numbers that some of the rows of `data` hold: stored floats as they are, others in float32."""
-        if self.kind in _FLOATS:
+        if self.is_float:
             return rows
         if not rows.size:
             return np.zeros((*rows.shape[:-1], self.shape[-1]), np.float32)

@@ -81,9 +81,13 @@ class GgufTensors(Mapping[str, tuple[int, ...]]):
     def __len__(self) -> int:
         return len(self._views)
 
-    def view(self, name: str) -> View:
-        """Where and how the file holds a tensor."""
-        return self._views[name]
+    def kind(self, name: str) -> str | None:
+        """Returns the type of a tensor's codes; None if it is stored as numbers."""
+        return None if self._views[name].stored.is_float else self.dtype(name)
+
+    def rows(self, name: str) -> np.ndarray:
+        """Returns the blocks of codes of each row, `uint8[rows, bytes]`; of a transposed matrix, of each column."""
+        return self._views[name].rows()
 
     def read(self, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
         """Reads a tensor, or a part of it: floats as they are stored, dequantized codes in float32."""

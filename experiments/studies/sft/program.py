@@ -22,6 +22,7 @@ from experiments.studies.sft.adapters import LINEAR, check_adapter, has_dropout,
 from experiments.studies.sft.choices import choose_rate, choose_remat, count_weights
 from experiments.training import mesh as meshes
 from experiments.training.optimizer import adam
+from lora_jax.peft import Names
 from lora_jax.quantization import Format, Plan, gathered, shardings
 
 LARGE = 100_000
@@ -70,7 +71,12 @@ class Program:
         sharding = meshes.weight_shardings(self.mesh, self.family.axes)
         dtype, options = jnp.dtype(self.config.dtype), self.model.options
         model = self.family.load(
-            directory, options, dtype=dtype, sharding=sharding, rules=quantization_rules(self.config)
+            directory,
+            options,
+            dtype=dtype,
+            sharding=sharding,
+            rules=quantization_rules(self.config),
+            stored=self.config.quantize == "stored",
         )
         return gathered(lora.nnx.functional(model)[1], meshes.FSDP)
 
@@ -144,7 +150,7 @@ def abstract(
         )
     apply, base = lora.nnx.functional(model)
     with jax.set_mesh(mesh):
-        base = _base(config, base, apply, meshes.weight_shardings(mesh, family.axes))
+        base = _base(config, base, apply, family.names(shape), meshes.weight_shardings(mesh, family.axes))
         key, tokens = jax.eval_shape(lambda: jax.random.key(0)), _example(config)
         try:
             jax.eval_shape(lora.adapt(apply), base, {}, tokens)
@@ -235,22 +241,27 @@ def model_options(config: Config, remat: Remat, platform: Platform | None) -> Op
 
 def quantization_rules(config: Config) -> dict[str, Format | None]:
     """Returns the formats of quantized weights by pattern."""
-    formats = {"none": None, "nf4": lora.NF4(), "int8": lora.Int8()}
+    formats = {"none": None, "stored": None, "nf4": lora.NF4(), "int8": lora.Int8()}
     selected = formats[config.quantize]
     return {} if selected is None else {"|".join(LINEAR.values()): selected}
 
 
-def _base(config: Config, base: Any, apply: Callable, sharding: Callable) -> Any:
+def _base(config: Config, base: Any, apply: Callable, names: Names, sharding: Callable) -> Any:
     """Returns the shapes and shardings of the loaded weights: in the config's dtype, some of them quantized."""
     rules = quantization_rules(config)
     plan = Plan.of(base, rules, apply, _example(config)) if rules else None
+    codes = checkpoint.require_codes(location.find(config.model)) if config.quantize == "stored" else None
 
     def leaf(path: str, weight: Any) -> Any:
         weight_sharding = sharding(path, weight.shape)
         weight = jax.ShapeDtypeStruct(weight.shape, jnp.dtype(config.dtype), sharding=weight_sharding)
-        if plan is None or path not in plan.chosen:
+        binding = names.find(path, weight.shape)
+        if codes is not None and codes.kind(binding) is not None:
+            quantized = codes.abstract(binding, weight.dtype)
+        elif plan is not None and path in plan.chosen:
+            quantized = jax.eval_shape(lambda weight: plan(path, weight), weight)
+        else:
             return weight
-        quantized = jax.eval_shape(lambda weight: plan(path, weight), weight)
         try:
             return with_shardings(quantized, shardings(quantized, weight_sharding))
         except ValueError as error:

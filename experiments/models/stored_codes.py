@@ -1,0 +1,87 @@
+"""Weights that a checkpoint stores as the codes of GGUF's formats, as quantized leaves with the same codes."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.errors import UserError
+from experiments.pretrained.files import Codes
+from lora_jax import peft
+from lora_jax.quantization import Quantized, from_gguf
+
+
+class StoredCodes:
+    """The codes of a checkpoint.
+
+    Args:
+      codes: The codes by the names of tensors.
+      copies: Tensors that are copies of others if the checkpoint does not hold them (an untied head).
+    """
+
+    def __init__(self, codes: Codes, copies: Mapping[str, str] | None = None):
+        self._codes = codes
+        self._copies = {name: source for name, source in (copies or {}).items() if name not in codes}
+
+    def kind(self, binding: peft.Binding) -> str | None:
+        """Returns the type of a weight's codes; None if the checkpoint stores numbers.
+
+        Raises:
+          UserError: The layers of a stacked weight have different types.
+        """
+        kinds = {self._codes.kind(self._stored(name)): name for name in binding.tensors}
+        if len(kinds) > 1:
+            listed = " and ".join(f"{kind or 'numbers'} ({name})" for kind, name in kinds.items())
+            raise UserError(
+                f"{binding.path}: stored as {listed}, but layers that are scanned need one type for all; use a file of "
+                "a pure type, such as Q4_0 or Q8_0, or --quantize nf4"
+            )
+        return next(iter(kinds))
+
+    def leaf(self, binding: peft.Binding, dtype: Any) -> Quantized:
+        """Returns a weight that is stored as codes.
+
+        Args:
+          binding: The weight.
+          dtype: The dtype of its values when they are used.
+
+        Raises:
+          UserError: No format has its type, or a scale is not finite.
+        """
+        leaves = [self._layer(binding, self._codes.rows(self._stored(name)), dtype) for name in binding.tensors]
+        return _stack(leaves, binding)
+
+    def abstract(self, binding: peft.Binding, dtype: Any) -> Quantized:
+        """Returns the shapes of a weight that is stored as codes, of which no rows are read."""
+        rows = binding.tensor_shape[-1 if binding.kind == "conv1d" else 0]
+        name = self._stored(next(iter(binding.tensors)))
+        layer = self._layer(binding, np.zeros_like(self._codes.rows(name)[:1]), dtype)
+        shape = tuple(rows if size == 1 else size for size in layer.codes.shape)
+
+        def build() -> Quantized:
+            full = dataclasses.replace(layer, codes=jnp.zeros(shape, layer.codes.dtype))
+            return _stack([full] * len(binding.tensors), binding)
+
+        return jax.eval_shape(build)
+
+    def _stored(self, name: str) -> str:
+        return self._copies.get(name, name)
+
+    def _layer(self, binding: peft.Binding, rows: np.ndarray, dtype: Any) -> Quantized:
+        axes = ("lookup", "out") if binding.kind == "embedding" else ("in", "out")
+        try:
+            return from_gguf(rows, self.kind(binding) or "", axes, dtype=dtype or jnp.float32)
+        except ValueError as error:
+            raise UserError(f"{binding.path}: --quantize stored: {error}") from None
+
+
+def _stack(leaves: list[Quantized], binding: peft.Binding) -> Quantized:
+    """Stacks the tensors of a weight along its axes of layers and experts."""
+    for label in reversed(binding.index_labels):
+        size = binding.sizes[label]
+        groups = [leaves[first : first + size] for first in range(0, len(leaves), size)]
+        leaves = [jax.tree.map(lambda *arrays: jnp.stack(arrays), *group) for group in groups]
+    return leaves[0]

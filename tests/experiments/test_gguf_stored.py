@@ -1,0 +1,75 @@
+"""The codes of GGUF files as the base, as they are stored: `--quantize stored`."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lora
+from experiments.configs.sft import BatchSizes, Config
+from experiments.errors import UserError
+from experiments.models import checkpoint, families
+from experiments.models.options import Options
+from experiments.models.weights import flatten_weights
+from experiments.studies.sft import program as programs
+from experiments.training.mesh_sizes import MeshSizes
+from lora_jax.quantization import Quantized
+from tests.experiments import gguf_files
+from tests.experiments.decoders import FIXTURES
+
+TOKENS = np.arange(12, dtype=np.int32)[None]
+
+
+def load(path, **loading):
+    family = families.get_family(checkpoint.read_config(path))
+    return lora.nnx.functional(family.load(path, Options(scan=True), **loading))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("llama", "Q8_0"), ("llama", "Q4_1"), ("mixtral", "Q4_0"), ("gpt2", "Q8_0"), ("qwen2", "Q5_1")]
+)
+def test_values_and_logits_are_those_of_the_dequantized_weights(name, kind, tmp_path):
+    path, plain = gguf_files.widen(tmp_path, kind, name)
+    apply, expected = load(plain)
+    _, actual = load(path, stored=True)
+    coded = {key for key, leaf in flatten_weights(actual).items() if isinstance(leaf, Quantized)}
+    assert {"token/embedding"} < coded and all(key.endswith(("kernel", "embedding")) for key in coded)
+    for key, leaf in flatten_weights(actual).items():
+        np.testing.assert_array_equal(np.asarray(leaf), flatten_weights(expected)[key], err_msg=key)
+    logits = [jax.jit(lora.adapt(apply))(base, {}, TOKENS) for base in (expected, actual)]
+    np.testing.assert_allclose(logits[1], logits[0], rtol=1e-5, atol=1e-4)
+
+
+def test_the_program_of_a_study_has_the_shapes_of_the_loaded_base(tmp_path):
+    path, _ = gguf_files.widen(tmp_path, "Q8_0", "llama")
+    config = Config(model=str(path), quantize="stored", length=16, dtype="bfloat16")
+    program = programs.abstract(config, jax.devices()[:1])
+    with jax.set_mesh(program.mesh):
+        base = program.load(path)
+    assert jax.tree.structure(program.base) == jax.tree.structure(base)
+    for expected, actual in zip(jax.tree.leaves(program.base), jax.tree.leaves(base)):
+        assert (expected.shape, expected.dtype, expected.sharding) == (actual.shape, actual.dtype, actual.sharding)
+    assert base["token"]["embedding"].dtype == jnp.bfloat16
+
+
+def test_a_mesh_divides_whole_blocks(tmp_path):
+    path, _ = gguf_files.widen(tmp_path, "Q8_0", "llama")
+    config = Config(model=str(path), quantize="stored", length=16, mesh=MeshSizes(fsdp=2))
+    program = programs.abstract(config, jax.devices()[:2])
+    with jax.set_mesh(program.mesh):
+        kernel = program.load(path)["layers"]["attention"]["query"]["kernel"]
+    assert kernel.codes.addressable_shards[0].data.size == kernel.codes.size // 2
+    config = dataclasses.replace(config, mesh=MeshSizes(fsdp=4), batch=BatchSizes(global_=4))
+    with pytest.raises(UserError, match=r"quantize stored: each shard of .* not a multiple of the block of 32"):
+        programs.abstract(config, jax.devices()[:4])
+
+
+def test_what_has_no_codes_is_refused(tmp_path):
+    for path in (FIXTURES / "llama", gguf_files.FILES / "llama_f16.gguf"):
+        with pytest.raises(UserError, match=f"{path.name}: holds no codes of GGUF's formats .*--quantize nf4 or int8"):
+            load(path, stored=True)
+    path, _ = gguf_files.widen(tmp_path, "Q4_1", other="Q8_0")
+    with pytest.raises(UserError, match=r"key/kernel: stored as Q4_1 .* and Q8_0 .*, but layers that are scanned"):
+        load(path, stored=True)
