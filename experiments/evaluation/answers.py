@@ -24,6 +24,7 @@ from experiments.training import mesh as meshes
 _ROWS = 16  # prompts per batch, at most
 _TOKENS = 8192  # slots of the cache of a batch, at most, if that is more than one prompt
 _PIECE = 32  # tokens of each prompt that are read at a time
+_ANSWER = 8  # the lengths of reference answers are multiples of it
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class _Layout:
         # Each prompt keeps at least one token, whose logits give the first token of the answer.
         shared = min(min(map(len, prompts)) - 1, _count_shared(prompts))
         rest = _round_up(max(map(len, prompts)) - shared - 1, _PIECE)
-        answer = _round_up(max(len(question.answer) for question in questions), _PIECE)
+        answer = _round_up(max(len(question.answer) for question in questions), _ANSWER)
         slots = shared + rest + max(answer, new_tokens)
         batches = -(-len(prompts) // min(_ROWS, max(1, _TOKENS // slots)))
         return cls(shared, -(-len(prompts) // batches), slots, answer)

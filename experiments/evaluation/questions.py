@@ -29,7 +29,7 @@ class Question:
 def make_questions(encoder: Encoder, records: Sequence[Record], locations: Sequence[str]) -> list[Question | None]:
     """Returns a question for each record: the last answer of a conversation, a completion, or half of a text.
 
-    It is None for records without a prompt, or whose answer the loss does not cover.
+    It is None for records without a prompt or an answer, or whose answer the loss does not cover.
 
     Args:
       encoder: The encoder of the checkpoint.
@@ -64,7 +64,8 @@ def _question(
 
 
 def _make(prompt: np.ndarray, answer: np.ndarray, reference: str) -> Question | None:
-    return Question(prompt, answer, reference.strip()) if len(prompt) and len(answer) else None
+    reference = reference.strip()
+    return Question(prompt, answer, reference) if len(prompt) and len(answer) and reference else None
 
 
 def precede(record: Record, solved: Sequence[Record]) -> Record:

@@ -3,7 +3,9 @@
 import itertools
 import json
 import os
+import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -13,7 +15,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
 import lora_jax as lora
-from experiments import user_cache
+from experiments import run, user_cache
+from experiments.models import location
 
 WORDS = {
     "games": ["chess", "puzzle", "arcade"],
@@ -125,3 +128,45 @@ def interrupt_at(monkeypatch):
 
     yield at
     monkeypatch.setattr(lora, "train_step", real)
+
+
+CHATML = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SYSTEM = "Add."
+
+
+@pytest.fixture(scope="session")
+def tuned(tmp_path_factory):
+    """A tiny Llama with a chat template, conversations in three splits, and runs of two methods of two steps each."""
+    directory = tmp_path_factory.mktemp("tuned")
+    shutil.copytree(location.find("tiny-llama"), directory / "model")
+    (directory / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
+    (directory / "data").mkdir()
+    for split, first, count in (("train", 0, 16), ("validation", 20, 4), ("test", 30, 7)):
+        rows = [
+            [("system", SYSTEM), ("user", f"{i} + {i}?"), ("assistant", f"It is {2 * i}.")]
+            for i in range(first, first + count)
+        ]
+        messages = [[{"role": role, "content": content} for role, content in row] for row in rows]
+        lines = [json.dumps({"messages": one}) + "\n" for one in messages]
+        (directory / "data" / f"{split}.jsonl").write_text("".join(lines))
+    args = ["--model", directory / "model", "--data", directory / "data", "--out", directory / "out"]
+    args += [
+        "--methods",
+        "lora,dora",
+        "--fast",
+        "--samples",
+        "0",
+        "--test-examples",
+        "5",
+        "--length",
+        "64",
+        "--rank",
+        "2",
+    ]
+    args += ["--new-tokens", "6", "--batch.global", "4", "--lr", "0.05"]
+    with jax.numpy_dtype_promotion("standard"):
+        assert run.main(["sft", *map(str, args)]) == 0
+    return directory
