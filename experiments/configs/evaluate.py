@@ -38,7 +38,7 @@ class Config(Runtime):
     test_examples: int | None = 40
     """Maximum number of examples, from the beginning. None uses all."""
 
-    new_tokens: int = 32
+    new_tokens: int = 40
     """Maximum number of tokens per answer."""
 
     quantize: Quantization | None = None

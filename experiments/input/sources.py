@@ -115,6 +115,11 @@ def read_separate(data: Sequence[str], split: str, form: FormName | None = None)
     return _all(sources) if sources else None
 
 
+def unweighted(data: Sequence[str]) -> str:
+    """Returns the names of data without weights, for the user."""
+    return " and ".join(_split_weight(name)[0] for name in data)
+
+
 def overlap_warnings(train: Records, validation: Records) -> list[str]:
     """Returns a warning for each validation source whose content is also training data.
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from experiments.configs.sft import METHODS, Config
 from experiments.evaluation.scores import Scores, cells
+from experiments.input import sources
 from experiments.reports.results import write_json
 from experiments.studies.sft import evaluation, study
 from experiments.studies.sft.held_out import find_held_out
@@ -71,7 +72,7 @@ def _run(config: Config, name: str, console: Console, *, with_base: bool) -> Tra
         held_out = find_held_out(config)
         if held_out is None:
             console.print(
-                f"no scores of answers: {' and '.join(config.data)} has no test or validation examples; "
+                f"no scores of answers: {sources.unweighted(config.data)} has no test or validation examples; "
                 "--validation-share holds some out",
                 highlight=False,
                 soft_wrap=True,

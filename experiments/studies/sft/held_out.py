@@ -37,7 +37,7 @@ def find_held_out(config: Config) -> HeldOut | None:
     Raises:
       UserError: Data is missing or empty.
     """
-    names = " and ".join(config.data)
+    names = sources.unweighted(config.data)
     train, validation = read_splits(config)
     test = sources.read_separate(config.data, "test", config.data_form)
     if test is not None:
@@ -57,7 +57,7 @@ def read_named(config: Config, *, train: Records | None) -> HeldOut:
     """
     separate = find_held_out(config)
     records, _ = sources.splits(config.data, form=config.data_form)
-    return separate or HeldOut(" and ".join(config.data), records, train)
+    return separate or HeldOut(sources.unweighted(config.data), records, train)
 
 
 @dataclass(frozen=True)
