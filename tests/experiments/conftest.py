@@ -138,7 +138,7 @@ SYSTEM = "Add."
 
 
 @pytest.fixture(scope="session")
-def tuned(tmp_path_factory):
+def tuned(tmp_path_factory, cache):
     """A tiny Llama with a chat template, conversations in three splits, and runs of two methods of two steps each."""
     directory = tmp_path_factory.mktemp("tuned")
     shutil.copytree(location.find("tiny-llama"), directory / "model")
