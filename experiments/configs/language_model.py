@@ -31,8 +31,8 @@ class Config:
     """The architecture of the base."""
 
     model: str
-    """The base: a directory in Hugging Face layout with tokenizer.json, a name on the Hugging Face Hub, or a model that
-    is shipped (tiny-llama, tiny-gpt2)."""
+    """The base: a directory in Hugging Face layout with tokenizer.json, a GGUF file, a name on the Hugging Face Hub, or
+    a model that is installed (smollm2-135m) or shipped (tiny-llama, tiny-gpt2)."""
 
     targets: tuple[Target, ...]
     """The weights to adapt: attention, feed-forward, embedding and head (unless tied to the embedding) with LoRA; norms
