@@ -28,6 +28,7 @@ def settings(tiny_model, tiny_data):
         full_rates=(1e-4, 1e-3, 1e-2),
         model=str(tiny_model),
         data=str(tiny_data),
+        head_examples=30,
         train_examples=48,
         validation_examples=None,
         batch_size=16,

@@ -1,7 +1,7 @@
 """The curves of the encoder, on the quickstart's task: LoRA of several ranks, and full fine-tuning."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from experiments.studies import head, provenance
 from experiments.studies.head import Start
 from experiments.studies.joint import train_jointly
 from experiments.studies.lr_sweep.curve import Curve, measured
-from experiments.studies.problem import HEAD, answers, load
+from experiments.studies.problem import HEAD, Problem, Split, answers, load
 from experiments.training import mesh as meshes
 from experiments.training import outputs
 from experiments.training.mesh import MeshSizes
@@ -62,14 +62,16 @@ def curves(config: Config, console: Console) -> Iterator[Curve]:
     Raises:
       UserError: Model or data are missing or malformed, a rank exceeds that of the weights, or all runs diverged.
     """
-    limits = {"train": config.train_examples, "validation": config.validation_examples, "test": 1}
+    examples = config.head_examples + config.train_examples
+    limits = {"train": examples, "validation": config.validation_examples, "test": 1}
     problem = load(config.model, config.data, limits, config.lengths, report=console.print)
     for line in lines(config):
         problem.check(line.name, line.spec)
     shape = bert.BertConfig.from_json(checkpoint.read_config(location.find(config.model)))
-    start = head.run(
-        problem, provenance.directory(config.out, "head", [problem.digest, limits], fresh=config.fresh), console
-    )
+    of_head, others = _divide(problem, config.head_examples)
+    inputs = [problem.digest, config.head_examples]
+    start = head.run(of_head, provenance.directory(config.out, "head", inputs, fresh=config.fresh), console)
+    start = replace(start, problem=others)
     split = start.problem.splits["validation"]
     before = _losses(_base_logits(start)[:, None], split.labels)
     for line in lines(config):
@@ -81,6 +83,17 @@ def curves(config: Config, console: Console) -> Iterator[Curve]:
             before,
             console,
         )
+
+
+def _divide(problem: Problem, count: int) -> tuple[Problem, Problem]:
+    """Returns the problem with the first `count` training examples, and with the others."""
+    train = problem.splits["train"]
+
+    def part(examples: slice) -> Problem:
+        split = Split(train.sequences[examples], train.labels[examples])
+        return replace(problem, splits=problem.splits | {"train": split})
+
+    return part(slice(count)), part(slice(count, None))
 
 
 def _curve(config: Config, start: Start, line: Line, rule: float, before: np.ndarray, console: Console) -> Curve:
@@ -113,7 +126,16 @@ def _curve(config: Config, start: Start, line: Line, rule: float, before: np.nda
 
 
 _SHARED = (
-    *("train_examples", "validation_examples", "batch_size", "epochs", "lengths", "warmup", "label_smoothing"),
+    *(
+        "head_examples",
+        "train_examples",
+        "validation_examples",
+        "batch_size",
+        "epochs",
+        "lengths",
+        "warmup",
+        "label_smoothing",
+    ),
     *("clip", "seed"),
 )
 """Settings that affect the result of every curve."""
