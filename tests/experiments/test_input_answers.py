@@ -17,7 +17,6 @@ from experiments.input.encoding import load_encoder
 from experiments.input.options import Options
 from experiments.input.pipeline import iterate
 from experiments.input.records import Preference, Problem, Rated, TextPair
-from experiments.input.text_pairs import read_text_pairs
 from experiments.input.usage import usage
 from experiments.models import location
 from tests.experiments.test_input_encoding import CHATML
@@ -220,7 +219,7 @@ def test_an_epoch_has_every_record_once_in_any_order_and_by_process(encoder, tmp
 
 
 @pytest.mark.parametrize("names", [("anchor", "positive"), ("query", "document")])
-def test_pairs_of_texts(tiny_model, tmp_path, names):
+def test_pairs_of_texts(tmp_path, names):
     first, second = names
     rows = [
         {first: "chess", second: "a tool for chess", "negative": "spam"},
@@ -229,14 +228,8 @@ def test_pairs_of_texts(tiny_model, tmp_path, names):
     ]
     records, (findings,) = read(write(tmp_path / "a.jsonl", *rows), EMBED)
     assert findings.forms == {"-".join(names): 3}
-    tokenizer, lines = Tokenizer.from_file(str(tiny_model / "tokenizer.json")), []
-    options = {"batch_size": 2, "seed": None, "report": lines.append}
-    source = read_text_pairs(records, tokenizer, length=5, **options)
-    batch = source[0]
-    assert batch["tokens"].shape == (2, 4) and batch["document_tokens"].shape == (2, 2, 5)
-    assert batch["tokens"][0].tolist()[0] == 2 and batch["mask"].sum(axis=1).tolist() == [3, 4]
-    assert lines == ["truncated: 1 of 9 texts longer than 5 tokens", "3 pairs; 2 batches of 2 per epoch"]
-    assert source[1]["index"].tolist() == [2, -1] and not source[1]["document_mask"][1].any()
-    more, _ = read(write(tmp_path / "b.jsonl", rows[0], {first: "tune", second: "synth"}), EMBED)
-    with pytest.raises(UserError, match=r"line 2: 0 negatives, expected 1 as in .*line 1"):
-        read_text_pairs(more, tokenizer, length=5, **options)
+    assert [(record.anchor, record.positive, record.negatives) for record in records] == [
+        ("chess", "a tool for chess", ("spam",)),
+        ("the inbox", "letter", ("drum",)),
+        ("tune", "synth", ("puzzle",)),
+    ]
