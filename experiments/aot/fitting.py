@@ -9,7 +9,7 @@ import jax
 
 from experiments.configs.sft import Config
 from experiments.errors import UserError
-from experiments.studies.sft import program
+from experiments.studies.decoder import program
 from experiments.training.chips import GIB
 from experiments.training.mesh import MeshSizes
 

@@ -11,7 +11,7 @@ from rich.console import Console
 import lora_jax as lora
 from experiments.configs.sft import BatchSizes, Config
 from experiments.models import activations, families
-from experiments.studies.sft import choices, program
+from experiments.studies.decoder import choices, program
 from experiments.training.mesh import MeshSizes
 
 

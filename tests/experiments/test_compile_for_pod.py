@@ -20,7 +20,7 @@ from experiments.configs.sft import BatchSizes, Config
 from experiments.errors import UserError
 from experiments.models import shapes
 from experiments.models.flops import multiplied_weights, step_flops
-from experiments.studies.sft import program
+from experiments.studies.decoder import program
 from experiments.training import mesh as meshes
 from experiments.training.chips import GIB, TPUS, find_tpu
 from experiments.training.mesh import MeshSizes

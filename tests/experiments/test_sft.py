@@ -15,7 +15,8 @@ from experiments import run
 from experiments.configs.sft import BatchSizes, Config
 from experiments.errors import Preempted, UserError
 from experiments.models import families, location
-from experiments.studies.sft import program, study
+from experiments.studies.decoder import program
+from experiments.studies.sft import study
 from experiments.training import mesh as meshes
 from experiments.training import record
 from experiments.training.interrupt import Interrupt

@@ -18,7 +18,8 @@ from experiments.configs.sft import BatchSizes, Config
 from experiments.errors import UserError
 from experiments.models import location
 from experiments.models.chunked_loss import cross_entropy
-from experiments.studies.sft import choices, data, program, study
+from experiments.studies.decoder import choices, program
+from experiments.studies.sft import data, study
 from experiments.training import meter, record
 from experiments.training.optimizer import adam, learning_rate
 from tests.experiments.sft_runs import TINY, adapters_equal

@@ -15,10 +15,10 @@ from experiments.input.encoding import Encoder
 from experiments.models import location
 from experiments.models.decoder import Decoder
 from experiments.models.options import Options
-from experiments.studies.sft import program as programs
-from experiments.studies.sft.adapters import read_adapter
+from experiments.studies.decoder import program as programs
+from experiments.studies.decoder.adapters import read_adapter
+from experiments.studies.decoder.program import Program
 from experiments.studies.sft.data import read_encoder
-from experiments.studies.sft.program import Program
 from experiments.studies.sft.samples import read_end_tokens
 
 

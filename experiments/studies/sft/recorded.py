@@ -8,7 +8,7 @@ from experiments.errors import UserError, reading
 from experiments.input.records import Conversation
 from experiments.input.sources import Records
 from experiments.reports.results import write_json
-from experiments.studies.sft.adapters import check_adapter, is_adapter
+from experiments.studies.decoder.adapters import check_adapter, is_adapter
 from experiments.studies.sft.report import BEST
 from lora_jax import peft
 

@@ -17,7 +17,7 @@ from experiments.input.sources import Records
 from experiments.models import checkpoint
 from experiments.models.options import Options
 from experiments.pretrained.files import open_files
-from experiments.studies.sft.program import Program
+from experiments.studies.decoder.program import Program
 from experiments.training import mesh as meshes
 
 _GENERATION = "generation_config.json"

@@ -21,10 +21,10 @@ from experiments.models import families, location
 from experiments.models.flops import step_flops
 from experiments.pretrained.files import open_files
 from experiments.reports.results import write_json
-from experiments.studies.sft import program as programs
-from experiments.studies.sft.choices import choose_rate, choose_remat, count_weights, longest_sequence
+from experiments.studies.decoder import program as programs
+from experiments.studies.decoder.choices import choose_rate, choose_remat, count_weights, longest_sequence
+from experiments.studies.decoder.program import Program
 from experiments.studies.sft.data import Data, read_data
-from experiments.studies.sft.program import Program
 from experiments.studies.sft.recorded import write_run
 from experiments.studies.sft.report import ADAPTER, BEST, PEFT, PEFT_LAST, RESULT, Report, show, show_answers
 from experiments.studies.sft.samples import Writer

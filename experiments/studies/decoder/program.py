@@ -18,8 +18,15 @@ from experiments.errors import UserError
 from experiments.models import checkpoint, families, location, shapes
 from experiments.models.options import Options, Platform, Remat
 from experiments.models.weights import map_weights
-from experiments.studies.sft.adapters import LINEAR, check_adapter, has_dropout, make_spec, new_adapter, read_adapter
-from experiments.studies.sft.choices import choose_rate, choose_remat, count_weights
+from experiments.studies.decoder.adapters import (
+    LINEAR,
+    check_adapter,
+    has_dropout,
+    make_spec,
+    new_adapter,
+    read_adapter,
+)
+from experiments.studies.decoder.choices import choose_rate, choose_remat, count_weights
 from experiments.training import mesh as meshes
 from experiments.training.optimizer import adam
 from lora_jax.peft import Names
