@@ -10,7 +10,7 @@ from experiments.command_line import find_config
 from experiments.configs.sft import Config
 from experiments.errors import UserError
 from experiments.models.flops import step_flops
-from experiments.studies.decoder import program
+from experiments.studies.sft import program
 
 PROGRAM = "python -m experiments.compile_for_pod"
 

@@ -9,7 +9,8 @@ import jax
 
 from experiments.configs.sft import Config
 from experiments.errors import UserError
-from experiments.studies.decoder import program
+from experiments.studies.decoder.program import read_description
+from experiments.studies.sft import program
 from experiments.training.chips import GIB
 from experiments.training.mesh import MeshSizes
 
@@ -99,7 +100,7 @@ def tokens_at_a_time(config: Config) -> float:
 
 def inputs_of_layers(config: Config) -> float:
     """Returns the bytes of the inputs of all layers on one chip, which the backward pass uses."""
-    content = program.read_description(config.model)
+    content = read_description(config.model)
     layers = content.get("num_hidden_layers") or content["n_layer"]
     width = content.get("hidden_size") or content["n_embd"]
     return layers * width * tokens_at_a_time(config) * _width(config.dtype)

@@ -19,7 +19,8 @@ import numpy as np
 import lora_jax as lora
 from experiments import startup
 from experiments.aot import topology
-from experiments.configs.sft import BatchSizes, Config
+from experiments.configs.decoder import BatchSizes
+from experiments.configs.sft import Config
 from experiments.errors import UserError
 from experiments.models import families, location
 from experiments.models.options import Options

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments import settings
-from experiments.configs.sft import Float, Quantization
+from experiments.configs.decoder import Float, Quantization
 from experiments.input.forms import FormName
 from experiments.training.runtime import Runtime
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.configs.sft import Float
+from experiments.configs.decoder import Float
 from experiments.training.runtime import Runtime
 
 

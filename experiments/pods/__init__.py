@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from experiments.configs.sft import BatchSizes, Config
+from experiments.configs.decoder import BatchSizes
+from experiments.configs.sft import Config
 from experiments.models.options import Remat
 from experiments.training.mesh_sizes import MeshSizes
 

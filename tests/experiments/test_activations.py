@@ -9,9 +9,12 @@ import pytest
 from rich.console import Console
 
 import lora_jax as lora
-from experiments.configs.sft import BatchSizes, Config
+from experiments.configs.decoder import BatchSizes
+from experiments.configs.sft import Config
 from experiments.models import activations, families
-from experiments.studies.decoder import choices, program
+from experiments.studies.decoder import choices
+from experiments.studies.decoder.program import read_description
+from experiments.studies.sft import program
 from experiments.training.mesh import MeshSizes
 
 
@@ -39,7 +42,7 @@ def test_the_estimate_is_that_of_the_residuals(model):
 
 
 def test_memory_decides_what_is_rematerialized(monkeypatch):
-    description = program.read_description("smollm2-135m")
+    description = read_description("smollm2-135m")
     shape = families.get_family(description).shape(description)
     weights = choices.count_weights(description)
     assert weights == 134_515_008

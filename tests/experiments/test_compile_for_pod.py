@@ -16,11 +16,12 @@ from experiments.aot.roofline import roofline, usable_links
 from experiments.aot.topology import Topology
 from experiments.aot.traffic import Traffic
 from experiments.command_line import config_names
-from experiments.configs.sft import BatchSizes, Config
+from experiments.configs.decoder import BatchSizes
+from experiments.configs.sft import Config
 from experiments.errors import UserError
 from experiments.models import shapes
 from experiments.models.flops import multiplied_weights, step_flops
-from experiments.studies.decoder import program
+from experiments.studies.sft import program
 from experiments.training import mesh as meshes
 from experiments.training.chips import GIB, TPUS, find_tpu
 from experiments.training.mesh import MeshSizes

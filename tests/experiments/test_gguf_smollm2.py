@@ -4,7 +4,7 @@ import pytest
 
 from experiments.input.template_files import load_template
 from experiments.models import checkpoint, location
-from experiments.studies.sft.samples import read_end_tokens
+from experiments.studies.decoder.encoding import read_end_tokens
 from experiments.tasks.text import load_tokenizer
 
 

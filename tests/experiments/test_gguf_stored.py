@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
-from experiments.configs.sft import BatchSizes, Config
+from experiments.configs.decoder import BatchSizes
+from experiments.configs.sft import Config
 from experiments.errors import UserError
 from experiments.models import checkpoint, families
 from experiments.models.options import Options

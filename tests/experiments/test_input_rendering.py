@@ -14,7 +14,7 @@ from experiments.input.chat import Template
 from experiments.input.options import Options, parse_arguments
 from experiments.input.template_files import load_template, special_tokens
 from experiments.models import location
-from experiments.studies.sft.samples import read_end_tokens
+from experiments.studies.decoder.encoding import read_end_tokens
 from experiments.tasks.text import load_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hi"}]

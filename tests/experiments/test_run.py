@@ -9,7 +9,7 @@ import pytest
 
 from experiments import command_line, configs, pods, run
 from experiments.configs import language_model, quickstart, sft
-from experiments.configs.sft import BatchSizes
+from experiments.configs.decoder import BatchSizes
 from experiments.errors import UserError
 from experiments.reports.results import Result
 from experiments.training.mesh import MeshSizes

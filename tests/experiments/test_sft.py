@@ -12,11 +12,12 @@ from tensorboardX.proto import event_pb2
 
 import lora_jax as lora
 from experiments import run
-from experiments.configs.sft import BatchSizes, Config
+from experiments.configs.decoder import BatchSizes
+from experiments.configs.sft import Config
 from experiments.errors import Preempted, UserError
 from experiments.models import families, location
-from experiments.studies.decoder import program
-from experiments.studies.sft import study
+from experiments.studies.decoder.program import read_description
+from experiments.studies.sft import program, study
 from experiments.training import mesh as meshes
 from experiments.training import record
 from experiments.training.interrupt import Interrupt
@@ -222,7 +223,7 @@ def test_what_a_user_can_put_right(flags, message, tmp_path, capsys, monkeypatch
 
 def test_every_family_has_names_and_axes():
     for model in ("tiny-llama", "tiny-gpt2", "Mixtral-8x7B-v0.1"):
-        family = families.get_family(program.read_description(model))
-        assert family.axes and family.names(family.shape(program.read_description(model)))
+        family = families.get_family(read_description(model))
+        assert family.axes and family.names(family.shape(read_description(model)))
     with pytest.raises(UserError, match="model_type is 'lama'; did you mean llama"):
         families.get_family({"model_type": "lama"})

@@ -14,12 +14,14 @@ from rich.console import Console
 
 import lora_jax as lora
 from experiments import run
-from experiments.configs.sft import BatchSizes, Config
+from experiments.configs.decoder import BatchSizes
+from experiments.configs.sft import Config
 from experiments.errors import UserError
 from experiments.models import location
 from experiments.models.chunked_loss import cross_entropy
-from experiments.studies.decoder import choices, program
-from experiments.studies.sft import data, study
+from experiments.studies.decoder import choices
+from experiments.studies.decoder.program import check
+from experiments.studies.sft import data, program, study
 from experiments.training import meter, record
 from experiments.training.optimizer import adam, learning_rate
 from tests.experiments.sft_runs import TINY, adapters_equal
@@ -126,7 +128,7 @@ def test_what_a_run_cannot_start_from(settings, tmp_path):
     (tmp_path / "adapter-best").mkdir()
     (tmp_path / "adapter-best" / "adapter.json").touch()
     with pytest.raises(UserError, match=r"adapters are in .*/adapter-best$"):  # the directory of a run
-        program.check(dataclasses.replace(settings, rank=16, init_from=tmp_path))
+        check(dataclasses.replace(settings, rank=16, init_from=tmp_path))
     with pytest.raises(ValueError, match="--init-from: the adapter determines method, rank;"):
         dataclasses.replace(settings, init_from=tmp_path, method="dora")
 

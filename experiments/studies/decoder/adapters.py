@@ -1,4 +1,4 @@
-"""The adapter of supervised fine-tuning: a new one from a config, or one that is read from a directory."""
+"""The adapter of a study: a new one from a config, or one that is read from a directory."""
 
 import re
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lora
-from experiments.configs.sft import Config
+from experiments.configs.decoder import DecoderConfig
 from experiments.errors import UserError
 from experiments.models.weights import flatten_weights
 from lora_jax.io import join_names
@@ -25,7 +25,7 @@ OTHERS = {"embedding": r"^token/embedding$", "head": r"^output/kernel$"}
 _OURS, _PEFT = "adapter.json", "adapter_config.json"  # files that identify the directory of an adapter
 
 
-def make_spec(config: Config, base: Any) -> dict[str, Any]:
+def make_spec(config: DecoderConfig, base: Any) -> dict[str, Any]:
     """Returns the recipes of adapted weights by pattern.
 
     Raises:
@@ -55,7 +55,7 @@ def make_spec(config: Config, base: Any) -> dict[str, Any]:
     }
 
 
-def new_adapter(config: Config, base: Any, apply: Callable, key: Any, tokens: Any) -> Any:
+def new_adapter(config: DecoderConfig, base: Any, apply: Callable, key: Any, tokens: Any) -> Any:
     """Returns the shapes of a new adapter.
 
     Raises:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from experiments.configs.sft import SWEPT, Config
+from experiments.configs.decoder import DecoderConfig
 from experiments.models import families
 from experiments.models.activations import activation_bytes
 from experiments.models.decoder import Decoder
@@ -21,7 +21,7 @@ _BYTES = {"nf4": 0.6, "int8": 1.1}  # of a quantized weight
 _FASTEST_FIRST: tuple[Remat, ...] = ("none", "dots", "full")
 
 
-def choose_rate(config: Config, description: Mapping[str, Any], console: Console | None = None) -> float:
+def choose_rate(config: DecoderConfig, description: Mapping[str, Any], console: Console | None = None) -> float:
     """Returns the learning rate of a config. Unless the config has a number, it depends on the model.
 
     Args:
@@ -31,8 +31,8 @@ def choose_rate(config: Config, description: Mapping[str, Any], console: Console
     """
     if isinstance(config.lr, float | int):
         return config.lr
-    if config.lr is None and config.model in SWEPT:
-        rate, origin = SWEPT[config.model], f"the best of short runs of {config.model}"
+    if config.lr is None and config.model in config.SWEPT:
+        rate, origin = config.SWEPT[config.model], f"the best of short runs of {config.model}"
     else:
         kind, size = str(description.get("model_type")), description.get("hidden_size") or description.get("n_embd")
         rate = float(f"{published_rate(int(size or 2000), kind):.2g}")
@@ -43,7 +43,7 @@ def choose_rate(config: Config, description: Mapping[str, Any], console: Console
 
 
 def choose_remat(
-    config: Config, shape: Any, weights: int, platform: Platform | None = None, console: Console | None = None
+    config: DecoderConfig, shape: Any, weights: int, platform: Platform | None = None, console: Console | None = None
 ) -> Remat:
     """Returns what a step rematerializes: as little as the memory of its devices allows.
 
@@ -61,7 +61,7 @@ def choose_remat(
     if platform is not None:
         return "full"
     mesh, size = config.mesh, np.dtype(jnp.dtype(config.dtype)).itemsize
-    rows = config.batch.global_ // (config.batch.accumulate * mesh.replicas) or 1
+    rows = config.rows_per_example * config.batch.global_ // (config.batch.accumulate * mesh.replicas) or 1
     base = weights * _BYTES.get(config.quantize, size) / (mesh.fsdp * mesh.tensor)
     memory = device_memory(mesh.count)
     budget = (memory - base) / 2

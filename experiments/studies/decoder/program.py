@@ -1,4 +1,4 @@
-"""The model, adapter and training step of a config, for arrays on a mesh or for abstract shapes."""
+"""The model, adapter and training step of a study, for arrays on a mesh or for abstract shapes."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import lora_jax as lora
-from experiments.configs.sft import Config
+from experiments.configs.decoder import DecoderConfig
 from experiments.errors import UserError
 from experiments.models import checkpoint, families, location, shapes
 from experiments.models.options import Options, Platform, Remat
@@ -37,6 +37,22 @@ LARGE = 100_000
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What a study trains.
+
+    Attributes:
+      make_loss: `make_loss(apply, dropout)` returns a loss for `lora.train_step`; `dropout` says whether adapters drop
+        out.
+      batch: The shapes and dtypes of a batch by name.
+      has_aux: Whether the loss also returns metrics.
+    """
+
+    make_loss: Callable[[Callable, bool], Callable]
+    batch: Mapping[str, jax.ShapeDtypeStruct]
+    has_aux: bool = True
+
+
+@dataclass(frozen=True)
 class Program:
     """A model, its adapter and its training step on a mesh.
 
@@ -50,12 +66,13 @@ class Program:
       base: Shapes and shardings of the parameters.
       delta: Shapes and shardings of the adapter.
       start: The adapter to start from; None initializes a new one.
-      loss: `loss(base, delta, batch, key) -> (sum, count)` over a batch's labels.
+      objective: What is trained.
+      loss: The loss of the objective.
       tx: The optimizer.
       step: The result of `lora.train_step`.
     """
 
-    config: Config
+    config: DecoderConfig
     mesh: Mesh
     family: families.Family
     shape: Any
@@ -64,6 +81,7 @@ class Program:
     base: Any
     delta: Any
     start: Any
+    objective: Objective
     loss: Callable
     tx: optax.GradientTransformation
     step: Any
@@ -107,9 +125,11 @@ class Program:
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shapes and shardings of a batch."""
-        size = (self.config.batch.global_, self.config.row_length)
-        array = jax.ShapeDtypeStruct(size, jnp.int32, sharding=meshes.batch_sharding(self.mesh))
-        return dict.fromkeys(("tokens", "segments", "positions", "labels"), array)
+        sharding = meshes.batch_sharding(self.mesh)
+        return {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+            for name, array in self.objective.batch.items()
+        }
 
     def lower(self) -> jax.stages.Lowered:
         """Lowers the step for the devices of the mesh."""
@@ -123,22 +143,21 @@ class Program:
 
 
 def abstract(
-    config: Config,
+    config: DecoderConfig,
+    objective: Objective,
     devices: Sequence[jax.Device] | None = None,
     platform: Platform | None = None,
     *,
     steps: int = 1000,
-    max_labels: int | None = None,
 ) -> Program:
     """Returns the program of a config from shapes alone. It computes nothing and reads no weights.
 
     Args:
       config: The study's config. The model may be one of which only the shape is shipped.
+      objective: What is trained.
       devices: The devices of the mesh; None uses all devices.
       platform: The platform of the devices, if it differs from this process's.
       steps: Total number of steps, for the learning rate schedule.
-      max_labels: The largest number of labels in a row of a batch; None has no bound, so that logits are computed for
-        every token.
 
     Raises:
       UserError: The model is unknown, or model, batch and mesh are incompatible.
@@ -183,12 +202,12 @@ def abstract(
     if config.optimizer_on_host:
         tx = lora.optim.host_offloaded(tx, min_size=LARGE)
     dropout = config.dropout > 0 or has_dropout(start)
-    loss = _loss(apply, config, max_labels, dropout=dropout)
-    step = lora.train_step(loss, tx, accumulate=config.batch.accumulate)
-    return Program(config, mesh, family, shape, model, apply, base, delta, start, loss, tx, step)
+    loss = objective.make_loss(apply, dropout)
+    step = lora.train_step(loss, tx, accumulate=config.batch.accumulate, has_aux=objective.has_aux)
+    return Program(config, mesh, family, shape, model, apply, base, delta, start, objective, loss, tx, step)
 
 
-def check(config: Config) -> None:
+def check(config: DecoderConfig) -> None:
     """Checks a config before any data is read.
 
     Raises:
@@ -199,7 +218,7 @@ def check(config: Config) -> None:
     make_mesh(config)
 
 
-def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: DecoderConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh of a config.
 
     Raises:
@@ -216,7 +235,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     return mesh
 
 
-def _check_heads(config: Config, shape: Any) -> None:
+def _check_heads(config: DecoderConfig, shape: Any) -> None:
     heads, tensor = getattr(shape, "num_key_value_heads", None) or shape.n_head, config.mesh.tensor
     if heads % tensor:
         fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
@@ -230,7 +249,7 @@ def read_description(model: str) -> Mapping[str, Any]:
     return shapes.read(model) if shapes.has(model) else checkpoint.read_config(location.find(model))
 
 
-def model_options(config: Config, remat: Remat, platform: Platform | None) -> Options:
+def model_options(config: DecoderConfig, remat: Remat, platform: Platform | None) -> Options:
     """Returns the options of the model's computation."""
     kernel = config.attention
     if kernel == "auto":
@@ -246,14 +265,14 @@ def model_options(config: Config, remat: Remat, platform: Platform | None) -> Op
     )
 
 
-def quantization_rules(config: Config) -> dict[str, Format | None]:
+def quantization_rules(config: DecoderConfig) -> dict[str, Format | None]:
     """Returns the formats of quantized weights by pattern."""
     formats = {"none": None, "stored": None, "nf4": lora.NF4(), "int8": lora.Int8()}
     selected = formats[config.quantize]
     return {} if selected is None else {"|".join(LINEAR.values()): selected}
 
 
-def _base(config: Config, base: Any, apply: Callable, names: Names, sharding: Callable) -> Any:
+def _base(config: DecoderConfig, base: Any, apply: Callable, names: Names, sharding: Callable) -> Any:
     """Returns the shapes and shardings of the loaded weights: in the config's dtype, some of them quantized."""
     rules = quantization_rules(config)
     plan = Plan.of(base, rules, apply, _example(config)) if rules else None
@@ -277,36 +296,6 @@ def _base(config: Config, base: Any, apply: Callable, names: Names, sharding: Ca
     return gathered(map_weights(leaf, base), meshes.FSDP)
 
 
-def _loss(apply: Callable, config: Config, max_labels: int | None, *, dropout: bool) -> Callable:
-    """Returns a loss function for `lora.train_step`: the sum over a batch's labels, and their number.
-
-    Without a key, as in evaluation, there is no dropout, noise or label smoothing.
-    """
-    adapted = lora.adapt(apply, flatten=not config.mesh.sequence)
-
-    def loss(base: Any, delta: Any, batch: Any, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        options: dict[str, Any] = {}
-        if key is not None:
-            dropout_key, noise_key = jax.random.split(key)
-            options["dropout_key"] = dropout_key if dropout else None
-            options["label_smoothing"] = config.label_smoothing
-            if config.neftune:
-                options["noise"] = (noise_key, config.neftune)
-        losses = adapted(
-            base,
-            delta,
-            batch["tokens"],
-            batch["segments"],
-            batch["positions"],
-            labels_BL=batch["labels"],
-            max_labels=max_labels,
-            **options,
-        )
-        return jnp.sum(losses), jnp.sum(batch["labels"] >= 0)
-
-    return loss
-
-
 def with_shardings(tree: Any, shardings: Any) -> Any:
     """Adds shardings to shapes."""
     return jax.tree.map(
@@ -314,6 +303,6 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
     )
 
 
-def _example(config: Config) -> jax.ShapeDtypeStruct:
+def _example(config: DecoderConfig) -> jax.ShapeDtypeStruct:
     """Returns the shape of the tokens with which a model is traced."""
     return jax.ShapeDtypeStruct((config.batch.global_ // config.batch.accumulate, config.row_length), jnp.int32)

@@ -7,9 +7,9 @@ from rich.console import Console
 from experiments.configs import sft
 from experiments.configs.lr_sweep import Config
 from experiments.models import checkpoint, location
+from experiments.studies.decoder.choices import choose_rate
 from experiments.studies.lr_sweep.curve import Curve
 from experiments.studies.sft import study
-from experiments.studies.sft.choices import choose_rate
 
 _EVAL_SHARE = 0.9  # of the time of training; limits the number of validation examples
 

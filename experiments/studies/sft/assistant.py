@@ -15,11 +15,10 @@ from experiments.input.encoding import Encoder
 from experiments.models import location
 from experiments.models.decoder import Decoder
 from experiments.models.options import Options
-from experiments.studies.decoder import program as programs
 from experiments.studies.decoder.adapters import read_adapter
+from experiments.studies.decoder.encoding import read_encoder, read_end_tokens
 from experiments.studies.decoder.program import Program
-from experiments.studies.sft.data import read_encoder
-from experiments.studies.sft.samples import read_end_tokens
+from experiments.studies.sft.program import abstract
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Assistant:
         """
         directory = location.find(config.model)
         encoder = read_encoder(config, directory)
-        return cls(directory, programs.abstract(config), encoder, read_end_tokens(directory))
+        return cls(directory, abstract(config), encoder, read_end_tokens(directory))
 
     @functools.cached_property
     def model(self) -> Decoder:

@@ -12,12 +12,11 @@ from experiments import user_cache
 from experiments.configs.sft import Config
 from experiments.input import pipeline, sources
 from experiments.input.checking import Findings, check_records
-from experiments.input.encoding import Encoder, load_encoder
+from experiments.input.encoding import Encoder
 from experiments.input.packing import Packed, fit_length, positions
 from experiments.input.tokenized import Tokenized, tokenize
 from experiments.input.usage import show, usage
-from experiments.models import checkpoint
-from experiments.studies.sft.samples import read_end_tokens
+from experiments.studies.decoder.encoding import read_encoder
 from experiments.studies.sft.splits import read_splits
 from experiments.training import processes
 from experiments.training.loop import plan_steps
@@ -134,12 +133,3 @@ def _count_evaluated(config: Config, train: Packed, validation: Tokenized) -> in
     budget = config.eval_share * _COST * sum(map(train.tokens, range(total))) / (len(due) + config.eval_first)
     examples = int(np.searchsorted(np.cumsum(validation.lengths, dtype=np.int64), budget, side="right"))
     return int(validation.owners[max(examples, 1) - 1]) + 1
-
-
-def read_encoder(config: Config, directory: Path) -> Encoder:
-    """Loads the encoder of a checkpoint with the config's options."""
-    ends = read_end_tokens(directory)
-    vocabulary = checkpoint.read_config(directory).get("vocab_size")
-    if not isinstance(vocabulary, int):  # loading the model reports it
-        vocabulary = None
-    return load_encoder(directory, ends[0] if ends else None, config.encoding(), ends=ends, vocabulary=vocabulary)

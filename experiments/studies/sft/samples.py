@@ -14,13 +14,11 @@ from experiments import generation
 from experiments.errors import UserError
 from experiments.input.encoding import Encoder
 from experiments.input.sources import Records
-from experiments.models import checkpoint
 from experiments.models.options import Options
-from experiments.pretrained.files import open_files
+from experiments.studies.decoder.encoding import read_end_tokens
 from experiments.studies.decoder.program import Program
 from experiments.training import mesh as meshes
 
-_GENERATION = "generation_config.json"
 _MAX_PROMPT = 1024  # tokens; longer prompts are left out, because attention runs on one device
 
 
@@ -98,19 +96,6 @@ class Writer:
         before_end = np.cumsum(np.isin(rows, self._ends), axis=1) == 0
         decode = self._tokenizer.decode
         return [decode(row[keep].tolist(), skip_special_tokens=True).strip() for row, keep in zip(rows, before_end)]
-
-
-def read_end_tokens(directory: Path) -> tuple[int, ...]:
-    """Reads the tokens that end a text from `generation_config.json`, or from `config.json`."""
-    value = None
-    if open_files(directory).read(_GENERATION) is not None:
-        value = checkpoint.read_config(directory, _GENERATION).get("eos_token_id")
-    if value is None:
-        value = checkpoint.read_config(directory).get("eos_token_id")
-    numbers = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-    if not all(isinstance(number, int) and 0 <= number < 1 << 31 for number in numbers):
-        raise UserError(f"{directory}: eos_token_id is {value!r}, expected a token id or a list of them")
-    return numbers
 
 
 def _prompts(encoder: Encoder, records: Records, count: int, length: int) -> Prompts:

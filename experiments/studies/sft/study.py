@@ -25,6 +25,7 @@ from experiments.studies.decoder import program as programs
 from experiments.studies.decoder.choices import choose_rate, choose_remat, count_weights, longest_sequence
 from experiments.studies.decoder.program import Program
 from experiments.studies.sft.data import Data, read_data
+from experiments.studies.sft.program import abstract
 from experiments.studies.sft.recorded import write_run
 from experiments.studies.sft.report import ADAPTER, BEST, PEFT, PEFT_LAST, RESULT, Report, show, show_answers
 from experiments.studies.sft.samples import Writer
@@ -103,7 +104,7 @@ def run(config: Config) -> Report:
     shape = families.get_family(description).shape(description)
     choose_remat(config, shape, count_weights(description), console=console)
     total, due = loop.plan_steps(config.epochs, data.train.steps_per_epoch, config.steps, config.eval_every)
-    program = programs.abstract(config, steps=total, max_labels=data.max_labels)
+    program = abstract(config, steps=total, max_labels=data.max_labels)
     settings = _settings(config, data, directory)
     report = None
     if processes.broadcast((config.out / RESULT).exists()):
