@@ -99,9 +99,10 @@ def _document(kind: type) -> None:
         if not dataclasses.is_dataclass(base):
             continue
         texts = {entry.arg_name: entry.description for entry in docstring_parser.parse_from_object(base).params}
+        fields = {field.name for field in dataclasses.fields(base)}  # without class variables
         for name, annotation in inspect.get_annotations(base).items():
             text = texts.get(name)
-            if text is not None and not _has_help(annotation):
+            if name in fields and text is not None and not _has_help(annotation):
                 argument = tyro.conf.arg(help=reflowed(inspect.cleandoc(text)), help_behavior_hint=_default)
                 base.__annotations__[name] = Annotated[annotation, argument]
             if dataclasses.is_dataclass(nested := hints.get(name)):

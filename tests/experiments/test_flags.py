@@ -65,3 +65,9 @@ def test_lists_inside_of_others():
     config = parsed(Outer(), *args.split())
     assert config == Outer(("x", "y"), (1, 2), Inner(("a", "b")))
     assert parsed(Outer(), "--pair", "1", "2", "--pair", "3", "4").pair == (3, 4)
+
+
+def test_class_variables_are_not_flags():
+    assert flags.parse(sft.DEFAULTS, "run", ["--fast"]).steps == 2
+    with pytest.raises(SystemExit):
+        flags.parse(sft.DEFAULTS, "run", ["--SWEPT", "1"])
