@@ -56,6 +56,7 @@ def settings(tmp_path_factory):
         batch=BatchSizes(8, accumulate=2),
         epochs=4,
         rank=2,
+        lr=1e-3,
         samples=2,
         new_tokens=6,
         checkpoint_every=5,
