@@ -26,20 +26,28 @@ class StoredCodes:
         self._codes = codes
         self._copies = {name: source for name, source in (copies or {}).items() if name not in codes}
 
+    def is_uniform(self, binding: peft.Binding) -> bool:
+        """Whether the layers and experts of a stacked weight have codes of one type."""
+        return len(self._kinds(binding)) == 1
+
     def kind(self, binding: peft.Binding) -> str | None:
         """Returns the type of a weight's codes; None if the checkpoint stores numbers.
 
         Raises:
-          UserError: The layers of a stacked weight have different types.
+          UserError: The layers or experts of a stacked weight have different types.
         """
-        kinds = {self._codes.kind(self._stored(name)): name for name in binding.tensors}
+        kinds = self._kinds(binding)
         if len(kinds) > 1:
             listed = " and ".join(f"{kind or 'numbers'} ({name})" for kind, name in kinds.items())
             raise UserError(
-                f"{binding.path}: stored as {listed}, but layers that are scanned need one type for all; use a file of "
-                "a pure type, such as Q4_0 or Q8_0, or --quantize nf4"
+                f"{binding.path}: stored as {listed}, but layers and experts that are stacked need one type; load the "
+                "layers unrolled (Options(scan=False)), or quantize with --quantize nf4"
             )
         return next(iter(kinds))
+
+    def _kinds(self, binding: peft.Binding) -> dict[str | None, str]:
+        """Returns the types of a weight's tensors, each with the name of a tensor."""
+        return {self._codes.kind(self._stored(name)): name for name in binding.tensors}
 
     def leaf(self, binding: peft.Binding, dtype: Any) -> Quantized:
         """Returns a weight that is stored as codes.

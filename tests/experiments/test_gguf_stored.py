@@ -72,5 +72,20 @@ def test_what_has_no_codes_is_refused(tmp_path):
         with pytest.raises(UserError, match=f"{path.name}: holds no codes of GGUF's formats .*--quantize nf4 or int8"):
             load(path, stored=True)
     path, _ = gguf_files.widen(tmp_path, "Q4_1", other="Q8_0")
-    with pytest.raises(UserError, match=r"key/kernel: stored as Q4_1 .* and Q8_0 .*, but layers that are scanned"):
+    with pytest.raises(UserError, match=r"key/kernel: stored as Q4_1 .* and Q8_0 .*, but layers and experts that are"):
         load(path, stored=True)
+
+
+def test_layers_of_different_types_are_unrolled(tmp_path, lenient):
+    path, plain = gguf_files.widen(tmp_path, "Q4_1", other="Q8_0")
+    program = programs.abstract(Config(model=str(path), quantize="stored", length=16), jax.devices()[:1])
+    with jax.set_mesh(program.mesh):
+        base = program.load(path)
+        state = program.create(jax.random.key(0), base)
+        batch = {name: jnp.ones(array.shape, array.dtype) for name, array in program.batch().items()}
+        state, metrics = program.step(state, batch)
+    kinds = [base["layers"][str(layer)]["attention"]["query"]["kernel"].format.name for layer in range(2)]
+    assert kinds == ["Q4_1", "Q8_0"] and len(state.delta) == 14 and np.isfinite(metrics["loss"])
+    apply, expected = load(plain)
+    logits = jax.jit(apply)(expected, TOKENS), jax.jit(lora.adapt(program.apply))(base, {}, TOKENS)
+    np.testing.assert_allclose(logits[1], logits[0], rtol=1e-5, atol=1e-4)

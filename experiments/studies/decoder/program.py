@@ -17,7 +17,7 @@ from experiments.configs.decoder import DecoderConfig
 from experiments.errors import UserError
 from experiments.models import checkpoint, families, location, shapes
 from experiments.models.options import Options, Platform, Remat
-from experiments.models.weights import map_weights
+from experiments.models.weights import flatten_weights, map_weights
 from experiments.studies.decoder.adapters import (
     LINEAR,
     check_adapter,
@@ -168,7 +168,7 @@ def abstract(
     shape = family.shape(description)
     _check_heads(config, shape)
     remat = choose_remat(config, shape, count_weights(description), platform)
-    options = model_options(config, remat, platform)
+    options = model_options(config, remat, platform, scan=_is_scanned(config, family, shape))
     model = nnx.eval_shape(lambda: family.build(shape, options, rngs=nnx.Rngs(0)))
     if model.trained_length is not None and config.row_length > model.trained_length:
         raise UserError(
@@ -249,13 +249,23 @@ def read_description(model: str) -> Mapping[str, Any]:
     return shapes.read(model) if shapes.has(model) else checkpoint.read_config(location.find(model))
 
 
-def model_options(config: DecoderConfig, remat: Remat, platform: Platform | None) -> Options:
+def _is_scanned(config: DecoderConfig, family: families.Family, shape: Any) -> bool:
+    """Whether layers are stacked and scanned: unless a file stores layers of a weight as codes of different types."""
+    if config.quantize != "stored":
+        return True
+    codes, names = checkpoint.require_codes(location.find(config.model)), family.names(shape)
+    model = nnx.eval_shape(lambda: family.build(shape, Options(scan=True), rngs=nnx.Rngs(0)))
+    weights = flatten_weights(lora.nnx.functional(model)[1])
+    return all(codes.is_uniform(names.find(path, weight.shape)) for path, weight in weights.items())
+
+
+def model_options(config: DecoderConfig, remat: Remat, platform: Platform | None, *, scan: bool = True) -> Options:
     """Returns the options of the model's computation."""
     kernel = config.attention
     if kernel == "auto":
         kernel = "flash" if (platform or jax.default_backend()) == "tpu" and config.row_length % 128 == 0 else "xla"
     return Options(
-        scan=True,
+        scan=scan,
         remat=remat,
         dtype=jnp.dtype(config.dtype),
         attention=kernel,

@@ -51,7 +51,7 @@ class Assistant:
     @functools.cached_property
     def model(self) -> Decoder:
         """The abstract model for generation. A batch is not sharded; only the weights are."""
-        options = Options(scan=True, dtype=jnp.dtype(self.program.config.dtype))
+        options = Options(scan=self.program.model.options.scan, dtype=jnp.dtype(self.program.config.dtype))
         return nnx.eval_shape(lambda: self.program.family.build(self.program.shape, options, rngs=nnx.Rngs(0)))
 
     def decode(self, tokens: list[int]) -> str:

@@ -61,7 +61,7 @@ class Writer:
         self._ends = read_end_tokens(directory)
         self.prompts = _prompts(encoder, records, config.samples, min(config.row_length, _MAX_PROMPT))
         # The few prompts are not sharded; only the weights are.
-        options = Options(scan=True, dtype=jnp.dtype(config.dtype))
+        options = Options(scan=program.model.options.scan, dtype=jnp.dtype(config.dtype))
         family, shape = program.family, program.shape
         self._model = nnx.eval_shape(lambda: family.build(shape, options, rngs=nnx.Rngs(0)))
         slots = self.prompts.tokens.shape[1] + config.new_tokens
