@@ -143,6 +143,8 @@ def tuned(tmp_path_factory, cache):
     directory = tmp_path_factory.mktemp("tuned")
     shutil.copytree(location.find("tiny-llama"), directory / "model")
     (directory / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
+    shape = json.loads((directory / "model" / "config.json").read_text())
+    (directory / "model" / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": 512}))
     (directory / "data").mkdir()
     for split, first, count in (("train", 0, 16), ("validation", 20, 4), ("test", 30, 7)):
         rows = [
@@ -153,20 +155,8 @@ def tuned(tmp_path_factory, cache):
         lines = [json.dumps({"messages": one}) + "\n" for one in messages]
         (directory / "data" / f"{split}.jsonl").write_text("".join(lines))
     args = ["--model", directory / "model", "--data", directory / "data", "--out", directory / "out"]
-    args += [
-        "--methods",
-        "lora,dora",
-        "--fast",
-        "--samples",
-        "0",
-        "--test-examples",
-        "5",
-        "--length",
-        "64",
-        "--rank",
-        "2",
-    ]
-    args += ["--new-tokens", "6", "--batch.global", "4", "--lr", "0.05"]
+    args += ["--methods", "lora,dora", "--fast", "--samples", "0", "--test-examples", "5", "--length", "64"]
+    args += ["--rank", "2", "--new-tokens", "6", "--batch.global", "4", "--lr", "0.05"]
     with jax.numpy_dtype_promotion("standard"):
         assert run.main(["sft", *map(str, args)]) == 0
     return directory
