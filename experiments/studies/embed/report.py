@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -130,8 +131,9 @@ def draw(path: Path, results: Sequence[Result], title: str) -> None:
             right.plot(steps, [100 * score for score in scores], color=color, marker="o", label=result.method)
     left.set_xticks(range(len(COUNTS)), [f"recall@{count}" for count in COUNTS])
     lowest = min(recall(result.ranks, 1).value for result in results)
-    left.set(ylabel="test queries, %", title="test, ± standard error", ylim=(max(0, 100 * lowest - 20), 104))
+    left.set(ylabel="test queries, %", title="test, ± standard error", ylim=(max(0, 100 * lowest - 20), 116))
     right.set(xlabel="step", ylabel="validation recall@1, %", title="during training")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (left, right):
         _finish(axes)
     canvas.suptitle(title)
@@ -142,4 +144,4 @@ def _finish(axes: Axes) -> None:
     axes.grid(alpha=0.25, axis="y")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper left", ncols=4)

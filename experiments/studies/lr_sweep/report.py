@@ -93,4 +93,4 @@ def _draw_panel(axes: Axes, curves: Sequence[Curve]) -> None:
     )
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(fontsize=8, edgecolor="none", framealpha=0.85)
