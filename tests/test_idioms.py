@@ -10,6 +10,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 import lora_jax as lora
+from lora_jax.adapters.factored import narrow_dtype
 from lora_jax.transform.rules import RULES, rule
 from tests.contract.jaxpr_checks import dense_dependents
 from tests.test_rules import moved, normal, with_own_jvp, with_own_vjp
@@ -194,6 +195,87 @@ def test_linear_operations_keep_a_weight_factored(idiom):
     for path, node in delta.items():
         assert node.axes == OTHER_ROLES.get(idiom, {}).get(path, ROLES[path]), path
     assert dense_dependents(gradient, SIZES) == []
+
+
+def mixed(x, w, dtype=jnp.float32):
+    """A product of arrays of two dtypes, as `jnp.matmul` forms it outside of strict promotion."""
+    return jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=dtype)
+
+
+def complex_product(x, w):
+    return mixed(x, w, jnp.complex64)
+
+
+def grouped(x, w):
+    return jax.lax.ragged_dot(x, w, jnp.array([2, 1, 2], jnp.int32), preferred_element_type=w.dtype)
+
+
+COMPLEX = {
+    "two real weights": ("w|v", lambda p, x: complex_product(x, C(p["w"]) + jnp.complex64(1j) * C(p["v"]))),
+    "on the left": ("w", lambda p, x: complex_product((jnp.complex64(1j) * C(p["w"])).T, x.T)),
+    "a gain on the in axis": (
+        "w",
+        lambda p, x: complex_product(x, C(p["w"]) * (jnp.complex64(1 + 2j) * C(p["h"]))[:, None]),
+    ),
+    "a gain on the out axis": (
+        "w",
+        lambda p, x: complex_product(x, C(p["w"]) * (jnp.complex64(1 + 2j) * C(p["g"]))[None]),
+    ),
+    "concatenated": (
+        "w|v",
+        lambda p, x: complex_product(x, jnp.concatenate([C(p["w"]), jnp.complex64(1j) * C(p["v"])], 1)),
+    ),
+    "stacked": ("w|v", lambda p, x: complex_product(x, jnp.stack([C(p["w"]), jnp.complex64(1j) * C(p["v"])], 1))),
+    "grouped": ("stack", lambda p, x: grouped(x, jnp.complex64(1j) * C(p["stack"]))),
+}
+
+
+@pytest.mark.parametrize("idiom", COMPLEX)
+def test_a_real_input_times_a_complex_weight(idiom):
+    paths, fn = COMPLEX[idiom]
+    explained, _, gradient = check(lambda p, x: jnp.abs(fn(p, x)), BASE, paths)
+    assert explained.factored, str(explained)
+    assert dense_dependents(gradient, SIZES) == []
+
+
+@pytest.mark.parametrize(
+    "recipe", [lora.MiSS(3), lora.OFT(3), lora.LoKr(2), lora.VeRA(2)], ids=lambda r: type(r).__name__
+)
+def test_every_recipe_takes_real_inputs_of_complex_weights(recipe):
+    fn = lambda p, x: complex_product(x, C(p["w"]) + jnp.complex64(1j) * C(p["v"]))  # noqa: E731
+    delta = moved(lora.init(jax.random.key(0), BASE, {"^[wv]$": recipe}, fn, X))
+    assert lora.explain(fn, BASE, delta, X).factored
+    np.testing.assert_allclose(lora.adapt(fn)(BASE, delta, X), fn(lora.merge(BASE, delta), X), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.int32, jnp.bool_])
+def test_inputs_of_other_dtypes(dtype):
+    """Factors and gains act in the dtype of the result: float32 here."""
+    x, fn = (4 * X).astype(dtype), lambda p, x: mixed(x, p["w"] * p["h"][:, None]) + mixed(x, p["v"])
+    delta = moved(lora.init(jax.random.key(0), BASE, {"^[wv]$": lora.LoRA(2)}, fn, x))
+    assert lora.explain(fn, BASE, delta, x).factored
+    np.testing.assert_allclose(lora.adapt(fn)(BASE, delta, x), fn(lora.merge(BASE, delta), x), rtol=1e-5, atol=2e-5)
+
+
+def test_integers_times_a_quantized_weight():
+    base, x = {"w": normal(0, 64, 64)}, jnp.arange(128).reshape(2, 64) % 3
+    fn = lambda p, x: mixed(x, p["w"])  # noqa: E731
+    codes = lora.quantize(base, {"w": lora.Int8()}, fn, x)
+    delta = moved(lora.init(jax.random.key(0), codes, {"w": lora.LoRA(2)}, fn, x))
+    want = fn(lora.merge(lora.dequantize(codes), delta), x)
+    np.testing.assert_allclose(lora.adapt(fn)(codes, delta, x), want, rtol=1e-4, atol=1e-4)
+    assert jax.grad(lambda delta: lora.adapt(fn)(codes, delta, x).sum())(delta)["w"].b.any()
+
+
+def test_a_complex_weight_that_becomes_real_is_merged():
+    fn = lambda p, x: x @ (C(p["w"]) * jnp.complex64(1 + 2j)).real  # noqa: E731
+    explained, *_ = check(fn, BASE, "w")
+    assert not explained.factored
+
+
+def test_an_imaginary_part_is_never_dropped():
+    with pytest.raises(TypeError, match="A factor of dtype complex64 cannot act on an array of dtype float32"):
+        narrow_dtype(C(X), jnp.float32)
 
 
 @pytest.mark.parametrize("idiom", MERGED)

@@ -268,10 +268,20 @@ def narrow_dtype(array: jax.Array, dtype: Any) -> jax.Array:
 
     If a loop over layers reads a float32 stack only in bfloat16, XLA for TPUs converts the stack before the loop and
     stores both. Rounding by an operation of its own and casting behind a barrier, with the same results, avoids that.
+
+    Raises:
+      TypeError: The factor is complex, and the product is real.
     """
     wide, narrow = jnp.finfo(array.dtype), jnp.finfo(dtype)
     if narrow.bits < wide.bits and narrow.nexp == wide.nexp:  # (fewer exponents would lose subnormal numbers)
         array = lax.optimization_barrier(lax.reduce_precision(array, int(narrow.nexp), int(narrow.nmant)))
+    return _cast(array, dtype)
+
+
+def _cast(array: jax.Array, dtype: Any) -> jax.Array:
+    """An array in a dtype; raises `TypeError` if that would drop an imaginary part."""
+    if jnp.iscomplexobj(array) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"A factor of dtype {array.dtype} cannot act on an array of dtype {jnp.dtype(dtype)}.")
     return array.astype(dtype)
 
 
@@ -288,7 +298,7 @@ def dense(weight: jax.Array, dims: Dims, terms: Sequence[Sequence[Factor]], gain
     dtype = compute_dtype(weight.dtype)
     total = weight.astype(dtype)
     for factors in terms:
-        first, *rest = (Factor(factor.array.astype(dtype), factor.labels) for factor in factors)
+        first, *rest = (Factor(_cast(factor.array, dtype), factor.labels) for factor in factors)
         change = chain(first, rest, labels, precision=lax.Precision.HIGHEST)
         total = total + placed(change, explicit_sharding(weight), weight.shape)
     for gain in gains:
@@ -337,7 +347,7 @@ def spread(
     names = [label for label, _ in labels]
     gain = gain.transposed([label for label in names if label in gain.labels])
     axes = [names.index(label) for label in gain.labels]
-    array = gain.array.astype(dtype)
+    array = _cast(gain.array, dtype)
     if sharding is not None:
         spec = PartitionSpec(*(sharding.spec[axis] for axis in axes))
         array = placed(array, NamedSharding(sharding.mesh, spec))

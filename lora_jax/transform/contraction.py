@@ -58,8 +58,7 @@ def contraction(*primitives: str, operand: int | None = None) -> Callable[[State
         def apply(interpreter: Evaluator, equation: Any, values: list[Any]) -> list[Any]:
             values, position = _one_weight(interpreter, equation, values, state, operand)
             weight, x = values[position], values[1 - position]
-            if weight.is_adapted and not jnp.issubdtype(x.dtype, jnp.inexact):
-                raise CannotFactor(f"the input has dtype {x.dtype}")
+            _check_result(weight, equation.outvars[0].aval.dtype)
             return contract(interpreter, equation, weight, x, state(equation, values, position))
 
         apply.__qualname__ = state.__qualname__
@@ -122,6 +121,8 @@ def _contract(interpreter: Evaluator, equation: Any, weight: Weight, x: jax.Arra
     for term, offset in zip(weight.terms, offsets):
         description = operation.description + ("" if offset is None else " + bias")
         interpreter.record(term, equation, axes.roles, description)
+    if before or weight.has_taps:
+        x = _promote(x, weight, equation.outvars[0].aval.dtype)
     for gain in before:
         x = times(x, axes.by_row(gain), axes.x)
     for term in weight.terms:
@@ -129,7 +130,7 @@ def _contract(interpreter: Evaluator, equation: Any, weight: Weight, x: jax.Arra
             check_whole(term, axes.summed)
             x = insert_taps(x, term.taps, _measure(operation, axes, term))
     base = product(operation.run, x, weight.value)
-    update = None
+    x, update = _promote(x, weight, base.dtype), None
     for term, offset in zip(weight.terms, offsets):
         if not term.factors:
             continue
@@ -149,6 +150,25 @@ def _contract(interpreter: Evaluator, equation: Any, weight: Weight, x: jax.Arra
     for gain in after:
         total = times(total, axes.by_row(gain), [pair for pairs in axes.out(base) for pair in pairs])
     return [total]
+
+
+def _check_result(weight: Weight, dtype: jnp.dtype) -> None:
+    """Raises `CannotFactor` if a product has a dtype that does not hold those with the factors."""
+    is_complex = jnp.issubdtype(weight.value.dtype, jnp.complexfloating)
+    if weight.is_adapted and not jnp.issubdtype(dtype, jnp.complexfloating if is_complex else jnp.inexact):
+        raise CannotFactor(f"the product has dtype {dtype}")
+
+
+def _promote(x: jax.Array, weight: Weight, dtype: jnp.dtype) -> jax.Array:
+    """The input for gains and factors, which take its dtype: in the dtype of the result if that is the wider one.
+
+    JAX multiplies arrays of two dtypes (a real input with a complex weight, integers with floats) without casting them.
+    """
+    is_wide = jnp.issubdtype(x.dtype, jnp.inexact) and x.dtype.itemsize >= dtype.itemsize
+    is_real = jnp.issubdtype(dtype, jnp.complexfloating) and not jnp.iscomplexobj(x)
+    if x.dtype == weight.value.dtype or (is_wide and not is_real):
+        return x
+    return x.astype(dtype)
 
 
 def _split_groups(weight: Weight, operation: Contraction) -> tuple[Weight, Pairs]:

@@ -28,6 +28,9 @@ def keep_factors(interpreter: Evaluator, equation: Equation, values: list[Any]) 
     (value,) = apply_view(equation, [weight.value])
     if not jnp.issubdtype(value.dtype, jnp.inexact):
         raise CannotFactor(f"the weight becomes {value.dtype}")
+    was_complex, is_complex = (jnp.issubdtype(array.dtype, jnp.complexfloating) for array in (weight.value, value))
+    if was_complex and not is_complex:
+        raise CannotFactor("a complex weight becomes real")
     return [weight.replace(value=value)]
 
 
