@@ -43,9 +43,11 @@ def unique(uses: Sequence[Use]) -> list[Use]:
 
 
 def roles(uses: Sequence[Use], shape: Sequence[int]) -> tuple[str, ...]:
-    """The role of each axis of a weight, from the first of its uses that shows roles.
+    """The role of each axis of a weight, from the first product with an input, or else the first use, that shows them.
 
-    A later use may contract the other way (a tied embedding is indexed and then contracted): the factors serve both.
+    A product with an array that depends on no input (the power iteration of spectral normalization, a penalty) does not
+    tell in from out. A later use may contract the other way (a tied embedding is indexed and then contracted): the
+    factors serve both.
     One that contracts a part of the in axes or of the out axes is merged (:mod:`lora_jax.transform.contraction`).
 
     Args:
@@ -58,7 +60,9 @@ def roles(uses: Sequence[Use], shape: Sequence[int]) -> tuple[str, ...]:
     Raises:
       ValueError: No use shows roles.
     """
-    first = next(iter(roles_by_use(uses, len(shape))), None)
+    shown = [(use, roles) for use in uses if (roles := _roles_of_use(use, len(shape))) is not None]
+    of_inputs = (roles for use, roles in shown if use.of_input and OUT in roles and {IN, LOOKUP} & set(roles))
+    first = next(of_inputs, shown[0][1] if shown else None)
     if first is not None:
         return first
     for use in uses:

@@ -49,6 +49,18 @@ def scan(kernels, x):
     return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, kernels)[0]
 
 
+def spectral_norm(p, x):
+    """Power iteration, and a division by the largest singular value."""
+    u = p["g"][None]
+    for _ in range(2):
+        v = u @ p["w"].T
+        v = v / jnp.linalg.norm(v)
+        u = v @ p["w"]
+        u = u / jnp.linalg.norm(u)
+    sigma = (jax.lax.stop_gradient(v) @ p["w"] @ jax.lax.stop_gradient(u).T)[0, 0]
+    return x @ (p["w"] / sigma)
+
+
 IN_OUT = ("in", "out")
 FACTORED = {
     "times a vector per output": ("w", lambda p, x: x @ (p["w"] * p["g"][None])),
@@ -92,6 +104,30 @@ FACTORED = {
     "repeated on the in axis": ("w", lambda p, x: jnp.concatenate([x, 2 * x], 1) @ jnp.tile(p["w"], (2, 1))),
     "put on a device": ("w", lambda p, x: x @ jax.device_put(p["w"])),
     "complex": ("w|v", lambda p, x: jnp.abs(C(x) @ (C(p["w"]) + jnp.complex64(1j) * C(p["v"])))),
+    "spectral norm": ("w", spectral_norm),
+    "rotated on the in axis": ("w", lambda p, x: x @ (p["other"] @ p["w"])),
+    "rotated on the out axis": ("square", lambda p, x: x @ (p["square"] @ p["other"])),
+    "rotated on both axes, with gains": (
+        "square",
+        lambda p, x: x @ (p["other"] @ (p["h"][:, None] * p["square"] * p["h"][None]) @ p["other"].T),
+    ),
+    "rotated and transposed": ("square", lambda p, x: x @ (p["other"] @ p["square"].T).T),
+    "rotated heads": (
+        "square",
+        lambda p, x: jnp.einsum(
+            "td,dhl->thl",
+            x,
+            jnp.einsum("dhk,kl->dhl", p["square"].reshape(D, 3, 3), p["h"][:3, None] * p["h"][None, :3]),
+        ),
+    ),
+    "the first of two matrices": ("square", lambda p, x: x @ (p["square"] @ p["w"])),
+    "weighted mean of experts": ("stack", lambda p, x: x @ jnp.einsum("n,ndf->df", p["h"][:3], p["stack"])),
+    "weighted mean of kernels": ("kernels", lambda p, x: conv(x[None], jnp.tensordot(p["h"][:2], p["kernels"], 1))),
+    "learned queries": ("w|v", lambda p, x: jax.nn.softmax((p["square"][:3] @ p["w"] + p["g"][None]) @ (x @ p["v"]).T)),
+    "one learned query": (
+        "w|v",
+        lambda p, x: jax.nn.softmax((x @ p["v"]) @ (p["h"] @ p["w"])),
+    ),
     "transposed kernel": (
         "k",
         lambda p, x: jax.lax.conv_transpose(
@@ -157,6 +193,11 @@ MERGED = {
     ),
     "product of two weights": ("w|u", lambda p, x: x @ (p["w"] @ p["u"])),
     "product of two weights, by elements": ("w|v", lambda p, x: x @ (p["w"] * p["v"])),
+    "a penalty before the use": (
+        "w",
+        lambda p, x: jnp.sum((p["w"].T @ p["w"] - jnp.eye(F)) ** 2) + x @ p["w"],
+    ),
+    "rotated and changed": ("w", lambda p, x: x @ jnp.tanh(p["other"] @ p["w"])),
     "mean over experts": ("stack", lambda p, x: x @ p["stack"].mean(0)),
     "complex from parts": ("w|v", lambda p, x: jnp.abs(C(x) @ jax.lax.complex(p["w"], p["v"]))),
     "an elementwise custom_jvp": ("w", lambda p, x: x @ jax.nn.relu(p["w"])),
@@ -291,6 +332,20 @@ def test_roles_are_found_behind_operations_that_merge(idiom):
     assert {path: node.axes for path, node in delta.items()} == {path: ROLES[path] for path in delta} | (
         {"u": IN_OUT} if "u" in delta else {}
     )
+
+
+def test_a_learned_query_of_several_heads_is_an_input():
+    """As a mean of experts, it is a vector times three axes, of which a later product contracts one."""
+    base, x = {"q": normal(2, D, 2, 3), "k": normal(3, D, 2, 3), "query": normal(4, D)}, X
+
+    def fn(p, x):
+        query = jnp.einsum("d,dhk->hk", p["query"], p["q"])
+        return jnp.einsum("hk,thk->ht", query, jnp.einsum("td,dhk->thk", x, p["k"]))
+
+    delta = moved(lora.init(jax.random.key(0), base, {"^[qk]$": lora.LoRA(2)}, fn, x))
+    assert {node.axes for node in delta.values()} == {("in", "out", "out")}
+    assert lora.explain(fn, base, delta, x).factored
+    np.testing.assert_allclose(lora.adapt(fn)(base, delta, x), fn(lora.merge(base, delta), x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_use_that_needs_other_roles_is_merged_and_says_why():

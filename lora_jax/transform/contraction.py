@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from lora_jax.adapters.factored import Factor, explicit_sharding, placed, plus, times
 from lora_jax.adapters.protocol import BATCH, IN, OUT
 from lora_jax.transform import jaxprs
-from lora_jax.transform.contraction_axes import Axes, Contraction, Pairs
+from lora_jax.transform.array_products import array_product
+from lora_jax.transform.contraction_axes import Axes, Contraction, Pairs, split_gains
 from lora_jax.transform.lazy_dequantized import product
 from lora_jax.transform.low_rank import low_rank_product
 from lora_jax.transform.product import Product
@@ -59,7 +60,13 @@ def contraction(*primitives: str, operand: int | None = None) -> Callable[[State
             values, position = _one_weight(interpreter, equation, values, state, operand)
             weight, x = values[position], values[1 - position]
             _check_result(weight, equation.outvars[0].aval.dtype)
-            return contract(interpreter, equation, weight, x, state(equation, values, position))
+            operation = state(equation, values, position)
+            of_input = interpreter.is_input(equation.invars[1 - position])
+            if not of_input:
+                view = array_product(interpreter, equation, values, position, operation)
+                if view is not None:
+                    return [view]
+            return contract(interpreter, equation, weight, x, operation, of_input)
 
         apply.__qualname__ = state.__qualname__
         registered: Rule = apply
@@ -86,12 +93,15 @@ def _one_weight(interpreter: Evaluator, equation: Any, values: Sequence[Any], st
         shared = {at[0]: "batch" for at in operation.batch.values() if at is not None}
         by_axis = dict.fromkeys(operation.contracted.values(), "out") | shared
         roles = {label: by_axis.get(axis, "in") for axis, pairs in enumerate(other.dims) for label, _ in pairs}
+        of_input = interpreter.is_input(equation.invars[position])
         reason = "both operands are adapted weights"
-        values[1 - position] = interpreter.materialize(other, equation, reason, roles)
+        values[1 - position] = interpreter.materialize(other, equation, reason, roles, of_input=of_input)
     return values, position
 
 
-def contract(interpreter: Evaluator, equation: Any, weight: Weight, x: jax.Array, operation: Contraction) -> list[Any]:
+def contract(
+    interpreter: Evaluator, equation: Any, weight: Weight, x: jax.Array, operation: Contraction, of_input: bool
+) -> list[Any]:
     """The product of an input with an adapted weight.
 
     Args:
@@ -100,6 +110,7 @@ def contract(interpreter: Evaluator, equation: Any, weight: Weight, x: jax.Array
       weight: Any view of weights.
       x: The input.
       operation: The axes.
+      of_input: Whether the input depends on inputs of the function.
 
     Returns:
       One array, or a :class:`~lora_jax.transform.product.Product` that is not added up yet.
@@ -107,20 +118,22 @@ def contract(interpreter: Evaluator, equation: Any, weight: Weight, x: jax.Array
     weight, groups = _split_groups(weight, operation)
     axes = Axes(weight, x, operation, groups)
     try:
-        return _contract(interpreter, equation, weight, x, axes)
+        return _contract(interpreter, equation, weight, x, axes, of_input)
     except CannotFactor as error:
-        raise CannotFactor(str(error), axes.roles) from error
+        raise CannotFactor(str(error), axes.roles, of_input=of_input) from error
 
 
-def _contract(interpreter: Evaluator, equation: Any, weight: Weight, x: jax.Array, axes: Axes) -> list[Any]:
+def _contract(
+    interpreter: Evaluator, equation: Any, weight: Weight, x: jax.Array, axes: Axes, of_input: bool
+) -> list[Any]:
     operation = axes.operation
     for term in weight.terms:
         _check_roles(term, weight, axes)
-    before, after = _split_gains(weight, axes)
+    before, after = split_gains(weight, axes)
     offsets = [_offset(term, axes.summed, jaxprs.describe_equation(equation)) for term in weight.terms]
     for term, offset in zip(weight.terms, offsets):
         description = operation.description + ("" if offset is None else " + bias")
-        interpreter.record(term, equation, axes.roles, description)
+        interpreter.record(term, equation, axes.roles, description, of_input=of_input)
     if before or weight.has_taps:
         x = _promote(x, weight, equation.outvars[0].aval.dtype)
     for gain in before:
@@ -206,17 +219,6 @@ def _check_roles(term: Term, weight: Weight, axes: Axes) -> None:
                     f"it sums over axes {sorted(summed & group)}, and the adapter's axes {source.roles} join them with "
                     f"axes {sorted(group - summed)}; an adapter with axes={roles} stays factored here"
                 )
-
-
-def _split_gains(weight: Weight, axes: Axes) -> tuple[list[Factor], list[Factor]]:
-    """Gains on contracted axes, which scale the input, and gains on the others, which scale the output."""
-    scales_output = {label for label, _ in (*axes.batch, *axes.free)}
-    scales_input = {label for label, _ in (*axes.x, *axes.chosen)}
-    after = [gain for gain in weight.gains if set(gain.labels) <= scales_output]
-    before = [gain for gain in weight.gains if not set(gain.labels) <= scales_output]
-    if any(not set(gain.labels) <= scales_input for gain in before):
-        raise CannotFactor("a gain is on contracted and free axes at once, or on the windows of a convolution")
-    return before, after
 
 
 def _offset(term: Term, summed: Pairs, where: str) -> Factor | None:

@@ -7,7 +7,7 @@ import jax
 
 from lora_jax.adapters.factored import Factor, Label
 from lora_jax.transform.taps import Moments
-from lora_jax.transform.weight import Weight
+from lora_jax.transform.weight import CannotFactor, Weight
 
 Pairs = Sequence[tuple[Label, int]]
 """Labels with sizes."""
@@ -88,3 +88,14 @@ class Axes:
             return factor
         rest = [label for label in factor.labels if label not in labels]
         return Factor(self.operation.by_row(factor.transposed([*labels, *rest]).array), (f"{TOKENS}0", *rest))
+
+
+def split_gains(weight: Weight, axes: Axes) -> tuple[list[Factor], list[Factor]]:
+    """Gains on contracted axes, which scale the input, and gains on the others, which scale the output."""
+    scales_output = {label for label, _ in (*axes.batch, *axes.free)}
+    scales_input = {label for label, _ in (*axes.x, *axes.chosen)}
+    after = [gain for gain in weight.gains if set(gain.labels) <= scales_output]
+    before = [gain for gain in weight.gains if not set(gain.labels) <= scales_output]
+    if any(not set(gain.labels) <= scales_input for gain in before):
+        raise CannotFactor("a gain is on contracted and free axes at once, or on the windows of a convolution")
+    return before, after

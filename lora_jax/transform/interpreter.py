@@ -1,7 +1,7 @@
 """The interpreter: evaluates a jaxpr in which some values are adapted weights."""
 
 import dataclasses
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,8 @@ class Use:
       source: The line of the user's code, or '' for inputs and outputs.
       roles: Role by axis of the leaf, for the axes whose role the use shows: 'in', 'out', 'batch', or 'indexed' for an
         axis of which one slice is used.
+      of_input: Whether the other operand of a product depends on inputs of the function. Roles come from such a product
+        if there is one.
     """
 
     path: str
@@ -38,6 +40,7 @@ class Use:
     reason: str
     source: str
     roles: dict[int, str]
+    of_input: bool = True
 
     def __str__(self) -> str:
         where = f"in {self.operation}" + (f" at {self.source}" if self.source else "")
@@ -61,11 +64,11 @@ class Interpreter:
         self._first: Numbers = {}
         self._drawn: dict[str, int] = {}
         self._jaxpr: jaxprs.Jaxpr | None = None
-        self._activations: Container[Any] = ()
+        self._activations: Collection[Any] = ()
         self._outlined = False
 
     def body(
-        self, jaxpr: jaxprs.Jaxpr, *, outlined: bool = False, activations: Container[Any] | None = None
+        self, jaxpr: jaxprs.Jaxpr, *, outlined: bool = False, activations: Collection[Any] | None = None
     ) -> Callable[..., tuple[list[Any], Draws]]:
         """A jaxpr as a function of :meth:`numbers` and its inputs.
 
@@ -103,6 +106,10 @@ class Interpreter:
     def is_activation(self, atom: Any) -> bool:
         """Whether an operand depends on inputs of the function other than the base."""
         return not jaxprs.is_literal(atom) and atom in self._activations
+
+    def is_input(self, atom: Any) -> bool:
+        """Whether an operand may be the input of a product: an activation, or anything if there are no activations."""
+        return not self._activations or self.is_activation(atom)
 
     def _run(self, jaxpr: jaxprs.Jaxpr, arguments: Sequence[Any]) -> list[Any]:
         self._jaxpr = jaxpr
@@ -148,17 +155,22 @@ class Interpreter:
         if not weights:
             return on_arrays(equation, values)
         reason, roles = MERGED_BECAUSE.get(name, f"there is no factored form of {name}"), {}
+        of_input = True
         if name in RULES:
             recorded = len(self.uses or ())
             try:
                 return RULES[name](self, equation, values)
             except CannotFactor as error:
                 reason, roles = str(error), error.roles if len(weights) == 1 else {}
+                of_input = error.of_input
                 if self.uses is not None:  # what the rule had recorded before it gave up
                     del self.uses[recorded:]
             if name in COMBINING and not is_tracked and any(weight.is_merged for weight in weights):
                 return self._apply(equation, arrays)
-        notes = [self._note(value, equation, reason, roles) if isinstance(value, Weight) else [] for value in values]
+        notes = [
+            self._note(value, equation, reason, roles, of_input) if isinstance(value, Weight) else []
+            for value in values
+        ]
 
         def merged(*values):
             return on_arrays(equation, [value.merged() if isinstance(value, Weight) else value for value in values])
@@ -185,13 +197,20 @@ class Interpreter:
         equation: jaxprs.Equation | None,
         reason: str,
         roles: Mapping[str, str] | None = None,
+        *,
+        of_input: bool = True,
     ) -> jax.Array:
         """The array that a weight stands for, and a record of it; `roles` are by label, if they are known."""
-        self._note(weight, equation, reason, roles or {})
+        self._note(weight, equation, reason, roles or {}, of_input)
         return recomputed(Weight.merged, weight)
 
     def _note(
-        self, weight: Weight, equation: jaxprs.Equation | None, reason: str, roles: Mapping[str, str]
+        self,
+        weight: Weight,
+        equation: jaxprs.Equation | None,
+        reason: str,
+        roles: Mapping[str, str],
+        of_input: bool,
     ) -> list[list[int]]:
         """Records that a weight becomes an array; raises if its inputs are to be read. Returns each term's uses."""
         indices = []
@@ -208,7 +227,7 @@ class Interpreter:
             elif term.sliced and name in ("add", "add_any", "sub"):
                 use = self.record(term, equation, parts, "a part that is added: all of it is computed", factored=False)
             else:
-                use = self.record(term, equation, roles, reason, factored=False)
+                use = self.record(term, equation, roles, reason, factored=False, of_input=of_input)
             indices.append(use)
         return indices
 
@@ -228,6 +247,7 @@ class Interpreter:
         reason: str,
         *,
         factored: bool = True,
+        of_input: bool = True,
     ) -> list[int]:
         """Records a use of a term; `roles` are by label.
 
@@ -243,13 +263,14 @@ class Interpreter:
         for index, source in enumerate(term.sources, first):
             by_axis: dict[int, str] = dict.fromkeys(source.sliced, "indexed") | dict.fromkeys(source.scanned, "batch")
             for label, role in roles.items():
-                axis = source.axis(label)
-                if axis is not None:
+                for axis in source.axes_of(label):
                     by_axis[axis] = _joined(by_axis.get(axis), role)
             if term.merge is None:
-                self.uses.append(Use(source.path, name, factored, reason, where, by_axis))
-            elif not {"in", "out"} & set(self.uses[index].roles.values()):
-                self.uses[index] = dataclasses.replace(self.uses[index], roles=by_axis)
+                self.uses.append(Use(source.path, name, factored, reason, where, by_axis, of_input))
+                continue
+            use = self.uses[index]
+            if of_input > use.of_input or not {"in", "out"} & set(use.roles.values()):
+                self.uses[index] = dataclasses.replace(use, roles=by_axis, of_input=of_input)
         return list(range(first, first + len(term.sources)))
 
 

@@ -20,14 +20,28 @@ class Evaluator(Protocol):
     def numbers(self, values: Sequence[Any]) -> Numbers: ...
     def advance(self, draws: Draws) -> None: ...
     def is_activation(self, atom: Any) -> bool: ...
+    def is_input(self, atom: Any) -> bool: ...
     def constant_axes(self, atom: Any) -> Sequence[int]: ...
     def next_dropout(self, term: Term) -> Dropout | None: ...
     def plain(self, equation: Equation, values: Sequence[Any], reason: str) -> list[Any]: ...
     def materialize(
-        self, weight: Weight, equation: Equation | None, reason: str, roles: Mapping[str, str] | None = None
+        self,
+        weight: Weight,
+        equation: Equation | None,
+        reason: str,
+        roles: Mapping[str, str] | None = None,
+        *,
+        of_input: bool = True,
     ) -> jax.Array: ...
     def record(
-        self, term: Term, equation: Equation | None, roles: Mapping[str, str], reason: str, *, factored: bool = True
+        self,
+        term: Term,
+        equation: Equation | None,
+        roles: Mapping[str, str],
+        reason: str,
+        *,
+        factored: bool = True,
+        of_input: bool = True,
     ) -> list[int]: ...
 
 

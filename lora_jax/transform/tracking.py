@@ -76,7 +76,7 @@ def follow(equation: jaxprs.Equation, values: Sequence[Any], results: Sequence[A
     name, shape = equation.primitive.name, results[0].shape
     if name in jaxprs.ELEMENTWISE:
         same = [whole for weight in weights if (whole := _broadcast(weight, shape)) is not None]
-        if same and _is_matrix(same[0]):
+        if same and same[0].is_matrix:
             return [_joined(same).replace(value=results[0])]
     elif name == "get" and len(weights) == 1 and len(shape) == weights[0].value.ndim:  # a reference in a kernel
         return [_block(weights[0], results[0], range(len(shape)))]
@@ -90,7 +90,7 @@ def follow(equation: jaxprs.Equation, values: Sequence[Any], results: Sequence[A
 
         dims = tuple(pairs for axis, pairs in enumerate(weight.dims) if axis not in reduced)
         rest = weight.map_sources(mark).replace(value=results[0], dims=dims)
-        if _is_matrix(rest):
+        if rest.is_matrix:
             return [rest]
     return list(results)
 
@@ -106,14 +106,6 @@ def _broadcast(weight: Weight, shape: Sequence[int]) -> Weight | None:
             return None
         weight = weight.with_axis(axis, [(weight.single(axis), target)])
     return weight
-
-
-def _is_matrix(weight: Weight) -> bool:
-    """Whether a weight has two axes of a leaf, of which one may be contracted."""
-    labels = [label for label, size in weight.labels if size > 1]
-    return any(
-        sum(source.axis(label) is not None for label in labels) > 1 for t in weight.terms for source in t.sources
-    )
 
 
 def _joined(weights: Sequence[Weight]) -> Weight:

@@ -31,11 +31,12 @@ class CannotFactor(Exception):
     Args:
       reason: Why.
       roles: By label of the weight, the roles of its axes, if the operation shows them all the same.
+      of_input: Whether these are roles of a product with an input.
     """
 
-    def __init__(self, reason: str, roles: Mapping[Label, str] = MappingProxyType({})):
+    def __init__(self, reason: str, roles: Mapping[Label, str] = MappingProxyType({}), *, of_input: bool = True):
         super().__init__(reason)
-        self.roles = roles
+        self.roles, self.of_input = roles, of_input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Source:
 
     Attributes:
       path: Path of the leaf.
-      axes: For labels of the view, the axis of the leaf that they are a part of. Parts of a label (`"1.0"`) have its
-        axis; labels that views add have none.
+      axes: For labels of the view, the axis of the leaf that they are a part of (or several, which an array mixes).
+        Parts of a label (`"1.0"`) have its axes; labels that views add have none.
       sliced: Axes of the leaf of which a part was sliced or indexed.
       scanned: Axes of the leaf that a scan runs over.
       looked_up: Whether rows were gathered by an array of indices.
@@ -59,22 +60,20 @@ class Source:
     looked_up: bool = False
     roles: tuple[str, ...] = ()
 
-    def axis(self, label: Label) -> int | None:
-        """The axis of the leaf that a label is (a part of); None for a label that a view added."""
-        axes = dict(self.axes)
-        while label and label not in axes:
-            label = label.rpartition(".")[0]
-        return axes.get(label)
-
     def axes_of(self, label: Label) -> frozenset[int]:
-        """The set of :meth:`axis`, empty for a label that a view added."""
-        axis = self.axis(label)
-        return frozenset() if axis is None else frozenset({axis})
+        """The axes of the leaf that a label is (a part of); none for a label that a view added."""
+        while label and all(label != name for name, _ in self.axes):
+            label = label.rpartition(".")[0]
+        return frozenset(axis for name, axis in self.axes if name == label)
+
+    def axis(self, label: Label) -> int | None:
+        """The first of :meth:`axes_of`, or None."""
+        return min(self.axes_of(label), default=None)
 
     def renamed(self, names: Mapping[Label, Label]) -> "Source":
         """The same relation for other labels. `names` has every label of the view."""
-        axes = ((new, self.axis(old)) for old, new in names.items())
-        return dataclasses.replace(self, axes=tuple((new, axis) for new, axis in axes if axis is not None))
+        axes = ((new, axis) for old, new in names.items() for axis in sorted(self.axes_of(old)))
+        return dataclasses.replace(self, axes=tuple(axes))
 
 
 @jax.tree_util.register_dataclass
@@ -185,6 +184,12 @@ class Weight:
     def is_merged(self) -> bool:
         """Whether `value` includes all adapters already, and the terms only serve to find roles."""
         return all(term.merge is not None for term in self.terms)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it has two axes of a leaf, of which one may be contracted."""
+        labels = [label for label, size in self.labels if size > 1]
+        return any(sum(bool(s.axes_of(label)) for label in labels) > 1 for term in self.terms for s in term.sources)
 
     @property
     def sliced(self) -> bool:
