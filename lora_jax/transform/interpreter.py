@@ -14,7 +14,7 @@ from lora_jax.transform.lazy_dequantized import recomputed
 from lora_jax.transform.product import Product
 from lora_jax.transform.rules import COMBINING, RULES
 from lora_jax.transform.rules.contractions import on_arrays
-from lora_jax.transform.tracking import MERGED_BECAUSE, follow, merged_view, primal
+from lora_jax.transform.tracking import MERGED_BECAUSE, follow, follow_kernel, merged_view, primal
 from lora_jax.transform.weight import CannotFactor, Dropout, Term, Weight
 
 
@@ -185,7 +185,9 @@ class Interpreter:
         if name != "pallas_call":
             return self.body(jaxpr)({}, *inputs)[0]
         self.body(jaxpr, outlined=True)({}, *inputs)
-        return recomputed(merged, *values)
+        of_inputs = any(map(self.is_activation, equation.invars))
+        results = recomputed(merged, *values)
+        return results if of_inputs else follow_kernel(views, results)
 
     def plain(self, equation: jaxprs.Equation, values: Sequence[Any], reason: str) -> list[Any]:
         """The values with weights merged (or, after a lookup, with the looked-up part computed)."""

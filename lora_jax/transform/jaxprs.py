@@ -225,6 +225,16 @@ def kernel_blocks(equation: Equation) -> list[tuple[int, ...]]:
     ]
 
 
+def indexed_axes(equation: Equation) -> tuple[int, ...] | None:
+    """The axes of a reference that an equation `get` indexes by a scalar; None if it indexes by arrays."""
+    axes: tuple[int, ...] = ()
+    for indexer in jax.tree.unflatten(equation.params["tree"], equation.invars[1:]):
+        if axes or getattr(indexer, "int_indexer_shape", None) != ():
+            return None
+        axes = tuple(axis for axis, index in enumerate(indexer.indices) if not hasattr(index, "start"))
+    return axes
+
+
 def outline(variable: Any) -> jax.Array | None:
     """Returns zeros of the shape of a variable (or of what a reference refers to); None if it is not numeric."""
     aval = getattr(variable.aval, "inner_aval", variable.aval)

@@ -57,12 +57,24 @@ def primal(equation: jaxprs.Equation, values: Sequence[Any]) -> tuple[jaxprs.Jax
 
 
 def _block(weight: Weight, block: Any, axes: Sequence[int]) -> Any:
-    """A block of a merged weight as a weight; the array itself if axes made of several are divided."""
+    """A block of a merged weight as a weight, which has some of its axes, and one entry of each other axis.
+
+    Returns the array itself if axes made of several are divided.
+    """
     pairs = [weight.dims[axis] for axis in axes]
     if any(len(pair) > 1 and value_size(pair) != size for pair, size in zip(pairs, block.shape)):
         return block
+    for axis, labels in enumerate(weight.dims):
+        for label, _ in labels if axis not in axes else ():
+            weight = weight.mark_sliced(label)
     dims = (pair if len(pair) > 1 else ((pair[0][0], size),) for pair, size in zip(pairs, block.shape))
     return weight.replace(value=block, dims=tuple(dims))
+
+
+def follow_kernel(values: Sequence[Any], results: Sequence[Any]) -> list[Any]:
+    """The results of a kernel that takes no input: those with the shape of a weight are this weight, changed."""
+    weights = {value.value.shape: value for value in values if isinstance(value, Weight)}
+    return [weights[out.shape].replace(value=out) if out.shape in weights else out for out in results]
 
 
 def follow(equation: jaxprs.Equation, values: Sequence[Any], results: Sequence[Any]) -> list[Any]:
@@ -78,8 +90,11 @@ def follow(equation: jaxprs.Equation, values: Sequence[Any], results: Sequence[A
         same = [whole for weight in weights if (whole := _broadcast(weight, shape)) is not None]
         if same and same[0].is_matrix:
             return [_joined(same).replace(value=results[0])]
-    elif name == "get" and len(weights) == 1 and len(shape) == weights[0].value.ndim:  # a reference in a kernel
-        return [_block(weights[0], results[0], range(len(shape)))]
+    elif name == "get" and len(weights) == 1:  # a reference in a kernel
+        indexed = jaxprs.indexed_axes(equation)
+        if indexed is not None:
+            axes = [axis for axis in range(weights[0].value.ndim) if axis not in indexed]
+            return [_block(weights[0], results[0], axes)]
     elif name.startswith("reduce_") and "axes" in equation.params and len(weights) == len(results) == 1:
         (weight,), reduced = weights, equation.params["axes"]
 
