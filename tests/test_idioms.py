@@ -103,6 +103,24 @@ FACTORED = {
     "padded with ones": ("w", lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (1, 4)), constant_values=1)),
     "tiled": ("w", lambda p, x: x @ jnp.tile(p["w"], (1, 2))),
     "repeated on the in axis": ("w", lambda p, x: jnp.concatenate([x, 2 * x], 1) @ jnp.tile(p["w"], (2, 1))),
+    "written into zeros": (
+        "w|v",
+        lambda p, x: x @ jnp.zeros((D, 2 * F)).at[:, :F].set(p["w"]).at[:, F:].set(p["v"]),
+    ),
+    "written by slices": (
+        "w|v",
+        lambda p, x: (
+            x
+            @ jax.lax.dynamic_update_slice(
+                jax.lax.dynamic_update_slice(jnp.ones((D, 2 * F + 1)), p["w"], (0, 0)), p["v"], (0, F)
+            )
+        ),
+    ),
+    "written into a stack": (
+        "w|v",
+        lambda p, x: jnp.einsum("td,ndf->tnf", x, jnp.zeros((3, D, F)).at[1].set(p["w"]).at[0].add(p["v"])),
+    ),
+    "rows and columns replaced": ("w", lambda p, x: x @ p["w"].at[0].set(0.0).at[:, 2].set(1.0).at[3].add(2.0)),
     "put on a device": ("w", lambda p, x: x @ jax.device_put(p["w"])),
     "complex": ("w|v", lambda p, x: jnp.abs(C(x) @ (C(p["w"]) + jnp.complex64(1j) * C(p["v"])))),
     "spectral norm": ("w", spectral_norm),
@@ -255,6 +273,27 @@ MERGED = {
     "an elementwise custom_jvp": ("w", lambda p, x: x @ jax.nn.relu(p["w"])),
     "an elementwise custom_vjp": ("w", lambda p, x: x @ with_own_vjp(lambda w: w)(p["w"])),
     "a product with custom_jvp": ("w", lambda p, x: with_own_jvp(lambda w: X @ w)(p["w"])),
+    "returned from a branch": ("w", lambda p, x: x @ jax.lax.cond(x[0, 0] > 0, jnp.tanh, lambda w: 2 * w, p["w"])),
+    "returned from a loop": (
+        "stack",
+        lambda p, x: jnp.einsum(
+            "ntd,ndf->ntf", jnp.stack([x] * 3), jax.lax.map(lambda w: w / jnp.linalg.norm(w), p["stack"])
+        ),
+    ),
+    "changed by a loop": (
+        "square",
+        lambda p, x: x @ jax.lax.fori_loop(0, 2, lambda _, w: 1.5 * w - 0.1 * w @ (w.T @ w), p["square"]),
+    ),
+    "changed by an unbounded loop": (
+        "w",
+        lambda p, x: x @ jax.lax.stop_gradient(jax.lax.while_loop(lambda w: w[0, 0] < 9, lambda w: w + 1, p["w"])),
+    ),
+    "written over a weight with gains": (
+        "w|v",
+        lambda p, x: x @ jnp.concatenate([p["w"] * p["g"][None]] * 2, 1).at[:, 3 : 3 + F].set(p["v"]),
+    ),
+    "every other column written": ("w", lambda p, x: x @ jnp.zeros((D, 2 * F)).at[:, ::2].set(p["w"])),
+    "an entry replaced": ("w", lambda p, x: x @ p["w"].at[0, 1].set(0.0)),
     "a kernel": ("w", lambda p, x: pallas_product(x, p["w"])),
     "a kernel with squeezed blocks": ("stack", lambda p, x: pallas_experts(jnp.stack([x] * 3), p["stack"], True)),
     "a kernel with blocks of one": ("stack", lambda p, x: pallas_experts(jnp.stack([x] * 3), p["stack"], False)),

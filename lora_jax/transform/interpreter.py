@@ -103,6 +103,10 @@ class Interpreter:
         """Axes along which an operand of the current jaxpr is known to have equal entries."""
         return sorted(jaxprs.constant_axes(self._jaxpr, atom))
 
+    def constant(self, atom: Any) -> np.ndarray | None:
+        """The value of an operand of the current jaxpr that is formed from literals alone; None for others."""
+        return jaxprs.constant(self._jaxpr, atom)
+
     def is_activation(self, atom: Any) -> bool:
         """Whether an operand depends on inputs of the function other than the base."""
         return not jaxprs.is_literal(atom) and atom in self._activations
@@ -189,9 +193,19 @@ class Interpreter:
         results = recomputed(merged, *values)
         return results if of_inputs else follow_kernel(views, results)
 
-    def plain(self, equation: jaxprs.Equation, values: Sequence[Any], reason: str) -> list[Any]:
-        """The values with weights merged (or, after a lookup, with the looked-up part computed)."""
-        return [self.materialize(value, equation, reason) if isinstance(value, Weight) else value for value in values]
+    def returned(
+        self, equation: jaxprs.Equation, values: Sequence[Any], reason: str
+    ) -> tuple[list[Any], dict[int, Weight]]:
+        """The outputs of a body with weights merged, and, while uses are collected, the merged weights by position."""
+        arrays, views = [], {}
+        for position, value in enumerate(values):
+            if isinstance(value, Weight):
+                indices = self._note(value, equation, reason, {}, True)
+                if self.uses is not None and not value.looked_up:
+                    views[position] = merged_view(value, indices)
+                value = recomputed(Weight.merged, value)
+            arrays.append(value)
+        return arrays, views
 
     def materialize(
         self,

@@ -181,6 +181,26 @@ def constant_axes(jaxpr: Jaxpr, atom: Any) -> frozenset[int]:
     return axes(atom)
 
 
+_CONSTANT = ("broadcast_in_dim", "concatenate", "convert_element_type", "reshape", "squeeze")
+"""Primitives by which JAX forms the indices of static slices."""
+
+
+def constant(jaxpr: Jaxpr, atom: Any) -> np.ndarray | None:
+    """The value of an operand that is formed from literals alone, such as the indices of a static slice; or None."""
+    producers = {variable: equation for equation in equations(jaxpr) for variable in equation.outvars}
+
+    def value(atom: Any) -> Any:
+        equation = None if isinstance(atom, Literal) else producers.get(atom)
+        if equation is None:
+            return atom.val if isinstance(atom, Literal) else None
+        operands = list(map(value, equation.invars)) if equation.primitive.name in _CONSTANT else [None]
+        return None if any(operand is None for operand in operands) else bind(equation, operands)[0]
+
+    with jax.ensure_compile_time_eval():
+        result = value(atom)
+        return None if result is None else np.asarray(result)
+
+
 def dependents(jaxpr: Jaxpr, flags: Sequence[bool]) -> frozenset[Any]:
     """The variables of a jaxpr, and of the jaxprs in it, that depend on the flagged inputs."""
     variables: set[Any] = set()

@@ -5,15 +5,19 @@ arrays and remember the use that merged them: a contraction further on then comp
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_jax.transform import jaxprs
 from lora_jax.transform.combining import add_up
 from lora_jax.transform.weight import CannotFactor, Source, Weight, value_size
+from lora_jax.transform.weight_views import fresh
 
 _PRIMALS = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr"}
 """Primitives with a primal function, and the parameter that holds its jaxpr."""
+
+_UPDATES = ("scatter", "scatter-add", "dynamic_update_slice")
+"""Primitives that write a part into an array."""
 
 MERGED_BECAUSE = {
     **dict.fromkeys(_PRIMALS, "its derivative is declared for the weight as a whole"),
@@ -34,6 +38,35 @@ def merged_view(weight: Weight, uses: Sequence[Sequence[int]]) -> Weight:
         for term, indices in zip(weight.terms, uses)
     )
     return weight.replace(terms=tuple(terms), gains=())
+
+
+def follow_outputs(outputs: Sequence[Any], bodies: Sequence[Mapping[int, Weight]]) -> list[Any]:
+    """The outputs of a construct: weights where its bodies return weights.
+
+    Args:
+      outputs: Arrays.
+      bodies: For each body (the branches of a cond), the merged weights among its outputs, by position.
+    """
+    weights = [[body[position] for body in bodies if position in body] for position in range(len(outputs))]
+    return [_resized(_joined(views), out) if views else out for out, views in zip(outputs, weights)]
+
+
+def _resized(weight: Weight, value: Any) -> Weight:
+    """A merged weight of another value; the sizes of the slowest labels follow its shape."""
+    sizes = (size // value_size(rest) for size, (_, *rest) in zip(value.shape, weight.dims))
+    dims = (((label, size), *rest) for size, ((label, _), *rest) in zip(sizes, weight.dims))
+    return weight.replace(value=value, dims=tuple(dims))
+
+
+def stacked_view(weight: Weight) -> Weight:
+    """A merged weight that each step of a scan returns, as the stack of all of them has it."""
+    (label,) = fresh(weight, 1)
+
+    def link(source: Source) -> Source:
+        axes = source.scanned if len(source.scanned) == 1 else ()
+        return dataclasses.replace(source, axes=(*source.axes, *((label, axis) for axis in axes)))
+
+    return weight.map_sources(link).replace(dims=(((label, 1),), *weight.dims))
 
 
 def primal(equation: jaxprs.Equation, values: Sequence[Any]) -> tuple[jaxprs.Jaxpr, list[Any]] | None:
@@ -87,7 +120,7 @@ def follow(equation: jaxprs.Equation, values: Sequence[Any], results: Sequence[A
         return list(results)
     name, shape = equation.primitive.name, results[0].shape
     if name in jaxprs.ELEMENTWISE:
-        same = [whole for weight in weights if (whole := _broadcast(weight, shape)) is not None]
+        same = [whole for weight in weights if (whole := _stretched(weight, shape)) is not None]
         if same and same[0].is_matrix:
             return [_joined(same).replace(value=results[0])]
     elif name == "get" and len(weights) == 1:  # a reference in a kernel
@@ -95,6 +128,10 @@ def follow(equation: jaxprs.Equation, values: Sequence[Any], results: Sequence[A
         if indexed is not None:
             axes = [axis for axis in range(weights[0].value.ndim) if axis not in indexed]
             return [_block(weights[0], results[0], axes)]
+    elif name in _UPDATES:
+        same = [whole for weight in weights if (whole := _stretched(weight, shape, parts=True)) is not None]
+        if same and same[0].is_matrix:
+            return [_joined(same).replace(value=results[0])]
     elif name.startswith("reduce_") and "axes" in equation.params and len(weights) == len(results) == 1:
         (weight,), reduced = weights, equation.params["axes"]
 
@@ -110,14 +147,17 @@ def follow(equation: jaxprs.Equation, values: Sequence[Any], results: Sequence[A
     return list(results)
 
 
-def _broadcast(weight: Weight, shape: Sequence[int]) -> Weight | None:
-    """A weight whose axes of size one have the sizes of a shape; None if other axes differ."""
+def _stretched(weight: Weight, shape: Sequence[int], *, parts: bool = False) -> Weight | None:
+    """A weight whose axes of size one (or all axes, of a part) take the sizes of a shape; None if it has other axes.
+
+    It only serves to find roles, which do not depend on sizes.
+    """
     if weight.value.ndim != len(shape):
         return None
     for axis, (size, target) in enumerate(zip(weight.value.shape, shape)):
         if size == target:
             continue
-        if size != 1 or len(weight.dims[axis]) != 1:
+        if (size != 1 and not parts) or len(weight.dims[axis]) != 1:
             return None
         weight = weight.with_axis(axis, [(weight.single(axis), target)])
     return weight

@@ -15,7 +15,17 @@ from lora_jax.transform.weight_views import fresh
 
 Equation = jaxprs.Equation
 
-COMBINING = ("concatenate", "stack", "add", "add_any", "sub", "select_n")
+COMBINING = (
+    "concatenate",
+    "stack",
+    "add",
+    "add_any",
+    "sub",
+    "select_n",
+    "dynamic_update_slice",
+    "scatter",
+    "scatter-add",
+)
 """Primitives whose result is a weight with the terms of all operands."""
 
 
@@ -49,14 +59,7 @@ def stack(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list
     _check_activations(interpreter, equation, values)
     (value,) = apply_view(equation, bare(values))
     axis = equation.params["axis"]
-    parts: list[Any] = []
-    for part in values:
-        if isinstance(part, Weight):
-            pairs = ((fresh(part, 1)[0], 1),)
-            parts.append(part.replace(dims=(*part.dims[:axis], pairs, *part.dims[axis:])))
-        else:
-            parts.append(jnp.expand_dims(part, axis))
-    return [_joined(parts, value, axis)]
+    return [_joined([_with_axis(part, axis) for part in values], value, axis)]
 
 
 def _joined(parts: Sequence[Any], value: Value, axis: int) -> Weight:
@@ -110,6 +113,64 @@ def add(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[A
             weights.append(value.scaled(value.value, jnp.negative) if minus else value)
     (value,) = apply_view(equation, bare(values))
     return [add_up(weights, value)]
+
+
+@rule("dynamic_update_slice")
+def update_slice(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
+    """A part of a weight or an array is replaced by another."""
+    starts = [start for atom in equation.invars[2:] if (start := interpreter.constant(atom)) is not None]
+    if len(starts) < len(equation.invars) - 2:
+        raise CannotFactor("a part is replaced at a position that is computed")
+    array, part = values[:2]
+    _check_activations(interpreter, equation, [array, part], equation.invars[:2])
+    shape, sizes = (value.shape for value in bare([array, part]))
+    (value,) = apply_view(equation, bare(values))
+    return [_update(array, part, np.clip(starts, 0, np.subtract(shape, sizes)), value)]
+
+
+@rule("scatter", "scatter-add")
+def scatter(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
+    """One part, as `.at[:, 3:].set(…)` and `.at[0].add(…)` state it."""
+    array, _, part = values
+    numbers, position = equation.params["dimension_numbers"], interpreter.constant(equation.invars[1])
+    if position is None or position.ndim != 1 or numbers.operand_batching_dims:
+        raise CannotFactor("several parts are replaced, or one at a position that is computed")
+    _check_activations(interpreter, equation, [array, part], equation.invars[::2])
+    (value,) = apply_view(equation, bare(values))
+    for axis in sorted(numbers.inserted_window_dims):
+        part = _with_axis(part, axis)
+    starts = np.zeros(value.ndim, int)
+    starts[list(numbers.scatter_dims_to_operand_dims)] = position
+    return [_update(array, part, starts, value, adds=equation.primitive.name == "scatter-add")]
+
+
+def _with_axis(part: Any, axis: int) -> Any:
+    """A weight or an array with a new axis of size one."""
+    if not isinstance(part, Weight):
+        return jnp.expand_dims(part, axis)
+    return part.replace(dims=(*part.dims[:axis], ((fresh(part, 1)[0], 1),), *part.dims[axis:]))
+
+
+def _update(array: Any, part: Any, starts: np.ndarray, value: Value, *, adds: bool = False) -> Weight:
+    """An array of which a part was replaced by another, or to which it was added; one or both are weights."""
+    weights = [value for value in (array, part) if isinstance(value, Weight)]
+    if any(weight.looked_up for weight in weights) or (adds and any(weight.gains for weight in weights)):
+        raise CannotFactor("a lookup, or a weight with gains, is joined with other arrays")
+    sizes = [_size(part, axis) for axis in range(value.ndim)]
+    ends = np.add(starts, sizes)
+    if min(starts, default=0) < 0 or any(ends > value.shape):
+        raise CannotFactor("a part that is out of bounds is replaced")
+    terms = []
+    if isinstance(array, Weight):
+        whole = [size == total for size, total in zip(sizes, value.shape)]
+        outside = np.ones([1 if is_whole else total for is_whole, total in zip(whole, value.shape)], np.float32)
+        outside[tuple(slice(None) if w else slice(start, end) for w, start, end in zip(whole, starts, ends))] = 0
+        terms.append(array if adds else masked(array, as_gain(array, jnp.asarray(outside))))
+    if isinstance(part, Weight):
+        for axis, (start, end) in enumerate(zip(starts, ends)):
+            part = pad_axis(part, axis, (int(start), value.shape[axis] - int(end), 0))
+        terms.append(part)
+    return add_up(terms, value)
 
 
 @rule("select_n")

@@ -10,6 +10,7 @@ from lora_jax.transform import jaxprs
 from lora_jax.transform.draws import Draws
 from lora_jax.transform.lazy_dequantized import LazyDequantized, recomputed
 from lora_jax.transform.registry import Evaluator, rule
+from lora_jax.transform.tracking import follow_outputs, stacked_view
 from lora_jax.transform.weight import CannotFactor, Weight
 from lora_jax.transform.weight_views import spec_by_label
 
@@ -73,23 +74,23 @@ def call(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[
 
 @rule("compute_on")
 def compute_on(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
-    params, draws = equation.params, []
+    params, draws, views = equation.params, [], []
     body = jaxprs.compute_on(
-        _plain_outputs(interpreter, equation, params["jaxpr"], draws),
+        _plain_outputs(interpreter, equation, params["jaxpr"], draws, views),
         compute_type=params["compute_type"],
         out_memory_spaces=list(params["out_memory_spaces"]),
         compiler_options=params.get("compiler_options"),
     )
     outputs = body(interpreter.numbers(values), *values)
     interpreter.advance(Draws.most(draws))
-    return list(outputs)
+    return follow_outputs(outputs, views)
 
 
 @rule("cond")
 def cond(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[Any]:
     index, *operands = values
-    draws = []
-    branches = [_plain_outputs(interpreter, equation, branch, draws) for branch in equation.params["branches"]]
+    draws, views = [], []
+    branches = [_plain_outputs(interpreter, equation, branch, draws, views) for branch in equation.params["branches"]]
     platforms = equation.params.get("branches_platforms")
     if platforms is None:
         outputs = lax.switch(index, branches, interpreter.numbers(operands), *operands)
@@ -97,31 +98,34 @@ def cond(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[
         named = {name: branch for names, branch in zip(platforms, branches) for name in names or ("default",)}
         outputs = lax.platform_dependent(interpreter.numbers(operands), *operands, **named)
     interpreter.advance(Draws.most(draws))
-    return list(outputs)
+    return follow_outputs(outputs, views)
 
 
-def _plain_outputs(interpreter, equation, jaxpr, draws: list):
-    """A sub-jaxpr as a function that returns arrays only; when traced, it appends its draws to a list."""
+def _plain_outputs(interpreter, equation, jaxpr, draws: list, views: list):
+    """A sub-jaxpr as a function that returns arrays only; when traced, it appends draws and merged weights to lists."""
     body = interpreter.body(jaxpr)
 
     def call(numbers, *arguments):
         outputs, drawn = body(numbers, *arguments)
         draws.append(drawn)
-        return interpreter.plain(equation, outputs, f"a weight is returned from {equation.primitive.name}")
+        reason = f"a weight is returned from {equation.primitive.name}"
+        arrays, merged = interpreter.returned(equation, outputs, reason)
+        views.append(merged)
+        return arrays
 
     return call
 
 
 def _carries(interpreter, equation, carry, unchanged):
-    """Splits the carry of a loop into unchanged weights, by position, and the other values."""
-    fixed = {}
-    for position, value in enumerate(carry):
-        if isinstance(value, Weight):
-            if position in unchanged:
-                fixed[position] = value
-            else:
-                carry[position] = interpreter.materialize(value, equation, "the loop changes it")
-    return fixed, [value for position, value in enumerate(carry) if position not in fixed]
+    """Splits the carry of a loop into unchanged weights, by position, and the other values.
+
+    Returns:
+      Both, and, while uses are collected, the weights that the loop changes, by position.
+    """
+    fixed = {i: value for i, value in enumerate(carry) if isinstance(value, Weight) and i in unchanged}
+    rest = [None if position in fixed else value for position, value in enumerate(carry)]
+    arrays, changed = interpreter.returned(equation, rest, "the loop changes it")
+    return fixed, [value for position, value in enumerate(arrays) if position not in fixed], changed
 
 
 def _join_carry(fixed, variable):
@@ -144,9 +148,9 @@ def while_loop(interpreter: Evaluator, equation: Equation, values: list[Any]) ->
     cond_consts = values[:cond_count]
     body_consts = values[cond_count : cond_count + body_count]
     carry = values[cond_count + body_count :]
-    fixed, variable = _carries(interpreter, equation, carry, _unchanged(params["body_jaxpr"], body_count))
+    fixed, variable, changed = _carries(interpreter, equation, carry, _unchanged(params["body_jaxpr"], body_count))
     cond = interpreter.body(params["cond_jaxpr"])
-    body = _plain_except(interpreter, equation, params["body_jaxpr"], fixed)
+    body = _plain_except(interpreter, equation, params["body_jaxpr"], fixed, [])
     numbers, draws = interpreter.numbers([*cond_consts, *body_consts, *fixed.values()]), []
 
     def condition(state):
@@ -163,18 +167,20 @@ def while_loop(interpreter: Evaluator, equation: Equation, values: list[Any]) ->
 
     _, results = lax.while_loop(condition, step, (numbers, variable))
     interpreter.advance(Draws.most(draws).unknown_times())
-    return _join_carry(fixed, results)
+    return follow_outputs(_join_carry(fixed, results), [changed])
 
 
-def _plain_except(interpreter, equation, jaxpr, fixed):
-    """A loop's body, without the unchanged part of the carry among its outputs."""
+def _plain_except(interpreter, equation, jaxpr, fixed, views: list):
+    """A loop's body, without the unchanged part of the carry among its outputs; it appends merged weights to a list."""
     body = interpreter.body(jaxpr)
 
     def call(numbers, *arguments):
         outputs, draws = body(numbers, *arguments)
-        outputs = [out for position, out in enumerate(outputs) if position not in fixed]
+        rest = [None if position in fixed else out for position, out in enumerate(outputs)]
         reason = f"a weight is returned from the body of {equation.primitive.name}"
-        return interpreter.plain(equation, outputs, reason), draws
+        arrays, merged = interpreter.returned(equation, rest, reason)
+        views.append(merged)
+        return [out for position, out in enumerate(arrays) if position not in fixed], draws
 
     return call
 
@@ -186,8 +192,9 @@ def scan(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[
     consts = values[:num_consts]
     carry = values[num_consts : num_consts + num_carry]
     xs = values[num_consts + num_carry :]
-    fixed, variable = _carries(interpreter, equation, carry, _unchanged(params["jaxpr"], num_consts))
-    body = _plain_except(interpreter, equation, params["jaxpr"], fixed)
+    fixed, variable, changed = _carries(interpreter, equation, carry, _unchanged(params["jaxpr"], num_consts))
+    views: list[dict[int, Weight]] = []
+    body = _plain_except(interpreter, equation, params["jaxpr"], fixed, views)
     sliced = [_scanned(interpreter, equation, x) if isinstance(x, Weight) else (x, None) for x in xs]
     numbers, draws = interpreter.numbers([*consts, *fixed.values(), *xs]), []
 
@@ -209,7 +216,8 @@ def scan(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[
         _split_transpose=params.get("_split_transpose", False),
     )
     interpreter.advance(Draws.most(draws).times(params["length"]))
-    return [*_join_carry(fixed, final), *ys]
+    stacks = [{i: stacked_view(view) for i, view in merged.items() if i >= num_carry} for merged in views]
+    return follow_outputs([*_join_carry(fixed, final), *ys], [changed, *stacks])
 
 
 def _scanned(interpreter, equation, weight: Weight):
@@ -258,7 +266,7 @@ def shard_map(interpreter: Evaluator, equation: Equation, values: list[Any]) -> 
             specs.append(spec)
             arguments.append(value)
             rebuild.append((None, 1))
-    body = _plain_outputs(interpreter, equation, params["jaxpr"], draws)
+    body = _plain_outputs(interpreter, equation, params["jaxpr"], draws, [])
     numbers = interpreter.numbers(values)
 
     def call(numbers, *flat):
