@@ -190,6 +190,11 @@ NOT_LAYOUTS = {
         ("in", {"sizes": ("side",), "side": (str, static(choices=("in", "out")))}),
         r"'side' has a meaning in layouts",
     ),
+    "a size that no layout has": (
+        ("middle in", {"sizes": ("middle", "extra")}),
+        r"sizes=…\): no layout of Defined has the size 'extra'",
+    ),
+    "batch axes after others": (("rank batch in", {}), r"'rank batch in' has 'batch' after another word"),
     "a static field's layout": (("in", {"count": (int, static("inn"))}), r"Defined\.count: .* unknown word 'inn'"),
 }
 
@@ -200,6 +205,11 @@ def test_a_layout_whose_words_do_not_fit_is_an_error_at_the_definition(definitio
     with pytest.raises(ValueError, match=message):
         define(layout, **options)
     assert "test.layouts.Defined" not in KINDS
+
+
+def test_a_layout_is_a_string():
+    with pytest.raises(TypeError, match=r"Defined\.a: a layout is a string of words.*got 3"):
+        define(3)
 
 
 def test_words_that_fit_are_accepted():

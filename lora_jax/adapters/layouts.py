@@ -47,8 +47,15 @@ def check_layouts(cls: type, kind: str, sizes: Collection[str]) -> None:
             what = "has a meaning in layouts already" if size in WORDS or size in holders else "is not an identifier"
             raise ValueError(f"adapter({kind!r}, sizes={tuple(sizes)}): {size!r} {what}. Choose another name.")
     for field in fields:
-        words = field.metadata.get("layout", "").split()
+        layout = field.metadata.get("layout", "")
+        if not isinstance(layout, str):
+            raise TypeError(
+                f"{cls.__name__}.{field.name}: a layout is a string of words, 'batch rank in'; got {layout!r}."
+            )
+        words = layout.split()
         where = f"{cls.__name__}.{field.name}: the layout {' '.join(words)!r}"
+        if BATCH in words[1:]:
+            raise ValueError(f"{where} has 'batch' after another word; batch axes come first.")
         for word in words:
             _check_word(where, word, kind, sizes, holders)
             limit = 2 if word == RANK else len(words) if word in sizes else 1
@@ -66,6 +73,11 @@ def check_layouts(cls: type, kind: str, sizes: Collection[str]) -> None:
                     f"{where} has {word!r}, but {cls.__name__} has no static field `split`, which gives the axes that "
                     "are in two parts."
                 )
+
+    words = {word for field in fields for word in field.metadata.get("layout", "").split()}
+    for size in sizes:
+        if size not in words:
+            raise ValueError(f"adapter({kind!r}, sizes=…): no layout of {cls.__name__} has the size {size!r}.")
 
 
 def _check_word(where: str, word: str, kind: str, sizes: Collection[str], holders: Collection[str]) -> None:
