@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from experiments.errors import UserError
-from experiments.input import control, sources, template_files
+from experiments.input import control, options, sources
 from experiments.input.boundaries import BoundaryTokenizer
 from experiments.input.control import ControlTokens, LiteralTokenizer
 from experiments.input.encoding import load_encoder
@@ -435,7 +435,7 @@ def test_spellings_beside_control_tokens(tokenizers):
     assert all_of_them.ids.tolist() == none.ids and all_of_them.offsets.tolist() == [list(one) for one in none.offsets]
 
 
-@pytest.mark.parametrize("module", [control, template_files])
+@pytest.mark.parametrize("module", [control, options])
 def test_examples_in_docstrings(module):
     results = doctest.testmod(module)
     assert results.attempted and not results.failed
