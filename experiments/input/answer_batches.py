@@ -100,6 +100,14 @@ class AnswerBatches:
         """Returns the number of records in the batch of a step."""
         return int((self._numbers(step) >= 0).sum())
 
+    def tokens(self, step: int) -> int:
+        """Returns the number of tokens, without padding, in the batch of a step."""
+        return int(self[step]["segments"].sum())
+
+    def labels(self, step: int) -> int:
+        """Returns the number of labels in the batch of a step."""
+        return int((self[step]["labels"] != NO_LABEL).sum())
+
     def _content(self, number: int, other: int, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the tokens of a row and which of them are predicted."""
         if self._desirable is None or not row:

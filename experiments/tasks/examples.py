@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.errors import UserError
 
-SHIPPED = {name: Path(__file__).parent / name for name in ("debian_synopses", "debian_sections")}
+SHIPPED = {name: Path(__file__).parent / name for name in ("debian_synopses", "debian_sections", "debian_siblings")}
 
 
 @dataclass(frozen=True)

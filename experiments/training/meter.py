@@ -46,6 +46,8 @@ class Meter:
             step, metrics, tokens, labels = self._pending.pop(0)
             check_finite(step, metrics)
             self._history.losses.append(float(metrics["loss"]))
+            for name, value in means(metrics).items():
+                self._history.means.setdefault(name, []).append(value)
             now = time.perf_counter()
             self._pace, self._mark = now - self._mark, now
             self._seconds, self._steps = self._seconds + self._pace, self._steps + 1
@@ -60,6 +62,7 @@ class Meter:
         self._record.write(
             step,
             loss=float(np.mean(self._history.losses[-self._steps :])),
+            **{name: float(np.mean(values[-self._steps :])) for name, values in self._history.means.items()},
             grad_norm=float(metrics["grad_norm"]),
             seconds=self._seconds / self._steps,
             tokens_per_second=speed,
@@ -72,6 +75,14 @@ class Meter:
     def restart_clock(self) -> None:
         """Excludes the time since the last step from the time of steps."""
         self._mark = time.perf_counter()
+
+
+def means(metrics: dict[str, Any]) -> dict[str, float]:
+    """Returns the means of a step's other metrics: those in `means`, and those of the sums that a loss returns."""
+    sums = metrics.get("aux", {})
+    return {name: float(np.sum(value)) / float(metrics["weight"]) for name, value in sums.items()} | dict(
+        metrics.get("means", {})
+    )
 
 
 @contextmanager

@@ -16,11 +16,13 @@ class History:
       losses: The loss of each step.
       evaluations: Pairs of a step and its validation score, which the study defines.
       seconds: The time of training and evaluation, including compilation.
+      means: The means of other metrics of each step, by name.
     """
 
     losses: list[float] = field(default_factory=list)
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
+    means: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.evaluations = [(step, score) for step, score in self.evaluations]  # JSON stores pairs as lists

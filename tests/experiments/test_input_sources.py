@@ -115,7 +115,8 @@ def test_splits(tmp_path):
 @pytest.mark.parametrize("data", ["./none.jsonl", "none", "some/none.jsonl", "/a/b"])
 def test_what_is_not_there(data):
     with pytest.raises(
-        UserError, match=f"{data}: no such file or directory; data sets are debian_synopses, debian_sections or"
+        UserError,
+        match=f"{data}: no such file or directory; data sets are debian_synopses, debian_sections, debian_siblings or",
     ):
         sources.read(data, "train")
 

@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from experiments.configs.decoder import DecoderConfig
 from experiments.configs.sft import Config
 from experiments.errors import UserError, reading
 from experiments.input.records import Conversation
 from experiments.input.sources import Records
 from experiments.reports.results import write_json
 from experiments.studies.decoder.adapters import check_adapter, is_adapter
-from experiments.studies.sft.report import BEST
+from experiments.studies.sft.report import ADAPTER, BEST
 from lora_jax import peft
 
 RUN = "run.json"
@@ -22,7 +23,7 @@ _FIELDS = (
 _SYSTEM = "system"
 
 
-def write_run(directory: Path, config: Config, records: Records) -> None:
+def write_run(directory: Path, config: DecoderConfig, records: Records) -> None:
     """Writes the record of an adapter.
 
     Args:
@@ -43,8 +44,9 @@ def find_adapter(directory: Path) -> Path:
     Raises:
       UserError: The directory has no adapter.
     """
-    if not is_adapter(directory) and is_adapter(directory / BEST):
-        return directory / BEST
+    for name in (BEST, ADAPTER):
+        if not is_adapter(directory) and is_adapter(directory / name):
+            return directory / name
     check_adapter(directory, "--adapter")
     return directory
 

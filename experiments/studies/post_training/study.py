@@ -1,0 +1,196 @@
+"""Runs or resumes a study of post-training."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+import lora_jax as lora
+from experiments.configs.post_training import PostTraining
+from experiments.errors import UserError
+from experiments.models import location
+from experiments.objectives.reference import Frozen
+from experiments.pretrained.files import open_files
+from experiments.reports.results import write_json
+from experiments.studies.decoder import program as programs
+from experiments.studies.decoder.choices import choose_rate, longest_sequence
+from experiments.studies.decoder.program import Program
+from experiments.studies.post_training.data import Data, read_data
+from experiments.studies.post_training.report import (
+    ADAPTER,
+    FIGURE,
+    PEFT,
+    RESULT,
+    Report,
+    draw,
+    mean_error,
+    show,
+)
+from experiments.studies.post_training.task import Task
+from experiments.studies.sft.recorded import write_run
+from experiments.training import loop, outputs, processes
+from experiments.training import mesh as meshes
+from experiments.training.checkpoints import differences
+from experiments.training.progress import bar
+from experiments.training.run import Limits, TrainingRun
+
+_WRITTEN = (ADAPTER, PEFT, RESULT, FIGURE, "checkpoints", "config.json", "metrics.jsonl", "tensorboard", "profile")
+_NOT_NUMBERS = (
+    *("out", "fresh", "model", "data", "data_form", "on_bad", "validation", "mesh", "distributed", "profile", "remat"),
+    *("attention", "loss_chunk", "optimizer_on_host", "samples", "checkpoint_every", "log_every", "fast"),
+)
+"""Settings that do not affect the results except by rounding, or that a digest covers."""
+
+_EXTENDED = ("epochs", "steps", "max_minutes", "eval_every")
+"""Settings that may change when a run continues: its length and its evaluations."""
+
+
+@outputs.exclusive
+def run(config: PostTraining, task: Task) -> Report:
+    """Runs or resumes a study, shows its result, and writes the adapter, a JSON record and a figure.
+
+    Raises:
+      UserError: Model or data are missing, malformed or incompatible with the mesh, or the directory contains a run
+        with other settings.
+    """
+    console = processes.console()
+    with processes.first_before_others():
+        directory = location.find(config.model)
+        if processes.is_first():
+            outputs.begin(config.out, *_WRITTEN, fresh=config.fresh)
+    description = programs.read_description(config.model)
+    config = replace(config, lr=choose_rate(config, description, console))
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    data = read_data(config, directory, say, longest_sequence(description), task.new_tokens(config))
+    config = replace(config, length=data.length)
+    programs.check(config)
+    total, due = loop.plan_steps(config.epochs, data.train.steps_per_epoch, config.steps, config.eval_every)
+    due = due - {total} if config.eval_every else set()
+    program = programs.abstract(config, task.objective(config, data), steps=total)
+    settings, report = _settings(config, data, directory), None
+    if processes.broadcast((config.out / RESULT).exists()):
+        report = _read_report(config.out / RESULT, settings)
+        done = len(report.losses)
+        if done < total and Limits(config.max_minutes).reached(report.history) is None:
+            say(f"continues from step {done:,} to {total:,} with the learning rate schedule of the longer run")
+            report = None
+    if report is None:
+        with jax.set_mesh(program.mesh):
+            report = _train(config, task, program, data, directory, (total, due), settings, console)
+    if processes.is_first():
+        show(report, task.aim, console)
+        draw(config.out / FIGURE, report, task.aim, task.curve, f"{task.name}: {config.model}")
+        say(f"adapter, measurements and figure are in {config.out}")
+    return report
+
+
+def _train(
+    config: PostTraining,
+    task: Task,
+    program: Program,
+    data: Data,
+    directory: Path,
+    steps: tuple[int, set[int]],
+    settings: dict[str, Any],
+    console: Console,
+) -> Report:
+    total, due = steps
+    base = program.load(directory)
+    state = program.create(jax.random.key(config.seed), base)
+    console.print(f"base: {config.model} on a mesh of {config.mesh}", highlight=False, soft_wrap=True)
+    console.print(f"\n{lora.summary(base, state.delta)}\n", highlight=False, soft_wrap=True)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(lora.partition(state.delta)[0]))
+    # The model that training starts from is the reference, and what the trained one is compared with.
+    reference = {} if config.init_from is None else jax.tree.map(jnp.copy, state.delta)
+    state = state.replace(base=Frozen(base, reference))
+    measure = task.measure(config, program, data)
+    before = measure(base, reference)
+    evaluate = _evaluator(config, task, measure, before.values)
+    values = task.compare(config, before.values, before.values)[0]
+    line = ", ".join("{} {:.3f} ± {:.3f}".format(name, *mean_error(one)) for name, one in values.items())
+    console.print(f"base, on held-out records: {line}", highlight=False, soft_wrap=True)
+    run = TrainingRun(
+        config.out,
+        program.mesh,
+        asdict(config),
+        config.checkpoint_every,
+        best="max",
+        settings=settings,
+        profile=config.profiled_steps(),
+        limits=Limits(config.max_minutes),
+        log_every=config.log_every,
+    )
+    with bar(console, "training", sum(map(data.train.examples, range(total)))) as progress:
+        state, history = loop.train(
+            run,
+            task.step(config, program, data),
+            state,
+            data.train,
+            total,
+            due=due,
+            score=float(values[task.aim.measure].mean()) if due else None,
+            evaluate=evaluate,
+            format_score=lambda score: f"{task.aim.measure} {score:.3f}",
+            bar=progress,
+        )
+    after = measure(base, state.delta)
+    first, last = task.compare(config, before.values, after.values)
+    report = Report(
+        settings=settings,
+        trained_parameters=parameters,
+        seconds=history.seconds,
+        losses=history.losses,
+        means=history.means,
+        evaluations=history.evaluations,
+        before={name: one.tolist() for name, one in first.items()},
+        after={name: one.tolist() for name, one in last.items()},
+        texts=[(prompt, one, other) for (prompt, one), (_, other) in zip(before.texts, after.texts)],
+        ended=run.limits.reached(history) if len(history.losses) < total else None,
+    )
+    delta = meshes.gather(state.delta)
+    if processes.is_first():
+        names = program.family.names(program.shape)
+        lora.save(config.out / ADAPTER, delta, names=names)
+        write_run(config.out / ADAPTER, config, data.records)
+        lora.peft.save(config.out / PEFT, delta, names, base_model=config.model, task_type="CAUSAL_LM")
+        write_json(config.out / RESULT, asdict(report))
+    processes.wait("written")
+    return report
+
+
+def _evaluator(config: PostTraining, task: Task, measure: Any, before: Any) -> Callable[[lora.TrainState], float]:
+    """Returns a function from a state to the mean of the aim's measure on the held-out records."""
+
+    def evaluate(state: lora.TrainState) -> float:
+        values = measure(state.base.base, state.delta).values
+        return float(task.compare(config, before, values)[1][task.aim.measure].mean())
+
+    return evaluate
+
+
+def _settings(config: PostTraining, data: Data, directory: Path) -> dict[str, Any]:
+    """Returns everything that affects the results, except the base's weights: checkpoints have their fingerprint."""
+    included = {name: value for name, value in asdict(config).items() if name not in (*_NOT_NUMBERS, *_EXTENDED)}
+    files = hashlib.sha256((open_files(directory).read("config.json") or "").encode()).hexdigest()
+    return json.loads(json.dumps(included | {"model files": files, "data files": data.digests}, default=str))
+
+
+def _read_report(path: Path, settings: dict[str, Any]) -> Report:
+    """Reads the report of a finished run.
+
+    Raises:
+      UserError: The run had other settings.
+    """
+    report = Report.load(path)
+    if difference := differences(report.settings, settings):
+        raise UserError(f"{path.parent}: contains a finished run with {difference}; --fresh starts over")
+    return report
