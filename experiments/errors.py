@@ -35,7 +35,9 @@ def reading(path: str | os.PathLike, form: str = "") -> Generator[None]:
     """Converts errors that a file's content causes in the `with` block to a :class:`UserError` that names the file."""
     try:
         yield
-    except Exception:
+    except (KeyboardInterrupt, SystemExit, Preempted):
+        raise
+    except BaseException:  # a panic of Rust is not an Exception
         from lora_jax import io
 
         with io.reading(path, form, error=UserError):
