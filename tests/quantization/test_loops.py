@@ -123,8 +123,10 @@ def test_of_every_kind_of_adapter(recipe):
 @pytest.mark.parametrize("form", STORED)
 def test_of_every_format(form):
     adapted, delta = problem("LoRA")
+    block = jax.tree.leaves(STORED[form], is_leaf=lambda leaf: hasattr(leaf, "format"))[0].format.block
+    padded = max(block, WIDTH) / WIDTH  # of a weight whose rows are shorter than a block
     for name in ("fori_loop", "accumulated gradient"):
-        assert temporaries(loops(adapted)[name], STORED[form], delta, X) < 3, name
+        assert temporaries(loops(adapted)[name], STORED[form], delta, X) < 3 * padded, name
 
 
 def test_of_convolutions():
