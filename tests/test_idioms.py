@@ -603,12 +603,3 @@ def test_inputs_behind_a_mask_are_not_read():
 
     with pytest.raises(ValueError, match="a mask on in axes"):
         lora.prepare(jax.random.key(0), BASE, {"^w$": lora.LoRA(2, init="eva")}, fn, [X])
-
-
-def test_a_fixed_index_on_a_later_axis_selects_a_matrix(getkey):
-    base = {"stack": jax.random.normal(getkey(), (6, 3, 5))}
-    function, x = lambda p, x: x @ jnp.take(p["stack"], 2, axis=1), jnp.ones((4, 6))
-    delta = lora.init(getkey(), base, {"stack": lora.LoRA(2, init="orthogonal")}, function, x)
-    assert delta["stack"].axes == ("in", "batch", "out")
-    expected = function(lora.merge(base, delta), x)
-    np.testing.assert_allclose(lora.adapt(function)(base, delta, x), expected, rtol=1e-5, atol=1e-6)
