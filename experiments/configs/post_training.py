@@ -1,5 +1,6 @@
 """The settings that the studies of post-training share."""
 
+import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -9,7 +10,7 @@ from experiments.input.checking import Use
 
 
 @dataclass(frozen=True)
-class PostTraining(DecoderConfig):
+class PostTraining(DecoderConfig, abc.ABC):
     """Trains an adapter of a decoder by an objective, and compares it with the base on held-out records."""
 
     FAST: ClassVar[Mapping[str, Any]] = {"steps": 2, "validation_examples": 4, "samples": 2}
@@ -38,6 +39,6 @@ class PostTraining(DecoderConfig):
             raise ValueError("validation_examples is 0; expected at least one record to compare base and adapter on")
 
     @property
+    @abc.abstractmethod
     def use(self) -> Use:
         """The records that the study trains on."""
-        raise NotImplementedError
