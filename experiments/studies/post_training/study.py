@@ -1,7 +1,5 @@
 """Runs or resumes a study of post-training."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,12 +11,11 @@ from rich.console import Console
 
 import lora_jax as lora
 from experiments.configs.post_training import PostTraining
-from experiments.errors import UserError
 from experiments.models import location
 from experiments.objectives.reference import Frozen
-from experiments.pretrained.files import open_files
 from experiments.reports.results import write_json
 from experiments.studies.decoder import program as programs
+from experiments.studies.decoder import runs
 from experiments.studies.decoder.choices import choose_rate, longest_sequence
 from experiments.studies.decoder.program import Program
 from experiments.studies.post_training.data import Data, read_data
@@ -36,7 +33,6 @@ from experiments.studies.post_training.task import Task
 from experiments.studies.sft.recorded import write_run
 from experiments.training import loop, outputs, processes
 from experiments.training import mesh as meshes
-from experiments.training.checkpoints import differences
 from experiments.training.progress import bar
 from experiments.training.run import Limits, TrainingRun
 
@@ -46,9 +42,6 @@ _NOT_NUMBERS = (
     *("attention", "loss_chunk", "optimizer_on_host", "samples", "checkpoint_every", "log_every", "fast"),
 )
 """Settings that do not affect the results except by rounding, or that a digest covers."""
-
-_EXTENDED = ("epochs", "steps", "max_minutes", "eval_every")
-"""Settings that may change when a run continues: its length and its evaluations."""
 
 
 @outputs.exclusive
@@ -76,13 +69,8 @@ def run(config: PostTraining, task: Task) -> Report:
     total, due = loop.plan_steps(config.epochs, data.train.steps_per_epoch, config.steps, config.eval_every)
     due = due - {total} if config.eval_every else set()
     program = programs.abstract(config, task.objective(config, data), steps=total)
-    settings, report = _settings(config, data, directory), None
-    if processes.broadcast((config.out / RESULT).exists()):
-        report = _read_report(config.out / RESULT, settings)
-        done = len(report.losses)
-        if done < total and Limits(config.max_minutes).reached(report.history) is None:
-            say(f"continues from step {done:,} to {total:,} with the learning rate schedule of the longer run")
-            report = None
+    settings = runs.result_settings(config, directory, data.digests, _NOT_NUMBERS)
+    report = runs.read_finished(Report.load, config.out / RESULT, settings, total, Limits(config.max_minutes), console)
     if report is None:
         with jax.set_mesh(program.mesh):
             report = _train(config, task, program, data, directory, (total, due), settings, console)
@@ -104,11 +92,8 @@ def _train(
     console: Console,
 ) -> Report:
     total, due = steps
-    base = program.load(directory)
-    state = program.create(jax.random.key(config.seed), base)
-    console.print(f"base: {config.model} on a mesh of {config.mesh}", highlight=False, soft_wrap=True)
-    console.print(f"\n{lora.summary(base, state.delta)}\n", highlight=False, soft_wrap=True)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(lora.partition(state.delta)[0]))
+    state, parameters = runs.start(config, program, directory, console)
+    base = state.base
     # The model that training starts from is the reference, and what the trained one is compared with.
     reference = {} if config.init_from is None else jax.tree.map(jnp.copy, state.delta)
     state = state.replace(base=Frozen(base, reference))
@@ -175,22 +160,3 @@ def _evaluator(config: PostTraining, task: Task, measure: Any, before: Any) -> C
         return float(task.compare(config, before, values)[1][task.aim.measure].mean())
 
     return evaluate
-
-
-def _settings(config: PostTraining, data: Data, directory: Path) -> dict[str, Any]:
-    """Returns everything that affects the results, except the base's weights: checkpoints have their fingerprint."""
-    included = {name: value for name, value in asdict(config).items() if name not in (*_NOT_NUMBERS, *_EXTENDED)}
-    files = hashlib.sha256((open_files(directory).read("config.json") or "").encode()).hexdigest()
-    return json.loads(json.dumps(included | {"model files": files, "data files": data.digests}, default=str))
-
-
-def _read_report(path: Path, settings: dict[str, Any]) -> Report:
-    """Reads the report of a finished run.
-
-    Raises:
-      UserError: The run had other settings.
-    """
-    report = Report.load(path)
-    if difference := differences(report.settings, settings):
-        raise UserError(f"{path.parent}: contains a finished run with {difference}; --fresh starts over")
-    return report

@@ -1,7 +1,5 @@
 """Fine-tunes a decoder on conversations, and writes the adapter in two formats and sample answers."""
 
-import hashlib
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -14,14 +12,13 @@ from rich.console import Console
 
 import lora_jax as lora
 from experiments.configs.sft import Config
-from experiments.errors import UserError
 from experiments.input import pipeline
 from experiments.input.packing import Packed
 from experiments.models import families, location
 from experiments.models.flops import step_flops
-from experiments.pretrained.files import open_files
 from experiments.reports.results import write_json
 from experiments.studies.decoder import program as programs
+from experiments.studies.decoder import runs
 from experiments.studies.decoder.choices import choose_rate, choose_remat, count_weights, longest_sequence
 from experiments.studies.decoder.program import Program
 from experiments.studies.sft.data import Data, read_data
@@ -31,7 +28,7 @@ from experiments.studies.sft.report import ADAPTER, BEST, PEFT, PEFT_LAST, RESUL
 from experiments.studies.sft.samples import Writer
 from experiments.training import chips, loop, outputs, processes
 from experiments.training import mesh as meshes
-from experiments.training.checkpoints import Checkpoints, differences
+from experiments.training.checkpoints import Checkpoints
 from experiments.training.progress import bar
 from experiments.training.run import Costs, Limits, TrainingRun
 
@@ -79,9 +76,6 @@ _NOT_NUMBERS = (
 )
 """Settings that do not affect the results except by rounding, or that a digest covers."""
 
-_EXTENDED = ("epochs", "steps", "max_minutes", "patience", "eval_every")
-"""Settings that may change when a run continues: its length and its evaluations."""
-
 
 @outputs.exclusive
 def run(config: Config) -> Report:
@@ -105,17 +99,8 @@ def run(config: Config) -> Report:
     choose_remat(config, shape, count_weights(description), console=console)
     total, due = loop.plan_steps(config.epochs, data.train.steps_per_epoch, config.steps, config.eval_every)
     program = abstract(config, steps=total, max_labels=data.max_labels)
-    settings = _settings(config, data, directory)
-    report = None
-    if processes.broadcast((config.out / RESULT).exists()):
-        report = _read_report(config.out / RESULT, settings)
-        done = len(report.losses)
-        if done < total and _limits(config).reached(report.history) is None:
-            if not (config.out / "checkpoints").is_dir():
-                raise UserError(f"{config.out}: no checkpoints to continue from step {done}; --fresh starts over")
-            line = f"continues from step {done:,} to {total:,} with the learning rate schedule of the longer run"
-            console.print(line, highlight=False)
-            report = None
+    settings = runs.result_settings(config, directory, data.digests, _NOT_NUMBERS)
+    report = runs.read_finished(Report.load, config.out / RESULT, settings, total, _limits(config), console)
     if report is None:
         with jax.set_mesh(program.mesh):
             report = _train(config, program, data, directory, (total, due), settings, console)
@@ -134,11 +119,8 @@ def _train(
     console: Console,
 ) -> Report:
     total, due = steps
-    base = program.load(directory)
-    state = program.create(jax.random.key(config.seed), base)
-    console.print(f"base: {config.model} on a mesh of {config.mesh}", highlight=False, soft_wrap=True)
-    console.print(f"\n{lora.summary(base, state.delta)}\n", highlight=False, soft_wrap=True)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(lora.partition(state.delta)[0]))
+    state, parameters = runs.start(config, program, directory, console)
+    base = state.base
     writer = Writer(program, data.encoder, directory, data.records)
     before = writer.write(base, state.delta)
     show_answers(writer.prompts, before, console)
@@ -228,26 +210,6 @@ def _limits(config: Config) -> Limits:
     return Limits(config.max_minutes, config.patience, best="min")
 
 
-def _settings(config: Config, data: Data, directory: Path) -> dict[str, Any]:
-    """Returns everything that affects the results, except the base's weights: checkpoints have their fingerprint."""
-    included = {name: value for name, value in asdict(config).items() if name not in (*_NOT_NUMBERS, *_EXTENDED)}
-    files = hashlib.sha256((open_files(directory).read("config.json") or "").encode()).hexdigest()
-    return json.loads(json.dumps(included | {"model files": files, "data files": data.digests}, default=str))
-
-
 def _evaluated(path: Path) -> int | None:
     """Returns the number of validation records of a finished run, which may continue; None without one."""
     return Report.load(path).validation_examples if path.exists() else None
-
-
-def _read_report(path: Path, settings: dict[str, Any]) -> Report:
-    """Reads the report of a finished run.
-
-    Raises:
-      UserError: The run had other settings.
-    """
-    report = Report.load(path)
-    before = {name: value for name, value in report.settings.items() if name not in _EXTENDED}
-    if difference := differences(before, settings):
-        raise UserError(f"{path.parent}: contains a finished run with {difference}; --fresh starts over")
-    return report
