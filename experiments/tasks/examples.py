@@ -10,7 +10,10 @@ import numpy as np
 
 from experiments.errors import UserError
 
-SHIPPED = {name: Path(__file__).parent / name for name in ("debian_synopses", "debian_sections", "debian_siblings")}
+SHIPPED = {
+    name: Path(__file__).parent / name
+    for name in ("debian_synopses", "debian_sections", "debian_siblings", "debian_topics")
+}
 
 
 @dataclass(frozen=True)

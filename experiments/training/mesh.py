@@ -152,6 +152,11 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], size: int) -> dict[st
     return {name: _shard(mesh, rows, size, first) for name, rows in batch.items()}
 
 
+def put_rows(mesh: Mesh, rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Puts a batch that every process holds on the mesh."""
+    return {name: _shard(mesh, array, len(array), 0) for name, array in rows.items()}
+
+
 def shard_examples(mesh: Mesh, examples: np.ndarray) -> Any:
     """Shards examples that every process holds over the mesh; returns them unchanged if they are not divisible."""
     return _shard(mesh, examples, len(examples), 0) if len(examples) % _replicas(mesh) == 0 else examples

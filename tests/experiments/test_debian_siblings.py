@@ -1,4 +1,4 @@
-"""The shipped preferences are what their script makes of other shipped data."""
+"""The shipped preferences and problems are what their scripts make of other shipped data."""
 
 import doctest
 import gzip
@@ -6,10 +6,12 @@ import json
 
 import pytest
 
+from experiments.evaluation import rewards
 from experiments.input import sources
-from experiments.input.records import Preference
+from experiments.input.records import Preference, Problem
 from experiments.tasks import examples
 from experiments.tasks.debian_siblings import make as siblings
+from experiments.tasks.debian_topics import make as topics
 
 
 @pytest.mark.parametrize("split", siblings.SPLITS)
@@ -24,5 +26,14 @@ def test_siblings_are_of_one_source(split):
     assert all(isinstance(records[i], Preference) for i in range(20)) and len(records) >= 200
 
 
+@pytest.mark.parametrize("split", topics.SIZES)
+def test_topics(split):
+    records = sources.read(f"debian_topics:{split}", split)
+    assert [records.sources[0]._rows[i] for i in range(len(records))] == topics.problems(split)
+    assert len(records) == topics.SIZES[split]
+    problems = [record for record in records if isinstance(record, Problem)]
+    assert {problem.answer for problem in problems} == set(topics.TOPICS.values()) and len(problems) == len(records)
+
+
 def test_docstrings():
-    assert doctest.testmod(siblings).failed == 0
+    assert doctest.testmod(siblings).failed == doctest.testmod(rewards).failed == 0

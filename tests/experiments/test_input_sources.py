@@ -116,7 +116,7 @@ def test_splits(tmp_path):
 def test_what_is_not_there(data):
     with pytest.raises(
         UserError,
-        match=f"{data}: no such file or directory; data sets are debian_synopses, debian_sections, debian_siblings or",
+        match=f"{data}: no such file or directory; data sets are debian_synopses, debian_sections, debian_siblings,",
     ):
         sources.read(data, "train")
 

@@ -1,4 +1,4 @@
-"""Post-training: preferences, on one device and on a mesh."""
+"""Post-training: preferences, and rewards of sampled answers, on one device and on a mesh."""
 
 import dataclasses
 import json
@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
+from experiments import run
+from experiments.configs import distill as distill_config
 from experiments.configs import dpo as dpo_config
+from experiments.configs import grpo as grpo_config
+from experiments.configs import reward as reward_config
 from experiments.configs.decoder import BatchSizes
-from experiments.errors import Preempted
+from experiments.errors import Preempted, UserError
 from experiments.models import location
-from experiments.studies.post_training import dpo
+from experiments.studies.post_training import distill, dpo, grpo, reward
 from experiments.studies.post_training.report import Report, change, verdict
 from experiments.studies.post_training.task import Aim
 from experiments.training.interrupt import Interrupt
@@ -28,7 +32,7 @@ def write(path, rows):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A tiny Llama, preferences for words over numbers and answers with labels."""
+    """A tiny Llama, preferences for words over numbers, answers with labels, and problems."""
     directory = tmp_path_factory.mktemp("post_training")
     shutil.copytree(location.find("tiny-llama"), directory / "model")
     for split, count in (("train", 16), ("validation", 6)):
@@ -40,6 +44,7 @@ def directory(tmp_path_factory):
         ]
         write(directory / "pairs" / f"{split}.jsonl", pairs)
         write(directory / "rated" / f"{split}.jsonl", rated)
+        write(directory / "problems" / f"{split}.jsonl", [{"prompt": p, "answer": "e"} for p in prompts])
     return directory
 
 
@@ -55,6 +60,25 @@ def preferences(directory):
         rank=2,
         lr=2e-2,
         checkpoint_every=3,
+    )
+
+
+@pytest.fixture(scope="module")
+def problems(directory):
+    return grpo_config.Config(
+        model=str(directory / "model"),
+        data=str(directory / "problems"),
+        out=directory / "grpo",
+        reward="contains",
+        temperature=1.0,
+        batch=BatchSizes(4),
+        group=4,
+        new_tokens=4,
+        epochs=2,
+        rank=2,
+        lr=2e-2,
+        checkpoint_every=3,
+        samples=2,
     )
 
 
@@ -96,13 +120,98 @@ def test_a_mesh_learns_the_same_preferences(preferences, finished, tmp_path, len
     )
 
 
+@pytest.mark.parametrize("loss", ["ipo", "hinge", "robust", "orpo", "simpo"])
+def test_other_losses(preferences, tmp_path, loss, lenient):
+    report = dpo.run(
+        dataclasses.replace(preferences, out=tmp_path, loss=loss, smoothing=0.1 if loss == "robust" else 0.0, steps=4)
+    )
+    assert change(report, "margin of log-probabilities")[0] > 0
+
+
 def test_answers_with_labels(preferences, directory, tmp_path, lenient):
     config = dataclasses.replace(preferences, out=tmp_path, data=str(directory / "rated"), loss="kto")
     report = dpo.run(config)
     assert np.mean(report.after["reward has the right sign"]) > 0.5
 
 
+def test_the_start_is_the_reference(preferences, finished, tmp_path, lenient):
+    config = dataclasses.replace(
+        preferences, out=tmp_path, rank=16, init_from=preferences.out / "adapter", steps=1, quantize="int8"
+    )
+    report = dpo.run(config)
+    assert report.losses[0] == pytest.approx(np.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize": "nf4", "mesh": MeshSizes(data=2)}])
+def test_scores_rank_pairs(preferences, tmp_path, options, lenient):
+    names = ("model", "data", "batch", "epochs", "rank", "lr", "checkpoint_every")
+    shared = {name: getattr(preferences, name) for name in names}
+    report = reward.run(reward_config.Config(out=tmp_path, steps=None, **shared, **options))
+    assert report.losses[-1] < report.losses[0] / 2
+    assert np.mean(report.after[reward.ACCURACY]) == 1 > np.mean(report.before[reward.ACCURACY])
+    assert "score/kernel" in lora.load(tmp_path / "adapter")
+
+
+def test_rewards_rise_and_a_run_resumes_bit_for_bit(problems, tmp_path, monkeypatch, lenient):
+    report = grpo.run(problems)
+    assert len(report.losses) == 8 == len(report.means["reward"])
+    assert np.mean(report.means["reward"][-2:]) > np.mean(report.means["reward"][:2])
+    assert change(report, "reward")[0] > 0 and len(report.texts) == 2
+    config = dataclasses.replace(problems, out=tmp_path)
+    monkeypatch.setattr(Interrupt, "requested", lambda self, step: step == 4)
+    with pytest.raises(Preempted):
+        grpo.run(config)
+    monkeypatch.undo()
+    again = grpo.run(config)
+    assert (again.losses, again.means, again.after, again.texts) == (
+        report.losses,
+        report.means,
+        report.after,
+        report.texts,
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"on_policy": True, "mix": 0.5, "mesh": MeshSizes(data=2)}])
+def test_an_instruction_is_distilled(problems, tmp_path, options, lenient):
+    names = ("model", "data", "batch", "rank", "lr", "new_tokens", "temperature", "samples")
+    shared = {name: getattr(problems, name) for name in names}
+    config = distill_config.Config(
+        out=tmp_path, instruction="Say a lot of things", reward="contains", steps=None, epochs=4, **shared, **options
+    )
+    report = distill.run(config)
+    assert len(report.losses) == 16 and np.mean(report.losses[-4:]) < np.mean(report.losses[:4])
+    assert report.after[distill.INSTRUCTED] == report.before[distill.INSTRUCTED]
+
+
+def test_rewards_on_a_mesh(problems, tmp_path, lenient):
+    config = dataclasses.replace(problems, out=tmp_path, steps=2, mesh=MeshSizes(data=2), form="dapo", beta=0.1)
+    report = grpo.run(config)
+    assert len(report.losses) == 2 and all(np.isfinite(report.losses))
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("dpo", ["--data", "{}/problems"], "a prompt with a checkable answer (prompt and answer), which dpo does not"),
+        ("dpo", ["--data", "{}/pairs", "--loss", "kto"], "which dpo --loss kto does not support"),
+        ("dpo", ["--data", "{}/pairs/train.jsonl"], "has no validation examples, on which base and adapter are"),
+        ("grpo", ["--data", "{}/pairs"], "a preference record (chosen and rejected, and prompt or a shared beginning)"),
+        ("grpo", ["--group", "1"], "group must be at least 2"),
+        ("dpo", ["--validation-examples", "0"], "expected at least one record to compare base and adapter on"),
+    ],
+)
+def test_bad_settings_and_data(directory, tmp_path, capsys, name, flags, message):
+    args = [flag.format(directory) for flag in flags]
+    assert run.main([name, "--model", "tiny-llama", "--out", str(tmp_path / "out"), *args]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_an_aim_that_is_not_reached():
     report = Report({}, 1, 1.0, [1.0], {}, [], {"reward": [0.0, 1.0, 0.0]}, {"reward": [0.0, 1.0, 1.0]}, [])
     assert verdict(report, Aim("reward", None)).endswith("is NOT reached")
     assert verdict(report, Aim("reward", 0.3)).endswith("the aim of +0.3 is reached")
+
+
+def test_another_setting_is_refused(preferences, finished, lenient):
+    with pytest.raises(UserError, match=r"a finished run with loss sigmoid, not ipo; --fresh starts over"):
+        dpo.run(dataclasses.replace(preferences, loss="ipo"))

@@ -1,7 +1,7 @@
 """The adapter of a study: a new one from a config, or one that is read from a directory."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,10 @@ def make_spec(config: DecoderConfig, base: Any) -> dict[str, Any]:
     }
 
 
-def new_adapter(config: DecoderConfig, base: Any, apply: Callable, key: Any, tokens: Any) -> Any:
-    """Returns the shapes of a new adapter.
+def new_adapter(
+    config: DecoderConfig, base: Any, apply: Callable, key: Any, tokens: Any, before: Mapping[str, Any]
+) -> Any:
+    """Returns the shapes of a new adapter, by recipes that precede those of the config, and those of the config.
 
     Raises:
       UserError: A target cannot be adapted.
@@ -66,7 +68,7 @@ def new_adapter(config: DecoderConfig, base: Any, apply: Callable, key: Any, tok
         raise UserError(
             f"--targets head: the head of {config.model} is its token embedding; --targets embedding adapts both"
         )
-    spec = make_spec(config, base)
+    spec = {**before, **make_spec(config, base)}
     try:
         return jax.eval_shape(lambda key, base: lora.init(key, base, spec, apply, tokens), key, base)
     except ValueError as error:

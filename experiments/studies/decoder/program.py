@@ -1,5 +1,6 @@
 """The model, adapter and training step of a study, for arrays on a mesh or for abstract shapes."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,11 +46,15 @@ class Objective:
         out.
       batch: The shapes and dtypes of a batch by name.
       has_aux: Whether the loss also returns metrics.
+      spec: Recipes that precede those of the config.
+      adapt_family: Returns the architecture of what is trained, of that of the language model and its `config.json`.
     """
 
     make_loss: Callable[[Callable, bool], Callable]
     batch: Mapping[str, jax.ShapeDtypeStruct]
     has_aux: bool = True
+    spec: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    adapt_family: Callable[[families.Family, Mapping[str, Any]], families.Family] = lambda family, description: family
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,8 @@ class Program:
         if self.start is not None:
             delta = jax.tree.map(lambda leaf, shape: jax.device_put(leaf, shape.sharding), self.start, self.delta)
         else:
-            spec, example = make_spec(self.config, self.base), _example(self.config)
+            spec = {**self.objective.spec, **make_spec(self.config, self.base)}
+            example = _example(self.config)
             delta = meshes.init_delta(
                 self.mesh, lambda key, base: lora.init(key, base, spec, self.apply, example), init_key, base
             )
@@ -164,7 +170,7 @@ def abstract(
     """
     description = read_description(config.model)
     mesh = make_mesh(config, devices)
-    family = families.get_family(description)
+    family = objective.adapt_family(families.get_family(description), description)
     shape = family.shape(description)
     _check_heads(config, shape)
     remat = choose_remat(config, shape, count_weights(description), platform)
@@ -187,7 +193,7 @@ def abstract(
             start = read_adapter(config.init_from, base, family.names(shape), jnp.dtype(config.adapter_dtype))
             delta = jax.tree.map(jax.typeof, start)
         else:
-            delta = new_adapter(config, base, apply, key, tokens)
+            delta = new_adapter(config, base, apply, key, tokens, objective.spec)
     delta = with_shardings(delta, lora.delta_shardings(base, delta))
     tx = adam(
         choose_rate(config, description),

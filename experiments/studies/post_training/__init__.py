@@ -1,1 +1,1 @@
-"""Post-training of a decoder: preferences, compared with the base on held-out records."""
+"""Post-training of a decoder: preferences, rewards and distillation, compared with the base on held-out records."""

@@ -23,6 +23,7 @@ class Data:
     """Training and held-out data.
 
     Attributes:
+      encoder: The encoder of the records.
       records: The held-out records.
       problems: The training records.
       train: The training batches.
@@ -34,6 +35,7 @@ class Data:
       ends: The tokens that end an answer.
     """
 
+    encoder: AnswerEncoder
     records: sources.Records
     problems: sources.Records
     train: AnswerBatches
@@ -99,6 +101,7 @@ def read_data(
     }
     tokenizer = encoder.encoder.tokenizer
     return Data(
+        encoder=encoder,
         records=splits["held-out"],
         problems=splits["training"],
         train=batches["training"],

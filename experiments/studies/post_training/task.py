@@ -57,6 +57,7 @@ class Task:
       aim: What the study aims at. Its measure is the score of evaluations.
       curve: The mean of the objective that the figure shows over steps.
       step: Returns the step of the training loop.
+      task_type: The type of the task in PEFT's config.
       compare: Returns the values of base and adapter that are compared, of the measured values of both.
       new_tokens: The number of tokens of an answer that follows each row of the data.
     """
@@ -67,5 +68,6 @@ class Task:
     aim: Aim
     curve: str
     step: Callable[[Any, Program, Data], Step] = lambda config, program, data: program.step
+    task_type: str = "CAUSAL_LM"
     compare: Callable[[Any, Values, Values], tuple[Values, Values]] = lambda config, before, after: (before, after)
     new_tokens: Callable[[Any], int] = lambda config: 0
