@@ -55,15 +55,15 @@ def _question(
     if isinstance(record, Text):
         middle = max(last // 2, 1)
         reference = encoder.tokenizer.decode(tokens[middle:last].tolist(), skip_special_tokens=True)
-        return _make(tokens[:middle], tokens[middle:last], reference)
+        return _new_question(tokens[:middle], tokens[middle:last], reference)
     prompt, reference = encoder.encode_prompt(record, location)
     # The template may render an answered prompt differently from one that waits for its answer.
     begins = np.array_equal(tokens[: len(prompt)], prompt)
     first = len(prompt) if begins else np.argmax(targets)
-    return _make(prompt, tokens[first:last], reference)
+    return _new_question(prompt, tokens[first:last], reference)
 
 
-def _make(prompt: np.ndarray, answer: np.ndarray, reference: str) -> Question | None:
+def _new_question(prompt: np.ndarray, answer: np.ndarray, reference: str) -> Question | None:
     reference = reference.strip()
     return Question(prompt, answer, reference) if len(prompt) and len(answer) and reference else None
 

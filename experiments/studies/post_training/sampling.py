@@ -55,9 +55,9 @@ class Sampler:
 
         A row of the mask without tokens is one of the last batch that holds no prompt; its answer has no labels.
         """
-        there = mask.any(axis=1)
+        has_prompt = mask.any(axis=1)
         mask = mask.copy()
-        mask[:, 0] |= ~there
+        mask[:, 0] |= ~has_prompt
         with jax.default_device(jax.local_devices()[0]):
             slots = tokens.shape[1] + self._new_tokens
             cache = jax.tree.map(np.asarray, self._model.cache(len(tokens) * group, slots))
@@ -75,7 +75,7 @@ class Sampler:
             temperature=self._temperature,
         )
         rows = {name: meshes.gather(array) for name, array in sampled.items()}
-        rows["labels"] = np.where(np.repeat(there, group)[:, None], rows["labels"], -1)
+        rows["labels"] = np.where(np.repeat(has_prompt, group)[:, None], rows["labels"], -1)
         first = tokens.shape[1]
         texts = [
             self._decode(row[first:][part[first:] > 0].tolist()).strip()
