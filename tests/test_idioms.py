@@ -121,6 +121,14 @@ FACTORED = {
         lambda p, x: jnp.einsum("td,ndf->tnf", x, jnp.zeros((3, D, F)).at[1].set(p["w"]).at[0].add(p["v"])),
     ),
     "rows and columns replaced": ("w", lambda p, x: x @ p["w"].at[0].set(0.0).at[:, 2].set(1.0).at[3].add(2.0)),
+    "columns permuted": ("w", lambda p, x: x @ p["w"][:, jnp.array([2, 0, 1, 3, 4, 6, 5])]),
+    "columns selected": ("w", lambda p, x: x @ (jnp.take(p["w"], jnp.array([2, 0, 2]), axis=1) * p["g"][:3][None])),
+    "rows permuted": ("w", lambda p, x: x @ p["w"][jnp.arange(D)[::-1]]),
+    "columns permuted, transposed": ("u", lambda p, x: x @ p["u"][jnp.array([2, 0, 1, 3, 4, 6, 5])].T),
+    "heads permuted": (
+        "square",
+        lambda p, x: jnp.einsum("td,dhk->thk", x, p["square"].reshape(D, 3, 3)[:, :, jnp.array([0, 2, 1])]),
+    ),
     "put on a device": ("w", lambda p, x: x @ jax.device_put(p["w"])),
     "complex": ("w|v", lambda p, x: jnp.abs(C(x) @ (C(p["w"]) + jnp.complex64(1j) * C(p["v"])))),
     "spectral norm": ("w", spectral_norm),
@@ -428,6 +436,18 @@ def test_roles_are_found_behind_operations_that_merge(idiom):
     assert all(use.reason for uses in explained.values() for use in uses)
     assert {path: node.axes for path, node in delta.items()} == {path: ROLES[path] for path in delta} | (
         {"u": IN_OUT} if "u" in delta else {}
+    )
+
+
+@pytest.mark.parametrize("ids", [jnp.arange(5), jnp.array([4, 1, 1])])
+def test_rows_of_a_table_are_looked_up_whatever_the_indices(ids):
+    def fn(p, x, ids):
+        return (x[: len(ids)] + p["square"][ids]) @ p["w"] + (p["other"][jnp.arange(len(ids))] * 2) @ p["w"]
+
+    delta = moved(lora.init(jax.random.key(0), BASE, {"^(square|other|w)$": lora.LoRA(2)}, fn, X, ids))
+    assert lora.explain(fn, BASE, delta, X, ids).factored
+    np.testing.assert_allclose(
+        lora.adapt(fn)(BASE, delta, X, ids), fn(lora.merge(BASE, delta), X, ids), rtol=1e-4, atol=1e-4
     )
 
 

@@ -90,12 +90,13 @@ def _linked(weight: Weight, axes: Axes, names: Mapping[Label, Label]) -> Weight:
     pairs = zip(names.values(), summed) if len(names) == len(summed) else itertools.product(names.values(), summed)
     links = [(name, label) for name, axis in pairs for label, _ in weight.dims[axis]]
 
-    def link(source: Source) -> Source:
-        new = tuple((name, axis) for name, label in links for axis in source.axes_of(label))
-        means = [] if names else [source.axes_of(label) for label, _ in axes.summed]
-        return dataclasses.replace(source, axes=(*source.axes, *new), scanned=source.scanned.union(*means))
+    if names:
+        return weight.link(links)
 
-    return weight.map_sources(link)
+    def mark(source: Source) -> Source:
+        return dataclasses.replace(source, scanned=source.scanned.union(*(source.axes_of(x) for x, _ in axes.summed)))
+
+    return weight.map_sources(mark)
 
 
 def _multiply(term: Term, array: Factor, summed: Collection[Label], precision: Any) -> Term:

@@ -241,6 +241,15 @@ class Weight:
         terms = (term.replace(sources=tuple(map(function, term.sources))) for term in self.terms)
         return self.replace(terms=tuple(terms))
 
+    def link(self, pairs: Sequence[tuple[Label, Label]]) -> "Weight":
+        """Relates labels that a view adds to the axes of the leaves that other labels belong to: `(new, other)`."""
+
+        def link_source(source: Source) -> Source:
+            new = tuple((name, axis) for name, label in pairs for axis in sorted(source.axes_of(label)))
+            return dataclasses.replace(source, axes=(*source.axes, *new))
+
+        return self.map_sources(link_source)
+
     def _check_part(self, label: Label) -> None:
         """Raises `CannotFactor` for a part of joined weights whose inputs are read: each tap would count all inputs."""
         for term in self.terms if len(self.terms) > 1 else ():

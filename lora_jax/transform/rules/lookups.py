@@ -1,4 +1,4 @@
-"""Indexing: `W[ids]` and `jnp.take`. The factors are indexed like the weight, so that no merged row is stored."""
+"""Indexing: `W[ids]`, `W[:, permutation]` and `jnp.take`. The factors are indexed like the weight."""
 
 from typing import Any
 
@@ -104,4 +104,10 @@ def gather(interpreter: Evaluator, equation: jaxprs.Equation, values: list[Any])
             dims.append(((added, 1),) if source == axis else weight.dims[source])
     # A row that is out of range is the weight's own filling, with nothing added and not scaled.
     rows = weight.map_factors(lambda factor: look_up(factor, 0), lambda gain: look_up(gain, 1))
-    return [rows.replace(value=value, dims=tuple(dims)).mark_sliced(label, looked_up=True)]
+    rows = rows.replace(value=value, dims=tuple(dims))
+    atom = equation.invars[1]
+    if axis == 0 or interpreter.is_activation(atom):
+        rows = rows.mark_sliced(label, looked_up=True)
+    # Indices that depend on no input select a part of the axis, or permute it.
+    selects = not interpreter.is_input(atom) or not rows.looked_up
+    return [rows.link([(x, label) for x, _ in index_dims if x not in batch_labels]) if selects else rows]
