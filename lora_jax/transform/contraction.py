@@ -231,7 +231,9 @@ def _offset(term: Term, summed: Pairs, where: str) -> Factor | None:
         return None
     (source,) = term.sources
     others = [
-        label for label, size in summed if size > 1 and (source.axis(label) is None or label in term.offset.labels)
+        label
+        for label, size in summed
+        if size > 1 and (source.axis(label) in (None, *source.sliced) or label in term.offset.labels)
     ]
     if others or value_size(summed) != term.inputs:
         raise ValueError(

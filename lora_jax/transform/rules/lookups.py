@@ -105,9 +105,11 @@ def gather(interpreter: Evaluator, equation: jaxprs.Equation, values: list[Any])
     # A row that is out of range is the weight's own filling, with nothing added and not scaled.
     rows = weight.map_factors(lambda factor: look_up(factor, 0), lambda gain: look_up(gain, 1))
     rows = rows.replace(value=value, dims=tuple(dims))
-    atom = equation.invars[1]
-    if axis == 0 or interpreter.is_activation(atom):
-        rows = rows.mark_sliced(label, looked_up=True)
-    # Indices that depend on no input select a part of the axis, or permute it.
-    selects = not interpreter.is_input(atom) or not rows.looked_up
-    return [rows.link([(x, label) for x, _ in index_dims if x not in batch_labels]) if selects else rows]
+    # An array of indices that depends on no input selects a part of the axis, or permutes it.
+    atom, index_labels = equation.invars[1], [x for x, _ in index_dims if x not in batch_labels]
+    selects = bool(index_labels) and not interpreter.is_activation(atom)
+    looked_up = axis == 0 or not selects
+    rows = rows.mark_sliced(label, looked_up=looked_up)
+    if selects and not (looked_up and interpreter.is_input(atom)):
+        rows = rows.link([(x, label) for x in index_labels])
+    return [rows]
