@@ -5,6 +5,7 @@ import itertools
 import os
 import shutil
 import zlib
+from pathlib import Path
 
 # Virtual CPU devices wherever the tests run, so that none skips for want of devices and numbers do not depend
 # on the machine. Compiled code runs once or twice here: without LLVM's optimizations the suite takes a quarter
@@ -30,6 +31,9 @@ os.environ["XLA_FLAGS"] = users_flags
 
 MAX_PROGRAMS = 50_000
 """How many compiled programs later runs may find, of about 7 kB each; above that, all are deleted."""
+
+MAX_MAPPINGS = 30_000
+"""How many memory mappings a worker may have. Every compiled program has some, and Linux allows a process 65,530."""
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -70,6 +74,20 @@ def pytest_configure(config):
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node):
     node.workerinput["programs"] = jax.config.jax_compilation_cache_dir
+
+
+@pytest.fixture(scope="session")
+def tests_so_far():
+    return itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_mappings(tests_so_far):
+    """Drops compiled programs before the process has so many that LLVM cannot map another one, and aborts."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if next(tests_so_far) % 20 == 0 and mappings.exists() and mappings.read_bytes().count(b"\n") > MAX_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -83,8 +83,8 @@ def test_only_new_tokens_of_a_conversation_are_read(loaded):
 
 
 def test_a_conversation_that_is_too_long_is_one_sentence(tuned, monkeypatch, capsys):
-    status, out, err = pipe(monkeypatch, capsys, "1 " * 200 + "\n", "--model", tuned / "model")
-    assert (status, out) == (2, "") and "the model supports 128; /reset starts over" in err and err.count("\n") == 1
+    status, out, err = pipe(monkeypatch, capsys, "1 " * 600 + "\n", "--model", tuned / "model")
+    assert (status, out) == (2, "") and "the model supports 512; /reset starts over" in err and err.count("\n") == 1
 
 
 def test_without_a_template_a_line_is_continued(monkeypatch, capsys):
