@@ -16,10 +16,12 @@ from experiments.configs import grpo as grpo_config
 from experiments.configs import reward as reward_config
 from experiments.configs.decoder import BatchSizes
 from experiments.errors import Preempted, UserError
+from experiments.input.records import Problem
 from experiments.models import location
 from experiments.studies.post_training import distill, dpo, grpo, reward
 from experiments.studies.post_training.report import Report, change, verdict
 from experiments.studies.post_training.task import Aim
+from experiments.studies.sft.recorded import restore, write_run
 from experiments.training.interrupt import Interrupt
 from experiments.training.mesh import MeshSizes
 from tests.experiments.sft_runs import adapters_equal
@@ -187,6 +189,14 @@ def test_rewards_on_a_mesh(problems, tmp_path, lenient):
     config = dataclasses.replace(problems, out=tmp_path, steps=2, mesh=MeshSizes(data=2), form="dapo", beta=0.1)
     report = grpo.run(config)
     assert len(report.losses) == 2 and all(np.isfinite(report.losses))
+
+
+def test_chat_starts_with_the_system_message_of_the_prompts(problems, tmp_path):
+    messages = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"})
+    write_run(tmp_path, problems, Problem(messages, "Hello"))
+    assert restore(tmp_path)[1] == "Be brief."
+    write_run(tmp_path, problems, Problem("Hi", "Hello"))
+    assert restore(tmp_path)[1] is None
 
 
 @pytest.mark.parametrize(

@@ -131,9 +131,10 @@ _NOT_NUMBERS = (
 
 
 def _save(encoder: Encoder, method: Method, delta: dict[str, Any], config: Config, directory: Path) -> None:
-    lora.save(directory / "adapter", delta)
+    names = classifier.encoder_names(encoder.config, "")
+    lora.save(directory / "adapter", delta, names=names)
     if method.name != "full":
-        names, base = classifier.encoder_names(encoder.config, ""), encoder_export.published_name(config.model)
+        base = encoder_export.published_name(config.model)
         lora.peft.save(
             directory / encoder_export.DIRECTORY, delta, names, base_model=base, task_type="FEATURE_EXTRACTION"
         )

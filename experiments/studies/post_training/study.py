@@ -145,7 +145,7 @@ def _train(
     if processes.is_first():
         names = program.family.names(program.shape)
         lora.save(config.out / ADAPTER, delta, names=names)
-        write_run(config.out / ADAPTER, config, data.records)
+        write_run(config.out / ADAPTER, config, data.records[0])
         lora.peft.save(config.out / PEFT, delta, names, base_model=config.model, task_type=task.task_type)
         write_json(config.out / RESULT, asdict(report))
     processes.wait("written")

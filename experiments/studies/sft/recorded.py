@@ -6,8 +6,7 @@ from typing import Any
 from experiments.configs.decoder import DecoderConfig
 from experiments.configs.sft import Config
 from experiments.errors import UserError, reading
-from experiments.input.records import Conversation
-from experiments.input.sources import Records
+from experiments.input.records import Conversation, Record
 from experiments.reports.results import write_json
 from experiments.studies.decoder.adapters import check_adapter, is_adapter
 from experiments.studies.sft.report import ADAPTER, BEST
@@ -23,17 +22,17 @@ _FIELDS = (
 _SYSTEM = "system"
 
 
-def write_run(directory: Path, config: DecoderConfig, records: Records) -> None:
+def write_run(directory: Path, config: DecoderConfig, record: Record) -> None:
     """Writes the record of an adapter.
 
     Args:
       directory: The directory of the adapter.
       config: The config of its run.
-      records: Records of the run. The system message of the first one is recorded.
+      record: A record of the run, whose system message is recorded.
     """
-    first = records[0]
-    messages = first.messages if isinstance(first, Conversation) else ()
-    system = next((message["content"] for message in messages if message["role"] == "system"), None)
+    messages = record.messages if isinstance(record, Conversation) else getattr(record, "prompt", "")
+    contents = () if isinstance(messages, str) else messages
+    system = next((message["content"] for message in contents if message["role"] == "system"), None)
     fields = {name: getattr(config, name) for name in _FIELDS}
     write_json(directory / RUN, fields | {_SYSTEM: system if isinstance(system, str) else None})
 

@@ -176,7 +176,7 @@ def _train(
         names = program.family.names(program.shape)
         for name, delta in adapters.items():
             lora.save(config.out / name, delta, names=names)
-            write_run(config.out / name, config, data.records)
+            write_run(config.out / name, config, data.records[0])
         for name, adapter in ((PEFT, BEST), (PEFT_LAST, ADAPTER)):
             lora.peft.save(config.out / name, adapters[adapter], names, base_model=config.model, task_type="CAUSAL_LM")
         write_json(config.out / RESULT, asdict(report))
