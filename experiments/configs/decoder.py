@@ -51,8 +51,8 @@ class DecoderConfig(Runtime):
     """The best learning rates of short runs, by model."""
 
     model: str = "smollm2-135m"
-    """The base: a directory in Hugging Face layout with tokenizer.json, a GGUF file, a name on the Hugging Face Hub, or
-    a model that is installed (smollm2-135m) or shipped (tiny-llama, tiny-gpt2)."""
+    """The base: a directory in Hugging Face layout with tokenizer.json, a GGUF file, a name on the Hugging Face Hub
+    (ORG/NAME or ORG/NAME/FILE.gguf), or a model that is installed (smollm2-135m) or shipped (tiny-llama, tiny-gpt2)."""
 
     data: tuple[str, ...] = ("debian_synopses",)
     """The training data: files, globs, directories with train and validation files, data sets on the Hugging Face Hub

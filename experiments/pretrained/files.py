@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import ItemsView, Iterator
+from collections.abc import ItemsView, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -175,14 +175,24 @@ def find_gguf(path: Path) -> Path | None:
         return path
     if any(path.glob("*.safetensors*")):
         return None
-    models: dict[str, Path] = {}  # of a model in parts, the first
-    for file in sorted(path.glob(f"*{GGUF}")):
-        models.setdefault(re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"\1", file.name), file)
-    files = list(models.values())
-    if len(files) > 1:
-        listed = ", ".join(file.name for file in files)
-        raise UserError(f"{path}: holds {len(files)} models, name the file of one of them: {listed}")
-    return files[0] if files else None
+    models = first_files(file.name for file in path.glob(f"*{GGUF}"))
+    if len(models) > 1:
+        raise UserError(f"{path}: holds {len(models)} models, name the file of one of them: {', '.join(models)}")
+    return path / models[0] if models else None
+
+
+def first_files(names: Iterable[str]) -> list[str]:
+    """Returns the file of each GGUF model, of a model in several files the first."""
+    models: dict[str, str] = {}
+    for name in sorted(names):
+        models.setdefault(all_files(name), name)
+    return list(models.values())
+
+
+def all_files(name: str) -> str:
+    """Returns a glob pattern of all files of a GGUF model, from the name of one: `MODEL.gguf` or
+    `MODEL-00001-of-00002.gguf`."""
+    return re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-*\1", name)
 
 
 @functools.lru_cache(maxsize=2)

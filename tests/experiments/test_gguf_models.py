@@ -1,6 +1,7 @@
 """GGUF files of every family, which llama.cpp's converter made from the stored decoders."""
 
 import dataclasses
+import fnmatch
 import shutil
 
 import gguf
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
+from experiments.errors import UserError
 from experiments.models import checkpoint, families, location
 from experiments.models.options import Options
 from experiments.models.weights import flatten_weights
@@ -126,3 +128,49 @@ def test_directories_and_parts(tmp_path):
         gguf_files.write(part, chosen, {name: tensors[name] for name in names})
     check_equal(weights(tmp_path), weights(FIXTURES / "llama"))
     check_equal(weights(part), weights(FIXTURES / "llama"))
+
+
+class Hub:
+    """A stand-in for the hub: repositories are directories, and only named files are downloaded."""
+
+    def __init__(self, directory, monkeypatch):
+        self._repositories, self._cache = directory / "hub", directory / "cache"
+        monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: [f.name for f in self._files(name)])
+        monkeypatch.setattr("huggingface_hub.snapshot_download", self._download)
+
+    def add(self, name, *files):
+        (self._repositories / name).mkdir(parents=True)
+        for file in files:
+            (self._repositories / name / file).write_bytes(b"")
+
+    def _files(self, name):
+        return sorted((self._repositories / name).iterdir())
+
+    def _download(self, name, allow_patterns):
+        directory = self._cache / name
+        directory.mkdir(parents=True, exist_ok=True)
+        for file in self._files(name):
+            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, directory)
+        return str(directory)
+
+
+def test_models_of_the_hub(tmp_path, monkeypatch):
+    hub = Hub(tmp_path, monkeypatch)
+    hub.add("one/one-GGUF", "config.json", "model.gguf", "README.md")
+    hub.add("one/both", "config.json", "model.safetensors", "model.gguf")
+    hub.add("one/many", "a-q4_0.gguf", "a-q8_0-00001-of-00002.gguf", "a-q8_0-00002-of-00002.gguf")
+    assert location.find("one/one-GGUF") == tmp_path / "cache/one/one-GGUF/model.gguf"
+    assert not (tmp_path / "cache/one/one-GGUF/README.md").exists()
+    assert location.find("one/both") == tmp_path / "cache/one/both"
+    assert not (tmp_path / "cache/one/both/model.gguf").exists()
+    listed = "one/many/a-q4_0.gguf, one/many/a-q8_0-00001-of-00002.gguf"
+    with pytest.raises(UserError, match=f"^one/many: holds 2 models, name one of them: {listed}$"):
+        location.find("one/many")
+    path = location.find("one/many/a-q8_0-00001-of-00002.gguf")
+    assert [file.name for file in sorted(path.parent.iterdir())] == [path.name, "a-q8_0-00002-of-00002.gguf"]
+    with pytest.raises(UserError, match=r"^one/many: has no file b\.gguf on the hub$"):
+        location.find("one/many/b.gguf")
+    for name in ("a.gguf", "one/b.gguf", "./one/many/a.gguf", "/one/many/a.gguf", "~/one/many/a.gguf"):
+        with pytest.raises(UserError, match="no such file"):
+            location.find(name)
