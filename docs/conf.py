@@ -1,0 +1,77 @@
+"""The site: `scripts/docs` builds it."""
+
+import datetime
+import shutil
+from pathlib import Path
+
+import lora_jax
+
+ROOT = Path(__file__).parent.parent
+MATHJAX = ROOT / "build" / "docs-static"  # scripts/docs puts the npm package there
+
+project = "lora_jax"
+author = "the lora_jax authors"
+copyright = f"{datetime.date.today().year}, {author}"
+version = release = lora_jax.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+
+# Blocks are executed by the tests (tests/docs/), notebooks by theirs. The site shows the outputs that they store.
+nb_execution_mode = "off"
+myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+add_module_names = False
+python_maximum_signature_line_length = 88
+python_use_unqualified_type_names = True
+
+html_theme = "sphinx_book_theme"
+html_title = "lora_jax"
+html_static_path = ["_static", str(MATHJAX)]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sourcelink = False
+html_theme_options = {
+    "repository_url": "https://github.com/lora-jax/lora_jax",
+    "repository_branch": "main",
+    "path_to_docs": "docs",
+    "use_repository_button": True,
+    "use_edit_page_button": True,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+    "show_navbar_depth": 1,
+    "show_toc_level": 2,
+}
+mathjax_path = "mathjax/tex-svg.js"
+mathjax3_config = {"options": {"enableMenu": False}}
+copybutton_exclude = ".linenos, .gp, .go"
+
+
+def copy_notebooks(app) -> None:
+    """Copies the notebooks into the source, with their badge as a plain link: a page loads nothing from other hosts."""
+    target = Path(app.srcdir) / "notebooks"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        text = notebook.read_text(encoding="utf-8")
+        badge = "![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)"
+        (target / notebook.name).write_text(text.replace(badge, "Open in Colab"), encoding="utf-8")
+
+
+def setup(app) -> None:
+    app.connect("builder-inited", copy_notebooks)
