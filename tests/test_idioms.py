@@ -511,7 +511,7 @@ def test_inputs_are_read_behind_joined_weights(joined, separate):
 
 
 def test_the_rule_in_the_guide_is_complete(monkeypatch):
-    guide = pathlib.Path(__file__).parent.parent / "CONTRIBUTING.md"
+    guide = pathlib.Path(__file__).parent.parent / "docs" / "guides" / "rules.md"
     (code,) = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
     assert len(code.splitlines()) <= 25
     monkeypatch.delitem(RULES, "dot_general")

@@ -10,10 +10,23 @@ from pathlib import Path
 
 import pytest
 from documentation import commands
-from documentation.pages import PAGES, ROOT, blocks, name
+from documentation.pages import DOCS, PAGES, ROOT, blocks, name
+
+from lora_jax.adapters.protocol import KINDS
+from lora_jax.transform.registry import RULES
 
 RUNNABLE = [page for page in PAGES if any(block.language in ("python", "bash") for block in blocks(page))]
 LANGUAGES = {"python", "bash", "text", "json", "toml"}
+
+
+@pytest.fixture
+def registries():
+    """Pages register adapters and rules; the tests that follow have the library's own."""
+    originals = [(registry, dict(registry)) for registry in (KINDS, RULES)]
+    yield
+    for registry, original in originals:
+        registry.clear()
+        registry.update(original)
 
 
 def expectation(text: str) -> re.Pattern:
@@ -47,7 +60,7 @@ def run_commands(text: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=name)
-def test_blocks_run(page, lenient, tmp_path, monkeypatch):
+def test_blocks_run(page, lenient, registries, tmp_path, monkeypatch):
     """The Python blocks of a page share their names; all blocks share a folder and run in the order of the page."""
     monkeypatch.chdir(tmp_path)
     names: dict = {"__name__": "__page__"}
@@ -95,6 +108,11 @@ def test_wrong_commands_do_not_parse(command):
     with pytest.raises(AssertionError):
         for words in commands.split(f"# needs a test\n{command}\n"):
             commands.check(words)
+
+
+def test_the_start_is_twelve_lines():
+    first = next(block for block in blocks(DOCS / "index.md") if block.language == "python")
+    assert len([line for line in first.text.splitlines() if line.strip()]) == 12
 
 
 def test_expectations():

@@ -25,7 +25,7 @@ def test_help_lists_the_commands():
     usage = run("--help")
     assert usage.returncode == 0
     commands = set(re.findall(r"^scripts/check (\w+)", usage.stdout, re.MULTILINE))
-    assert commands == {"lint", "types", "tests", "newest", "quick"}
+    assert commands == {"lint", "types", "tests", "newest", "docs", "quick"}
     wrong = run("everything")
     assert wrong.returncode == 2 and wrong.stderr == usage.stdout
 
