@@ -1,4 +1,4 @@
-"""Prints what coming_from/peft.md shows of PEFT: `python docs/coming_from/peft_output.py > docs/coming_from/peft_output.txt`.
+"""Prints what coming_from/peft.md shows of peft; peft_output.txt is its output.
 
 It needs torch and peft; the tests do not run it.
 """

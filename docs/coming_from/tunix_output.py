@@ -1,4 +1,4 @@
-"""Prints what coming_from/qwix.md shows of tunix: `python docs/coming_from/tunix_output.py > docs/coming_from/tunix_output.txt`.
+"""Prints what coming_from/qwix.md shows of tunix; tunix_output.txt is its output.
 
 It needs google-tunix; the tests do not run it.
 """
@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import qwix
 from flax import nnx
+from jax.sharding import AxisType
 from tunix.sft import peft_trainer
 
 
@@ -41,6 +42,6 @@ trainer = trainer.with_loss_fn(loss).with_gen_model_input_fn(lambda batch: {"tok
 versions = (f"{name} {importlib.metadata.version(name)}" for name in ("google-tunix", "qwix", "flax", "jax"))
 print(", ".join(versions))
 print(f"loss {float(loss(net, jnp.asarray(tokens))):.2f}")
-with jax.make_mesh((1,), ("fsdp",), devices=jax.devices()[:1]):
+with jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1]):
     trainer.train(data)
 print(f"loss {float(loss(net, jnp.asarray(tokens))):.2f} after {trainer.train_steps} steps")

@@ -15,7 +15,7 @@ class Drift:
     """The mean change of a weight's vectors, one per output. Each field is `[*lead]`.
 
     Attributes:
-      magnitude: ΔM, the mean of | ‖w'‖ − ‖w‖ |.
+      magnitude: ΔM, the mean of abs(‖w'‖ − ‖w‖).
       direction: ΔD, the mean of 1 − cos(w', w), where a zero vector counts as unchanged.
     """
 

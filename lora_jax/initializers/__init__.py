@@ -56,6 +56,7 @@ INITIALIZERS: dict[str, Initializer] = {
     "corda": CorDA(),
     "lora_ga": LoRAGA(),
 }
+"""Initializers by the name that a recipe's `init` has for them."""
 
 
 def get_initializer(init: str | Initializer) -> Initializer:

@@ -78,10 +78,9 @@ def _check_study(words: Sequence[str]) -> None:
 
 def _check_lora_jax(words: Sequence[str]) -> None:
     """Parses arguments, with files that do not exist: what is parsed ends with an error of a file."""
-    words = [word if word.startswith("-") or i == 0 else word for i, word in enumerate(words)]
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        status = lora_jax_main(words)
+        status = lora_jax_main(list(words))
     assert status == 0 or "usage:" not in output.getvalue(), output.getvalue()
 
 

@@ -49,9 +49,9 @@ def prepared():
 
 
 def donated():
-    first = state()
-    lora.train_step(loss, TX)(first, X)
-    return lora.merge(BASE, first.delta)
+    first, step = state(), lora.train_step(loss, TX)
+    step(first, X)
+    return step(first, X)
 
 
 def changing_module():
@@ -78,7 +78,7 @@ def printed(main: Callable, *words: str) -> str:
     return output.getvalue()
 
 
-def unquoted(folder: Path, text: str) -> str:
+def malformed(folder: Path, text: str) -> str:
     """The message of a study that reads a file with this text."""
     (folder / "chat.jsonl").write_text(text)
     return printed(studies.main, "sft", "--data", str(folder / "chat.jsonl"), "--out", str(folder / "run"))
@@ -98,7 +98,9 @@ REPRODUCTIONS: dict[str, Callable[[Path], object]] = {
     "A recipe in place of a spec": lambda _: lora.init(KEY, BASE, lora.LoRA(2), fn, X),  # pyrefly: ignore
     "The rank is too large": lambda _: delta(lora.LoRA(16)),
     "The function never uses a weight": lambda _: delta(spec={"kernel": lora.LoRA(2)}),
-    "No axis is contracted": lambda _: lora.init(KEY, {"bias": jnp.ones(64)}, {"bias": lora.LoRA(1)}, lambda p, x: x + p["bias"], X),
+    "No axis is contracted": lambda _: lora.init(
+        KEY, {"bias": jnp.ones(64)}, {"bias": lora.LoRA(1)}, lambda params, x: x + params["bias"], X
+    ),
     "A seed in place of a key": lambda _: lora.init(0, BASE, {"hidden": lora.LoRA(2)}, fn, X),  # pyrefly: ignore
     "A Linen module in place of a function": lambda _: lora.adapt(linen.Dense(2)),
     "An NNX module in place of a function": lambda _: lora.init(
@@ -122,7 +124,7 @@ REPRODUCTIONS: dict[str, Callable[[Path], object]] = {
     "A module changes its variables": lambda _: changing_module(),
     "Unmerging what was replaced": lambda _: lora.unmerge(BASE, delta(lora.Full())),
     "An unknown study": lambda _: printed(studies.main, "stf"),
-    "A malformed record": lambda folder: unquoted(folder, '{"messages": [{"role": "user", "content": "Hi"}]}\n{"messages": 3}\n'),
+    "A malformed record": lambda folder: malformed(folder, '{"messages": [{"role": "user", "content": "Hi"}]}\n'),
     "An output exists": occupied,
 }
 

@@ -63,6 +63,7 @@ def run_commands(text: str, folder: Path) -> str:
 def test_blocks_run(page, lenient, registries, tmp_path, monkeypatch):
     """The Python blocks of a page share their names; all blocks share a folder and run in the order of the page."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))  # otherwise keras writes its settings to the home directory
     names: dict = {"__name__": "__page__"}
     output = None
     for block in blocks(page):
