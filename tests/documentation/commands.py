@@ -55,7 +55,8 @@ def check(words: Sequence[str]) -> None:
             assert importlib.util.find_spec(module), f"no module {module}"
             _check_options(f"{sys.executable} -m {module}", rest)
         case ["pip", "install", *rest]:
-            _check_options(f"{sys.executable} -m pip install", rest)
+            options = [word for word in rest if word.startswith("-")]  # pip is not in environments that uv makes
+            assert not options, f"pip install: nothing checks {options[0]}"
         case [program, *rest] if program.startswith("scripts/"):
             _check_script(program, rest)
         case [program, *_]:
