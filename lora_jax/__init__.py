@@ -6,7 +6,7 @@ becomes a function of (base, delta) without touching the model's code. See :func
 
 from typing import TYPE_CHECKING
 
-from lora_jax import adapters, analysis, initializers, io, merging, nnx, optim, paths, peft, quantization, testing
+from lora_jax import adapters, initializers, io, merging, nnx, optim, paths, quantization
 from lora_jax.adapters.adalora import AdaLoRA
 from lora_jax.adapters.dora import DoRA
 from lora_jax.adapters.factored import Factored
@@ -139,5 +139,11 @@ __all__ = [
     "unstack",
 ]
 
-if not TYPE_CHECKING:  # a type checker accepts any name of a module that has it
-    __getattr__ = module_getattr(__name__)
+if TYPE_CHECKING:
+    from lora_jax import analysis, peft, testing
+else:  # a type checker accepts any name of a module that has it
+    __getattr__ = module_getattr(__name__, ("analysis", "peft", "testing"))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

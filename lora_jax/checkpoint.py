@@ -18,12 +18,11 @@ import re
 import shutil
 import uuid
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from lora_jax import checks, manifest
 from lora_jax.adapters.fingerprints import check_base
@@ -34,15 +33,16 @@ from lora_jax.io.files import create_parents, errors_naming, join_names, replace
 from lora_jax.io.locks import lock, match_entries
 from lora_jax.io.read_errors import describe_error, is_read_error, shorten
 from lora_jax.manifest import ARRAYS, FORMAT, MANIFEST, NAME
-from lora_jax.peft.names import Names, check_names
-from lora_jax.peft.stored_names import describe_names, parse_names
+
+if TYPE_CHECKING:
+    from lora_jax.peft.names import Names
 
 _ATTEMPTS = 8  # to load an adapter that other processes replace
 _TEMPORARY = r"(\.orbax-checkpoint-tmp.*)?"
 _UNFINISHED = rf"{ARRAYS}-[0-9a-f]{{32}}{_TEMPORARY}|\.[0-9a-f]{{32}}\.writing\.{re.escape(MANIFEST)}"
 
 
-def save(directory: str | os.PathLike, delta: Delta, *, base: Any = None, names: Names | None = None) -> None:
+def save(directory: str | os.PathLike, delta: Delta, *, base: Any = None, names: "Names | None" = None) -> None:
     """Saves an adapter atomically: if the process is killed, the directory has the old or the new adapter.
 
     With several processes, only the one that calls this function writes. Gather arrays that span processes first.
@@ -73,6 +73,9 @@ def save(directory: str | os.PathLike, delta: Delta, *, base: Any = None, names:
     checks.path("lora.save(directory, delta)", directory)
     description, arrays = manifest.describe(delta, base)
     if names is not None:
+        from lora_jax.peft.names import check_names
+        from lora_jax.peft.stored_names import describe_names
+
         check_names("lora.save(directory, delta, names=names)", names)
         description[manifest.NAMES] = describe_names(names)
     write(directory, description, arrays)
@@ -88,9 +91,7 @@ def write(directory: str | os.PathLike, description: dict[str, Any], arrays: Map
             _remove_stale(directory, old)
         name = f"{ARRAYS}-{uuid.uuid4().hex}"
         try:
-            with _checkpointer() as checkpointer:
-                args = ocp.args.StandardSave(arrays)
-                checkpointer.save(directory / name, args=args, custom_metadata={"format": FORMAT})
+            _write_arrays(directory / name, arrays)
             sync_tree(directory / name)
             if old is None and not os.path.lexists(directory / ARRAYS):
                 os.rename(directory / name, directory / ARRAYS)
@@ -130,12 +131,14 @@ def load(directory: str | os.PathLike, base: Any = None) -> Delta:
     return read(directory, base)[0]
 
 
-def read_names(directory: pathlib.Path) -> Names | None:
+def read_names(directory: pathlib.Path) -> "Names | None":
     """Returns the names of the weights in PyTorch; None for an adapter that was saved without them.
 
     Raises:
       ValueError: The manifest is damaged.
     """
+    from lora_jax.peft.stored_names import parse_names
+
     content = manifest.read(directory).get(manifest.NAMES)
     return None if content is None else parse_names(str(directory / MANIFEST), content)
 
@@ -233,12 +236,18 @@ def _is_unfinished(path: pathlib.Path) -> bool:
         return False
 
 
-def _checkpointer() -> ocp.Checkpointer:
-    """A checkpointer of this process only, which, unlike the asynchronous one, can be used from several threads."""
+def _write_arrays(folder: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes an Orbax checkpoint, in this process only.
+
+    The checkpointer can be used from several threads, unlike the asynchronous one.
+    """
+    import orbax.checkpoint as ocp  # takes half a second
+
     process = jax.process_index()
     options = ocp.options.MultiprocessingOptions(process, {process}, f"adapter{process}")
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
-    return ocp.Checkpointer(handler, multiprocessing_options=options)
+    with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
+        checkpointer.save(folder, args=ocp.args.StandardSave(arrays), custom_metadata={"format": FORMAT})
 
 
 def _read_arrays(folder: pathlib.Path, expected: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

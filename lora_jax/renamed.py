@@ -1,8 +1,9 @@
-"""Former names, which raise errors that state the new names."""
+"""Former names, which raise errors that state the new names, and submodules that are imported when they are used."""
 
 import dis
+import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
@@ -50,11 +51,12 @@ class FormerModules:
 sys.meta_path.append(FormerModules)  # the last entry: it is asked for modules that no other entry finds
 
 
-def module_getattr(module: str, **names: str) -> Callable[[str], Any]:
-    """Creates a module's `__getattr__` for former names and former submodules.
+def module_getattr(module: str, submodules: Collection[str] = (), /, **names: str) -> Callable[[str], Any]:
+    """Creates a module's `__getattr__` for former names, former submodules, and submodules that are imported when used.
 
     Args:
       module: The module's `__name__`.
+      submodules: The names of submodules that the module does not import.
       **names: The new name of each former name.
 
     Example:
@@ -64,7 +66,9 @@ def module_getattr(module: str, **names: str) -> Callable[[str], Any]:
       AttributeError: package.module.find has been renamed to get_initializer.
     """
 
-    def __getattr__(name: str) -> NoReturn:
+    def __getattr__(name: str) -> Any:
+        if name in submodules:
+            return importlib.import_module(f"{module}.{name}")
         new = names.get(name) or MODULES.get(f"{module}.{name}")
         if new is None:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")

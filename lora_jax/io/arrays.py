@@ -7,16 +7,18 @@ nothing.
 
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tensorstore as ts
+
+if TYPE_CHECKING:
+    import tensorstore as ts
 
 _DRIVERS = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
 _MANIFEST = "manifest.ocdbt"
 
 
-def open_arrays(folder: pathlib.Path, expected: Mapping[str, Any], described_in: str) -> dict[str, ts.TensorStore]:
+def open_arrays(folder: pathlib.Path, expected: Mapping[str, Any], described_in: str) -> "dict[str, ts.TensorStore]":
     """Opens the arrays of an Orbax checkpoint of a flat dict. Indexing an array reads that part only.
 
     Args:
@@ -31,6 +33,8 @@ def open_arrays(folder: pathlib.Path, expected: Mapping[str, Any], described_in:
       ValueError: A file is missing or damaged, or the names, shapes or dtypes are not the expected ones.
       OSError: A file cannot be read.
     """
+    import tensorstore as ts
+
     if not (folder / _MANIFEST).is_file():
         raise ValueError(f"{_MANIFEST} is missing")
     store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}}
