@@ -19,6 +19,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import numpy as np
+import orbax.checkpoint  # noqa: F401  # once, instead of in the first save of each child
 
 import lora_jax as lora
 from lora_jax.adapters.lowrank import LoRAAdapter
