@@ -26,9 +26,9 @@ Quantization = Literal["none", "nf4", "int8", "stored"]
 class BatchSizes:
     """Sequences per training step."""
 
-    global_: Annotated[int, tyro.conf.arg(name="global")] = 2
+    global_: Annotated[int, tyro.conf.arg(name="global")] = 1
     """Sequences per step, over all devices and processes. With large batches, LoRA loses more to full fine-tuning than
-    with small ones (LoRA Without Regret)."""
+    with small ones (LoRA Without Regret). The default is for one device and runs of some minutes."""
 
     accumulate: int = 1
     """Microbatches per step, computed one after another. Activations take the memory of one microbatch."""

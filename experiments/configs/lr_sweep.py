@@ -95,7 +95,7 @@ class Config:
     decoder_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
     """Peak learning rates of LoRA on the decoder, a run each."""
 
-    decoder_steps: int = 24
+    decoder_steps: int = 48
     """Training steps of the decoder."""
 
     decoder_examples: int = 60

@@ -44,7 +44,7 @@ class Config(DecoderConfig):
         "test_examples": 2,
         "out": Path("runs/sft-fast"),
     }
-    SWEPT: ClassVar[Mapping[str, float]] = {"smollm2-135m": 3e-3}  # of some 50 steps
+    SWEPT: ClassVar[Mapping[str, float]] = {"smollm2-135m": 3e-3}  # of some 100 steps of one sequence
 
     data: tuple[str, ...] = ("debian_synopses:0.06",)
     """The training data: files, globs, directories with train and validation files, data sets on the Hugging Face Hub

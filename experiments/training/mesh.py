@@ -120,7 +120,8 @@ def check_batch(size: int, sizes: MeshSizes, name: str, *, accumulate: int = 1) 
     """Raises a UserError if microbatches and devices do not divide a batch of `size` examples."""
     parts = sizes.replicas * accumulate
     if size % parts:
-        fits = " and ".join(map(str, nearest_fits(size, lambda n: n % parts == 0)))
+        below = size // parts * parts
+        fits = " and ".join(str(number) for number in (below, below + parts) if number)
         steps = f" in {accumulate} microbatches" if accumulate > 1 else ""
         raise UserError(f"{name} {size} cannot be divided over a mesh of {sizes}{steps}; nearest that can: {fits}")
 

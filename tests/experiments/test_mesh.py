@@ -48,6 +48,8 @@ def test_what_does_not_divide_is_told_with_what_does(mesh):
         meshes.make_mesh(MeshSizes(data=3, fsdp=3, tensor=3))
     with pytest.raises(UserError, match=r"batch\.global 10 cannot be divided .* nearest that can: 8 and 12"):
         meshes.check_batch(10, MeshSizes(data=2, fsdp=2), "batch.global")
+    with pytest.raises(UserError, match=r"batch\.global 1 cannot be divided .* nearest that can: 8$"):
+        meshes.check_batch(1, MeshSizes(data=8), "batch.global")
     with pytest.raises(ValueError, match=r"mesh\.fsdp must be positive, not 0"):
         MeshSizes(fsdp=0)
 

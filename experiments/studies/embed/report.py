@@ -125,13 +125,12 @@ def draw(path: Path, results: Sequence[Result], title: str) -> None:
         values, errors = [100 * figure.value for figure in figures], [100 * figure.error for figure in figures]
         left.bar(at, values, 0.92 * width, yerr=errors, color=color, capsize=3, label=result.method)
         for x, value, error in zip(at, values, errors):
-            left.text(x, value + error + 0.6, f"{value:.1f}", ha="center", va="bottom", fontsize=9)
+            left.text(x, value + error + 1, f"{value:.1f}", ha="center", va="bottom", fontsize=9)
         if result.losses:
             steps, scores = zip(*result.evaluations)
             right.plot(steps, [100 * score for score in scores], color=color, marker="o", label=result.method)
     left.set_xticks(range(len(COUNTS)), [f"recall@{count}" for count in COUNTS])
-    lowest = min(recall(result.ranks, 1).value for result in results)
-    left.set(ylabel="test queries, %", title="test, ± standard error", ylim=(max(0, 100 * lowest - 20), 116))
+    left.set(ylabel="test queries, %", title="test, ± standard error", ylim=(0, 120), yticks=range(0, 101, 20))
     right.set(xlabel="step", ylabel="validation recall@1, %", title="during training")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (left, right):
