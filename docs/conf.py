@@ -43,6 +43,8 @@ python_use_unqualified_type_names = True
 
 html_theme = "sphinx_book_theme"
 html_title = "lora_jax"
+html_favicon = "_static/favicon.svg"
+html_context = {"default_mode": "auto"}  # light or dark
 html_static_path = ["_static", str(MATHJAX)]
 html_css_files = ["site.css"]
 html_copy_source = False
