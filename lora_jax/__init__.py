@@ -56,7 +56,7 @@ from lora_jax.spec import init, prepare
 from lora_jax.training import TrainState, train_step
 from lora_jax.transform.adapt import adapt
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FP4",

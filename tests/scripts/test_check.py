@@ -35,6 +35,14 @@ def test_what_newest_leaves_out_exists():
     assert [name for name in names.split() if not (ROOT / "tests" / name).exists()] == []
 
 
+def test_the_oldest_jax_is_stated():
+    """The README states the range that the package declares."""
+    (jax,) = [requirement for requirement in PROJECT["dependencies"] if requirement.startswith("jax>=")]
+    python = PROJECT["requires-python"].removeprefix(">=")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"JAX {jax.removeprefix('jax>=')} to the newest" in readme and f"Python {python} and later" in readme
+
+
 def test_hooks_and_ci_run_the_script():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     hooks = [hook for repository in config["repos"] for hook in repository["hooks"]]
