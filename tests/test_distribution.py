@@ -40,7 +40,7 @@ def distributions(tmp_path_factory):
 def metadata(distributions):
     with zipfile.ZipFile(distributions[0]) as wheel:
         (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
-        return email.message_from_bytes(wheel.read(name))
+        return email.message_from_string(wheel.read(name).decode())
 
 
 @pytest.fixture(scope="module")
