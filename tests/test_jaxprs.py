@@ -7,7 +7,7 @@ import lora_jax
 
 PACKAGE = Path(lora_jax.__file__).parent
 INTERNALS = re.compile(
-    r"jax\._src|jax\.extend|jax\.interpreters|from jax import .*\bcore\b|jax\.core\.(?!Tracer\b)|jaxlib"
+    r"jax\._src|jax\.extend|jax\.interpreters|from jax import .*\bcore\b|jax\.core\.(?!Tracer\b)|(?:import|from) jaxlib"
 )
 
 

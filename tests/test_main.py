@@ -1052,7 +1052,7 @@ def test_the_examples_are_right(base, adapter, tmp_path, run, monkeypatch):
     "args, message",
     [
         ("", "required: command"),
-        ("unmerge", "'unmerge' (choose from 'inspect', 'merge', 'convert', 'diff')"),
+        ("unmerge", "'unmerge' (choose from 'inspect', 'merge', 'convert', 'diff', 'doctor')"),
         ("merge a", "required: ADAPTER, OUT; the form is lora-jax merge BASE ADAPTER OUT"),
         ("merge --base B", "required: ADAPTER, OUT; the form is lora-jax merge BASE ADAPTER OUT"),
         ("merge a b c d", "unrecognized arguments: d; the form is lora-jax merge BASE ADAPTER OUT"),

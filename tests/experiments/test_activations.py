@@ -49,7 +49,8 @@ def test_memory_decides_what_is_rematerialized(monkeypatch):
 
     def choose(gigabytes, **fields):
         monkeypatch.setattr(choices, "device_memory", lambda devices: gigabytes * 1e9 / devices)
-        return choices.choose_remat(Config(length=512, **fields), shape, weights, console=console)
+        config = Config(length=512, **{"batch": BatchSizes(2), **fields})
+        return choices.choose_remat(config, shape, weights, console=console)
 
     console = Console(file=io.StringIO(), width=200)
     assert [choose(memory) for memory in (16, 6, 1)] == ["none", "dots", "full"]

@@ -57,7 +57,7 @@ def test_the_program_of_a_study_has_the_shapes_of_the_loaded_base(tmp_path):
 
 def test_a_mesh_divides_whole_blocks(tmp_path):
     path, _ = gguf_files.widen(tmp_path, "Q8_0", "llama")
-    config = Config(model=str(path), quantize="stored", length=16, mesh=MeshSizes(fsdp=2))
+    config = Config(model=str(path), quantize="stored", length=16, mesh=MeshSizes(fsdp=2), batch=BatchSizes(2))
     program = programs.abstract(config, jax.devices()[:2])
     with jax.set_mesh(program.mesh):
         kernel = program.load(path)["layers"]["attention"]["query"]["kernel"]
