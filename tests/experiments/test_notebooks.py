@@ -23,7 +23,7 @@ NOTEBOOKS = sorted(path.relative_to(ROOT) for path in (ROOT / "notebooks").glob(
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=str)
 def test_runs(notebook, monkeypatch):
-    monkeypatch.setenv("QUICKSTART_FAST", "1")
+    monkeypatch.setenv("NOTEBOOK_FAST", "1")
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # the tests' eight devices
     content = nbformat.read(ROOT / notebook, as_version=4)
