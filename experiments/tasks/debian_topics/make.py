@@ -3,6 +3,7 @@
 python -m experiments.tasks.debian_topics.make
 """
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,14 @@ TOPICS = {"games": "game", "mail": "mail", "math": "math", "sound": "sound"}
 
 SYSTEM = "Answer with one word."
 QUESTION = "{}\nTopic: game, mail, math or sound?"
-SIZES = {"train": 400, "validation": 100, "test": 100}
+SIZES = {"train": 800, "validation": 160, "test": 200}
 _HERE = Path(__file__).parent
 
 
 def problems(split: str) -> list[dict[str, Any]]:
-    """Returns the first problems of a split."""
+    """Returns the first problems of a split, each topic in turn: a constant answer is right a quarter of the time."""
     data = examples.load("debian_sections", split)
-    pairs = [(text, data.names[label]) for text, label in zip(data.texts, data.labels)]
+    texts = {name: [t for t, label in zip(data.texts, data.labels) if data.names[label] == name] for name in TOPICS}
     return [
         {
             "prompt": [
@@ -30,9 +31,9 @@ def problems(split: str) -> list[dict[str, Any]]:
             ],
             "answer": TOPICS[name],
         }
-        for text, name in pairs
-        if name in TOPICS
-    ][: SIZES[split]]
+        for row in itertools.islice(zip(*texts.values()), SIZES[split] // len(TOPICS))
+        for name, text in zip(texts, row)
+    ]
 
 
 def main() -> None:
