@@ -50,7 +50,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except DoesNotFit as error:
         print(f"does not fit {options.topology}: {error.advice}", file=sys.stderr)
         return 1
-    batch = f"{config.batch.global_} sequences of {config.row_length} tokens"
+    batch = f"{config.batch_size} sequences of {config.row_length} tokens"
     console.print(f"{options.config} on {slice_.name}: {config.model}, mesh {config.mesh}, {batch}")
     for part in report.tables(analysis, slice_):
         console.print(part)

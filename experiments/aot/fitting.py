@@ -63,7 +63,7 @@ def changes(config: Config) -> Iterator[tuple[str, str, Config]]:
     for ways in _powers(mesh.data):
         data, fsdp = mesh.data // ways, mesh.fsdp * ways
         yield "fsdp", f"--mesh.data {data} --mesh.fsdp {fsdp}", other_mesh(data=data, fsdp=fsdp)
-    for ways in _powers(batch.global_ // mesh.replicas // batch.accumulate):
+    for ways in _powers(config.batch_size // mesh.replicas // batch.accumulate):
         flags = f"--batch.accumulate {batch.accumulate * ways}"
         yield "accumulate", flags, _with_batch(config, accumulate=batch.accumulate * ways)
     if config.remat != "offload":
@@ -75,8 +75,9 @@ def changes(config: Config) -> Iterator[tuple[str, str, Config]]:
         yield "tensor", f"{named} --mesh.sequence", other_mesh(**sizes, sequence=True)
     if config.quantize == "none":
         yield "quantize", "--quantize nf4", dataclasses.replace(config, quantize="nf4")
-    for ways in _powers(batch.global_ // mesh.replicas):
-        yield "batch", f"--batch.global {batch.global_ // ways}", _with_batch(config, global_=batch.global_ // ways)
+    for ways in _powers(config.batch_size // mesh.replicas):
+        size = config.batch_size // ways
+        yield "batch", f"--batch.global {size}", _with_batch(config, global_=size)
 
 
 def argument_bytes(config: Config, devices: Sequence[Any]) -> float:
@@ -95,7 +96,7 @@ def tokens_at_a_time(config: Config) -> float:
     """Returns the number of tokens of a microbatch that a chip holds between layers."""
     mesh: MeshSizes = config.mesh
     parts = mesh.replicas * config.batch.accumulate * (mesh.tensor if mesh.sequence else 1)
-    return config.batch.global_ * config.row_length / parts
+    return config.batch_size * config.row_length / parts
 
 
 def inputs_of_layers(config: Config) -> float:

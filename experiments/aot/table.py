@@ -105,7 +105,7 @@ def line(row: Row, values: Mapping[str, Any]) -> str:
         row.name,
         row.slice,
         config.row_length,
-        config.batch.global_,
+        config.batch_size,
         axes + (", sequence" if mesh.sequence else ""),
         config.remat,
         f"{memory['total'] / GIB:.1f} of {memory['capacity'] / GIB:.2f}",
@@ -144,7 +144,7 @@ def scaling(rows: Sequence[Row], out: Path | None) -> Iterator[str]:
         sent = sum(kind["bytes"] for kind in values["exchanges"].values())
         change = "" if previous is None else f"{100 * (sent / previous - 1):+.2f} %"
         mesh = f"data {config.mesh.data}, fsdp {config.mesh.fsdp}"
-        cells = (row.slice, values["chips"], mesh, config.batch.global_, f"{sent / 1e9:.3f}", change)
+        cells = (row.slice, values["chips"], mesh, config.batch_size, f"{sent / 1e9:.3f}", change)
         yield f"| {' | '.join(map(str, cells))} | {100 * values['roofline']['mfu']:.0f} % |"
         previous = sent
 

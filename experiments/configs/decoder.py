@@ -26,15 +26,16 @@ Quantization = Literal["none", "nf4", "int8", "stored"]
 class BatchSizes:
     """Sequences per training step."""
 
-    global_: Annotated[int, tyro.conf.arg(name="global")] = 1
-    """Sequences per step, over all devices and processes. With large batches, LoRA loses more to full fine-tuning than
-    with small ones (LoRA Without Regret). The default is for one device and runs of some minutes."""
+    global_: Annotated[int | None, tyro.conf.arg(name="global")] = None
+    """Sequences per step, over all devices and processes. None is the smallest number: one for each part of the batch
+    on the mesh (mesh.data × mesh.fsdp) and each microbatch. With large batches, LoRA loses more to full fine-tuning
+    than with small ones (LoRA Without Regret)."""
 
     accumulate: int = 1
     """Microbatches per step, computed one after another. Activations take the memory of one microbatch."""
 
     def __post_init__(self) -> None:
-        if self.global_ < 1:
+        if self.global_ is not None and self.global_ < 1:
             raise ValueError(f"batch.global must be positive, not {self.global_}")
         if self.accumulate < 1:
             raise ValueError(f"batch.accumulate must be positive, not {self.accumulate}")
@@ -249,6 +250,11 @@ class DecoderConfig(Runtime):
     def row_length(self) -> int:
         """Tokens per sequence; 128 as long as the data has not chosen the length."""
         return self.length or 128
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences (or records) per training step."""
+        return self.batch.global_ or self.mesh.replicas * self.batch.accumulate
 
     @property
     def rows_per_example(self) -> int:

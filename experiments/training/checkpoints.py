@@ -253,8 +253,23 @@ def _score(metrics: Mapping[str, float]) -> float:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Lists the settings that differ, with both values; empty if all are equal."""
+    before, now = _by_flag(before), _by_flag(now)
     names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     return ", ".join(f"{name} {before.get(name)}, not {now.get(name)}" for name in names)
+
+
+def _by_flag(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns settings by the names of their flags, in which those of a group follow a dot.
+
+    Example:
+      >>> _by_flag({"rank": 2, "batch": {"global_": 8}})
+      {'rank': 2, 'batch.global': 8}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flag = prefix + name.strip("_")
+        flat |= _by_flag(value, f"{flag}.") if isinstance(value, Mapping) else {flag: value}
+    return flat
 
 
 def _without_base(state: Any) -> Any:

@@ -133,7 +133,7 @@ def test_help_is_the_commands_and_the_configs(capfd):
     with pytest.raises(SystemExit, match="0"):
         compile_for_pod.main(["llama3-8b-lora", "--help"])
     said = capfd.readouterr().out
-    assert "--topology" in said and "--batch.global INT" in said
+    assert "--topology" in said and "--batch.global {None}|INT" in said
     with pytest.raises(SystemExit, match="2"):
         compile_for_pod.main(["llama3-8b", "--help"])
     assert "did you mean llama3-8b-lora?" in capfd.readouterr().err
@@ -209,7 +209,7 @@ def test_the_table_of_slices(tmp_path):
         chips = math.prod(map(int, row.slice.partition(":")[2].split("x")))
         assert row.slice in topology.names(find_tpu(row.slice.partition(":")[0]))
         assert row.config.mesh.count == chips
-        assert row.config.batch.global_ % row.config.mesh.replicas == 0
+        assert row.config.batch_size % row.config.mesh.replicas == 0
     assert {row.name for row in table.ROWS} == set(config_names(pods))
     row = table.ROWS[0]
     bound = {"compute": 1.0, "memory": 0.5, "links": 0.25, "limit": "compute", "mfu": 0.7, "tokens_per_second": 16e3}

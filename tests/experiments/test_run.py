@@ -78,7 +78,7 @@ def test_help_fits_the_terminal(capsys, monkeypatch, name):
 def test_every_field_has_a_docstring(config):
     classes = [kind for kind in config.__mro__ if dataclasses.is_dataclass(kind)]
     source = "".join(map(inspect.getsource, (*classes, MeshSizes, BatchSizes))).replace(
-        'Annotated[int, tyro.conf.arg(name="global")]', "int"
+        'Annotated[int | None, tyro.conf.arg(name="global")]', "int | None"
     )
     nested = [field for kind in (MeshSizes, BatchSizes) for field in dataclasses.fields(kind)]
     for field in (*dataclasses.fields(config), *nested):

@@ -23,6 +23,7 @@ from experiments.studies.decoder import choices
 from experiments.studies.decoder.program import check
 from experiments.studies.sft import data, program, study
 from experiments.training import meter, record
+from experiments.training.mesh_sizes import MeshSizes
 from experiments.training.optimizer import adam, learning_rate
 from tests.experiments.sft_runs import TINY, adapters_equal
 
@@ -65,6 +66,22 @@ def test_a_finished_run_goes_on(settings, finished, tmp_path, lenient):
     assert study.run(config) == longer  # a shorter run is part of it
     lines = [line["step"] for line in record.read(tmp_path / "metrics.jsonl") if "loss" in line]
     assert lines == list(range(1, 9))
+
+
+def test_the_batch_of_a_mesh(settings, tmp_path, capsys, monkeypatch, lenient):
+    """Without --batch.global, each part of the mesh and each microbatch has one sequence."""
+    monkeypatch.setenv("COLUMNS", "200")
+    flags = ["--model", "tiny-llama", "--data", *settings.data, "--validation", *settings.validation, "--length", "16"]
+    flags += ["--samples", "0", "--test-examples", "0", "--rank", "2", "--steps", "1", "--out", str(tmp_path)]
+    assert run.main(["sft", *flags, "--mesh.data", "2", "--batch.accumulate", "2"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "batch.global 4: the smallest for a mesh of data 2 × fsdp 1 × tensor 1 and 2 microbatches" in said
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["batch"] == {"global_": 4, "accumulate": 2}
+    assert run.main(["sft", *flags, "--batch.accumulate", "2"]) == 2  # on one device
+    assert "a finished run with batch.global 4, not 2; --fresh" in " ".join(capsys.readouterr().err.split())
+    assert run.main(["sft", *flags, "--batch.accumulate", "2", "--batch.global", "4"]) == 0
+    assert Config(mesh=MeshSizes(fsdp=8)).batch_size == 8 and Config().batch_size == 1
 
 
 def test_validating_with_what_is_trained_on(settings, tmp_path):

@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,24 @@ from experiments.training.optimizer import published_rate
 
 _BYTES = {"nf4": 0.6, "int8": 1.1}  # of a quantized weight
 _FASTEST_FIRST: tuple[Remat, ...] = ("none", "dots", "full")
+
+C = TypeVar("C", bound=DecoderConfig)
+
+
+def choose(config: C, description: Mapping[str, Any], console: Console) -> C:
+    """Returns a config with a learning rate and a batch size, and prints those that it leaves to the model or the mesh.
+
+    Args:
+      config: The study's config.
+      description: The model's `config.json`.
+      console: The output.
+    """
+    if config.batch.global_ is None:
+        parts = f"a mesh of {config.mesh}"
+        parts += f" and {config.batch.accumulate} microbatches" if config.batch.accumulate > 1 else ""
+        console.print(f"batch.global {config.batch_size}: the smallest for {parts}", highlight=False, soft_wrap=True)
+    batch = replace(config.batch, global_=config.batch_size)
+    return replace(config, lr=choose_rate(config, description, console), batch=batch)
 
 
 def choose_rate(config: DecoderConfig, description: Mapping[str, Any], console: Console | None = None) -> float:
@@ -61,7 +80,7 @@ def choose_remat(
     if platform is not None:
         return "full"
     mesh, size = config.mesh, np.dtype(jnp.dtype(config.dtype)).itemsize
-    rows = config.rows_per_example * config.batch.global_ // (config.batch.accumulate * mesh.replicas) or 1
+    rows = config.rows_per_example * config.batch_size // (config.batch.accumulate * mesh.replicas) or 1
     base = weights * _BYTES.get(config.quantize, size) / (mesh.fsdp * mesh.tensor)
     memory = device_memory(mesh.count)
     budget = (memory - base) / 2

@@ -94,7 +94,7 @@ class Program:
     @property
     def tokens(self) -> int:
         """Number of tokens per step."""
-        return self.config.batch.global_ * self.config.row_length
+        return self.config.batch_size * self.config.row_length
 
     def load(self, directory: Path) -> Any:
         """Loads the base from a checkpoint, each shard directly onto its device."""
@@ -231,7 +231,7 @@ def make_mesh(config: DecoderConfig, devices: Sequence[jax.Device] | None = None
       UserError: The number of devices differs from the mesh's, or the mesh does not divide the batch or a sequence.
     """
     mesh = meshes.make_mesh(config.mesh, devices)
-    meshes.check_batch(config.batch.global_, config.mesh, "batch.global", accumulate=config.batch.accumulate)
+    meshes.check_batch(config.batch_size, config.mesh, "batch.global", accumulate=config.batch.accumulate)
     if config.mesh.sequence and config.row_length % config.mesh.tensor:
         fits = meshes.nearest_fits(config.row_length, lambda n: n % config.mesh.tensor == 0)
         raise UserError(
@@ -321,4 +321,4 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
 
 def _example(config: DecoderConfig) -> jax.ShapeDtypeStruct:
     """Returns the shape of the tokens with which a model is traced."""
-    return jax.ShapeDtypeStruct((config.batch.global_ // config.batch.accumulate, config.row_length), jnp.int32)
+    return jax.ShapeDtypeStruct((config.batch_size // config.batch.accumulate, config.row_length), jnp.int32)

@@ -92,7 +92,7 @@ def read_data(
             encoder,
             cache,
             length=length - new_tokens,
-            global_batch=config.batch.global_,
+            global_batch=config.batch_size,
             seed=config.seed if name == "training" else None,
             on_bad=config.on_bad,
             report=lambda line, name=name: report(f"{name}: {line}"),

@@ -46,9 +46,9 @@ def run(config: Config) -> Report:
 
 def make_objective(config: Config, data: Data) -> Objective:
     """Returns the objective of a config."""
-    array = jax.ShapeDtypeStruct((config.batch.global_, config.row_length), jnp.int32)
+    array = jax.ShapeDtypeStruct((config.batch_size, config.row_length), jnp.int32)
     longest = Prompts(_instructed(config, data, data.problems)).length + config.new_tokens
-    other = jax.ShapeDtypeStruct((config.batch.global_, longest), jnp.int32)
+    other = jax.ShapeDtypeStruct((config.batch_size, longest), jnp.int32)
     names = ("tokens", "segments", "labels")
     batch = dict.fromkeys(names, array) | dict.fromkeys((f"teacher_{name}" for name in names), other)
     return Objective(functools.partial(_loss, config=config), batch)

@@ -40,7 +40,7 @@ def run(config: Config) -> Report:
 
 def make_objective(config: Config, data: Data) -> Objective:
     """Returns the objective of a config."""
-    rows = config.batch.global_ * config.group
+    rows = config.batch_size * config.group
     array = jax.ShapeDtypeStruct((rows, config.row_length), jnp.int32)
     batch = dict.fromkeys(("tokens", "segments", "labels"), array)
     batch["advantages"] = jax.ShapeDtypeStruct((rows,), jnp.float32)

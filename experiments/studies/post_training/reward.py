@@ -35,7 +35,7 @@ def run(config: Config) -> Report:
 
 def make_objective(config: Config, data: Data) -> Objective:
     """Returns the objective of a config."""
-    size = config.batch.global_
+    size = config.batch_size
     array = jax.ShapeDtypeStruct((size, 2, config.row_length), jnp.int32)
     batch = dict.fromkeys(("tokens", "segments", "labels"), array) | {"index": jax.ShapeDtypeStruct((size,), jnp.int32)}
     return Objective(functools.partial(_loss, config=config), batch, spec=reward.SPEC, adapt_family=with_score)

@@ -16,7 +16,7 @@ from experiments.objectives.reference import Frozen
 from experiments.reports.results import write_json
 from experiments.studies.decoder import program as programs
 from experiments.studies.decoder import runs
-from experiments.studies.decoder.choices import choose_rate, longest_sequence
+from experiments.studies.decoder.choices import choose, longest_sequence
 from experiments.studies.decoder.program import Program
 from experiments.studies.post_training.data import Data, read_data
 from experiments.studies.post_training.report import (
@@ -58,7 +58,7 @@ def run(config: PostTraining, task: Task) -> Report:
         if processes.is_first():
             outputs.begin(config.out, *_WRITTEN, fresh=config.fresh)
     description = programs.read_description(config.model)
-    config = replace(config, lr=choose_rate(config, description, console))
+    config = choose(config, description, console)
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -83,7 +83,7 @@ def read_data(
     length = config.length or fit_length(tokens.values(), longest)
     if config.length is None:
         report(f"length {length:,}: the longest example has {longest_example + 1:,} tokens")
-    size, pack = config.batch.global_, config.pack
+    size, pack = config.batch_size, config.pack
     packed = {"train": Packed(tokens["train"], length=length, batch_size=size, seed=config.seed, pack=pack)}
     asked = "validation" if "validation" in splits else "train"
     prompts = splits[asked]

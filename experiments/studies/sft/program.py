@@ -32,7 +32,7 @@ def abstract(
       max_labels: The largest number of labels in a row of a batch; None has no bound, so that logits are computed for
         every token.
     """
-    array = jax.ShapeDtypeStruct((config.batch.global_, config.row_length), jnp.int32)
+    array = jax.ShapeDtypeStruct((config.batch_size, config.row_length), jnp.int32)
     objective = Objective(
         functools.partial(_loss, config=config, max_labels=max_labels),
         dict.fromkeys(("tokens", "segments", "positions", "labels"), array),

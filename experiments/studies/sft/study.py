@@ -19,7 +19,7 @@ from experiments.models.flops import step_flops
 from experiments.reports.results import write_json
 from experiments.studies.decoder import program as programs
 from experiments.studies.decoder import runs
-from experiments.studies.decoder.choices import choose_rate, choose_remat, count_weights, longest_sequence
+from experiments.studies.decoder.choices import choose, choose_remat, count_weights, longest_sequence
 from experiments.studies.decoder.program import Program
 from experiments.studies.sft.data import Data, read_data
 from experiments.studies.sft.program import abstract
@@ -92,7 +92,7 @@ def run(config: Config) -> Report:
         if processes.is_first():
             outputs.begin(config.out, *_WRITTEN, fresh=config.fresh)
     description = programs.read_description(config.model)
-    config = replace(config, lr=choose_rate(config, description, console))
+    config = choose(config, description, console)
     data = read_data(config, directory, console, longest_sequence(description), _evaluated(config.out / RESULT))
     config = replace(config, length=data.train.length)
     shape = families.get_family(description).shape(description)
