@@ -25,7 +25,8 @@ extensions = [
 ]
 exclude_patterns = ["_build", "**.ipynb_checkpoints"]
 
-# Blocks are executed by the tests (tests/documentation/), notebooks by theirs. The site shows the outputs that they store.
+# Blocks are executed by the tests (tests/documentation/), notebooks by theirs. The site shows the outputs that they
+# store.
 nb_execution_mode = "off"
 myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
