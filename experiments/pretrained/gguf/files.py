@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import UserError
-from experiments.pretrained.gguf.config import derive_config
+from experiments.pretrained.gguf.config import derive_config, is_copied
 from experiments.pretrained.gguf.reader import Content, raise_problems, read
 from experiments.pretrained.gguf.tensors import GgufTensors, tensor_problems
 from experiments.pretrained.gguf.tokenizer import SPECIAL, build_tokenizer
@@ -26,7 +26,7 @@ class GgufFiles:
     def __init__(self, path: Path):
         self.path = path
         self._content = read(path)
-        self._config = _checked_config(self._content) if self._content.tensors or self._content.problems else None
+        self._config = _checked_config(self._content)
         self._texts: dict[str, str] = {}
         self._builders = {
             "config.json": lambda: _dump(self._require_config()),
@@ -105,12 +105,18 @@ class GgufFiles:
         return _dump(config)
 
 
-def _checked_config(content: Content) -> dict[str, Any]:
-    """Returns the content of `config.json`, or raises a UserError that lists everything wrong with a file."""
-    config, problems = derive_config(content)
-    problems += content.problems.values() if problems else tensor_problems(content, config)
+def _checked_config(content: Content) -> dict[str, Any] | None:
+    """Returns the content of `config.json`, or raises a UserError that lists everything wrong with a file.
+
+    A file without tensors, which holds only a tokenizer, has none.
+    """
+    config: dict[str, Any] = {}
+    problems: list[str] = [*content.file_problems]
+    if content.tensors or content.problems:
+        config, wrong = derive_config(content)
+        problems += [*wrong, *tensor_problems(content, config, sizes=not wrong)]
     raise_problems(content.path, problems)
-    return config
+    return {**config, "tie_word_embeddings": config["tie_word_embeddings"] or is_copied(content)} if config else None
 
 
 def _dump(content: dict[str, Any]) -> str:

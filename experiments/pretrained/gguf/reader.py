@@ -1,14 +1,13 @@
-"""Opens GGUF files, and collects what is wrong with their tensors without reading them."""
+"""Opens GGUF files, and collects what is wrong with their headers and tensors without reading tensors."""
 
 import functools
 import math
 import re
-import struct
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gguf
 import ml_dtypes
@@ -24,8 +23,9 @@ _FLOATS: dict[gguf.GGMLQuantizationType, np.dtype] = {
     gguf.GGMLQuantizationType.F16: np.dtype(np.float16),
     gguf.GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
 }
+_OTHER_ORDER: Literal["little", "big"] = "big" if sys.byteorder == "little" else "little"
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-_LISTED = 12  # the maximum number of problems in an error
+_LISTED = 12  # the maximum number of problems of a kind in an error
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ class Content:
       files: All files.
       fields: The values of the fields by name.
       tensors: The tensors by name.
-      problems: What is wrong with other tensors, by name; a file that ends too early has a problem of its own.
+      problems: What is wrong with other tensors, by name.
+      file_problems: What is wrong with files.
+      is_complete: Whether the headers of all files are known.
     """
 
     path: Path
@@ -77,6 +79,8 @@ class Content:
     fields: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     problems: Mapping[str, str]
+    file_problems: tuple[str, ...] = ()
+    is_complete: bool = True
 
 
 def read(path: Path) -> Content:
@@ -84,41 +88,59 @@ def read(path: Path) -> Content:
 
     Args:
       path: The file; for a model in parts (`NAME-00001-of-00003.gguf`), any of them.
-
-    Raises:
-      UserError: The file is not GGUF, ends within its header, or has another version or byte order; parts are missing.
     """
     files = parts(path)
-    readers = [_open(file) for file in files]
+    readers, unreadable = [], []
+    for file in files:
+        try:
+            readers.append(_open(file))
+        except ValueError as error:
+            unreadable.append(str(error))
     tensors = {name: tensor for reader in readers for name, tensor in reader.stored.items()}
     problems = {name: problem for reader in readers for name, problem in reader.problems.items()}
     fields = {name: reader.value(name) for reader in reversed(readers) for name in reader.fields}
-    return Content(files[0], files, fields, tensors, problems)
+    file_problems = (*unreadable, *(problem for reader in readers for problem in reader.file_problems))
+    return Content(files[0], files, _usable(fields), tensors, problems, file_problems, not unreadable)
 
 
 def parts(path: Path) -> tuple[Path, ...]:
-    """Returns all files of the model to which a file belongs.
-
-    Raises:
-      UserError: Some do not exist.
-    """
+    """Returns all files of the model to which a file belongs."""
     match = _PART.fullmatch(path.name)
     if match is None:
         return (path,)
-    names = [f"{match[1]}-{number + 1:05}-of-{match[3]}.gguf" for number in range(int(match[3]))]
-    if missing := [name for name in names if not (path.parent / name).is_file()]:
-        raise UserError(f"{path}: {len(missing)} of {len(names)} parts are missing: {', '.join(missing[:3])}")
-    return tuple(path.parent / name for name in names)
+    return tuple(path.parent / f"{match[1]}-{number + 1:05}-of-{match[3]}.gguf" for number in range(int(match[3])))
 
 
 def raise_problems(path: Path, problems: Iterable[str]) -> None:
-    """Raises a UserError that lists problems of a file, if there are any."""
-    problems = list(problems)
-    if problems:
-        more = [f"… and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
-        listed = "\n  ".join([*problems[:_LISTED], *more])
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError(f"{path}: cannot be used ({count}):\n  {listed}")
+    """Raises a UserError that lists problems of a file, if there are any.
+
+    Args:
+      path: The file.
+      problems: Texts that begin with their kind and a colon. Of a kind that occurs often, the first ones are listed.
+    """
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(problem.partition(":")[0], []).append(problem)
+    if kinds:
+        count = sum(map(len, kinds.values()))
+        lines = [line for kind, listed in kinds.items() for line in _shortened(kind, listed)]
+        total = "1 problem" if count == 1 else f"{count} problems"
+        raise UserError("\n  ".join([f"{path}: cannot be used ({total}):", *lines]))
+
+
+def _shortened(kind: str, problems: list[str]) -> list[str]:
+    more = len(problems) - _LISTED
+    return problems if more <= 0 else [*problems[:_LISTED], f"{kind}: … and {more} more"]
+
+
+def _usable(fields: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out the ids of special tokens that the vocabulary does not have, as llama.cpp does."""
+    count = len(fields.get("tokenizer.ggml.tokens", ()))
+    return {
+        name: value
+        for name, value in fields.items()
+        if not (count and re.fullmatch(r"tokenizer\.ggml\.\w+_token_id", name)) or value in range(count)
+    }
 
 
 class _Reader(gguf.GGUFReader):
@@ -128,7 +150,11 @@ class _Reader(gguf.GGUFReader):
         self.path = path
         self.stored: dict[str, StoredTensor] = {}
         self.problems: dict[str, str] = {}
+        self.file_problems: list[str] = []
         super().__init__(path)
+        if self.byte_order == "S":
+            hint = f"convert it with gguf-convert-endian {path} {sys.byteorder}"
+            self.file_problems.append(f"{_OTHER_ORDER}-endian: {path.name}; {hint}")
 
     def value(self, name: str) -> Any:
         """Returns the value of a field."""
@@ -158,10 +184,11 @@ class _Reader(gguf.GGUFReader):
 
     def _strings(self, start: int, count: int) -> tuple[list[str], int]:
         view, strings, end = self.data.data, [], start
+        order = sys.byteorder if self.byte_order == "I" else _OTHER_ORDER
         for _ in range(count):
             if end + 8 > len(view):
                 raise ValueError(f"it ends at byte {len(view):,}, within its header")
-            (length,) = struct.unpack_from("=Q", view, end)
+            length = int.from_bytes(view[end : end + 8], order)
             self._get(end + 8, np.uint8, length)
             strings.append(str(view[end + 8 : end + 8 + length], "utf-8"))
             end += 8 + length
@@ -191,13 +218,13 @@ class _Reader(gguf.GGUFReader):
             elif start + size > len(self.data):
                 self.problems[name] = f"truncated: {name}"
             else:
-                dtype = _FLOATS.get(kind, np.dtype(np.uint8))
+                dtype = _FLOATS.get(kind, np.dtype(np.uint8)).newbyteorder(self.byte_order)
                 row = shape[-1] if kind in _FLOATS else shape[-1] // block * block_bytes
                 data = np.asarray(self.data[start : start + size]).view(dtype).reshape(*shape[:-1], row)
                 self.stored[name] = StoredTensor(name, self.path, kind, shape, data)
         if end > len(self.data):
             sizes = f"{self.path.name} has {len(self.data):,} bytes, its tensors need {end:,}"
-            self.problems = {str(self.path): f"truncated: {sizes}"} | self.problems
+            self.file_problems.append(f"truncated: {sizes}")
 
 
 @functools.cache
@@ -213,29 +240,31 @@ def _is_readable(kind: gguf.GGMLQuantizationType) -> bool:
 
 
 def _open(path: Path) -> _Reader:
-    _check_header(path)
+    """Reads the header of a file; raises a ValueError if that is impossible."""
+    _check_beginning(path)
     try:
         return _Reader(path)
     except (ValueError, KeyError, IndexError, OverflowError, MemoryError) as error:
-        raise UserError(f"{path}: truncated or damaged ({shorten(str(error))})") from None
+        raise ValueError(f"truncated or damaged: {path.name} ({shorten(str(error))})") from None
 
 
-def _check_header(path: Path) -> None:
-    """Raises a UserError unless a file begins like a GGUF file of a supported version in this machine's byte order."""
+def _check_beginning(path: Path) -> None:
+    """Raises a ValueError unless a file begins like a GGUF file of a supported version."""
     try:
         with path.open("rb") as file:
             header = file.read(_HEADER)
+    except FileNotFoundError:
+        raise ValueError(f"missing: the part {path.name}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise ValueError(f"unreadable: {path.name} ({error.strerror})") from None
     if header[:4] != _MAGIC:
-        raise UserError(f"{path}: not a GGUF file, which begins with the bytes {_MAGIC.decode()}")
+        raise ValueError(f"not GGUF: {path.name} does not begin with the bytes {_MAGIC.decode()}")
     if len(header) < _HEADER:
-        raise UserError(f"{path}: truncated, it has only {len(header)} bytes")
+        raise ValueError(f"truncated or damaged: {path.name} (it has only {len(header)} bytes)")
     supported = gguf.gguf_reader.READER_SUPPORTED_VERSIONS
-    version = int.from_bytes(header[4:8], sys.byteorder)
-    if version in supported:
-        return
-    other = "big" if sys.byteorder == "little" else "little"
-    if int.from_bytes(header[4:8], other) in supported:
-        raise UserError(f"{path}: {other}-endian; convert it with gguf-convert-endian {path} {sys.byteorder}")
-    raise UserError(f"{path}: GGUF version {version}, supported is {' or '.join(map(str, supported))}")
+    versions = [int.from_bytes(header[4:8], order) for order in (sys.byteorder, _OTHER_ORDER)]
+    if not set(versions) & set(supported):
+        raise ValueError(
+            f"version: {path.name} has GGUF version {versions[0]}, supported is {' or '.join(map(str, supported))}; "
+            "the rest of it is not checked"
+        )

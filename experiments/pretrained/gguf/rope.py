@@ -24,17 +24,26 @@ def rope_scaling(field: Callable[[str], Any], longest: int) -> dict[str, Any] | 
       longest: The length of texts that the file states.
 
     Raises:
-      ValueError: The type of scaling is unknown.
+      ValueError: The type of scaling is unknown, or a field is not a positive number.
     """
+
+    def number(name: str, default: Any = None) -> Any:
+        value = field(f"rope.scaling.{name}")
+        if value is None or value == 0:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"rope.scaling.{name} is {value!r}, expected a positive number")
+        return value
+
     kind = field("rope.scaling.type")
     if kind in (None, "none"):
         return None
     if kind not in ("linear", "yarn"):
         raise ValueError(f"rope.scaling.type is {kind!r}, supported is 'none' or 'linear' or 'yarn'")
-    scaling = {"rope_type": kind, "factor": field("rope.scaling.factor") or 1.0}
+    scaling = {"rope_type": kind, "factor": number("factor", 1.0)}
     if kind == "yarn":
-        scaling["original_max_position_embeddings"] = field("rope.scaling.original_context_length") or longest
-        others = {theirs: field(f"rope.scaling.{name}") for name, theirs in _YARN.items()}
+        scaling["original_max_position_embeddings"] = number("original_context_length", longest)
+        others = {theirs: number(name) for name, theirs in _YARN.items()}
         scaling |= {name: value for name, value in others.items() if value is not None}
     return scaling
 

@@ -102,15 +102,23 @@ class GgufTensors(Mapping[str, tuple[int, ...]]):
         return self._views[name].stored.kind.name
 
 
-def tensor_problems(content: Content, config: Mapping[str, Any]) -> list[str]:
-    """Returns what is wrong with the tensors of a file, given the content of its `config.json`."""
-    expected = _layout(content, config)
+def tensor_problems(content: Content, config: Mapping[str, Any], *, sizes: bool = True) -> list[str]:
+    """Returns what is wrong with the tensors of a file.
+
+    Args:
+      content: The file.
+      config: The content of its `config.json`; empty if the architecture is unknown.
+      sizes: Whether the sizes in `config` are right, so that shapes can be compared.
+    """
     problems = list(content.problems.values())
+    if not config or not content.is_complete:  # other tensors may be in other files
+        return problems
+    expected = _layout(content, config)
     for name, entry in expected.items():
-        if name in content.tensors and content.tensors[name].shape != entry.shape:
+        if name in content.tensors and sizes and content.tensors[name].shape != entry.shape:
             problems.append(f"shape: {name} is {content.tensors[name].shape}, expected {entry.shape}")
         elif name not in content.tensors and name not in content.problems:
-            problems.append(f"missing: {name} {entry.shape}")
+            problems.append(f"missing: {name} {entry.shape if sizes else ''}".rstrip())
     for name, tensor in content.tensors.items():
         if name not in expected and not re.fullmatch(_UNUSED, name):
             problems.append(f"unexpected: {name} {tensor.shape}")
