@@ -26,7 +26,7 @@ class Config(PostTraining):
 
     STUDY = "experiments.studies.post_training.grpo"
     CHECK = "experiments.studies.post_training.records"
-    MINUTES = 20
+    MINUTES = 12
     FAST: ClassVar[Mapping[str, Any]] = {**PostTraining.FAST, "group": 2, "out": Path("runs/grpo-fast")}
 
     data: tuple[str, ...] = ("debian_topics",)
@@ -56,13 +56,17 @@ class Config(PostTraining):
     beta: float = 0.0
     """The weight of the divergence from the reference: the base, or the adapter of --init-from."""
 
-    batch: BatchSizes = field(default_factory=lambda: BatchSizes(8))
+    batch: BatchSizes = field(default_factory=lambda: BatchSizes(4))
     """Prompts per training step."""
+
+    lr: float | Literal["auto"] | None = 2e-4
+    """Peak learning rate. At 1e-3, the base of the defaults gives the same answer to all prompts after few steps, whose
+    advantages are zero. auto: see dpo."""
 
     epochs: int = 10
     """Passes over the training examples."""
 
-    steps: int | None = 50
+    steps: int | None = 40
     """Maximum number of training steps. None trains for all epochs."""
 
     validation_examples: int | None = 100

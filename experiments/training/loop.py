@@ -1,12 +1,9 @@
 """The loop around a compiled train step: progress, evaluation, checkpoints, resuming."""
 
-import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any, TypeVar
-
-import numpy as np
 
 from experiments.errors import UserError
 from experiments.input.pipeline import Batches, iterate
@@ -106,7 +103,7 @@ def train(
                     meter.restart_clock()
                 if stopping:
                     raise interrupt.error(number)
-                note = f"step {number}/{total}  loss {np.mean(history.losses[-20:] or [math.nan]):.3f}"
+                note = f"step {number}/{total}  {history.recent(run.shown)}"
                 bar.advance(batches.examples(number - 1), note)
                 if number % batches.steps_per_epoch == 0 and number in due:
                     note += f", validation {format_score(history.evaluations[-1][1])}"

@@ -1,10 +1,12 @@
 """The description of a training run: its settings, its limits and what it has measured."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from jax.sharding import Mesh
 
 
@@ -26,6 +28,16 @@ class History:
 
     def __post_init__(self) -> None:
         self.evaluations = [(step, score) for step, score in self.evaluations]  # JSON stores pairs as lists
+
+    def recent(self, shown: str | None = None) -> str:
+        """Returns the means of the last 20 losses, and of one of `means`.
+
+        Example:
+          >>> History(losses=[0.5, 0.25], means={"reward": [0.0, 1.0]}).recent("reward")
+          'loss 0.375, reward 0.500'
+        """
+        values = {"loss": self.losses} | ({} if shown is None else {shown: self.means.get(shown, [])})
+        return ", ".join(f"{name} {np.mean(last[-20:] or [math.nan]):.3f}" for name, last in values.items())
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,7 @@ class TrainingRun:
       costs: None does not compute the model FLOP utilization.
       limits: Conditions that end the run before its last step.
       log_every: The number of steps between lines of metrics.
+      shown: The mean of :attr:`History.means` that the progress shows beside the loss; None shows none.
     """
 
     directory: Path
@@ -99,6 +112,7 @@ class TrainingRun:
     costs: Costs | None = None
     limits: Limits = field(default_factory=Limits)
     log_every: int = 1
+    shown: str | None = None
 
     @property
     def checkpoints(self) -> Path:

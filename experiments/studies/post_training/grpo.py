@@ -27,7 +27,7 @@ _SAMPLED = 4  # answers to each held-out problem
 def run(config: Config) -> Report:
     """Runs or resumes the study; see :func:`study.run`."""
     task = Task(
-        f"grpo ({config.form})",
+        config.form,
         make_objective,
         make_measure,
         Aim(REWARD, None),

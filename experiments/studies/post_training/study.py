@@ -113,6 +113,7 @@ def _train(
         profile=config.profiled_steps(),
         limits=Limits(config.max_minutes),
         log_every=config.log_every,
+        shown=task.curve,
     )
     with bar(console, "training", sum(map(data.train.examples, range(total)))) as progress:
         state, history = loop.train(

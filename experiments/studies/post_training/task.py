@@ -55,7 +55,7 @@ class Task:
       objective: Returns what is trained.
       measure: Returns the function that measures a delta.
       aim: What the study aims at. Its measure is the score of evaluations.
-      curve: The mean of the objective that the figure shows over steps.
+      curve: The mean of the objective that the figure and the progress show over steps.
       step: Returns the step of the training loop.
       task_type: The type of the task in PEFT's config.
       compare: Returns the values of base and adapter that are compared, of the measured values of both.
