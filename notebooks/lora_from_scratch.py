@@ -400,8 +400,8 @@ axes.margins(x=0.15)
 plt.show()
 
 # %%
-minutes, memory = (time.perf_counter() - START) / 60, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-print(f"{minutes:.1f} minutes, {memory:.1f} GiB at the peak")
+minutes, memory = (time.perf_counter() - START) / 60, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+print(f"{minutes:.1f} minutes and {memory:.1f} GB of memory at most")
 
 # %% [markdown]
 # ## What next
