@@ -21,8 +21,8 @@ from experiments.models.cache import Cache
 from experiments.models.decoder import Decoder
 from experiments.training import mesh as meshes
 
-_ROWS = 16  # prompts per batch, at most
-_TOKENS = 8192  # slots of the cache of a batch, at most, if that is more than one prompt
+_ROWS = 64  # prompts per batch, at most
+_TOKENS = 16384  # slots of the cache of a batch, at most, if that is more than one prompt
 _PIECE = 32  # tokens of each prompt that are read at a time
 _ANSWER = 8  # the lengths of reference answers are multiples of it
 

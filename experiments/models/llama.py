@@ -197,7 +197,7 @@ class Layer(nnx.Module):
         sliding, cache = state
         mixed_BLD, cache = self.attention(self.attention_norm(x_BLD), sliding, cache, context, rotations)
         x_BLD = x_BLD + mixed_BLD
-        return x_BLD + self.feed_forward(self.feed_forward_norm(x_BLD)), cache
+        return x_BLD + self.feed_forward(self.feed_forward_norm(x_BLD)), (sliding, cache)
 
 
 class Llama(Decoder):
@@ -238,7 +238,8 @@ class Llama(Decoder):
         else:
             states = tuple((None, cache) for cache in (layers or [None] * len(sliding)))
         rotations = self.config.rope.rotations(context.positions_BL)
-        x_BLD, layers = stack.run(self.layers, x_BLD, context, rotations, states=states, options=self.options)
+        x_BLD, states = stack.run(self.layers, x_BLD, context, rotations, states=states, options=self.options)
+        layers = states[1] if self.options.scan else tuple(cache for _, cache in states)
         return self.norm(x_BLD), layers
 
     def head(self, x_BLD: jax.Array) -> jax.Array:

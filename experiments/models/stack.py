@@ -46,6 +46,7 @@ def run(layers: Layers, x: Any, *shared: Any, states: Any = None, options: Optio
       x: The input of the first layer.
       *shared: Arguments that are the same for every layer.
       states: The state of each layer (its keys and values), from :func:`stack_states`; None passes None to every layer.
+        A layer returns its state in the same form.
       options: Whether to scan, and what to rematerialize.
 
     Returns:
@@ -61,13 +62,29 @@ def run(layers: Layers, x: Any, *shared: Any, states: Any = None, options: Optio
         call = nnx.remat(call, policy=_POLICIES[options.remat])
     x = _constrain(x, options)
     if options.scan:
-        axes = (0, nnx.Carry, 0, *(None for _ in shared))
-        return nnx.scan(call, in_axes=axes, out_axes=(nnx.Carry, 0))(layers, x, states, *shared)
+        return _scan(call, layers, x, states, shared)
     new_states = []
     for layer, state in zip(layers, [None] * len(layers) if states is None else states):
         x, state = call(layer, x, state, *shared)
         new_states.append(state)
     return x, tuple(new_states)
+
+
+def _scan(call: Callable, layers: nnx.Module, x: Any, states: Any, shared: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Carries the states of all layers through the loop, so that XLA updates them in place instead of copying them."""
+
+    def body(layer: nnx.Module, carry: Any, index: jax.Array | None, *shared: Any) -> tuple[Any, None]:
+        x, states = carry
+        state = jax.tree.map(lambda all_: jax.lax.dynamic_index_in_dim(all_, index, keepdims=False), states)
+        x, state = call(layer, x, state, *shared)
+        update = jax.lax.dynamic_update_index_in_dim
+        return (x, jax.tree.map(lambda all_, one: update(all_, one, index, 0), states, state)), None
+
+    leaves = jax.tree.leaves(states)
+    indices = jnp.arange(len(leaves[0])) if leaves else None
+    axes = (0, nnx.Carry, 0, *(None for _ in shared))
+    (x, states), _ = nnx.scan(body, in_axes=axes, out_axes=(nnx.Carry, 0))(layers, (x, states), indices, *shared)
+    return x, states
 
 
 def _constrain(x: Any, options: Options) -> Any:
