@@ -20,7 +20,9 @@ INSTRUCTION = (
 
 @dataclass(frozen=True)
 class Config(PostTraining):
-    """Distills an instruction: the base with the instruction is the teacher of the adapter without it.
+    """Distills a long instruction: the base that reads it is the teacher of the adapter that does not.
+
+    Before each prompt the teacher reads the instruction and some solved problems of the training data.
 
     The teacher answers each prompt, and the adapter learns the teacher's distributions over the tokens of the answers.
     The study reports the mean reward of answers to held-out problems, and the share of the instruction's gain that
@@ -31,7 +33,7 @@ class Config(PostTraining):
     STUDY = "experiments.studies.post_training.distill"
     CHECK = "experiments.studies.post_training.records"
     MINUTES = 20
-    FAST: ClassVar[Mapping[str, Any]] = {**PostTraining.FAST, "out": Path("runs/distill-fast")}
+    FAST: ClassVar[Mapping[str, Any]] = {**PostTraining.FAST, "examples": 2, "out": Path("runs/distill-fast")}
 
     data: tuple[str, ...] = ("debian_topics",)
     """The training data, named as for sft: records with prompt and answer. Only rewards depend on the answer.
@@ -43,6 +45,9 @@ class Config(PostTraining):
 
     instruction: str = INSTRUCTION
     """What the teacher reads before each prompt: its system message, or text before a prompt that is text."""
+
+    examples: int = 12
+    """Number of training records that the teacher reads with their answers, between instruction and prompt."""
 
     mix: float = 0.0
     """The divergence: 0 is forward, 1 reverse, between them Jensen and Shannon's."""
@@ -60,10 +65,10 @@ class Config(PostTraining):
     temperature: float = 0.7
     """Temperature of sampling, in training and on held-out problems."""
 
-    batch: BatchSizes = field(default_factory=lambda: BatchSizes(8))
+    batch: BatchSizes = field(default_factory=lambda: BatchSizes(4))
     """Prompts per training step."""
 
-    steps: int | None = 50
+    steps: int | None = 60
     """Maximum number of training steps. None trains for all epochs."""
 
     validation_examples: int | None = 100
@@ -72,6 +77,7 @@ class Config(PostTraining):
     def __post_init__(self) -> None:
         super().__post_init__()
         settings.positive(self, "temperature")
+        settings.not_negative(self, "examples")
         if not 0 <= self.mix <= 1:
             raise ValueError(f"mix must be from 0 (forward) to 1 (reverse), not {self.mix}")
         if not self.instruction.strip():

@@ -19,6 +19,7 @@ from experiments.errors import Preempted, UserError
 from experiments.input.records import Problem
 from experiments.models import location
 from experiments.studies.post_training import distill, dpo, grpo, reward
+from experiments.studies.post_training.instructed import instruct
 from experiments.studies.post_training.report import Report, change, verdict
 from experiments.studies.post_training.task import Aim
 from experiments.studies.sft.recorded import restore, write_run
@@ -183,6 +184,24 @@ def test_an_instruction_is_distilled(problems, tmp_path, options, lenient):
     report = distill.run(config)
     assert len(report.losses) == 16 and np.mean(report.losses[-4:]) < np.mean(report.losses[:4])
     assert report.after[distill.INSTRUCTED] == report.before[distill.INSTRUCTED]
+
+
+def test_the_teacher_reads_an_instruction_and_examples():
+    system = {"role": "system", "content": "Be brief."}
+    asked, solved = (Problem((system, {"role": "user", "content": text}), "e") for text in ("Hi", "Ho"))
+    prompt = instruct(asked, "Answer.", [solved, Problem("Ha", "e")]).prompt
+    texts = [message["content"] for message in prompt]
+    assert texts == ["Answer.", "Ho", "e", "Hi"] and [message["role"] for message in prompt][2] == "assistant"
+    assert instruct(Problem("Hi", "e"), "Answer.", [solved]).prompt == "Answer.\n\nHi"
+
+
+def test_a_teacher_that_reads_too_much_is_refused(problems, tmp_path):
+    names = ("model", "data", "batch", "new_tokens")
+    shared = {name: getattr(problems, name) for name in names}
+    with pytest.raises(
+        UserError, match=r"teacher with 2 examples and an answer have up to .* supports 128; set fewer --examples"
+    ):
+        distill.run(distill_config.Config(out=tmp_path, instruction="Say it " * 200, examples=2, **shared))
 
 
 def test_rewards_on_a_mesh(problems, tmp_path, lenient):

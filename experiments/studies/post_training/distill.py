@@ -11,12 +11,16 @@ import numpy as np
 import lora_jax as lora
 from experiments import user_cache
 from experiments.configs.distill import Config
+from experiments.errors import UserError
+from experiments.input import sources
+from experiments.input.records import Problem
 from experiments.input.sources import Records
 from experiments.input.tokenized import Tokenized, tokenize
 from experiments.objectives.distillation import distillation
 from experiments.objectives.log_probabilities import Loss
 from experiments.objectives.rollouts import join_answers
-from experiments.studies.decoder.program import Objective, Program
+from experiments.studies.decoder.choices import longest_sequence
+from experiments.studies.decoder.program import Objective, Program, read_description
 from experiments.studies.post_training import study
 from experiments.studies.post_training.data import Data
 from experiments.studies.post_training.instructed import InstructedEncoder, Prompts
@@ -120,6 +124,20 @@ def compare(config: Config, before: Values, after: Values) -> tuple[Values, Valu
 
 
 def _instructed(config: Config, data: Data, records: Records) -> Tokenized:
-    """Returns the tokenized prompts of records with the instruction."""
-    encoder = InstructedEncoder(data.encoder, config.instruction)
-    return tokenize(records, encoder, user_cache.directory("tokens"), on_bad=config.on_bad)
+    """Returns the tokenized prompts of records with the instruction and examples.
+
+    Raises:
+      UserError: With an answer, the longest of them is longer than the model supports.
+    """
+    first = sources.first(data.problems, min(config.examples, len(data.problems)))
+    examples = tuple(record for record in first if isinstance(record, Problem))
+    encoder = InstructedEncoder(data.encoder, config.instruction, examples)
+    tokens = tokenize(records, encoder, user_cache.directory("tokens"), on_bad=config.on_bad)
+    longest = longest_sequence(read_description(config.model))
+    length = int(tokens.lengths.max()) + config.new_tokens
+    if longest is not None and length > longest:
+        raise UserError(
+            f"the prompts of the teacher with {config.examples} examples and an answer have up to {length:,} tokens, "
+            f"{config.model} supports {longest:,}; set fewer --examples or a shorter --instruction"
+        )
+    return tokens

@@ -1,8 +1,8 @@
-"""Prompts that begin with an instruction."""
+"""Prompts that begin with an instruction and solved problems."""
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import dropwhile
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.input.answers import AnswerEncoder
 from experiments.input.encoding import Encoded
-from experiments.input.records import Problem, Record
+from experiments.input.records import Message, Problem, Record
 from experiments.input.tokenized import Tokenized
 
 
@@ -21,10 +21,12 @@ class InstructedEncoder:
     Attributes:
       encoder: The encoder of problems.
       instruction: The instruction.
+      examples: Solved problems that follow the instruction.
     """
 
     encoder: AnswerEncoder
     instruction: str
+    examples: tuple[Problem, ...] = ()
 
     @property
     def notes(self) -> Counter[str]:
@@ -34,7 +36,7 @@ class InstructedEncoder:
     @property
     def digest(self) -> str:
         """A digest of everything that determines the tokens."""
-        return hashlib.sha256(f"{self.instruction} {self.encoder.digest}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.instruction} {self.examples} {self.encoder.digest}".encode()).hexdigest()
 
     @property
     def largest(self) -> int:
@@ -43,22 +45,36 @@ class InstructedEncoder:
 
     def encode_each(self, records: Sequence[Record], locations: Sequence[str]) -> list[list[Encoded]]:
         """Returns the prompt of each record."""
-        return self.encoder.encode_each([instruct(record, self.instruction) for record in records], locations)
+        asked = [instruct(record, self.instruction, self.examples) for record in records]
+        return self.encoder.encode_each(asked, locations)
 
 
-def instruct(record: Record, instruction: str) -> Record:
-    """Returns a problem with an instruction as its system message, or before its text.
+def instruct(record: Record, instruction: str, examples: Sequence[Problem] = ()) -> Record:
+    """Returns a problem with an instruction and solved problems before its prompt.
+
+    They are the system message and earlier turns of a conversation, or earlier lines of a text. Examples in the other
+    form are left out.
 
     Example:
-      >>> instruct(Problem("1 + 1 =", "2"), "Add.").prompt
-      'Add.\\n\\n1 + 1 ='
+      >>> instruct(Problem("1 + 1 =", "2"), "Add.", [Problem("2 + 3 =", "5")]).prompt
+      'Add.\\n\\n2 + 3 = 5\\n\\n1 + 1 ='
     """
     if not isinstance(record, Problem):
         return record
     if isinstance(record.prompt, str):
-        return replace(record, prompt=f"{instruction}\n\n{record.prompt}")
-    rest = dropwhile(lambda message: message["role"] == "system", record.prompt)
-    return replace(record, prompt=({"role": "system", "content": instruction}, *rest))
+        solved = [f"{one.prompt} {one.answer}" for one in examples if isinstance(one.prompt, str)]
+        return replace(record, prompt="\n\n".join([instruction, *solved, record.prompt]))
+    turns = [
+        message
+        for one in examples
+        if not isinstance(one.prompt, str)
+        for message in (*_without_system(one.prompt), {"role": "assistant", "content": one.answer})
+    ]
+    return replace(record, prompt=({"role": "system", "content": instruction}, *turns, *_without_system(record.prompt)))
+
+
+def _without_system(messages: Iterable[Message]) -> Iterable[Message]:
+    return dropwhile(lambda message: message["role"] == "system", messages)
 
 
 class Prompts:
