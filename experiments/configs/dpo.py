@@ -27,7 +27,7 @@ class Config(PostTraining):
 
     STUDY = "experiments.studies.post_training.dpo"
     CHECK = "experiments.studies.post_training.records"
-    MINUTES = 20
+    MINUTES = 10
     FAST: ClassVar[Mapping[str, Any]] = {**PostTraining.FAST, "out": Path("runs/dpo-fast")}
 
     data: tuple[str, ...] = ("debian_siblings",)

@@ -38,7 +38,7 @@ class Config(Runtime):
     """
 
     STUDY = "experiments.studies.embed.study"
-    MINUTES = 20
+    MINUTES = 12
 
     methods: Methods = ("lora", "full")
     """The methods to compare, separated by commas: lora and dora (on every linear layer), full (fine-tuning of all

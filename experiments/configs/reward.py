@@ -24,7 +24,7 @@ class Config(PostTraining):
 
     STUDY = "experiments.studies.post_training.reward"
     CHECK = "experiments.studies.post_training.records"
-    MINUTES = 15
+    MINUTES = 6
     FAST: ClassVar[Mapping[str, Any]] = {**PostTraining.FAST, "out": Path("runs/reward-fast")}
 
     data: tuple[str, ...] = ("debian_siblings",)
