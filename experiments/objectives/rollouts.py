@@ -33,7 +33,7 @@ def rollouts(
       params: `(base, delta)`.
       tokens_PL: Prompts, padded on either side.
       mask_PL: True at tokens.
-      cache: An empty cache of `prompts * group` rows, with slots for prompts and new tokens.
+      cache: An empty cache of `prompts` rows, with slots for prompts and new tokens.
       group: The number of answers to each prompt.
       new_tokens: The maximum number of tokens of an answer.
       eos: The token or tokens that end an answer; the answer includes it.
@@ -47,14 +47,54 @@ def rollouts(
       is 1.
 
     Raises:
+      ValueError: See :func:`sample_group`.
+    """
+    new_BT = sample_group(
+        key, step, params, tokens_PL, mask_PL,
+        cache=cache, group=group, new_tokens=new_tokens, temperature=temperature, eos=eos, pad=pad,
+    )  # fmt: skip
+    tokens_BL, mask_BL = (jnp.repeat(array, group, axis=0) for array in (tokens_PL, mask_PL.astype(bool)))
+    return join_answers(tokens_BL, mask_BL, new_BT, eos, pad)
+
+
+def sample_group(
+    key: jax.Array,
+    step: generation.Step,
+    params: Any,
+    tokens_PL: jax.Array,
+    mask_PL: jax.Array,
+    *,
+    cache: Cache,
+    group: int,
+    new_tokens: int,
+    **options: Any,
+) -> jax.Array:
+    """Samples several continuations of each prompt, which is read once.
+
+    Args:
+      key: A PRNG key.
+      step: See :func:`experiments.generation.make_step`.
+      params: The first argument of `step`.
+      tokens_PL: Prompts, padded on either side; with a used cache, what follows the tokens in it, at least one per row.
+      mask_PL: True at tokens.
+      cache: A cache of `prompts` rows, with slots for prompts and new tokens; empty, or with the beginnings of prompts.
+      group: The number of continuations of each prompt.
+      new_tokens: The maximum number of tokens of a continuation.
+      **options: See :func:`experiments.generation.sample`.
+
+    Returns:
+      The new tokens, `int[prompts * group, new_tokens]`, the continuations of a prompt one after another.
+
+    Raises:
       ValueError: See :func:`experiments.generation.sample`.
     """
-    tokens_BL, mask_BL = (jnp.repeat(array, group, axis=0) for array in (tokens_PL, mask_PL.astype(bool)))
-    new_BT = generation.sample(
-        key, step, params, tokens_BL, mask_BL,
-        cache=cache, new_tokens=new_tokens, temperature=temperature, eos=eos, pad=pad,
-    )  # fmt: skip
-    return join_answers(tokens_BL, mask_BL, new_BT, eos, pad)
+    tokens_PL, mask_PL = align(tokens_PL, mask_PL)
+    if tokens_PL.shape[1] > 1:
+        cache = generation.prefill(step, params, tokens_PL[:, :-1], mask_PL[:, :-1], cache=cache, copies=group)
+    else:
+        cache = cache.select(jnp.repeat(jnp.arange(len(tokens_PL)), group))
+    last_B1 = jnp.repeat(tokens_PL[:, -1:], group, axis=0)
+    return generation.sample(key, step, params, last_B1, cache=cache, new_tokens=new_tokens, **options)
 
 
 def join_answers(

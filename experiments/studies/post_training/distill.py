@@ -74,7 +74,8 @@ def make_step(config: Config, program: Program, data: Data) -> Step:
         prompts = {"": (tokens, mask), "teacher_": instructed.rows(index)}
         asked = "" if config.on_policy else "teacher_"
         delta = state.delta if config.on_policy else frozen.reference
-        rows, _ = sampler(key_of_step, frozen.base, delta, *prompts[asked], 1)
+        shared = 0 if config.on_policy else instructed.shared
+        rows, _ = sampler(key_of_step, frozen.base, delta, *prompts[asked], 1, shared)
         new = rows["tokens"][:, prompts[asked][0].shape[1] :]
         joined: Rows = {}
         for prefix, (prompt, part) in prompts.items():
@@ -102,7 +103,8 @@ def make_measure(config: Config, program: Program, data: Data) -> Measure:
             _, groups = sampler(key_of_step, base, delta, tokens, mask, _SAMPLED)
             means.append(rewards(groups, index)[used].mean(axis=1))
             if not teacher:  # the first model that is measured is the reference
-                _, answers = sampler(key_of_step, base, delta, *instructed.rows(index), _SAMPLED)
+                prompts = instructed.rows(index)
+                _, answers = sampler(key_of_step, base, delta, *prompts, _SAMPLED, instructed.shared)
                 others.append(rewards(answers, index)[used].mean(axis=1))
             prompts = [data.decode(row[part].tolist()).strip() for row, part in zip(tokens[used], mask[used])]
             texts += [(prompt, answers[0]) for prompt, answers in zip(prompts, groups)]

@@ -85,6 +85,7 @@ class Prompts:
 
     Attributes:
       length: The number of tokens of the longest prompt.
+      shared: The number of tokens with which all prompts begin, except the last token of the shortest.
     """
 
     def __init__(self, data: Tokenized):
@@ -92,6 +93,10 @@ class Prompts:
         self._starts = np.cumsum(data.lengths, dtype=np.int64) - data.lengths
         self._example_of = {owner: number for number, owner in enumerate(data.owners.tolist())}
         self.length = int(data.lengths.max())
+        every, masks = self.rows(np.fromiter(self._example_of, int))
+        differs = (every != every[0]).any(axis=0) | ~masks.all(axis=0)
+        self.shared = int(np.argmax(differs)) if differs.any() else self.length
+        self.shared = min(self.shared, int(data.lengths.min()) - 1)
 
     def rows(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns tokens and masks `[prompts, length]`, padded on the right; no tokens for a negative index."""

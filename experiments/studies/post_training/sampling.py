@@ -14,7 +14,7 @@ from experiments.evaluation.rewards import RewardName, reward
 from experiments.input.records import Problem
 from experiments.input.sources import Records
 from experiments.models.options import Options
-from experiments.objectives.rollouts import rollouts
+from experiments.objectives.rollouts import join_answers, sample_group
 from experiments.studies.decoder.program import Program
 from experiments.training import mesh as meshes
 
@@ -49,24 +49,28 @@ class Sampler:
         self._step = generation.make_step(lora.adapt(lora.nnx.functional(self._model)[0]))
 
     def __call__(
-        self, key: jax.Array, base: Any, delta: Any, tokens: np.ndarray, mask: np.ndarray, group: int
+        self, key: jax.Array, base: Any, delta: Any, tokens: np.ndarray, mask: np.ndarray, group: int, shared: int = 0
     ) -> tuple[Rows, list[list[str]]]:
         """Returns the prompts with answers, `[prompts * group, …]`, and the texts of the answers to each prompt.
 
-        A row of the mask without tokens is one of the last batch that holds no prompt; its answer has no labels.
+        A row of the mask without tokens is one of the last batch that holds no prompt; its answer has no labels. The
+        `shared` tokens with which all prompts begin are read once.
         """
         has_prompt = mask.any(axis=1)
-        mask = mask.copy()
-        mask[:, 0] |= ~has_prompt
+        tokens, mask = (np.where(has_prompt[:, None], array, array[:1]) for array in (tokens, mask))
+        params = base, delta
         with jax.default_device(jax.local_devices()[0]):
             slots = tokens.shape[1] + self._new_tokens
-            cache = jax.tree.map(np.asarray, self._model.cache(len(tokens) * group, slots))
-        sampled = rollouts(
+            cache = jax.tree.map(np.asarray, self._model.cache(1 if shared else len(tokens), slots))
+        if shared:
+            begin = jnp.asarray(tokens[:1, :shared])
+            cache = generation.prefill(self._step, params, begin, cache=cache, copies=len(tokens))
+        new = sample_group(
             key,
             self._step,
-            (base, delta),
-            jnp.asarray(tokens),
-            jnp.asarray(mask),
+            params,
+            jnp.asarray(tokens[:, shared:]),
+            jnp.asarray(mask[:, shared:]),
             cache=cache,
             group=group,
             new_tokens=self._new_tokens,
@@ -74,7 +78,9 @@ class Sampler:
             pad=self.pad,
             temperature=self._temperature,
         )
-        rows = {name: meshes.gather(array) for name, array in sampled.items()}
+        prompts = (jnp.asarray(np.repeat(array, group, axis=0)) for array in (tokens, mask))
+        sampled = join_answers(*prompts, meshes.gather(new), self.ends, self.pad)
+        rows = {name: np.asarray(array) for name, array in sampled.items()}
         rows["labels"] = np.where(np.repeat(has_prompt, group)[:, None], rows["labels"], -1)
         first = tokens.shape[1]
         texts = [

@@ -22,7 +22,7 @@ from experiments.objectives.kto import kto
 from experiments.objectives.log_probabilities import LogProbabilities
 from experiments.objectives.orpo import orpo
 from experiments.objectives.reference import Frozen, log_ratios
-from experiments.objectives.rollouts import rollouts
+from experiments.objectives.rollouts import rollouts, sample_group
 from experiments.objectives.simpo import simpo
 from tests.experiments.decoders import load
 
@@ -222,6 +222,24 @@ def test_distillation_to_the_policy_itself_another_delta_and_another_model():
     assert np.isnan(too_few)
 
 
+@pytest.mark.parametrize("length", [1, 3])
+def test_prompts_of_a_group_are_read_once(length):
+    loaded = model()
+    step = generation.make_step(loaded.apply)
+    prompts, mask = jnp.array([[0, 5, 6], [7, 8, 9]])[:, -length:], jnp.array([[False, True, True], [True] * 3])
+    mask, key, options = mask[:, -length:], jax.random.key(0), {"new_tokens": 4, "eos": 2, "temperature": 2.0}
+    new = sample_group(key, step, loaded.base, prompts, mask, cache=loaded.model.cache(2, 7), group=3, **options)
+    repeated = [jnp.repeat(array, 3, axis=0) for array in (prompts, mask)]
+    expected = generation.sample(key, step, loaded.base, *repeated, cache=loaded.model.cache(6, 7), **options)
+    assert new.tolist() == expected.tolist() and len({*map(tuple, new.tolist())}) > 2
+    begun = generation.prefill(step, loaded.base, jnp.array([[4, 3]]), cache=loaded.model.cache(1, 9), copies=2)
+    after = sample_group(key, step, loaded.base, prompts, mask, cache=begun, group=3, **options)
+    beginning = jnp.array([[4, 3]] * 2)
+    whole = jnp.concatenate([beginning, prompts], axis=1), jnp.concatenate([jnp.ones((2, 2), bool), mask], axis=1)
+    expected = sample_group(key, step, loaded.base, *whole, cache=loaded.model.cache(2, 9), group=3, **options)
+    assert after[3:].tolist() == expected[3:].tolist()  # the first prompt has padding inside, which is no prompt
+
+
 def test_rollouts_learn_a_rewarded_token(lenient):
     """Samples of base and delta, groups of answers, GRPO: the mean reward rises."""
     loaded, delta, tx = model(), adapter(lora.LoRA(2, alpha=8)), optax.adam(5e-2)
@@ -235,7 +253,7 @@ def test_rollouts_learn_a_rewarded_token(lenient):
     for number in range(12):
         batch = rollouts(
             jax.random.key(number), sampler, (state.base, state.delta), prompts, mask,
-            cache=loaded.model.cache(16, 7), group=8, new_tokens=4, eos=2,
+            cache=loaded.model.cache(2, 7), group=8, new_tokens=4, eos=2,
         )  # fmt: skip
         answer = jnp.where(batch["segments"][:, 3:] > 0, batch["tokens"][:, 3:], -1)
         reward = jnp.mean(answer % 2 == 0, axis=1, where=answer >= 0)
