@@ -25,7 +25,7 @@ def test_help_lists_the_commands():
     usage = run("--help")
     assert usage.returncode == 0
     commands = set(re.findall(r"^scripts/check (\w+)", usage.stdout, re.MULTILINE))
-    assert commands == {"lint", "types", "tests", "newest", "docs", "quick"}
+    assert commands == {"lint", "types", "tests", "newest", "oldest", "docs", "quick"}
     wrong = run("everything")
     assert wrong.returncode == 2 and wrong.stderr == usage.stdout
 
@@ -33,6 +33,11 @@ def test_help_lists_the_commands():
 def test_what_newest_leaves_out_exists():
     (names,) = re.findall(r"^once=\((.*?)\)", CHECK.read_text(), re.MULTILINE | re.DOTALL)
     assert [name for name in names.split() if not (ROOT / "tests" / name).exists()] == []
+
+
+def test_what_oldest_runs_exists():
+    (names,) = re.findall(r"^parts=\((.*?)\)", CHECK.read_text(), re.MULTILINE | re.DOTALL)
+    assert [name for name in names.split() if not (ROOT / name.partition("::")[0]).exists()] == []
 
 
 def test_the_oldest_jax_is_stated():
