@@ -390,6 +390,11 @@ def zeros(aval: Any) -> jax.Array:
         return jax.lax.pcast(array, tuple(aval.mat.varying), to="varying") if aval.mat.varying else array
 
 
+def manual_axes(equation: Equation) -> Any:
+    """Returns the mesh axes over which a `shard_map` is manual; JAX 0.10.0 has another name for them."""
+    return equation.params["newly_manual_axes" if "newly_manual_axes" in equation.params else "manual_axes"]
+
+
 def is_for_one_device(context: Any) -> bool:
     """Whether the program being lowered runs on one device, and is not partitioned by the compiler."""
     axes = context.module_context.axis_context

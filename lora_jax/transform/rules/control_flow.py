@@ -282,7 +282,7 @@ def shard_map(interpreter: Evaluator, equation: Equation, values: list[Any]) -> 
         in_specs=(jax.sharding.PartitionSpec(), *specs),
         out_specs=list(params["out_specs"]),
         check_vma=params["check_vma"],
-        axis_names=params["newly_manual_axes"],
+        axis_names=jaxprs.manual_axes(equation),
     )
     outputs = mapped(numbers, *arguments)
     interpreter.advance(Draws.most(draws))
