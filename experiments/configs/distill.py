@@ -32,7 +32,7 @@ class Config(PostTraining):
 
     STUDY = "experiments.studies.post_training.distill"
     CHECK = "experiments.studies.post_training.records"
-    MINUTES = 20
+    MINUTES = 11
     FAST: ClassVar[Mapping[str, Any]] = {**PostTraining.FAST, "examples": 2, "out": Path("runs/distill-fast")}
 
     data: tuple[str, ...] = ("debian_topics",)
