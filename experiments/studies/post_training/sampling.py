@@ -56,8 +56,8 @@ class Sampler:
         A row of the mask without tokens is one of the last batch that holds no prompt; its answer has no labels. The
         `shared` tokens with which all prompts begin are read once.
         """
-        has_prompt = mask.any(axis=1)
-        tokens, mask = (np.where(has_prompt[:, None], array, array[:1]) for array in (tokens, mask))
+        has_prompt = np.any(mask, axis=1, keepdims=True)
+        tokens, mask = (np.where(has_prompt, array, array[:1]) for array in (tokens, mask))
         params = base, delta
         with jax.default_device(jax.local_devices()[0]):
             slots = tokens.shape[1] + self._new_tokens
@@ -78,10 +78,10 @@ class Sampler:
             pad=self.pad,
             temperature=self._temperature,
         )
-        prompts = (jnp.asarray(np.repeat(array, group, axis=0)) for array in (tokens, mask))
-        sampled = join_answers(*prompts, meshes.gather(new), self.ends, self.pad)
+        tokens_BL, mask_BL = (jnp.asarray(np.repeat(array, group, axis=0)) for array in (tokens, mask))
+        sampled = join_answers(tokens_BL, mask_BL, meshes.gather(new), self.ends, self.pad)
         rows = {name: np.asarray(array) for name, array in sampled.items()}
-        rows["labels"] = np.where(np.repeat(has_prompt, group)[:, None], rows["labels"], -1)
+        rows["labels"] = np.where(np.repeat(has_prompt, group, axis=0), rows["labels"], -1)
         first = tokens.shape[1]
         texts = [
             self._decode(row[first:][part[first:] > 0].tolist()).strip()
