@@ -268,7 +268,7 @@ sample_step = generation.make_step(adapted)
 def sample(key, delta, batch, records):
     """Samples a group of answers to each prompt; returns the rows of a batch, the texts and their rewards."""
     tokens, mask = jnp.asarray(batch["tokens"]), jnp.asarray(batch["segments"] > 0)
-    cache = model.cache(len(tokens) * GROUP, tokens.shape[1] + NEW_TOKENS)
+    cache = model.cache(len(tokens), tokens.shape[1] + NEW_TOKENS)  # a prompt is read once for its group
     rows = rollouts(
         key, sample_step, (base, delta), tokens, mask,
         cache=cache, group=GROUP, new_tokens=NEW_TOKENS, eos=end, pad=end, temperature=0.7,
