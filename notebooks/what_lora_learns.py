@@ -204,7 +204,7 @@ plt.show()
 # free to use all 384 directions.
 
 # %%
-large, last = snapshots[names[1]][-1], {name: deltas_of_run[-1] for name, deltas_of_run in snapshots.items()}
+last = {name: deltas_of_run[-1] for name, deltas_of_run in snapshots.items()}
 figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
 for panel, name in zip(panels, (names[1], "full")):
     values = analysis.decompose(last[name], base, axes=axes_of)[QUERY].values[:, :LARGE]
@@ -308,7 +308,7 @@ for panel, (part, path) in zip(panels, {"query": QUERY, "value": VALUE}.items())
         panel.plot(range(6), results[path].factor, marker=marker, label=name)
     panel.set(xlabel=f"layer; {part}", yscale="log")
 panels[0].set_ylabel("amplification, ‖ΔW‖ / ‖UᵀWVᵀ‖")
-panels[1].legend()
+panels[1].legend(bbox_to_anchor=(1, 1))
 plt.show()
 
 # %% [markdown]
