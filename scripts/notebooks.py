@@ -22,14 +22,14 @@ def run(name: str) -> None:
     """Executes one notebook from top to bottom and stores it with its outputs."""
     path = NOTEBOOKS / f"{name}.ipynb"
     content = jupytext.read(path.with_suffix(".py"))
-    start = time.time()
+    start = time.perf_counter()
     NotebookClient(content, timeout=3600, resources={"metadata": {"path": str(ROOT)}}).execute()
     for number, cell in enumerate(content.cells):
         cell["id"] = f"cell-{number}"  # the same in every run
         cell.metadata.pop("execution", None)  # the hours
     content.metadata.pop("language_info", None)
     jupytext.write(content, path)
-    print(f"{path.relative_to(ROOT)}: {(time.time() - start) / 60:.1f} minutes", flush=True)
+    print(f"{path.relative_to(ROOT)}: {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
 
 
 def main(names: list[str]) -> int:
