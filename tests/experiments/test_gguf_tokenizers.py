@@ -124,3 +124,9 @@ def test_templates(tmp_path):
     assert template.source.startswith("{{ bos_token }}") and template.with_tools.source.startswith("tools")
     assert special_tokens(path) == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     assert load_template(gguf_files.FILES / "tokenizer_gpt-2.gguf") is None
+
+
+def test_special_tokens_outside_the_vocabulary_are_ignored(tmp_path):
+    """As in llama.cpp: some files have the largest integer where there is no such token."""
+    path = changed(tmp_path, "llama-spm", {"ggml.padding_token_id": (2**32 - 1, [UINT32])})
+    assert "pad_token" not in special_tokens(path) and special_tokens(path)["eos_token"] == "</s>"

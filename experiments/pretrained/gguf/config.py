@@ -39,8 +39,7 @@ _CLASSES = {
 }
 _FLOATS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "rope.freq_base")
 _LIMITS = {"block_count": 10_000, "expert_count": 1_000}
-_BIASES = {"attention_bias": ("llama", "qwen3"), "mlp_bias": ("llama",)}
-"""The families with an optional bias; of others, its tensors are unexpected."""
+_WINDOW = "attention.sliding_window"
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
 _ROWS = 4096  # the number of rows of an embedding and a head that are compared at a time
 _TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
@@ -86,26 +85,28 @@ class _Derivation:
         return config | {"model_type": "gpt2", "n_inner": None if hidden == 4 * config["n_embd"] else hidden}
 
     def decoder(self) -> dict[str, Any]:
-        config: dict[str, Any] = {"model_type": self._architecture, "hidden_act": "silu"}
+        family, tensors = self._family(), self._content.tensors
+        config: dict[str, Any] = {"model_type": family, "hidden_act": "silu"}
         config |= self._numbers(_DECODER)
         heads, width = config["num_attention_heads"], config["hidden_size"]
         config |= {
             "num_key_value_heads": self._number("attention.head_count_kv", heads),
             "head_dim": self._number("attention.key_length", width // heads or 1),
             "rope_theta": self._number("rope.freq_base", 10_000.0),
+            "attention_bias": family in ("llama", "qwen3") and "blk.0.attn_output.bias" in tensors,
+            "mlp_bias": family == "llama" and "blk.0.ffn_gate.bias" in tensors,
         }
         self._check_multiple("attention.head_count", heads, "attention.head_count_kv", config["num_key_value_heads"])
         states_width = self._field("attention.key_length") is not None
         if not states_width:
             self._check_multiple("embedding_length", width, "attention.head_count", heads)
-        if self._field("expert_count"):
-            config |= {"model_type": "mixtral"} | self._numbers(_EXPERTS)
+        if family == "mixtral":
+            config |= self._numbers(_EXPERTS)
             used, experts = config["num_experts_per_tok"], config["num_local_experts"]
             if used > experts and self._are_good("expert_count", "expert_used_count"):
                 names = self._name("expert_used_count"), self._name("expert_count")
                 self.problems.append(f"field: {names[0]} is {used}, expected at most {names[1]} {experts}")
-        config |= self._window(config["model_type"])
-        config |= self._biases(config["model_type"])
+        config |= self._window(family)
         names = ("attention.key_length",) if states_width else ("embedding_length", "attention.head_count")
         knows_width = self._are_good(*names) and (states_width or width % heads == 0)
         return config | self._rope(config, config["head_dim"] if knows_width else None)
@@ -152,17 +153,18 @@ class _Derivation:
         value = self._content.fields.get(self._name(name))
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
-    def _window(self, family: str) -> dict[str, Any]:
-        window = self._number("attention.sliding_window") if self._field("attention.sliding_window") else None
-        if family == "mixtral":
-            return {"sliding_window": window}
-        if family == "llama":
-            return {"model_type": "mistral", "sliding_window": window} if window else {}
-        return {"use_sliding_window": bool(window), "sliding_window": window, "max_window_layers": 0}
+    def _family(self) -> str:
+        if self._field("expert_count"):
+            return "mixtral"
+        return "mistral" if self._architecture == "llama" and self._field(_WINDOW) else self._architecture
 
-    def _biases(self, family: str) -> dict[str, Any]:
-        tensors = {"attention_bias": "blk.0.attn_output.bias", "mlp_bias": "blk.0.ffn_gate.bias"}
-        return {name: family in _BIASES[name] and tensor in self._content.tensors for name, tensor in tensors.items()}
+    def _window(self, family: str) -> dict[str, Any]:
+        if family == "llama":
+            return {}
+        window = self._number(_WINDOW) if self._field(_WINDOW) else None
+        if family in ("mistral", "mixtral"):
+            return {"sliding_window": window}
+        return {"use_sliding_window": bool(window), "sliding_window": window, "max_window_layers": 0}
 
     def _rope(self, config: Mapping[str, Any], width: int | None) -> dict[str, Any]:
         """Returns RoPE's fields for heads of a width, which is None if the fields do not tell it."""
