@@ -39,9 +39,11 @@ def widen(folder, kind, name="llama", other=None):
     """
     rng = np.random.default_rng(0)
     fields, tensors = read(FILES / f"{name}.gguf")
-    prefix, sizes = fields["general.architecture"][0], {16: 64, 24: 96, 8: 32, 48: 192, 64: 256}
-    changes = dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), 16)
-    changes |= {"embedding_length": 64, "feed_forward_length": 256 if name == "gpt2" else 96}
+    width, hidden = (256, 256) if kind in SCALES else (64, 256 if name == "gpt2" else 96)
+    sizes = {16: width, 24: hidden, 8: width // 2, 48: 3 * width, 64: hidden}
+    prefix, head = fields["general.architecture"][0], width // 4
+    changes = dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), head)
+    changes |= {"embedding_length": width, "feed_forward_length": hidden}
     for field, value in changes.items():
         if f"{prefix}.{field}" in fields:
             fields[f"{prefix}.{field}"] = (value, fields[f"{prefix}.{field}"][1])
@@ -53,8 +55,22 @@ def widen(folder, kind, name="llama", other=None):
         # As the converter has it, routers and positions are numbers.
         is_number = values.ndim < 2 or "ffn_gate_inp" in tensor or "position" in tensor
         form = gguf.GGMLQuantizationType["F32" if is_number else chosen]
-        codes = gguf.quants.quantize(values, form)
+        codes = blocks(rng, form, values.shape) if form.name in SCALES else gguf.quants.quantize(values, form)
         coded[tensor] = (codes, form)
         numbers = gguf.quants.dequantize(codes, form).reshape(values.shape)
         plain[tensor] = (numbers, gguf.GGMLQuantizationType.F32)
     return write(folder / "codes.gguf", fields, coded), write(folder / "plain.gguf", fields, plain)
+
+
+SCALES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+"""The first bytes of the float16 numbers in a block of the types that the package does not quantize to."""
+
+
+def blocks(rng, form, shape):
+    """Random blocks with finite scales, `uint8[*shape[:-1], bytes]`."""
+    size, length = gguf.GGML_QUANT_SIZES[form]
+    codes = rng.integers(0, 256, (*shape[:-1], shape[-1] // size, length), np.uint8)
+    for first in SCALES[form.name]:
+        scales = rng.normal(scale=1e-3, size=codes.shape[:-1]).astype(np.float16)
+        codes[..., first : first + 2] = scales[..., None].view(np.uint8)
+    return codes.reshape(*shape[:-1], -1)

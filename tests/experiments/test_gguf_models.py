@@ -67,9 +67,17 @@ def test_halves_load_as_they_are(name, dtype):
     check_equal(weights(path), {key: array.astype(np.float32) for key, array in expected.items()})
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
-def test_codes_are_dequantized(kind, tmp_path):
-    path, plain = gguf_files.widen(tmp_path, kind)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("llama", kind) for kind in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", *gguf_files.SCALES)),
+        ("gpt2", "Q4_K"),
+        ("mixtral", "Q6_K"),
+    ],
+)
+def test_codes_are_dequantized(name, kind, tmp_path):
+    """Bit for bit as by the `gguf` package, which made the numbers of the other file."""
+    path, plain = gguf_files.widen(tmp_path, kind, name)
     expected = weights(plain)
     check_equal(weights(path), expected)
     half = weights(path, dtype=jnp.bfloat16)
