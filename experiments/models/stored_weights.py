@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.errors import UserError
+from experiments.models.shards import read_shards
 from experiments.models.stored_codes import StoredCodes
 from experiments.pretrained.files import Tensors
 from lora_jax import peft
@@ -70,8 +71,7 @@ class StoredWeights:
                 raise UserError(f"{binding.path}: shape {leaf.shape} in the checkpoint, expected {binding.shape}")
             return leaf if sharding is None else jax.device_put(leaf, shardings(leaf, sharding))
         if self._codes is not None and self._codes.kind(binding) is not None:
-            leaf = self._codes.leaf(binding, dtype)
-            return leaf if sharding is None else jax.device_put(leaf, shardings(leaf, sharding))
+            return self._codes.leaf(binding, dtype, sharding)
         if plan is None or binding.path not in plan.chosen:
             return self._device_array(binding, dtype, sharding, slice(None))
         by_layer = bool(binding.stacked) and (sharding is None or not _divides_first(sharding, binding.shape))
@@ -106,17 +106,12 @@ class StoredWeights:
         window = (layers, *(slice(None) for _ in binding.shape[1:])) if binding.shape else None
         if sharding is None:
             return jax.device_put(binding.join(self._read, dtype, window))
-        devices_of: dict[tuple, list[jax.Device]] = {}
-        for device, part in sharding.addressable_devices_indices_map(shape).items():
-            devices_of.setdefault(tuple(axis.indices(n)[:2] for axis, n in zip(part or (), shape)), []).append(device)
-        arrays = []
-        for part, devices in devices_of.items():
+
+        def read(part: tuple[tuple[int, int], ...]) -> np.ndarray:
             limits = [(start + first, stop + first) for start, stop in part[:1]] + list(part[1:])
-            values = binding.join(self._read, dtype, tuple(slice(*limit) for limit in limits))
-            for device in devices:
-                one_device = jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
-                arrays.append(jax.device_put(values, one_device))
-        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+            return binding.join(self._read, dtype, tuple(slice(*limit) for limit in limits))
+
+        return read_shards(shape, sharding, read)
 
     def _dtype(self, binding: peft.Binding) -> np.dtype:
         """Returns the dtype of the weight's first tensor."""

@@ -51,8 +51,8 @@ class Codes(Protocol):
         """Returns the type of a tensor's codes; None if it is stored as numbers."""
         ...
 
-    def rows(self, name: str) -> np.ndarray:
-        """Returns the blocks of codes of each row of a matrix or table, `uint8[rows, bytes]`."""
+    def rows(self, name: str, part: slice = slice(None)) -> np.ndarray:
+        """Returns the blocks of codes of some rows of a matrix or table, `uint8[rows, bytes]`."""
         ...
 
 

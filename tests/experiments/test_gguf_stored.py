@@ -1,5 +1,6 @@
 """The codes of GGUF files as the base, as they are stored: `--quantize stored`."""
 
+import collections
 import dataclasses
 
 import jax
@@ -11,12 +12,12 @@ import lora_jax as lora
 from experiments.configs.decoder import BatchSizes
 from experiments.configs.sft import Config
 from experiments.errors import UserError
-from experiments.models import checkpoint, families
+from experiments.models import checkpoint, families, stored_codes
 from experiments.models.options import Options
 from experiments.models.weights import flatten_weights
 from experiments.studies.sft import program as programs
 from experiments.training.mesh_sizes import MeshSizes
-from lora_jax.quantization import Quantized
+from lora_jax.quantization import Quantized, from_gguf
 from tests.experiments import gguf_files
 from tests.experiments.decoders import FIXTURES
 
@@ -29,7 +30,11 @@ def load(path, **loading):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("llama", "Q8_0"), ("llama", "Q4_1"), ("mixtral", "Q4_0"), ("gpt2", "Q8_0"), ("qwen2", "Q5_1")]
+    ("name", "kind"),
+    [
+        *(("llama", "Q8_0"), ("llama", "Q4_1"), ("mixtral", "Q4_0"), ("gpt2", "Q8_0"), ("qwen2", "Q5_1")),
+        *(("llama", "Q4_K"), ("llama", "Q6_K")),
+    ],
 )
 def test_values_and_logits_are_those_of_the_dequantized_weights(name, kind, tmp_path):
     path, plain = gguf_files.widen(tmp_path, kind, name)
@@ -65,6 +70,31 @@ def test_a_mesh_divides_whole_blocks(tmp_path):
     config = dataclasses.replace(config, mesh=MeshSizes(fsdp=4), batch=BatchSizes(global_=4))
     with pytest.raises(UserError, match=r"quantize stored: each shard of .* not a multiple of the block of 32"):
         programs.abstract(config, jax.devices()[:4])
+
+
+def test_no_device_holds_more_than_its_shards(tmp_path, monkeypatch):
+    """Codes are read shard by shard, and each shard is made on the first of its devices."""
+    path, _ = gguf_files.widen(tmp_path, "Q8_0", "gpt2")
+    config = Config(model=str(path), quantize="stored", length=16, mesh=MeshSizes(data=2, fsdp=2, tensor=2))
+    program, received = programs.abstract(config), collections.Counter()
+
+    def record(rows, *args, **options):
+        leaf = from_gguf(rows, *args, **options)
+        if rows.any():  # others are read for their shape
+            received[leaf.codes.device] += rows.nbytes
+        return leaf
+
+    monkeypatch.setattr(stored_codes, "from_gguf", record)
+    with jax.set_mesh(program.mesh):
+        base = flatten_weights(program.load(path))
+    monkeypatch.undo()
+    expected = flatten_weights(load(path, stored=True)[1])
+    codes = {key: leaf.codes for key, leaf in base.items() if isinstance(leaf, Quantized)}
+    for key, array in codes.items():
+        np.testing.assert_array_equal(array, expected[key].codes, err_msg=key)
+    total = sum(array.nbytes for array in codes.values())
+    held = sum(array.addressable_shards[0].data.nbytes for array in codes.values())
+    assert held < total / 3 and max(received.values()) <= held and received.total() == total
 
 
 def test_what_has_no_codes_is_refused(tmp_path):

@@ -85,9 +85,9 @@ class GgufTensors(Mapping[str, tuple[int, ...]]):
         """Returns the type of a tensor's codes; None if it is stored as numbers."""
         return None if self._views[name].stored.is_float else self.dtype(name)
 
-    def rows(self, name: str) -> np.ndarray:
-        """Returns the blocks of codes of each row, `uint8[rows, bytes]`; of a transposed matrix, of each column."""
-        return self._views[name].rows()
+    def rows(self, name: str, part: slice = slice(None)) -> np.ndarray:
+        """Returns the blocks of codes of some rows, `uint8[rows, bytes]`; of a transposed matrix, of columns."""
+        return self._views[name].rows(part)
 
     def read(self, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
         """Reads a tensor, or a part of it: floats as they are stored, dequantized codes in float32."""
