@@ -41,7 +41,9 @@ def contrastive(embed: Callable[..., jax.Array], *, temperature: float = 0.05, s
 
     .. math:: -\log \frac{\exp(\cos(a_i, d_i)/\tau)}{\sum_j \exp(\cos(a_i, d_j)/\tau)}
 
-    over the positives :math:`d_j` of all anchors of the batch, and their negatives. It depends on the whole batch:
+    over the positives :math:`d_j` of all anchors of the batch, and their negatives. A batch may hold a
+    text twice (sentence-transformers avoids such batches): left out are copies of :math:`a_i`, of :math:`d_i`, and of
+    the positives of anchors that equal :math:`a_i`. The loss depends on the whole batch:
     microbatches (`accumulate`) and the devices of `pmap` have their own negatives only, and therefore another loss. On
     a mesh the negatives are those of the whole batch.
 
@@ -82,7 +84,8 @@ def contrastive(embed: Callable[..., jax.Array], *, temperature: float = 0.05, s
         # All positives, then all first negatives, and so on: the positive of anchor i is document i.
         documents_MD = jnp.swapaxes(documents_NKD, 0, 1).reshape(-1, documents_NKD.shape[-1])
         scores_NM = anchors_ND @ documents_MD.T / temperature
-        scores_NM = jnp.where((there_NK & valid_N[:, None]).T.reshape(1, -1), scores_NM, -jnp.inf)
+        used_NM = (there_NK & valid_N[:, None]).T.reshape(1, -1) & ~_right(batch)
+        scores_NM = jnp.where(used_NM, scores_NM, -jnp.inf)
         own_N = jnp.where(valid_N, jnp.diagonal(scores_NM), 0)
         losses_N = _log_sum(scores_NM, valid_N) - own_N
         if symmetric:
@@ -96,6 +99,25 @@ def contrastive(embed: Callable[..., jax.Array], *, temperature: float = 0.05, s
         return (summed(losses_N, valid_N), jnp.sum(valid_N, dtype=jnp.float32)), metrics
 
     return loss
+
+
+def _right(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Returns which documents, besides its own positive, are no negatives of an anchor, `bool[anchors, documents]`."""
+    anchors_NL = jnp.where(batch["mask"] > 0, batch["tokens"], -1)
+    documents_NKL = jnp.where(batch["document_mask"] > 0, batch["document_tokens"], -1)
+    documents_ML = jnp.swapaxes(documents_NKL, 0, 1).reshape(-1, documents_NKL.shape[-1])
+    count, total = len(anchors_NL), len(documents_ML)
+    same_anchor_NN = _equal(anchors_NL, anchors_NL).astype(jnp.float32)
+    same_document_NM = _equal(documents_ML[:count], documents_ML).astype(jnp.float32)
+    right_NM = (same_anchor_NN @ same_document_NM > 0) | _equal(anchors_NL, documents_ML)
+    return right_NM & ~jnp.eye(count, total, dtype=bool)
+
+
+def _equal(texts_NL: jax.Array, others_ML: jax.Array) -> jax.Array:
+    """Returns which texts are equal, `bool[texts, others]`; -1 is no token."""
+    length = max(texts_NL.shape[1], others_ML.shape[1])
+    one, other = (jnp.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=-1) for x in (texts_NL, others_ML))
+    return jnp.all(one[:, None] == other[None], axis=-1)
 
 
 def _log_sum(scores_NM: jax.Array, valid_N: jax.Array) -> jax.Array:

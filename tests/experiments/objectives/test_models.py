@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lora
@@ -71,6 +72,38 @@ def test_embeddings_are_means_of_unit_length_and_learn_pairs(lenient):
     assert all(np.isfinite(metrics["grad_norm"]) for metrics in history)
     assert float(history[-1]["loss"]) < 0.3 * float(history[0]["loss"])
     assert history[-1]["aux"]["accuracy"] == 6 == history[-1]["weight"]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_text_is_not_its_own_negative(symmetric):
+    """Pairs 0 and 1 have one positive, 0 and 2 one anchor; the positive of 3 is the anchor of 1, its negative that of
+    0. The scores of what is left out do not matter, padding neither."""
+    anchors = np.array([[1, 2, 9], [3, 0, 0], [1, 2, 9], [4, 5, 0]])
+    documents = np.array([[[6, 7], [8, 0]], [[6, 7], [9, 0]], [[5, 1], [1, 0]], [[3, 0], [6, 7]]])
+    left_out = {(0, 1), (0, 2), (0, 7), (1, 0), (1, 3), (1, 7), (2, 0), (2, 1), (2, 7)}
+    batch = {"tokens": anchors, "mask": anchors > 0, "document_tokens": documents, "document_mask": documents > 0}
+    batch = {name: jnp.asarray(value, jnp.int32) for name, value in batch.items()}
+    batch["tokens"] = batch["tokens"].at[3, 2].set(7)  # masked
+    rng = np.random.default_rng(0)
+    anchor_ND, document_NKD = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in vectors(rng))
+
+    def embed(base, delta, tokens, mask, key):
+        return jnp.asarray(anchor_ND if tokens.ndim == 2 else document_NKD)
+
+    scores = np.exp(anchor_ND @ np.swapaxes(document_NKD, 0, 1).reshape(8, -1).T)
+    for pair in left_out:
+        scores[pair] = 0
+    losses = np.log(scores.sum(axis=1) / scores.diagonal())
+    if symmetric:
+        losses = (losses + np.log(scores[:, :4].sum(axis=0) / scores.diagonal())) / 2
+    (total, weight), _ = contrastive(embed, temperature=1, symmetric=symmetric)({}, {}, batch, None)
+    np.testing.assert_allclose(total, losses.sum(), rtol=1e-5)
+    assert weight == 4
+
+
+def vectors(rng):
+    """Of four anchors, and of two documents for each."""
+    return rng.normal(size=(4, 8)).astype(np.float32), rng.normal(size=(4, 2, 8)).astype(np.float32)
 
 
 def test_a_step_on_a_mesh_equals_one_on_a_device():

@@ -172,9 +172,10 @@ def test_contrastive_equals_sentence_transformers(name, options):
     def embed(base, delta, tokens, mask, key):
         return delta["anchors"] if tokens.ndim == 2 else jnp.stack([delta[part] for part in parts[1:]], axis=1)
 
-    shape = (4, len(parts) - 1, 1)
-    batch = {"tokens": jnp.ones((4, 1)), "mask": jnp.ones((4, 1))}
-    batch |= {"document_tokens": jnp.ones(shape), "document_mask": jnp.ones(shape)}
+    anchors = jnp.arange(4)[:, None]
+    documents = 4 + jnp.arange(4 * (len(parts) - 1)).reshape(4, -1, 1)  # no text is there twice
+    batch = {"tokens": anchors, "mask": jnp.ones_like(anchors)}
+    batch |= {"document_tokens": documents, "document_mask": jnp.ones_like(documents)}
     for part in parts:
         check(contrastive(embed, **options), {}, delta, batch, f"contrastive/{name}", [part], lambda d, p=part: d[p])
 
