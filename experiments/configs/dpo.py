@@ -1,13 +1,12 @@
 """A decoder that learns preferences: DPO and related objectives."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from experiments import settings
-from experiments.configs.decoder import BatchSizes
-from experiments.configs.post_training import PostTraining
+from experiments.configs.post_training import Paired
 from experiments.input.checking import Use
 from experiments.input.records import Preference, Rated
 
@@ -16,7 +15,7 @@ _BETA: dict[str, float] = {"simpo": 2.0}
 
 
 @dataclass(frozen=True)
-class Config(PostTraining):
+class Config(Paired):
     """Trains a decoder on preferences: of two answers, the better one becomes more likely.
 
     The default data prefers the true synopsis of a Debian package to that of a sibling, another package of the same
@@ -28,7 +27,7 @@ class Config(PostTraining):
     STUDY = "experiments.studies.post_training.dpo"
     CHECK = "experiments.studies.post_training.records"
     MINUTES = 10
-    FAST: ClassVar[Mapping[str, Any]] = {**PostTraining.FAST, "out": Path("runs/dpo-fast")}
+    FAST: ClassVar[Mapping[str, Any]] = {**Paired.FAST, "out": Path("runs/dpo-fast")}
 
     data: tuple[str, ...] = ("debian_siblings",)
     """The training data, named as for sft: records with chosen and rejected, and prompt or a shared beginning; for kto
@@ -55,12 +54,6 @@ class Config(PostTraining):
     length_normalized: bool = False
     """Compare mean log-probabilities of tokens instead of sums (sigmoid, hinge, robust)."""
 
-    batch: BatchSizes = field(default_factory=lambda: BatchSizes(4))
-    """Records per training step."""
-
-    steps: int | None = 60
-    """Maximum number of training steps. None trains for all epochs."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
         settings.positive(self, "beta")
@@ -72,10 +65,6 @@ class Config(PostTraining):
     def strength(self) -> float:
         """The value of `beta`."""
         return _BETA.get(self.loss, 0.1) if self.beta is None else self.beta
-
-    @property
-    def rows_per_example(self) -> int:
-        return 2
 
     @property
     def use(self) -> Use:

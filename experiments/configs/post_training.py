@@ -2,10 +2,10 @@
 
 import abc
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from experiments.configs.decoder import DecoderConfig
+from experiments.configs.decoder import BatchSizes, DecoderConfig
 from experiments.input.checking import Use
 
 
@@ -42,3 +42,18 @@ class PostTraining(DecoderConfig, abc.ABC):
     @abc.abstractmethod
     def use(self) -> Use:
         """The records that the study trains on."""
+
+
+@dataclass(frozen=True)
+class Paired(PostTraining):
+    """Trains on pairs of a better and a worse answer."""
+
+    batch: BatchSizes = field(default_factory=lambda: BatchSizes(4))
+    """Records per training step."""
+
+    steps: int | None = 60
+    """Maximum number of training steps. None trains for all epochs."""
+
+    @property
+    def rows_per_example(self) -> int:
+        return 2

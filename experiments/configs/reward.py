@@ -1,19 +1,18 @@
 """A reward model: scores by which chosen answers are better than rejected ones."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from experiments import settings
-from experiments.configs.decoder import BatchSizes
-from experiments.configs.post_training import PostTraining
+from experiments.configs.post_training import Paired
 from experiments.input.checking import Use
 from experiments.input.records import Preference
 
 
 @dataclass(frozen=True)
-class Config(PostTraining):
+class Config(Paired):
     """Trains a decoder to score answers: the chosen answer of a pair gets a higher score than the rejected one.
 
     The score is a new linear layer on the last token, trained in full next to LoRA on the decoder. The study reports
@@ -25,7 +24,7 @@ class Config(PostTraining):
     STUDY = "experiments.studies.post_training.reward"
     CHECK = "experiments.studies.post_training.records"
     MINUTES = 6
-    FAST: ClassVar[Mapping[str, Any]] = {**PostTraining.FAST, "out": Path("runs/reward-fast")}
+    FAST: ClassVar[Mapping[str, Any]] = {**Paired.FAST, "out": Path("runs/reward-fast")}
 
     data: tuple[str, ...] = ("debian_siblings",)
     """The training data, named as for sft: records with chosen and rejected, and prompt or a shared beginning.
@@ -38,19 +37,9 @@ class Config(PostTraining):
     center: float = 0.0
     """The weight of the squared sum of both scores, which keeps scores near zero."""
 
-    batch: BatchSizes = field(default_factory=lambda: BatchSizes(4))
-    """Pairs per training step."""
-
-    steps: int | None = 60
-    """Maximum number of training steps. None trains for all epochs."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
         settings.not_negative(self, "center")
-
-    @property
-    def rows_per_example(self) -> int:
-        return 2
 
     @property
     def use(self) -> Use:

@@ -19,6 +19,7 @@ from experiments.errors import Preempted, UserError
 from experiments.input.records import Problem
 from experiments.models import location
 from experiments.studies.post_training import distill, dpo, grpo, reward
+from experiments.studies.post_training.data import read_data
 from experiments.studies.post_training.instructed import instruct
 from experiments.studies.post_training.report import Report, change, verdict
 from experiments.studies.post_training.task import Aim
@@ -236,7 +237,9 @@ def test_bad_settings_and_data(directory, tmp_path, capsys, name, flags, message
 
 
 def test_an_aim_that_is_not_reached():
-    report = Report({}, 1, 1.0, [1.0], {}, [], {"reward": [0.0, 1.0, 0.0]}, {"reward": [0.0, 1.0, 1.0]}, [])
+    common = {"settings": {}, "trained_parameters": 1, "seconds": 1.0, "losses": [1.0], "evaluations": [], "texts": []}
+    values = {"before": {"reward": [0.0, 1.0, 0.0]}, "after": {"reward": [0.0, 1.0, 1.0]}}
+    report = Report(**common, **values, means={})
     assert verdict(report, Aim("reward", None)).endswith("is NOT reached")
     assert verdict(report, Aim("reward", 0.3)).endswith("the aim of +0.3 is reached")
 
@@ -244,3 +247,24 @@ def test_an_aim_that_is_not_reached():
 def test_another_setting_is_refused(preferences, finished, lenient):
     with pytest.raises(UserError, match=r"a finished run with loss sigmoid, not ipo; --fresh starts over"):
         dpo.run(dataclasses.replace(preferences, loss="ipo"))
+
+
+def test_bad_pairs_are_counted_and_named(tmp_path, capsys):
+    """As `sft` does: the first one ends the run with its line, or all are skipped; pairs that are too long always."""
+    pairs = [{"prompt": f"Package {i}:", "chosen": " a game", "rejected": " a mail"} for i in range(6)]
+    bad = [pairs[0] | {"rejected": " a game "}, pairs[0] | {"chosen": " "}, pairs[0] | {"rejected": ""}]
+    long = pairs[0] | {"chosen": " a game" * 40}
+    for name, rows in (("train", [*pairs[:2], *bad, long, *pairs[2:]]), ("validation", pairs)):
+        write(tmp_path / f"{name}.jsonl", rows)
+    path = tmp_path / "train.jsonl"
+    assert run.main(["dpo", "--model", "tiny-llama", "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: {path}:3: chosen and rejected are the same; expected answers that differ\n"
+    config, lines = dpo_config.Config(model="tiny-llama", data=str(tmp_path), on_bad="skip", length=64), []
+    data = read_data(config, location.find("tiny-llama"), lines.append)
+    (malformed,) = [line for line in lines if "malformed" in line]
+    assert malformed.startswith(f"training: skipped: 3 malformed records, such as {path}:3: chosen and rejected are")
+    assert f"; {path}:4: chosen is empty" in malformed and f"; {path}:5: rejected is empty" in malformed
+    (too_long,) = [line for line in lines if "longer than" in line]
+    assert too_long.startswith(f"training: skipped: 1 longer than 64 tokens: {path}:6 (")
+    assert sum(data.train.examples(step) for step in range(data.train.steps_per_epoch)) == 6

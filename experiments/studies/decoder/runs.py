@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jax
 from rich.console import Console
@@ -13,31 +13,40 @@ from rich.console import Console
 import lora_jax as lora
 from experiments.configs.decoder import DecoderConfig
 from experiments.errors import UserError
+from experiments.models import location
 from experiments.pretrained.files import open_files
-from experiments.studies.decoder.program import Program
-from experiments.training import processes
+from experiments.studies.decoder.choices import choose
+from experiments.studies.decoder.program import Program, read_description
+from experiments.studies.decoder.report import RunReport
+from experiments.training import outputs, processes
 from experiments.training.checkpoints import differences
-from experiments.training.run import History, Limits
+from experiments.training.run import Limits
 
 EXTENDED = ("epochs", "steps", "max_minutes", "patience", "eval_every")
 """Settings that may change when a run continues: its length and its evaluations."""
 
 
-class Finished(Protocol):
-    """The report of a finished run."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings that affect the results."""
-        ...
-
-    @property
-    def history(self) -> History:
-        """The measurements of the run."""
-        ...
+C = TypeVar("C", bound=DecoderConfig)
+R = TypeVar("R", bound=RunReport)
 
 
-R = TypeVar("R", bound=Finished)
+def begin(config: C, written: Sequence[str], console: Console) -> tuple[C, Path, Mapping[str, Any]]:
+    """Finds the model, claims the directory of a run, and chooses the settings that the config leaves open.
+
+    Args:
+      config: The study's config.
+      written: What the run writes to its directory; see :func:`experiments.training.outputs.begin`.
+      console: The output.
+
+    Returns:
+      The config with its choices, the checkpoint, and the content of its `config.json`.
+    """
+    with processes.first_before_others():
+        directory = location.find(config.model)
+        if processes.is_first():
+            outputs.begin(config.out, *written, fresh=config.fresh)
+    description = read_description(config.model)
+    return choose(config, description, console), directory, description
 
 
 def start(config: DecoderConfig, program: Program, directory: Path, console: Console) -> tuple[lora.TrainState, int]:

@@ -70,8 +70,9 @@ def read_data(
     limits = {"training": config.train_examples, "held-out": None}
     for name, records in read_splits(config).items():
         splits[name], findings = check_records(records, on_bad=config.on_bad, limit=limits[name], use=config.use)
-        for reason in (reason for one in findings for reason in one.reasons):
-            report(f"{name}: skipped: {reason}")
+        if skipped := sum(one.skipped for one in findings):
+            reasons = "; ".join(reason for one in findings for reason in one.reasons)
+            report(f"{name}: skipped: {skipped:,} malformed records, such as {reasons}")
     held_out = splits["held-out"]
     count = len(held_out) if config.validation_examples is None else min(config.validation_examples, len(held_out))
     splits["held-out"] = sources.first(held_out, count)

@@ -3,9 +3,7 @@
 from experiments.configs.post_training import PostTraining
 from experiments.errors import UserError
 from experiments.input import sources
-from experiments.input.checking import check_records
-
-_FIRST = 2000  # records to check early; all are checked before training
+from experiments.studies.decoder import records
 
 
 def check(config: PostTraining) -> None:
@@ -14,12 +12,7 @@ def check(config: PostTraining) -> None:
     Raises:
       UserError: Data is missing, or one of the first records is malformed.
     """
-    splits = read_splits(config)
-    for records in splits.values():
-        check_records(sources.first(records, min(len(records), _FIRST)), on_bad=config.on_bad, use=config.use)
-    counts = " and ".join(f"{len(records):,} {name}" for name, records in splits.items())
-    if not config.distributed:
-        print(f"{config.model} on {' and '.join(config.data)}: {counts} records; loading JAX …", flush=True)
+    records.check(config, read_splits(config), config.use)
 
 
 def read_splits(config: PostTraining) -> dict[str, sources.Records]:
@@ -28,15 +21,10 @@ def read_splits(config: PostTraining) -> dict[str, sources.Records]:
     Raises:
       UserError: Data is missing, or no records are held out.
     """
-    train, held_out = sources.splits(config.data, config.validation, config.data_form)
-    names = " and ".join(config.data)
-    if config.validation_share:
-        if held_out is not None:
-            raise UserError(f"--validation-share {config.validation_share}: {names} already has validation examples")
-        train, held_out = sources.split(train, config.validation_share, config.seed)
+    train, held_out = records.read_splits(config)
     if held_out is None:
         raise UserError(
-            f"{names} has no validation examples, on which base and adapter are compared; name some with --validation, "
-            "or hold some out with --validation-share 0.1"
+            f"{' and '.join(config.data)} has no validation examples, on which base and adapter are compared; name "
+            "some with --validation, or hold some out with --validation-share 0.1"
         )
     return {"training": train, "held-out": held_out}

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -12,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.reports.results import read_record
+from experiments.studies.decoder.report import RunReport
 from experiments.studies.post_training.task import Aim
 from experiments.training.run import History
 
@@ -22,43 +21,24 @@ _WINDOW = 10  # steps over which a curve is smoothed
 _WIDTH = 100  # characters of a sample
 
 
-@dataclass(frozen=True)
-class Report:
-    """The result of a run.
+@dataclass(frozen=True, kw_only=True)
+class Report(RunReport):
+    """The result of a run. Evaluations are means of the aim's measure on the held-out records; texts are tuples
+    (prompt, answer of the base, answer of the adapter).
 
     Attributes:
-      settings: The settings that affect the results.
-      trained_parameters: Number of trained scalars.
-      seconds: Time of training and evaluation, including compilation.
-      losses: The loss of every training step.
       means: The means of the objective's metrics of every training step, by name.
-      evaluations: Pairs (step, mean of the aim's measure on the held-out records).
       before: The base's values by measure, one for each held-out record.
       after: The adapter's.
-      texts: Tuples (prompt, answer of the base, answer of the adapter).
-      ended: Why training ended early; None if it did not.
     """
 
-    settings: dict[str, Any]
-    trained_parameters: int
-    seconds: float
-    losses: list[float]
     means: dict[str, list[float]]
-    evaluations: list[tuple[int, float]]
     before: dict[str, list[float]]
     after: dict[str, list[float]]
-    texts: list[tuple[str, str, str]]
-    ended: str | None = None
 
     @property
     def history(self) -> History:
-        """The measurements in the form of the training loop."""
         return History(self.losses, self.evaluations, self.seconds, self.means)
-
-    @classmethod
-    def load(cls, path: Path) -> "Report":
-        """Reads a report that a study wrote."""
-        return read_record(path, cls, {"evaluations": tuple, "texts": tuple})
 
 
 def mean_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:

@@ -11,12 +11,11 @@ from rich.console import Console
 
 import lora_jax as lora
 from experiments.configs.post_training import PostTraining
-from experiments.models import location
 from experiments.objectives.reference import Frozen
 from experiments.reports.results import write_json
 from experiments.studies.decoder import program as programs
 from experiments.studies.decoder import runs
-from experiments.studies.decoder.choices import choose, longest_sequence
+from experiments.studies.decoder.choices import longest_sequence
 from experiments.studies.decoder.program import Program
 from experiments.studies.post_training.data import Data, read_data
 from experiments.studies.post_training.report import (
@@ -53,12 +52,7 @@ def run(config: PostTraining, task: Task) -> Report:
         with other settings.
     """
     console = processes.console()
-    with processes.first_before_others():
-        directory = location.find(config.model)
-        if processes.is_first():
-            outputs.begin(config.out, *_WRITTEN, fresh=config.fresh)
-    description = programs.read_description(config.model)
-    config = choose(config, description, console)
+    config, directory, description = runs.begin(config, _WRITTEN, console)
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -12,49 +10,25 @@ from rich.text import Text
 
 from experiments.configs.sft import Config
 from experiments.reports import curves
-from experiments.reports.results import read_record
+from experiments.studies.decoder.report import RunReport
 from experiments.studies.sft.samples import Prompts
-from experiments.training.run import History
 
 ADAPTER, BEST, RESULT = "adapter", "adapter-best", "result.json"
 PEFT, PEFT_LAST = "peft", "peft-last"  # of the best step and of the last step
 
 
-@dataclass(frozen=True)
-class Report:
-    """The result of a run.
+@dataclass(frozen=True, kw_only=True)
+class Report(RunReport):
+    """The result of a run. Evaluations are mean validation losses per token; texts are tuples (prompt, answer before
+    training, answer after training, reference answer).
 
     Attributes:
-      settings: The settings that affect the results.
-      trained_parameters: Number of trained scalars.
-      seconds: Time of training and evaluation, including compilation.
-      losses: The loss of every training step.
-      evaluations: Pairs (step, mean validation loss per token).
       best_step: The step of the smallest validation loss.
-      texts: Tuples (prompt, answer before training, answer after training, reference answer).
-      ended: Why training ended early; None if it did not.
       validation_examples: Number of records that an evaluation read; None in results of earlier versions.
     """
 
-    settings: dict[str, Any]
-    trained_parameters: int
-    seconds: float
-    losses: list[float]
-    evaluations: list[tuple[int, float]]
     best_step: int
-    texts: list[tuple[str, str, str, str]]
-    ended: str | None = None
     validation_examples: int | None = None
-
-    @property
-    def history(self) -> History:
-        """The measurements in the form of the training loop."""
-        return History(self.losses, self.evaluations, self.seconds)
-
-    @classmethod
-    def load(cls, path: Path) -> "Report":
-        """Reads a report that the study wrote."""
-        return read_record(path, cls, {"evaluations": tuple, "texts": tuple})
 
 
 def show_answers(prompts: Prompts, answers: Sequence[str], console: Console) -> None:

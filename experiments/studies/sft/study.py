@@ -14,12 +14,12 @@ import lora_jax as lora
 from experiments.configs.sft import Config
 from experiments.input import pipeline
 from experiments.input.packing import Packed
-from experiments.models import families, location
+from experiments.models import families
 from experiments.models.flops import step_flops
 from experiments.reports.results import write_json
 from experiments.studies.decoder import program as programs
 from experiments.studies.decoder import runs
-from experiments.studies.decoder.choices import choose, choose_remat, count_weights, longest_sequence
+from experiments.studies.decoder.choices import choose_remat, count_weights, longest_sequence
 from experiments.studies.decoder.program import Program
 from experiments.studies.sft.data import Data, read_data
 from experiments.studies.sft.program import abstract
@@ -87,12 +87,7 @@ def run(config: Config) -> Report:
     """
     console = processes.console()
     programs.check(config)
-    with processes.first_before_others():
-        directory = location.find(config.model)
-        if processes.is_first():
-            outputs.begin(config.out, *_WRITTEN, fresh=config.fresh)
-    description = programs.read_description(config.model)
-    config = choose(config, description, console)
+    config, directory, description = runs.begin(config, _WRITTEN, console)
     data = read_data(config, directory, console, longest_sequence(description), _evaluated(config.out / RESULT))
     config = replace(config, length=data.train.length)
     shape = families.get_family(description).shape(description)
