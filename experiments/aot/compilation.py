@@ -9,7 +9,7 @@ from experiments.aot.topology import Topology
 from experiments.command_line import find_config
 from experiments.configs.sft import Config
 from experiments.errors import UserError
-from experiments.models.flops import step_flops
+from experiments.models.flops import count_flops
 from experiments.studies.sft import program
 
 PROGRAM = "python -m experiments.compile_for_pod"
@@ -44,7 +44,8 @@ def compile_config(config: Config, topology: Topology) -> Analysis:
         hint = f"--mesh.data {data} fits" if data and not rest else f"choose sizes whose product is {chips}"
         raise UserError(f"the mesh ({mesh}) has {mesh.count} devices, {topology.name} has {chips} chips; {hint}")
     step = program.abstract(config, topology.devices, "tpu")
-    model_flops = step_flops(step.base, step.delta, step.shape, step.tokens, config.row_length)
+    flops = count_flops(step.base, step.delta, step.shape, config.row_length)
+    model_flops = step.tokens * (flops.token + flops.label)  # as if each token had a label
     try:
         analysis = analyze(step, topology, model_flops)
         if analysis.memory.total > analysis.memory.capacity:

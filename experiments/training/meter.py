@@ -58,7 +58,7 @@ class Meter:
 
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
         """Writes a line of metrics on the steps since the last line."""
-        costs, speed = self._run.costs, self._tokens / self._seconds
+        costs, speed, labels = self._run.costs, self._tokens / self._seconds, self._labels / self._seconds
         self._record.write(
             step,
             loss=float(np.mean(self._history.losses[-self._steps :])),
@@ -66,8 +66,8 @@ class Meter:
             grad_norm=float(metrics["grad_norm"]),
             seconds=self._seconds / self._steps,
             tokens_per_second=speed,
-            labels_per_second=self._labels / self._seconds,
-            mfu=costs.flops * speed / costs.peak if costs and costs.peak else None,
+            labels_per_second=labels,
+            mfu=(costs.token_flops * speed + costs.label_flops * labels) / costs.peak if costs and costs.peak else None,
             **_memory(),
         )
         self._seconds, self._tokens, self._labels, self._steps = 0.0, 0, 0, 0

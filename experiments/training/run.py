@@ -76,11 +76,13 @@ class Costs:
     """The costs from which the model FLOP utilization (MFU) of a run is computed.
 
     Attributes:
-      flops: The model's floating-point operations per token, forward and backward.
+      token_flops: The model's floating-point operations per token, forward and backward, without the head's.
+      label_flops: The head's per token with a label.
       peak: The peak FLOP/s of all devices of the run; None if unknown.
     """
 
-    flops: float
+    token_flops: float
+    label_flops: float
     peak: float | None
 
 

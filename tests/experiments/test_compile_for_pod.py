@@ -20,7 +20,7 @@ from experiments.configs.decoder import BatchSizes
 from experiments.configs.sft import Config
 from experiments.errors import UserError
 from experiments.models import shapes
-from experiments.models.flops import multiplied_weights, step_flops
+from experiments.models.flops import count_flops, multiplied_weights
 from experiments.studies.sft import program
 from experiments.training import mesh as meshes
 from experiments.training.chips import GIB, TPUS, find_tpu
@@ -183,15 +183,27 @@ def test_what_a_model_needs():
         model="Mixtral-8x7B-v0.1", targets=("attention",), dtype="bfloat16", length=128, batch=BatchSizes(8)
     )
     parts = program.abstract(config, jax.devices()[:1], "cpu")
-    assert multiplied_weights(parts.base, parts.shape) == pytest.approx(
-        12.75e9, rel=0.01
-    )  # of 46.7e9 what a token meets
+    met = sum(multiplied_weights(parts.base, parts.shape).values())  # of 46.7e9 weights
+    assert met == pytest.approx(12.75e9, rel=0.01)
     llama = program.abstract(dataclasses.replace(config, model="Meta-Llama-3-8B"), jax.devices()[:1], "cpu")
-    kernels = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 4096 * 128256
-    assert multiplied_weights(llama.base, llama.shape) == kernels
+    head = 4096 * 128256
+    kernels = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     factors = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024))
-    expected = 8 * 128 * (4 * kernels + 6 * factors + 6 * 32 * 4096 * 128)
-    assert step_flops(llama.base, llama.delta, llama.shape, llama.tokens, config.length) == expected
+    flops = count_flops(llama.base, llama.delta, llama.shape, config.length)
+    assert (flops.token, flops.label) == (4 * kernels + 6 * factors + 6 * 32 * 4096 * 128, 4 * head)
+
+
+@pytest.mark.parametrize("model", ["tiny-llama", "tiny-gpt2"])
+def test_what_a_head_needs(model):
+    """Also a tied one, and its adapter; tokens without a label do not need it."""
+    config = Config(model=model, length=64, rank=2)
+    plain = program.abstract(config, jax.devices()[:1], "cpu")
+    adapted = program.abstract(dataclasses.replace(config, targets=("attention", "embedding")), jax.devices()[:1])
+    vocabulary, width = plain.base["token"]["embedding"].shape
+    one, other = (count_flops(parts.base, parts.delta, parts.shape, 64) for parts in (plain, adapted))
+    assert one.label == 4 * vocabulary * width
+    tied = "output" not in plain.base
+    assert other.label - one.label == (6 * 2 * (vocabulary + width) if tied else 0)
 
 
 def test_advice_by_arithmetic():

@@ -107,12 +107,14 @@ def test_a_record_goes_on_from_a_step(tmp_path):
 
 
 def test_the_share_of_the_arithmetic(tmp_path):
-    run = TrainingRun(tmp_path, meshes.make_mesh(MeshSizes()), {}, 1, costs=Costs(flops=6.0, peak=100.0))
+    """The head counts for tokens with a label only."""
+    costs = Costs(token_flops=6.0, label_flops=40.0, peak=100.0)
+    run = TrainingRun(tmp_path, meshes.make_mesh(MeshSizes()), {}, 1, costs=costs)
     with record.Record(tmp_path, {}) as log:
         meter = Meter(run, History(), log)
         meter.add(1, {"loss": jax.numpy.float32(1), "grad_norm": jax.numpy.float32(1)}, tokens=50, labels=5)
         meter.settle()
     (line,) = record.read(tmp_path / record.METRICS)
-    assert line["mfu"] == pytest.approx(6.0 * line["tokens_per_second"] / 100.0)
+    assert line["mfu"] == pytest.approx((6.0 + 40.0 / 10) * line["tokens_per_second"] / 100.0)
     assert line["labels_per_second"] == pytest.approx(line["tokens_per_second"] / 10)
     assert dataclasses.asdict(History(evaluations=[[1, 0.5]]))["evaluations"] == [(1, 0.5)]

@@ -15,7 +15,7 @@ from experiments.configs.sft import Config
 from experiments.input import pipeline
 from experiments.input.packing import Packed
 from experiments.models import families
-from experiments.models.flops import step_flops
+from experiments.models.flops import count_flops
 from experiments.reports.results import write_json
 from experiments.studies.decoder import program as programs
 from experiments.studies.decoder import runs
@@ -195,10 +195,10 @@ def _evaluator(program: Program, batches: Packed | None) -> Callable[[lora.Train
 
 
 def _costs(config: Config, program: Program, base: Any, delta: Any) -> Costs:
-    """Returns the model's FLOPs per token and the devices' peak FLOPs, if they are known."""
+    """Returns the model's FLOPs per token and label, and the devices' peak FLOPs, if they are known."""
     chip = chips.find_chip(jax.devices()[0].device_kind)
-    flops = step_flops(base, delta, program.shape, program.tokens, config.row_length) / program.tokens
-    return Costs(flops, None if chip is None else chip.flops * program.mesh.size)
+    flops = count_flops(base, delta, program.shape, config.row_length)
+    return Costs(flops.token, flops.label, None if chip is None else chip.flops * program.mesh.size)
 
 
 def _limits(config: Config) -> Limits:
