@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from experiments.studies.decoder import records
 from experiments.studies.sft import splits
 
 BLOCKED = "import sys; sys.modules.update(dict.fromkeys(('jax', 'flax', 'lora_jax')))\n"
@@ -44,6 +45,6 @@ def test_the_first_line_comes_before_jax_is_imported(tmp_path):
 
 
 def test_few_records_are_checked_early(tmp_path, monkeypatch):
-    monkeypatch.setattr(splits, "_FIRST", 1)
+    monkeypatch.setattr(records, "_FIRST", 1)
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     splits.check(splits.Config(data=str(tmp_path / "train.jsonl")))
