@@ -259,12 +259,12 @@ def test_bad_pairs_are_counted_and_named(tmp_path, capsys):
     path = tmp_path / "train.jsonl"
     assert run.main(["dpo", "--model", "tiny-llama", "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert said == f"error: {path}:3: chosen and rejected are the same; expected answers that differ\n"
+    assert said == f"error: {path}, line 3: chosen and rejected are the same; expected answers that differ\n"
     config, lines = dpo_config.Config(model="tiny-llama", data=str(tmp_path), on_bad="skip", length=64), []
     data = read_data(config, location.find("tiny-llama"), lines.append)
     (malformed,) = [line for line in lines if "malformed" in line]
-    assert malformed.startswith(f"training: skipped: 3 malformed records, such as {path}:3: chosen and rejected are")
-    assert f"; {path}:4: chosen is empty" in malformed and f"; {path}:5: rejected is empty" in malformed
+    assert malformed.startswith(f"training: skipped: 3 malformed records, such as {path}, line 3: chosen and")
+    assert f"; {path}, line 4: chosen is empty" in malformed and f"; {path}, line 5: rejected is empty" in malformed
     (too_long,) = [line for line in lines if "longer than" in line]
-    assert too_long.startswith(f"training: skipped: 1 longer than 64 tokens: {path}:6 (")
+    assert too_long.startswith(f"training: skipped: 1 longer than 64 tokens: {path}, line 6 (")
     assert sum(data.train.examples(step) for step in range(data.train.steps_per_epoch)) == 6
