@@ -22,8 +22,8 @@
 # are two deltas of one base: the base itself (`{}`), a snapshot, or another adapter; no second model is loaded. Here
 # a chat model learns to prefer true descriptions of packages, and then to answer in one word, from rewards alone.
 #
-# **Measured on 2 CPU cores: MINUTES min, MEMORY GB. Estimates: Colab's CPU 12 min, T4 3 min, v5e-1 3 min.** Colab's two
-# CPU cores take about 1.7 times as long. On accelerators the 25 TFLOP of this notebook take seconds (at 30 % of their
+# **Measured on 2 CPU cores: MINUTES min, MEMORY GB. Estimates: Colab's CPU 10 min, T4 3 min, v5e-1 3 min.** Colab's two
+# CPU cores take about 1.7 times as long. On accelerators the 35 TFLOP of this notebook take seconds (at 30 % of their
 # peak); what remains is the download, and compilation of a dozen programs.
 
 # %%
@@ -194,9 +194,10 @@ print(f"held-out pairs in the right order: {np.mean(before > 0):.0%} -> {np.mean
 print(f"margin {before.mean():+.2f} -> {after.mean():+.2f} nats, change {(after - before).mean():.2f} ± {error:.2f}")
 
 # %% [markdown]
-# The implicit rewards, β times the log-ratio, move apart. Look at the chosen answer's: often it does not rise much, or
-# even falls, as long as the rejected one falls faster. That is how DPO works; a smaller learning rate or a larger β
-# limits it. On the right each held-out pair before and after: points above the line moved in the right direction.
+# The implicit rewards, β times the log-ratio, move apart (a batch has two pairs, so that they vary). Look at the chosen
+# answer's: often it does not rise much, or even falls, as long as the rejected one falls faster. That is how DPO works;
+# a smaller learning rate or a larger β limits it. On the right each held-out pair before and after: points above the
+# line moved in the right direction.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
@@ -260,8 +261,8 @@ def reward(text, answer):
 
 
 NEW_TOKENS = 6
-problems, prompts = read("debian_topics", "train", 400, 80, PROMPTS)
-tests, questions = read("debian_topics", "validation", PROBLEMS, 80, PROMPTS)
+problems, prompts = read("debian_topics", "train", 400, 64, PROMPTS)
+tests, questions = read("debian_topics", "validation", PROBLEMS, 64, PROMPTS)
 sample_step = generation.make_step(adapted)
 
 
@@ -328,7 +329,7 @@ left.axhline(last.mean(), color="tab:gray", label="held-out, after")
 left.set(xlabel="step", ylabel="mean reward")
 left.legend(fontsize="small")
 right.plot(steps, [divergence for _, divergence in curve], color="tab:orange")
-right.set(xlabel="step", ylabel="divergence from the base (nats per token)")
+right.set(xlabel="step", ylabel="divergence (nats per token)")
 plt.show()
 
 # %%
