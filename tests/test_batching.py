@@ -239,6 +239,18 @@ def test_a_batch_of_no_examples():
         assert routed(BASE, lora.stack(low_rank()), [], X[:0]).shape == (0, LENGTH, 8)
 
 
+def test_a_model_of_batches_says_how_to_route_it():
+    base, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 5, 4))
+    model = lambda base, x: jnp.einsum("bld,dk->blk", x, base["w"])  # noqa: E731
+    delta = lora.init(jax.random.key(0), base, {"w": lora.LoRA(2)}, model, x)
+    stacked = lora.stack([{}, delta])
+    with pytest.raises(Exception) as raised:
+        lora.route(lora.adapt(model))(base, stacked, [0, 1], x)
+    assert any("on one example, without the batch axis" in note for note in raised.value.__notes__)
+    one = lora.route(lora.adapt(lambda base, x: model(base, x[None])[0]))
+    np.testing.assert_allclose(one(base, stacked, [0, 1], x), jax.jit(model)(base, x), rtol=1e-5)
+
+
 def test_axes_are_those_of_vmap():
     def two(base, tokens, scale, extra, *, factor):
         return {"y": jnp.matmul(tokens["x"], base["w"]) * scale, "sum": jnp.sum(extra) * factor}

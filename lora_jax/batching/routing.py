@@ -19,6 +19,11 @@ from lora_jax.splitting import combine, split_by
 from lora_jax.transform import signatures
 from lora_jax.transform.members import MEMBER
 
+_ONE_EXAMPLE = (
+    "lora_jax.route calls the function on one example, without the batch axis. For a model of batches, route the "
+    "adapted function of one example: lora.adapt(lambda base, x: model(base, x[None])[0])."
+)
+
 
 def route(adapted: Callable, *, in_axes: Any = 0, out_axes: Any = 0, grouped: bool = False) -> Callable:
     r"""Turns an adapted function into one of a batch in which each example selects its adapter.
@@ -32,7 +37,8 @@ def route(adapted: Callable, *, in_axes: Any = 0, out_axes: Any = 0, grouped: bo
     and small heads) and weights used by an operation without a factored form (`x @ jnp.sin(w)`).
     :func:`lora_jax.explain` lists them.
 
-    The function is called on one example, without the batch axis. Functions that couple the examples of a batch (batch
+    The function is called on one example, without the batch axis. A model of batches is routed as
+    `route(adapt(lambda base, x: model(base, x[None])[0]))`. Functions that couple the examples of a batch (batch
     statistics, contrastive losses) are not supported.
 
     Args:
@@ -59,6 +65,7 @@ def route(adapted: Callable, *, in_axes: Any = 0, out_axes: Any = 0, grouped: bo
     Raises:
       TypeError: `adapted` is not callable; `in_axes` is neither an int, None, nor a tuple.
       ValueError: (from `routed`) An id is out of range; the ids are not a vector of integers, one per example.
+      Exception: (from `routed`) What the function raises on one example, with a note that says so.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -108,7 +115,11 @@ def route(adapted: Callable, *, in_axes: Any = 0, out_axes: Any = 0, grouped: bo
         def run_example(member, key, args):
             delta = {path: SelectedAdapter(node, member, grouped) for path, node in stacked.items()}
             dropout = {} if key is None else {"dropout_key": key}
-            return adapted(base, delta, *combine(args, static), **dropout, **kwargs)
+            try:
+                return adapted(base, delta, *combine(args, static), **dropout, **kwargs)
+            except Exception as error:
+                error.add_note(_ONE_EXAMPLE)
+                raise
 
         out = jax.vmap(run_example, in_axes=(0, 0, axes), out_axes=out_axes)(ids, keys, args)
         if order is None:

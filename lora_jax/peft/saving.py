@@ -62,7 +62,8 @@ def save(
       vLLM needs max_lora_rank of at least 8 for this adapter of rank 2.
     """
     if target not in TARGETS:
-        raise ValueError(f"target={target!r}; expected one of {', '.join(map(repr, TARGETS))}.")
+        more = " lora-jax convert --target gguf-file makes the file of a directory." if target == "gguf-file" else ""
+        raise ValueError(f"target={target!r}; expected one of {', '.join(map(repr, TARGETS))}.{more}")
     check_adapters(delta)
     checks.path("lora.peft.save(directory, delta, names)", directory)
     check_names("lora.peft.save(directory, delta, names)", names)

@@ -463,6 +463,8 @@ def test_a_target_that_does_not_exist(tmp_path):
     delta = lora.peft.load(case.adapter, case.base, case.names)
     with pytest.raises(ValueError, match=r"'onnx'.*vllm"):
         lora.peft.save(tmp_path / "out", delta, case.names, target="onnx")
+    with pytest.raises(ValueError, match="lora-jax convert --target gguf-file makes the file"):
+        lora.peft.save(tmp_path / "out", delta, case.names, target="gguf-file")
 
 
 def test_the_base_model_is_named(tmp_path):
