@@ -234,7 +234,7 @@ def _is_readable(kind: gguf.GGMLQuantizationType) -> bool:
         return True
     try:
         gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-    except NotImplementedError:
+    except NotImplementedError:  # so the package says that it does not dequantize a type
         return False
     return True
 
