@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from experiments.errors import UserError
 from lora_jax.io import reading, replace_file
@@ -13,43 +13,59 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Result:
-    """One run of one method.
+class Outcome:
+    """What one run of one method costs and reaches.
 
     Attributes:
       method: Its name in the table.
       seed: The random seed of the initial factors and the order of the examples.
       trained_parameters: Number of trained scalars.
-      adam_bytes: Size of the optimizer state; None if there was no optimizer.
       adapter_bytes: Size of the saved adapter.
       seconds: Time of training and evaluation, including compilation.
-      validation_accuracy: Validation accuracy at the end.
-      test_accuracy: Test accuracy at the end.
+      validation_accuracy: Validation accuracy at the end; NaN if training diverged.
+      test_accuracy: Test accuracy at the end; NaN if training diverged.
+      lr: The peak learning rate; None for a fitted head.
+    """
+
+    method: str
+    seed: int
+    trained_parameters: int
+    adapter_bytes: int
+    seconds: float
+    validation_accuracy: float
+    test_accuracy: float
+    lr: float | None
+
+    def save(self, path: Path) -> None:
+        """Writes the outcome as JSON, atomically."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads an outcome that :meth:`save` wrote."""
+        return read_record(path, cls, {})
+
+
+@dataclass(frozen=True)
+class Result(Outcome):
+    """An outcome with the measurements of its run.
+
+    Attributes:
+      adam_bytes: Size of the optimizer state; None if there was no optimizer.
       merged_difference: Largest absolute difference between merged and unmerged test logits.
       merged_agreement: Fraction of test examples for which both predict the same class.
       losses: The loss of every training step.
       evaluations: Pairs (step, validation accuracy).
     """
 
-    method: str
-    seed: int
-    trained_parameters: int
     adam_bytes: int | None
-    adapter_bytes: int
-    seconds: float
-    validation_accuracy: float
-    test_accuracy: float
     merged_difference: float
     merged_agreement: float
     losses: list[float]
     evaluations: list[tuple[int, float]]
 
-    def save(self, path: Path) -> None:
-        """Writes the result as JSON, atomically."""
-        write_json(path, asdict(self))
-
     @classmethod
-    def load(cls, path: Path) -> "Result":
+    def load(cls, path: Path) -> Self:
         """Reads a result that :meth:`save` wrote."""
         return read_record(path, cls, {"evaluations": tuple})
 

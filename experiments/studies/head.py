@@ -52,6 +52,7 @@ def run(problem: Problem, directory: Path, console: Console) -> Start:
         adapter_bytes=stored_bytes(adapter),
         seconds=seconds,
         validation_accuracy=fitted.validation_accuracy,
+        lr=None,
         test_accuracy=accuracy(features["test"] @ fitted.kernel + fitted.bias, problem.splits["test"]),
         merged_difference=0.0,
         merged_agreement=1.0,

@@ -44,17 +44,17 @@ class Joint:
 
     Attributes:
       deltas: The trained adapters.
-      logits: `float[examples, adapters, classes]` on the validation examples; NaN if training diverged.
+      logits: `float[examples, adapters, classes]` by split; NaN if training diverged.
       history: The measurements: the mean loss over adapters of every step, and the best validation accuracy.
     """
 
     deltas: list[dict[str, Any]]
-    logits: np.ndarray
+    logits: dict[str, np.ndarray]
     history: History
 
-    def accuracies(self, labels: np.ndarray) -> np.ndarray:
-        """Returns the validation accuracy of each adapter; NaN if training diverged."""
-        return _accuracies(self.logits, labels)
+    def accuracies(self, split: str, labels: np.ndarray) -> np.ndarray:
+        """Returns the accuracy of each adapter on a split; NaN if training diverged."""
+        return _accuracies(self.logits[split], labels)
 
 
 def train_jointly(
@@ -67,6 +67,7 @@ def train_jointly(
     *,
     at_once: int | None = None,
     once: bool = False,
+    test: bool = False,
 ) -> Joint:
     """Trains an adapter for each spec and learning rate, or resumes their run.
 
@@ -79,6 +80,7 @@ def train_jointly(
       console: The output of the progress bar.
       at_once: As for :func:`lora_jax.train_many`.
       once: Whether to evaluate at the end only.
+      test: Whether to compute the logits of the test examples, too.
 
     Raises:
       UserError: The training of all adapters diverged.
@@ -103,7 +105,7 @@ def train_jointly(
 
     def evaluate(states: lora.TrainStates) -> float:
         logits_at.clear()
-        logits_at[_last_step(states)] = logits(states)
+        logits_at[_last_step(states)] = logits(states, "validation")
         return float(np.nanmax(_accuracies(logits_at[_last_step(states)], labels)))
 
     with bar(console, f"{len(deltas)} adapters", settings.epochs * len(splits["train"])) as progress:
@@ -121,7 +123,8 @@ def train_jointly(
         )
     if _last_step(states) not in logits_at:  # resumed after the last step
         evaluate(states)
-    return Joint(lora.unstack(states.delta, deltas), logits_at[_last_step(states)], history)
+    by_split = {"validation": logits_at[_last_step(states)]} | ({"test": logits(states, "test")} if test else {})
+    return Joint(lora.unstack(states.delta, deltas), by_split, history)
 
 
 def _last_step(states: lora.TrainStates) -> int:
@@ -150,15 +153,15 @@ def _stop_diverged(step: Callable) -> Callable:
     return wrapped
 
 
-def _logits_function(start: Start) -> Callable[[lora.TrainStates], np.ndarray]:
-    """Returns a function from states to the validation logits of each adapter; NaN if it diverged."""
+def _logits_function(start: Start) -> Callable[[lora.TrainStates, str], np.ndarray]:
+    """Returns a function from states and a split to the logits of each adapter; NaN if it diverged."""
     problem = start.problem
     adapted = jax.jit(jax.vmap(lora.adapt(problem.apply), in_axes=(None, 0, None, None), out_axes=1))
 
-    def logits(states: lora.TrainStates) -> np.ndarray:
+    def logits(states: lora.TrainStates, split: str) -> np.ndarray:
         values = answers(
             lambda *inputs: adapted(states.base, states.delta, *inputs)[0],
-            problem.splits["validation"],
+            problem.splits[split],
             problem.lengths,
         )
         return np.where(np.asarray(states.active)[:, None], values, np.nan)

@@ -99,6 +99,7 @@ def run(start: Start, method: Method, seed: int, run: TrainingRun, console: Cons
                 adapter_bytes=stored_bytes(directory / "adapter"),
                 seconds=history.seconds,
                 validation_accuracy=history.evaluations[-1][1],
+                lr=method.lr,
                 test_accuracy=accuracy(unmerged, splits["test"]),
                 merged_difference=float(np.abs(merged - unmerged).max()),
                 merged_agreement=float(np.mean(merged.argmax(-1) == unmerged.argmax(-1))),

@@ -81,7 +81,7 @@ def _train(config: Config, start: Start, directory: Path, console: Console) -> S
     specs, rates = [_spec(config, rank) for rank, _ in config.grid], [lr for _, lr in config.grid]
     run = TrainingRun(directory, meshes.make_mesh(MeshSizes()), asdict(config), config.checkpoint_every)
     joint = train_jointly(start, specs, rates, config, run, console)
-    scores = joint.accuracies(splits["validation"].labels)
+    scores = joint.accuracies("validation", splits["validation"].labels)
     chosen = int(np.nanargmax(scores))
     best = joint.deltas[chosen]
     lora.save(directory / "adapter", best, base=problem.base)

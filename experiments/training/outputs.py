@@ -109,6 +109,14 @@ def clear(directory: Path, *patterns: str) -> None:
             entry.unlink()
 
 
+def remove(directory: Path) -> None:
+    """Removes what this program wrote to a directory, and the directory itself if nothing else is in it."""
+    clear(directory)
+    if directory.is_dir() and [entry.name for entry in directory.iterdir()] == [LISTING]:
+        (directory / LISTING).unlink()
+        directory.rmdir()
+
+
 def _clear_folder(folder: Path) -> None:
     for entry in folder.iterdir():
         if entry.is_symlink() or not re.fullmatch(_INSIDE, entry.name):

@@ -2,31 +2,14 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
+from experiments.reports.findings import Finding, Verdict
 from experiments.studies.lr_sweep.curve import WITHIN, Curve
 
-Verdict = Literal["observed", "not observed", "not decided"]
 _FACTOR, _TOLERANCE = 10.0, 2.0
 """The published ratio of the best rates of LoRA and full fine-tuning, and the factor that a rate may be off by."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A published finding and what the curves say about it.
-
-    Attributes:
-      claim: The finding.
-      verdict: Whether it was observed.
-      figures: The figures that decide.
-    """
-
-    claim: str
-    verdict: Verdict
-    figures: str
 
 
 def compare_ratio(adapted: Sequence[Curve], full: Curve) -> Finding:

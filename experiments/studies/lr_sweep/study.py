@@ -7,11 +7,11 @@ from rich.console import Console
 
 from experiments.configs.lr_sweep import Config
 from experiments.models import location
+from experiments.reports.findings import Finding, show
 from experiments.reports.results import write_json
 from experiments.studies import provenance
 from experiments.studies.lr_sweep import decoder, encoder, findings
 from experiments.studies.lr_sweep.curve import Curve
-from experiments.studies.lr_sweep.findings import Finding
 from experiments.studies.lr_sweep.report import best_table, draw, loss_table
 from experiments.training import outputs, processes
 
@@ -59,8 +59,7 @@ def _show(config: Config, groups: Sequence[Sequence[Curve]], observed: Sequence[
         console.print(f"\n{curves[0].model}: validation loss by learning rate ({before})", highlight=False)
         console.print(loss_table(curves))
         console.print(best_table(curves))
-    for finding in observed:
-        console.print(f"{finding.verdict}: {finding.claim}. {finding.figures}", highlight=False, soft_wrap=True)
+    show(observed, console)
     draw(config.out / _FIGURE, groups)
     write_json(
         config.out / _RECORD,

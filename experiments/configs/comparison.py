@@ -1,0 +1,94 @@
+"""The settings that studies share which compare methods of sentence classification."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from experiments import settings
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A base class of configs.
+
+    A subclass names its study, its minutes and the values of `fast` that differ from :data:`FAST`. In `out`, a
+    subclass states its directory.
+    """
+
+    STUDY: ClassVar[str]
+    MINUTES: ClassVar[int]
+    FAST: ClassVar[dict[str, object]] = {}
+
+    out: Path = Path("runs/comparison")
+    """The output directory. Runs that it already holds are resumed or read, not repeated."""
+
+    fresh: bool = False
+    """Start over, even if --out holds finished or interrupted runs with the same settings."""
+
+    fast: bool = False
+    """The smallest complete study: few examples, one seed, small settings."""
+
+    model: str = "all-MiniLM-L6-v2"
+    """The base: a directory in Hugging Face layout (BERT), a name on the Hugging Face Hub, or all-MiniLM-L6-v2, which a
+    Python package provides."""
+
+    data: str = "debian_sections"
+    """The data: debian_sections, which is shipped, or a directory in the quickstart's format."""
+
+    train_examples: int | None = 2000
+    """Number of training examples, from the beginning of the file. None uses all."""
+
+    validation_examples: int | None = 500
+    """Number of validation examples. They select the head's penalty and the learning rates. None uses all."""
+
+    test_examples: int | None = 1000
+    """Number of test examples, which every run is evaluated on, at its end. None uses all."""
+
+    seeds: int = 3
+    """Runs of each row. The table shows their mean and standard deviation."""
+
+    seed: int = 0
+    """The first random seed, of the initial factors and the order of the examples."""
+
+    epochs: int = 1
+    """Passes over the training examples."""
+
+    batch_size: int = 16
+    """Examples per training step."""
+
+    lengths: tuple[int, ...] = (14, 40)
+    """The lengths, in tokens, that texts are padded to. Longer texts are truncated. Each length is compiled once."""
+
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank. 32 for every rank is the choice of LoRA Without Regret."""
+
+    warmup: float = 0.06
+    """Fraction of the steps in which the learning rate rises from 0. It decays linearly to 0 afterwards."""
+
+    label_smoothing: float = 0.1
+    """Label smoothing in training: the probability that is spread evenly over the classes. The converged head that
+    training starts from is overconfident."""
+
+    clip: float = 1.0
+    """Maximum global norm of each run's gradients."""
+
+    checkpoint_every: int = 50
+    """Training steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        settings.use_fast(self, FAST | {"out": Path(f"{type(self).out}-fast")} | self.FAST)
+        settings.positive(self, "train_examples", "validation_examples", "test_examples", "seeds", "epochs")
+        settings.positive(self, "batch_size", "alpha", "clip", "checkpoint_every")
+        settings.not_negative(self, "seed")
+        settings.fraction(self, "warmup", "label_smoothing")
+        settings.lengths(self)
+
+
+FAST = {
+    "train_examples": 48,
+    "validation_examples": 32,
+    "test_examples": 32,
+    "seeds": 1,
+    "lengths": (14,),
+}
+"""What `fast` sets in every comparison, unless it is set otherwise."""

@@ -1,0 +1,55 @@
+"""How methods compare with few examples (LoRA paper, table 16)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from experiments import settings
+from experiments.configs.comparison import Comparison
+
+
+@dataclass(frozen=True)
+class Config(Comparison):
+    """Trains on 100, 1,000 and all examples with LoRA and full fine-tuning (LoRA, table 16).
+
+    The paper adapts GPT-3 175B on subsets of MNLI, for 40, 40 and 4 epochs, and finds that LoRA is as good as full
+    fine-tuning with all sizes, and prefix tuning much worse with few examples. Here all-MiniLM-L6-v2 classifies Debian
+    packages; the converged head, from which all methods start, is fitted to the same examples.
+    """
+
+    STUDY = "experiments.studies.low_data"
+    MINUTES = 20
+    FAST: ClassVar = {"sizes": (24, 48), "size_epochs": (1, 1)}
+
+    out: Path = Path("runs/low-data")
+    """The output directory. Runs that it already holds are resumed or read, not repeated."""
+
+    train_examples: int | None = 4000
+    """Number of training examples, from the beginning of the file: the largest of the sizes. None uses all."""
+
+    sizes: tuple[int, ...] = (100, 1000, 4000)
+    """The numbers of training examples."""
+
+    size_epochs: tuple[int, ...] = (10, 3, 1)
+    """Passes over the training examples, for each of the sizes."""
+
+    rank: int = 8
+    """The rank of LoRA on query and value."""
+
+    lr: tuple[float, ...] = (1e-3, 3e-3)
+    """Peak learning rates of LoRA, for the alpha of 32. Validation selects one for each size."""
+
+    full_lr: tuple[float, ...] = (1e-4, 3e-4)
+    """Peak learning rates of full fine-tuning. Validation selects one for each size."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        settings.positive(self, "sizes", "rank", "lr", "full_lr")
+        if len(self.size_epochs) != len(self.sizes) or min(self.size_epochs) < 1:
+            raise ValueError(
+                f"size_epochs must be a positive number for each of the {len(self.sizes)} sizes, not "
+                f"{' '.join(map(str, self.size_epochs))}"
+            )
+
+
+DEFAULTS = Config()

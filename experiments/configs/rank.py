@@ -1,0 +1,43 @@
+"""Which rank is enough, by adapted weights (LoRA paper, tables 6 and 18)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from experiments import settings
+from experiments.configs.comparison import Comparison
+
+
+@dataclass(frozen=True)
+class Config(Comparison):
+    """Trains LoRA of ranks 1 to 64 on several sets of weights, beside full rank and full fine-tuning (LoRA, table 6).
+
+    The paper adapts GPT-3 175B on WikiSQL and MNLI and finds that a rank of 1 is enough for query and value together,
+    while query alone needs more. Here all-MiniLM-L6-v2 classifies Debian packages.
+    """
+
+    STUDY = "experiments.studies.rank"
+    MINUTES = 20
+    FAST: ClassVar = {"ranks": (1, 4), "full_rank": 8}
+
+    out: Path = Path("runs/rank")
+    """The output directory. Runs that it already holds are resumed or read, not repeated."""
+
+    ranks: tuple[int, ...] = (1, 2, 4, 8, 64)
+    """The ranks: those of the paper."""
+
+    full_rank: int = 384
+    """The rank of LoRA on all linear layers that is compared with full fine-tuning: the width of the model."""
+
+    lr: float = 3e-3
+    """Peak learning rate of LoRA, for the alpha of 32."""
+
+    full_lr: float = 2e-4
+    """Peak learning rate of full fine-tuning."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        settings.positive(self, "ranks", "full_rank", "lr", "full_lr")
+
+
+DEFAULTS = Config()

@@ -1,0 +1,101 @@
+"""The description of a study that compares methods of sentence classification."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.reports.results import Outcome
+from experiments.studies.head import Start
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at one setting: a row of the table.
+
+    Attributes:
+      name: The name in the table; it differs between rows.
+      spec: Recipes by pattern of paths. An empty one trains nothing: the converged head.
+      rates: Peak learning rates. With several, validation accuracy of the first seed selects one.
+      series: The line of the figure that the row belongs to.
+      position: The place on the figure's horizontal axis; None is the number of trained parameters.
+      paper: The paper's values, as the table shows them.
+      rules: Formats of quantized weights by pattern of paths.
+      examples: The number of training examples, from the beginning; None uses all.
+      epochs: Passes over them; None uses the config's.
+      change: Changes model and base before training; its `repr` states everything that it depends on.
+    """
+
+    name: str
+    spec: Mapping[str, Any]
+    rates: tuple[float, ...] = ()
+    series: str = ""
+    position: float | None = None
+    paper: str = ""
+    rules: Mapping[str, Any] = field(default_factory=dict)
+    examples: int | None = None
+    epochs: int | None = None
+    change: Callable[[Start], Start] | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The results of a row: one for each seed.
+
+    Attributes:
+      row: The row.
+      results: The results by seed, at the selected learning rate.
+      head: The number of parameters of the head, which every row trains.
+    """
+
+    row: Row
+    results: Sequence[Outcome]
+    head: int
+
+    @property
+    def scores(self) -> np.ndarray:
+        """The test accuracies in percent, `float[seeds]`; NaN if training diverged."""
+        return 100 * np.array([outcome.test_accuracy for outcome in self.results])
+
+    @property
+    def mean(self) -> float:
+        """The mean test accuracy in percent."""
+        return float(self.scores.mean())
+
+    @property
+    def error(self) -> float:
+        """The standard deviation of the test accuracy in percent; 0 for one seed."""
+        return float(self.scores.std(ddof=1)) if len(self.results) > 1 else 0.0
+
+    @property
+    def parameters(self) -> int:
+        """The number of trained parameters, without the head's; 0 for the head alone."""
+        return self.results[0].trained_parameters - self.head
+
+    @property
+    def x(self) -> float:
+        """The place on the figure's horizontal axis."""
+        return self.parameters if self.row.position is None else self.row.position
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study: what a paper claims, the rows that test it, and how the results are drawn and judged.
+
+    Attributes:
+      claim: The paper's claim, in one sentence.
+      source: Paper and table or figure, and what the paper measured.
+      paper: The heading of the column with the paper's values; empty without such a column.
+      rows: Returns the rows of a config.
+      draw: Draws the results.
+      findings: Compares the results with the claim.
+    """
+
+    claim: str
+    source: str
+    rows: Callable[[Any], Sequence[Row]]
+    draw: Callable[[Figure, Sequence[Summary]], None]
+    findings: Callable[[Sequence[Summary]], Sequence[Any]]
+    paper: str = ""

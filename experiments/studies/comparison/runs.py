@@ -1,0 +1,235 @@
+"""The runs of a comparison: trained together where they can be, cached by their settings, and resumed."""
+
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+
+import lora_jax as lora
+from experiments.configs.comparison import Comparison
+from experiments.reports.results import Outcome, stored_bytes
+from experiments.studies import head, provenance
+from experiments.studies.comparison.description import Row, Summary
+from experiments.studies.head import Start
+from experiments.studies.joint import Joint, train_jointly
+from experiments.studies.problem import Problem, Split
+from experiments.training import mesh as meshes
+from experiments.training import outputs
+from experiments.training.mesh import MeshSizes
+from experiments.training.run import TrainingRun
+
+_SHARED = ("seed", "epochs", "batch_size", "warmup", "label_smoothing", "clip")
+"""The settings of a config that affect every run."""
+_AT_ONCE = 2  # members that train in parallel on a CPU; see experiments/benchmarks/RESULTS.md
+
+
+class Key(NamedTuple):
+    """The name of a run's row, its peak learning rate, and its random seed."""
+
+    row: str
+    rate: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run: a row with one learning rate and one seed.
+
+    Attributes:
+      row: The row.
+      rate: The peak learning rate.
+      seed: The random seed of the initial factors and the order of the examples.
+    """
+
+    row: Row
+    rate: float
+    seed: int
+
+    @property
+    def key(self) -> Key:
+        """What identifies the run."""
+        return Key(self.row.name, self.rate, self.seed)
+
+
+def run_rows(rows: Sequence[Row], problem: Problem, config: Comparison, console: Console) -> list[Summary]:
+    """Trains, resumes or reads all runs of a comparison.
+
+    Args:
+      rows: The rows; rows without learning rates are the converged head.
+      problem: The model and the task.
+      config: The settings that all runs share.
+      console: The output.
+
+    Raises:
+      UserError: The spec of a row does not fit the base, or all runs of a group diverged.
+    """
+    if len({row.name for row in rows}) < len(rows):
+        raise ValueError(f"The names of rows must differ, got {[row.name for row in rows]}")
+    starts = _Starts(problem, config, console)
+    trained = [row for row in rows if row.rates]
+    for row in trained:
+        starts.of(row).problem.check(row.name, row.spec)
+    program = _Program(starts, config, console)
+    seeds = range(config.seed, config.seed + config.seeds)
+    first = [Member(row, rate, seeds[0]) for row in trained for rate in row.rates]
+    program.announce(len(first) + len(trained) * len(seeds[1:]))
+    results = program.run(first)
+    rates = {row.name: _best_rate(row, seeds[0], results) for row in trained}
+    for seed in seeds[1:]:
+        results |= program.run([Member(row, rates[row.name], seed) for row in trained])
+    return [
+        Summary(
+            row,
+            [results[Key(row.name, rates[row.name], seed)] for seed in seeds] if row.rates else [starts.of(row).result],
+            starts.of(row).result.trained_parameters,
+        )
+        for row in rows
+    ]
+
+
+def _best_rate(row: Row, seed: int, results: Mapping[Key, Outcome]) -> float:
+    """Returns the learning rate with the best validation accuracy; the first one of equal ones."""
+    scores = [results[Key(row.name, rate, seed)].validation_accuracy for rate in row.rates]
+    return row.rates[int(np.argmax(np.nan_to_num(scores, nan=-1.0)))]
+
+
+class _Starts:
+    """The converged heads from which rows start: one for each number of training examples."""
+
+    def __init__(self, problem: Problem, config: Comparison, console: Console):
+        self._problem, self._config, self._console = problem, config, console
+        self._starts: dict[str, Start] = {}
+
+    def of(self, row: Row) -> Start:
+        """Returns the starting point of a row."""
+        key = repr((row.examples, row.change))
+        if key not in self._starts:
+            start = self._fit(row.examples) if row.change is None else self.of(replace(row, change=None))
+            self._starts[key] = start if row.change is None else row.change(start)
+        return self._starts[key]
+
+    def _fit(self, count: int | None) -> Start:
+        train = self._problem.splits["train"]
+        split = Split(train.sequences[:count], train.labels[:count])
+        problem = replace(self._problem, splits=self._problem.splits | {"train": split})
+        inputs = [problem.digest, problem.lengths, count]
+        directory = provenance.directory(self._config.out, "head", inputs, fresh=self._config.fresh)
+        return head.run(problem, directory, self._console)
+
+
+class _Program:
+    """Runs members in groups that train together."""
+
+    def __init__(self, starts: _Starts, config: Comparison, console: Console):
+        self._starts, self._config, self._console = starts, config, console
+        self._total, self._done, self._seconds, self._trained = 0, 0, 0.0, 0
+
+    def announce(self, total: int) -> None:
+        """Prints the number of runs."""
+        self._total = total
+        minutes = f", about {self._config.MINUTES} minutes on 2 CPU cores" if not self._config.fast else ""
+        self._console.print(f"{total} runs{minutes}; after an interruption, the same command resumes")
+
+    def run(self, members: Iterable[Member]) -> dict[Key, Outcome]:
+        """Returns the result of each member."""
+        results: dict[Key, Outcome] = {}
+        groups: dict[str, list[Member]] = {}
+        for member in members:
+            stored = self._directory(member) / "result.json"
+            if stored.exists():
+                results[member.key] = Outcome.load(stored)
+                self._done += 1
+            else:
+                groups.setdefault(_kind(member), []).append(member)
+        for group in groups.values():
+            results |= self._train(group)
+        return results
+
+    def _train(self, group: Sequence[Member]) -> dict[Key, Outcome]:
+        first, last = self._done + 1, self._done + len(group)
+        left = ""
+        if self._trained:
+            minutes = (self._total - self._done) * self._seconds / self._trained / 60
+            left = f"; about {max(1, round(minutes))} min left"
+        names = list(dict.fromkeys(member.row.name for member in group))
+        title = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+        which = f"run {first}" if first == last else f"runs {first} to {last}"
+        self._console.print(f"{which} of {self._total}: {title}, seed {group[0].seed}{left}", highlight=False)
+        began, start = time.perf_counter(), self._starts.of(group[0].row)
+        directory = provenance.directory(
+            self._config.out, "group", [self._settings(member) for member in group], fresh=self._config.fresh
+        )
+        run = TrainingRun(directory, meshes.make_mesh(MeshSizes()), asdict(self._config), self._config.checkpoint_every)
+        base = start.problem.quantize(start.base, rules) if (rules := group[0].row.rules) else start.base
+        joint = train_jointly(
+            replace(start, base=base),
+            [member.row.spec for member in group],
+            [member.rate for member in group],
+            self._shared(group[0]),
+            run,
+            self._console,
+            at_once=_AT_ONCE if jax.default_backend() == "cpu" else None,
+            once=True,
+            test=True,
+        )
+        seconds = time.perf_counter() - began
+        results = {
+            member.key: self._store(member, index, joint, start, seconds / len(group))
+            for index, member in enumerate(group)
+        }
+        outputs.remove(directory)
+        self._done, self._trained, self._seconds = last, self._trained + len(group), self._seconds + seconds
+        return results
+
+    def _store(self, member: Member, index: int, joint: Joint, start: Start, seconds: float) -> Outcome:
+        directory, delta = self._directory(member), joint.deltas[index]
+        lora.save(directory / "adapter", delta, base=start.problem.base)  # the delta replaces the head
+        scores = {split: joint.accuracies(split, start.problem.splits[split].labels)[index] for split in joint.logits}
+        train, _ = lora.partition(delta)
+        outcome = Outcome(
+            method=member.row.name,
+            seed=member.seed,
+            trained_parameters=sum(leaf.size for leaf in jax.tree.leaves(train)),
+            adapter_bytes=stored_bytes(directory / "adapter"),
+            seconds=seconds,
+            validation_accuracy=float(scores["validation"]),
+            test_accuracy=float(scores["test"]),
+            lr=member.rate,
+        )
+        outcome.save(directory / "result.json")
+        return outcome
+
+    def _directory(self, member: Member) -> Path:
+        name = re.sub(r"\W+", "-", member.row.name.lower()).strip("-")
+        title = f"{name}-lr-{member.rate:g}-seed{member.seed}"
+        return provenance.directory(self._config.out, title, self._settings(member), fresh=self._config.fresh)
+
+    def _settings(self, member: Member) -> list[Any]:
+        """Returns everything that determines the result of a run."""
+        row, problem = member.row, self._starts.of(member.row).problem
+        what = [row.spec, row.rules, row.examples, row.change]
+        shared = [getattr(self._shared(member), name) for name in _SHARED]
+        return [problem.digest, problem.lengths, *map(repr, what), member.rate, *shared]
+
+    def _shared(self, member: Member) -> Comparison:
+        """Returns the config with the seed and the epochs of a run."""
+        epochs = self._config.epochs if member.row.epochs is None else member.row.epochs
+        return replace(self._config, seed=member.seed, epochs=epochs)
+
+
+def _kind(member: Member) -> str:
+    """Returns what must be equal for runs that train together.
+
+    Adapters of one kind are stacked, with zeros where ranks or paths differ; those that are as large as their weight
+    train together only if their patterns are the same.
+    """
+    row = member.row
+    whole = {pattern: recipe for pattern, recipe in row.spec.items() if isinstance(recipe, lora.Full | lora.Rows)}
+    kinds = sorted({type(recipe).__name__ for recipe in row.spec.values()})
+    return repr((kinds, whole, row.rules, row.examples, row.epochs, row.change, member.seed))

@@ -1,0 +1,68 @@
+"""The accuracy of methods by the number of training examples (LoRA paper, appendix F.3, table 16)."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import lora_jax as lora
+from experiments.configs.low_data import Config
+from experiments.reports.findings import Finding
+from experiments.studies.comparison import figures, program
+from experiments.studies.comparison.description import Row, Study, Summary
+from experiments.studies.comparison.judge import as_good
+from experiments.studies.problem import HEAD
+
+_PAPER = {
+    "full fine-tuning": ("60.2", "85.8", "89.5"),
+    "LoRA": ("63.8", "85.6", "91.7"),
+}
+"""MNLI with 100, 1,000 and 392,000 examples."""
+
+
+def rows(config: Config) -> list[Row]:
+    """Returns a row for each method and number of examples."""
+    adapted = {"attention/(query|value)/kernel": lora.LoRA(config.rank, alpha=config.alpha), HEAD: lora.Full()}
+    methods = {
+        "head alone": ({}, ()),
+        "LoRA": (adapted, config.lr),
+        "full fine-tuning": ({"": lora.Full()}, config.full_lr),
+    }
+    return [
+        Row(
+            f"{name}, {size:,} examples",
+            spec,
+            rates,
+            series=name,
+            position=size,
+            paper=paper,
+            examples=size,
+            epochs=epochs,
+        )
+        for name, (spec, rates) in methods.items()
+        for size, epochs, paper in zip(config.sizes, config.size_epochs, [*_PAPER.get(name, ()), *[""] * 9])
+    ]
+
+
+def findings(summaries: Sequence[Summary]) -> list[Finding]:
+    """Compares LoRA with full fine-tuning at each size."""
+    by_size: dict[int, dict[str, Summary]] = {}
+    for summary in summaries:
+        by_size.setdefault(summary.row.examples or 0, {})[summary.row.series] = summary
+    return [
+        as_good(f"with {size:,} examples, LoRA is as good as full fine-tuning", row["LoRA"], row["full fine-tuning"])
+        for size, row in by_size.items()
+    ]
+
+
+STUDY = Study(
+    claim="LoRA is as good as full fine-tuning with few and with many examples.",
+    source="LoRA, table 16 (GPT-3 175B on MNLI with 100, 1,000 and 392,000 examples)",
+    paper="paper: MNLI",
+    rows=rows,
+    draw=partial(figures.lines, xlabel="training examples"),
+    findings=findings,
+)
+
+
+def run(config: Config) -> list[Summary]:
+    """Runs the study; see :func:`experiments.studies.comparison.program.run`."""
+    return program.run(config, STUDY)

@@ -1,0 +1,74 @@
+"""Which weights to adapt with a fixed number of parameters (LoRA paper, §7.1 and table 5)."""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import lora_jax as lora
+from experiments.configs.which_weights import Config
+from experiments.reports.findings import Finding
+from experiments.studies.comparison import figures, program
+from experiments.studies.comparison.description import Row, Study, Summary
+from experiments.studies.comparison.judge import as_good, better
+from experiments.studies.problem import HEAD
+
+_NAMES = {"q": "query", "k": "key", "v": "value", "o": "output"}
+_PAPER = {
+    "q": "70.4 / 91.0",
+    "k": "70.0 / 90.8",
+    "v": "73.0 / 91.0",
+    "o": "73.2 / 91.3",
+    "q, k": "71.4 / 91.3",
+    "q, v": "73.7 / 91.3",
+    "q, k, v, o": "73.7 / 91.7",
+}
+_FEED_FORWARD, _ALL = 5, 9
+"""Parameters of rank 1 on both feed-forward weights, and on all linear weights, in those of one attention weight."""
+
+
+def rows(config: Config) -> list[Row]:
+    """Returns a row for each subset of the attention weights, for the feed-forward and for all linear weights."""
+    subsets = [subset for count in range(1, 5) for subset in combinations(_NAMES, count)]
+    attention = [
+        _row(config, ", ".join(subset), f"attention/({'|'.join(map(_NAMES.get, subset))})/kernel", len(subset))
+        for subset in subsets
+    ]
+    return [
+        Row("head alone", {}, series="head alone"),
+        *attention,
+        _row(config, "feed-forward", "feed_forward/.*kernel", _FEED_FORWARD),
+        _row(config, "all linear", "(attention|feed_forward)/.*kernel", _ALL),
+    ]
+
+
+def _row(config: Config, name: str, pattern: str, factor: int) -> Row:
+    rank = max(1, round(config.budget / factor))
+    spec = {pattern: lora.LoRA(rank, alpha=config.alpha), HEAD: lora.Full()}
+    series = f"{factor} weights of attention" if factor <= len(_NAMES) else name
+    return Row(f"{name}, r = {rank}", spec, (config.lr,), series=series, paper=_PAPER.get(name, ""))
+
+
+def findings(summaries: Sequence[Summary]) -> list[Finding]:
+    """Compares one weight of a large rank with several of a small one, and the feed-forward layers with attention."""
+    by_name = {summary.row.name.rsplit(", r", 1)[0]: summary for summary in summaries}
+    single = max((by_name[name] for name in _NAMES), key=lambda summary: summary.mean)
+    every = by_name["q, k, v, o"]
+    return [
+        better("several weights of a small rank are better than one of a large rank", every, single),
+        better("query and value are better than query or key alone", by_name["q, v"], by_name["q"]),
+        as_good("query and value are as good as all four weights", by_name["q, v"], every),
+    ]
+
+
+STUDY = Study(
+    claim="With a fixed number of parameters, adapting several weights of attention is better than one.",
+    source="LoRA, table 5 (GPT-3 175B)",
+    paper="paper: WikiSQL / MNLI",
+    rows=rows,
+    draw=figures.bars,
+    findings=findings,
+)
+
+
+def run(config: Config) -> list[Summary]:
+    """Runs the study; see :func:`experiments.studies.comparison.program.run`."""
+    return program.run(config, STUDY)
