@@ -93,6 +93,49 @@ def test_truncation_is_the_nearest(form):
     np.testing.assert_allclose(((whole - near) ** 2).sum(), lost, rtol=1e-4)
 
 
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_one_threshold_truncates_all_adapters(form):
+    delta = {"small": merging.scale(make(1, 3, **form), 0.5)["w"], "large": make(2, 4, **form)["w"]}
+    values = {path: parts.values for path, parts in lora.analysis.decompose(delta).items()}
+    every = np.sort(np.concatenate([array.ravel() for array in values.values()]))[::-1]
+    threshold = every[len(every) // 2]
+    energy = (every[every >= threshold] ** 2).sum() / (every**2).sum()
+    cut = merging.truncate(delta, energy=float(energy) * (1 - 1e-6))
+    for path, node in cut.items():
+        keep = values[path] > 0.999 * threshold
+        assert node.rank == keep.sum(axis=-1).max()
+        lost = (values[path][~keep] ** 2).sum()
+        np.testing.assert_allclose(merging.distance(delta[path], node) ** 2, lost, rtol=1e-3, atol=1e-5)
+    assert set(cut) == {path for path, array in values.items() if (array > 0.999 * threshold).any()}
+    whole = merging.truncate(delta, energy=1)
+    for path, node in whole.items():
+        np.testing.assert_allclose(added(node), added(delta[path]), rtol=1e-5, atol=1e-5)
+
+
+def test_truncation_to_energy_omits_adapters_without_a_large_value():
+    delta = {"w": make(1, 3)["w"], "zero": merging.scale(make(2, 3), 1e-6)["w"]}
+    assert list(merging.truncate(delta, energy=0.9)) == ["w"]
+    untrained = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, {"w": lora.LoRA(2, axes=("in", "out"))})
+    assert merging.truncate(untrained, energy=0.9) == {}
+    full = {"head": lora.Full().create(jax.random.key(0), jnp.ones((4, 3)), None)}
+    assert merging.truncate(full, energy=0.5) == full
+
+
+def test_truncation_needs_a_rank_or_an_energy():
+    delta = make(1, 3)
+    for arguments in ({}, {"rank": 1, "energy": 0.5}):
+        with pytest.raises(TypeError, match="either rank or energy"):
+            merging.truncate(delta, **arguments)
+    for energy in (0, -0.5, 1.5):
+        with pytest.raises(ValueError, match="above 0 and at most 1"):
+            merging.truncate(delta, energy=energy)
+    with pytest.raises(ValueError, match=r"outside of jax\.jit"):
+        jax.jit(lambda delta: merging.truncate(delta, energy=0.5))(delta)
+    dora = lora.init(jax.random.key(0), {"w": jnp.ones((6, 8))}, {"w": lora.DoRA(2, axes=("in", "out"))})
+    with pytest.raises(ValueError, match=r"'w': what a DoRA adapter does .* cannot be truncated"):
+        merging.truncate(dora, energy=0.5)
+
+
 def test_the_svd_of_all_ranks_is_the_sum():
     one, two = make(1, 2), make(2, 3)
     combined = merging.combine([one, two], [1.0, -1.0], method="svd", rank=5)

@@ -54,10 +54,10 @@ class Config:
     alpha: float = 32.0
     """The update is scaled by alpha / rank. 32 for every rank is the choice of LoRA Without Regret."""
 
-    lora_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    lora_rates: tuple[float, ...] = (3e-4, 1e-3, 1.8e-3, 3.2e-3, 5.6e-3, 1e-2)
     """Peak learning rates of LoRA."""
 
-    full_rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+    full_rates: tuple[float, ...] = (3e-5, 5.6e-5, 1e-4, 1.8e-4, 3.2e-4, 1e-3)
     """Peak learning rates of full fine-tuning."""
 
     model: str = "all-MiniLM-L6-v2"
@@ -92,7 +92,7 @@ class Config:
     decoder_data: tuple[str, ...] = ("debian_synopses:0.04",)
     """The decoder's data, named as for sft."""
 
-    decoder_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    decoder_rates: tuple[float, ...] = (3e-4, 1e-3, 1.8e-3, 3.2e-3, 5.6e-3)
     """Peak learning rates of LoRA on the decoder, a run each."""
 
     decoder_steps: int = 48

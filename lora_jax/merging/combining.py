@@ -1,4 +1,4 @@
-"""Algebra of low-rank deltas: scaling, combination by several methods, and truncation to a smaller rank."""
+"""Algebra of low-rank deltas: scaling, and combination by several methods."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +13,13 @@ from lora_jax import checks
 from lora_jax.adapters.consistency import check_adapters
 from lora_jax.adapters.factored import compute_dtype
 from lora_jax.adapters.fingerprints import needs_moved_base
-from lora_jax.adapters.layouts import BATCH, RANK
+from lora_jax.adapters.layouts import BATCH
 from lora_jax.adapters.lowrank import LoRAAdapter
 from lora_jax.adapters.offset import OffsetAdapter
 from lora_jax.adapters.protocol import Adapter, Delta
-from lora_jax.adapters.terms import as_low_rank, is_low_rank
+from lora_jax.adapters.terms import as_low_rank
 from lora_jax.leaves import align_leading
+from lora_jax.merging.factors import Spectrum, count_lead, from_spectrum, matrices, multiply, to_rank
 
 METHODS = (
     "cat",
@@ -139,47 +140,6 @@ def combine(
     return combined
 
 
-def truncate(delta: Delta, rank: int) -> dict[str, Adapter]:
-    """Returns the nearest delta whose adapters have a smaller rank (in the norm of ΔW).
-
-    The singular value decomposition of ΔW is that of a rank × rank matrix between the orthogonal parts of the
-    factors; ΔW is not formed.
-
-    Args:
-      delta: LoRA adapters, and others that add a product of two factors (LoRA-FA, AdaLoRA, VeRA, LoHa), which become
-        LoRA if their rank is larger; adapters without a rank (`Full`, `Rows`, `IA3`, `Offset`) do not change.
-      rank: At least 1.
-
-    Raises:
-      ValueError: The rank is not a positive integer; an adapter of a larger rank adds no product of
-        two factors (DoRA, LoKr).
-
-    Example:
-      >>> import jax, jax.numpy as jnp, lora_jax as lora
-      >>> base = {"w": jnp.ones((4, 3))}
-      >>> delta = lora.init(jax.random.key(0), base, {"w": lora.LoRA(3, axes=("in", "out"), init="gaussian")})
-      >>> truncate(delta, 1)["w"].a.shape
-      (1, 4)
-
-    References:
-      Eckart and Young, 1936
-    """
-    check_adapters(delta)
-    checks.positive("truncate", "rank", rank)
-    truncated = dict(delta)
-    for path, node in delta.items():
-        if node.additive and is_low_rank(node):
-            term = as_low_rank(node)
-            if term.rank > rank:
-                truncated[path] = _truncated(term, rank)
-        elif (node.rank or 0) > rank or (node.additive and not isinstance(node, OffsetAdapter)):
-            raise ValueError(
-                f"{path!r}: what a {node.kind} adapter does to its weight cannot be brought to rank {rank} by its "
-                "factors. Leave it out, or merge it."
-            )
-    return truncated
-
-
 @dataclasses.dataclass(frozen=True)
 class _Merge:
     """Prunes, elects and adds the entries of several arrays that are stacked along the first axis."""
@@ -216,14 +176,14 @@ def _largest(array: jax.Array, density: float) -> jax.Array:
 
 
 def _combined(nodes: list[tuple[LoRAAdapter, float]], method: str, rank: int | None, merge: _Merge) -> LoRAAdapter:
-    first, lead = nodes[0][0], _lead(nodes[0][0])
+    first, lead = nodes[0][0], count_lead(nodes[0][0])
     dtype = _common([node.a.dtype for node, _ in nodes])
     if method in ("cat", "svd"):
-        a = jnp.concatenate([_by_scale(n.a, n.scale, w) for n, w in nodes], axis=lead)
+        a = jnp.concatenate([multiply(n.a, n.scale, w) for n, w in nodes], axis=lead)
         b = jnp.concatenate([n.b.astype(jnp.float32) for n, _ in nodes], axis=lead)
         whole = dataclasses.replace(first, a=a, b=b, scale=jnp.ones((), jnp.float32))
         if method == "svd":
-            whole = _truncated(whole, rank or max(node.rank for node, _ in nodes))
+            whole = to_rank(whole, rank or max(node.rank for node, _ in nodes))
     elif method.endswith("_svd"):
         weights = jnp.array([w for _, w in nodes], jnp.float32)
         products = jnp.stack([_product(node) for node, _ in nodes])
@@ -257,7 +217,7 @@ def _sum_of_biases(nodes: list[tuple[LoRAAdapter, float]], method: str) -> jax.A
         return None
     if method not in ("cat", "svd"):
         raise ValueError(f"combine(method={method!r}) takes no adapter with a bias; 'cat' and 'svd' add biases up.")
-    return jnp.asarray(sum(_by_scale(*term) for term in biases), _common([bias.dtype for bias, *_ in biases]))
+    return jnp.asarray(sum(multiply(*term) for term in biases), _common([bias.dtype for bias, *_ in biases]))
 
 
 def _check_same_base(path: str, nodes: Sequence[LoRAAdapter]) -> None:
@@ -278,60 +238,23 @@ def _common(dtypes: Sequence[jnp.dtype]) -> jnp.dtype:
     return widest if len(set(dtypes)) == 1 else compute_dtype(widest)
 
 
-def _lead(node: LoRAAdapter) -> int:
-    """The number of axes before the rank."""
-    return node.labels("a").index(RANK)
-
-
-def _by_scale(array: jax.Array, scale: jax.Array, factor: float = 1.0) -> jax.Array:
-    return array.astype(jnp.float32) * align_leading(scale * factor, array.ndim)
-
-
-def _matrices(node: LoRAAdapter) -> tuple[jax.Array, jax.Array]:
-    """The factors as `[*lead, rank, in]` and `[*lead, rank, out]`, in float32."""
-    lead = _lead(node)
-    return tuple(x.astype(jnp.float32).reshape(*x.shape[: lead + 1], -1) for x in (node.a, node.b))  # pyrefly: ignore[bad-return]
-
-
 def _product(node: LoRAAdapter) -> jax.Array:
     """ΔW, `[*lead, in, out]`."""
-    a, b = _matrices(node)
-    return _by_scale(jnp.matmul(a.mT, b, precision=lax.Precision.HIGHEST), node.scale)
-
-
-def _truncated(node: LoRAAdapter, rank: int) -> LoRAAdapter:
-    a, b = _matrices(node)
-    exact = lax.Precision.HIGHEST
-    (qa, ra), (qb, rb) = jnp.linalg.qr(a.mT), jnp.linalg.qr(b.mT)
-    u, s, vt = jnp.linalg.svd(jnp.matmul(ra, rb.mT, precision=exact), full_matrices=False)
-    rank = min(rank, s.shape[-1])
-    root = jnp.sqrt(s[..., :rank])[..., None]
-    new_a = root * jnp.matmul(u[..., :rank].mT, qa.mT, precision=exact)
-    new_b = root * jnp.matmul(vt[..., :rank, :], qb.mT, precision=exact)
-    return _with_factors(node, new_a, new_b, node.scale)
+    a, b = matrices(node)
+    return multiply(jnp.matmul(a.mT, b, precision=lax.Precision.HIGHEST), node.scale)
 
 
 def _nearest(like: LoRAAdapter, product: jax.Array, rank: int) -> LoRAAdapter:
     """The nearest low-rank adapter to ΔW, `[*lead, in, out]`."""
-    u, s, vt = jnp.linalg.svd(product, full_matrices=False)
-    rank = min(rank, s.shape[-1])
-    root = jnp.sqrt(s[..., :rank])[..., None]
-    return _with_factors(like, root * u[..., :rank].mT, root * vt[..., :rank, :], jnp.ones((), jnp.float32))
-
-
-def _with_factors(node: LoRAAdapter, a: jax.Array, b: jax.Array, scale: jax.Array) -> LoRAAdapter:
-    lead = _lead(node)
-    a, b = (
-        new.reshape(*new.shape[: lead + 1], *old.shape[lead + 1 :]).astype(old.dtype)
-        for new, old in ((a, node.a), (b, node.b))
-    )
-    return dataclasses.replace(node, a=a, b=b, scale=scale)
+    u, values, vt = jnp.linalg.svd(product, full_matrices=False)
+    like = dataclasses.replace(like, scale=jnp.ones((), jnp.float32))
+    return from_spectrum(like, Spectrum(u.mT, values, vt), rank)
 
 
 def _sum_of_offsets(nodes: list[tuple[OffsetAdapter, float]]) -> OffsetAdapter:
     first = nodes[0][0]
     dtype = _common([node.value.dtype for node, _ in nodes])
-    value = sum(_by_scale(node.value, node.scale, weight) for node, weight in nodes)
+    value = sum(multiply(node.value, node.scale, weight) for node, weight in nodes)
     return dataclasses.replace(first, value=jnp.asarray(value, dtype), scale=jnp.ones((), jnp.float32))
 
 

@@ -101,17 +101,17 @@ def test_an_interrupted_sweep_repeats_no_finished_curve(settings, finished, tmp_
         study.run(dataclasses.replace(config, alpha=3.0))
 
 
-def curve(best, *, rates=tuple(10.0**power for power in range(-5, 0)), name="", offset=0.0, rule=1e-3):
+def curve(best, *, rates=tuple(10.0 ** (power / 4) for power in range(-20, -3)), name="", offset=0.0, rule=1e-3):
     """A parabola with its minimum at `best`, and examples whose losses differ by 0.01."""
     examples = np.linspace(-0.01, 0.01, 50)[:, None] + offset + (np.log10(rates) - np.log10(best)) ** 2
     zeros = np.zeros(len(rates))
     return measured("m", name, list(rates), examples, zeros, start=1.0, rule=rule, seconds=0.0)
 
 
-def test_the_best_rate_lies_between_the_tried_ones():
-    assert curve(2e-3).best_rate == pytest.approx(2e-3)
+def test_the_best_rate_is_the_tried_one_with_the_smallest_loss():
+    assert curve(1e-3).best_rate == 1e-3 and not curve(1e-3).at_edge
     assert curve(1e-9).at_edge and curve(1e-9).best_rate == 1e-5
-    diverged = dataclasses.replace(curve(2e-3), losses=[1.0, 0.5, 0.1, None, None])
+    diverged = Curve("m", "", [1e-4, 1e-3, 1e-2, 1e-1], [0.5, 0.1, 90.0, None], [], [], [], 1.0, 1e-3, 0.0)
     assert diverged.best_rate == 1e-3 and diverged.as_good == [1e-3]
 
 

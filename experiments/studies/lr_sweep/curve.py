@@ -53,19 +53,8 @@ class Curve:
 
     @property
     def best_rate(self) -> float:
-        """The minimum of the parabola through the best rate and its neighbors, over the logarithm of the rate.
-
-        Example:
-          >>> curve = Curve("", "", [1e-4, 1e-3, 1e-2], [1.2, 1.0, 1.0], [], [], [], 2.0, 1e-3, 0.0)
-          >>> f"{curve.best_rate:.1e}"
-          '3.2e-03'
-        """
-        losses, best = self._losses(), self.best
-        around = slice(best - 1, best + 2)
-        if self.at_edge or not np.isfinite(losses[around]).all():
-            return self.rates[best]
-        curvature, slope, _ = np.polyfit(np.log10(self.rates[around]), losses[around], 2)
-        return float(10 ** (-slope / (2 * curvature)))
+        """The tried rate with the smallest loss."""
+        return self.rates[self.best]
 
     @property
     def as_good(self) -> list[float]:

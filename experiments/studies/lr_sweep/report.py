@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
+from experiments.reports.table import short
 from experiments.studies.lr_sweep.curve import Curve
 
 _COLORS = ("#9ecae9", "#4c78a8", "#1f3d66", "#54a24b", "#f58518", "#e45756")
@@ -20,9 +21,9 @@ def loss_table(curves: Sequence[Curve]) -> Table:
     """Returns the losses by learning rate. The smallest of a curve is bold; those that are as good have a star."""
     rates = sorted({rate for curve in curves for rate in curve.rates})
     rows = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    rows.add_column("validation loss", no_wrap=True)
+    rows.add_column("validation loss")
     for rate in rates:
-        rows.add_column(f"{rate:g}", justify="right", no_wrap=True)
+        rows.add_column(short(rate), justify="right", no_wrap=True)
     for curve in curves:
         cells = dict(zip(curve.rates, (_cell(curve, index) for index in range(len(curve.rates)))))
         rows.add_row(curve.name, *(cells.get(rate, "") for rate in rates))
@@ -41,18 +42,18 @@ def _cell(curve: Curve, index: int) -> str:
 def best_table(curves: Sequence[Curve]) -> Table:
     """Returns the best learning rate of each curve, its loss, and the learning rate of the published rule."""
     rows = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    rows.add_column("method", no_wrap=True)
+    rows.add_column("method")
     for name in ("best rate", "as good", "rule", "loss", "accuracy, %"):
-        rows.add_column(name, justify="right", no_wrap=True)
+        rows.add_column(name, justify="right")
     for curve in curves:
         good, best = curve.as_good, curve.best
         accuracy = curve.accuracies[best] if curve.accuracies else None
         bound = "" if not curve.at_edge else "≤ " if best == 0 else "≥ "
         rows.add_row(
             curve.name,
-            f"{bound}{curve.best_rate:.1e}",
-            f"{good[0]:g}" if len(good) == 1 else f"{good[0]:g}–{good[-1]:g}",
-            f"{curve.rule:.1e}",
+            f"{bound}{short(curve.best_rate)}",
+            short(good[0]) if len(good) == 1 else f"{short(good[0])}–{short(good[-1])}",
+            short(curve.rule),
             f"{curve.losses[best]:.3f}",
             "–" if accuracy is None else f"{100 * accuracy:.1f}",
         )
@@ -61,7 +62,7 @@ def best_table(curves: Sequence[Curve]) -> Table:
 
 def draw(path: Path, groups: Sequence[Sequence[Curve]]) -> None:
     """Writes a PNG with a panel for each model: a curve for each method, and the published rule as vertical lines."""
-    figure = Figure(figsize=(6.2 * len(groups), 4.6), dpi=100, layout="constrained")
+    figure = Figure(figsize=(6.2 * len(groups), 5.4), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, curves in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups):
         _draw_panel(axes, curves)
@@ -86,11 +87,11 @@ def _draw_panel(axes: Axes, curves: Sequence[Curve]) -> None:
     reach = max(start - smallest, 1e-3)
     axes.set(
         xscale="log",
-        xlabel="peak learning rate (star: best, interpolated)",
+        xlabel="peak learning rate (star: best)",
         ylabel="validation loss, nats",
         title=curves[0].model,
         ylim=(smallest - 0.1 * reach, smallest + _HEADROOM * reach),
     )
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, edgecolor="none", framealpha=0.85)
+    axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
