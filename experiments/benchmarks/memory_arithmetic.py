@@ -6,8 +6,8 @@ import math
 from experiments.benchmarks.memory_shapes import Shape
 
 NF4_BLOCK, SECOND_BLOCK = 64, 256
-MOMENTS = 2 * 4
-"""Bytes of Adam's two float32 moments per trained parameter."""
+MOMENTS = {"sgd": 0, "momentum": 4, "adam": 2 * 4}
+"""Bytes of the float32 moments of each optimizer per trained parameter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Problem:
       rank: The rank of every adapter.
       tokens: The length of the only sequence of the batch.
       plain: Whether the whole quantized base is dequantized before the model is called.
-      on_host: Whether Adam's moments are in the host's memory.
+      on_host: Whether the optimizer's moments are in the host's memory.
+      optimizer: 'adam' (AdamW), 'momentum' (SGD with momentum) or 'sgd'.
     """
 
     shape: Shape
@@ -33,6 +34,7 @@ class Problem:
     tokens: int = 512
     plain: bool = False
     on_host: bool = False
+    optimizer: str = "adam"
 
     @property
     def trained(self) -> int:
@@ -63,7 +65,7 @@ class Problem:
     @property
     def moments(self) -> int:
         """Bytes of the optimizer's state, on the device or the host."""
-        return MOMENTS * self.trained
+        return MOMENTS[self.optimizer] * self.trained
 
     @property
     def items(self) -> dict[str, int]:

@@ -127,22 +127,23 @@ def _status(name: str) -> int:
     return 1024 * int(match[1])
 
 
-def run_in_process(problem: Problem, platform: str | None = None) -> Figures | str:
+def run_in_process(problem: Problem, platform: str | None = None, steps: int = 3) -> Figures | str:
     """Calls :func:`run` in a separate process; returns the last line of its error if it fails."""
-    problem_json = json.dumps(dataclasses.asdict(problem))
+    arguments = json.dumps({"problem": dataclasses.asdict(problem), "steps": steps})
     environment = os.environ | ENVIRONMENT | ({} if platform is None else {"JAX_PLATFORMS": platform})
-    command = [sys.executable, "-m", "experiments.benchmarks.memory_process", problem_json]
+    command = [sys.executable, "-m", "experiments.benchmarks.memory_process", arguments]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     if process.returncode:
         return next((line for line in reversed(process.stderr.splitlines()) if line.strip()), "no message")
     return Figures(**json.loads(process.stdout.splitlines()[-1]))
 
 
-def main(problem_json: str) -> None:
+def main(arguments: str) -> None:
     """Runs the problem of a JSON and prints its figures as JSON."""
-    fields: dict[str, Any] = json.loads(problem_json)
+    content: dict[str, Any] = json.loads(arguments)
+    fields = content["problem"]
     problem = Problem(**fields | {"shape": Shape(**fields["shape"])})
-    print(json.dumps(dataclasses.asdict(run(problem))))
+    print(json.dumps(dataclasses.asdict(run(problem, content["steps"]))))
 
 
 if __name__ == "__main__":

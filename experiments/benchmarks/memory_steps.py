@@ -23,6 +23,8 @@ KERNELS = r"^layers/.*/kernel$"
 LARGE = 100_000
 """The minimum number of elements of a leaf of the optimizer's state in the host's memory."""
 
+_OPTIMIZERS = {"adam": optax.adamw(1e-4), "momentum": optax.sgd(1e-4, momentum=0.9), "sgd": optax.sgd(1e-4)}
+
 FLOATS = {2: jnp.bfloat16, 4: jnp.float32}
 
 
@@ -87,7 +89,7 @@ def make_step(problem: Problem, sharding: Sharding, platform: Platform, ballast:
         spec = {"": lora.Full(dtype=dtype)}
     elif problem.method == "qlora":
         base = lora.quantize(base, {KERNELS: lora.NF4()}, apply, tokens)
-    tx = float32_moments(optax.adamw(1e-4))
+    tx = float32_moments(_OPTIMIZERS[problem.optimizer])
     if problem.on_host:
         tx = lora.optim.host_offloaded(tx, min_size=LARGE)
 

@@ -19,7 +19,7 @@ from experiments.training.runtime import Runtime
 
 Target = Literal["attention", "feed-forward", "embedding", "head"]
 Float = Literal["float32", "bfloat16"]
-Quantization = Literal["none", "nf4", "int8", "stored"]
+Quantization = Literal["none", "nf4", "fp4", "int8", "int4", "stored"]
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,11 @@ class DecoderConfig(Runtime):
     """The dtype of the factors and of the optimizer state."""
 
     quantize: Quantization = "none"
-    """The quantization of the base's linear layers. nf4 is QLoRA's format with double quantization. stored uses the
-    codes of a GGUF file as they are, those of the embedding included."""
+    """The quantization of the base's linear layers. nf4 is QLoRA's format. stored uses the codes of a GGUF file as they
+    are, those of the embedding included."""
+
+    double_quantization: bool = True
+    """Whether the scales of quantized weights are quantized too, to eight bits."""
 
     dtype: Float = "float32"
     """The dtype of activations and of the base's weights that are not quantized."""

@@ -72,7 +72,7 @@ class Config(Runtime):
     fast: bool = False
     """The smallest complete run: LoRA, two steps of eight pairs, eight test pairs."""
 
-    quantize: Literal["none", "nf4", "int8"] = "none"
+    quantize: Literal["none", "nf4", "fp4", "int8", "int4"] = "none"
     """The quantization of the base's linear layers for lora and dora; full fine-tuning trains float weights."""
 
     rank: int = 16

@@ -29,7 +29,7 @@ def rows(config: Config) -> list[Row]:
     """Returns a row for each subset of the attention weights, for the feed-forward and for all linear weights."""
     subsets = [subset for count in range(1, 5) for subset in combinations(_NAMES, count)]
     attention = [
-        _row(config, ", ".join(subset), f"attention/({'|'.join(map(_NAMES.get, subset))})/kernel", len(subset))
+        _row(config, ", ".join(subset), f"attention/({'|'.join(_NAMES[name] for name in subset)})/kernel", len(subset))
         for subset in subsets
     ]
     return [

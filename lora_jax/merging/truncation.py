@@ -58,16 +58,16 @@ def truncate(delta: Delta, rank: int | None = None, *, energy: float | None = No
       Eckart and Young, 1936
     """
     check_adapters(delta)
-    if (rank is None) == (energy is None):
-        raise TypeError(
-            "truncate: expected either rank or energy, as in truncate(delta, 4) or truncate(delta, energy=0.9)."
-        )
-    if rank is not None:
+    if rank is not None and energy is None:
         checks.positive("truncate", "rank", rank)
         terms = _terms(delta, rank, f"brought to rank {rank}")
         return dict(delta) | {path: to_rank(term, rank) for path, term in terms.items()}
-    checks.finite("truncate", "energy", energy)
-    return _to_energy(delta, energy)
+    if energy is not None and rank is None:
+        checks.finite("truncate", "energy", energy)
+        return _to_energy(delta, energy)
+    raise TypeError(
+        "truncate: expected either rank or energy, as in truncate(delta, 4) or truncate(delta, energy=0.9)."
+    )
 
 
 def _terms(delta: Delta, rank: int, what: str) -> dict[str, LoRAAdapter]:

@@ -18,7 +18,7 @@ from experiments.models.decoder import Decoder
 from experiments.models.options import Options, Platform, Remat
 from experiments.training.optimizer import published_rate
 
-_BYTES = {"nf4": 0.6, "int8": 1.1}  # of a quantized weight
+_BYTES = {"nf4": 0.6, "fp4": 0.6, "int4": 0.6, "int8": 1.1}  # of a quantized weight
 _FASTEST_FIRST: tuple[Remat, ...] = ("none", "dots", "full")
 
 C = TypeVar("C", bound=DecoderConfig)

@@ -17,6 +17,7 @@ import lora_jax as lora
 from experiments.configs.decoder import DecoderConfig
 from experiments.errors import UserError
 from experiments.models import checkpoint, families, location, shapes
+from experiments.models.formats import make_format
 from experiments.models.options import Options, Platform, Remat
 from experiments.models.weights import flatten_weights, map_weights
 from experiments.studies.decoder.adapters import (
@@ -283,8 +284,7 @@ def model_options(config: DecoderConfig, remat: Remat, platform: Platform | None
 
 def quantization_rules(config: DecoderConfig) -> dict[str, Format | None]:
     """Returns the formats of quantized weights by pattern."""
-    formats = {"none": None, "stored": None, "nf4": lora.NF4(), "int8": lora.Int8()}
-    selected = formats[config.quantize]
+    selected = make_format(config.quantize, double=config.double_quantization)
     return {} if selected is None else {"|".join(LINEAR.values()): selected}
 
 

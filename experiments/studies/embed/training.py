@@ -14,6 +14,7 @@ import lora_jax as lora
 from experiments.configs.embed import Config
 from experiments.errors import UserError
 from experiments.models import bert, checkpoint
+from experiments.models.formats import make_format
 from experiments.objectives.contrastive import contrastive, embeddings
 from experiments.studies.embed.pairs import Candidates, Pairs, PairStream
 from experiments.studies.embed.retrieval import nearest_others, rank_answers, recall
@@ -25,7 +26,6 @@ from experiments.training.progress import bar
 from experiments.training.run import History, TrainingRun
 
 _LINEAR = r"(attention|feed_forward)/.*kernel"
-_FORMATS = {"nf4": lora.NF4(), "int8": lora.Int8()}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def make_method(name: str, config: Config) -> Method:
     if config.quantize == "none":
         return Method(name, {_LINEAR: recipe}, config.lora_lr)
     title = f"{name}, {config.quantize} base"
-    return Method(title, {_LINEAR: recipe}, config.lora_lr, {_LINEAR: _FORMATS[config.quantize]})
+    return Method(title, {_LINEAR: recipe}, config.lora_lr, {_LINEAR: make_format(config.quantize)})
 
 
 class Encoder:

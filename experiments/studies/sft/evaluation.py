@@ -117,6 +117,7 @@ def _settings(
         "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
         "new_tokens": config.new_tokens,
         "quantize": config.quantize,
+        "double_quantization": config.double_quantization,
         "dtype": config.dtype,
         "with_base": with_base,
     }

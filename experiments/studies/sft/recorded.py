@@ -19,6 +19,8 @@ _FIELDS = (
     *("model", "quantize", "dtype", "template", "control_tokens", "tokenize_together", "on_bad"),
     *("data_form", "validation_share", "train_examples", "seed", *_TUPLES),
 )
+_ADDED = ("double_quantization",)
+"""Fields that records of earlier versions lack; these had the default."""
 _SYSTEM = "system"
 
 
@@ -33,7 +35,7 @@ def write_run(directory: Path, config: DecoderConfig, record: Record) -> None:
     messages = record.messages if isinstance(record, Conversation) else getattr(record, "prompt", "")
     contents = () if isinstance(messages, str) else messages
     system = next((message["content"] for message in contents if message["role"] == "system"), None)
-    fields = {name: getattr(config, name) for name in _FIELDS}
+    fields = {name: getattr(config, name) for name in (*_FIELDS, *_ADDED)}
     write_json(directory / RUN, fields | {_SYSTEM: system if isinstance(system, str) else None})
 
 
@@ -79,6 +81,7 @@ def _read(adapter: Path) -> tuple[dict[str, Any], str | None]:
             content = peft.read_json(path)
             with reading(path, "the record of a run"):
                 fields = {name: content[name] for name in _FIELDS}
+                fields |= {name: content[name] for name in _ADDED if name in content}
                 return fields | {name: tuple(fields[name]) for name in _TUPLES}, content[_SYSTEM]
         content = peft.read_json(adapter / _PEFT_CONFIG) if (adapter / _PEFT_CONFIG).is_file() else {}
     except ValueError as error:

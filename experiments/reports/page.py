@@ -1,0 +1,144 @@
+"""The results of a study: a page in Markdown with its figure, and a JSON record."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from experiments.reports import findings
+from experiments.reports.findings import Finding
+from experiments.reports.results import write_json
+from lora_jax.io import replace_file
+
+FILES = ("README.md", "figure.png", "run.json")
+_NOT_SHOWN = ("out", "fresh", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of text; the first column is the name of the row.
+
+    Attributes:
+      header: The names of the columns.
+      rows: The cells.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """Returns the table in Markdown.
+
+        Example:
+          >>> print(Grid(["method", "score"], [["LoRA", "1.0"]]).markdown(), end="")
+          | method | score |
+          | --- | ---: |
+          | LoRA | 1.0 |
+        """
+        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    def table(self) -> Table:
+        """Returns the table for the screen."""
+        result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for index, name in enumerate(self.header):
+            result.add_column(name, justify="right" if index else "left", no_wrap=not index)
+        for row in self.rows:
+            result.add_row(*row)
+        return result
+
+
+@dataclass(frozen=True)
+class Page:
+    """The results of a study.
+
+    Attributes:
+      claim: The paper's claim, in one sentence.
+      source: Paper and table or figure, and what the paper measured.
+      conditions: Sentences that say what was measured, on which data and for how long.
+      grid: The table.
+      findings: What was and was not observed.
+      draw: Draws the figure.
+      entries: Other entries of the JSON record.
+      size: Width and height of the figure in inches.
+    """
+
+    claim: str
+    source: str
+    conditions: str
+    grid: Grid
+    findings: Sequence[Finding]
+    draw: Callable[[Figure], None]
+    entries: Mapping[str, Any] = field(default_factory=dict)
+    size: tuple[float, float] = (7.5, 4.6)
+
+    def publish(self, config: Any, record: Mapping[str, Any], console: Console) -> None:
+        """Prints table and findings, and writes page, figure and record to `config.out`.
+
+        Args:
+          config: The config of the study, in a module with the name of its command.
+          record: What every record has: the config, versions and devices.
+          console: The output.
+        """
+        out: Path = config.out
+        console.print(self.grid.table())
+        findings.show(self.findings, console)
+        figure = Figure(figsize=self.size, dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        self.draw(figure)
+        figure.savefig(out / "figure.png")
+        entries = {
+            "claim": self.claim,
+            "source": self.source,
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+        write_json(out / "run.json", {**record, **entries, **self.entries})
+        machine = f"Machine: {', '.join(dict.fromkeys(record['devices']))}; jax {record['versions']['jax']}."
+        with replace_file(out / "README.md") as file:
+            file.write_text(self._text(config, machine), encoding="utf-8")
+        console.print(f"written to {out}: {', '.join(FILES)}", highlight=False)
+
+    def _text(self, config: Any, machine: str) -> str:
+        verdicts = [f"- **{finding.verdict}**: {finding.claim}. {finding.figures}" for finding in self.findings]
+        parts = [
+            f"# {command_name(config)}",
+            f"{self.claim} ({self.source})",
+            f"    {command(config)}",
+            f"{self.conditions} {machine}",
+            self.grid.markdown().rstrip("\n"),
+            "\n".join(verdicts),
+            f"![{self.claim}](figure.png)",
+        ]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def command_name(config: Any) -> str:
+    """Returns the name of a config on the command line."""
+    return type(config).__module__.rpartition(".")[2].replace("_", "-")
+
+
+def command(config: Any) -> str:
+    """Returns the command line of a config, with the flags that differ from the defaults.
+
+    Example:
+      >>> from experiments.configs.which_weights import Config
+      >>> command(Config(seeds=2, lengths=(14, 20)))
+      'python -m experiments.run which-weights --seeds 2 --lengths 14 20'
+    """
+    words = [f"python -m experiments.run {command_name(config)}"]
+    for entry in dataclasses.fields(config):
+        value, flag = getattr(config, entry.name), f"--{entry.name.replace('_', '-')}"
+        if entry.name in _NOT_SHOWN or value == entry.default:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            words += [flag, *map(str, value if isinstance(value, tuple) else [value])]
+    return " ".join(words)

@@ -1,0 +1,205 @@
+"""Comparisons end to end on a tiny model: groups, selected rates, cached and resumed runs, what they write."""
+
+import dataclasses
+import importlib
+import json
+import os
+import signal
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+import lora_jax as lora
+from experiments import command_line, configs, run
+from experiments.configs.comparison import Comparison
+from experiments.configs.which_weights import Config as WhichWeights
+from experiments.reports.page import command
+from experiments.reports.results import Outcome
+from experiments.studies import joint
+from experiments.studies.comparison import figures, judge, program
+from experiments.studies.comparison.description import Row, Study, Summary
+from experiments.studies.problem import HEAD, accuracy, answers, load
+
+pytestmark = pytest.mark.usefixtures("lenient")
+
+STUDIES = [
+    name
+    for name in command_line.config_names(configs)
+    if isinstance(command_line.find_config(name).DEFAULTS, Comparison)
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Comparison):
+    MINUTES = 1
+
+
+def rows(config):
+    adapted = [
+        Row(f"LoRA, r = {rank}", {"query/kernel": lora.LoRA(rank), HEAD: lora.Full()}, (1e-3, 1e-1), "LoRA", rank)
+        for rank in (1, 2)
+    ]
+    full = Row("full", {"": lora.Full()}, (1e-2,), "full", 2, paper="9.9")
+    few = Row("full, few examples", {"": lora.Full()}, (1e-2,), "few", 2, examples=24, epochs=2)
+    return [Row("head alone", {}, series="head alone", position=0), *adapted, full, few]
+
+
+def findings(summaries):
+    return [judge.better("LoRA is better than the head", summaries[1], summaries[0])]
+
+
+STUDY = Study("LoRA wins.", "a paper, table 1", rows, partial(figures.lines, xlabel="rank"), findings, paper="paper")
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model, tiny_data):
+    return Config(
+        model=str(tiny_model),
+        data=str(tiny_data),
+        train_examples=48,
+        validation_examples=None,
+        test_examples=None,
+        seeds=2,
+        lengths=(12,),
+        checkpoint_every=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    config = dataclasses.replace(settings, out=tmp_path_factory.mktemp("finished"))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return config, program.run(config, STUDY)
+
+
+def test_every_row_has_a_result_for_each_seed(finished):
+    config, summaries = finished
+    assert [summary.row.name for summary in summaries] == [row.name for row in rows(config)]
+    assert [len(summary.results) for summary in summaries] == [1, 2, 2, 2, 2]
+    assert [summary.parameters for summary in summaries[:3]] == [0, 32, 64]
+    assert summaries[3].parameters == summaries[4].parameters > 1000
+    record = json.loads((config.out / "run.json").read_text())
+    assert [row["mean"] for row in record["rows"]] == [summary.mean for summary in summaries]
+    assert record["findings"][0]["verdict"] in {"observed", "not observed", "not decided"}
+    assert (config.out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    page = (config.out / "README.md").read_text()
+    assert "| full | " in page and "9.9" in page and "LoRA wins. (a paper, table 1)" in page
+
+
+def test_validation_selects_the_rate_of_a_row(finished):
+    config, summaries = finished
+    for summary in summaries[1:3]:
+        (rate,) = {outcome.lr for outcome in summary.results}
+        slug = summary.row.name.lower().replace(", ", "-").replace(" = ", "-")
+        scores = {}
+        for path in config.out.glob(f"{slug}-lr-*-seed0-*/result.json"):
+            outcome = Outcome.load(path)
+            scores[outcome.lr] = outcome.validation_accuracy
+        assert set(scores) == {1e-3, 1e-1} and scores[rate] == max(scores.values())
+
+
+def test_a_stored_adapter_has_the_reported_accuracy(finished):
+    config, summaries = finished
+    problem = load(config.model, config.data, dict.fromkeys(("train", "test")), config.lengths, str)
+    for summary in summaries[2:4]:
+        outcome = summary.results[1]
+        slug = "full" if summary.row.name == "full" else "lora-r-2"
+        (path,) = config.out.glob(f"{slug}-lr-{outcome.lr:g}-seed1-*/adapter")
+        params = lora.merge(problem.base, lora.load(path, problem.base))
+        apply = jax.jit(problem.apply)
+        logits = answers(lambda *inputs: apply(params, *inputs)[0], problem.splits["test"], problem.lengths)  # noqa: B023
+        assert accuracy(logits, problem.splits["test"]) == outcome.test_accuracy
+
+
+def test_runs_of_one_kind_train_together(settings, tmp_path, monkeypatch):
+    groups, real = [], joint.train_jointly
+
+    def recorded(start, specs, rates, config, *args, **options):
+        groups.append((len(specs), config.seed))
+        return real(start, specs, rates, config, *args, **options)
+
+    monkeypatch.setattr("experiments.studies.comparison.runs.train_jointly", recorded)
+    program.run(dataclasses.replace(settings, out=tmp_path), STUDY)
+    assert groups == [(4, 0), (1, 0), (1, 0), (2, 1), (1, 1), (1, 1)]
+
+
+def test_finished_runs_are_read_and_others_resumed(settings, finished, tmp_path, monkeypatch, capsys):
+    config, real, begun = dataclasses.replace(settings, out=tmp_path), lora.train_many, []
+
+    def interrupted(*args, **kwargs):
+        step = real(*args, **kwargs)
+        begun.append(len(begun))
+
+        def stepping(states, batch):
+            if len(begun) == 2 and int(states.step[0]) == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            return step(states, batch)
+
+        return stepping
+
+    monkeypatch.setattr(lora, "train_many", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        program.run(config, STUDY)
+    monkeypatch.setattr(lora, "train_many", real)
+    summaries = program.run(config, STUDY)
+    assert "resumed at step 2 of 3" in capsys.readouterr().out
+    assert [summary.mean for summary in summaries] == [summary.mean for summary in finished[1]]
+    assert not list(config.out.glob("group-*"))
+    monkeypatch.setattr(joint, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    assert program.run(config, STUDY) == summaries
+    with pytest.raises(pytest.fail.Exception):
+        program.run(dataclasses.replace(config, clip=0.5), STUDY)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_smallest_study(name, tiny_model, tiny_data, tmp_path, capsys):
+    config = dataclasses.replace(
+        type(command_line.find_config(name).DEFAULTS)(fast=True),
+        model=str(tiny_model),
+        data=str(tiny_data),
+        lengths=(12,),
+        out=tmp_path,
+    )
+    importlib.import_module(config.STUDY).run(config)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert len(record["rows"]) > 3 and record["findings"]
+    printed = capsys.readouterr().out
+    assert all(finding["claim"] in printed for finding in record["findings"])
+    assert all(np.isfinite(row["mean"]) for row in record["rows"])
+
+
+def summary(name, scores, *, lr=1e-3):
+    outcomes = [Outcome(name, seed, 10, 8, 1.0, score, score, lr) for seed, score in enumerate(scores)]
+    return Summary(Row(name, {}, (lr,)), outcomes, head=3)
+
+
+def test_verdicts():
+    high, low, wide = summary("high", [0.8, 0.81]), summary("low", [0.7, 0.71]), summary("wide", [0.6, 0.9])
+    assert judge.better("", high, low).verdict == "observed"
+    assert judge.better("", low, high).verdict == "not observed"
+    assert judge.better("", wide, low).verdict == "not decided"
+    assert judge.as_good("", high, low).verdict == "observed"
+    assert judge.as_good("", low, high).verdict == "not observed"
+    assert judge.as_good("", wide, high).verdict == "not decided"
+    alone = summary("alone", [0.9])
+    assert judge.better("", alone, low).verdict == "not decided" and "one seed" in judge.better("", alone, low).figures
+    assert high.parameters == 7 and high.mean == pytest.approx(80.5)
+
+
+def test_the_page_states_the_command():
+    assert command(WhichWeights(seeds=2, lengths=(14, 20), fresh=True)) == (
+        "python -m experiments.run which-weights --seeds 2 --lengths 14 20"
+    )
+
+
+def test_what_the_user_can_put_right_is_one_sentence(tmp_path, capsys):
+    for flags, message in (
+        (["which-weights", "--budget", "7"], "budget must be a multiple of 12"),
+        (["rank", "--seeds", "0"], "seeds must be positive"),
+        (["low-data", "--sizes", "10", "20"], "size_epochs must be a positive number for each of the 2 sizes"),
+        (["low-data", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path)], "no such data directory"),
+    ):
+        assert run.main(flags) == 2
+        assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
