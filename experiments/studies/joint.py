@@ -68,6 +68,7 @@ def train_jointly(
     at_once: int | None = None,
     once: bool = False,
     test: bool = False,
+    snapshot: Callable[[int, list[dict[str, Any]]], None] | None = None,
 ) -> Joint:
     """Trains an adapter for each spec and learning rate, or resumes their run.
 
@@ -81,6 +82,7 @@ def train_jointly(
       at_once: As for :func:`lora_jax.train_many`.
       once: Whether to evaluate at the end only.
       test: Whether to compute the logits of the test examples, too.
+      snapshot: Called at every evaluation with the step and the adapters.
 
     Raises:
       UserError: The training of all adapters diverged.
@@ -106,6 +108,8 @@ def train_jointly(
     def evaluate(states: lora.TrainStates) -> float:
         logits_at.clear()
         logits_at[_last_step(states)] = logits(states, "validation")
+        if snapshot is not None:
+            snapshot(_last_step(states), lora.unstack(states.delta, deltas))
         return float(np.nanmax(_accuracies(logits_at[_last_step(states)], labels)))
 
     with bar(console, f"{len(deltas)} adapters", settings.epochs * len(splits["train"])) as progress:

@@ -159,6 +159,8 @@ def test_the_smallest_study(name, tiny_model, tiny_data, tmp_path, capsys):
         type(command_line.find_config(name).DEFAULTS)(fast=True),
         model=str(tiny_model),
         data=str(tiny_data),
+        validation_examples=None,
+        test_examples=None,
         lengths=(12,),
         out=tmp_path,
     )
@@ -172,7 +174,7 @@ def test_the_smallest_study(name, tiny_model, tiny_data, tmp_path, capsys):
 
 def summary(name, scores, *, lr=1e-3):
     outcomes = [Outcome(name, seed, 10, 8, 1.0, score, score, lr) for seed, score in enumerate(scores)]
-    return Summary(Row(name, {}, (lr,)), outcomes, head=3)
+    return Summary(Row(name, {}, (lr,)), outcomes, head=3, start=None)
 
 
 def test_verdicts():

@@ -2,13 +2,19 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+import lora_jax as lora
+from experiments.reports.findings import Finding
+from experiments.reports.page import Grid
 from experiments.reports.results import Outcome
 from experiments.studies.head import Start
+
+ADAPTER, STEP = "adapter", "step-"
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Row:
       rules: Formats of quantized weights by pattern of paths.
       examples: The number of training examples, from the beginning; None uses all.
       epochs: Passes over them; None uses the config's.
+      tracked: A pattern of the paths whose adapters are also saved after every epoch; empty saves none.
       change: Changes model and base before training; its `repr` states everything that it depends on.
     """
 
@@ -37,6 +44,7 @@ class Row:
     rules: Mapping[str, Any] = field(default_factory=dict)
     examples: int | None = None
     epochs: int | None = None
+    tracked: str = ""
     change: Callable[[Start], Start] | None = None
 
 
@@ -48,11 +56,15 @@ class Summary:
       row: The row.
       results: The results by seed, at the selected learning rate.
       head: The number of parameters of the head, which every row trains.
+      start: The starting point.
+      directories: The directories of the runs by seed; empty for the head alone.
     """
 
     row: Row
     results: Sequence[Outcome]
     head: int
+    start: Start = field(repr=False, compare=False)
+    directories: Sequence[Path] = ()
 
     @property
     def scores(self) -> np.ndarray:
@@ -74,6 +86,15 @@ class Summary:
         """The number of trained parameters, without the head's; 0 for the head alone."""
         return self.results[0].trained_parameters - self.head
 
+    def adapter(self, seed: int = 0) -> dict[str, Any]:
+        """Returns the trained adapters of a run, by the index of its seed."""
+        return lora.load(self.directories[seed] / ADAPTER, self.start.problem.base)
+
+    def snapshots(self, seed: int = 0) -> dict[int, dict[str, Any]]:
+        """Returns the tracked adapters of a run after each epoch, by step."""
+        directories = sorted(self.directories[seed].glob(f"{STEP}*"))
+        return {int(path.name.removeprefix(STEP)): lora.load(path, self.start.problem.base) for path in directories}
+
     @property
     def x(self) -> float:
         """The place on the figure's horizontal axis."""
@@ -87,15 +108,19 @@ class Study:
     Attributes:
       claim: The paper's claim, in one sentence.
       source: Paper and table or figure, and what the paper measured.
-      paper: The heading of the column with the paper's values; empty without such a column.
       rows: Returns the rows of a config.
       draw: Draws the results.
       findings: Compares the results with the claim.
+      paper: The heading of the column with the paper's values; empty without such a column.
+      grid: Returns the table; None is the table of accuracies.
+      size: Width and height of the figure in inches.
     """
 
     claim: str
     source: str
     rows: Callable[[Any], Sequence[Row]]
     draw: Callable[[Figure, Sequence[Summary]], None]
-    findings: Callable[[Sequence[Summary]], Sequence[Any]]
+    findings: Callable[[Sequence[Summary]], Sequence[Finding]]
     paper: str = ""
+    grid: Callable[[Sequence[Summary]], Grid] | None = None
+    size: tuple[float, float] = (7.5, 4.6)

@@ -27,10 +27,11 @@ def run(config: Comparison, study: Study) -> list[Summary]:
         claim=study.claim,
         source=study.source,
         conditions=_conditions(config, summaries),
-        grid=report.grid(summaries, study.paper),
+        grid=report.grid(summaries, study.paper) if study.grid is None else study.grid(summaries),
         findings=study.findings(summaries),
         draw=lambda figure: study.draw(figure, summaries),
         entries={"rows": [report.as_json(summary) for summary in summaries]},
+        size=study.size,
     )
     page.publish(config, provenance.record(config), console)
     return summaries

@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import lora_jax as lora
 from experiments.configs.comparison import Comparison
 from experiments.reports.results import Outcome, stored_bytes
 from experiments.studies import head, provenance
-from experiments.studies.comparison.description import Row, Summary
+from experiments.studies.comparison.description import ADAPTER, STEP, Row, Summary
 from experiments.studies.head import Start
 from experiments.studies.joint import Joint, train_jointly
 from experiments.studies.problem import Problem, Split
@@ -26,6 +27,7 @@ from experiments.training.run import TrainingRun
 
 _SHARED = ("seed", "epochs", "batch_size", "warmup", "label_smoothing", "clip")
 """The settings of a config that affect every run."""
+_LARGE = 64  # ranks up to which adapters are padded to train together
 _AT_ONCE = 2  # members that train in parallel on a CPU; see experiments/benchmarks/RESULTS.md
 
 
@@ -84,11 +86,9 @@ def run_rows(rows: Sequence[Row], problem: Problem, config: Comparison, console:
     for seed in seeds[1:]:
         results |= program.run([Member(row, rates[row.name], seed) for row in trained])
     return [
-        Summary(
-            row,
-            [results[Key(row.name, rates[row.name], seed)] for seed in seeds] if row.rates else [starts.of(row).result],
-            starts.of(row).result.trained_parameters,
-        )
+        program.summarize([Member(row, rates[row.name], seed) for seed in seeds], results)
+        if row.rates
+        else Summary(row, [starts.of(row).result], starts.of(row).result.trained_parameters, starts.of(row))
         for row in rows
     ]
 
@@ -151,6 +151,13 @@ class _Program:
             results |= self._train(group)
         return results
 
+    def summarize(self, members: Sequence[Member], results: Mapping[Key, Outcome]) -> Summary:
+        """Returns the summary of the members of a row, one for each seed."""
+        start = self._starts.of(members[0].row)
+        outcomes = [results[member.key] for member in members]
+        directories = [self._directory(member) for member in members]
+        return Summary(members[0].row, outcomes, start.result.trained_parameters, start, directories)
+
     def _train(self, group: Sequence[Member]) -> dict[Key, Outcome]:
         first, last = self._done + 1, self._done + len(group)
         left = ""
@@ -175,8 +182,9 @@ class _Program:
             run,
             self._console,
             at_once=_AT_ONCE if jax.default_backend() == "cpu" else None,
-            once=True,
+            once=not group[0].row.tracked,
             test=True,
+            snapshot=partial(self._save_step, group, start) if group[0].row.tracked else None,
         )
         seconds = time.perf_counter() - began
         results = {
@@ -187,16 +195,21 @@ class _Program:
         self._done, self._trained, self._seconds = last, self._trained + len(group), self._seconds + seconds
         return results
 
+    def _save_step(self, group: Sequence[Member], start: Start, step: int, deltas: Sequence[dict[str, Any]]) -> None:
+        for member, delta in zip(group, deltas):
+            tracked = {path: node for path, node in delta.items() if re.search(member.row.tracked, path)}
+            lora.save(self._directory(member) / f"{STEP}{step:05}", tracked, base=start.problem.base)
+
     def _store(self, member: Member, index: int, joint: Joint, start: Start, seconds: float) -> Outcome:
         directory, delta = self._directory(member), joint.deltas[index]
-        lora.save(directory / "adapter", delta, base=start.problem.base)  # the delta replaces the head
+        lora.save(directory / ADAPTER, delta, base=start.problem.base)  # the delta replaces the head
         scores = {split: joint.accuracies(split, start.problem.splits[split].labels)[index] for split in joint.logits}
         train, _ = lora.partition(delta)
         outcome = Outcome(
             method=member.row.name,
             seed=member.seed,
             trained_parameters=sum(leaf.size for leaf in jax.tree.leaves(train)),
-            adapter_bytes=stored_bytes(directory / "adapter"),
+            adapter_bytes=stored_bytes(directory / ADAPTER),
             seconds=seconds,
             validation_accuracy=float(scores["validation"]),
             test_accuracy=float(scores["test"]),
@@ -213,7 +226,7 @@ class _Program:
     def _settings(self, member: Member) -> list[Any]:
         """Returns everything that determines the result of a run."""
         row, problem = member.row, self._starts.of(member.row).problem
-        what = [row.spec, row.rules, row.examples, row.change]
+        what = [row.spec, row.rules, row.examples, row.tracked, row.change]
         shared = [getattr(self._shared(member), name) for name in _SHARED]
         return [problem.digest, problem.lengths, *map(repr, what), member.rate, *shared]
 
@@ -226,10 +239,14 @@ class _Program:
 def _kind(member: Member) -> str:
     """Returns what must be equal for runs that train together.
 
-    Adapters of one kind are stacked, with zeros where ranks or paths differ; those that are as large as their weight
-    train together only if their patterns are the same.
+    Adapters that differ in rank or paths are stacked, with zeros where a member has none. Large ranks would cost the
+    others too much, and adapters as large as their weights train together only if their patterns are the same.
     """
     row = member.row
     whole = {pattern: recipe for pattern, recipe in row.spec.items() if isinstance(recipe, lora.Full | lora.Rows)}
-    kinds = sorted({type(recipe).__name__ for recipe in row.spec.values()})
-    return repr((kinds, whole, row.rules, row.examples, row.epochs, row.change, member.seed))
+    kinds = sorted({repr(_without_rank(recipe)) for recipe in row.spec.values()})
+    return repr((kinds, whole, row.rules, row.examples, row.epochs, row.tracked, row.change, member.seed))
+
+
+def _without_rank(recipe: Any) -> Any:
+    return replace(recipe, rank=1) if 1 <= getattr(recipe, "rank", 0) <= _LARGE else recipe
