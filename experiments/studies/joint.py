@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from rich.console import Console
 
 import lora_jax as lora
@@ -19,6 +20,8 @@ from experiments.training.optimizer import adam
 from experiments.training.progress import bar
 from experiments.training.run import History, TrainingRun
 from experiments.training.stream import Stream
+
+_READ = 16  # batches that initializers read
 
 
 class Settings(Protocol):
@@ -69,6 +72,8 @@ def train_jointly(
     once: bool = False,
     test: bool = False,
     snapshot: Callable[[int, list[dict[str, Any]]], None] | None = None,
+    wrap: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] | None = None,
+    penalty: float = 0.0,
 ) -> Joint:
     """Trains an adapter for each spec and learning rate, or resumes their run.
 
@@ -83,24 +88,27 @@ def train_jointly(
       once: Whether to evaluate at the end only.
       test: Whether to compute the logits of the test examples, too.
       snapshot: Called at every evaluation with the step and the adapters.
+      wrap: Wraps the optimizer of each adapter: `wrap(tx, steps)`.
+      penalty: The weight of AdaLoRA's orthogonality penalty in the loss.
 
     Raises:
       UserError: The training of all adapters diverged.
     """
     problem, splits = start.problem, start.problem.splits
-    deltas = _deltas(start, specs, settings.seed)
     stream = Stream(
         splits["train"].sequences, splits["train"].labels, problem.lengths, settings.batch_size, settings.seed
     )
+    deltas = _deltas(start, specs, settings.seed, stream)
     steps, due = plan_steps(settings.epochs, stream.steps_per_epoch)
     due = {steps} if once else due
 
     def tx(lr):
-        return adam(lr, steps, warmup=settings.warmup, clip=settings.clip)
+        inner = adam(lr, steps, warmup=settings.warmup, clip=settings.clip)
+        return inner if wrap is None else wrap(inner, steps)
 
     keys = jax.random.split(jax.random.key(settings.seed), len(deltas))
     states = lora.TrainStates.create(start.base, deltas, tx, keys, {"lr": list(rates)})
-    loss = loss_function(problem.apply, settings.label_smoothing)
+    loss = loss_function(problem.apply, settings.label_smoothing, penalty)
     step = lora.train_many(loss, tx, batch_axes=None, at_once=at_once)
     logits, labels = _logits_function(start), splits["validation"].labels
     logits_at: dict[int, np.ndarray] = {}  # of the last evaluation
@@ -135,11 +143,15 @@ def _last_step(states: lora.TrainStates) -> int:
     return int(states.step.max())
 
 
-def _deltas(start: Start, specs: Sequence[Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:
+def _deltas(start: Start, specs: Sequence[Mapping[str, Any]], seed: int, stream: Stream) -> list[dict[str, Any]]:
     key, by_spec = jax.random.key(seed), {}
     for spec in specs:
         if repr(spec) not in by_spec:
-            by_spec[repr(spec)] = start.problem.delta(key, start.base, spec)
+            if any(recipe.reads for recipe in spec.values()):
+                batches = [(batch["tokens"], batch["mask"]) for batch in map(stream.__getitem__, range(_READ))]
+                by_spec[repr(spec)] = start.problem.prepare(key, start.base, spec, batches)
+            else:
+                by_spec[repr(spec)] = start.problem.delta(key, start.base, spec)
     return [by_spec[repr(spec)] for spec in specs]
 
 

@@ -156,15 +156,22 @@ def fit(
         )
 
 
-def loss_function(apply: Callable, label_smoothing: float) -> Callable:
-    """Returns a loss function for `lora.train_step`: the summed cross-entropy and the number of examples."""
+def loss_function(apply: Callable, label_smoothing: float, penalty: float = 0.0) -> Callable:
+    """Returns a loss function for `lora.train_step`: the summed cross-entropy and the number of examples.
+
+    Args:
+      apply: The model.
+      label_smoothing: The probability that is spread evenly over the classes.
+      penalty: The weight of AdaLoRA's orthogonality penalty.
+    """
     adapted = lora.adapt(apply)
 
     def loss(base, delta, batch, key):
         logits, _ = adapted(base, delta, batch["tokens"], batch["mask"])
         targets = optax.smooth_labels(jax.nn.one_hot(batch["labels"], logits.shape[-1]), label_smoothing)
         losses = optax.softmax_cross_entropy(logits, targets)
-        return jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"])
+        total, count = jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"])
+        return total + (count * penalty * lora.optim.orthogonality(delta) if penalty else 0.0), count
 
     return loss
 

@@ -66,6 +66,22 @@ class Problem:
 
         return init(key, base) if mesh is None else meshes.init_delta(mesh, init, key, base)
 
+    def prepare(
+        self, key: jax.Array, base: Mapping[str, Any], spec: Mapping[str, Any], batches: Sequence[Any]
+    ) -> dict[str, Any]:
+        """Initializes a delta by initializers that read the inputs of weights, such as EVA; the base does not change.
+
+        Args:
+          key: A PRNG key.
+          base: The base.
+          spec: Recipes by pattern.
+          batches: Tuples of tokens and mask.
+        """
+        changed, delta = lora.prepare(key, base, spec, self.apply, batches)
+        if any(one is not other for one, other in zip(jax.tree.leaves(changed), jax.tree.leaves(dict(base)))):
+            raise ValueError("The initializers change the base, which is shared with other runs.")
+        return delta
+
     def check(self, name: str, spec: Mapping[str, Any]) -> None:
         """Raises a UserError if the spec of a method does not fit the base."""
         try:

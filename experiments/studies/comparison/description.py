@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optax
 from matplotlib.figure import Figure
 
 import lora_jax as lora
@@ -23,7 +24,7 @@ class Row:
 
     Attributes:
       name: The name in the table; it differs between rows.
-      spec: Recipes by pattern of paths. An empty one trains nothing: the converged head.
+      spec: Recipes by pattern of paths. An empty one without a parent trains nothing: the converged head.
       rates: Peak learning rates. With several, validation accuracy of the first seed selects one.
       series: The line of the figure that the row belongs to.
       position: The place on the figure's horizontal axis; None is the number of trained parameters.
@@ -32,7 +33,12 @@ class Row:
       examples: The number of training examples, from the beginning; None uses all.
       epochs: Passes over them; None uses the config's.
       tracked: A pattern of the paths whose adapters are also saved after every epoch; empty saves none.
-      change: Changes model and base before training; its `repr` states everything that it depends on.
+      change: Changes model and base before training; its `repr` states everything that it depends on, also for the
+        next fields.
+      optimizer: Wraps the optimizer: `optimizer(tx, steps)`.
+      penalty: The weight of AdaLoRA's orthogonality penalty in the loss.
+      parent: The name of a row whose trained adapters this row changes by `finish` instead of training.
+      finish: Changes the adapters of the parent.
     """
 
     name: str
@@ -46,6 +52,10 @@ class Row:
     epochs: int | None = None
     tracked: str = ""
     change: Callable[[Start], Start] | None = None
+    optimizer: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] | None = None
+    penalty: float = 0.0
+    parent: str = ""
+    finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from rich.console import Console
 import lora_jax as lora
 from experiments.configs.comparison import Comparison
 from experiments.reports.results import Outcome, stored_bytes
-from experiments.studies import head, provenance
+from experiments.studies import provenance
 from experiments.studies.comparison.description import ADAPTER, STEP, Row, Summary
+from experiments.studies.comparison.starts import Starts
 from experiments.studies.head import Start
 from experiments.studies.joint import Joint, train_jointly
-from experiments.studies.problem import Problem, Split
+from experiments.studies.problem import Problem, Split, accuracy, answers
 from experiments.training import mesh as meshes
 from experiments.training import outputs
 from experiments.training.mesh import MeshSizes
@@ -73,10 +74,12 @@ def run_rows(rows: Sequence[Row], problem: Problem, config: Comparison, console:
     """
     if len({row.name for row in rows}) < len(rows):
         raise ValueError(f"The names of rows must differ, got {[row.name for row in rows]}")
-    starts = _Starts(problem, config, console)
+    starts = Starts(problem, config, console)
+    by_name = {row.name: row for row in rows}
     trained = [row for row in rows if row.rates]
     for row in trained:
-        starts.of(row).problem.check(row.name, row.spec)
+        if not any(recipe.reads for recipe in row.spec.values()):
+            starts.of(row).problem.check(row.name, row.spec)
     program = _Program(starts, config, console)
     seeds = range(config.seed, config.seed + config.seeds)
     first = [Member(row, rate, seeds[0]) for row in trained for rate in row.rates]
@@ -85,12 +88,21 @@ def run_rows(rows: Sequence[Row], problem: Problem, config: Comparison, console:
     rates = {row.name: _best_rate(row, seeds[0], results) for row in trained}
     for seed in seeds[1:]:
         results |= program.run([Member(row, rates[row.name], seed) for row in trained])
-    return [
-        program.summarize([Member(row, rates[row.name], seed) for seed in seeds], results)
-        if row.rates
-        else Summary(row, [starts.of(row).result], starts.of(row).result.trained_parameters, starts.of(row))
-        for row in rows
-    ]
+    summaries = []
+    for row in rows:
+        start = starts.of(row)
+        source = by_name[row.parent] if row.parent else row
+        if not source.rates:
+            summaries.append(Summary(row, [start.result], start.result.trained_parameters, start))
+            continue
+        members = [Member(source, rates[source.name], seed) for seed in seeds]
+        outcomes = [results[member.key] for member in members]
+        directories = [program.directory(member) for member in members]
+        if row.parent:
+            changed = [program.finish(row, member) for member in members]
+            outcomes, directories = [outcome for outcome, _ in changed], [directory for _, directory in changed]
+        summaries.append(Summary(row, outcomes, start.result.trained_parameters, start, directories))
+    return summaries
 
 
 def _best_rate(row: Row, seed: int, results: Mapping[Key, Outcome]) -> float:
@@ -99,34 +111,10 @@ def _best_rate(row: Row, seed: int, results: Mapping[Key, Outcome]) -> float:
     return row.rates[int(np.argmax(np.nan_to_num(scores, nan=-1.0)))]
 
 
-class _Starts:
-    """The converged heads from which rows start: one for each number of training examples."""
-
-    def __init__(self, problem: Problem, config: Comparison, console: Console):
-        self._problem, self._config, self._console = problem, config, console
-        self._starts: dict[str, Start] = {}
-
-    def of(self, row: Row) -> Start:
-        """Returns the starting point of a row."""
-        key = repr((row.examples, row.change))
-        if key not in self._starts:
-            start = self._fit(row.examples) if row.change is None else self.of(replace(row, change=None))
-            self._starts[key] = start if row.change is None else row.change(start)
-        return self._starts[key]
-
-    def _fit(self, count: int | None) -> Start:
-        train = self._problem.splits["train"]
-        split = Split(train.sequences[:count], train.labels[:count])
-        problem = replace(self._problem, splits=self._problem.splits | {"train": split})
-        inputs = [problem.digest, problem.lengths, count]
-        directory = provenance.directory(self._config.out, "head", inputs, fresh=self._config.fresh)
-        return head.run(problem, directory, self._console)
-
-
 class _Program:
     """Runs members in groups that train together."""
 
-    def __init__(self, starts: _Starts, config: Comparison, console: Console):
+    def __init__(self, starts: Starts, config: Comparison, console: Console):
         self._starts, self._config, self._console = starts, config, console
         self._total, self._done, self._seconds, self._trained = 0, 0, 0.0, 0
 
@@ -141,7 +129,7 @@ class _Program:
         results: dict[Key, Outcome] = {}
         groups: dict[str, list[Member]] = {}
         for member in members:
-            stored = self._directory(member) / "result.json"
+            stored = self.directory(member) / "result.json"
             if stored.exists():
                 results[member.key] = Outcome.load(stored)
                 self._done += 1
@@ -151,12 +139,26 @@ class _Program:
             results |= self._train(group)
         return results
 
-    def summarize(self, members: Sequence[Member], results: Mapping[Key, Outcome]) -> Summary:
-        """Returns the summary of the members of a row, one for each seed."""
-        start = self._starts.of(members[0].row)
-        outcomes = [results[member.key] for member in members]
-        directories = [self._directory(member) for member in members]
-        return Summary(members[0].row, outcomes, start.result.trained_parameters, start, directories)
+    def finish(self, row: Row, parent: Member) -> tuple[Outcome, Path]:
+        """Returns the outcome of adapters that a row changes after training, and their directory."""
+        assert row.finish is not None
+        start, member = self._starts.of(parent.row), Member(row, parent.rate, parent.seed)
+        directory = self._make_directory(member, [*self._settings(parent), repr(row.finish)])
+        stored = directory / "result.json"
+        if not stored.exists():
+            began = time.perf_counter()
+            delta = row.finish(lora.load(self.directory(parent) / ADAPTER, start.problem.base))
+            adapted = jax.jit(lora.adapt(start.problem.apply))
+
+            def accuracy_of(split: Split) -> float:
+                def logits(*inputs: np.ndarray) -> jax.Array:
+                    return adapted(start.base, delta, *inputs)[0]
+
+                return accuracy(answers(logits, split, start.problem.lengths), split)
+
+            scores = {name: accuracy_of(start.problem.splits[name]) for name in ("validation", "test")}
+            self._write(member, directory, delta, scores, start, time.perf_counter() - began)
+        return Outcome.load(stored), directory
 
     def _train(self, group: Sequence[Member]) -> dict[Key, Outcome]:
         first, last = self._done + 1, self._done + len(group)
@@ -185,6 +187,8 @@ class _Program:
             once=not group[0].row.tracked,
             test=True,
             snapshot=partial(self._save_step, group, start) if group[0].row.tracked else None,
+            wrap=group[0].row.optimizer,
+            penalty=group[0].row.penalty,
         )
         seconds = time.perf_counter() - began
         results = {
@@ -198,12 +202,24 @@ class _Program:
     def _save_step(self, group: Sequence[Member], start: Start, step: int, deltas: Sequence[dict[str, Any]]) -> None:
         for member, delta in zip(group, deltas):
             tracked = {path: node for path, node in delta.items() if re.search(member.row.tracked, path)}
-            lora.save(self._directory(member) / f"{STEP}{step:05}", tracked, base=start.problem.base)
+            lora.save(self.directory(member) / f"{STEP}{step:05}", tracked, base=start.problem.base)
 
     def _store(self, member: Member, index: int, joint: Joint, start: Start, seconds: float) -> Outcome:
-        directory, delta = self._directory(member), joint.deltas[index]
+        scores = {
+            split: float(joint.accuracies(split, start.problem.splits[split].labels)[index]) for split in joint.logits
+        }
+        return self._write(member, self.directory(member), joint.deltas[index], scores, start, seconds)
+
+    def _write(
+        self,
+        member: Member,
+        directory: Path,
+        delta: dict[str, Any],
+        scores: Mapping[str, float],
+        start: Start,
+        seconds: float,
+    ) -> Outcome:
         lora.save(directory / ADAPTER, delta, base=start.problem.base)  # the delta replaces the head
-        scores = {split: joint.accuracies(split, start.problem.splits[split].labels)[index] for split in joint.logits}
         train, _ = lora.partition(delta)
         outcome = Outcome(
             method=member.row.name,
@@ -211,22 +227,26 @@ class _Program:
             trained_parameters=sum(leaf.size for leaf in jax.tree.leaves(train)),
             adapter_bytes=stored_bytes(directory / ADAPTER),
             seconds=seconds,
-            validation_accuracy=float(scores["validation"]),
-            test_accuracy=float(scores["test"]),
+            validation_accuracy=scores["validation"],
+            test_accuracy=scores["test"],
             lr=member.rate,
         )
         outcome.save(directory / "result.json")
         return outcome
 
-    def _directory(self, member: Member) -> Path:
+    def directory(self, member: Member) -> Path:
+        """Returns the directory of a run."""
+        return self._make_directory(member, self._settings(member))
+
+    def _make_directory(self, member: Member, inputs: list[Any]) -> Path:
         name = re.sub(r"\W+", "-", member.row.name.lower()).strip("-")
         title = f"{name}-lr-{member.rate:g}-seed{member.seed}"
-        return provenance.directory(self._config.out, title, self._settings(member), fresh=self._config.fresh)
+        return provenance.directory(self._config.out, title, inputs, fresh=self._config.fresh)
 
     def _settings(self, member: Member) -> list[Any]:
         """Returns everything that determines the result of a run."""
         row, problem = member.row, self._starts.of(member.row).problem
-        what = [row.spec, row.rules, row.examples, row.tracked, row.change]
+        what = [row.spec, row.rules, row.examples, row.tracked, row.change, row.optimizer, row.penalty]
         shared = [getattr(self._shared(member), name) for name in _SHARED]
         return [problem.digest, problem.lengths, *map(repr, what), member.rate, *shared]
 
@@ -245,7 +265,8 @@ def _kind(member: Member) -> str:
     row = member.row
     whole = {pattern: recipe for pattern, recipe in row.spec.items() if isinstance(recipe, lora.Full | lora.Rows)}
     kinds = sorted({repr(_without_rank(recipe)) for recipe in row.spec.values()})
-    return repr((kinds, whole, row.rules, row.examples, row.epochs, row.tracked, row.change, member.seed))
+    shared = (row.rules, row.examples, row.epochs, row.tracked, row.change, row.optimizer, row.penalty, member.seed)
+    return repr((kinds, whole, shared))
 
 
 def _without_rank(recipe: Any) -> Any:

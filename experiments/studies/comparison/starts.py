@@ -1,0 +1,38 @@
+"""The converged heads from which the rows of a comparison start."""
+
+from dataclasses import replace
+
+from rich.console import Console
+
+from experiments.configs.comparison import Comparison
+from experiments.errors import UserError
+from experiments.studies import head, provenance
+from experiments.studies.comparison.description import Row
+from experiments.studies.head import Start
+from experiments.studies.problem import Problem, Split
+
+
+class Starts:
+    """The converged heads from which rows start: one for each number of training examples."""
+
+    def __init__(self, problem: Problem, config: Comparison, console: Console):
+        self._problem, self._config, self._console = problem, config, console
+        self._starts: dict[str, Start] = {}
+
+    def of(self, row: Row) -> Start:
+        """Returns the starting point of a row."""
+        key = repr((row.examples, row.change))
+        if key not in self._starts:
+            start = self._fit(row.examples) if row.change is None else self.of(replace(row, change=None))
+            self._starts[key] = start if row.change is None else row.change(start)
+        return self._starts[key]
+
+    def _fit(self, count: int | None) -> Start:
+        train = self._problem.splits["train"]
+        if count is not None and count > len(train):
+            raise UserError(f"{count:,} training examples are more than the {len(train):,} that are loaded")
+        split = Split(train.sequences[:count], train.labels[:count])
+        problem = replace(self._problem, splits=self._problem.splits | {"train": split})
+        inputs = [problem.digest, problem.lengths, count]
+        directory = provenance.directory(self._config.out, "head", inputs, fresh=self._config.fresh)
+        return head.run(problem, directory, self._console)
