@@ -175,7 +175,7 @@ def truncate(delta: Delta, rank: int) -> dict[str, Adapter]:
         elif (node.rank or 0) > rank or (node.additive and not isinstance(node, OffsetAdapter)):
             raise ValueError(
                 f"{path!r}: what a {node.kind} adapter does to its weight cannot be brought to rank {rank} by its "
-                "factors. Leave it out, or merge it."
+                f"factors. Leave it out{'' if node.nonlinear else ', or merge it'}."
             )
     return truncated
 
@@ -345,5 +345,10 @@ def _term(path: str, node: Adapter) -> LoRAAdapter | OffsetAdapter:
 
 
 def _need_term(path: str, node: Adapter) -> None:
+    if node.nonlinear:
+        raise ValueError(
+            f"{path!r}: the {node.kind} adapter is a nonlinear function of the layer's output, of which there is no "
+            "multiple and no sum. Leave it out, or use one of them."
+        )
     if not node.additive:
         raise ValueError(f"{path!r}: the {node.kind} adapter is not additive, so it cannot be scaled.")
