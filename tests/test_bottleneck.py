@@ -1,5 +1,6 @@
 """Bottleneck adapters: what the contract suite does not say of them."""
 
+import dataclasses
 import json
 import re
 
@@ -334,7 +335,7 @@ REFUSED = {
     "tied": (lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, "sums over other elements than the 8 inputs of the layer"),
     "sliced outputs": (lambda p, x: x @ p["w"][:, :3], "has a part of the 6 outputs of the layer"),
     "sliced inputs": (lambda p, x: x[..., :4] @ p["w"][:4], "sums over other elements than the 8 inputs"),
-    "lookup": (lambda p, x: p["w"][jnp.argmax(x, -1)] ** 2, "there is no factored form of"),
+    "lookup": (lambda p, x: p["w"][jnp.argmax(x, -1)] ** 2, "its rows are looked up"),
     "sin": (lambda p, x: x @ jnp.sin(p["w"]), "there is no factored form of sin"),
     "returned": (lambda p, x: (x @ p["w"], p["w"]), "the function returns it"),
     "concatenated": (lambda p, x: x @ jnp.concatenate([p["w"], p["w"]], 1), "it is joined with other arrays"),
@@ -466,6 +467,8 @@ def test_a_saved_bottleneck_has_its_activation(tmp_path):
     loaded = lora.load(tmp_path / "adapter", BASE)
     assert loaded["w"].activation == "tanh" and loaded["w"].norm_scale is None
     jax.tree.map(np.testing.assert_array_equal, loaded, delta)
+    with pytest.raises(ValueError, match=r"norm is True, and the arrays of a layer normalization are \[\]"):
+        lora.adapt(linear)(BASE, {"w": dataclasses.replace(loaded["w"], norm=True)}, X[0])
     (file,) = (tmp_path / "adapter").rglob("adapter.json")
     file.write_text(file.read_text().replace('"tanh"', '"mish"'))
     with pytest.raises(ValueError, match=r"activation='mish': expected one of 'relu', 'gelu'"):
@@ -515,6 +518,13 @@ def members():
         moved(lora.init(key, BASE, {"^w$": lora.Bottleneck(size, norm=True, axes=axes)}), seed)
         for seed, (key, size) in enumerate(zip(keys, (2, 3)))
     ]
+
+
+@pytest.mark.parametrize("other", [lora.Bottleneck(3, norm=True), lora.Bottleneck(3, "gelu"), lora.LoRA(3)])
+def test_a_stack_has_one_function(other):
+    delta = lora.init(jax.random.key(0), BASE, {"^w$": dataclasses.replace(other, axes=("in", "out"))})
+    with pytest.raises(ValueError, match="cannot be stacked"):
+        lora.stack([DELTA, delta])
 
 
 @pytest.mark.parametrize("grouped", [False, True])

@@ -43,6 +43,7 @@ class BottleneckAdapter(Adapter):
       norm_bias: Likewise.
       inputs: The sizes of the weight's in axes.
       activation: A name in :data:`ACTIVATIONS`.
+      norm: Whether there is a layer normalization.
       axes: The role of each axis of the weight.
     """
 
@@ -52,6 +53,7 @@ class BottleneckAdapter(Adapter):
     up_bias: jax.Array = trained("batch out", vector=True)
     inputs: tuple[int, ...] = static("in")
     activation: str = static(choices=tuple(ACTIVATIONS))
+    norm: bool = static()
     axes: tuple[str, ...] = static()  # pyrefly: ignore[bad-override]
     norm_scale: jax.Array | None = trained("batch out", vector=True, default=None, kw_only=True)
     norm_bias: jax.Array | None = trained("batch out", vector=True, default=None, kw_only=True)
@@ -60,28 +62,28 @@ class BottleneckAdapter(Adapter):
 
     def factored(self, weight: jax.Array) -> Factored:
         del weight
-        has_norm = self.norm_scale is not None
         function = BottleneckFunction(
             down=self.factor("down"),
             down_bias=self.factor("down_bias"),
             up=self.factor("up"),
             up_bias=self.factor("up_bias"),
-            norm=(self.factor("norm_scale"), self.factor("norm_bias")) if has_norm else None,
+            norm=(self.factor("norm_scale"), self.factor("norm_bias")) if self.norm else None,
             activation=self.activation,
         )
         return self.form(on_output=function)
 
     def find_inconsistency(self) -> str | None:
-        if (self.norm_scale is None) != (self.norm_bias is None):
-            return "it has one of norm_scale and norm_bias; a layer normalization has both."
-        return None
+        arrays = [name for name in ("norm_scale", "norm_bias") if getattr(self, name) is not None]
+        if len(arrays) == 2 * self.norm:
+            return None
+        return f"norm is {self.norm}, and the arrays of a layer normalization are {arrays}."
 
     def identity_like(self, weight: jax.Array | None) -> Self:
         del weight
         return dataclasses.replace(self, **zeros(self))
 
     def describe(self) -> dict[str, Any]:
-        return {"size": self.rank, "activation": self.activation} | ({} if self.norm_scale is None else {"norm": True})
+        return {"size": self.rank, "activation": self.activation} | ({"norm": True} if self.norm else {})
 
 
 @jax.tree_util.register_dataclass
@@ -179,7 +181,7 @@ class Bottleneck(Recipe):
             )
         batch, inputs, outputs = (roles.sizes(weight.shape, axes_in_use, role) for role in (BATCH, IN, OUT))
         shape, bound = (*batch, self.size, *outputs), math.prod(outputs) ** -0.5
-        norm = {"norm_scale": jnp.ones, "norm_bias": jnp.zeros} if self.norm else {}
+        norm_arrays = {"norm_scale": jnp.ones, "norm_bias": jnp.zeros} if self.norm else {}
         return BottleneckAdapter(
             down=jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(self.dtype),
             down_bias=jnp.zeros((*batch, self.size), self.dtype),
@@ -187,6 +189,7 @@ class Bottleneck(Recipe):
             up_bias=jnp.zeros((*batch, *outputs), self.dtype),
             inputs=inputs,
             activation=self.activation,
+            norm=self.norm,
             axes=axes_in_use,
-            **{name: fill((*batch, *outputs), self.dtype) for name, fill in norm.items()},
+            **{name: fill((*batch, *outputs), self.dtype) for name, fill in norm_arrays.items()},
         )

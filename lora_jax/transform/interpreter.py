@@ -262,7 +262,8 @@ class Interpreter:
             if term.offset is not None:
                 raise ValueError(f"{term.path!r}: the weight would be merged here: {reason}{where}; {NO_BIAS}")
             if term.on_output is not None:
-                raise ValueError(f"{term.path!r}: the weight would be merged here: {reason}{where}; {NONLINEAR}")
+                use = "its rows are looked up" if _is_lookup(weight) else reason
+                raise ValueError(f"{term.path!r}: the weight would be merged here: {use}{where}; {NONLINEAR}")
             (source, *_), name = term.sources, "" if equation is None else equation.primitive.name
             parts = {x: "indexed" if source.axes_of(x) & source.sliced else "out" for x, _ in weight.labels}
             if _is_lookup(weight):
