@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_jax import adapters, initializers, io, merging, nnx, optim, paths, quantization
 from lora_jax.adapters.adalora import AdaLoRA
+from lora_jax.adapters.bottleneck import Bottleneck
 from lora_jax.adapters.dora import DoRA
 from lora_jax.adapters.factored import Factored
 from lora_jax.adapters.fingerprints import WrongBaseWarning
@@ -74,6 +75,7 @@ __all__ = [
     "AdaLoRA",
     "Adapter",
     "BasePrecisionWarning",
+    "Bottleneck",
     "DVoRA",
     "DoRA",
     "Factored",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import pytest
-from contract.cases import RECIPES
+from contract.cases import NONLINEAR, RECIPES
 
 import lora_jax as lora
 from lora_jax.adapters import Factor, frozen, in_and_out, sizes, static, trained
@@ -59,6 +59,11 @@ def test_an_adapter_of_a_user_s_own_file_passes():
 @pytest.mark.parametrize("name", ["FrozenPair", "Picked", "Blocked", "OFT", "MiSS", "HiRA", "LoRAXS"])
 def test_recipes_of_the_contract_s_layers_pass(name):
     check_adapter(RECIPES[name](), axes=[("in", "out")])
+
+
+@pytest.mark.parametrize("name", NONLINEAR)
+def test_nonlinear_recipes_pass_with_every_layout(name):
+    check_adapter(RECIPES[name]())
 
 
 def test_roles_and_recipes_are_checked():

@@ -5,7 +5,7 @@ What a file with an adapter of your own imports: a class that extends :class:`Ad
 creates it. :func:`lora_jax.testing.check_adapter` tests it.
 """
 
-from lora_jax.adapters.factored import Factor, Factored
+from lora_jax.adapters.factored import Factor, Factored, OnOutput
 from lora_jax.adapters.layouts import BATCH, IN, LOOKUP, OUT
 from lora_jax.adapters.protocol import Adapter, Recipe, adapter, frozen, static, trained
 from lora_jax.adapters.roles import in_and_out, sizes
@@ -19,6 +19,7 @@ __all__ = [
     "Adapter",
     "Factor",
     "Factored",
+    "OnOutput",
     "Recipe",
     "adapter",
     "frozen",

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,33 @@ class Factor:
         return Factor(lax.transpose(self.array, order), tuple(labels))
 
 
+class OnOutput(Protocol):
+    """A function of the output of a product; it need not be linear.
+
+    It is a pytree of :class:`Factor`, which have labels of batch and out axes of the weight, and bonds. With zeros in
+    all of them it returns zeros.
+
+    Attributes:
+      description: What becomes of an output y, for :func:`lora_jax.explain`.
+    """
+
+    @property
+    def description(self) -> str: ...
+
+    def __call__(self, y: Factor, precision: Any) -> Factor:
+        """What is added to an output.
+
+        Args:
+          y: The output. It has the labels of the weight's out axes (of their parts, if a view divided them) and batch
+            axes, and others for tokens, in any order.
+          precision: Of the product, for products with factors.
+
+        Returns:
+          A factor with the labels and sizes of `y`.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Factored:
     """The adapted weight as labeled tensors.
@@ -58,6 +85,8 @@ class Factored:
       offset: Added to each product of an input with the sum, before the gains that multiply outputs; its labels are
         those of the axes that the product does not sum over. Only beside factors. A weight with one cannot be merged.
       dropout: Rate of the dropout on the input of the product with `factors`, a scalar; None for none.
+      on_output: A function of the output of each product, after the bias that follows it; what it returns is added to
+        the output. See :class:`OnOutput`. A weight with one cannot be merged.
 
     Example:
       >>> import jax.numpy as jnp
@@ -71,6 +100,7 @@ class Factored:
     gains: tuple[Factor, ...] = ()
     dropout: jax.Array | None = None
     offset: Factor | None = None
+    on_output: "OnOutput | None" = None
 
     def __post_init__(self):
         if self.offset is not None and not self.factors:
@@ -105,10 +135,14 @@ def check_form(form: Any, owner: str) -> None:
         raise TypeError(f"{owner}.factored() returned {type(form).__name__}; expected self.form(factor, …) or None.")
     counts = collections.Counter(label for factor in form.factors for label in set(factor.labels))
     axes = [label for labels in form.labels for label in labels]
-    for factor in (*form.factors, *form.gains):
+    on_output = jax.tree.leaves(form.on_output, is_leaf=is_factor)
+    if not all(map(is_factor, on_output)):
+        raise TypeError(f"{owner}.factored(): the arrays of on_output are those of factors, self.factor(name).")
+    for factor in (*form.factors, *form.gains, *on_output):
         if len(factor.labels) != jnp.ndim(factor.array):
             shape = jnp.shape(factor.array)
             raise ValueError(f"{owner}.factored(): a factor of shape {shape} has the labels {factor.labels}.")
+    for factor in (*form.factors, *form.gains):
         for label in factor.labels:
             if label not in axes and counts[label] < 2:
                 raise ValueError(
@@ -116,6 +150,11 @@ def check_form(form: Any, owner: str) -> None:
                     f"({', '.join(axes)}). A summed label occurs in at least two factors; the labels of the factors "
                     f"are {', '.join(str(factor.labels) for factor in form.factors)}."
                 )
+
+
+def is_factor(node: Any) -> bool:
+    """Whether a node of a tree is a factor."""
+    return isinstance(node, Factor)
 
 
 def compute_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:

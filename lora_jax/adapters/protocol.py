@@ -21,6 +21,12 @@ NO_BIAS = (
 )
 """Why an adapter with an offset is not merged, and what to do."""
 
+NONLINEAR = (
+    "the adapter is a nonlinear function of the layer's output, which no merged weight holds. Use it unmerged, by "
+    "lora_jax.adapt, on a weight that is multiplied as a whole with an input; leave it out to merge the others."
+)
+"""Why an adapter with a function of the output is not merged, and what to do."""
+
 KINDS: dict[str, type["Adapter"]] = {}
 """Adapter classes by the name that checkpoints give them."""
 
@@ -72,6 +78,7 @@ class Adapter:
       additive: Whether merging adds a term that does not depend on the weight, so that subtracting it
         restores the weight. Such kinds have a leaf `scale` that multiplies the term.
       merged_because: Why the weight is merged before use, for adapters without a factored form.
+      nonlinear: Whether the factored form has a function of the output (`on_output`), so that no weight can be merged.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -97,6 +104,7 @@ class Adapter:
     additive: ClassVar[bool] = False
     _sizes: ClassVar[tuple[str, ...]] = ()
     merged_because: ClassVar[str] = "the adapter has no factored form"
+    nonlinear: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         check_members(cls)
@@ -137,7 +145,8 @@ class Adapter:
 
         Args:
           *factors: Their product is added to the weight.
-          **parts: Gains, an offset and a dropout rate, as of :class:`lora_jax.adapters.factored.Factored`.
+          **parts: Gains, an offset, a dropout rate and a function of the output, as of
+            :class:`lora_jax.adapters.factored.Factored`.
         """
         return Factored(labels=layouts.axis_labels(self), factors=factors, **parts)
 
@@ -155,8 +164,10 @@ class Adapter:
         """The adapted weight: computed in at least float32, then cast to the dtype of `weight`.
 
         Raises:
-          ValueError: The adapter adds an offset to the outputs, which no weight holds.
+          ValueError: The adapter adds an offset to the outputs, or a function of them, which no weight holds.
         """
+        if self.nonlinear:
+            raise ValueError(NONLINEAR)
         form = self.factored(weight)
         if form is None:
             raise TypeError(f"{type(self).__name__} has neither a factored form nor its own merge().")

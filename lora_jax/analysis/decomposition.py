@@ -87,6 +87,11 @@ def get_weights(delta: Delta, base: Any) -> dict[str, Any]:
 
 def get_layout(path: str, node: Adapter, axes: Axes | None) -> tuple[tuple[str, ...], int]:
     """Returns the roles of a weight's axes, and the number of blocks that its out axis is split into."""
+    if node.nonlinear:
+        raise ValueError(
+            f"{path!r}: the {node.kind} adapter is a nonlinear function of the layer's output and changes no weight; "
+            "omit the path."
+        )
     roles = tuple((axes or {}).get(path, node.axes))
     if IN not in roles or OUT not in roles:
         raise ValueError(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.factored import Factor, Factored
+from lora_jax.adapters.factored import Factor, Factored, is_factor
 from lora_jax.adapters.fingerprints import check_base
 from lora_jax.adapters.protocol import Adapter
 from lora_jax.batching.mapped import check_sizes, map_with_axes
@@ -177,6 +177,10 @@ class SelectedAdapter(Adapter):
     grouped: bool
 
     @property
+    def axes(self) -> tuple[str, ...]:  # pyrefly: ignore[bad-override]
+        return self.stacked.axes
+
+    @property
     def merged_because(self) -> str:  # pyrefly: ignore[bad-override]
         return self.stacked.merged_because
 
@@ -193,11 +197,11 @@ class SelectedAdapter(Adapter):
         def arrays(node: Adapter):
             form = node.factored(weight)
             if form is None:
-                return (), (), None, None
+                return (), (), None, None, None
             forms.append(form)
-            return form.factors, form.gains, form.dropout, form.offset
+            return form.factors, form.gains, form.dropout, form.offset, form.on_output
 
-        factors, gains, dropout, offset = jax.vmap(arrays)(self.stacked)
+        factors, gains, dropout, offset, on_output = jax.vmap(arrays)(self.stacked)
         if not forms:
             return None
         if self.grouped:
@@ -213,6 +217,7 @@ class SelectedAdapter(Adapter):
             gains=tuple(self._select_factor(gain, 1) for gain in gains),
             dropout=None if dropout is None else self._select(dropout, 0),
             offset=None if offset is None else self._select_factor(offset, 0),
+            on_output=jax.tree.map(lambda factor: self._select_factor(factor, 0), on_output, is_leaf=is_factor),
         )
 
     def _select_factor(self, factor: Factor, fill: float) -> Factor:

@@ -268,5 +268,10 @@ def _term(path: str, node: Adapter) -> LoRAAdapter | OffsetAdapter:
 
 
 def _need_term(path: str, node: Adapter) -> None:
+    if node.nonlinear:
+        raise ValueError(
+            f"{path!r}: the {node.kind} adapter is a nonlinear function of the layer's output, of which there is no "
+            "multiple and no sum. Leave it out, or use one of them."
+        )
     if not node.additive:
         raise ValueError(f"{path!r}: the {node.kind} adapter is not additive, so it cannot be scaled.")

@@ -9,7 +9,7 @@ from lora_jax import paths
 from lora_jax.adapters.consistency import check_adapters
 from lora_jax.adapters.factored import compute_dtype
 from lora_jax.adapters.fingerprints import check_base
-from lora_jax.adapters.protocol import NO_BIAS, Adapter, Delta, with_frozen_stopped
+from lora_jax.adapters.protocol import NO_BIAS, NONLINEAR, Adapter, Delta, with_frozen_stopped
 from lora_jax.leaves import canonical, dequantized, is_finite, is_quantized
 from lora_jax.transform.call import Arguments, check_delta
 
@@ -38,7 +38,7 @@ def merge(base: Any, delta: Delta) -> Any:
       ValueError: A delta names a path that `base` lacks (the message names the nearest ones) or fits
         another shape; a merged weight is not finite although the base's is; the delta is from :func:`lora_jax.prepare`,
         and the base is not the one that it returned; an adapter has a bias on B (PEFT's `lora_bias`) of a layer that
-        has none, so that no weight holds it.
+        has none, or is a nonlinear function of the layer's output (`Bottleneck`), so that no weight holds it.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -129,9 +129,11 @@ def _added(weight: jax.Array, node: Adapter, sign: float) -> jax.Array:
     return (weight.astype(dtype) + sign * term).astype(weight.dtype)
 
 
-def _check_no_bias(delta: Delta) -> None:
-    """Raises `ValueError` if an adapter adds a bias to outputs, for which the base has no leaf."""
+def _check_mergeable(delta: Delta) -> None:
+    """Raises `ValueError` if an adapter does something to outputs that no leaf of the base can do."""
     for path, node in delta.items():
+        if node.nonlinear:
+            raise ValueError(f"{path!r}: {NONLINEAR}")
         if getattr(node, "bias", None) is not None:
             raise ValueError(f"{path!r}: {NO_BIAS}")
 
@@ -139,8 +141,8 @@ def _check_no_bias(delta: Delta) -> None:
 def _changed(params: Any, delta: Delta, change, also: Delta | None = None, *, merges: bool = False) -> Any:
     """Applies `change(path, weight)` to the weights that the delta names; `merges` if the parameters are its base."""
     check_delta(delta, Arguments.create(params), enlarged=merges)
-    _check_no_bias(delta)
-    _check_no_bias(also or {})
+    _check_mergeable(delta)
+    _check_mergeable(also or {})
     if merges:
         check_base(delta, params)
     named = {*delta, *(also or {})}
@@ -171,7 +173,7 @@ def _is_placed(array: Any) -> bool:
 def _restored(params: Any, delta: Delta, base: Any) -> Any:
     arguments = Arguments.create(base)
     check_delta(delta, arguments)
-    _check_no_bias(delta)
+    _check_mergeable(delta)
     check_base(delta, base)
     before, leaves = dict(zip(arguments.paths, arguments.arrays)), paths.flatten(params).as_dict()
 
@@ -206,6 +208,7 @@ def _precision(array: jax.Array) -> float:
 
 def _need_additive(delta: Delta, function: str) -> None:
     check_adapters(delta)
+    _check_mergeable(delta)
     fixed = [path for path, node in delta.items() if not node.additive]
     if fixed:
         raise ValueError(

@@ -81,7 +81,7 @@ def _terms(delta: Delta, rank: int, what: str) -> dict[str, LoRAAdapter]:
         elif (node.rank or 0) > rank or (node.additive and not isinstance(node, OffsetAdapter)):
             raise ValueError(
                 f"{path!r}: what a {node.kind} adapter does to its weight cannot be {what} by its factors. Leave it "
-                "out, or merge it."
+                f"out{'' if node.nonlinear else ', or merge it'}."
             )
     return terms
 

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters.protocol import BATCH, IN, LOOKUP, OUT, Adapter, Recipe, is_inexact
+from lora_jax.adapters.factored import Factor
+from lora_jax.adapters.protocol import BATCH, IN, LOOKUP, OUT, Adapter, Recipe, is_inexact, with_frozen_stopped
 from lora_jax.leaves import dequantized
 from lora_jax.merging import merge
 from lora_jax.optim import join, partition
@@ -69,8 +70,27 @@ class Case:
         return jax.jit(adapt(self.fn))(self.base if base is None else base, delta, self.x)
 
     def merged_outputs(self, delta: Any, base: Any = None) -> jax.Array:
-        base = self.base if base is None else base
-        return jax.jit(lambda delta: self.fn(merge(base, delta), self.x))(delta)
+        """The outputs of the merged weight; of an adapter that no weight holds, by its function of the output."""
+        return jax.jit(lambda delta: self._merged(delta, self.base if base is None else base))(delta)
+
+    def _merged(self, delta: Any, base: Any) -> jax.Array:
+        if not self.node.nonlinear:
+            return self.fn(merge(base, delta), self.x)
+        y, node = self.fn({"w": dequantized(base["w"])}, self.x), with_frozen_stopped(delta["w"])
+        form = node.factored(base["w"])
+        assert form is not None and form.on_output is not None
+        dims = list(zip(self.axes, form.dims(self.weight.shape)))
+        batch, out = ([pair for axis, pairs in dims if axis == role for pair in pairs] for role in (BATCH, OUT))
+        pairs = [*batch, ("tokens", y.shape[self.axes.count(BATCH)]), *out]
+        labeled = Factor(y.reshape([size for _, size in pairs]), tuple(label for label, _ in pairs))
+        change = form.on_output(labeled, None).transposed(labeled.labels).array
+        return y + change.reshape(y.shape)
+
+    def effect(self, node: Adapter | None) -> jax.Array:
+        """The merged weight, or the outputs if no weight holds what the adapter does; None is no adapter."""
+        if not self.node.nonlinear:
+            return self.weight if node is None else node.merge(self.weight)
+        return self.fn(self.base, self.x) if node is None else self.merged_outputs({"w": node})
 
     def gradient(self, delta: Any, *, merged: bool = False) -> Any:
         """By all inexact leaves, frozen ones too, in place of the leaves; None for integers."""
@@ -80,7 +100,7 @@ class Case:
         def loss(values):
             values = iter(values)
             node = structure.unflatten([next(values) if yes else leaf for yes, leaf in zip(inexact, leaves)])
-            return score(self.fn(merge(self.base, node), self.x) if merged else adapt(self.fn)(self.base, node, self.x))
+            return score(self._merged(node, self.base) if merged else adapt(self.fn)(self.base, node, self.x))
 
         gradients = iter(jax.jit(jax.grad(loss))([leaf for yes, leaf in zip(inexact, leaves) if yes]))
         return structure.unflatten([next(gradients) if yes else None for yes in inexact])

@@ -48,8 +48,9 @@ def check_adapter(
     - it is a pytree whose unflattening accepts any leaves, the same for all keys;
     - only inexact leaves declared as trained are trained, frozen ones get no gradient, and each trained one has one;
     - the factored form, if there is one, agrees with :meth:`lora_jax.Adapter.merge` in outputs and gradients (float32,
-      bfloat16 and NF4 weights, in loops over layers), and no gradient is as large as the weight, unless a leaf is;
-    - merging keeps shape and dtype and rounds once;
+      bfloat16 and NF4 weights, in loops over layers), and no gradient is as large as the weight, unless a leaf is. (A
+      nonlinear adapter is compared with its function of the outputs of the base);
+    - merging keeps shape and dtype and rounds once, or is refused by an adapter that declares itself nonlinear;
     - padding changes neither the weight nor a gradient, and `identity_like` does not change the weight;
     - an additive adapter's term does not depend on the weight and is proportional to its `scale`;
     - it is the same after saving and loading, and works with `jit`, `vmap`, stacks, routing and shardings.
@@ -130,6 +131,8 @@ def _check_declaration(case: Case) -> None:
     check_adapters(case.delta)
     if (form := node.factored(case.base["w"])) is not None:
         check_form(form, cls.__name__)
+    has_function = form is not None and form.on_output is not None
+    require(node.nonlinear == has_function, f"nonlinear is {node.nonlinear}; it says whether the form has on_output.")
     require(node.shape() == case.weight.shape, f"shape() is {node.shape()}; the weight's is {case.weight.shape}.")
     require(node.axes in ((), plain), f"axes is {node.axes}; expected {plain}, with lookups as 'in'.")
     require(jax.tree.leaves(partition(case.delta)[0]), "no leaf is trained.")
@@ -138,7 +141,8 @@ def _check_declaration(case: Case) -> None:
 
 def _check_start(case: Case) -> None:
     assert_close(case.outputs(case.fresh), case.fn({"w": case.original}, case.x), "outputs of a new adapter")
-    assert_close(case.fresh["w"].merge(case.weight), case.original, "the weight merged with a new adapter")
+    if not case.node.nonlinear:
+        assert_close(case.fresh["w"].merge(case.weight), case.original, "the weight merged with a new adapter")
 
 
 def _check_pytree(case: Case) -> None:
@@ -222,11 +226,17 @@ def _check_loop_over_layers(case: Case) -> None:
             lambda total, part: (total + inner({"w": part[0]}, part[1]).sum(), None), 0.0, (base["w"], x)
         )[0]
 
-    looped = dataclasses.replace(case, fn=scanned)
-    assert_close(looped.outputs(case.delta), looped.merged_outputs(case.delta), "outputs of a scan over layers", 1e-4)
+    total = dataclasses.replace(case, fn=scanned).outputs(case.delta)
+    assert_close(total, case.merged_outputs(case.delta).sum(), "outputs of a scan over layers", 1e-4)
 
 
 def _check_merge(case: Case) -> None:
+    if case.node.nonlinear:
+        try:
+            case.node.merge(case.weight)
+        except ValueError:
+            return
+        require(False, "merge() of a nonlinear adapter returns a weight.")
     exact = case.node.merge(case.weight.astype(jnp.bfloat16).astype(jnp.float32))
     for dtype in (jnp.float32, jnp.bfloat16):
         merged = case.node.merge(case.weight.astype(dtype))
@@ -242,7 +252,11 @@ def _check_identity(case: Case) -> None:
     for name, leaf in leaves_by_name(identity).items():
         expected = leaves_by_name(case.node)[name]
         require((leaf.shape, leaf.dtype) == (expected.shape, expected.dtype), f"identity_like() changes {name}'s type.")
-    assert_close(identity.merge(case.weight), case.weight, "the weight merged with identity_like()")
+    assert_close(case.effect(identity), case.effect(None), f"{_effect(case)} identity_like()")
+
+
+def _effect(case: Case) -> str:
+    return "the outputs with" if case.node.nonlinear else "the weight merged with"
 
 
 def _check_padding(case: Case) -> None:
@@ -252,7 +266,7 @@ def _check_padding(case: Case) -> None:
     padded = node.pad_rank(node.rank + 2)
     require(padded.rank == node.rank + 2, f"pad_rank({node.rank + 2}) has the rank {padded.rank}.")
     require(jax.tree.structure(padded) == jax.tree.structure(node), "pad_rank() changes the structure.")
-    assert_close(padded.merge(case.weight), node.merge(case.weight), "the weight merged with pad_rank()")
+    assert_close(case.effect(padded), case.effect(node), f"{_effect(case)} pad_rank()")
     before, after = leaves_by_name(case.gradient(case.delta)), leaves_by_name(case.gradient({"w": padded}))
     for name, gradient in before.items():
         present = after[name][tuple(slice(size) for size in gradient.shape)]

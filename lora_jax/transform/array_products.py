@@ -103,6 +103,8 @@ def _multiply(term: Term, array: Factor, summed: Collection[Label], precision: A
     """A term times an array with labels that are summed."""
     if any(label in tap.labels for tap in term.taps for label in summed):
         raise CannotFactor("an array multiplies its in axes")
+    if term.on_output is not None:
+        raise CannotFactor("an array multiplies it")
     if not term.factors:
         return term
     if term.offset is not None:

@@ -17,7 +17,7 @@ from lora_jax.leaves import canonical, dequantized, is_array, is_quantized
 from lora_jax.splitting import Static
 from lora_jax.transform import dropout_keys, jaxprs
 from lora_jax.transform.interpreter import Interpreter, Use
-from lora_jax.transform.weight import Weight, make_weight, probe
+from lora_jax.transform.weight import make_weight, probe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +106,7 @@ class Call:
         """Returns the array leaves of the output."""
         used = [array for array, keep in zip(arrays, self.program.used) if keep]
         results, _ = interpreter.body(self.program.jaxpr, activations=self._activations)({}, *consts, *used)
-        return [
-            interpreter.materialize(out, None, "the function returns it") if isinstance(out, Weight) else out
-            for out in results
-        ]
+        return interpreter.returned(None, results, "the function returns it")[0]
 
     @functools.cached_property
     def _activations(self) -> frozenset[Any]:

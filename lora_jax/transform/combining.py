@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.adapters.factored import Dims, Factor, Label
+from lora_jax.adapters.factored import Dims, Factor, Label, is_factor
 from lora_jax.transform.weight import CannotFactor, Term, Value, Weight, twin, value_size
 from lora_jax.transform.weight_views import split_labels
 
@@ -26,6 +26,7 @@ def pad_axis(weight: Weight, axis: int, padding: Padding) -> Weight:
     """
     if not any(padding):
         return weight
+    _check_linear(weight, "it is joined with other arrays")
     ((label, size), *inner), (low, high, interior) = weight.dims[axis], padding
     if inner:  # the slowest of several axes is padded, by whole multiples of the others
         stride = value_size(inner)
@@ -60,6 +61,12 @@ def pad_axis(weight: Weight, axis: int, padding: Padding) -> Weight:
     weight = weight.replace(terms=tuple(map(with_label_once, weight.terms)), gains=tuple(map(with_label, weight.gains)))
     padded = weight.along(label, pad, lambda array, at: pad(array, at, 1))
     return padded.with_axis(axis, [(label, low + size + high + interior * max(size - 1, 0)), *inner])
+
+
+def _check_linear(weight: Weight, reason: str) -> None:
+    """Raises `CannotFactor` if the output of an adapter's layer would be that of other parts too."""
+    if any(term.on_output is not None for term in weight.terms):
+        raise CannotFactor(reason)
 
 
 def add_up(weights: Sequence[Weight], value: Value) -> Weight:
@@ -117,26 +124,28 @@ def stacked(weights: Sequence[Weight], axis: int) -> Weight | None:
         return None
     if any(term.dropout is not None or term.offset is not None or term.merge is not None for term in terms):
         return None
-    arrays = [[*term.factors, *term.taps] for term in terms]
-    kinds = [[(factor.labels, factor.array.shape, factor.array.dtype) for factor in each] for each in arrays]
+    sources = tuple(source for term in terms for source in term.sources)
+    terms = [term.replace(sources=sources) for term in terms]
+    arrays = [jax.tree.leaves(term, is_leaf=is_factor) for term in terms]
+    kinds = [
+        (jax.tree.structure(term), [(factor.array.shape, factor.array.dtype) for factor in each])
+        for term, each in zip(terms, arrays)
+    ]
     if any(kind != kinds[0] for kind in kinds) or weights[0].dims[axis][0][1] != 1:
         return None
     if not arrays[0] or any(label in factor.labels for factor in arrays[0]):
         return None
 
-    def stack(factors: Sequence[Factor]) -> Factor:
+    def stack(*factors: Factor) -> Factor:
         return Factor(jnp.stack([factor.array for factor in factors]), (label, *factors[0].labels))
 
-    term = terms[0].replace(
-        factors=tuple(map(stack, zip(*(term.factors for term in terms)))),
-        taps=tuple(map(stack, zip(*(term.taps for term in terms)))),
-        sources=tuple(source for term in terms for source in term.sources),
-    )
+    term = jax.tree.map(stack, *terms, is_leaf=is_factor)
     return weights[0].replace(terms=(term,)).with_axis(axis, [(label, len(weights))])
 
 
 def masked(weight: Weight, mask: Factor) -> Weight:
     """The terms of a weight times a mask, a gain with labels of the weight's axes. Its value is left as it is."""
+    _check_linear(weight, "a part of it is selected")
     if weight.gains:
         raise CannotFactor("a mask on a weight with gains")
     if any(label in tap.labels for term in weight.terms for tap in term.taps for label in mask.labels):

@@ -18,6 +18,7 @@ from lora_jax.transform.array_products import array_product
 from lora_jax.transform.contraction_axes import Axes, Contraction, Pairs, split_gains
 from lora_jax.transform.lazy_dequantized import product
 from lora_jax.transform.low_rank import low_rank_product
+from lora_jax.transform.outputs import Output, has_function
 from lora_jax.transform.product import Product
 from lora_jax.transform.registry import Evaluator, Rule, rule
 from lora_jax.transform.taps import Moments, check_whole, insert_taps, moments
@@ -113,7 +114,8 @@ def contract(
       of_input: Whether the input depends on inputs of the function.
 
     Returns:
-      One array, or a :class:`~lora_jax.transform.product.Product` that is not added up yet.
+      One array, a :class:`~lora_jax.transform.product.Product` that is not added up yet, or an
+      :class:`~lora_jax.transform.outputs.Output`.
     """
     weight, groups = _split_groups(weight, operation)
     axes = Axes(weight, x, operation, groups)
@@ -130,10 +132,16 @@ def _contract(
     for term in weight.terms:
         _check_roles(term, weight, axes)
     before, after = split_gains(weight, axes)
-    offsets = [_offset(term, axes.summed, jaxprs.describe_equation(equation)) for term in weight.terms]
+    where = jaxprs.describe_equation(equation)
+    offsets = [_offset(term, axes.summed, where) for term in weight.terms]
+    on_output = has_function(interpreter, equation, weight, axes)
+    uses: list[int] = []
     for term, offset in zip(weight.terms, offsets):
         description = operation.description + ("" if offset is None else " + bias")
-        interpreter.record(term, equation, axes.roles, description, of_input=of_input)
+        if term.on_output is not None:
+            description = description if term.factors else description.partition(" + ")[0]
+            description += f", then {term.on_output.description}"
+        uses += interpreter.record(term, equation, axes.roles, description, of_input=of_input)
     if before or weight.has_taps:
         x = _promote(x, weight, equation.outvars[0].aval.dtype)
     for gain in before:
@@ -157,12 +165,18 @@ def _contract(
             delta = plus(delta, axes.by_row(offset), pairs)
         delta = placed(delta, explicit_sharding(base), base.shape)
         update = delta if update is None else update + delta
-    if not after:
+    if not after and not on_output:
         return [base if update is None else Product(base, update, equation)]
     total = base if update is None else Product(base, update, equation).total()
+    dims = axes.out(base)
     for gain in after:
-        total = times(total, axes.by_row(gain), [pair for pairs in axes.out(base) for pair in pairs])
-    return [total]
+        total = times(total, axes.by_row(gain), [pair for pairs in dims for pair in pairs])
+    if not on_output:
+        return [total]
+    (term,) = weight.terms
+    term = Term(on_output=term.on_output, sources=term.sources)
+    view = Weight(total, (term,), dims=tuple(map(tuple, dims)))
+    return [Output(view, tuple(uses), equation.params.get("precision"))]
 
 
 def _check_result(weight: Weight, dtype: jnp.dtype) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.adapters.protocol import NO_BIAS
+from lora_jax.adapters.protocol import NO_BIAS, NONLINEAR
 from lora_jax.transform import jaxprs
 from lora_jax.transform.draws import Draws, Numbers
 from lora_jax.transform.lazy_dequantized import recomputed
+from lora_jax.transform.outputs import Output
 from lora_jax.transform.product import Product
 from lora_jax.transform.rules import COMBINING, RULES
 from lora_jax.transform.rules.contractions import on_arrays
@@ -64,6 +65,8 @@ class Interpreter:
         self._first: Numbers = {}
         self._drawn: dict[str, int] = {}
         self._jaxpr: jaxprs.Jaxpr | None = None
+        self._equation: jaxprs.Equation | None = None
+        self._differentiated = False
         self._activations: Collection[Any] = ()
         self._outlined = False
 
@@ -72,16 +75,18 @@ class Interpreter:
     ) -> Callable[..., tuple[list[Any], Draws]]:
         """A jaxpr as a function of :meth:`numbers` and its inputs.
 
-        It returns the outputs, which are arrays or views of weights, and the draws that the caller passes to
-        :meth:`advance`. If it is outlined, equations without weights are not run: their results are zeros. Of a whole
-        program, `activations` are the variables that depend on inputs other than the base.
+        It returns the outputs, which are arrays, views of weights or of an :class:`Output`, and the draws that the
+        caller passes to :meth:`advance`. If it is outlined, equations without weights are not run: their results are
+        zeros. Of a whole program, `activations` are the variables that depend on inputs other than the base.
         """
+        differentiated = self._equation is not None and self.differentiates(self._equation)
 
         def call(numbers: Numbers, *arguments: Any):
             frame = Interpreter(flatten=self.flatten, uses=self.uses)
             frame._calls = self._calls
             frame._activations = self._activations if activations is None else activations
             frame._first = numbers
+            frame._differentiated = differentiated
             frame._outlined = outlined or self._outlined
             return frame._run(jaxpr, arguments), Draws(tuple(frame._drawn.items()))
 
@@ -115,27 +120,42 @@ class Interpreter:
         """Whether an operand may be the input of a product: an activation, or anything if there are no activations."""
         return not self._activations or self.is_activation(atom)
 
+    def differentiates(self, equation: jaxprs.Equation) -> bool:
+        """Whether the function itself differentiates through an equation of the current jaxpr."""
+        return self._differentiated or jaxprs.is_differentiated(equation)
+
     def _run(self, jaxpr: jaxprs.Jaxpr, arguments: Sequence[Any]) -> list[Any]:
         self._jaxpr = jaxpr
         variables, consts = jaxprs.inputs(jaxpr)
         environment = dict(zip(variables, [*consts, *arguments]))
-        once = jaxprs.used_once(jaxpr)
+        only_uses = jaxprs.only_uses(jaxpr)
 
         def add_up(equation: jaxprs.Equation) -> None:
             values = [jaxprs.read(environment, atom) for atom in equation.invars]
-            if _addend(equation, values, once) is None:
+            if _addend(equation, values, only_uses) is None:
                 for atom, value in zip(equation.invars, values):
                     if isinstance(value, Product):
                         environment[atom] = value.total()
 
         def apply(equation: jaxprs.Equation, values: list[Any]) -> list[Any]:
-            product = _addend(equation, values, once)
-            return self._apply(equation, values) if product is None else [product.plus(equation, values)]
+            self._equation = equation
+            product = _addend(equation, values, only_uses)
+            if product is not None:
+                return [product.plus(equation, values)]
+            results = self._apply(equation, values)
+            return [self._settled(result, out, only_uses) for result, out in zip(results, equation.outvars)]
 
         release = jaxprs.last_uses(jaxpr)
         jaxprs.evaluate(jaxprs.equations(jaxpr), environment, apply, before=add_up, release=release)
         outputs = [jaxprs.read(environment, atom) for atom in jaxprs.outputs(jaxpr)]
         return [out.total() if isinstance(out, Product) else out for out in outputs]
+
+    def _settled(self, value: Any, variable: Any, only_uses: Mapping[Any, jaxprs.Equation | None]) -> Any:
+        """An output as an array, unless its only use is one that it waits for."""
+        if not isinstance(value, Output):
+            return value
+        waits = variable in only_uses and value.waits(self, variable, only_uses[variable])
+        return value if waits else value.result(self.flatten)
 
     def cached(self, key: Any, make: Callable[[], Callable]) -> Callable:
         """Returns one compiled function per sub-jaxpr, so that calls outside jit compile once."""
@@ -146,6 +166,9 @@ class Interpreter:
         return self._calls[key]
 
     def _apply(self, equation: jaxprs.Equation, values: list[Any]) -> list[Any]:
+        for value in values:
+            if isinstance(value, Output):
+                return [value.advance(self, equation, values)]
         name, weights = equation.primitive.name, [value for value in values if isinstance(value, Weight)]
         arrays = [v.value if isinstance(v, Weight) and v.is_merged else v for v in values]
         is_tracked = bool(weights) and all(weight.is_merged for weight in weights)
@@ -199,6 +222,8 @@ class Interpreter:
         """The outputs of a body with weights merged, and, while uses are collected, the merged weights by position."""
         arrays, views = [], {}
         for position, value in enumerate(values):
+            if isinstance(value, Output):
+                value = value.result(self.flatten)
             if isinstance(value, Weight):
                 indices = self._note(value, equation, reason, {}, True)
                 if self.uses is not None and not value.looked_up:
@@ -236,6 +261,9 @@ class Interpreter:
                 raise ValueError(f"{term.path!r}: its inputs cannot be read here: {reason}{where}.")
             if term.offset is not None:
                 raise ValueError(f"{term.path!r}: the weight would be merged here: {reason}{where}; {NO_BIAS}")
+            if term.on_output is not None:
+                use = "its rows are looked up" if _is_lookup(weight) else reason
+                raise ValueError(f"{term.path!r}: the weight would be merged here: {use}{where}; {NONLINEAR}")
             (source, *_), name = term.sources, "" if equation is None else equation.primitive.name
             parts = {x: "indexed" if source.axes_of(x) & source.sliced else "out" for x, _ in weight.labels}
             if _is_lookup(weight):
@@ -288,6 +316,13 @@ class Interpreter:
             if of_input > use.of_input or not {"in", "out"} & set(use.roles.values()):
                 self.uses[index] = dataclasses.replace(use, roles=by_axis, of_input=of_input)
         return list(range(first, first + len(term.sources)))
+
+    def mark_biased(self, uses: Sequence[int]) -> None:
+        """Adds to the records of these uses that a bias follows the product."""
+        if self.uses is not None:
+            for index in uses:
+                reason = self.uses[index].reason.replace(", then", " + bias, then", 1)
+                self.uses[index] = dataclasses.replace(self.uses[index], reason=reason)
 
 
 def _is_lookup(weight: Weight) -> bool:

@@ -132,11 +132,20 @@ def last_uses(jaxpr: Jaxpr) -> dict[int, list[Any]]:
     return last
 
 
-def used_once(jaxpr: Jaxpr) -> set[Any]:
-    """The variables of a jaxpr that occur once, as an operand or an output."""
-    atoms = [*outputs(jaxpr), *(atom for equation in equations(jaxpr) for atom in equation.invars)]
-    counts = collections.Counter(atom for atom in atoms if not isinstance(atom, Literal))
-    return {variable for variable, count in counts.items() if count == 1}
+def only_uses(jaxpr: Jaxpr) -> dict[Any, Equation | None]:
+    """For each variable of a jaxpr that occurs once, the equation that it is an operand of; None for an output."""
+    uses: dict[Any, list[Equation | None]] = collections.defaultdict(list)
+    for equation, atoms in [*((eqn, eqn.invars) for eqn in equations(jaxpr)), (None, outputs(jaxpr))]:
+        for atom in atoms:
+            if not isinstance(atom, Literal):
+                uses[atom].append(equation)
+    return {variable: users[0] for variable, users in uses.items() if len(users) == 1}
+
+
+def is_differentiated(equation: Equation) -> bool:
+    """Whether the traced function itself differentiates through an equation, by `jax.grad` or `jax.jvp`."""
+    stack = equation.source_info.name_stack.stack
+    return any(isinstance(entry, source_info_util.Transform) and entry.name in ("jvp", "transpose") for entry in stack)
 
 
 def read(environment: dict[Any, Any], atom: Any) -> Any:
@@ -215,25 +224,44 @@ def _mark_dependents(jaxpr: Jaxpr, flags: Sequence[bool], variables: set[Any]) -
         flags = [not isinstance(atom, Literal) and atom in variables for atom in equation.invars]
         if any(flags):
             variables |= set(equation.outvars)
+        if equation.primitive.name == "while":
+            _mark_while(equation, flags, variables)
+            continue
         for body in jax_core.jaxprs_in_params(equation.params):
             operands = flags[len(flags) - len(body.invars) :] if equation.primitive.name == "cond" else flags
-            if len(operands) != len(body.invars) or equation.primitive.name == "while":
+            if len(operands) != len(body.invars):
                 operands = [any(flags)] * len(body.invars)  # which operand is which input is not known
-            _mark_dependents(body, operands, variables)
             if equation.primitive.name == "scan":
-                _mark_carry(equation, body, operands, variables)
+                _mark_loop(body, operands, *scan_counts(equation), variables)
+            else:
+                _mark_dependents(body, operands, variables)
 
 
-def _mark_carry(equation: Equation, body: Jaxpr, flags: list[bool], variables: set[Any]) -> None:
-    """Repeats a scan's body until no further part of its carry depends on the flagged inputs."""
-    first, count = scan_counts(equation)
+def _mark_while(equation: Equation, flags: list[bool], variables: set[Any]) -> None:
+    params = equation.params
+    cond, body = (getattr(params[name], "jaxpr", params[name]) for name in ("cond_jaxpr", "body_jaxpr"))
+    conds, consts = params["cond_nconsts"], params["body_nconsts"]
+    inside = _mark_loop(body, flags[conds:], consts, len(flags) - conds - consts, variables)
+    _mark_dependents(cond, [*flags[:conds], *inside[consts:]], variables)
+
+
+def _mark_loop(body: Jaxpr, flags: list[bool], first: int, count: int, variables: set[Any]) -> list[bool]:
+    """Marks a loop's body until no further part of its carry depends on the flagged inputs; returns its inputs' flags.
+
+    Args:
+      body: The jaxpr of one iteration.
+      flags: Of its inputs.
+      first: The position of the carry among them.
+      count: How many they are.
+      variables: Where dependent variables are added.
+    """
     while True:
+        _mark_dependents(body, flags, variables)
         carried = [not isinstance(atom, Literal) and atom in variables for atom in body.outvars[:count]]
         joined = [*flags[:first], *map(operator.or_, flags[first : first + count], carried), *flags[first + count :]]
         if joined == flags:
-            return
+            return flags
         flags = joined
-        _mark_dependents(body, flags, variables)
 
 
 def kernel_blocks(equation: Equation) -> list[tuple[int, ...]]:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.adapters.factored import Dims, Factor, Factored, Label, dense
+from lora_jax.adapters.factored import Dims, Factor, Factored, Label, OnOutput, dense, is_factor
+from lora_jax.adapters.protocol import IN, OUT
 from lora_jax.leaves import is_quantized
 from lora_jax.transform.lazy_dequantized import LazyDequantized
 
@@ -116,10 +117,12 @@ class Term:
       factors: Their product over the labels that no axis has is the term; none for a weight without an adapter.
       dropout: On the input of the low-rank product, or None.
       offset: What a product with the whole weight adds to its result, or None.
+      on_output: The function of the output of a product with the whole weight that is added to it, or None.
       taps: Zeros whose gradients are moments of the weight's input (:mod:`lora_jax.transform.taps`); in axes are
         labeled also by their :func:`twin`.
       sources: The leaf of the base that the adapter is of; several if like adapters were stacked.
-      inputs: How many elements of the weight a product with an offset sums over for each output.
+      inputs: How many elements of the weight a product with an offset or `on_output` sums over for each output.
+      outputs: How many outputs such a product with `on_output` has for each input.
       merge: While roles are traced: index of the recorded use in which the adapter was merged. A term with one has
         no arrays, and serves to find roles behind that operation.
     """
@@ -127,9 +130,11 @@ class Term:
     factors: tuple[Factor, ...] = ()
     dropout: Dropout | None = None
     offset: Factor | None = None
+    on_output: OnOutput | None = None
     taps: tuple[Factor, ...] = ()
     sources: tuple[Source, ...] = dataclasses.field(default=(), metadata={"static": True})
     inputs: int = dataclasses.field(default=1, metadata={"static": True})
+    outputs: int = dataclasses.field(default=1, metadata={"static": True})
     merge: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
@@ -174,7 +179,7 @@ class Weight:
     @property
     def is_adapted(self) -> bool:
         """Whether there is anything beside the base weight (a probe has nothing)."""
-        return bool(self.gains or any(term.factors for term in self.terms))
+        return bool(self.gains or any(term.factors or term.on_output is not None for term in self.terms))
 
     @property
     def has_taps(self) -> bool:
@@ -223,14 +228,14 @@ class Weight:
     ) -> "Weight":
         """Applies a function to every labeled array, and another one (if there is one) to gains."""
         return self.replace(
-            terms=jax.tree.map(function, self.terms, is_leaf=_is_factor),
+            terms=jax.tree.map(function, self.terms, is_leaf=is_factor),
             gains=tuple(map(of_gain or function, self.gains)),
         )
 
     @property
     def labeled(self) -> list[Factor]:
         """Every labeled array, in the order of :meth:`map_factors`."""
-        return [*jax.tree.leaves(self.terms, is_leaf=_is_factor), *self.gains]
+        return [*jax.tree.leaves(self.terms, is_leaf=is_factor), *self.gains]
 
     def axes_of(self, label: Label) -> frozenset[int]:
         """The axes of leaves that a label is (a part of); none for a label that a view added."""
@@ -317,10 +322,6 @@ class Weight:
         return self.replace(value=value, terms=tuple(map(scale_term, self.terms)))
 
 
-def _is_factor(node: Any) -> bool:
-    return isinstance(node, Factor)
-
-
 def _axes(factor: Factor, label: Label) -> list[int]:
     """The axes of a labeled array that follow an axis of the weight."""
     return [factor.axis(name) for name in (label, twin(label)) if name in factor.labels]
@@ -346,13 +347,15 @@ def make_weight(path: str, leaf: Any, form: Factored, roles: tuple[str, ...], dr
         keys = jax.random.key_data(jax.random.split(dropout_key, tuple(size for _, size in batch)))
         key = Factor(keys, (*(label for label, _ in batch), KEY_DATA))
         dropout = Dropout(Factor(form.dropout, ()), key, str(jax.random.key_impl(dropout_key)))
-    outputs = () if form.offset is None else form.offset.labels
+    roles = tuple(roles) if len(roles) == len(dims) else ()
     term = Term(
         factors=form.factors,
         dropout=dropout,
         offset=form.offset,
-        sources=(Source(path, _label_axes(dims), roles=tuple(roles) if len(roles) == len(dims) else ()),),
-        inputs=value_size(pair for pair in pairs if pair[0] not in outputs),
+        on_output=form.on_output,
+        sources=(Source(path, _label_axes(dims), roles=roles),),
+        inputs=value_size(pair for axis, role in zip(dims, roles) if role == IN for pair in axis),
+        outputs=value_size(pair for axis, role in zip(dims, roles) if role == OUT for pair in axis),
     )
     return Weight(_value(leaf), (term,), form.gains, dims)
 

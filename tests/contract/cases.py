@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,8 @@ RECIPES = {
     "LoRAXS": lambda axes=None: lora.LoRAXS(2, alpha=4, axes=axes),
     "MiSS": lambda axes=None: lora.MiSS(2, axes=axes),
     "OFT": lambda axes=None: lora.OFT(2, axes=axes),
+    "Bottleneck": lambda axes=None: lora.Bottleneck(3, "gelu", axes=axes),
+    "Bottleneck_norm": lambda axes=None: lora.Bottleneck(3, "tanh", norm=True, axes=axes),
     "FrozenPair": FrozenPairRecipe,
     "Picked": PickedRecipe,
     "Blocked": BlockedRecipe,
@@ -64,6 +67,26 @@ SOME = (
     "raw.twice",
 )
 """A layer of each form that a use of a weight may have."""
+
+NONLINEAR = ("Bottleneck", "Bottleneck_norm")
+"""Recipes whose adapters are functions of a layer's output, which no merged weight holds."""
+
+ONE_PRODUCT = (
+    "linen.Conv2d_grouped_dilated",
+    "linen.Conv2d_strided",
+    "linen.Dense",
+    "linen.DenseGeneral",
+    "linen.vmap",
+    "nnx.Conv",
+    "nnx.LinearGeneral",
+    "equinox.Linear",
+    "haiku.Linear",
+    "raw.experts",
+    "raw.jit_in_jit",
+    "raw.x_w",
+    "raw.x_wT",
+)
+"""Layers that return the output of one product, with the out axes last, so that these can be applied to it."""
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16} | dict.fromkeys(FORMATS, jnp.float32)
 """Of everything in a case; with a format the adapted weights are quantized, and everything else is float32."""
@@ -108,6 +131,8 @@ DIVIDED_IN_PARTS = "raw.reshaped_to_heads"
 
 def fits(layer: str, recipe: str) -> bool:
     """Whether a recipe can adapt a layer's weights. (All out axes that may be split are of even size.)"""
+    if recipe in NONLINEAR:
+        return layer in ONE_PRODUCT
     if recipe not in EVERYWHERE and layer not in SOME:
         return False
     roles = LAYERS[layer].axes.values()
@@ -167,6 +192,13 @@ class Case:
         """The parameters as the function takes them."""
         return lora.dequantize(self.base)
 
+    def merged(self, delta: dict) -> jax.Array:
+        """The output with merged weights; with an adapter that no weight holds, what it makes of the base's output."""
+        (node, *_) = delta.values()
+        if node.nonlinear:
+            return bottleneck(node, self.fn(self.plain, *self.args))
+        return self.fn(lora.merge(self.base, delta), *self.args)
+
 
 @functools.lru_cache(maxsize=4)
 def build_layer(layer: str, dtype: str) -> tuple[Callable, Any, tuple]:
@@ -198,7 +230,7 @@ def build(layer: str, recipe: str, dtype: str) -> Case:
         other=moved(fresh, 3),
         axes=definition.axes,
         factored=not definition.merged and recipe not in ("Full", "HiRA") and (layer, recipe) not in MERGED,
-        in_parts=layer in IN_PARTS or (layer == DIVIDED_IN_PARTS and recipe in DIVIDED),
+        in_parts=recipe in NONLINEAR or layer in IN_PARTS or (layer == DIVIDED_IN_PARTS and recipe in DIVIDED),
         forward_mode=layer != "raw.custom_vjp",
         # bfloat16 has 8 bits, and a layer is several products and sums.
         tolerance=5e-2 if "bfloat16" in (dtype, *recipe.split("_")) else 2e-5,
@@ -208,6 +240,25 @@ def build(layer: str, recipe: str, dtype: str) -> Case:
     fn, _, _ = build_layer(layer, "float32")
     values = widened({name: getattr(case, name) for name in ("base", "args", "fresh", "delta", "other")})
     return dataclasses.replace(case, wide=dataclasses.replace(case, fn=fn, **values))
+
+
+def bottleneck(node, y):
+    """A bottleneck after a layer's output, whose batch axes are first and whose out axes are last."""
+    lead, count = node.axes.count("batch"), node.axes.count("out")
+    flat = y.reshape(*y.shape[:lead], -1, math.prod(y.shape[-count:]))
+    down, up = (array.astype(y.dtype).reshape(*array.shape[: lead + 1], -1) for array in (node.down, node.up))
+
+    def row(array):
+        return array.astype(y.dtype).reshape(*y.shape[:lead], 1, -1)
+
+    inner = flat
+    if node.norm_scale is not None:
+        wide = flat.astype(jnp.float32)
+        normal = (wide - wide.mean(-1, keepdims=True)) / jnp.sqrt(wide.var(-1, keepdims=True) + 1e-5)
+        inner = normal.astype(y.dtype) * row(node.norm_scale) + row(node.norm_bias)
+    activation = {"gelu": lambda x: jax.nn.gelu(x, approximate=False), "tanh": jnp.tanh}[node.activation]
+    hidden = activation(jnp.matmul(inner, down.mT) + row(node.down_bias))
+    return (flat + (jnp.matmul(hidden, up) + row(node.up_bias))).reshape(y.shape)
 
 
 def widened(tree):

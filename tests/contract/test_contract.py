@@ -79,12 +79,12 @@ def score(out):
 
 def merged_output(case):
     """The output through merged weights; compiled as one, which is quicker than op by op."""
-    return jax.jit(lambda delta: case.fn(lora.merge(case.base, delta), *case.args))(case.delta)
+    return jax.jit(lambda delta: case.merged(delta))(case.delta)
 
 
 def merged_outputs(case):
     """Of both moved deltas, stacked."""
-    run = jax.jit(lambda delta: case.fn(lora.merge(case.base, delta), *case.args))
+    run = jax.jit(lambda delta: case.merged(delta))
     return jnp.stack([run(case.delta), run(case.other)])
 
 
@@ -95,7 +95,7 @@ def merged_gradient(case):
 def merged_loss(case):
     """The loss as a function of the trainable leaves, through the merged weights."""
     frozen = lora.partition(case.delta)[1]
-    return lambda train: score(case.fn(lora.merge(case.base, lora.join(train, frozen)), *case.args))
+    return lambda train: score(case.merged(lora.join(train, frozen)))
 
 
 def adapted_loss(case):
@@ -184,7 +184,7 @@ def check_jvp(case):
 
     def merged(case):
         def out(train):
-            return case.fn(lora.merge(case.base, lora.join(train, lora.partition(case.delta)[1])), *case.args)
+            return case.merged(lora.join(train, lora.partition(case.delta)[1]))
 
         moved = lora.partition(case.delta)[0]
         return jax.jit(lambda train: jax.jvp(out, (train,), (jax.tree.map(jnp.cos, train),)))(moved)
@@ -240,7 +240,10 @@ def check_shard_map(case):
 
 
 BY_RECIPE = [
-    (layer, recipe) for layer in ("linen.scan", "nnx.Embed") for recipe in cases.RECIPES if cases.fits(layer, recipe)
+    (layer, recipe)
+    for recipe in cases.RECIPES
+    for layer in (("linen.vmap",) if recipe in cases.NONLINEAR else ("linen.scan", "nnx.Embed"))
+    if cases.fits(layer, recipe)
 ]
 
 

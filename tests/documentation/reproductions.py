@@ -123,6 +123,7 @@ REPRODUCTIONS: dict[str, Callable[[Path], object]] = {
     "Dropout without a key": lambda _: without_dropout_key(),
     "A module changes its variables": lambda _: changing_module(),
     "Unmerging what was replaced": lambda _: lora.unmerge(BASE, delta(lora.Full())),
+    "Merging a bottleneck": lambda _: lora.merge(BASE, delta(lora.Bottleneck(2))),
     "An unknown study": lambda _: printed(studies.main, "stf"),
     "A malformed record": lambda folder: malformed(folder, '{"messages": [{"role": "user", "content": "Hi"}]}\n'),
     "An output exists": occupied,

@@ -9,6 +9,7 @@ from lora_jax.adapters.factored import Factor
 from lora_jax.transform import jaxprs
 from lora_jax.transform.draws import Draws
 from lora_jax.transform.lazy_dequantized import LazyDequantized, recomputed
+from lora_jax.transform.outputs import Output
 from lora_jax.transform.registry import Evaluator, rule
 from lora_jax.transform.tracking import follow_outputs, stacked_view
 from lora_jax.transform.weight import CannotFactor, Weight
@@ -51,6 +52,8 @@ def jit(interpreter: Evaluator, equation: Equation, values: list[Any]) -> list[A
 def _constrained(value, sharding):
     if jaxprs.is_unspecified(sharding):
         return value
+    if isinstance(value, Output):
+        return value.with_array(lax.with_sharding_constraint(value.array, sharding))
     if isinstance(value, Weight):
         if isinstance(value.value, LazyDequantized):  # codes keep their sharding
             return value
