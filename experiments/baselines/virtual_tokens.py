@@ -23,7 +23,7 @@ def adapt(apply_fn: Callable, name: str, read: Callable[[Any], Virtual]) -> Call
       `apply(params, *args, **kwargs)`, with the arguments of `apply_fn` other than `virtual`.
 
     Raises:
-      ValueError: (from `apply`) The parameters have no such entry.
+      ValueError: (from `apply`) The parameters have no such entry, or virtual tokens of two forms.
     """
 
     @functools.wraps(apply_fn)
@@ -33,6 +33,8 @@ def adapt(apply_fn: Callable, name: str, read: Callable[[Any], Virtual]) -> Call
             raise ValueError(
                 f"The parameters have no {name!r} but {entries}; add it to the base: base | {{{name!r}: …}}."
             )
+        if "virtual" in kwargs:
+            raise ValueError(f"The parameters have {name!r} and virtual tokens of another form; expected one form.")
         weights = {key: value for key, value in params.items() if key != name}
         cache = kwargs.get("cache")
         if cache is not None and cache.virtual:

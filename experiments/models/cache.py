@@ -46,7 +46,11 @@ class Cache:
         return self.positions_BT.shape[1] - self.virtual
 
     def prepend(self, virtual: "Cache") -> "Cache":
-        """Returns the cache with the tokens of a full cache of one row before the tokens of every row."""
+        """Returns an empty cache with slots that hold the tokens of a full one before its own.
+
+        Args:
+          virtual: A cache without free slots, with one row for all rows or as many rows.
+        """
         count = virtual.positions_BT.shape[1]
 
         def join(first: jax.Array, rest: jax.Array) -> jax.Array:
@@ -54,9 +58,9 @@ class Cache:
             return jnp.concatenate([jnp.broadcast_to(first.astype(rest.dtype), shape), rest], axis=-3)
 
         first_BP = jnp.broadcast_to(virtual.positions_BT, (self.positions_BT.shape[0], count))
-        rest_BT = jnp.where(self.positions_BT < 0, -1, self.positions_BT + count)
         layers = jax.tree.map(join, virtual.layers, self.layers)
-        return Cache(layers, jnp.concatenate([first_BP, rest_BT], axis=1), self.used + count, False, count)
+        positions_BT = jnp.concatenate([first_BP, self.positions_BT], axis=1)
+        return Cache(layers, positions_BT, virtual.used, False, count)
 
     def select(self, rows: jax.Array) -> "Cache":
         """Returns the cache of a batch that consists of the given rows of this batch."""
@@ -167,7 +171,8 @@ def make_context(
       shape_BL: The shape of the tokens.
       segments_BL: 0 (or False) at padding. The tokens of a segment are contiguous and attend to each other. With a
         cache, each row is one segment.
-      positions_BL: The positions of the tokens. None counts from 0 in each segment, or continues from the cache.
+      positions_BL: The positions of the tokens, from 0 after virtual ones. None counts from 0 in each segment, or
+        continues from the cache.
       cache: The tokens of earlier calls.
       packed: The cache holds virtual tokens only, and has a slot for each token: segments and positions are those of
         a call without a cache.
@@ -183,10 +188,11 @@ def make_context(
     if length > cache.slots:
         raise ValueError(f"{length} tokens, {cache.slots} slots in the cache.")
     mask_BL = jnp.ones(shape_BL, bool) if segments_BL is None else segments_BL.astype(bool)
-    if packed:
-        positions_BL = _count_positions(segments_BL, shape_BL) if positions_BL is None else positions_BL
+    if positions_BL is not None:
         positions_BL = positions_BL + cache.virtual
-    elif positions_BL is None:
+    elif packed:
+        positions_BL = _count_positions(segments_BL, shape_BL) + cache.virtual
+    else:
         before_B1 = jnp.max(cache.positions_BT, axis=1, keepdims=True) + 1
         positions_BL = jnp.maximum(before_B1 + jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32) - 1, 0)
     new_BL = jnp.where(mask_BL, positions_BL, -1)

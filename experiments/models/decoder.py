@@ -138,6 +138,11 @@ class Decoder(nnx.Module):
             return cache
         if cache.virtual:
             raise ValueError(f"The cache begins with {cache.virtual} virtual tokens, expected {virtual.count}.")
+        if not cache.fresh:
+            raise ValueError(
+                f"The cache is used and does not begin with the {virtual.count} virtual tokens; start from an empty "
+                f"cache, a generation.Session with virtual={virtual.count}."
+            )
         self.check_length(virtual.count + cache.slots)
         rows = 1 if self.options.shards is None else len(cache.positions_BT)  # a mesh divides the rows of a batch only
         empty = self.cache(rows, virtual.count).truncate(0)  # a used cache, since kernels do not take few tokens

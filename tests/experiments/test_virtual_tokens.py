@@ -13,13 +13,13 @@ from flax import nnx
 import lora_jax as lora
 from experiments import generation
 from experiments.baselines import prefix_layer_tuning, prefix_tuning, prompt_tuning
-from experiments.models import deberta
+from experiments.models import deberta, decoder_heads
 from experiments.models.cache import make_context
 from experiments.models.classifier import SentenceClassifier, mean_pool
 from experiments.models.options import Options, Shards
 from experiments.models.virtual import NO_VIRTUAL
 from tests.experiments import encoders
-from tests.experiments.decoders import expected, load
+from tests.experiments.decoders import FIXTURES, expected, load
 
 BEGIN = np.array([7, 3, 11, 2], np.int32)
 SCANNED = Options(scan=True)
@@ -121,6 +121,8 @@ def test_packed_texts_see_the_prefix_and_themselves(getkey):
     params, apply = model.base | entry(prefix_tuning, model), jax.jit(prefix_tuning.adapt(model.apply))
     tokens = jnp.asarray(expected("gpt2")["tokens"][:1])
     packed = apply(params, tokens, jnp.array([[1] * 5 + [2] * 7]))
+    positions = jnp.array([[*range(5), *range(7)]])
+    np.testing.assert_allclose(apply(params, tokens, jnp.array([[1] * 5 + [2] * 7]), positions), packed, atol=1e-5)
     np.testing.assert_allclose(packed[:, :5], apply(params, tokens[:, :5]), atol=1e-4)
     np.testing.assert_allclose(packed[:, 5:], apply(params, tokens[:, 5:]), atol=1e-4)
 
@@ -178,7 +180,7 @@ def attention_by_hand(attention, x, keys, values, mask, positions):
 
 @pytest.mark.parametrize("name", ["bert", "deberta_v3"])
 def test_a_prefix_is_more_keys_of_an_encoders_attention(name, getkey):
-    model, apply_fn, base = encoder(name)
+    model = encoder(name)[0]
     prefix = prefix_tuning.init(getkey(), model.shape, 3)
     tokens, mask, types = encoders.fixture(name).inputs
     x, positions = model.embeddings(tokens, types, NO_VIRTUAL), ()
@@ -190,11 +192,20 @@ def test_a_prefix_is_more_keys_of_an_encoders_attention(name, getkey):
         mixed = attention_by_hand(layer.attention, x, keys, values, np.asarray(mask, bool), positions)
         x = layer.attention_norm(x + mixed)
         x = layer.feed_forward_norm(x + layer.feed_forward(x))
+    real, gradients = encoders.fixture(name).real, []
     for options in (Options(), SCANNED):
         _, apply_fn, base = encoder(name, options)
-        got = jax.jit(prefix_tuning.adapt(apply_fn))(base | {"prefix": prefix}, tokens, mask, types)
-        real = encoders.fixture(name).real
-        np.testing.assert_allclose(got[real], x[real], atol=1e-5)
+        apply = prefix_tuning.adapt(apply_fn)
+
+        def loss(prefix, apply=apply, base=base):
+            hidden = apply(base | {"prefix": prefix}, tokens, mask, types)
+            return jnp.sum(jnp.where(real[..., None], hidden, 0) ** 3), hidden
+
+        gradient, hidden = jax.jit(jax.grad(loss, has_aux=True))(prefix)
+        np.testing.assert_allclose(hidden[real], x[real], atol=1e-5)
+        gradients.append(gradient)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *gradients)
+    assert all(np.abs(gradients[0][part]).max() > 1e-3 for part in prefix)
 
 
 def test_inputs_of_an_encoders_layers(getkey):
@@ -272,15 +283,26 @@ def test_classifiers_read_the_text_or_the_first_virtual_token(getkey):
     np.testing.assert_allclose(vectors, mean_pool(hidden[:, 2:], inputs[1]), atol=1e-5)
 
 
+def test_a_classifier_on_a_decoder_reads_the_last_token():
+    apply_fn, base = lora.nnx.functional(decoder_heads.load(FIXTURES / "gpt2_classifier"))
+    tokens, mask = padded("gpt2", "left")
+    prompt = prompt_tuning.from_tokens(base["decoder"]["token"]["embedding"], BEGIN)
+    want = jax.jit(apply_fn)(base, *with_beginning(tokens, mask))
+    got = jax.jit(prompt_tuning.adapt(apply_fn))(base | {"prompt": prompt}, tokens, mask)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
 def test_prompts_from_tables(getkey):
-    table = jax.random.normal(getkey(), (7, 16))
+    table = np.asarray(jax.random.normal(getkey(), (7, 16)))
     prompt = prompt_tuning.init(getkey(), table, 5)
-    rows = [int(np.flatnonzero((table == row).all(axis=1))[0]) for row in prompt]
+    rows = [int(np.flatnonzero((table == np.asarray(row)).all(axis=1))[0]) for row in prompt]
     assert len(set(rows)) == 5
     assert prompt_tuning.init(getkey(), table, 9).shape == (9, 16)
-    np.testing.assert_array_equal(prompt_tuning.from_tokens(table, [3, 1], 5), table[np.array([3, 1, 3, 1, 3])])
-    np.testing.assert_array_equal(prompt_tuning.from_tokens(table, [3, 1, 2], 2), table[np.array([3, 1])])
-    quantized = lora.quantize({"table": table}, {"table": lora.Int8(block=16)})["table"]
+    np.testing.assert_array_equal(prompt_tuning.from_tokens(table, [3, 1], 5), table[[3, 1, 3, 1, 3]])
+    np.testing.assert_array_equal(prompt_tuning.from_tokens(table, [3, 1, 2], 2), table[[3, 1]])
+    quantized = lora.quantize({"table": jnp.asarray(table)}, {"table": lora.Int8(block=16, axes=("lookup", "out"))})[
+        "table"
+    ]
     np.testing.assert_allclose(prompt_tuning.from_tokens(quantized, [3]), table[3:4], atol=0.05)
 
 
@@ -299,6 +321,11 @@ def test_errors(getkey):
     shorter = model.base | {"prefix": prefix_tuning.init(getkey(), model.model.shape, 3)}
     with pytest.raises(ValueError, match="begins with 4 virtual tokens, expected 3"):
         apply(shorter, tokens, cache=cache)
+    used = generation.prefill(model.step, model.base, tokens, cache=model.model.cache(1, 8))
+    with pytest.raises(ValueError, match="does not begin with the 4 virtual tokens; start from an empty cache"):
+        apply(params, tokens, cache=used)
+    with pytest.raises(ValueError, match="'prompt' and virtual tokens of another form"):
+        prefix_tuning.adapt(prompt_tuning.adapt(model.apply))(params | {"prompt": jnp.ones((2, 16))}, tokens)
     with pytest.raises(ValueError, match="length=0"):
         prefix_tuning.init(getkey(), model.model.shape, 0)
     with pytest.raises(ValueError, match=r"tokens=\[61\], expected at least one, each from 0 to 60"):
