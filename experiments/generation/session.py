@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.generation.loop import Step
+from experiments.generation.prefixes import prefill
 from experiments.generation.sampling import filter_logits
 from experiments.models.cache import Cache
 from experiments.models.decoder import Decoder
@@ -27,12 +28,16 @@ class Session:
       step: Computes the next logits; see :func:`experiments.generation.make_step`.
       params: The first argument of `step`.
       key: The random key of :meth:`stream` with a temperature.
+      virtual: The number of virtual tokens in `params`, whose positions texts cannot have.
     """
 
-    def __init__(self, model: Decoder, step: Step, params: Any, key: jax.Array | None = None):
-        self._model, self._step, self._params, self._key = model, step, params, key
+    def __init__(self, model: Decoder, step: Step, params: Any, key: jax.Array | None = None, *, virtual: int = 0):
+        self._model, self._step, self._params, self._key, self._virtual = model, step, params, key, virtual
         self._tokens: list[int] = []  # those in the cache
-        self._cache = model.cache(1, self._slots(1)).truncate(0)
+        cache = model.cache(1, self._slots(1))
+        if virtual:  # the caches of later calls are donated, so they have slots for virtual tokens from the start
+            cache = prefill(step, params, jnp.zeros((1, 1), jnp.int32), cache=cache)
+        self._cache = cache.truncate(0)
         self.tokens_read = 0
         """The number of tokens for which keys and values have been computed."""
 
@@ -40,7 +45,7 @@ class Session:
     def longest(self) -> int | None:
         """The maximum length of a text that the model supports; None has no limit."""
         limits = [limit for limit in (self._model.longest, self._model.trained_length) if limit is not None]
-        return min(limits, default=None)
+        return min(limits) - self._virtual if limits else None
 
     def stream(
         self,

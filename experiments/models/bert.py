@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.models import checkpoint, stack
+from experiments.models import checkpoint
 from experiments.models import config as config_json
 from experiments.models.bert_names import DISTILBERT_NAMES, SPELLINGS, UNUSED, encoder_names
 from experiments.models.blocks import Attention, encoder_layers
 from experiments.models.norm import LayerNorm
 from experiments.models.options import DEFAULT, Options
+from experiments.models.virtual import NO_VIRTUAL, Shape, Virtual
 from lora_jax.peft import Names
 
 _ROBERTA = ("roberta", "xlm-roberta", "camembert")  # the same architecture, and the same prefix in checkpoints
@@ -134,18 +135,18 @@ class Embeddings(nnx.Module):
         self.norm = LayerNorm(width, config.layer_norm_eps, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
-    def __call__(self, tokens_BL: jax.Array, types_BL: jax.Array) -> jax.Array:
-        x_BLD = self.word(tokens_BL)
+    def __call__(self, tokens_BL: jax.Array, types_BL: jax.Array, virtual: Virtual) -> jax.Array:
+        x_BLD = virtual.begin(self.word(tokens_BL))
         if self.token_type is not None:
-            x_BLD = x_BLD + self.token_type(types_BL)
-        x_BLD = x_BLD + self.position(self.positions(tokens_BL))
+            x_BLD = x_BLD + self.token_type(virtual.pad(types_BL, 0))
+        x_BLD = x_BLD + self.position(self.positions(tokens_BL, virtual))
         return self.dropout(self.norm(x_BLD))
 
-    def positions(self, tokens_BL: jax.Array) -> jax.Array:
-        """Returns the position of each token, `[batch or 1, length]`."""
+    def positions(self, tokens_BL: jax.Array, virtual: Virtual = NO_VIRTUAL) -> jax.Array:
+        """Returns the position of each token, `[batch or 1, length]`, including virtual ones."""
         if self.config.counts_padding:
-            return jnp.arange(tokens_BL.shape[1])[None]
-        is_text_BL = (tokens_BL != self.config.pad_token_id).astype(jnp.int32)
+            return jnp.arange(virtual.in_sequence + tokens_BL.shape[1])[None]
+        is_text_BL = virtual.pad(tokens_BL != self.config.pad_token_id, True).astype(jnp.int32)
         return jnp.cumsum(is_text_BL, axis=1) * is_text_BL + self.config.pad_token_id
 
 
@@ -160,8 +161,8 @@ class Encoder(nnx.Module):
 
         self.layers = encoder_layers(config, attention, options, norm_first=False, dropout=dropout, rngs=rngs)
 
-    def __call__(self, x_BLD: jax.Array, mask_BL: jax.Array) -> jax.Array:
-        return stack.run(self.layers, x_BLD, mask_BL, options=self.options)[0]
+    def __call__(self, x_BLD: jax.Array, mask_BL: jax.Array, virtual: Virtual) -> jax.Array:
+        return virtual.run(self.layers, x_BLD, mask_BL, options=self.options)
 
 
 class Bert(nnx.Module):
@@ -182,7 +183,20 @@ class Bert(nnx.Module):
         self.projection = nnx.Linear(*sizes, dtype=options.dtype, rngs=rngs) if sizes[0] != sizes[1] else None
         self.encoder = Encoder(config, options, dropout=dropout, rngs=rngs)
 
-    def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array, types_BL: jax.Array | None = None) -> jax.Array:
+    @property
+    def shape(self) -> Shape:
+        """The sizes that those of virtual tokens follow from."""
+        heads, width = self.config.num_attention_heads, self.config.hidden_size
+        return Shape(self.config.num_hidden_layers, heads, width // heads, width)
+
+    def __call__(
+        self,
+        tokens_BL: jax.Array,
+        mask_BL: jax.Array,
+        types_BL: jax.Array | None = None,
+        *,
+        virtual: Virtual = NO_VIRTUAL,
+    ) -> jax.Array:
         """Returns the last hidden states.
 
         Args:
@@ -190,20 +204,23 @@ class Bert(nnx.Module):
           mask_BL: True (or 1) at tokens, False at padding. RoBERTa's positions count the tokens that differ from its
             padding token, so padding must be that token.
           types_BL: Segment ids; None is segment 0 for all tokens.
+          virtual: Virtual tokens. Keys and values are seen by every token and have no position; tokens of the other
+            forms are the first ones of every sequence, in segment 0.
 
         Returns:
-          `float[batch, length, width]`; undefined at padding.
+          `float[batch, length, width]`, where the length includes the virtual tokens of a sequence; undefined at
+          padding.
 
         Raises:
           ValueError: There are more tokens than positions.
         """
-        if tokens_BL.shape[1] > self.config.positions:
-            raise ValueError(f"{tokens_BL.shape[1]} tokens, {self.config.positions} positions")
+        if (count := virtual.in_sequence + tokens_BL.shape[1]) > self.config.positions:
+            raise ValueError(f"{count} tokens, {self.config.positions} positions")
         types_BL = jnp.zeros_like(tokens_BL) if types_BL is None else types_BL
-        x_BLD = self.embeddings(tokens_BL, types_BL)
+        x_BLD = self.embeddings(tokens_BL, types_BL, virtual)
         if self.projection is not None:
             x_BLD = self.projection(x_BLD)
-        return self.encoder(x_BLD, mask_BL.astype(bool))
+        return self.encoder(x_BLD, virtual.pad(mask_BL.astype(bool), True), virtual)
 
 
 def load(

@@ -52,21 +52,25 @@ class Attention(nnx.Module):
         self.dropout = None if dropout is None else nnx.Dropout(dropout, rngs=rngs)
 
     def __call__(
-        self, x_BLD: jax.Array, state: None, mask_BL: jax.Array | None = None, *positions: jax.Array
-    ) -> tuple[jax.Array, None]:
-        """Returns the output and None, as :func:`experiments.models.stack.run` expects of a layer.
+        self, x_BLD: jax.Array, state: Any, mask_BL: jax.Array | None = None, *positions: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """Returns the output and the state, as :func:`experiments.models.stack.run` expects of a layer.
 
         Args:
           x_BLD: `[batch, length, width]`.
-          state: None: nothing is cached.
+          state: Keys and values `[tokens, heads, head width]` of virtual tokens, to which every token attends; None
+            without them. Virtual tokens need the 'xla' kernel, which then replaces the chosen one.
           mask_BL: True at tokens, False at padding; None without padding.
           *positions: What :meth:`scores` of a subclass takes in addition.
         """
         q_BLHK, k_BLHK, v_BLHK = (split_heads(f(x_BLD), self.heads) for f in (self.query, self.key, self.value))
         mask_B11L, kernel = None if mask_BL is None else mask_BL[:, None, None, :], self.options.attention
         drops = self.dropout is not None and self.dropout.rate and not self.dropout.deterministic
-        if kernel == "xla" or drops:
-            mixed_BLHK = self._mix(self.scores(q_BLHK, k_BLHK, *positions), v_BLHK, mask_B11L)
+        if kernel == "xla" or drops or state is not None:
+            scores_BHLL = self.scores(q_BLHK, k_BLHK, *positions)
+            if state is not None:
+                scores_BHLL, v_BLHK, mask_B11L = self._prepend(state, q_BLHK, scores_BHLL, v_BLHK, mask_B11L)
+            mixed_BLHK = self._mix(scores_BHLL, v_BLHK, mask_B11L)
         else:
             mask, segments = (None, mask_BL) if kernel == "flash" else (mask_B11L, None)
             platform, shards = self.options.platform, self.options.shards
@@ -77,15 +81,30 @@ class Attention(nnx.Module):
 
     def scores(self, q_BLHK: jax.Array, k_BLHK: jax.Array, *positions: jax.Array) -> jax.Array:
         """Returns the scaled scores `float32[batch, heads, queries, keys]`."""
-        return products(q_BLHK, k_BLHK).astype(jnp.float32) * (q_BLHK.shape[-1] ** -0.5)
+        return products(q_BLHK, k_BLHK).astype(jnp.float32) * self.scale(q_BLHK.shape[-1])
 
-    def _mix(self, scores_BHLL: jax.Array, v_BLHK: jax.Array, mask_B11L: jax.Array | None) -> jax.Array:
+    def scale(self, width: int) -> float:
+        """Returns the factor of the scores of heads of a width."""
+        return width**-0.5
+
+    def _prepend(
+        self, state: Any, q_BLHK: jax.Array, scores_BHLT: jax.Array, v_BTHK: jax.Array, mask_B11T: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Returns scores, values and mask with those of virtual tokens, which have no positions, before the others."""
+        k_PHK, more_PHK = (x.astype(q_BLHK.dtype) for x in state)
+        more_BHLP = jnp.einsum("bqhk,phk->bhqp", q_BLHK, k_PHK).astype(jnp.float32) * self.scale(q_BLHK.shape[-1])
+        more_BPHK = jnp.broadcast_to(more_PHK, (len(v_BTHK), *more_PHK.shape))
+        if mask_B11T is not None:
+            mask_B11T = jnp.pad(mask_B11T, ((0, 0), (0, 0), (0, 0), (len(k_PHK), 0)), constant_values=True)
+        return jnp.concatenate([more_BHLP, scores_BHLT], 3), jnp.concatenate([more_BPHK, v_BTHK], 1), mask_B11T
+
+    def _mix(self, scores_BHLT: jax.Array, v_BTHK: jax.Array, mask_B11T: jax.Array | None) -> jax.Array:
         """Computes what `attend` does from given scores, with dropout of attention weights."""
-        if mask_B11L is not None:
-            scores_BHLL = jnp.where(mask_B11L, scores_BHLL, jnp.finfo(jnp.float32).min)
-        weights_BHLL = jax.nn.softmax(scores_BHLL, axis=-1).astype(v_BLHK.dtype)
-        weights_BHLL = weights_BHLL if self.dropout is None else self.dropout(weights_BHLL)
-        return jnp.einsum("bhqt,bthk->bqhk", weights_BHLL, v_BLHK)
+        if mask_B11T is not None:
+            scores_BHLT = jnp.where(mask_B11T, scores_BHLT, jnp.finfo(jnp.float32).min)
+        weights_BHLT = jax.nn.softmax(scores_BHLT, axis=-1).astype(v_BTHK.dtype)
+        weights_BHLT = weights_BHLT if self.dropout is None else self.dropout(weights_BHLT)
+        return jnp.einsum("bhqt,bthk->bqhk", weights_BHLT, v_BTHK)
 
 
 def products(q_BLHK: jax.Array, k_BLHK: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.models import bert
+from experiments.models.virtual import NO_VIRTUAL, Virtual
 from lora_jax.peft import Names
 
 
@@ -28,9 +29,15 @@ class SentenceClassifier(nnx.Module):
         self.encoder = encoder
         self.classifier = nnx.Linear(width, classes, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
-    def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the logits `float[batch, classes]` and the sentence vectors `float[batch, width]`."""
-        sentence_BD = mean_pool(self.encoder(tokens_BL, mask_BL), mask_BL)
+    def __call__(
+        self, tokens_BL: jax.Array, mask_BL: jax.Array, *, virtual: Virtual = NO_VIRTUAL
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the logits `float[batch, classes]` and the sentence vectors `float[batch, width]`.
+
+        The mean is over the tokens of the text, without virtual ones.
+        """
+        x_BLD = self.encoder(tokens_BL, mask_BL, virtual=virtual)
+        sentence_BD = mean_pool(x_BLD[:, virtual.in_sequence :], mask_BL)
         return self.classifier(sentence_BD), sentence_BD
 
 

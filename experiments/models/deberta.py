@@ -19,12 +19,13 @@ import numpy as np
 from flax import nnx
 
 from experiments.errors import UserError
-from experiments.models import checkpoint, stack
+from experiments.models import checkpoint
 from experiments.models import config as config_json
 from experiments.models.bert_names import LINEARS, NORMS, embedding_weights, layer_weights
 from experiments.models.blocks import Attention, encoder_layers, products, split_heads
 from experiments.models.norm import LayerNorm
 from experiments.models.options import DEFAULT, Options
+from experiments.models.virtual import NO_VIRTUAL, Shape, Virtual
 from lora_jax.peft import Names, Weight
 
 
@@ -140,12 +141,12 @@ class Embeddings(nnx.Module):
         self.norm = LayerNorm(width, config.layer_norm_eps, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
-    def __call__(self, tokens_BL: jax.Array, types_BL: jax.Array) -> jax.Array:
-        x_BLD = self.word(tokens_BL)
+    def __call__(self, tokens_BL: jax.Array, types_BL: jax.Array, virtual: Virtual) -> jax.Array:
+        x_BLD = virtual.begin(self.word(tokens_BL))
         if self.position is not None:
-            x_BLD = x_BLD + self.position(jnp.arange(tokens_BL.shape[1]))[None]
+            x_BLD = x_BLD + self.position(jnp.arange(x_BLD.shape[1]))[None]
         if self.token_type is not None:
-            x_BLD = x_BLD + self.token_type(types_BL)
+            x_BLD = x_BLD + self.token_type(virtual.pad(types_BL, 0))
         return self.dropout(self.norm(x_BLD))
 
 
@@ -177,7 +178,11 @@ class DisentangledAttention(Attention):
             q_RHK = split_heads((self.pos_query or self.query)(relative_RD), self.heads)
             by_row_BHRL = jnp.einsum("rhk,bthk->bhrt", q_RHK, k_BLHK)
             scores_BHLL += jnp.take_along_axis(by_row_BHRL, rows_LL[None, None], axis=2)
-        return scores_BHLL.astype(jnp.float32) * (q_BLHK.shape[-1] * (1 + len(kinds))) ** -0.5
+        return scores_BHLL.astype(jnp.float32) * self.scale(q_BLHK.shape[-1])
+
+    def scale(self, width: int) -> float:
+        """Returns the factor of the scores of heads of a width."""
+        return (width * (1 + len(self.config.pos_att_type))) ** -0.5
 
 
 class Encoder(nnx.Module):
@@ -195,12 +200,12 @@ class Encoder(nnx.Module):
 
         self.layers = encoder_layers(config, attention, options, norm_first=False, dropout=dropout, rngs=rngs)
 
-    def __call__(self, x_BLD: jax.Array, mask_BL: jax.Array) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, mask_BL: jax.Array, virtual: Virtual) -> jax.Array:
         relative_RD = self.relative(jnp.arange(2 * self.config.span))
         if self.relative_norm is not None:
             relative_RD = self.relative_norm(relative_RD)
         rows_LL = jnp.asarray(relative_rows(x_BLD.shape[1], self.config))
-        return stack.run(self.layers, x_BLD, mask_BL, relative_RD, rows_LL, options=self.options)[0]
+        return virtual.run(self.layers, x_BLD, mask_BL, relative_RD, rows_LL, options=self.options)
 
 
 class Deberta(nnx.Module):
@@ -223,24 +228,42 @@ class Deberta(nnx.Module):
         self.embeddings = Embeddings(config, options, dropout=dropout, rngs=rngs)
         self.encoder = Encoder(config, options, dropout=dropout, rngs=rngs)
 
-    def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array, types_BL: jax.Array | None = None) -> jax.Array:
+    @property
+    def shape(self) -> Shape:
+        """The sizes that those of virtual tokens follow from."""
+        heads, width = self.config.num_attention_heads, self.config.hidden_size
+        return Shape(self.config.num_hidden_layers, heads, width // heads, width)
+
+    def __call__(
+        self,
+        tokens_BL: jax.Array,
+        mask_BL: jax.Array,
+        types_BL: jax.Array | None = None,
+        *,
+        virtual: Virtual = NO_VIRTUAL,
+    ) -> jax.Array:
         """Returns the last hidden states.
 
         Args:
           tokens_BL: Token ids, `int[batch, length]`.
           mask_BL: True (or 1) at tokens, False at padding.
           types_BL: Segment ids; None is segment 0 for all tokens. Ignored without segment embeddings.
+          virtual: Virtual tokens. Keys and values are seen by every token and have no position, absolute or relative;
+            tokens of the other forms are the first ones of every sequence, in segment 0.
 
         Returns:
-          `float[batch, length, width]`; undefined at padding.
+          `float[batch, length, width]`, where the length includes the virtual tokens of a sequence; undefined at
+          padding.
 
         Raises:
           ValueError: There are more tokens than absolute positions.
         """
-        if self.config.position_biased_input and tokens_BL.shape[1] > self.config.max_position_embeddings:
-            raise ValueError(f"{tokens_BL.shape[1]} tokens, {self.config.max_position_embeddings} positions")
+        count = virtual.in_sequence + tokens_BL.shape[1]
+        if self.config.position_biased_input and count > self.config.max_position_embeddings:
+            raise ValueError(f"{count} tokens, {self.config.max_position_embeddings} positions")
         types_BL = jnp.zeros_like(tokens_BL) if types_BL is None else types_BL
-        return self.encoder(self.embeddings(tokens_BL, types_BL), mask_BL.astype(bool))
+        x_BLD = self.embeddings(tokens_BL, types_BL, virtual)
+        return self.encoder(x_BLD, virtual.pad(mask_BL.astype(bool), True), virtual)
 
 
 def load(

@@ -17,6 +17,7 @@ from experiments.models import checkpoint, families
 from experiments.models import config as config_json
 from experiments.models.decoder import Decoder
 from experiments.models.options import DEFAULT, Options
+from experiments.models.virtual import NO_VIRTUAL, Virtual
 from lora_jax.peft import LINEAR, Names, Weight
 from lora_jax.quantization import Format
 
@@ -43,7 +44,12 @@ class DecoderClassifier(nnx.Module):
         return self.decoder.trained_length
 
     def __call__(
-        self, tokens_BL: jax.Array, mask_BL: jax.Array | None = None, types_BL: jax.Array | None = None
+        self,
+        tokens_BL: jax.Array,
+        mask_BL: jax.Array | None = None,
+        types_BL: jax.Array | None = None,
+        *,
+        virtual: Virtual = NO_VIRTUAL,
     ) -> jax.Array:
         """Returns the logits of texts.
 
@@ -51,13 +57,14 @@ class DecoderClassifier(nnx.Module):
           tokens_BL: Token ids, `int[batch, length]`.
           mask_BL: True (or 1) at tokens, False at padding, on either side. None: no padding.
           types_BL: Ignored, since decoders have no segments.
+          virtual: Virtual tokens before the text.
 
         Returns:
           `float32[batch, classes]`.
         """
         del types_BL
         mask_BL = jnp.ones(tokens_BL.shape, bool) if mask_BL is None else mask_BL.astype(bool)
-        x_BLD = self.decoder.hidden(tokens_BL, mask_BL)
+        x_BLD = self.decoder.hidden(tokens_BL, mask_BL, virtual=virtual)
         last_B = jnp.max(jnp.where(mask_BL, jnp.arange(mask_BL.shape[1])[None], 0), axis=1)
         last_BD = jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)[:, 0]
         return self.score(last_BD).astype(jnp.float32)

@@ -26,6 +26,7 @@ from experiments.models.decoder import Decoder
 from experiments.models.decoder_loading import Loading, load_decoder, tie_names
 from experiments.models.norm import LayerNorm
 from experiments.models.options import DEFAULT, Options
+from experiments.models.virtual import Shape
 from lora_jax.peft import LINEAR, Names, Weight
 
 _SUPPORTED = {
@@ -107,11 +108,18 @@ class Gpt2(Decoder):
         if not config.tie_word_embeddings:
             self.output = nnx.Linear(config.n_embd, config.vocab_size, use_bias=False, dtype=options.dtype, rngs=rngs)
 
-    def embed(self, tokens_BL: jax.Array, context: AttentionContext) -> jax.Array:
-        return self.dropout(self.token(tokens_BL) + self.position(context.positions_BL))
+    @property
+    def shape(self) -> Shape:
+        shape = self.config
+        return Shape(shape.n_layer, shape.n_head, shape.n_embd // shape.n_head, shape.n_embd)
 
-    def run(self, x_BLD: jax.Array, context: AttentionContext, layers: Any) -> tuple[jax.Array, Any]:
-        x_BLD, layers = stack.run(self.layers, x_BLD, context, states=layers, options=self.options)
+    def embed(self, x_BLD: jax.Array, context: AttentionContext) -> jax.Array:
+        return self.dropout(x_BLD + self.position(context.positions_BL))
+
+    def run(
+        self, x_BLD: jax.Array, context: AttentionContext, layers: Any, inputs: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        x_BLD, layers = stack.run(self.layers, x_BLD, context, states=layers, inputs=inputs, options=self.options)
         return self.norm(x_BLD), layers
 
     def head(self, x_BLD: jax.Array) -> jax.Array:
@@ -119,8 +127,7 @@ class Gpt2(Decoder):
 
     def cache(self, batch: int, slots: int) -> Cache:
         self.check_length(slots)
-        shape = self.config
-        return empty_cache(shape.n_layer, batch, slots, shape.n_head, shape.n_embd // shape.n_head, self.options)
+        return empty_cache(self.shape.layers, batch, slots, self.shape.groups, self.shape.head, self.options)
 
 
 def _layer(config: Gpt2Config, options: Options, dropout: float, rngs: nnx.Rngs) -> Layer:

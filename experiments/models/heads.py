@@ -17,6 +17,7 @@ from experiments.errors import UserError
 from experiments.models import bert, bert_names, checkpoint, deberta
 from experiments.models import config as config_json
 from experiments.models.options import DEFAULT, Options
+from experiments.models.virtual import NO_VIRTUAL, Virtual
 from lora_jax.peft import LINEAR, Names, Weight
 
 Config = bert.BertConfig | deberta.DebertaConfig
@@ -52,9 +53,19 @@ class SequenceClassifier(nnx.Module):
         self.classifier = nnx.Linear(width, classes, dtype=options.dtype, kernel_init=small, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
-    def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array, types_BL: jax.Array | None = None) -> jax.Array:
-        """Returns logits `float32[batch, classes]`; the arguments are those of the encoder."""
-        first_BD = self.encoder(tokens_BL, mask_BL, types_BL)[:, 0]
+    def __call__(
+        self,
+        tokens_BL: jax.Array,
+        mask_BL: jax.Array,
+        types_BL: jax.Array | None = None,
+        *,
+        virtual: Virtual = NO_VIRTUAL,
+    ) -> jax.Array:
+        """Returns logits `float32[batch, classes]`; the arguments are those of the encoder.
+
+        With virtual tokens in the sequence, the first token is a virtual one, as in PEFT.
+        """
+        first_BD = self.encoder(tokens_BL, mask_BL, types_BL, virtual=virtual)[:, 0]
         pooled_BD = self.activation(self.pooler(self.dropout(first_BD)))
         return self.classifier(self.dropout(pooled_BD)).astype(jnp.float32)
 

@@ -28,6 +28,7 @@ from experiments.models.decoder import Decoder
 from experiments.models.decoder_loading import Loading, load_decoder, tie_names
 from experiments.models.options import DEFAULT, Options
 from experiments.models.rope import Rope, apply_rope
+from experiments.models.virtual import Shape
 from lora_jax.peft import LINEAR, Names, Weight
 
 # The values that transformers uses for fields that a config.json omits; a null is not an omission.
@@ -227,10 +228,17 @@ class Llama(Decoder):
                 config.hidden_size, config.vocab_size, use_bias=False, dtype=options.dtype, rngs=rngs
             )
 
-    def embed(self, tokens_BL: jax.Array, context: AttentionContext) -> jax.Array:
-        return self.token(tokens_BL)
+    @property
+    def shape(self) -> Shape:
+        shape = self.config
+        return Shape(shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim, shape.hidden_size)
 
-    def run(self, x_BLD: jax.Array, context: AttentionContext, layers: Any) -> tuple[jax.Array, Any]:
+    def embed(self, x_BLD: jax.Array, context: AttentionContext) -> jax.Array:
+        return x_BLD
+
+    def run(
+        self, x_BLD: jax.Array, context: AttentionContext, layers: Any, inputs: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
         sliding = self.config.sliding
         if self.options.scan:
             # One body computes all layers, so whether a layer has a window is an array if they differ.
@@ -238,7 +246,9 @@ class Llama(Decoder):
         else:
             states = tuple((None, cache) for cache in (layers or [None] * len(sliding)))
         rotations = self.config.rope.rotations(context.positions_BL)
-        x_BLD, states = stack.run(self.layers, x_BLD, context, rotations, states=states, options=self.options)
+        x_BLD, states = stack.run(
+            self.layers, x_BLD, context, rotations, states=states, inputs=inputs, options=self.options
+        )
         layers = states[1] if self.options.scan else tuple(cache for _, cache in states)
         return self.norm(x_BLD), layers
 
@@ -247,10 +257,7 @@ class Llama(Decoder):
 
     def cache(self, batch: int, slots: int) -> Cache:
         self.check_length(slots)
-        shape = self.config
-        return empty_cache(
-            shape.num_hidden_layers, batch, slots, shape.num_key_value_heads, shape.head_dim, self.options
-        )
+        return empty_cache(self.shape.layers, batch, slots, self.shape.groups, self.shape.head, self.options)
 
 
 AXES = (

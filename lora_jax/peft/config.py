@@ -17,6 +17,12 @@ TOKENS = "TRAINABLE_TOKENS"
 """PEFT's method that only trains rows, which is loaded as LoRA without factors."""
 METHODS = ("LORA", "ADALORA", "HIRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", TOKENS, "VERA")
 """The supported values of `peft_type`."""
+_READER = "experiments.baselines.peft_virtual_tokens.load, in lora_jax's repository, reads it for the models there"
+_VIRTUAL = {
+    **dict.fromkeys(("PREFIX_TUNING", "PROMPT_TUNING"), _READER),
+    **dict.fromkeys(("P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE"), "it is not supported"),
+}
+"""The values of `peft_type` of methods that train inputs, or keys and values; and what to do with each."""
 _COMMON_FIELDS = ("base_model_name_or_path", "modules_to_save", "task_type", "trainable_token_indices")
 
 # Fields that change what an adapter computes, without counterpart in this library.
@@ -74,6 +80,8 @@ class Config:
         content = read_json(file)
         with reading(file):
             kind = content.get("peft_type")
+            if kind in _VIRTUAL:
+                raise ValueError(f"{file}: peft_type is {kind!r}, virtual tokens instead of weights; {_VIRTUAL[kind]}.")
             if kind not in METHODS:
                 raise ValueError(f"{file}: peft_type is {kind!r}; expected one of {', '.join(map(repr, METHODS))}.")
             if used := [name for name in _REFUSED if content.get(name)]:

@@ -228,6 +228,16 @@ def test_the_error_of_an_unsupported_method_lists_the_supported_ones(tmp_path, c
     assert set(METHODS) == {"LORA", "TRAINABLE_TOKENS", *methods.METHODS, methods.NORM_TUNING}
 
 
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"])
+def test_the_error_of_virtual_tokens_says_what_reads_them(kind, tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    with pytest.raises(ValueError, match=rf"peft_type is '{kind}', virtual tokens instead of weights; ") as error:
+        lora.peft.load(tmp_path, {"w": jnp.ones((2, 2))}, lora.peft.Names((lora.peft.Weight("w", "w.weight"),)))
+    assert ("peft_virtual_tokens.load" in str(error.value)) == (kind != "P_TUNING")
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert str(error.value).rstrip(".") in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_a_method_on_modules_that_it_does_not_adapt(tmp_path):
     names = lora.peft.Names((lora.peft.Weight("table", "embed.weight", module="embedding"),))
     delta = lora.init(jax.random.key(0), {"table": jnp.ones((6, 4))}, {"table": lora.LoHa(2, axes=("in", "out"))})
