@@ -10,7 +10,7 @@ from experiments.configs.comparison import Comparison
 
 @dataclass(frozen=True)
 class Config(Comparison):
-    """Trains on 100, 1,000 and all examples with LoRA and full fine-tuning (LoRA, table 16).
+    """Trains on 100, 1,000 and all examples with LoRA, prefix tuning and full fine-tuning (LoRA, table 16).
 
     The paper adapts GPT-3 175B on subsets of MNLI, for 40, 40 and 4 epochs, and finds that LoRA is as good as full
     fine-tuning with all sizes, and prefix tuning much worse with few examples. Here all-MiniLM-L6-v2 classifies Debian
@@ -39,12 +39,18 @@ class Config(Comparison):
     lr: tuple[float, ...] = (1e-3, 3e-3)
     """Peak learning rates of LoRA, for the alpha of 32. Validation selects one for each size."""
 
+    prefix: int = 16
+    """The length of the prefix."""
+
+    prefix_lr: tuple[float, ...] = (1e-2, 3e-2)
+    """Peak learning rates of the prefix. Validation selects one for each size."""
+
     full_lr: tuple[float, ...] = (1e-4, 3e-4)
     """Peak learning rates of full fine-tuning. Validation selects one for each size."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        settings.positive(self, "sizes", "rank", "lr", "full_lr")
+        settings.positive(self, "sizes", "rank", "prefix", "lr", "prefix_lr", "full_lr")
         if len(self.size_epochs) != len(self.sizes) or min(self.size_epochs) < 1:
             raise ValueError(
                 f"size_epochs must be a positive number for each of the {len(self.sizes)} sizes, not "

@@ -9,7 +9,7 @@ from experiments.reports.findings import Finding
 from experiments.studies.comparison import figures, program
 from experiments.studies.comparison.description import Row, Study, Summary
 from experiments.studies.comparison.judge import as_good, better
-from experiments.studies.problem import HEAD
+from experiments.studies.problem import HEAD, Problem
 
 _LINEAR = "(attention|feed_forward)/.*kernel"
 _TARGETS = {
@@ -20,7 +20,7 @@ _TARGETS = {
 }
 
 
-def rows(config: Config) -> list[Row]:
+def rows(config: Config, problem: Problem) -> list[Row]:
     """Returns a row for each set of layers and rank on the quantized base, and full fine-tuning in float32."""
     adapted = [
         Row(

@@ -10,7 +10,7 @@ from experiments.reports.findings import Finding
 from experiments.studies.comparison import figures, program
 from experiments.studies.comparison.description import Row, Study, Summary
 from experiments.studies.comparison.judge import as_good
-from experiments.studies.problem import HEAD
+from experiments.studies.problem import HEAD, Problem
 from lora_jax import analysis
 
 _GRADIENT = "DoRA, gradient through the norm"
@@ -21,7 +21,7 @@ _PAPER = {4: ("39.5", "61.9"), 8: ("40.7", "77.9"), 16: ("70.9", "77.5")}
 _CORRELATIONS = {"full": -0.62, "DoRA": -0.31, "LoRA": 0.83}
 
 
-def rows(config: Config) -> list[Row]:
+def rows(config: Config, problem: Problem) -> list[Row]:
     """Returns LoRA and DoRA by rank, DoRA's parts at one rank, both on an NF4 base, and full fine-tuning."""
     rates, middle, alpha = (config.lr,), config.rank, config.alpha
 

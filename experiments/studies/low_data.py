@@ -8,23 +8,26 @@ from experiments.configs.low_data import Config
 from experiments.reports.findings import Finding
 from experiments.studies.comparison import figures, program
 from experiments.studies.comparison.description import Row, Study, Summary
-from experiments.studies.comparison.judge import as_good
-from experiments.studies.problem import HEAD
+from experiments.studies.comparison.judge import as_good, better
+from experiments.studies.problem import HEAD, Problem
+from experiments.studies.virtual_starts import PREFIX, WithPrefix
 
 _PAPER = {
+    "prefix tuning": ("37.6", "75.2", "88.6"),
     "full fine-tuning": ("60.2", "85.8", "89.5"),
     "LoRA": ("63.8", "85.6", "91.7"),
 }
 """MNLI with 100, 1,000 and 392,000 examples."""
 
 
-def rows(config: Config) -> list[Row]:
+def rows(config: Config, problem: Problem) -> list[Row]:
     """Returns a row for each method and number of examples."""
     adapted = {"attention/(query|value)/kernel": lora.LoRA(config.rank, alpha=config.alpha), HEAD: lora.Full()}
     methods = {
-        "head alone": ({}, ()),
-        "LoRA": (adapted, config.lr),
-        "full fine-tuning": ({"": lora.Full()}, config.full_lr),
+        "head alone": ({}, (), None),
+        "LoRA": (adapted, config.lr, None),
+        "prefix tuning": ({PREFIX: lora.Full(), HEAD: lora.Full()}, config.prefix_lr, WithPrefix(config.prefix)),
+        "full fine-tuning": ({"": lora.Full()}, config.full_lr, None),
     }
     return [
         Row(
@@ -36,25 +39,31 @@ def rows(config: Config) -> list[Row]:
             paper=paper,
             examples=size,
             epochs=epochs,
+            change=change,
         )
-        for name, (spec, rates) in methods.items()
+        for name, (spec, rates, change) in methods.items()
         for size, epochs, paper in zip(config.sizes, config.size_epochs, [*_PAPER.get(name, ()), *[""] * 9])
     ]
 
 
 def findings(summaries: Sequence[Summary]) -> list[Finding]:
-    """Compares LoRA with full fine-tuning at each size."""
+    """Compares LoRA with full fine-tuning at each size, and with prefix tuning at the smallest."""
     by_size: dict[int, dict[str, Summary]] = {}
     for summary in summaries:
         by_size.setdefault(summary.row.examples or 0, {})[summary.row.series] = summary
-    return [
+    equal = [
         as_good(f"with {size:,} examples, LoRA is as good as full fine-tuning", row["LoRA"], row["full fine-tuning"])
         for size, row in by_size.items()
+    ]
+    fewest = by_size[min(by_size)]
+    return [
+        *equal,
+        better("with the fewest, LoRA is better than prefix tuning", fewest["LoRA"], fewest["prefix tuning"]),
     ]
 
 
 STUDY = Study(
-    claim="LoRA is as good as full fine-tuning with few and with many examples.",
+    claim="LoRA is as good as full fine-tuning with few and with many examples; prefix tuning needs many.",
     source="LoRA, table 16 (GPT-3 175B on MNLI with 100, 1,000 and 392,000 examples)",
     paper="paper: MNLI",
     rows=rows,

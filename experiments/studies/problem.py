@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 import lora_jax as lora
 from experiments.errors import UserError
 from experiments.models import checkpoint, classifier, location
+from experiments.models.virtual import Shape
 from experiments.studies import provenance
 from experiments.tasks import examples, text
 from experiments.tasks.batching import assemble, plan
@@ -42,6 +43,7 @@ class Problem:
       splits: `train`, `validation` and `test`.
       names: The labels, in the order of the logits.
       lengths: The lengths to which sequences are padded.
+      shape: The sizes of the encoder, for virtual tokens.
       digest: A digest of the model and the data.
     """
 
@@ -50,6 +52,7 @@ class Problem:
     splits: dict[str, Split]
     names: tuple[str, ...]
     lengths: tuple[int, ...]
+    shape: Shape
     digest: str
 
     def with_head(self, kernel: np.ndarray, bias: np.ndarray) -> dict[str, Any]:
@@ -127,12 +130,14 @@ def load(
     splits = {
         name: Split(text.encode(tokenizer, split.texts, lengths[-1]), split.labels) for name, split in loaded.items()
     }
-    apply, base = lora.nnx.functional(classifier.load(directory, len(names)))
+    network = classifier.load(directory, len(names))
+    apply, base = lora.nnx.functional(network)
     count = sum(leaf.size for leaf in jax.tree.leaves(base))
     report(f"base: {model}, {count:,} parameters with the new head")
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
     report(f"data: {data}, {len(names)} classes; examples: {sizes}")
-    return Problem(apply, base, splits, names, lengths, provenance.digest(directory, loaded))
+    digest = provenance.digest(directory, loaded)
+    return Problem(apply, base, splits, names, lengths, network.encoder.shape, digest)
 
 
 def answers(

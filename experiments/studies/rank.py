@@ -9,7 +9,7 @@ from experiments.reports.findings import Finding
 from experiments.studies.comparison import figures, program
 from experiments.studies.comparison.description import Row, Study, Summary
 from experiments.studies.comparison.judge import as_good, better
-from experiments.studies.problem import HEAD
+from experiments.studies.problem import HEAD, Problem
 
 _TARGETS = {
     "query": "attention/query/kernel",
@@ -25,7 +25,7 @@ _PAPER = {
 _PAPER_RANKS = (1, 2, 4, 8, 64)
 
 
-def rows(config: Config) -> list[Row]:
+def rows(config: Config, problem: Problem) -> list[Row]:
     """Returns a row for each target and rank, full rank, and full fine-tuning."""
     adapted = [_row(config, target, rank) for target in _TARGETS for rank in config.ranks]
     full = Row("full fine-tuning", {"": lora.Full()}, (config.full_lr,), "full fine-tuning", config.full_rank)

@@ -12,7 +12,7 @@ from experiments.reports.findings import Finding
 from experiments.studies.comparison import figures, program
 from experiments.studies.comparison.description import Row, Study, Summary
 from experiments.studies.comparison.judge import as_good
-from experiments.studies.problem import HEAD
+from experiments.studies.problem import HEAD, Problem
 
 _LINEAR = "(attention|feed_forward)/.*kernel"
 _PENALTY = 0.1  # the authors' weight of AdaLoRA's penalty
@@ -41,7 +41,7 @@ class Allocation:
         )
 
 
-def rows(config: Config) -> list[Row]:
+def rows(config: Config, problem: Problem) -> list[Row]:
     """Returns uniform LoRA by rank, truncations of the largest rank, AdaLoRA and EVA."""
     largest, target, rates = max(config.ranks), config.target_rank, (config.lr,)
 

@@ -16,7 +16,7 @@ from experiments.reports.page import Grid
 from experiments.studies import subspace_figures
 from experiments.studies.comparison import program
 from experiments.studies.comparison.description import Row, Study, Summary
-from experiments.studies.problem import HEAD
+from experiments.studies.problem import HEAD, Problem
 from lora_jax import analysis
 
 _TRACKED = r"attention/(query|value)/kernel"
@@ -24,7 +24,7 @@ _PAPER = {"small": "0.32 / 21.67 / 0.02; 6.91; 21.6", "large": "1.90 / 37.71 / 0
 """r = 4 and r = 64, query of layer 48 of 96."""
 
 
-def rows(config: Config) -> list[Row]:
+def rows(config: Config, problem: Problem) -> list[Row]:
     """Returns LoRA of both ranks."""
     return [
         Row(f"LoRA, r = {rank}", _spec(rank, config.alpha), (config.lr,), series=size)

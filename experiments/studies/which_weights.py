@@ -9,7 +9,7 @@ from experiments.reports.findings import Finding
 from experiments.studies.comparison import figures, program
 from experiments.studies.comparison.description import Row, Study, Summary
 from experiments.studies.comparison.judge import as_good, better
-from experiments.studies.problem import HEAD
+from experiments.studies.problem import HEAD, Problem
 
 _NAMES = {"q": "query", "k": "key", "v": "value", "o": "output"}
 _PAPER = {
@@ -25,7 +25,7 @@ _FEED_FORWARD, _ALL = 5, 9
 """Parameters of rank 1 on both feed-forward weights, and on all linear weights, in those of one attention weight."""
 
 
-def rows(config: Config) -> list[Row]:
+def rows(config: Config, problem: Problem) -> list[Row]:
     """Returns a row for each subset of the attention weights, for the feed-forward and for all linear weights."""
     subsets = [subset for count in range(1, 5) for subset in combinations(_NAMES, count)]
     attention = [

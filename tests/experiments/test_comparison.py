@@ -36,7 +36,7 @@ class Config(Comparison):
     MINUTES = 1
 
 
-def rows(config):
+def rows(config, problem):
     adapted = [
         Row(f"LoRA, r = {rank}", {"query/kernel": lora.LoRA(rank), HEAD: lora.Full()}, (1e-3, 1e-1), "LoRA", rank)
         for rank in (1, 2)
@@ -76,7 +76,7 @@ def finished(settings, tmp_path_factory):
 
 def test_every_row_has_a_result_for_each_seed(finished):
     config, summaries = finished
-    assert [summary.row.name for summary in summaries] == [row.name for row in rows(config)]
+    assert [summary.row.name for summary in summaries] == [row.name for row in rows(config, None)]
     assert [len(summary.results) for summary in summaries] == [1, 2, 2, 2, 2]
     assert [summary.parameters for summary in summaries[:3]] == [0, 32, 64]
     assert summaries[3].parameters == summaries[4].parameters > 1000

@@ -14,6 +14,7 @@ from experiments.reports.findings import Finding
 from experiments.reports.page import Grid
 from experiments.reports.results import Outcome
 from experiments.studies.head import Start
+from experiments.studies.problem import Problem
 
 ADAPTER, STEP = "adapter", "step-"
 
@@ -33,8 +34,8 @@ class Row:
       examples: The number of training examples, from the beginning; None uses all.
       epochs: Passes over them; None uses the config's.
       tracked: A pattern of the paths whose adapters are also saved after every epoch; empty saves none.
-      change: Changes model and base before training; its `repr` states everything that it depends on, also for the
-        next fields.
+      change: Changes model and base before training: `change(start, seed)`. Its `repr` states everything that it
+        depends on, as that of the next fields does.
       optimizer: Wraps the optimizer: `optimizer(tx, steps)`.
       penalty: The weight of AdaLoRA's orthogonality penalty in the loss.
       parent: The name of a row whose trained adapters this row changes by `finish` instead of training.
@@ -51,7 +52,7 @@ class Row:
     examples: int | None = None
     epochs: int | None = None
     tracked: str = ""
-    change: Callable[[Start], Start] | None = None
+    change: Callable[[Start, int], Start] | None = None
     optimizer: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] | None = None
     penalty: float = 0.0
     parent: str = ""
@@ -118,7 +119,7 @@ class Study:
     Attributes:
       claim: The paper's claim, in one sentence.
       source: Paper and table or figure, and what the paper measured.
-      rows: Returns the rows of a config.
+      rows: Returns the rows: `rows(config, problem)`.
       draw: Draws the results.
       findings: Compares the results with the claim.
       paper: The heading of the column with the paper's values; empty without such a column.
@@ -128,7 +129,7 @@ class Study:
 
     claim: str
     source: str
-    rows: Callable[[Any], Sequence[Row]]
+    rows: Callable[[Any, Problem], Sequence[Row]]
     draw: Callable[[Figure, Sequence[Summary]], None]
     findings: Callable[[Sequence[Summary]], Sequence[Finding]]
     paper: str = ""

@@ -22,7 +22,7 @@ def run(config: Comparison, study: Study) -> list[Summary]:
     console = processes.console()
     console.print(f"{study.source}: {study.claim}", highlight=False)
     problem = load(config.model, config.data, examples.limits(config), config.lengths, report=console.print)
-    summaries = run_rows(study.rows(config), problem, config, console)
+    summaries = run_rows(study.rows(config, problem), problem, config, console)
     page = Page(
         claim=study.claim,
         source=study.source,

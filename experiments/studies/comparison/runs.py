@@ -142,7 +142,7 @@ class _Program:
     def finish(self, row: Row, parent: Member) -> tuple[Outcome, Path]:
         """Returns the outcome of adapters that a row changes after training, and their directory."""
         assert row.finish is not None
-        start, member = self._starts.of(parent.row), Member(row, parent.rate, parent.seed)
+        start, member = self._starts.of(parent.row, parent.seed), Member(row, parent.rate, parent.seed)
         directory = self._make_directory(member, [*self._settings(parent), repr(row.finish)])
         stored = directory / "result.json"
         if not stored.exists():
@@ -170,7 +170,7 @@ class _Program:
         title = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
         which = f"run {first}" if first == last else f"runs {first} to {last}"
         self._console.print(f"{which} of {self._total}: {title}, seed {group[0].seed}{left}", highlight=False)
-        began, start = time.perf_counter(), self._starts.of(group[0].row)
+        began, start = time.perf_counter(), self._starts.of(group[0].row, group[0].seed)
         directory = provenance.directory(
             self._config.out, "group", [self._settings(member) for member in group], fresh=self._config.fresh
         )
@@ -245,7 +245,7 @@ class _Program:
 
     def _settings(self, member: Member) -> list[Any]:
         """Returns everything that determines the result of a run."""
-        row, problem = member.row, self._starts.of(member.row).problem
+        row, problem = member.row, self._starts.of(member.row, member.seed).problem
         what = [row.spec, row.rules, row.examples, row.tracked, row.change, row.optimizer, row.penalty]
         shared = [getattr(self._shared(member), name) for name in _SHARED]
         return [problem.digest, problem.lengths, *map(repr, what), member.rate, *shared]

@@ -19,12 +19,19 @@ class Starts:
         self._problem, self._config, self._console = problem, config, console
         self._starts: dict[str, Start] = {}
 
-    def of(self, row: Row) -> Start:
-        """Returns the starting point of a row."""
-        key = repr((row.examples, row.change))
+    def of(self, row: Row, seed: int = 0) -> Start:
+        """Returns the starting point of a row.
+
+        Args:
+          row: The row.
+          seed: The random seed of what the row adds to the base.
+        """
+        key = repr((row.examples, row.change, seed if row.change else None))
         if key not in self._starts:
-            start = self._fit(row.examples) if row.change is None else self.of(replace(row, change=None))
-            self._starts[key] = start if row.change is None else row.change(start)
+            if row.change is None:
+                self._starts[key] = self._fit(row.examples)
+            else:
+                self._starts[key] = row.change(self.of(replace(row, change=None)), seed)
         return self._starts[key]
 
     def _fit(self, count: int | None) -> Start:
