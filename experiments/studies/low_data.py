@@ -55,7 +55,7 @@ def findings(summaries: Sequence[Summary]) -> list[Finding]:
         as_good(f"with {size:,} examples, LoRA is as good as full fine-tuning", row["LoRA"], row["full fine-tuning"])
         for size, row in by_size.items()
     ]
-    fewest = by_size[min(by_size)]
+    few = by_size[min(by_size)]
     return [
         *equal,
         better("with the fewest, LoRA is better than prefix tuning", fewest["LoRA"], fewest["prefix tuning"]),
