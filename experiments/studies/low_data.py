@@ -58,7 +58,7 @@ def findings(summaries: Sequence[Summary]) -> list[Finding]:
     few = by_size[min(by_size)]
     return [
         *equal,
-        better("with the fewest, LoRA is better than prefix tuning", fewest["LoRA"], fewest["prefix tuning"]),
+        better("with the fewest, LoRA is better than prefix tuning", few["LoRA"], few["prefix tuning"]),
     ]
 
 
