@@ -80,7 +80,7 @@ def delta(entry: Mapping[str, Any], base: Any) -> dict[str, lora.Adapter]:
     """
     leaves = lora.paths.flatten(base).as_dict()
     groups = _groups(entry["projection"])
-    result = {}
+    result: dict[str, lora.Adapter] = {}
     for path, fixed in entry["projection"].items():
         weight = leaves[path]
         change = _project(entry["z"], fixed, math.prod(weight.shape)).reshape(weight.shape)
