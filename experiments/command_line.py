@@ -15,6 +15,8 @@ from experiments.errors import UserError
 _PROGRAM = "python -m experiments.run"
 _CONFIGS = "configs, with minutes on 2 CPU cores:"
 _SUMMARY = 29  # the column at which summaries begin
+_DIVIDED = {"analysis": "subspaces (LoRA paper, figures 3 and 4, table 7) and dora (DoRA paper, figure 2)"}
+"""Configs by former name, and those that replace them."""
 _PODS = "configs for several chips (experiments/pods/README.md):"
 
 
@@ -105,6 +107,8 @@ def find_config(name: str) -> ModuleType:
             module = importlib.import_module(f"{package.__name__}.{dashed.replace('-', '_')}")
             if hasattr(module, "DEFAULTS"):
                 return module
+    if dashed in _DIVIDED:
+        raise UserError(f"{name} has been divided into {_DIVIDED[dashed]}")
     names = [name for package in (configs, pods) for name in config_names(package)]
     near = difflib.get_close_matches(dashed, names, n=1)
     hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names)}"

@@ -23,7 +23,7 @@ class Outcome:
       adapter_bytes: Size of the saved adapter.
       seconds: Time of training and evaluation, including compilation.
       validation_accuracy: Validation accuracy at the end; NaN if training diverged.
-      test_accuracy: Test accuracy at the end; NaN if training diverged.
+      test_accuracy: Test accuracy at the end; NaN if training diverged, or if another learning rate is better.
       lr: The peak learning rate; None for a fitted head.
     """
 

@@ -47,7 +47,7 @@ class Joint:
 
     Attributes:
       deltas: The trained adapters.
-      logits: `float[examples, adapters, classes]` by split; NaN if training diverged.
+      logits: `float[examples, adapters, classes]` by split; NaN if training diverged, or if it is not evaluated.
       history: The measurements: the mean loss over adapters of every step, and the best validation accuracy.
     """
 
@@ -70,7 +70,7 @@ def train_jointly(
     *,
     at_once: int | None = None,
     once: bool = False,
-    test: bool = False,
+    test: Callable[[np.ndarray], Sequence[int]] | None = None,
     snapshot: Callable[[int, list[dict[str, Any]]], None] | None = None,
     wrap: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] | None = None,
     penalty: float = 0.0,
@@ -86,7 +86,7 @@ def train_jointly(
       console: The output of the progress bar.
       at_once: As for :func:`lora_jax.train_many`.
       once: Whether to evaluate at the end only.
-      test: Whether to compute the logits of the test examples, too.
+      test: Selects the adapters that are evaluated on the test examples, by their validation accuracies; None none.
       snapshot: Called at every evaluation with the step and the adapters.
       wrap: Wraps the optimizer of each adapter: `wrap(tx, steps)`.
       penalty: The weight of AdaLoRA's orthogonality penalty in the loss.
@@ -135,7 +135,16 @@ def train_jointly(
         )
     if _last_step(states) not in logits_at:  # resumed after the last step
         evaluate(states)
-    by_split = {"validation": logits_at[_last_step(states)]} | ({"test": logits(states, "test")} if test else {})
+    validation = logits_at[_last_step(states)]
+    by_split = {"validation": validation}
+    if test is not None:
+        selected = np.asarray(test(_accuracies(validation, labels)))
+        some = replace(
+            states, delta=jax.tree.map(lambda leaf: leaf[selected], states.delta), active=states.active[selected]
+        )
+        part = logits(some, "test")
+        by_split["test"] = np.full((len(part), len(deltas), part.shape[-1]), np.nan, part.dtype)
+        by_split["test"][:, selected] = part
     return Joint(lora.unstack(states.delta, deltas), by_split, history)
 
 

@@ -1,136 +1,86 @@
-"""Trains a grid of LoRA's rank and learning rate at once, and evaluates the best adapter on test examples."""
+"""LoRA's accuracy by rank and learning rate: on validation of all, on test of the best learning rate of each rank."""
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-import jax
 import numpy as np
-from rich.console import Console
+from matplotlib.figure import Figure
 
 import lora_jax as lora
 from experiments.configs.sweep import Config
-from experiments.reports.grid import draw_grid, grid_table
-from experiments.reports.results import read_json, write_json
-from experiments.studies import head, provenance
-from experiments.studies.head import Start
-from experiments.studies.joint import train_jointly
-from experiments.studies.problem import HEAD, accuracy, answers, load
-from experiments.tasks import examples
-from experiments.training import mesh as meshes
-from experiments.training import outputs, processes
-from experiments.training.mesh import MeshSizes
-from experiments.training.run import TrainingRun
+from experiments.reports.findings import Finding
+from experiments.reports.grid import draw_grid
+from experiments.reports.page import Grid
+from experiments.reports.table import short
+from experiments.studies.comparison import program
+from experiments.studies.comparison.description import Row, Study, Summary
+from experiments.studies.problem import HEAD, Problem
 
 _QUERY_VALUE = r"attention/(query|value)/kernel"
+_TOLERANCE = 2.0  # a factor of learning rates that are about the same
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """The result of a sweep.
-
-    Attributes:
-      grid: The pair (rank, learning rate) of each adapter.
-      validation_accuracy: The validation accuracy of each adapter; None if its training diverged.
-      chosen: The index of the best adapter.
-      test_accuracy: The test accuracy of the best adapter.
-      head_accuracy: The validation accuracy of the head alone, from which training starts.
-      losses: The mean loss over adapters of every step.
-      seconds: Time of training and evaluation, including compilation.
-    """
-
-    grid: list[tuple[int, float]]
-    validation_accuracy: list[float | None]
-    chosen: int
-    test_accuracy: float
-    head_accuracy: float
-    losses: list[float]
-    seconds: float
+def rows(config: Config, problem: Problem) -> list[Row]:
+    """Returns a row for each rank."""
+    return [
+        Row(f"{rank}", {_QUERY_VALUE: lora.LoRA(rank, alpha=config.alpha), HEAD: lora.Full()}, config.learning_rates)
+        for rank in config.ranks
+    ]
 
 
-@outputs.exclusive
-def run(config: Config) -> Sweep:
-    """Trains or resumes the grid, prints a table, and writes a JSON record, a heat map and the best adapter.
-
-    Raises:
-      UserError: Model or data are missing or malformed, a rank exceeds that of the weights, or all adapters diverged.
-    """
-    outputs.claim(config.out, "run.json", "sweep.png")
-    console = processes.console()
-    problem = load(config.model, config.data, examples.limits(config), config.lengths, report=console.print)
-    for rank in config.ranks:
-        problem.check(f"ranks {rank}", _spec(config, rank))
-    start = head.run(problem, _directory(config, "head", [problem.digest, config.lengths]), console)
-    settings = {name: value for name, value in asdict(config).items() if name not in _NOT_NUMBERS}
-    directory = _directory(config, "sweep", [problem.digest, settings])
-    stored = directory / "result.json"
-    if stored.exists():
-        sweep = read_json(stored, lambda content: Sweep(**content))
-    else:
-        sweep = _train(config, start, directory, console)
-    _show(config, sweep, directory, console)
-    return sweep
+def best(summaries: Sequence[Summary]) -> Summary:
+    """Returns the row with the best validation accuracy."""
+    return max(summaries, key=lambda summary: np.nan_to_num(list(summary.tried.values()), nan=-1.0).max())
 
 
-_NOT_NUMBERS = ("out", "fresh", "model", "data", "checkpoint_every")
-"""Settings that do not affect the results, or that the digest covers."""
+def grid(summaries: Sequence[Summary]) -> Grid:
+    """Returns the validation accuracy by rank (down) and learning rate (across), and the test accuracy of the best."""
+    rates = list(summaries[0].tried)
+    rows = []
+    for summary in summaries:
+        cells = ["diverged" if np.isnan(score) else f"{100 * score:.1f}" for score in summary.tried.values()]
+        rows.append([summary.row.name, *cells, f"{summary.mean:.1f}"])
+    return Grid(["rank", *map(short, rates), "test accuracy of the best, %"], rows)
 
 
-def _train(config: Config, start: Start, directory: Path, console: Console) -> Sweep:
-    problem, splits = start.problem, start.problem.splits
-    specs, rates = [_spec(config, rank) for rank, _ in config.grid], [lr for _, lr in config.grid]
-    run = TrainingRun(directory, meshes.make_mesh(MeshSizes()), asdict(config), config.checkpoint_every)
-    joint = train_jointly(start, specs, rates, config, run, console)
-    scores = joint.accuracies("validation", splits["validation"].labels)
-    chosen = int(np.nanargmax(scores))
-    best = joint.deltas[chosen]
-    lora.save(directory / "adapter", best, base=problem.base)
-    adapted = jax.jit(lora.adapt(problem.apply))
-    logits = answers(lambda *inputs: adapted(start.base, best, *inputs)[0], splits["test"], problem.lengths)
-    sweep = Sweep(
-        grid=config.grid,
-        validation_accuracy=[None if np.isnan(score) else float(score) for score in scores],
-        chosen=chosen,
-        test_accuracy=accuracy(logits, splits["test"]),
-        head_accuracy=start.result.validation_accuracy,
-        losses=joint.history.losses,
-        seconds=joint.history.seconds,
-    )
-    write_json(directory / "result.json", asdict(sweep))
-    outputs.clear(directory, "checkpoints")
-    return sweep
+def findings(summaries: Sequence[Summary]) -> list[Finding]:
+    """Says whether the best learning rate depends on the rank, and which adapter is the best."""
+    rates = [summary.results[0].lr or 0.0 for summary in summaries]
+    chosen = best(summaries)
+    about = ", ".join(f"{short(rate)} (rank {summary.row.name})" for rate, summary in zip(rates, summaries))
+    return [
+        Finding(
+            "with the same alpha, the best learning rate hardly depends on the rank",
+            "observed" if max(rates) / min(rates) <= _TOLERANCE else "not observed",
+            about,
+        ),
+        Finding(
+            "an adapter of the grid is better than the head alone",
+            "observed" if chosen.mean > 100 * chosen.start.result.test_accuracy else "not observed",
+            f"rank {chosen.row.name}, learning rate {short(chosen.results[0].lr or 0.0)}: {chosen.mean:.1f}; the head: "
+            f"{100 * chosen.start.result.test_accuracy:.1f}",
+        ),
+    ]
 
 
-def _spec(config: Config, rank: int) -> dict[str, Any]:
-    return {_QUERY_VALUE: lora.LoRA(rank=rank, alpha=config.alpha), HEAD: lora.Full()}
+def draw(figure: Figure, summaries: Sequence[Summary]) -> None:
+    """Draws the validation accuracies as a heat map, with the best one marked."""
+    scores = np.array([list(summary.tried.values()) for summary in summaries])
+    rates = [short(rate) for rate in summaries[0].tried]
+    chosen = divmod(int(np.nanargmax(scores)), len(rates))
+    ranks = [summary.row.name for summary in summaries]
+    draw_grid(figure, scores, ranks, rates, labels=("rank", "peak learning rate"), chosen=chosen)
 
 
-def _show(config: Config, sweep: Sweep, directory: Path, console: Console) -> None:
-    scores = np.array(sweep.validation_accuracy, float).reshape(len(config.ranks), -1)
-    rank, lr = sweep.grid[sweep.chosen]
-    ranks, rates = [f"{rank}" for rank in config.ranks], [f"{lr:g}" for lr in config.learning_rates]
-    console.print()
-    console.print("validation accuracy by rank (down) and learning rate (across)")
-    console.print(grid_table(scores, ranks, rates, "rank"))
-    console.print(
-        f"chosen: rank {rank}, learning rate {lr:g}, validation {scores.flat[sweep.chosen]:.1%}, test "
-        f"{sweep.test_accuracy:.1%}; the head alone: validation {sweep.head_accuracy:.1%}",
-        highlight=False,
-    )
-    console.print(f"{len(sweep.grid)} adapters trained in {sweep.seconds:.0f} s", highlight=False)
-    draw_grid(
-        config.out / "sweep.png",
-        scores,
-        ranks,
-        rates,
-        labels=("rank", "peak learning rate"),
-        chosen=divmod(sweep.chosen, len(rates)),
-        title=f"LoRA: {config.model} on {config.data}",
-    )
-    record = provenance.record(config, result=asdict(sweep), adapter=str(directory / "adapter"))
-    write_json(config.out / "run.json", record)
-    console.print(f"written to {config.out}: run.json, sweep.png and the chosen adapter", highlight=False)
+STUDY = Study(
+    claim="With the same alpha, one learning rate serves all ranks",
+    source="LoRA Without Regret; validation accuracy in percent",
+    rows=rows,
+    draw=draw,
+    findings=findings,
+    grid=grid,
+)
 
 
-def _directory(config: Config, name: str, inputs: Any) -> Path:
-    return provenance.directory(config.out, name, inputs, fresh=config.fresh)
+def run(config: Config) -> list[Summary]:
+    """Runs the study; see :func:`experiments.studies.comparison.program.run`."""
+    return program.run(config, STUDY)

@@ -166,7 +166,7 @@ def test_the_smallest_study(name, tiny_model, tiny_data, tmp_path, capsys):
     )
     importlib.import_module(config.STUDY).run(config)
     record = json.loads((tmp_path / "run.json").read_text())
-    assert len(record["rows"]) > 3 and record["findings"]
+    assert len(record["rows"]) > 1 and record["findings"]
     printed = capsys.readouterr().out
     assert all(finding["claim"] in printed for finding in record["findings"])
     assert all(np.isfinite(row["mean"]) for row in record["rows"])

@@ -69,6 +69,7 @@ class Summary:
       head: The number of parameters of the head, which every row trains.
       start: The starting point.
       directories: The directories of the runs by seed; empty for the head alone.
+      tried: The validation accuracy of the first seed by learning rate; NaN if training diverged.
     """
 
     row: Row
@@ -76,6 +77,7 @@ class Summary:
     head: int
     start: Start = field(repr=False, compare=False)
     directories: Sequence[Path] = ()
+    tried: Mapping[float, float] = field(default_factory=dict)
 
     @property
     def scores(self) -> np.ndarray:

@@ -41,7 +41,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
         "series": row.series,
         "position": row.position,
         "paper": row.paper,
-        "rates": row.rates,
+        "tried": {f"{rate:g}": score for rate, score in summary.tried.items()},
         "parameters": summary.parameters,
         "mean": summary.mean,
         "standard_deviation": summary.error,

@@ -101,7 +101,8 @@ def run_rows(rows: Sequence[Row], problem: Problem, config: Comparison, console:
         if row.parent:
             changed = [program.finish(row, member) for member in members]
             outcomes, directories = [outcome for outcome, _ in changed], [directory for _, directory in changed]
-        summaries.append(Summary(row, outcomes, start.result.trained_parameters, start, directories))
+        tried = {rate: results[Key(source.name, rate, seeds[0])].validation_accuracy for rate in source.rates}
+        summaries.append(Summary(row, outcomes, start.result.trained_parameters, start, directories, tried))
     return summaries
 
 
@@ -185,7 +186,7 @@ class _Program:
             self._console,
             at_once=_AT_ONCE if jax.default_backend() == "cpu" else None,
             once=not group[0].row.tracked,
-            test=True,
+            test=partial(_best_of_rows, group),
             snapshot=partial(self._save_step, group, start) if group[0].row.tracked else None,
             wrap=group[0].row.optimizer,
             penalty=group[0].row.penalty,
@@ -254,6 +255,16 @@ class _Program:
         """Returns the config with the seed and the epochs of a run."""
         epochs = self._config.epochs if member.row.epochs is None else member.row.epochs
         return replace(self._config, seed=member.seed, epochs=epochs)
+
+
+def _best_of_rows(group: Sequence[Member], accuracies: np.ndarray) -> list[int]:
+    """Returns the index of the best member of each row; of equal ones the first."""
+    scores = np.nan_to_num(accuracies, nan=-1.0)
+    best: dict[str, int] = {}
+    for index, member in enumerate(group):
+        name = member.row.name
+        best[name] = index if name not in best or scores[index] > scores[best[name]] else best[name]
+    return list(best.values())
 
 
 def _kind(member: Member) -> str:
