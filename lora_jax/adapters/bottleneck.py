@@ -133,8 +133,8 @@ class Bottleneck(Recipe):
     after the output projections of attention and the feed-forward layer (Houlsby), or after the latter only (Lin,
     Pfeiffer). The function is not linear, so no merged weight holds it, and :func:`lora_jax.merge` refuses it.
 
-    Training starts from the base's outputs: `down` is uniform in ±1/√d, all else zero. (Houlsby et al. start near the
-    identity, from truncated normal numbers of 0.01.)
+    Training starts from the base's outputs, and as LoRA's factors do: `down` is uniform in ±1/√d, all else zero.
+    (Houlsby et al. start near the identity, from truncated normal numbers with a standard deviation of 0.01.)
 
     Args:
       size: The size of the bottleneck.
@@ -155,8 +155,8 @@ class Bottleneck(Recipe):
 
     References:
       Houlsby et al., `Adapters <https://arxiv.org/abs/1902.00751>`_, 2019, §2.1; Lin et al.,
-      `Versatile generation <https://arxiv.org/abs/2004.03829>`_, 2020, §3, for the normalization; He et al.,
-      `A unified view <https://arxiv.org/abs/2110.04366>`_, 2021, §4, for the start from zero
+      `Versatile generation <https://arxiv.org/abs/2004.03829>`_, 2020, for the normalization; Hu et al.,
+      `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, §4.1 for the start from zero, §5.1 for the number of parameters
     """
 
     size: int

@@ -51,7 +51,8 @@ def export(delta: Mapping[str, Adapter], names: Names) -> TorchAdapter:
             elif isinstance(node, OffsetAdapter):
                 offsets |= _export_offsets(binding, node)
             else:
-                raise ValueError(f"{path!r}: PEFT's LoRA has no counterpart of {node.kind}")
+                form = "; lora_jax.save writes it in a form of its own" if node.nonlinear else ""
+                raise ValueError(f"{path!r}: PEFT's LoRA has no counterpart of {node.kind}{form}")
     adapter.ambiguous = are_ambiguous(names, [module.path for module in adapter.modules])
     adapter.modules.sort(key=lambda module: rows.get(module.name, 0))
     with collect_problems(adapter.problems):

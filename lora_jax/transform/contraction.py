@@ -18,7 +18,7 @@ from lora_jax.transform.array_products import array_product
 from lora_jax.transform.contraction_axes import Axes, Contraction, Pairs, split_gains
 from lora_jax.transform.lazy_dequantized import product
 from lora_jax.transform.low_rank import low_rank_product
-from lora_jax.transform.outputs import Output, has_function
+from lora_jax.transform.outputs import Output, acts_on_output
 from lora_jax.transform.product import Product
 from lora_jax.transform.registry import Evaluator, Rule, rule
 from lora_jax.transform.taps import Moments, check_whole, insert_taps, moments
@@ -134,7 +134,7 @@ def _contract(
     before, after = split_gains(weight, axes)
     where = jaxprs.describe_equation(equation)
     offsets = [_offset(term, axes.summed, where) for term in weight.terms]
-    on_output = has_function(interpreter, equation, weight, axes)
+    on_output = acts_on_output(interpreter, equation, weight, axes)
     uses: list[int] = []
     for term, offset in zip(weight.terms, offsets):
         description = operation.description + ("" if offset is None else " + bias")

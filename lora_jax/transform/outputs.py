@@ -36,7 +36,7 @@ VIEWS = (
 """Primitives that may stand between a product and its bias."""
 
 
-def has_function(interpreter: Evaluator, equation: jaxprs.Equation, weight: Weight, axes: Axes) -> bool:
+def acts_on_output(interpreter: Evaluator, equation: jaxprs.Equation, weight: Weight, axes: Axes) -> bool:
     """Whether an adapter has a function of the output, which then has to be the output of the whole layer.
 
     Raises:
