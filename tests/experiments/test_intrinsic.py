@@ -55,8 +55,8 @@ def test_layers_have_scales():
     moved = entry | {"z": jnp.ones(5), "scales": jnp.array([1.0, 0.0, 2.0])}
     delta = intrinsic.delta(moved, BASE)
     sizes = {path: float(jnp.abs(node.merge(jnp.zeros(node.value.shape))).max()) for path, node in delta.items()}
-    still = [path for path, size in sizes.items() if size == 0]
-    assert len({path.split("/")[1] if "layers" in path else path for path in still}) == 1
+    fixed = [path for path, size in sizes.items() if size == 0]
+    assert len({path.split("/")[1] if "layers" in path else path for path in fixed}) == 1
 
 
 @pytest.mark.usefixtures("lenient")  # optax's Adam promotes: a float to the power of an integer
