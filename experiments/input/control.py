@@ -113,7 +113,8 @@ class ControlTokens:
 
     def __init__(self, spellings: Iterable[str], ends: Iterable[str] = ()):
         self.ends = frozenset(ends)
-        self.spellings = sorted({spelling for spelling in spellings if spelling}, key=len, reverse=True)
+        # Longer ones first, and an order that is the same in every process: digests depend on it.
+        self.spellings = sorted({spelling for spelling in spellings if spelling}, key=lambda text: (-len(text), text))
         self._pattern = re.compile("|".join(map(re.escape, self.spellings)) or r"(?!)")
         self._longest = max(map(len, self.spellings), default=0)
         # A text that ends with one of these may form a control token with the text after it, and vice versa.

@@ -2,6 +2,10 @@
 
 import doctest
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ from experiments.input.tokenized import tokenize
 from experiments.input.turns import Example
 from experiments.models import location
 
+ROOT = Path(__file__).parents[2]
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content %}{{ m.content }}{% endif %}"
     "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
@@ -336,6 +341,29 @@ def test_every_setting_is_in_the_digest(encoder):
         ]
     ]
     assert len(set(digests)) == len(digests)
+
+
+def test_the_digest_is_the_same_in_every_process(encoder, tmp_path):
+    encoder()
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.add_special_tokens([f"<|{letter}|>" for letter in "abcdefgh"])  # of one length
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    program = (
+        "import sys, pathlib; from experiments.input.encoding import load_encoder; "
+        "print(load_encoder(pathlib.Path(sys.argv[1]), None).digest)"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "1", "2")
+    }
+    assert len(digests) == 1
 
 
 def llama2():
