@@ -38,7 +38,7 @@ class WithPrompt:
     length: int
 
     def __call__(self, start: Start, seed: int) -> Start:
-        table = start.base["encoder"]["token"]["embedding"]
+        table = start.base["encoder"]["embeddings"]["word"]["embedding"]
         return _with_entry(start, prompt_tuning, prompt_tuning.init(jax.random.key(seed), table, self.length))
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 import lora_jax as lora
 from experiments.configs.comparison import Comparison
+from experiments.errors import UserError
 from experiments.reports.results import Outcome, stored_bytes
 from experiments.studies import provenance
 from experiments.studies.comparison.description import ADAPTER, STEP, Row, Summary
@@ -88,6 +89,8 @@ def run_rows(rows: Sequence[Row], problem: Problem, config: Comparison, console:
     rates = {row.name: _best_rate(row, seeds[0], results) for row in trained}
     for seed in seeds[1:]:
         results |= program.run([Member(row, rates[row.name], seed) for row in trained])
+    if results and all(np.isnan(outcome.validation_accuracy) for outcome in results.values()):
+        raise UserError("all adapters diverged; try smaller learning rates")
     summaries = []
     for row in rows:
         start = starts.of(row)
