@@ -22,7 +22,7 @@
 # by training a delta of 4.9 million numbers next to its 135 million frozen ones. You see which tokens the loss covers,
 # ask the model the same questions before and after training, and save an adapter that PEFT opens too.
 #
-# **Measured on 2 CPU cores: MINUTES min, MEMORY GB. Estimates: Colab's CPU 8 min, T4 2 min, v5e-1 2 min.** Colab's two
+# **Measured on 2 CPU cores: 7 min, 2.7 GB. Estimates: Colab's CPU 12 min, T4 2 min, v5e-1 2 min.** Colab's two
 # CPU cores take about 1.7 times as long. On accelerators the 20 TFLOP of this notebook take seconds (at 30 % of their
 # peak); what remains is the download, compilation (about 40 s), and answers, which are written one token at a time.
 

@@ -22,7 +22,7 @@
 # spec that gives the same outputs, gradients and training runs with lora_jax, and see which option each convention
 # corresponds to. At the end you see what the conventions do to the size of an update, and what the library saves.
 #
-# **Measured on 2 CPU cores: MINUTES min, MEMORY GB. Estimates: Colab's CPU 1 min, T4 1 min, v5e-1 1 min.** Almost all
+# **Measured on 2 CPU cores: 1 min, 1.5 GB. Estimates: Colab's CPU 2 min, T4 1 min, v5e-1 1 min.** Almost all
 # of the time is compilation, which takes 1.7 × as long on Colab's 2 slower cores and as long as here on a GPU or TPU;
 # the arithmetic, 0.5 TFLOP, takes seconds on each.
 

@@ -22,7 +22,7 @@
 # are two deltas of one base: the base itself (`{}`), a snapshot, or another adapter; no second model is loaded. Here
 # a chat model learns to prefer true descriptions of packages, and then to answer in one word, from rewards alone.
 #
-# **Measured on 2 CPU cores: MINUTES min, MEMORY GB. Estimates: Colab's CPU 10 min, T4 3 min, v5e-1 3 min.** Colab's two
+# **Measured on 2 CPU cores: 11 min, 4.6 GB. Estimates: Colab's CPU 19 min, T4 3 min, v5e-1 3 min.** Colab's two
 # CPU cores take about 1.7 times as long. On accelerators the 35 TFLOP of this notebook take seconds (at 30 % of their
 # peak); what remains is the download, and compilation of a dozen programs.
 

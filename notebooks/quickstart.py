@@ -23,8 +23,8 @@
 # and a new head. It shows every step of the functional API: parameters, spec, delta, adapted function, training step,
 # merge, save.
 #
-# **Measured on 2 CPU cores: MINUTES min, MEMORY GB. Estimates: Colab's CPU 7 min, T4 2 min, v5e-1 2 min.** Colab's two
-# CPU cores take about 1.7 times as long. On accelerators the 40 TFLOP of this notebook take seconds (at 30 % of their
+# **Measured on 2 CPU cores: 4 min, 1.5 GB. Estimates: Colab's CPU 7 min, T4 2 min, v5e-1 2 min.** Colab's two
+# CPU cores take about 1.7 times as long. On accelerators the 30 TFLOP of this notebook take seconds (at 30 % of their
 # peak); what remains is loading, logistic regression on the host, and the compilation of four lengths.
 
 # %%

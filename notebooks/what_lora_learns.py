@@ -22,7 +22,7 @@
 # which directions runs of different ranks and seeds share, how much a change amplifies directions of its weight, and
 # how LoRA, DoRA and full fine-tuning differ in changes of magnitude and direction.
 #
-# **Measured on 2 CPU cores: MINUTES min, MEMORY GB. Estimates: Colab's CPU 6 min, T4 2 min, v5e-1 2 min.** The 10 TFLOP
+# **Measured on 2 CPU cores: 5 min, 1.9 GB. Estimates: Colab's CPU 8 min, T4 2 min, v5e-1 2 min.** The 10 TFLOP
 # of this notebook take 1.7 × as long on Colab's 2 slower cores. On accelerators they take seconds (at 30 % of their
 # peak); what remains is compilation, loading and decompositions on the host, about a minute.
 
@@ -71,7 +71,7 @@ from lora_jax import analysis
 
 START = time.perf_counter()
 FAST = bool(os.environ.get("NOTEBOOK_FAST"))  # smaller sizes, to test this notebook
-SIZES = {"train": 64, "validation": 32} if FAST else {"train": 1024, "validation": 512}
+SIZES = {"head": 64, "train": 64, "validation": 32} if FAST else {"head": 320, "train": 1024, "validation": 512}
 SMALL, LARGE = (2, 8) if FAST else (8, 64)  # ranks
 BATCH, LENGTH, EPOCHS = 32, 8 if FAST else 14, 2 if FAST else 3
 GRAY = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#7f7f7f")
@@ -82,18 +82,19 @@ plt.rcParams.update({**GRAY, "figure.facecolor": "none", "axes.facecolor": "none
 #
 # all-MiniLM-L6-v2 classifies Debian packages by the section of their archive, given their one-line description. Its six
 # layers are one array of each kind (`scan=True`), so every result below has a leading axis of six layers. Training
-# starts from a converged head on the frozen sentence vectors.
+# starts from a converged head on the frozen sentence vectors of other examples.
 
 # %%
 directory = location.find("all-MiniLM-L6-v2")
 tokenizer = text.load_tokenizer(directory)
 data = {}
 for name, size in SIZES.items():
-    split = examples.load("debian_sections", name, size)
+    skip = SIZES["head"] if name == "train" else 0  # the first training examples are those of the head
+    split = examples.load("debian_sections", "train" if name == "head" else name, skip + size)
     tokens = np.zeros((size, LENGTH), np.int32)
-    for row, ids in zip(tokens, text.encode(tokenizer, split.texts, LENGTH)):
+    for row, ids in zip(tokens, text.encode(tokenizer, split.texts[skip:], LENGTH)):
         row[: len(ids)] = ids
-    data[name] = tokens, tokens != 0, split.labels  # [PAD] is token 0
+    data[name] = tokens, tokens != 0, split.labels[skip:]  # [PAD] is token 0
 
 model = classifier.SentenceClassifier(bert.load(directory, Options(scan=True)), 384, len(split.names), rngs=nnx.Rngs(0))
 apply_fn, base = lora.nnx.functional(model)  # apply_fn(base, tokens, mask) -> logits, sentence vectors
@@ -108,8 +109,8 @@ def in_parts(function, tokens, mask, axis=0):
     return np.concatenate(outputs, axis).take(range(len(tokens)), axis)
 
 
-vectors = {name: in_parts(lambda *inputs: frozen(base, *inputs)[1], *split[:2]) for name, split in data.items()}
-heads = [LogisticRegression(C=C, max_iter=2000).fit(vectors["train"], data["train"][2]) for C in (1, 3, 10, 30)]
+vectors = {name: in_parts(lambda *inputs: frozen(base, *inputs)[1], *data[name][:2]) for name in ("head", "validation")}
+heads = [LogisticRegression(C=C, max_iter=2000).fit(vectors["head"], data["head"][2]) for C in (1, 3, 10, 30)]
 best = max(heads, key=lambda head: head.score(vectors["validation"], data["validation"][2]))
 kernel, bias = np.zeros((384, len(split.names)), np.float32), np.full(len(split.names), -9.0, np.float32)
 kernel[:, best.classes_], bias[best.classes_] = best.coef_.T, best.intercept_
@@ -348,7 +349,7 @@ print(f"{minutes:.1f} minutes and {memory:.1f} GB of memory at most")
 # %% [markdown]
 # ## What next
 #
-# - `python -m experiments.run analysis` makes these figures from longer runs, for any BERT and data of yours.
+# - `python -m experiments.run subspaces` and `dora` make such figures from longer runs, for any BERT and data of yours.
 # - `lora_jax.analysis` in the [reference](https://lora-jax.github.io/lora_jax/reference/analysis.html): every function
 #   takes adapters of any kind, also ones that `lora.peft.load` has read.
 # - [DoRA](https://lora-jax.github.io/lora_jax/methods/dora.html) and

@@ -23,7 +23,7 @@ def run(name: str) -> None:
     path = NOTEBOOKS / f"{name}.ipynb"
     content = jupytext.read(path.with_suffix(".py"))
     start = time.perf_counter()
-    NotebookClient(content, timeout=3600, resources={"metadata": {"path": str(ROOT)}}).execute()
+    NotebookClient(content, timeout=3600, coalesce_streams=True, resources={"metadata": {"path": str(ROOT)}}).execute()
     for number, cell in enumerate(content.cells):
         cell["id"] = f"cell-{number}"  # the same in every run
         cell.metadata.pop("execution", None)  # the hours
@@ -44,6 +44,7 @@ def main(names: list[str]) -> int:
     os.environ.pop("NOTEBOOK_FAST", None)
     os.environ.pop("XLA_FLAGS", None)
     os.environ.pop("MPLBACKEND", None)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the stored outputs are those of a CPU
     for name in names or available:
         try:
             run(name)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -38,7 +39,22 @@ def test_text_form_is_in_step(notebook):
     assert [(cell.cell_type, cell.source) for cell in content.cells] == [
         (cell.cell_type, cell.source) for cell in text.cells
     ], hint
-    assert not any(cell.get("outputs") for cell in content.cells), "outputs are not kept"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=str)
+def test_outputs_are_those_of_a_full_run(notebook):
+    content = nbformat.read(ROOT / notebook, as_version=4)
+    code = [cell for cell in content.cells if cell.cell_type == "code"]
+    assert len(code) <= 15
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run: scripts/notebooks.py"
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in outputs)
+    drawn = sum("image/png" in output.get("data", {}) for output in outputs)
+    assert drawn >= sum("plt.show()" in cell.source for cell in code)
+    text = "".join(output.text for output in outputs if output.output_type == "stream")
+    (minutes, memory) = re.findall(r"^([\d.]+) minutes and ([\d.]+) GB of memory", text, re.MULTILINE)[-1]
+    (stated,) = (cell.source for cell in content.cells if "Measured on 2 CPU cores" in cell.source)
+    assert f"Measured on 2 CPU cores: {float(minutes):.0f} min, {memory} GB." in stated
 
 
 GIT = """#!{python}
