@@ -7,7 +7,7 @@ package without Java computes it. What differs from the scripts of the E2E chall
 - NIST compares with the best reference for each order of n-grams, there with all of them together, which gives higher
   values. With one reference they are equal.
 - METEOR is the definition of 2007 with WordNet's synonyms, there version 1.5 with paraphrases, whose values are lower.
-  nltk looks up the synonyms of words that their stems differ from under the stem, and so misses most of these.
+  nltk looks up a word that differs from its stem under the stem, and so misses most of its synonyms.
 - ROUGE-L is the F1 of the best reference, there an F with β = 1.2 of the best precision and the best recall.
 
 References:

@@ -202,6 +202,9 @@ def test_commonsense(tmp_path, folder):
     assert len(train) == len(test) == 8
     assert test[1].answer == commonsense.Choice("solution2", "piqa")
     assert contents(train[1].record) == [rows[1]["instruction"], "the correct answer is solution2"]
+    records, validation = sources.splits(str(tmp_path))
+    assert len(records) == 8 and validation is None  # the test questions are for the end
+    assert len(sources.read_separate([str(tmp_path)], "test")) == 8
     one = catalog.find(f"commonsense/arc-easy:{tmp_path}").examples("test")
     assert [example.answer.task for example in one] == ["ARC-Easy"]
     assert catalog.find(str(tmp_path / folder / "boolq")).layout.name == "commonsense/boolq"

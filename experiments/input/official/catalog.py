@@ -44,9 +44,9 @@ class Selection:
         return self.layout.name if self.directory is None else f"{self.layout.name}:{self.directory}"
 
     def choose(self, split: str, *, optional: bool = False) -> str | None:
-        """Returns the split that has the examples of a split for decoders.
+        """Returns a split if it has examples for decoders; None if it has none.
 
-        Validation falls back to the test split. A split whose answers are secret counts as missing.
+        A split whose answers are secret has none. Validation never falls back to the test split.
 
         Args:
           split: `train`, `validation` or `test`.
@@ -58,10 +58,8 @@ class Selection:
         if self.directory is None:
             names = {*self.layout.files, *self.layout.hub_splits} - self.layout.unlabeled
             return split if split in names else None
-        names = [name for name in self.layout.splits(self.directory) if name not in self.layout.unlabeled]
-        for name in (split, "test") if split == "validation" else (split,):
-            if name in names:
-                return name
+        if split in self.layout.splits(self.directory) and split not in self.layout.unlabeled:
+            return split
         if not optional and split != "validation":
             self.layout.paths(self.directory, split)
             raise UserError(f"{self}: the answers of the split {split} are secret")
