@@ -14,9 +14,11 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
+from experiments.input import labeled
 from experiments.tasks import examples
 
 _BATCH = 200
@@ -29,7 +31,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="the base in Hugging Face layout (default: as in the README)")
     args = parser.parse_args()
     config = json.loads((args.run.parent / "run.json").read_text(encoding="utf-8"))["config"]
-    test = examples.load(config["data"], "test", config["test_examples"])
+    test = labeled.load_splits(config["data"], examples.limits(SimpleNamespace(**config)))["test"]
     expected = np.load(args.run / "test_logits.npy")
     names = run_readme(args.run / "peft", args.base and args.base.absolute())
     logits = [names["logits"](list(test.texts[i : i + _BATCH])).numpy() for i in range(0, len(test), _BATCH)]

@@ -55,8 +55,9 @@ class Config(Runtime):
     Python package provides."""
 
     data: str = "debian_sections"
-    """The data: debian_sections, which is shipped, or a directory with labels.txt and the splits train, validation and
-    test as .tsv or .tsv.gz, each with a header, the label in the first column and the text in the last."""
+    """The data: debian_sections, which is shipped; a directory with labels.txt and the splits train, validation and
+    test as .tsv or .tsv.gz, each with a header, the label in the first column and the text in the last; or one of
+    GLUE's tasks, as in glue_data/RTE, glue/rte:glue_data, or glue/rte on the Hugging Face Hub."""
 
     train_examples: int | None = 6000
     """Number of training examples, from the beginning of the file. None uses all."""

@@ -48,9 +48,11 @@ class Config(DecoderConfig):
 
     data: tuple[str, ...] = ("debian_synopses:0.06",)
     """The training data: files, globs, directories with train and validation files, data sets on the Hugging Face Hub
-    (ORG/NAME:SPLIT), or debian_synopses or debian_sections, which are shipped. Several are concatenated. Each may end
-    in :WEIGHT, how often its examples are seen per epoch, as in a.jsonl:3 b.parquet:0.5. The default is 6 % of
-    debian_synopses, for a run of some minutes on two CPU cores."""
+    (ORG/NAME:SPLIT), data sets of papers as they are distributed (a directory, NAME:DIRECTORY or NAME on the Hub, with
+    the names e2e, wikisql, samsum, commonsense, alpaca, oasst1, guanaco, squad, squad-v2, glue/rte and so on), or
+    debian_synopses or debian_sections, which are shipped. Several are concatenated. Each may end in :WEIGHT, how often
+    its examples are seen per epoch, as in a.jsonl:3 b.parquet:0.5. The default is 6 % of debian_synopses, for a run of
+    some minutes on two CPU cores."""
 
     out: Path = Path("runs/sft")
     """The output directory. If it holds a finished run with the same settings, its results are shown, and training

@@ -74,11 +74,13 @@ def in_directory(directory: Path, split: str, *, separate: bool = False, named: 
         )
     if split in SPLITS and not any(map(_split_of, by_name)) and (split == "train" or not named):
         return [] if separate else sorted(path for files in by_name.values() for path in files)
-    name = choose(by_name, split, str(directory), named=named)
+    name = choose(by_name, split, str(directory), named=named, optional=separate)
     return [] if name is None else _check_shards(by_name[name], directory)
 
 
-def choose(names: Collection[str], split: str, where: str, *, named: bool = False) -> str | None:
+def choose(
+    names: Collection[str], split: str, where: str, *, named: bool = False, optional: bool = False
+) -> str | None:
     """Chooses the name of a split among the names of files or splits.
 
     Args:
@@ -86,9 +88,10 @@ def choose(names: Collection[str], split: str, where: str, *, named: bool = Fals
       split: The requested split. Validation falls back to the test split.
       where: The directory or data set, for error messages.
       named: Whether the user named the split, so that there is no fallback.
+      optional: Whether the split may be missing. Validation may, unless the user named it.
 
     Returns:
-      The name; None if there is no data for validation.
+      The name; None if an optional split is missing.
 
     Raises:
       UserError: No name matches, or several do.
@@ -108,7 +111,7 @@ def choose(names: Collection[str], split: str, where: str, *, named: bool = Fals
             )
         if similar:
             return similar[0]
-    if split == "validation" and not named:
+    if not named and (optional or split == "validation"):
         return None
     raise UserError(f"{where}: no split {split}; expected one of {', '.join(sorted(names))}")
 

@@ -8,10 +8,13 @@ from typing import Any, Protocol
 
 from experiments.errors import UserError
 from experiments.input import layout
-from experiments.input.columnar import ArrowRows, ParquetRows, TableRows, saved_files, saved_split
+from experiments.input.columnar import ArrowRows, ParquetRows, saved_files, saved_split
 from experiments.input.delimited import DELIMITERS, DelimitedRows
 from experiments.input.forms import FormName, parse
+from experiments.input.hub import open_table
 from experiments.input.json_rows import JsonRows
+from experiments.input.official import catalog
+from experiments.input.official.layout import Example
 from experiments.input.opening import COMPRESSED, data_suffix, open_content
 from experiments.input.records import Completion, Record
 from experiments.tasks import examples
@@ -80,6 +83,8 @@ def resolve(data: str, split: str, form: FormName | None = None, *, separate: bo
       UserError: The data is missing, cannot be read, or has no records.
     """
     path = Path(data)
+    if data not in examples.SHIPPED and form is None and (selection := catalog.find(data)) is not None:
+        return _official(selection, split, separate=separate)
     if _is_directory(data):
         return _directory(data, split, form, separate=separate)
     directory, _, name = data.rpartition(":")
@@ -98,8 +103,12 @@ def resolve(data: str, split: str, form: FormName | None = None, *, separate: bo
         shipped = ", ".join(examples.SHIPPED)
         raise UserError(
             f"{data}: no such file or directory; data sets are {shipped} or named ORGANIZATION/DATASET (on the Hub)"
+            + catalog.nearest(data)
         )
-    return [] if separate and ":" in data else hub(data, split, form)
+    if separate and ":" in data:
+        return []
+    table = open_table(data, split, optional=separate)
+    return [] if table is None else [File(table, form)]
 
 
 def _is_directory(data: str) -> bool:
@@ -118,9 +127,21 @@ def _directory(
         return [] if separate else _files(saved_files(path), split, form)
     if (path / "dataset_dict.json").is_file():
         names = [folder.parent.name for folder in path.glob("*/state.json")]
-        name = layout.choose(names, split, data, named=named)
+        name = layout.choose(names, split, data, named=named, optional=separate)
         return [] if name is None else _files(saved_files(path / name), split, form)
     return _files(layout.in_directory(path, split, separate=separate, named=named), split, form)
+
+
+def _official(selection: catalog.Selection, split: str, *, separate: bool) -> list[Source]:
+    if selection.split is not None and separate:
+        return []
+    name = selection.split or selection.choose(split, optional=separate)
+    if name is None:
+        return []
+    source = Official(selection, name)
+    if not len(source):
+        raise UserError(f"{source.name}: no records")
+    return [source]
 
 
 def _files(paths: Sequence[Path], split: str, form: FormName | None) -> list[Source]:
@@ -191,35 +212,27 @@ class Labeled:
         return f"{self.name} example {index + 1}"
 
 
-def hub(name: str, split: str, form: FormName | None = None) -> list[Source]:
-    """Opens a split of a data set on the Hugging Face Hub.
+class Official:
+    """The examples of an official data set.
 
-    Args:
-      name: `ORG/NAME`, `ORG/NAME:SPLIT` or `ORG/NAME:CONFIG:SPLIT`.
-      split: `train`, `validation` or `test`, unless the name has a split.
-      form: The format; None detects it.
-
-    Returns:
-      The source; none if there is no split for validation.
-
-    Raises:
-      UserError: The Hub cannot be reached, or it does not have the data set or the split.
+    Attributes:
+      selection: The data set.
     """
-    dataset, *options = name.split(":")
-    config = options[0] if len(options) > 1 else None
-    split = options[-1] if options else split
-    title = ":".join([dataset, *options[:-1]])
-    import datasets  # takes seconds, as lora_jax does
 
-    from lora_jax.io import describe_error
+    def __init__(self, selection: catalog.Selection, split: str):
+        self.selection, self.name = selection, f"{selection}, {split}"
+        self._rows, self.digest = selection.rows(split)
 
-    try:
-        tables = datasets.load_dataset(dataset, config)
-    except Exception as error:  # the library, the network and a data set's files raise exceptions of many types
-        raise UserError(
-            f"{title}:{split}: no such file, and the Hugging Face Hub does not provide it as "
-            f"ORGANIZATION/DATASET:SPLIT or ORGANIZATION/DATASET:CONFIG:SPLIT ({describe_error(error)})"
-        ) from None
-    names = [str(name) for name in tables]
-    selected = layout.choose(names, split, title, named=bool(options))
-    return [] if selected is None else [File(TableRows(tables[selected], f"{title}:{selected}"), form)]
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, index: int) -> tuple[str, Record]:
+        return self.selection.layout.name, self.example(index).record
+
+    def example(self, index: int) -> Example:
+        """Returns an example with what the metrics of the task compare an answer with."""
+        where, row = self._rows[index]
+        return self.selection.layout.example(row, where)
+
+    def location(self, index: int) -> str:
+        return self._rows[index][0]

@@ -5,13 +5,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from experiments.errors import UserError, reading
 from experiments.input.forms import FormName
 from experiments.input.records import Record
-from experiments.input.resolve import Source, resolve
+from experiments.input.resolve import Official, Source, resolve
 
 _WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)")
 _MAX_WEIGHTED = 10**8  # examples of a weighted source
@@ -79,6 +80,8 @@ def splits(
           `datasets`, or in the format of :func:`experiments.tasks.examples.load`;
         - a split of a directory, `DIRECTORY:SPLIT`, which has to exist;
         - a data set on the Hugging Face Hub: `ORG/NAME`, `ORG/NAME:SPLIT` or `ORG/NAME:CONFIG:SPLIT`;
+        - an official data set (:mod:`experiments.input.official.catalog`): the directory of its files,
+          `NAME:DIRECTORY`, `NAME:DIRECTORY:SPLIT`, or `NAME` on the Hub;
         - `debian_synopses`, `debian_sections`, `debian_siblings` or `debian_topics`, which are shipped.
       validation: Names of validation data; None uses the validation splits of `data`, if there are any.
       form: The format of all files; None detects it.
@@ -113,6 +116,31 @@ def read_separate(data: Sequence[str], split: str, form: FormName | None = None)
     """
     sources = [source for name in data for source in resolve(_split_weight(name)[0], split, form, separate=True)]
     return _all(sources) if sources else None
+
+
+def official_answers(records: Records) -> tuple[str, list[Any]] | None:
+    """Returns what the metrics of an official data set compare answers with.
+
+    Args:
+      records: The records.
+
+    Returns:
+      The name of the data set, and the answer of each record (:class:`experiments.input.official.layout.Example`); None
+      for records of other data or of several data sets.
+
+    Raises:
+      UserError: A record is malformed.
+    """
+    sources = [records.sources[number] for number in records.source_of]
+    examples = [
+        source.example(int(number))
+        for source, number in zip(sources, records.number_of)
+        if isinstance(source, Official)
+    ]
+    names = {source.selection.layout.name for source in sources if isinstance(source, Official)}
+    if len(names) != 1 or len(examples) < len(records):
+        return None
+    return names.pop(), [example.answer for example in examples]
 
 
 def unweighted(data: Sequence[str]) -> str:

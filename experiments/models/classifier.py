@@ -22,11 +22,12 @@ class SentenceClassifier(nnx.Module):
       encoder: Maps tokens and mask to a vector per token.
       width: The width of these vectors.
       classes: The number of classes.
+      separator: The token after which the second text of a pair begins; None for models without segments.
       rngs: Required by the linear layer, not used.
     """
 
-    def __init__(self, encoder: bert.Bert, width: int, classes: int, *, rngs: nnx.Rngs):
-        self.encoder = encoder
+    def __init__(self, encoder: bert.Bert, width: int, classes: int, separator: int | None = None, *, rngs: nnx.Rngs):
+        self.encoder, self.separator = encoder, separator
         self.classifier = nnx.Linear(width, classes, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def __call__(
@@ -36,19 +37,25 @@ class SentenceClassifier(nnx.Module):
 
         The mean is over the tokens of the text, without virtual ones.
         """
-        x_BLD = self.encoder(tokens_BL, mask_BL, virtual=virtual)
+        types_BL = None if self.separator is None else segments(tokens_BL, self.separator)
+        x_BLD = self.encoder(tokens_BL, mask_BL, types_BL, virtual=virtual)
         sentence_BD = mean_pool(x_BLD[:, virtual.in_sequence :], mask_BL)
         return self.classifier(sentence_BD), sentence_BD
 
 
-def load(directory: Path, classes: int) -> SentenceClassifier:
+def load(directory: Path, classes: int, separator: int | None = None) -> SentenceClassifier:
     """Returns a classifier on the BERT encoder of a checkpoint in Hugging Face layout.
+
+    Args:
+      directory: The directory of the checkpoint.
+      classes: The number of classes.
+      separator: See :class:`SentenceClassifier`.
 
     Raises:
       UserError: The directory's config or weights are missing, damaged or of another architecture.
     """
     encoder = bert.load(directory)
-    return SentenceClassifier(encoder, encoder.config.hidden_size, classes, rngs=nnx.Rngs(0))
+    return SentenceClassifier(encoder, encoder.config.hidden_size, classes, separator, rngs=nnx.Rngs(0))
 
 
 def encoder_names(config: bert.BertConfig, root: str = "encoder/") -> Names:
@@ -66,3 +73,9 @@ def mean_pool(x_BLD: jax.Array, mask_BL: jax.Array) -> jax.Array:
     """Returns the mean over the tokens of `mask_BL`; 0 without tokens."""
     mask_BL1 = mask_BL[..., None].astype(x_BLD.dtype)
     return jnp.sum(x_BLD * mask_BL1, axis=1) / jnp.maximum(jnp.sum(mask_BL1, axis=1), 1)
+
+
+def segments(tokens_BL: jax.Array, separator: int) -> jax.Array:
+    """Returns the segment of each token, `int[batch, length]`: 1 after the first separator, otherwise 0."""
+    is_separator_BL = (tokens_BL == separator).astype(jnp.int32)
+    return jnp.minimum(jnp.cumsum(is_separator_BL, axis=1) - is_separator_BL, 1)

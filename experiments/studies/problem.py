@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 
 import lora_jax as lora
 from experiments.errors import UserError
+from experiments.input import labeled
 from experiments.models import checkpoint, classifier, location
 from experiments.models.virtual import Shape
 from experiments.studies import provenance
-from experiments.tasks import examples, text
+from experiments.tasks import text
 from experiments.tasks.batching import assemble, plan
 from experiments.training import mesh as meshes
 
@@ -112,7 +113,7 @@ def load(
 
     Args:
       model: See :func:`experiments.models.location.find`.
-      data: See :func:`experiments.tasks.examples.load`.
+      data: See :func:`experiments.input.labeled.load`.
       limits: Number of examples of each split.
       lengths: See :func:`experiments.tasks.batching.plan`. Longer texts are truncated.
       report: Called with lines that describe model and data.
@@ -120,8 +121,10 @@ def load(
     Raises:
       UserError: Model or data are missing or malformed.
     """
-    loaded = {split: examples.load(data, split, limit) for split, limit in limits.items()}
+    loaded = labeled.load_splits(data, limits, report)
     names = loaded["train"].names
+    if not names:
+        raise UserError(f"{data}: the labels are numbers, expected classes; this study does not fit a regression")
     directory = location.find(model)
     positions = checkpoint.read_config(directory).get("max_position_embeddings", lengths[-1])
     if lengths[-1] > positions:
@@ -130,7 +133,8 @@ def load(
     splits = {
         name: Split(text.encode(tokenizer, split.texts, lengths[-1]), split.labels) for name, split in loaded.items()
     }
-    network = classifier.load(directory, len(names))
+    separator = text.separator(tokenizer) if loaded["train"].are_pairs else None
+    network = classifier.load(directory, len(names), separator)
     apply, base = lora.nnx.functional(network)
     count = sum(leaf.size for leaf in jax.tree.leaves(base))
     report(f"base: {model}, {count:,} parameters with the new head")

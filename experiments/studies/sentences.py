@@ -22,25 +22,26 @@ def describe(directory: Path, model: str, problem: Problem) -> None:
     write_json(directory / DESCRIPTION, {"model": base, "labels": problem.names, "length": problem.lengths[-1]})
 
 
-def load(directory: str | Path) -> Callable[[str], str]:
+def load(directory: str | Path) -> Callable[[str | tuple[str, str]], str]:
     """Loads the classifier that a run of the quickstart trained, merged into its base.
 
     Args:
       directory: The directory of the run, such as `runs/quickstart/lora-seed0-…`.
 
     Returns:
-      A function from a sentence to its label.
+      A function from a sentence, or a pair of sentences, to its label.
 
     Raises:
       UserError: A file is missing or damaged.
     """
     description = read_json(Path(directory) / DESCRIPTION, dict[str, Any])
     checkpoint = location.find(description["model"])
-    apply, base = lora.nnx.functional(classifier.load(checkpoint, len(description["labels"])))
-    params = lora.merge(base, lora.load(Path(directory) / "adapter", base))
-    tokenizer, apply = text.load_tokenizer(checkpoint), jax.jit(apply)
+    tokenizer = text.load_tokenizer(checkpoint)
+    model = classifier.load(checkpoint, len(description["labels"]), text.separator(tokenizer))
+    apply, base = lora.nnx.functional(model)
+    params, apply = lora.merge(base, lora.load(Path(directory) / "adapter", base)), jax.jit(apply)
 
-    def classify(sentence: str) -> str:
+    def classify(sentence: str | tuple[str, str]) -> str:
         (tokens,) = text.encode(tokenizer, [sentence], description["length"])
         padded = np.zeros((1, description["length"]), np.int32)
         padded[0, : len(tokens)] = tokens

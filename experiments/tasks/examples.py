@@ -18,20 +18,31 @@ SHIPPED = {
 
 @dataclass(frozen=True)
 class Examples:
-    """Labeled texts.
+    """Labeled texts, or labeled pairs of texts.
 
     Attributes:
-      texts: The text of each example.
-      labels: `int32[examples]`, indices in `names`.
-      names: The names of the labels, in the order of a model's outputs.
+      texts: The text of each example, or the tuple of its two texts.
+      labels: `int32[examples]`, indices in `names`, `NO_LABEL` where the data set keeps the label secret; of a
+        regression `float32[examples]`, NaN where it is secret.
+      names: The names of the labels, in the order of a model's outputs; of a regression none.
     """
 
-    texts: tuple[str, ...]
+    texts: tuple[Any, ...]
     labels: np.ndarray
     names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def are_pairs(self) -> bool:
+        """Whether each example has two texts."""
+        return isinstance(self.texts[0], tuple)
+
+    @property
+    def are_labeled(self) -> bool:
+        """Whether the labels are public."""
+        return bool(np.all(self.labels >= 0))
 
 
 def limits(config: Any) -> dict[str, int | None]:
@@ -62,7 +73,7 @@ def load(directory: str | Path, split: str, limit: int | None = None) -> Example
     path = next((p for p in (directory / f"{split}.tsv", directory / f"{split}.tsv.gz") if p.exists()), None)
     if path is None:
         raise UserError(f"{directory}: no {split}.tsv or {split}.tsv.gz in this data directory")
-    header, *rows = _lines(path) or [""]
+    header, *rows = read_lines(path) or [""]
     width = header.count("\t") + 1
     if not rows:
         raise UserError(f"{path}: the file is empty" + (" except for its header" if header else ""))
@@ -77,20 +88,35 @@ def load(directory: str | Path, split: str, limit: int | None = None) -> Example
             raise UserError(f"{path}, line {number}: label {fields[0]!r} is not in {directory / 'labels.txt'}")
         texts.append(fields[-1])
         labels.append(index_of[fields[0]])
-    if limit is not None and not 0 < limit <= len(texts):
-        raise UserError(f"{path}: expected at least {limit} examples, got {len(texts)}")
-    return Examples(tuple(texts[:limit]), np.array(labels[:limit], np.int32), names)
+    return first(Examples(tuple(texts), np.array(labels, np.int32), names), limit, str(path))
+
+
+def first(examples: Examples, limit: int | None, where: str) -> Examples:
+    """Returns the first `limit` examples; None keeps all.
+
+    Raises:
+      UserError: There are fewer examples.
+    """
+    if limit is None:
+        return examples
+    if not 0 < limit <= len(examples):
+        raise UserError(f"{where}: expected at least {limit} examples, got {len(examples)}; None uses all")
+    return Examples(examples.texts[:limit], examples.labels[:limit], examples.names)
 
 
 def _labels(path: Path) -> tuple[str, ...]:
-    names = tuple(line.strip() for line in _lines(path) if line.strip())
+    names = tuple(line.strip() for line in read_lines(path) if line.strip())
     if len(names) < 2 or len(set(names)) != len(names):
         raise UserError(f"{path}: expected at least two different labels, one per line")
     return names
 
 
-def _lines(path: Path) -> list[str]:
-    """Reads the lines of a plain or compressed text file."""
+def read_lines(path: Path) -> list[str]:
+    """Reads the lines of a plain or compressed text file, without a byte order mark.
+
+    Raises:
+      UserError: The file is missing or damaged, or is not UTF-8.
+    """
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")

@@ -64,8 +64,11 @@ def _check_post_processor(content: Any) -> None:
         raise ValueError(f"the post-processor uses the undefined token {missing[0]}")
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> list[np.ndarray]:
-    """Returns the token ids of each text including special tokens, truncated to `max_length`."""
+def encode(tokenizer: Tokenizer, texts: Sequence[str | tuple[str, str]], max_length: int) -> list[np.ndarray]:
+    """Returns the token ids of each text, or pair of texts, including special tokens, truncated to `max_length`.
+
+    The longer text of a pair is truncated first.
+    """
     tokenizer.enable_truncation(max_length)
     return [np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch(list(texts))]
 
@@ -77,3 +80,9 @@ def encode_pairs(
     tokenizer.enable_truncation(max_length)
     encoded = tokenizer.encode_batch(list(zip(first, second, strict=True)))
     return [(np.array(pair.ids, np.int32), np.array(pair.type_ids, np.int32)) for pair in encoded]
+
+
+def separator(tokenizer: Tokenizer) -> int | None:
+    """Returns the token that ends the first text of a pair; None for tokenizers without segments, such as RoBERTa's."""
+    pair = tokenizer.encode("a", "b")
+    return pair.ids[pair.type_ids.index(1) - 1] if 1 in pair.type_ids else None

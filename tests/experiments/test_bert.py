@@ -123,6 +123,23 @@ def test_pairs_of_sentences(minilm):
     cut = text.encode_pairs(tokenizer, first, second, 8)
     assert [len(tokens) for tokens, _ in cut] == [8, 8]
     assert cut[1][0][-1] == alone[1][1][-1]  # special tokens stay
+    separator, pairs = text.separator(tokenizer), list(zip(first, second))
+    for tokens, (same, types) in zip(
+        text.encode(tokenizer, pairs, 64), text.encode_pairs(tokenizer, first, second, 64)
+    ):
+        np.testing.assert_array_equal(tokens, same)
+        segments = classifier.segments(jnp.asarray(tokens[None]), separator)
+        np.testing.assert_array_equal(segments[0], types)
+
+
+def test_the_second_text_of_a_pair_is_in_the_second_segment(tiny_model):
+    tokens = jnp.array([[2, 5, 3, 9, 3, 0]], jnp.int32)
+    model = classifier.load(tiny_model, 2, separator=3)
+    _, sentence = model(tokens, tokens > 0)
+    states = model.encoder(tokens, tokens > 0, jnp.array([[0, 0, 0, 1, 1, 1]]))
+    np.testing.assert_array_equal(sentence, classifier.mean_pool(states, tokens > 0))
+    _, other = classifier.load(tiny_model, 2)(tokens, tokens > 0)
+    assert np.abs(np.asarray(sentence - other)).max() > 1e-3
 
 
 def hidden(model):

@@ -12,13 +12,14 @@ import pytest
 
 import lora_jax as lora
 from experiments import generation, run
-from experiments.evaluation import answers, questions, scores
+from experiments.evaluation import answers, questions, scores, tasks
 from experiments.evaluation.answers import Answer, Answerer
 from experiments.evaluation.questions import make_questions, precede
 from experiments.input.records import Completion, Conversation, Text
 from experiments.models import llama, location
 from experiments.studies.sft import data, held_out, recorded
 from experiments.studies.sft.assistant import Assistant
+from tests.experiments import official_data as official
 from tests.experiments.conftest import SYSTEM
 
 NEW = 6
@@ -200,3 +201,30 @@ def test_data_without_held_out_examples(tuned, tmp_path, capsys, lenient):
     assert run.main(list(map(str, command))) == 0
     assert "has no test or validation examples; --validation-share holds some out" in capsys.readouterr().out
     assert not (tmp_path / "out" / "scores.json").exists()
+
+
+def test_an_official_data_set_is_scored_with_its_metrics(tuned, tmp_path, capsys, lenient, monkeypatch):
+    data = official.write_squad(tmp_path / "squad", "v2.0")
+    command = ["sft", "--model", "tiny-llama", "--data", data, "--fast", "--samples", "0", "--length", "128"]
+    command += ["--rank", "2", "--batch.global", "4", "--test-examples", "6", "--out", tmp_path / "out"]
+    command = list(map(str, command))
+    monkeypatch.setattr(answers, "_ROWS", 3)
+    assert run.main(command) == 0  # trained on six questions of version 2, scored on those for development
+    shown = capsys.readouterr().out
+    assert "exact_match" in shown and "squad-v2" in shown
+    stored = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert set(stored["metrics"]) == {row["name"] for row in stored["scores"]} >= {"base", "tuned"}
+    assert all(set(metrics) == {"exact_match", "f1"} for metrics in stored["metrics"].values())
+    texts = [answer["tuned"] for answer in stored["answers"]]
+    right = [("Catholic", "a Catholic character"), ("a statue",), ()] * 2
+    assert stored["metrics"]["tuned"] == tasks.evaluate("squad-v2", texts, right)
+    monkeypatch.setattr(Answerer, "answer", pytest.fail)
+    assert run.main(["evaluate", "--adapter", str(tmp_path / "out"), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_a_missing_database_is_reported_before_answering(tmp_path, capsys, monkeypatch):
+    data = official.write_wikisql(tmp_path / "wikisql")
+    (data / "test.db").unlink()
+    monkeypatch.setattr(Answerer, "answer", pytest.fail)
+    assert run.main(["evaluate", "--model", "tiny-llama", "--data", str(data), "--out", str(tmp_path / "out")]) == 2
+    assert "test.db: no such file" in capsys.readouterr().err.replace("\n", "")

@@ -63,6 +63,13 @@ def test_directories_that_say_too_little(tmp_path, names, message):
         layout.in_directory(tmp_path, "train")
 
 
+def test_a_directory_without_test_files_has_no_test_records(tmp_path):
+    tree(tmp_path, "train.jsonl", "valid.jsonl")
+    assert sources.read_separate([str(tmp_path)], "test") is None
+    with pytest.raises(UserError, match="no split test; expected one of train, valid"):
+        sources.read(str(tmp_path), "test")
+
+
 def test_a_named_split_of_a_directory(tmp_path):
     tree(tmp_path, "data/train_sft-00000-of-00001.jsonl", "data/train_gen.jsonl", "data/test_sft.jsonl")
     train, validation = sources.splits(f"{tmp_path}:train_gen:2")

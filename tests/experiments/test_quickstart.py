@@ -19,10 +19,12 @@ from safetensors.numpy import load_file
 import lora_jax as lora
 from experiments import run
 from experiments.configs.quickstart import Config
+from experiments.errors import UserError
 from experiments.models import bert, classifier
 from experiments.reports.results import Result
 from experiments.reports.table import merged_line, size, spread, table
-from experiments.studies import methods, quickstart
+from experiments.studies import methods, quickstart, sentences
+from tests.experiments import official_data as official
 from tests.experiments.conftest import CONFIG
 
 pytestmark = pytest.mark.usefixtures("lenient")  # optax's Adam promotes: a float to the power of an integer
@@ -101,6 +103,24 @@ def test_all_methods(config, capsys):
     assert [result["method"] for result in record["results"]] == list(by_method)
     assert record["config"]["rank"] == 2 and "jax" in record["versions"]
     assert (config.out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pairs_of_an_official_data_set(settings, tmp_path, capsys):
+    words = {"entailment": ("chess", "board"), "not_entailment": ("mail", "inbox")}
+    rows = [f"{i}\t{words[label][0]} {i % 7}\t{words[label][1]}\t{label}" for i in range(24) for label in words]
+    for split in ("train", "dev"):
+        official.write_lines(tmp_path / "RTE" / f"{split}.tsv", ["index\tsentence1\tsentence2\tlabel", *rows])
+    official.write_lines(tmp_path / "RTE" / "test.tsv", ["index\tsentence1\tsentence2", "0\tchess\tmail"])
+    options = {"data": f"glue/rte:{tmp_path}", "train_examples": None, "epochs": 1, "out": tmp_path / "out"}
+    head, tuned = quickstart.run(dataclasses.replace(settings, **options))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the labels of the test examples are secret; the validation examples take their place" in shown
+    assert head.test_accuracy == head.validation_accuracy and tuned.test_accuracy == tuned.validation_accuracy
+    (directory,) = runs(dataclasses.replace(settings, **options), "lora")
+    assert sentences.load(directory)(("chess 1", "board")) in words
+    official.write_glue(tmp_path / "all")
+    with pytest.raises(UserError, match="the labels are numbers, expected classes"):
+        quickstart.run(dataclasses.replace(settings, data=f"{tmp_path}/all/STS-B", train_examples=None))
 
 
 def test_saved_adapter_gives_the_reported_accuracy(finished):

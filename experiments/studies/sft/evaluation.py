@@ -13,6 +13,7 @@ import jax
 import lora_jax as lora
 from experiments.configs.sft import Config
 from experiments.errors import UserError
+from experiments.evaluation import tasks
 from experiments.evaluation.answers import Answer, Answerer
 from experiments.evaluation.questions import Question
 from experiments.evaluation.scores import Scores, score, table
@@ -57,8 +58,10 @@ def run(config: Config, held_out: HeldOut, adapter: Path | None, *, with_base: b
     path = config.out / SCORES
     stored = read_json(path, dict) if processes.broadcast(path.is_file()) and not config.fresh else {}
     if stored.get("settings") == settings:
-        scores = [Scores(**row) for row in stored["scores"]]
+        scores, metrics = [Scores(**row) for row in stored["scores"]], stored.get("metrics", {})
     else:
+        if questions.task:  # the metrics of empty answers: a file that they need may be missing
+            _task_metrics([Answer("", 0.0, 1)] * len(questions.alone), questions)
         if processes.is_first():
             outputs.claim(config.out, SCORES)
         with jax.set_mesh(assistant.program.mesh):
@@ -70,11 +73,14 @@ def run(config: Config, held_out: HeldOut, adapter: Path | None, *, with_base: b
                     answers[name] = answerer.answer(params(), asked, config.new_tokens, report)
         references = [question.reference for question in questions.alone]
         scores = [score(name, rows, references) for name, rows in answers.items()]
+        metrics = {name: _task_metrics(rows, questions) for name, rows in answers.items()} if questions.task else {}
         if processes.is_first():
             texts = _texts(questions.alone, answers, assistant.decode)
             record = {"settings": settings, "data": held_out.title, "scores": list(map(asdict, scores))}
-            write_json(path, record | {"answers": texts})
+            write_json(path, record | {"metrics": metrics, "answers": texts})
     console.print(table(scores))
+    if metrics:
+        console.print(tasks.table(metrics))
     console.print(
         f"{scores[0].examples:,} examples of {held_out.title}: perplexity per token of the reference answers, ROUGE-L "
         f"± its standard error, BLEU; all answers are in {path}",
@@ -82,6 +88,10 @@ def run(config: Config, held_out: HeldOut, adapter: Path | None, *, with_base: b
         soft_wrap=True,
     )
     return scores
+
+
+def _task_metrics(answers: list[Answer], questions: Questions) -> dict[str, float]:
+    return tasks.evaluate(questions.task or "", [answer.text for answer in answers], questions.answers)
 
 
 def _variants(base: Any, delta: Any, questions: Questions, *, with_base: bool) -> Iterator[Variant]:

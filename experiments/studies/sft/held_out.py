@@ -1,9 +1,11 @@
 """Held-out examples of a run's data, as prompts with and without solved examples before them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from experiments.configs.sft import Config
+from experiments.evaluation import tasks
 from experiments.evaluation.questions import Question, make_questions, precede
 from experiments.input import sources
 from experiments.input.checking import check_records
@@ -62,10 +64,19 @@ def read_named(config: Config, *, train: Records | None) -> HeldOut:
 
 @dataclass(frozen=True)
 class Questions:
-    """The same questions without and with solved examples before them; the latter are empty if that is impossible."""
+    """The same questions without and with solved examples before them.
+
+    Attributes:
+      alone: The questions.
+      preceded: The questions with solved examples before them; empty if that is impossible.
+      task: The official data set whose metrics apply; None if there are none.
+      answers: What these metrics compare each answer with.
+    """
 
     alone: list[Question]
     preceded: list[Question]
+    task: str | None = None
+    answers: Sequence[Any] = ()
 
 
 def make_all_questions(
@@ -90,23 +101,26 @@ def make_all_questions(
     records = _first(held_out.records, config.test_examples, config)
     solved = [] if held_out.train is None else list(_first(held_out.train, SHOTS, config))
     locations = [records.location(i) for i in range(len(records))]
+    task, answers = sources.official_answers(records) or (None, [None] * len(records))
+    task = task if task in tasks.TASKS else None
     pairs = zip(
         make_questions(encoder, list(records), locations),
         make_questions(encoder, [precede(record, solved) for record in records], locations),
+        answers,
     )
-    pairs = [(alone, preceded) for alone, preceded in pairs if alone is not None and preceded and fits(alone)]
+    pairs = [(one, two, answer) for one, two, answer in pairs if one is not None and two is not None and fits(one)]
     if len(pairs) < len(records):
         report(
             f"{len(records) - len(pairs)} of {len(records)} examples are left out: they have no prompt or no answer, "
             "or are longer than the model supports"
         )
-    alone, preceded = [first for first, _ in pairs], [second for _, second in pairs]
+    alone, preceded, answers = [one for one, _, _ in pairs], [two for _, two, _ in pairs], [row[2] for row in pairs]
     if not solved or any(isinstance(record, Text) for record in (*records, *solved)):
-        return Questions(alone, [])  # a text without a prompt does not show how to answer one
+        return Questions(alone, [], task, answers)  # a text without a prompt does not show how to answer one
     if not all(map(fits, preceded)):
         report(f"the base does not answer with {SHOTS} examples in its prompt: it does not support prompts that long")
-        return Questions(alone, [])
-    return Questions(alone, preceded)
+        return Questions(alone, [], task, answers)
+    return Questions(alone, preceded, task, answers)
 
 
 def _first(records: Records, count: int | None, config: Config) -> Records:
