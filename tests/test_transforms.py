@@ -128,7 +128,7 @@ NOISE = optax.stateless(lambda updates, params: jax.tree.map(lambda g, p: -0.1 *
 
 
 def build(recipe):
-    arguments = {"rank": 2, "block_size": 3, "ids": (0, 2), "dropout": 0.1}
+    arguments = {"rank": 2, "size": 2, "block_size": 3, "ids": (0, 2), "dropout": 0.1}
     return recipe(**{name: arguments[name] for name in inspect.signature(recipe).parameters if name in arguments})
 
 
