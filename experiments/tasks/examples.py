@@ -62,7 +62,7 @@ def load(directory: str | Path, split: str, limit: int | None = None) -> Example
     path = next((p for p in (directory / f"{split}.tsv", directory / f"{split}.tsv.gz") if p.exists()), None)
     if path is None:
         raise UserError(f"{directory}: no {split}.tsv or {split}.tsv.gz in this data directory")
-    header, *rows = _lines(path) or [""]
+    header, *rows = read_lines(path) or [""]
     width = header.count("\t") + 1
     if not rows:
         raise UserError(f"{path}: the file is empty" + (" except for its header" if header else ""))
@@ -83,14 +83,18 @@ def load(directory: str | Path, split: str, limit: int | None = None) -> Example
 
 
 def _labels(path: Path) -> tuple[str, ...]:
-    names = tuple(line.strip() for line in _lines(path) if line.strip())
+    names = tuple(line.strip() for line in read_lines(path) if line.strip())
     if len(names) < 2 or len(set(names)) != len(names):
         raise UserError(f"{path}: expected at least two different labels, one per line")
     return names
 
 
-def _lines(path: Path) -> list[str]:
-    """Reads the lines of a plain or compressed text file."""
+def read_lines(path: Path) -> list[str]:
+    """Reads the lines of a plain or compressed text file.
+
+    Raises:
+      UserError: The file is missing or damaged.
+    """
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
