@@ -12,6 +12,7 @@ import pytest
 import lora_jax as lora
 from experiments import run as entry
 from experiments.configs.multitask import Config
+from experiments.errors import UserError
 from experiments.studies.multitask import problems, study, training
 from experiments.studies.multitask.training import Streams
 from experiments.studies.problem import accuracy, answers
@@ -120,6 +121,23 @@ def test_an_interrupted_run_resumes(settings, finished, tmp_path, monkeypatch, c
     assert study.run(config).adapters == results.adapters
     with pytest.raises(pytest.fail.Exception):
         study.run(dataclasses.replace(config, clip=0.5))
+
+
+def test_a_diverged_task_is_an_error(settings, tmp_path, monkeypatch):
+    real = lora.train_many
+
+    def poisoned(*args, **kwargs):
+        step = real(*args, **kwargs)
+
+        def stepping(states, batch):
+            states, metrics = step(states, batch)
+            return states, metrics | {"loss": metrics["loss"].at[1].set(np.nan)}
+
+        return stepping
+
+    monkeypatch.setattr(lora, "train_many", poisoned)
+    with pytest.raises(UserError, match="the adapters of side diverged; try a smaller --lr"):
+        study.run(dataclasses.replace(settings, out=tmp_path))
 
 
 def test_what_the_user_can_put_right_is_one_sentence(settings, tmp_path, capsys):

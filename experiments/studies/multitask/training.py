@@ -12,6 +12,7 @@ from rich.console import Console
 
 import lora_jax as lora
 from experiments.configs.multitask import Config
+from experiments.errors import UserError
 from experiments.reports.results import Outcome, stored_bytes
 from experiments.studies import head, methods, provenance
 from experiments.studies.head import Start
@@ -79,13 +80,16 @@ def train_adapters(
 
     Returns:
       The outcome and the adapter of each task.
+
+    Raises:
+      UserError: The training of a task diverged.
     """
     settings = [*_settings(config), *(task.problem.digest for task in tasks)]
     directories = [_directory(config, f"adapter-{task.name}", [task.name, *settings]) for task in tasks]
     if not all((directory / "result.json").exists() for directory in directories):
         began, group = time.perf_counter(), _directory(config, "adapters", settings)
         run = TrainingRun(group, meshes.make_mesh(MeshSizes()), asdict(config), config.checkpoint_every)
-        deltas = _fit(starts, config, run, console)
+        deltas = _fit(tasks, starts, config, run, console)
         seconds = (time.perf_counter() - began) / len(tasks)
         for task, directory, delta in zip(tasks, directories, deltas):
             _store(task, directory, delta, seconds, config)
@@ -94,7 +98,9 @@ def train_adapters(
     return outcomes, [lora.load(path / "adapter", task.problem.base) for path, task in zip(directories, tasks)]
 
 
-def _fit(starts: Sequence[Start], config: Config, run: TrainingRun, console: Console) -> list[dict[str, Any]]:
+def _fit(
+    tasks: Sequence[Task], starts: Sequence[Start], config: Config, run: TrainingRun, console: Console
+) -> list[dict[str, Any]]:
     spec = {_LINEAR: lora.LoRA(config.rank, alpha=config.alpha), HEAD: lora.Full()}
     keys = jax.random.split(jax.random.key(config.seed), len(starts))
     deltas = [start.problem.delta(key, start.base, spec) for start, key in zip(starts, keys)]
@@ -124,6 +130,8 @@ def _fit(starts: Sequence[Start], config: Config, run: TrainingRun, console: Con
             format_score=str,
             bar=progress,
         )
+    if diverged := [task.name for task, active in zip(tasks, np.asarray(states.active)) if not active]:
+        raise UserError(f"the adapters of {', '.join(diverged)} diverged; try a smaller --lr")
     return lora.unstack(states.delta, deltas)
 
 
