@@ -123,7 +123,7 @@ def train_jointly(
     with bar(console, f"{len(deltas)} adapters", settings.epochs * len(splits["train"])) as progress:
         states, history = train(
             run,
-            _stop_diverged(step),
+            average_members(step),
             states,
             stream,
             steps,
@@ -164,8 +164,11 @@ def _deltas(start: Start, specs: Sequence[Mapping[str, Any]], seed: int, stream:
     return [by_spec[repr(spec)] for spec in specs]
 
 
-def _stop_diverged(step: Callable) -> Callable:
-    """Wraps the step of all adapters for the training loop; it deactivates adapters whose loss is not finite."""
+def average_members(step: Callable) -> Callable:
+    """Wraps a step of :func:`lora_jax.train_many` for the training loop, which reads one loss.
+
+    Its metrics become means over the members; members whose loss or gradient is not finite are deactivated.
+    """
 
     def wrapped(states: lora.TrainStates, batch: Any) -> tuple[lora.TrainStates, dict[str, Any]]:
         states, metrics = step(states, batch)

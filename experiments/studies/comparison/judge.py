@@ -32,9 +32,19 @@ def as_good(claim: str, one: Summary, other: Summary, margin: float = 1.0) -> Fi
       margin: The points that do not count.
     """
     points, error = difference(one, other)
-    verdict: Verdict = "observed" if points - WITHIN * error > -margin else "not decided"
-    worse = points + WITHIN * error < -margin
-    return Finding(claim, "not observed" if worse else verdict, _figures(one, other, points, error))
+    return Finding(claim, not_worse(points, error, margin), _figures(one, other, points, error))
+
+
+def not_worse(points: float, error: float, margin: float = 1.0) -> Verdict:
+    """Judges a difference in points, with its standard error, that may be negative by at most `margin`.
+
+    Example:
+      >>> not_worse(-0.2, 0.1), not_worse(-0.2, 1.0), not_worse(-3.0, 0.1)
+      ('observed', 'not decided', 'not observed')
+    """
+    if points + WITHIN * error < -margin:
+        return "not observed"
+    return "observed" if points - WITHIN * error > -margin else "not decided"
 
 
 def _figures(one: Summary, other: Summary, points: float, error: float) -> str:

@@ -1,0 +1,1 @@
+"""Eight classification tasks on the synopses of Debian packages; see README.md."""
