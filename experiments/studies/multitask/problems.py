@@ -48,7 +48,8 @@ def load(config: Config, report: Callable[[str], None]) -> list[Task]:
     if config.length > positions:
         raise UserError(f"length is {config.length}, but {config.model} has only {positions} positions")
     classes = max(len(splits["train"].names) for splits in data.values())
-    apply, base = lora.nnx.functional(classifier.load(directory, classes))
+    network = classifier.load(directory, classes)
+    apply, base = lora.nnx.functional(network)
     count = sum(leaf.size for leaf in jax.tree.leaves(base))
     report(f"base: {config.model}, {count:,} parameters with a head of {classes} classes")
     report(f"data: {config.data}, {len(data)} tasks: {', '.join(data)}")
@@ -62,7 +63,7 @@ def load(config: Config, report: Callable[[str], None]) -> list[Task]:
         }
         padded = (*names, *[""] * (classes - len(names)))
         digest = provenance.digest(directory, loaded)
-        problem = Problem(apply, base, splits, padded, (config.length,), digest)
+        problem = Problem(apply, base, splits, padded, (config.length,), network.encoder.shape, digest)
         frequent = np.bincount(loaded["train"].labels).argmax()
         tasks.append(Task(name, len(names), float(np.mean(loaded["test"].labels == frequent)), problem))
     return tasks
