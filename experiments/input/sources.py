@@ -79,7 +79,8 @@ def splits(
           `datasets`, or in the format of :func:`experiments.tasks.examples.load`;
         - a split of a directory, `DIRECTORY:SPLIT`, which has to exist;
         - a data set on the Hugging Face Hub: `ORG/NAME`, `ORG/NAME:SPLIT` or `ORG/NAME:CONFIG:SPLIT`;
-        - `debian_synopses`, `debian_sections`, `debian_siblings` or `debian_topics`, which are shipped.
+        - `debian_synopses`, `debian_sections`, `debian_siblings`, `debian_topics`, `debian_tags` or `sql_questions`,
+          which are shipped.
       validation: Names of validation data; None uses the validation splits of `data`, if there are any.
       form: The format of all files; None detects it.
 
