@@ -17,7 +17,7 @@ from experiments.models.options import AttentionKernel, Remat
 from experiments.training.options import Schedule
 from experiments.training.runtime import Runtime
 
-Target = Literal["attention", "feed-forward", "embedding", "head"]
+Target = Literal["attention", "feed-forward", "query", "value", "embedding", "head"]
 Float = Literal["float32", "bfloat16"]
 Quantization = Literal["none", "nf4", "fp4", "int8", "int4", "stored"]
 
@@ -90,9 +90,10 @@ class DecoderConfig(Runtime):
     """The adapter method."""
 
     targets: tuple[Target, ...] = ("attention", "feed-forward")
-    """The weights to adapt: attention projections, feed-forward layers (including the experts of a mixture), the token
-    embedding, the output head. The default is all linear layers of the blocks: feed-forward layers matter most, and
-    attention alone is worse at equal parameters (LoRA Without Regret)."""
+    """The weights to adapt: attention projections, feed-forward layers (including the experts of a mixture), query or
+    value projections alone (the LoRA paper adapts both), the token embedding, the output head. The default is all
+    linear layers of the blocks: feed-forward layers matter most, and attention alone is worse at equal parameters (LoRA
+    Without Regret)."""
 
     rank: int = 16
     """Rank of the LoRA factors."""

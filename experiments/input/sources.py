@@ -82,7 +82,8 @@ def splits(
         - a data set on the Hugging Face Hub: `ORG/NAME`, `ORG/NAME:SPLIT` or `ORG/NAME:CONFIG:SPLIT`;
         - an official data set (:mod:`experiments.input.official.catalog`): the directory of its files,
           `NAME:DIRECTORY`, `NAME:DIRECTORY:SPLIT`, or `NAME` on the Hub;
-        - `debian_synopses`, `debian_sections`, `debian_siblings` or `debian_topics`, which are shipped.
+        - `debian_synopses`, `debian_sections`, `debian_siblings`, `debian_topics`, `debian_tags` or `sql_questions`,
+          which are shipped.
       validation: Names of validation data; None uses the validation splits of `data`, if there are any.
       form: The format of all files; None detects it.
 

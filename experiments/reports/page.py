@@ -1,6 +1,7 @@
 """The results of a study: a page in Markdown with its figure, and a JSON record."""
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from experiments.reports import findings
 from experiments.reports.findings import Finding
-from experiments.reports.results import write_json
+from experiments.reports.results import without_nan, write_json
 from lora_jax.io import replace_file
 
 FILES = ("README.md", "figure.png", "run.json")
@@ -43,7 +44,7 @@ class Grid:
           | LoRA | 1.0 |
         """
         lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        return "".join(f"| {' | '.join(cell.replace('|', r'\|') for cell in line)} |\n" for line in lines)
 
     def table(self) -> Table:
         """Returns the table for the screen."""
@@ -99,7 +100,7 @@ class Page:
             "source": self.source,
             "findings": [asdict(finding) for finding in self.findings],
         }
-        write_json(out / "run.json", {**record, **entries, **self.entries})
+        write_json(out / "run.json", without_nan({**record, **entries, **self.entries}))
         machine = f"Machine: {', '.join(dict.fromkeys(record['devices']))}; jax {record['versions']['jax']}."
         with replace_file(out / "README.md") as file:
             file.write_text(self._text(config, machine), encoding="utf-8")
@@ -109,7 +110,7 @@ class Page:
         verdicts = [f"- **{finding.verdict}**: {finding.claim}. {finding.figures}" for finding in self.findings]
         parts = [
             f"# {command_name(config)}",
-            f"{self.claim} ({self.source})",
+            f"{self.claim.rstrip('.')} ({self.source}).",
             f"    {command(config)}",
             f"{self.conditions} {machine}",
             self.grid.markdown().rstrip("\n"),
@@ -133,6 +134,8 @@ def command(config: Any) -> str:
       'python -m experiments.run which-weights --seeds 2 --lengths 14 20'
     """
     words = [f"python -m experiments.run {command_name(config)}"]
+    if getattr(config, "fast", False):
+        return " ".join([*words, "--fast"])
     for entry in dataclasses.fields(config):
         value, flag = getattr(config, entry.name), f"--{entry.name.replace('_', '-')}"
         if entry.name in _NOT_SHOWN or value == entry.default:
@@ -140,5 +143,5 @@ def command(config: Any) -> str:
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         else:
-            words += [flag, *map(str, value if isinstance(value, tuple) else [value])]
+            words += [flag, *(shlex.quote(str(part)) for part in (value if isinstance(value, tuple) else [value]))]
     return " ".join(words)

@@ -1,6 +1,7 @@
 """The result of a run, and reading and writing of JSON records."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ class Outcome:
       adapter_bytes: Size of the saved adapter.
       seconds: Time of training and evaluation, including compilation.
       validation_accuracy: Validation accuracy at the end; NaN if training diverged.
-      test_accuracy: Test accuracy at the end; NaN if training diverged, or if another learning rate is better.
+      test_accuracy: Test accuracy at the end; NaN if training diverged, or if it is not measured.
       lr: The peak learning rate; None for a fitted head.
     """
 
@@ -38,12 +39,17 @@ class Outcome:
 
     def save(self, path: Path) -> None:
         """Writes the outcome as JSON, atomically."""
-        write_json(path, asdict(self))
+        write_json(path, without_nan(asdict(self)))
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Reads an outcome that :meth:`save` wrote."""
-        return read_record(path, cls, {})
+
+        def make(content: Any) -> Self:
+            accuracies = {name: content[name] for name in ("validation_accuracy", "test_accuracy")}
+            return cls(**content | {name: math.nan if x is None else x for name, x in accuracies.items()})
+
+        return read_json(path, make)
 
 
 @dataclass(frozen=True)
@@ -109,3 +115,17 @@ def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as file:
         file.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def without_nan(content: Any) -> Any:
+    """Replaces NaN and infinite numbers, which JSON does not have, by None.
+
+    Example:
+      >>> without_nan({"scores": [0.5, float("nan")]})
+      {'scores': [0.5, None]}
+    """
+    if isinstance(content, Mapping):
+        return {name: without_nan(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

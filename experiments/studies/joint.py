@@ -41,23 +41,27 @@ class Settings(Protocol):
     def clip(self) -> float: ...
 
 
+class Diverged(UserError):
+    """The training of all adapters diverged."""
+
+
 @dataclass(frozen=True)
 class Joint:
     """The result of joint training.
 
     Attributes:
       deltas: The trained adapters.
-      logits: `float[examples, adapters, classes]` by split; NaN if training diverged, or if it is not evaluated.
+      logits: `float[examples, adapters, classes]` on the validation examples; NaN if training diverged.
       history: The measurements: the mean loss over adapters of every step, and the best validation accuracy.
     """
 
     deltas: list[dict[str, Any]]
-    logits: dict[str, np.ndarray]
+    logits: np.ndarray
     history: History
 
-    def accuracies(self, split: str, labels: np.ndarray) -> np.ndarray:
-        """Returns the accuracy of each adapter on a split; NaN if training diverged."""
-        return _accuracies(self.logits[split], labels)
+    def accuracies(self, labels: np.ndarray) -> np.ndarray:
+        """Returns the validation accuracy of each adapter; NaN if training diverged."""
+        return _accuracies(self.logits, labels)
 
 
 def train_jointly(
@@ -70,7 +74,6 @@ def train_jointly(
     *,
     at_once: int | None = None,
     once: bool = False,
-    test: Callable[[np.ndarray], Sequence[int]] | None = None,
     snapshot: Callable[[int, list[dict[str, Any]]], None] | None = None,
     wrap: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] | None = None,
     penalty: float = 0.0,
@@ -86,13 +89,12 @@ def train_jointly(
       console: The output of the progress bar.
       at_once: As for :func:`lora_jax.train_many`.
       once: Whether to evaluate at the end only.
-      test: Selects the adapters that are evaluated on the test examples, by their validation accuracies; None none.
       snapshot: Called at every evaluation with the step and the adapters.
       wrap: Wraps the optimizer of each adapter: `wrap(tx, steps)`.
       penalty: The weight of AdaLoRA's orthogonality penalty in the loss.
 
     Raises:
-      UserError: The training of all adapters diverged.
+      Diverged: The training of all adapters diverged.
     """
     problem, splits = start.problem, start.problem.splits
     stream = Stream(
@@ -115,7 +117,7 @@ def train_jointly(
 
     def evaluate(states: lora.TrainStates) -> float:
         logits_at.clear()
-        logits_at[_last_step(states)] = logits(states, "validation")
+        logits_at[_last_step(states)] = logits(states)
         if snapshot is not None:
             snapshot(_last_step(states), lora.unstack(states.delta, deltas))
         return float(np.nanmax(_accuracies(logits_at[_last_step(states)], labels)))
@@ -135,17 +137,7 @@ def train_jointly(
         )
     if _last_step(states) not in logits_at:  # resumed after the last step
         evaluate(states)
-    validation = logits_at[_last_step(states)]
-    by_split = {"validation": validation}
-    if test is not None:
-        selected = np.asarray(test(_accuracies(validation, labels)))
-        some = replace(
-            states, delta=jax.tree.map(lambda leaf: leaf[selected], states.delta), active=states.active[selected]
-        )
-        part = logits(some, "test")
-        by_split["test"] = np.full((len(part), len(deltas), part.shape[-1]), np.nan, part.dtype)
-        by_split["test"][:, selected] = part
-    return Joint(lora.unstack(states.delta, deltas), by_split, history)
+    return Joint(lora.unstack(states.delta, deltas), logits_at[_last_step(states)], history)
 
 
 def _last_step(states: lora.TrainStates) -> int:
@@ -174,22 +166,22 @@ def average_members(step: Callable) -> Callable:
         states, metrics = step(states, batch)
         finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"]) & np.asarray(states.active)
         if not finite.any():
-            raise UserError("all adapters diverged; try smaller learning rates")
+            raise Diverged("all adapters diverged; try smaller learning rates")
         means = {name: np.mean(np.asarray(metrics[name])[finite]) for name in ("loss", "grad_norm")}
         return replace(states, active=jnp.asarray(finite)), means
 
     return wrapped
 
 
-def _logits_function(start: Start) -> Callable[[lora.TrainStates, str], np.ndarray]:
-    """Returns a function from states and a split to the logits of each adapter; NaN if it diverged."""
+def _logits_function(start: Start) -> Callable[[lora.TrainStates], np.ndarray]:
+    """Returns a function from states to the validation logits of each adapter; NaN if it diverged."""
     problem = start.problem
     adapted = jax.jit(jax.vmap(lora.adapt(problem.apply), in_axes=(None, 0, None, None), out_axes=1))
 
-    def logits(states: lora.TrainStates, split: str) -> np.ndarray:
+    def logits(states: lora.TrainStates) -> np.ndarray:
         values = answers(
             lambda *inputs: adapted(states.base, states.delta, *inputs)[0],
-            problem.splits[split],
+            problem.splits["validation"],
             problem.lengths,
         )
         return np.where(np.asarray(states.active)[:, None], values, np.nan)

@@ -12,7 +12,10 @@ from experiments.errors import UserError
 
 SHIPPED = {
     name: Path(__file__).parent / name
-    for name in ("debian_synopses", "debian_sections", "debian_siblings", "debian_topics")
+    for name in (
+        *("debian_synopses", "debian_sections", "debian_siblings", "debian_topics"),
+        *("debian_tags", "sql_questions"),
+    )
 }
 
 

@@ -1,5 +1,6 @@
 """The description of a study that compares methods of sentence classification."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,43 +62,50 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """The results of a row: one for each seed.
+    """The results of a row.
 
     Attributes:
       row: The row.
-      results: The results by seed, at the selected learning rate.
-      head: The number of parameters of the head, which every row trains.
-      start: The starting point.
+      results: The outcomes by seed, at the selected learning rate; validation accuracy is NaN if training diverged.
+      correct: Which test examples are answered correctly, `bool[examples]` for each seed that did not diverge.
+      start: The starting point of the first seed.
       directories: The directories of the runs by seed; empty for the head alone.
       tried: The validation accuracy of the first seed by learning rate; NaN if training diverged.
     """
 
     row: Row
     results: Sequence[Outcome]
-    head: int
+    correct: Sequence[np.ndarray] = field(repr=False, compare=False)
     start: Start = field(repr=False, compare=False)
     directories: Sequence[Path] = ()
     tried: Mapping[float, float] = field(default_factory=dict)
 
     @property
-    def scores(self) -> np.ndarray:
-        """The test accuracies in percent, `float[seeds]`; NaN if training diverged."""
-        return 100 * np.array([outcome.test_accuracy for outcome in self.results])
+    def diverged(self) -> int:
+        """The number of seeds whose training diverged."""
+        return len(self.results) - len(self.correct)
 
     @property
     def mean(self) -> float:
-        """The mean test accuracy in percent."""
-        return float(self.scores.mean())
+        """The mean test accuracy in percent over seeds that did not diverge; NaN without any."""
+        return 100 * float(np.mean(self.correct)) if self.correct else math.nan
 
     @property
-    def error(self) -> float:
-        """The standard deviation of the test accuracy in percent; 0 for one seed."""
-        return float(self.scores.std(ddof=1)) if len(self.results) > 1 else 0.0
+    def deviation(self) -> float:
+        """The standard deviation of the test accuracy in percent over seeds; 0 for one seed."""
+        scores = [100 * correct.mean() for correct in self.correct]
+        return float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
+
+    @property
+    def validation(self) -> float:
+        """The mean validation accuracy in percent over seeds that did not diverge, which selects rows; or NaN."""
+        scores = [100 * outcome.validation_accuracy for outcome in self.results]
+        return float(np.nanmean(scores)) if self.correct and not np.all(np.isnan(scores)) else math.nan
 
     @property
     def parameters(self) -> int:
         """The number of trained parameters, without the head's; 0 for the head alone."""
-        return self.results[0].trained_parameters - self.head
+        return self.results[0].trained_parameters - self.start.result.trained_parameters
 
     def adapter(self, seed: int = 0) -> dict[str, Any]:
         """Returns the trained adapters of a run, by the index of its seed."""
@@ -126,6 +134,7 @@ class Study:
       findings: Compares the results with the claim.
       paper: The heading of the column with the paper's values; empty without such a column.
       grid: Returns the table; None is the table of accuracies.
+      entries: Returns further entries of the JSON record.
       size: Width and height of the figure in inches.
     """
 
@@ -136,4 +145,5 @@ class Study:
     findings: Callable[[Sequence[Summary]], Sequence[Finding]]
     paper: str = ""
     grid: Callable[[Sequence[Summary]], Grid] | None = None
+    entries: Callable[[Sequence[Summary]], Mapping[str, Any]] = lambda summaries: {}
     size: tuple[float, float] = (7.5, 4.6)

@@ -35,7 +35,7 @@ def lines(
         axes.errorbar(
             [row.x for row in rows],
             [row.mean for row in rows],
-            [row.error for row in rows],
+            [row.deviation for row in rows],
             color=color,
             marker="o",
             markersize=5,
@@ -53,16 +53,17 @@ def lines(
 
 
 def bars(figure: Figure, summaries: Sequence[Summary]) -> None:
-    """Draws a horizontal bar for each row, from the best to the worst, with standard deviations over seeds."""
+    """Draws a horizontal bar for each row that did not diverge, from the best to the worst, with standard deviations
+    over seeds."""
     axes = figure.subplots()
-    rows = sorted(summaries, key=lambda row: row.mean)
+    rows = sorted((row for row in summaries if row.correct), key=lambda row: row.mean)
     series = list(dict.fromkeys(row.row.series for row in summaries))
     colors = [_COLORS[series.index(row.row.series) % len(_COLORS)] for row in rows]
     axes.barh(
-        [row.row.name for row in rows], [row.mean for row in rows], xerr=[row.error for row in rows], color=colors
+        [row.row.name for row in rows], [row.mean for row in rows], xerr=[row.deviation for row in rows], color=colors
     )
-    lowest = min(row.mean - row.error for row in rows)
-    highest = max(row.mean + row.error for row in rows)
+    lowest = min(row.mean - row.deviation for row in rows)
+    highest = max(row.mean + row.deviation for row in rows)
     margin = 0.1 * max(highest - lowest, 1.0)
     axes.set(xlabel=_LABEL, xlim=(lowest - margin, highest + margin))
     axes.grid(alpha=0.25, axis="x")

@@ -1,25 +1,48 @@
-"""Verdicts on claims that compare two rows, from the spread over seeds."""
+"""Verdicts on claims that compare two rows, from paired differences over test examples and seeds."""
 
 import math
+from collections.abc import Sequence
+
+import numpy as np
 
 from experiments.reports.findings import Finding, Verdict
 from experiments.studies.comparison.description import Summary
 
-WITHIN = 2.0
+STANDARD_ERRORS = 2.0
 """Differences of up to so many standard errors do not distinguish two rows."""
 
 
 def difference(one: Summary, other: Summary) -> tuple[float, float]:
-    """Returns the difference of the mean accuracies in points, and its standard error; NaN for one seed."""
-    errors = [row.error / math.sqrt(len(row.results)) if len(row.results) > 1 else math.nan for row in (one, other)]
-    return one.mean - other.mean, math.hypot(*errors)
+    """Returns the difference of the test accuracies in points, and its standard error; NaN if all runs diverged.
+
+    Differences are paired: by test example, and by seed if both rows ran with the same ones. The error combines the
+    variance over examples and that over seeds.
+    """
+    if not one.correct or not other.correct:
+        return math.nan, math.nan
+    pairs = np.array(one.correct, float), np.array(other.correct, float)
+    if len(pairs[0]) != len(pairs[1]):  # a head alone, or runs that diverged: seeds are not paired
+        by_seed = sum(rows.mean(axis=1).var(ddof=1) / len(rows) for rows in pairs if len(rows) > 1)
+        by_example = pairs[0].mean(axis=0) - pairs[1].mean(axis=0)
+    else:
+        differences = pairs[0] - pairs[1]
+        by_seed = differences.mean(axis=1).var(ddof=1) / len(differences) if len(differences) > 1 else 0.0
+        by_example = differences.mean(axis=0)
+    error = math.sqrt(float(by_seed) + by_example.var(ddof=1) / len(by_example))
+    return 100 * float(by_example.mean()), 100 * error
+
+
+def best(rows: Sequence[Summary]) -> Summary:
+    """Returns the row with the best validation accuracy; of equal ones, and if all diverged, the first."""
+    return rows[int(np.argmax(np.nan_to_num([row.validation for row in rows], nan=-1.0)))]
 
 
 def better(claim: str, one: Summary, other: Summary) -> Finding:
     """Judges the claim that one row has a higher accuracy than another."""
     points, error = difference(one, other)
-    verdict: Verdict = "observed" if points > WITHIN * error else "not decided"
-    return Finding(claim, "not observed" if points < -WITHIN * error else verdict, _figures(one, other, points, error))
+    verdict: Verdict = "observed" if points > STANDARD_ERRORS * error else "not decided"
+    refuted = points < -STANDARD_ERRORS * error
+    return Finding(claim, "not observed" if refuted else verdict, _evidence(one, other, points, error))
 
 
 def as_good(claim: str, one: Summary, other: Summary, margin: float = 1.0) -> Finding:
@@ -32,7 +55,8 @@ def as_good(claim: str, one: Summary, other: Summary, margin: float = 1.0) -> Fi
       margin: The points that do not count.
     """
     points, error = difference(one, other)
-    return Finding(claim, not_worse(points, error, margin), _figures(one, other, points, error))
+    evidence = f"{_evidence(one, other, points, error)}; up to {margin:g} points worse is as good"
+    return Finding(claim, not_worse(points, error, margin), evidence)
 
 
 def not_worse(points: float, error: float, margin: float = 1.0) -> Verdict:
@@ -42,11 +66,12 @@ def not_worse(points: float, error: float, margin: float = 1.0) -> Verdict:
       >>> not_worse(-0.2, 0.1), not_worse(-0.2, 1.0), not_worse(-3.0, 0.1)
       ('observed', 'not decided', 'not observed')
     """
-    if points + WITHIN * error < -margin:
+    if points + STANDARD_ERRORS * error < -margin:
         return "not observed"
-    return "observed" if points - WITHIN * error > -margin else "not decided"
+    return "observed" if points - STANDARD_ERRORS * error > -margin else "not decided"
 
 
-def _figures(one: Summary, other: Summary, points: float, error: float) -> str:
-    spread = "one seed" if math.isnan(error) else f"± {error:.1f}"
-    return f"{one.row.name} minus {other.row.name}: {points:+.1f} points ({spread})"
+def _evidence(one: Summary, other: Summary, points: float, error: float) -> str:
+    if math.isnan(points):
+        return f"{one.row.name if not one.correct else other.row.name} diverged"
+    return f"{one.row.name} minus {other.row.name}: {points:+.1f} ± {error:.1f} points (standard error)"

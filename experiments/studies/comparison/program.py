@@ -6,7 +6,7 @@ from experiments.studies import provenance
 from experiments.studies.comparison import report
 from experiments.studies.comparison.description import Study, Summary
 from experiments.studies.comparison.runs import run_rows
-from experiments.studies.problem import load
+from experiments.studies.problem import Problem, load
 from experiments.tasks import examples
 from experiments.training import outputs, processes
 
@@ -26,22 +26,23 @@ def run(config: Comparison, study: Study) -> list[Summary]:
     page = Page(
         claim=study.claim,
         source=study.source,
-        conditions=_conditions(config, summaries),
+        conditions=_conditions(config, problem, summaries),
         grid=report.grid(summaries, study.paper) if study.grid is None else study.grid(summaries),
         findings=study.findings(summaries),
         draw=lambda figure: study.draw(figure, summaries),
-        entries={"rows": [report.as_json(summary) for summary in summaries]},
+        entries={"rows": [report.as_json(summary) for summary in summaries], **study.entries(summaries)},
         size=study.size,
     )
     page.publish(config, provenance.record(config), console)
     return summaries
 
 
-def _conditions(config: Comparison, summaries: list[Summary]) -> str:
+def _conditions(config: Comparison, problem: Problem, summaries: list[Summary]) -> str:
     minutes = sum(outcome.seconds for summary in summaries for outcome in summary.results) / 60
     seeds = "one seed" if config.seeds == 1 else f"mean ± standard deviation of {config.seeds} seeds"
-    train, test = (count or "all" for count in (config.train_examples, config.test_examples))
+    sizes = ", ".join(f"{len(split):,} {name}" for name, split in problem.splits.items())
     return (
-        f"{config.model} on {config.data}: {train} training examples, {test} test examples, {seeds}. The head is "
-        f"trained in every row and not counted. {minutes:.0f} minutes of training and evaluation."
+        f"{config.model} on {config.data}; examples: {sizes}; {seeds}. Validation examples select the head's penalty, "
+        "learning rates and the rows that findings compare; test examples are those of the table. The head is trained "
+        f"in every row and not counted. The runs of the table took {minutes:.0f} minutes of training."
     )

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from experiments.reports.page import Grid
 from experiments.reports.table import short, size
 from experiments.studies.comparison.description import Summary
@@ -44,12 +42,15 @@ def as_json(summary: Summary) -> dict[str, Any]:
         "tried": {f"{rate:g}": score for rate, score in summary.tried.items()},
         "parameters": summary.parameters,
         "mean": summary.mean,
-        "standard_deviation": summary.error,
+        "standard_deviation": summary.deviation,
+        "diverged": summary.diverged,
         "results": results,
     }
 
 
 def _score(summary: Summary) -> str:
-    if np.isnan(summary.mean):
+    if not summary.correct:
         return "diverged"
-    return f"{summary.mean:.1f} ± {summary.error:.1f}" if len(summary.results) > 1 else f"{summary.mean:.1f}"
+    mean = f"{summary.mean:.1f}"
+    score = f"{mean} ± {summary.deviation:.1f}" if len(summary.correct) > 1 else mean
+    return f"{score} ({summary.diverged} of {len(summary.results)} diverged)" if summary.diverged else score

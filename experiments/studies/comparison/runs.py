@@ -1,8 +1,9 @@
 """The runs of a comparison: trained together where they can be, cached by their settings, and resumed."""
 
+import math
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,12 +21,13 @@ from experiments.studies import provenance
 from experiments.studies.comparison.description import ADAPTER, STEP, Row, Summary
 from experiments.studies.comparison.starts import Starts
 from experiments.studies.head import Start
-from experiments.studies.joint import Joint, train_jointly
-from experiments.studies.problem import Problem, Split, accuracy, answers
+from experiments.studies.joint import Diverged, train_jointly
+from experiments.studies.problem import Problem, answers
 from experiments.training import mesh as meshes
 from experiments.training import outputs
 from experiments.training.mesh import MeshSizes
 from experiments.training.run import TrainingRun
+from lora_jax.io import replace_file
 
 _SHARED = ("seed", "epochs", "batch_size", "warmup", "label_smoothing", "clip")
 """The settings of a config that affect every run."""
@@ -73,8 +75,9 @@ def run_rows(rows: Sequence[Row], problem: Problem, config: Comparison, console:
     Raises:
       UserError: The spec of a row does not fit the base, or all runs of a group diverged.
     """
-    if len({row.name for row in rows}) < len(rows):
-        raise ValueError(f"The names of rows must differ, got {[row.name for row in rows]}")
+    names = [row.name for row in rows]
+    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise UserError(f"two rows would be the same: {repeated[0]}; all settings of a list must differ")
     starts = Starts(problem, config, console)
     by_name = {row.name: row for row in rows}
     trained = [row for row in rows if row.rates]
@@ -93,19 +96,13 @@ def run_rows(rows: Sequence[Row], problem: Problem, config: Comparison, console:
         raise UserError("all adapters diverged; try smaller learning rates")
     summaries = []
     for row in rows:
-        start = starts.of(row)
         source = by_name[row.parent] if row.parent else row
         if not source.rates:
-            summaries.append(Summary(row, [start.result], start.result.trained_parameters, start))
+            summaries.append(program.summarize_head(row))
             continue
         members = [Member(source, rates[source.name], seed) for seed in seeds]
-        outcomes = [results[member.key] for member in members]
-        directories = [program.directory(member) for member in members]
-        if row.parent:
-            changed = [program.finish(row, member) for member in members]
-            outcomes, directories = [outcome for outcome, _ in changed], [directory for _, directory in changed]
         tried = {rate: results[Key(source.name, rate, seeds[0])].validation_accuracy for rate in source.rates}
-        summaries.append(Summary(row, outcomes, start.result.trained_parameters, start, directories, tried))
+        summaries.append(program.summarize(row, members, [results[member.key] for member in members], tried))
     return summaries
 
 
@@ -121,6 +118,9 @@ class _Program:
     def __init__(self, starts: Starts, config: Comparison, console: Console):
         self._starts, self._config, self._console = starts, config, console
         self._total, self._done, self._seconds, self._trained = 0, 0, 0.0, 0
+        self._directories: dict[tuple[str, str], Path] = {}
+        self._adapted: dict[int, Callable] = {}
+        self._correct_heads: dict[str, np.ndarray] = {}
 
     def announce(self, total: int) -> None:
         """Prints the number of runs."""
@@ -143,26 +143,71 @@ class _Program:
             results |= self._train(group)
         return results
 
-    def finish(self, row: Row, parent: Member) -> tuple[Outcome, Path]:
-        """Returns the outcome of adapters that a row changes after training, and their directory."""
+    def summarize_head(self, row: Row) -> Summary:
+        """Returns the summary of a row that trains nothing: the converged head."""
+        start = self._starts.of(row)
+        key = repr(row.examples)
+        if key not in self._correct_heads:
+            self._correct_heads[key] = self._correct(start, start.base, {})
+        return Summary(row, [start.result], [self._correct_heads[key]], start)
+
+    def summarize(
+        self, row: Row, members: Sequence[Member], outcomes: Sequence[Outcome], tried: Mapping[float, float]
+    ) -> Summary:
+        """Returns the summary of a row: its runs, or those of its parent with changed adapters, are tested.
+
+        Args:
+          row: The row.
+          members: The runs of the row or of its parent, one for each seed.
+          outcomes: Their outcomes.
+          tried: The validation accuracy of the first seed by learning rate.
+        """
+        start = self._starts.of(row, members[0].seed)
+        directories = [self.directory(member) for member in members]
+        tested, correct = [], []
+        for index, (member, outcome) in enumerate(zip(members, outcomes)):
+            if np.isnan(outcome.validation_accuracy):
+                tested.append(replace(outcome, method=row.name))
+                continue
+            if row.parent:
+                directories[index], outcome = self._finish(row, member)
+            right = self._test(member, directories[index])
+            tested.append(replace(outcome, test_accuracy=float(right.mean())))
+            correct.append(right)
+        return Summary(row, tested, correct, start, directories, tried)
+
+    def _finish(self, row: Row, parent: Member) -> tuple[Path, Outcome]:
+        """Changes the adapters of a parent; returns their directory and outcome, without a test."""
         assert row.finish is not None
         start, member = self._starts.of(parent.row, parent.seed), Member(row, parent.rate, parent.seed)
         directory = self._make_directory(member, [*self._settings(parent), repr(row.finish)])
         stored = directory / "result.json"
         if not stored.exists():
-            began = time.perf_counter()
             delta = row.finish(lora.load(self.directory(parent) / ADAPTER, start.problem.base))
-            adapted = jax.jit(lora.adapt(start.problem.apply))
+            self._write(member, directory, delta, math.nan, start, 0.0)
+        return directory, Outcome.load(stored)
 
-            def accuracy_of(split: Split) -> float:
-                def logits(*inputs: np.ndarray) -> jax.Array:
-                    return adapted(start.base, delta, *inputs)[0]
+    def _test(self, member: Member, directory: Path) -> np.ndarray:
+        """Returns which test examples the stored adapter of a run answers correctly, `bool[examples]`."""
+        path = directory / "test_correct.npy"
+        if not path.exists():
+            start = self._starts.of(member.row, member.seed)
+            delta = lora.load(directory / ADAPTER, start.problem.base)
+            correct = self._correct(start, self._base(member), delta)
+            with replace_file(path) as file:
+                np.save(file, correct)
+        return np.load(path)
 
-                return accuracy(answers(logits, split, start.problem.lengths), split)
+    def _correct(self, start: Start, base: Any, delta: dict[str, Any]) -> np.ndarray:
+        split = start.problem.splits["test"]
+        adapted = self._adapted.setdefault(id(start.problem.apply), jax.jit(lora.adapt(start.problem.apply)))
+        logits = answers(lambda *inputs: adapted(base, delta, *inputs)[0], split, start.problem.lengths)
+        return logits.argmax(axis=-1) == split.labels
 
-            scores = {name: accuracy_of(start.problem.splits[name]) for name in ("validation", "test")}
-            self._write(member, directory, delta, scores, start, time.perf_counter() - began)
-        return Outcome.load(stored), directory
+    def _base(self, member: Member) -> Any:
+        """Returns the base of a run, which may be quantized."""
+        start, rules = self._starts.of(member.row, member.seed), member.row.rules
+        return start.problem.quantize(start.base, rules) if rules else start.base
 
     def _train(self, group: Sequence[Member]) -> dict[Key, Outcome]:
         first, last = self._done + 1, self._done + len(group)
@@ -174,33 +219,37 @@ class _Program:
         title = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
         which = f"run {first}" if first == last else f"runs {first} to {last}"
         self._console.print(f"{which} of {self._total}: {title}, seed {group[0].seed}{left}", highlight=False)
-        began, start = time.perf_counter(), self._starts.of(group[0].row, group[0].seed)
-        directory = provenance.directory(
-            self._config.out, "group", [self._settings(member) for member in group], fresh=self._config.fresh
-        )
+        start = self._starts.of(group[0].row, group[0].seed)
+        directory = self._clear_once("group", [self._settings(member) for member in group])
         run = TrainingRun(directory, meshes.make_mesh(MeshSizes()), asdict(self._config), self._config.checkpoint_every)
-        base = start.problem.quantize(start.base, rules) if (rules := group[0].row.rules) else start.base
-        joint = train_jointly(
-            replace(start, base=base),
-            [member.row.spec for member in group],
-            [member.rate for member in group],
-            self._shared(group[0]),
-            run,
-            self._console,
-            at_once=_AT_ONCE if jax.default_backend() == "cpu" else None,
-            once=not group[0].row.tracked,
-            test=partial(_best_of_rows, group),
-            snapshot=partial(self._save_step, group, start) if group[0].row.tracked else None,
-            wrap=group[0].row.optimizer,
-            penalty=group[0].row.penalty,
-        )
-        seconds = time.perf_counter() - began
-        results = {
-            member.key: self._store(member, index, joint, start, seconds / len(group))
-            for index, member in enumerate(group)
-        }
+        began = time.perf_counter()
+        try:
+            joint = train_jointly(
+                replace(start, base=self._base(group[0])),
+                [member.row.spec for member in group],
+                [member.rate for member in group],
+                self._shared(group[0]),
+                run,
+                self._console,
+                at_once=_AT_ONCE if jax.default_backend() == "cpu" else None,
+                once=not group[0].row.tracked,
+                snapshot=partial(self._save_step, group, start) if group[0].row.tracked else None,
+                wrap=group[0].row.optimizer,
+                penalty=group[0].row.penalty,
+            )
+        except Diverged:
+            self._console.print(f"  diverged: {title}")
+            results = {member.key: self._write_diverged(member, start) for member in group}
+        else:
+            accuracies = joint.accuracies(start.problem.splits["validation"].labels)
+            seconds = joint.history.seconds / len(group)
+            results = {
+                member.key: self._write(member, self.directory(member), delta, float(accuracy), start, seconds)
+                for member, delta, accuracy in zip(group, joint.deltas, accuracies)
+            }
         outputs.remove(directory)
-        self._done, self._trained, self._seconds = last, self._trained + len(group), self._seconds + seconds
+        self._done, self._trained = last, self._trained + len(group)
+        self._seconds += time.perf_counter() - began
         return results
 
     def _save_step(self, group: Sequence[Member], start: Start, step: int, deltas: Sequence[dict[str, Any]]) -> None:
@@ -208,31 +257,29 @@ class _Program:
             tracked = {path: node for path, node in delta.items() if re.search(member.row.tracked, path)}
             lora.save(self.directory(member) / f"{STEP}{step:05}", tracked, base=start.problem.base)
 
-    def _store(self, member: Member, index: int, joint: Joint, start: Start, seconds: float) -> Outcome:
-        scores = {
-            split: float(joint.accuracies(split, start.problem.splits[split].labels)[index]) for split in joint.logits
-        }
-        return self._write(member, self.directory(member), joint.deltas[index], scores, start, seconds)
+    def _write_diverged(self, member: Member, start: Start) -> Outcome:
+        delta = jax.eval_shape(
+            lambda base: start.problem.delta(jax.random.key(0), base, member.row.spec), start.problem.base
+        )
+        return self._write_outcome(member, self.directory(member), delta, math.nan, 0.0)
 
     def _write(
-        self,
-        member: Member,
-        directory: Path,
-        delta: dict[str, Any],
-        scores: Mapping[str, float],
-        start: Start,
-        seconds: float,
+        self, member: Member, directory: Path, delta: dict[str, Any], accuracy: float, start: Start, seconds: float
     ) -> Outcome:
         lora.save(directory / ADAPTER, delta, base=start.problem.base)  # the delta replaces the head
-        train, _ = lora.partition(delta)
+        return self._write_outcome(member, directory, delta, accuracy, seconds)
+
+    def _write_outcome(
+        self, member: Member, directory: Path, delta: dict[str, Any], accuracy: float, seconds: float
+    ) -> Outcome:
         outcome = Outcome(
             method=member.row.name,
             seed=member.seed,
-            trained_parameters=sum(leaf.size for leaf in jax.tree.leaves(train)),
+            trained_parameters=sum(leaf.size for leaf in jax.tree.leaves(lora.partition(delta)[0])),
             adapter_bytes=stored_bytes(directory / ADAPTER),
             seconds=seconds,
-            validation_accuracy=scores["validation"],
-            test_accuracy=scores["test"],
+            validation_accuracy=accuracy,
+            test_accuracy=math.nan,
             lr=member.rate,
         )
         outcome.save(directory / "result.json")
@@ -244,8 +291,14 @@ class _Program:
 
     def _make_directory(self, member: Member, inputs: list[Any]) -> Path:
         name = re.sub(r"\W+", "-", member.row.name.lower()).strip("-")
-        title = f"{name}-lr-{member.rate:g}-seed{member.seed}"
-        return provenance.directory(self._config.out, title, inputs, fresh=self._config.fresh)
+        return self._clear_once(f"{name}-lr-{member.rate:g}-seed{member.seed}", inputs)
+
+    def _clear_once(self, title: str, inputs: list[Any]) -> Path:
+        """Returns a directory, which `fresh` clears the first time."""
+        key = (title, repr(inputs))
+        if key not in self._directories:
+            self._directories[key] = provenance.directory(self._config.out, title, inputs, fresh=self._config.fresh)
+        return self._directories[key]
 
     def _settings(self, member: Member) -> list[Any]:
         """Returns everything that determines the result of a run."""
@@ -258,16 +311,6 @@ class _Program:
         """Returns the config with the seed and the epochs of a run."""
         epochs = self._config.epochs if member.row.epochs is None else member.row.epochs
         return replace(self._config, seed=member.seed, epochs=epochs)
-
-
-def _best_of_rows(group: Sequence[Member], accuracies: np.ndarray) -> list[int]:
-    """Returns the index of the best member of each row; of equal ones the first."""
-    scores = np.nan_to_num(accuracies, nan=-1.0)
-    best: dict[str, int] = {}
-    for index, member in enumerate(group):
-        name = member.row.name
-        best[name] = index if name not in best or scores[index] > scores[best[name]] else best[name]
-    return list(best.values())
 
 
 def _kind(member: Member) -> str:

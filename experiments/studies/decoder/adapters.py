@@ -21,7 +21,12 @@ LINEAR = {
 }
 """Patterns of the linear layers of all blocks, by target. A quantized base has all of them quantized."""
 
-OTHERS = {"embedding": r"^token/embedding$", "head": r"^output/kernel$"}
+OTHERS = {
+    "query": r"attention/query/kernel$",
+    "value": r"attention/value/kernel$",
+    "embedding": r"^token/embedding$",
+    "head": r"^output/kernel$",
+}
 _OURS, _PEFT = "adapter.json", "adapter_config.json"  # files that identify the directory of an adapter
 
 

@@ -1,7 +1,7 @@
 """Trains an adapter for each task in one step, and a full model for each task one after another."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,9 @@ def train_adapters(
         run = TrainingRun(group, meshes.make_mesh(MeshSizes()), asdict(config), config.checkpoint_every)
         deltas = _fit(tasks, starts, config, run, console)
         seconds = (time.perf_counter() - began) / len(tasks)
+        adapted = jax.jit(lora.adapt(tasks[0].problem.apply))
         for task, directory, delta in zip(tasks, directories, deltas):
-            _store(task, directory, delta, seconds, config)
+            _store(task, directory, adapted, delta, seconds, config)
         outputs.remove(group)
     outcomes = [Outcome.load(directory / "result.json") for directory in directories]
     return outcomes, [lora.load(path / "adapter", task.problem.base) for path, task in zip(directories, tasks)]
@@ -135,8 +136,10 @@ def _fit(
     return lora.unstack(states.delta, deltas)
 
 
-def _store(task: Task, directory: Path, delta: dict[str, Any], seconds: float, config: Config) -> None:
-    problem, adapted = task.problem, jax.jit(lora.adapt(task.problem.apply))
+def _store(
+    task: Task, directory: Path, adapted: Callable, delta: dict[str, Any], seconds: float, config: Config
+) -> None:
+    problem = task.problem
 
     def score(split: Split) -> float:
         return accuracy(answers(lambda *args: adapted(problem.base, delta, *args)[0], split, problem.lengths), split)

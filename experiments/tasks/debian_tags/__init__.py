@@ -1,0 +1,1 @@
+"""Tags of Debian packages and their synopses; see README.md."""
