@@ -44,7 +44,8 @@ class Grid:
           | LoRA | 1.0 |
         """
         lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
-        return "".join(f"| {' | '.join(cell.replace('|', r'\|') for cell in line)} |\n" for line in lines)
+        escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+        return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
     def table(self) -> Table:
         """Returns the table for the screen."""
