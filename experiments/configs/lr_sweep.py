@@ -42,7 +42,7 @@ class Config:
     """
 
     STUDY = "experiments.studies.lr_sweep.study"
-    MINUTES = 60
+    MINUTES = 30
 
     ranks: tuple[int, ...] = (1, 8, 64)
     """Ranks of LoRA on all linear layers, a curve each."""

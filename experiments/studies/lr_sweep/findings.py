@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from experiments.reports.findings import Finding, Verdict
+from experiments.reports.table import short
 from experiments.studies.lr_sweep.curve import WITHIN, Curve
 
 _FACTOR, _TOLERANCE = 10.0, 2.0
@@ -21,7 +22,7 @@ def compare_ratio(adapted: Sequence[Curve], full: Curve) -> Finding:
     """
     ratios = [curve.best_rate / full.best_rate for curve in adapted]
     mean = float(np.exp(np.mean(np.log(ratios))))
-    figures = f"{mean:.1f} (by rank: {_list(f'{ratio:.1f}' for ratio in ratios)}); full {full.best_rate:.1e}"
+    figures = f"{mean:.1f} (by rank: {_list(f'{ratio:.1f}' for ratio in ratios)}); full {short(full.best_rate)}"
     claim = "LoRA's best learning rate is about 10 × that of full fine-tuning"
     if edge := _edge([*adapted, full]):
         return Finding(claim, "not decided", f"{figures}; {edge}")
@@ -33,7 +34,9 @@ def compare_ranks(adapted: Sequence[Curve]) -> Finding:
     """Compares the best rates of several ranks."""
     rates = [curve.best_rate for curve in adapted]
     spread = max(rates) / min(rates)
-    figures = f"{_list(f'{rate:.1e} ({curve.name})' for rate, curve in zip(rates, adapted))}: a factor of {spread:.1f}"
+    figures = (
+        f"{_list(f'{short(rate)} ({curve.name})' for rate, curve in zip(rates, adapted))}: a factor of {spread:.1f}"
+    )
     claim = "with the same alpha, LoRA's best learning rate hardly depends on the rank"
     if edge := _edge(adapted):
         return Finding(claim, "not decided", f"{figures}; {edge}")
@@ -68,12 +71,12 @@ def compare_rule(curve: Curve) -> Finding:
     index = curve.nearest(curve.rule)
     loss, error = curve.losses[index], (curve.errors or [None] * len(curve.rates))[index]
     smallest = curve.losses[curve.best]
-    figures = f"rule {curve.rule:.1e}, best {curve.best_rate:.1e}"
+    figures = f"rule {short(curve.rule)}, best {short(curve.best_rate)}"
     claim = f"the published rule gives a good learning rate for {curve.name} of {curve.model}"
     if loss is None or smallest is None:
-        return Finding(claim, "not observed", f"{figures}; training diverged at {curve.rates[index]:g}")
+        return Finding(claim, "not observed", f"{figures}; training diverged at {short(curve.rates[index])}")
     difference = loss - smallest
-    figures += f"; loss at {curve.rates[index]:g}, the nearest: {difference:+.4f}"
+    figures += f"; loss at {short(curve.rates[index])}, the nearest: {difference:+.4f}"
     if error is None:  # losses of single examples are not known
         near = 1 / _TOLERANCE <= curve.rule / curve.best_rate <= _TOLERANCE
         verdict: Verdict = "not decided" if curve.at_edge else "observed" if near else "not observed"

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich import box
 from rich.table import Table
 
@@ -19,14 +20,13 @@ _HEADROOM = 1.3  # the highest drawn loss, as a share of the range from the smal
 
 def loss_table(curves: Sequence[Curve]) -> Table:
     """Returns the losses by learning rate. The smallest of a curve is bold; those that are as good have a star."""
-    rates = sorted({rate for curve in curves for rate in curve.rates})
     rows = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    rows.add_column("validation loss")
-    for rate in rates:
-        rows.add_column(short(rate), justify="right", no_wrap=True)
+    rows.add_column("learning rate", no_wrap=True)
     for curve in curves:
-        cells = dict(zip(curve.rates, (_cell(curve, index) for index in range(len(curve.rates)))))
-        rows.add_row(curve.name, *(cells.get(rate, "") for rate in rates))
+        rows.add_column(curve.name, justify="right")
+    for rate in sorted({rate for curve in curves for rate in curve.rates}):
+        cells = [_cell(curve, curve.rates.index(rate)) if rate in curve.rates else "" for curve in curves]
+        rows.add_row(short(rate), *cells)
     return rows
 
 
@@ -80,7 +80,7 @@ def _draw_panel(axes: Axes, curves: Sequence[Curve]) -> None:
     for rule in sorted({curve.rule for curve in curves}):
         names = "full" if all("full" in curve.name for curve in curves if curve.rule == rule) else "LoRA"
         axes.axvline(
-            rule, color="#777777", linestyle="--" if names == "LoRA" else ":", label=f"rule, {names}: {rule:.1e}"
+            rule, color="#777777", linestyle="--" if names == "LoRA" else ":", label=f"rule, {names}: {short(rule)}"
         )
     start, smallest = curves[0].start, min(loss for curve in curves for loss in curve.losses if loss is not None)
     axes.axhline(start, color="#bbbbbb", linewidth=1, label="before training")
@@ -92,6 +92,9 @@ def _draw_panel(axes: Axes, curves: Sequence[Curve]) -> None:
         title=curves[0].model,
         ylim=(smallest - 0.1 * reach, smallest + _HEADROOM * reach),
     )
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axes.xaxis.set_major_formatter(lambda rate, _: short(rate))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
