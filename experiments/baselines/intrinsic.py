@@ -37,7 +37,7 @@ def init(key: jax.Array, base: Any, dimension: int, *, pattern: str = "", layers
 
     Args:
       key: A PRNG key of the projection.
-      base: The parameters, unrolled or with layers stacked.
+      base: The parameters.
       dimension: The number of coordinates.
       pattern: A regular expression of the paths of the weights that move; empty is all.
       layers: Whether each layer has a trained scale (SAID), which starts from 1; the coordinates are then
@@ -47,11 +47,15 @@ def init(key: jax.Array, base: Any, dimension: int, *, pattern: str = "", layers
       `{"z": float32[dimension], "scales": float32[layers] (if `layers`), "projection": {path: arrays}}`.
 
     Raises:
-      ValueError: No path matches, or there are fewer dimensions than layers.
+      ValueError: No path matches, there are fewer dimensions than layers, or `layers` and the layers are stacked.
     """
     leaves = {path: leaf for path, leaf in lora.paths.flatten(base).as_dict().items() if re.search(pattern, path)}
     if not leaves:
         raise ValueError(f"pattern={pattern!r} matches no path; {lora.paths.nearest(pattern, list(_paths(base)))}.")
+    if layers and any("layers/" in path and not _LAYER.search(path) for path in leaves):
+        raise ValueError(
+            "layers=True: the layers are stacked, one leaf for all of them; unroll them, as scan=False does."
+        )
     groups = _groups(leaves)
     count = dimension - len(set(groups.values())) if layers else dimension
     if count < 1:
@@ -132,7 +136,7 @@ def _projection(key: jax.Array, weights: int, dimension: int) -> dict[str, jax.A
 
 
 def _project(z: jax.Array, fixed: Mapping[str, jax.Array], weights: int) -> jax.Array:
-    """Computes H·G·Π·H·B·z, padded with zeros, for the first `weights` numbers; columns have a norm of about 1."""
+    """Computes H·G·Π·H·B·z, padded with zeros, for the first `weights` numbers; a whole column has norm 1."""
     size = fixed["gauss"].shape[0]
     padded = jnp.pad(z, (0, size - z.shape[0])) * fixed["signs"].astype(z.dtype)
     mixed = _hadamard(padded)[fixed["permutation"]] * fixed["gauss"]

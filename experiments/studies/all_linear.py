@@ -8,7 +8,7 @@ from experiments.configs.all_linear import Config
 from experiments.reports.findings import Finding
 from experiments.studies.comparison import figures, program
 from experiments.studies.comparison.description import Row, Study, Summary
-from experiments.studies.comparison.judge import as_good, better
+from experiments.studies.comparison.judge import as_good, best, better
 from experiments.studies.problem import HEAD, Problem
 
 _LINEAR = "(attention|feed_forward)/.*kernel"
@@ -41,11 +41,11 @@ def rows(config: Config, problem: Problem) -> list[Row]:
 def findings(summaries: Sequence[Summary]) -> list[Finding]:
     """Compares all linear layers with fewer, the ranks, and QLoRA with full fine-tuning."""
     series = {name: [row for row in summaries if row.row.series == name] for name in _TARGETS}
-    best = {name: max(group, key=lambda row: row.mean) for name, group in series.items()}
-    every, full = series["all linear"], summaries[-1]
+    selected = {name: best(group) for name, group in series.items()}
+    every, full = sorted(series["all linear"], key=lambda row: row.x), summaries[-1]
     return [
-        better("all linear layers are better than query and value", best["all linear"], best["query, value"]),
-        as_good("QLoRA on all linear layers is as good as full fine-tuning", best["all linear"], full),
+        better("all linear layers are better than query and value", selected["all linear"], selected["query, value"]),
+        as_good("QLoRA on all linear layers is as good as full fine-tuning", selected["all linear"], full),
         as_good("on all linear layers, the smallest rank is as good as the largest", every[0], every[-1]),
     ]
 

@@ -40,7 +40,8 @@ def _row(config: Config, target: str, rank: int) -> Row:
 
 def findings(summaries: Sequence[Summary]) -> list[Finding]:
     """Compares rank 1 with the largest rank, and full rank with full fine-tuning."""
-    series = {name: [row for row in summaries if row.row.series == name] for name in _TARGETS}
+    rows = sorted(summaries, key=lambda row: row.x)
+    series = {name: [row for row in rows if row.row.series == name] for name in _TARGETS}
     smallest, largest = series["query, value"][0], series["query, value"][-1]
     return [
         as_good("for query and value, the smallest rank is as good as the largest", smallest, largest),

@@ -53,7 +53,7 @@ def rows(config: Config, problem: Problem) -> list[Row]:
     ]
     parent = f"LoRA, r = {largest}"
     truncated = [
-        Row(f"{parent}, truncated to {energy:.0%}", {}, series="truncation", parent=parent, finish=Truncation(energy))
+        Row(f"{parent}, truncated to {energy:g}", {}, series="truncation", parent=parent, finish=Truncation(energy))
         for energy in config.energies
     ]
     pruned = Row(
@@ -79,12 +79,17 @@ def findings(summaries: Sequence[Summary]) -> list[Finding]:
     uniform = [row for row in summaries if row.row.series == "uniform LoRA"]
     truncated = [row for row in summaries if row.row.series == "truncation"]
     whole = max(uniform, key=lambda row: row.parameters)
-    small = [row for row in truncated if row.parameters <= whole.parameters / 4] or truncated[-1:]
-    quarter = max(small, key=lambda row: row.parameters)
-    share = quarter.parameters / whole.parameters
-    selected = [quarter, *(row for row in summaries if row.row.series in ("AdaLoRA", "EVA"))]
+    small = [row for row in truncated if row.parameters <= whole.parameters / 4]
+    claim = "a quarter of the parameters is enough for half a point less"
+    selected = [row for row in summaries if row.row.series in ("AdaLoRA", "EVA")]
+    if small:
+        quarter = max(small, key=lambda row: row.parameters)
+        selected.insert(0, quarter)
+        first = as_good(claim, quarter, whole, margin=0.5)
+    else:
+        first = Finding(claim, "not decided", "no energy leaves a quarter of them; add smaller --energies")
     return [
-        as_good(f"{share:.0%} of the parameters are enough for half a point less", quarter, whole, margin=0.5),
+        first,
         *(
             as_good(f"{row.row.name} is as good as uniform ranks of as many parameters", row, _nearest(row, uniform))
             for row in selected

@@ -8,7 +8,7 @@ from experiments.configs.which_weights import Config
 from experiments.reports.findings import Finding
 from experiments.studies.comparison import figures, program
 from experiments.studies.comparison.description import Row, Study, Summary
-from experiments.studies.comparison.judge import as_good, better
+from experiments.studies.comparison.judge import as_good, best, better
 from experiments.studies.problem import HEAD, Problem
 
 _NAMES = {"q": "query", "k": "key", "v": "value", "o": "output"}
@@ -50,11 +50,12 @@ def _row(config: Config, name: str, pattern: str, factor: int) -> Row:
 def findings(summaries: Sequence[Summary]) -> list[Finding]:
     """Compares one weight of a large rank with several of a small one, and the feed-forward layers with attention."""
     by_name = {summary.row.name.rsplit(", r", 1)[0]: summary for summary in summaries}
-    single = max((by_name[name] for name in _NAMES), key=lambda summary: summary.mean)
+    single = best([by_name[name] for name in _NAMES])
+    alone = best([by_name[name] for name in ("q", "k")])
     every = by_name["q, k, v, o"]
     return [
         better("several weights of a small rank are better than one of a large rank", every, single),
-        better("query and value are better than query or key alone", by_name["q, v"], by_name["q"]),
+        better("query and value are better than query or key alone", by_name["q, v"], alone),
         as_good("query and value are as good as all four weights", by_name["q, v"], every),
     ]
 

@@ -35,13 +35,13 @@ def truncate(delta: Delta, rank: int | None = None, *, energy: float | None = No
       energy: The share of the squared Frobenius norm of all ΔW to preserve, above 0 and at most 1.
 
     Returns:
-      The delta. With `energy`, an adapter without a singular value above the threshold is omitted; layers that are
-      stacked in one adapter have the largest of their ranks, with zeros for the others.
+      The delta. With `energy`, an adapter without a singular value above the threshold is omitted, unless it has a
+      bias; layers that are stacked in one adapter have the largest of their ranks, with zeros for the others.
 
     Raises:
       TypeError: Neither or both of `rank` and `energy` are passed.
-      ValueError: The rank is not a positive integer; `energy` is not above 0 and at most 1, or the delta is traced; an
-        adapter of a larger rank adds no product of two factors (DoRA, LoKr).
+      ValueError: The rank is not a positive integer; `energy` is not above 0 and at most 1, or the delta is traced or
+        not finite; an adapter of a larger rank adds no product of two factors (DoRA, LoKr).
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -96,15 +96,18 @@ def _to_energy(delta: Delta, energy: float) -> dict[str, Adapter]:
     terms = _terms(delta, 0, "truncated")
     spectra = {path: spectrum(term) for path, term in terms.items()}
     values = {path: _values(terms[path], parts) for path, parts in spectra.items()}
+    for path, array in values.items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"{path!r}: the adapter has singular values that are NaN or infinite.")
     threshold = _threshold(values, energy)
     truncated = dict(delta)
     for path, parts in spectra.items():
         keep = (values[path] >= threshold) & (values[path] > 0)
-        if not keep.any():
+        if not keep.any() and terms[path].bias is None:
             del truncated[path]
             continue
         masked = parts._replace(values=jnp.where(jnp.asarray(keep), parts.values, 0.0))
-        truncated[path] = from_spectrum(terms[path], masked, int(keep.sum(axis=-1).max()))
+        truncated[path] = from_spectrum(terms[path], masked, max(1, int(keep.sum(axis=-1).max())))
     return truncated
 
 

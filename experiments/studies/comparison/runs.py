@@ -123,10 +123,10 @@ class _Program:
         self._correct_heads: dict[str, np.ndarray] = {}
 
     def announce(self, total: int) -> None:
-        """Prints the number of runs."""
+        """Prints the number of runs, and about how long they take."""
         self._total = total
-        minutes = f", about {self._config.MINUTES} minutes on 2 CPU cores" if not self._config.fast else ""
-        self._console.print(f"{total} runs{minutes}; after an interruption, the same command resumes")
+        minutes = "" if self._config.fast else f"; with the default settings about {self._config.MINUTES} minutes"
+        self._console.print(f"{total} runs{minutes}; after an interruption, the same command resumes", soft_wrap=True)
 
     def run(self, members: Iterable[Member]) -> dict[Key, Outcome]:
         """Returns the result of each member."""

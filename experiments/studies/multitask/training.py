@@ -161,7 +161,9 @@ def train_full(tasks: Sequence[Task], starts: Sequence[Start], config: Config, c
     """Trains a full model for each task, resumes their runs, or reads their results."""
     outcomes: list[Outcome] = []
     for task, start in zip(tasks, starts):
-        directory = _directory(config, f"full-{task.name}", [task.name, *_settings(config), task.problem.digest])
+        directory = _directory(
+            config, f"full-{task.name}", [task.name, *_settings(config), task.problem.digest, len(task.problem.names)]
+        )
         run = TrainingRun(directory, meshes.make_mesh(MeshSizes()), asdict(config), config.checkpoint_every)
         method = Method(
             f"full fine-tuning, {task.name}",
