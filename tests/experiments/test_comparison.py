@@ -4,8 +4,10 @@ import dataclasses
 import importlib
 import json
 import os
+import shutil
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,6 +23,7 @@ from experiments.studies import joint
 from experiments.studies.comparison import figures, judge, program
 from experiments.studies.comparison.description import Row, Study, Summary
 from experiments.studies.problem import HEAD, accuracy, answers, load
+from experiments.studies.rank_selection import Truncation
 
 pytestmark = pytest.mark.usefixtures("lenient")
 
@@ -85,7 +88,7 @@ def test_every_row_has_a_result_for_each_seed(finished):
     assert record["findings"][0]["verdict"] in {"observed", "not observed", "not decided"}
     assert (config.out / "figure.png").read_bytes().startswith(b"\x89PNG")
     page = (config.out / "README.md").read_text()
-    assert "| full | " in page and "9.9" in page and "LoRA wins. (a paper, table 1)" in page
+    assert "| full | " in page and "9.9" in page and "LoRA wins (a paper, table 1)." in page
 
 
 def test_validation_selects_the_rate_of_a_row(finished):
@@ -111,6 +114,63 @@ def test_a_stored_adapter_has_the_reported_accuracy(finished):
         apply = jax.jit(problem.apply)
         logits = answers(lambda *inputs: apply(params, *inputs)[0], problem.splits["test"], problem.lengths)  # noqa: B023
         assert accuracy(logits, problem.splits["test"]) == outcome.test_accuracy
+
+
+def too_fast(config, problem):
+    _, adapted, _, full, _ = rows(config, problem)
+    return [
+        Row("head alone", {}, series="head alone", position=0),
+        adapted,
+        dataclasses.replace(full, name="too fast", spec={"": lora.Full()}, rates=(1e30,)),
+        Row("truncated", {}, series="LoRA", position=0.5, parent=adapted.name, finish=Truncation(0.5)),
+    ]
+
+
+def test_a_row_that_diverges_does_not_end_the_study(settings, tmp_path, capsys):
+    config = dataclasses.replace(settings, out=tmp_path)
+
+    def compare(summaries):
+        return [judge.better("the fast one is better", summaries[2], summaries[1])]
+
+    study = dataclasses.replace(STUDY, rows=too_fast, findings=compare)
+    for draw in (partial(figures.lines, xlabel="rank"), figures.bars):
+        summaries = program.run(config, dataclasses.replace(study, draw=draw))
+        assert [summary.diverged for summary in summaries] == [0, 0, 2, 0]
+        assert "too fast diverged" in capsys.readouterr().out
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["rows"][2]["mean"] is None and "| diverged |" in (tmp_path / "README.md").read_text()
+    truncated = summaries[3]
+    assert truncated.row.parent == summaries[1].row.name
+    assert sum(node.rank or 0 for node in truncated.adapter().values()) <= 1
+
+
+def test_fresh_runs_once_and_keeps_its_results(settings, tmp_path, monkeypatch):
+    config = dataclasses.replace(settings, out=tmp_path, seeds=1)
+    study = dataclasses.replace(
+        STUDY, rows=lambda config, problem: too_fast(config, problem)[:2] + too_fast(config, problem)[3:]
+    )
+    program.run(config, study)
+    trained, real = [], joint.train
+    monkeypatch.setattr(joint, "train", lambda *args, **kwargs: trained.append(1) or real(*args, **kwargs))
+    again = program.run(dataclasses.replace(config, fresh=True), study)
+    assert len(trained) == 1
+    assert program.run(config, study) == again and len(trained) == 1
+
+
+def test_a_rate_that_was_not_selected_is_tested_when_it_is(settings, finished, tmp_path, monkeypatch):
+    config, summaries = finished
+    shutil.copytree(config.out, tmp_path / "copy")
+    (chosen,) = {outcome.lr for outcome in summaries[1].results}
+    (other,) = {1e-3, 1e-1} - {chosen}
+
+    def others(config, problem):
+        return [dataclasses.replace(rows(config, problem)[1], rates=(other,))]
+
+    monkeypatch.setattr(joint, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    one_seed = dataclasses.replace(config, out=tmp_path / "copy", seeds=1)
+    study = dataclasses.replace(STUDY, rows=others, findings=lambda summaries: [])
+    (summary,) = program.run(one_seed, study)
+    assert np.isfinite(summary.mean) and summary.results[0].test_accuracy * 100 == pytest.approx(summary.mean)
 
 
 def test_runs_of_one_kind_train_together(settings, tmp_path, monkeypatch):
@@ -173,8 +233,11 @@ def test_the_smallest_study(name, tiny_model, tiny_data, tmp_path, capsys):
 
 
 def summary(name, scores, *, lr=1e-3):
+    """A row with these accuracies on 1,000 examples, of which the first ones are answered correctly."""
     outcomes = [Outcome(name, seed, 10, 8, 1.0, score, score, lr) for seed, score in enumerate(scores)]
-    return Summary(Row(name, {}, (lr,)), outcomes, head=3, start=None)
+    correct = [np.arange(1000) < 1000 * score for score in scores if not np.isnan(score)]
+    start = SimpleNamespace(result=SimpleNamespace(trained_parameters=3))
+    return Summary(Row(name, {}, (lr,)), outcomes, correct, start)
 
 
 def test_verdicts():
@@ -185,9 +248,21 @@ def test_verdicts():
     assert judge.as_good("", high, low).verdict == "observed"
     assert judge.as_good("", low, high).verdict == "not observed"
     assert judge.as_good("", wide, high).verdict == "not decided"
-    alone = summary("alone", [0.9])
-    assert judge.better("", alone, low).verdict == "not decided" and "one seed" in judge.better("", alone, low).figures
+    assert judge.better("", summary("alone", [0.9]), low).verdict == "observed"  # the error over examples
     assert high.parameters == 7 and high.mean == pytest.approx(80.5)
+    diverged = summary("diverged", [np.nan, np.nan])
+    assert judge.better("", diverged, low).verdict == "not decided"
+    assert judge.as_good("", low, diverged).figures.startswith("diverged diverged")
+    assert judge.best([diverged, low, high]) is high and judge.best([diverged]) is diverged
+    assert summary("half", [0.5, np.nan]).diverged == 1
+
+
+def test_the_error_is_paired_over_examples_and_seeds():
+    one, other = summary("one", [0.8, 0.6, 0.7]), summary("other", [0.7, 0.5, 0.6])
+    points, error = judge.difference(one, other)
+    assert points == pytest.approx(10)
+    by_example = np.mean([np.array(a, float) - b for a, b in zip(one.correct, other.correct)], axis=0)
+    assert error == pytest.approx(100 * by_example.std(ddof=1) / np.sqrt(1000))  # the seeds agree
 
 
 def test_the_page_states_the_command():

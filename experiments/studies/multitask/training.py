@@ -161,9 +161,8 @@ def train_full(tasks: Sequence[Task], starts: Sequence[Start], config: Config, c
     """Trains a full model for each task, resumes their runs, or reads their results."""
     outcomes: list[Outcome] = []
     for task, start in zip(tasks, starts):
-        directory = _directory(
-            config, f"full-{task.name}", [task.name, *_settings(config), task.problem.digest, len(task.problem.names)]
-        )
+        inputs = [task.name, *_settings(config), task.problem.digest, len(task.problem.names)]
+        directory = _directory(config, f"full-{task.name}", inputs)
         run = TrainingRun(directory, meshes.make_mesh(MeshSizes()), asdict(config), config.checkpoint_every)
         method = Method(
             f"full fine-tuning, {task.name}",
