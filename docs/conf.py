@@ -59,6 +59,7 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
     "show_navbar_depth": 1,
+    "navbar_persistent": [],  # the search is in the sidebar, on a phone beside the title
     "show_toc_level": 2,
 }
 mathjax_path = "mathjax/tex-svg.js"
