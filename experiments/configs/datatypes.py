@@ -18,7 +18,7 @@ class Config:
 
     STUDY = "experiments.studies.datatypes"
     MINUTES = 30
-    FAST: ClassVar = {"model": "tiny-llama", "steps": 2, "validation_examples": 2}
+    FAST: ClassVar = {"model": "tiny-llama", "data": ("debian_sections",), "steps": 2, "validation_examples": 2}
 
     model: str = "smollm2-135m"
     """The base, a model as for sft. As stored is measured if it is a GGUF file."""

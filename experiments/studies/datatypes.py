@@ -82,7 +82,7 @@ def run(config: Config) -> list[Measured]:
 
 def _variants(config: Config) -> dict[str, dict[str, Any]]:
     variants: dict[str, dict[str, Any]] = {_FLOAT: {"quantize": "none"}}
-    if open_files(location.find(config.model)).codes is not None:
+    if open_files(location.find(config.model)).codes() is not None:
         variants[_STORED] = {"quantize": "stored"}
     for name in FORMATS:
         for double in (True, False):
@@ -112,7 +112,9 @@ def _run_config(config: Config, name: str, fields: Mapping[str, Any]) -> sft.Con
 
 def _inspect(config: sft.Config) -> tuple[float, list[float] | None]:
     """Returns the bits per quantized weight, and the share of each code of four bits if there are such codes."""
-    base = program.abstract(config).load(location.find(config.model))
+    abstract = program.abstract(config)
+    with jax.set_mesh(abstract.mesh):
+        base = abstract.load(location.find(config.model))
     leaves = jax.tree.leaves(base, is_leaf=lambda node: isinstance(node, Quantized))
     quantized = [leaf for leaf in leaves if isinstance(leaf, Quantized)]
     if not quantized:
