@@ -6,8 +6,8 @@ from typing import Any, NoReturn
 
 NAMES = {
     "experiments.ahead": "experiments.aot",
-    "experiments.configs.analysis": "experiments.configs.subspaces and experiments.configs.dora",
-    "experiments.studies.analysis": "experiments.studies.subspaces and experiments.studies.dora",
+    "experiments.configs.analysis": "experiments.configs.subspaces",
+    "experiments.studies.analysis": "experiments.studies.subspaces",
     "experiments.input.tokenised": "experiments.input.tokenized",
     "experiments.models.cache.Sight": "AttentionContext",
     "experiments.models.rope.turn": "apply_rope",

@@ -17,7 +17,7 @@ class Config:
     optimizers).
     """
 
-    STUDY = "experiments.studies.optimizer_memory"
+    STUDY = "experiments.benchmarks.optimizer_memory"
     MINUTES = 4
     FAST: ClassVar = {"layers": 1, "width": 64, "vocabulary": 256, "tokens": 16, "long": 32, "steps": 1}
 

@@ -46,13 +46,14 @@ def truncate(delta: Delta, rank: int | None = None, *, energy: float | None = No
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
       >>> base = {"v": jnp.ones((4, 3)), "w": jnp.ones((4, 3))}
-      >>> recipe = lora.LoRA(3, axes=("in", "out"), init="gaussian")
-      >>> delta = lora.init(jax.random.key(0), base, {"": recipe})
+      >>> recipe = lora.LoRA(3, axes=("in", "out"))
+      >>> train, frozen = lora.partition(lora.init(jax.random.key(0), base, {"": recipe}))
+      >>> delta = lora.join(jax.tree.map(lambda leaf: leaf + 1.0, train), frozen)
       >>> truncate(delta, 1)["w"].a.shape
       (1, 4)
       >>> larger = delta | lora.merging.scale({"w": delta["w"]}, 100.0)
       >>> {path: adapter.rank for path, adapter in truncate(larger, energy=0.999).items()}
-      {'w': 3}
+      {'w': 1}
 
     References:
       Eckart and Young, 1936

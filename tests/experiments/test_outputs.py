@@ -187,7 +187,7 @@ def test_a_damaged_listing(tmp_path, study):
             study(tmp_path)
 
 
-@pytest.mark.parametrize("config", ["quickstart", "sweep", "analysis", "gpt2-tiny", "llama-tiny", "sft"])
+@pytest.mark.parametrize("config", ["quickstart", "sweep", "subspaces", "gpt2-tiny", "llama-tiny", "sft"])
 def test_every_study_takes_the_lock(tmp_path, config, capsys):
     with lock.hold_lock(tmp_path):
         assert main([config, "--out", str(tmp_path)]) == 2

@@ -303,5 +303,19 @@ def test_diverging_training_says_so(config, capsys, monkeypatch):
 def test_text_of_the_table():
     assert (size(999), size(1500), size(2.5e6), size(7e9)) == ("999 B", "1.5 kB", "2.5 MB", "7.0 GB")
     assert spread([1.0], "{:.1f}") == "1.0" and spread([1.0, 3.0], "{:.1f}") == "2.0 ± 1.4"
-    result = Result("lora", 0, 1, 8, 9, 1.0, 0.5, 0.5, 0.01, 0.995, [1.0], [(0, 0.5)])
+    result = Result(
+        method="lora",
+        seed=0,
+        trained_parameters=1,
+        adapter_bytes=9,
+        seconds=1.0,
+        validation_accuracy=0.5,
+        test_accuracy=0.5,
+        lr=1e-3,
+        adam_bytes=8,
+        merged_difference=0.01,
+        merged_agreement=0.995,
+        losses=[1.0],
+        evaluations=[(0, 0.5)],
+    )
     assert merged_line([result]).startswith("merged and unmerged predictions differ: 99.50%")

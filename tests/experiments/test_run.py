@@ -163,7 +163,7 @@ def test_as_a_program():
         (["sweep", "--alpha", "nan"], "alpha must be positive, not nan"),
         (["sweep", "--learning-rates", "nan"], "learning_rates must be positive, not nan"),
         (["sweep", "--seed", "-1"], "seed must not be negative"),
-        (["analysis", "--lora-lr", "0"], "lora_lr must be positive, not 0.0"),
+        (["subspaces", "--lr", "0"], "lr must be positive, not 0.0"),
         (["quickstart", "--clip", "inf"], "clip must be positive, not inf"),
     ],
 )

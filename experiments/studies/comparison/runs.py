@@ -78,12 +78,12 @@ def run_rows(rows: Sequence[Row], problem: Problem, config: Comparison, console:
     names = [row.name for row in rows]
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise UserError(f"two rows would be the same: {repeated[0]}; all settings of a list must differ")
-    starts = Starts(problem, config, console)
     by_name = {row.name: row for row in rows}
     trained = [row for row in rows if row.rates]
-    for row in trained:
-        if not any(recipe.reads for recipe in row.spec.values()):
-            starts.of(row).problem.check(row.name, row.spec)
+    for row in trained:  # before the head is fitted
+        if row.change is None and not any(recipe.reads for recipe in row.spec.values()):
+            problem.check(row.name, row.spec)
+    starts = Starts(problem, config, console)
     program = _Program(starts, config, console)
     seeds = range(config.seed, config.seed + config.seeds)
     first = [Member(row, rate, seeds[0]) for row in trained for rate in row.rates]
