@@ -31,6 +31,9 @@ nb_execution_mode = "off"
 myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
+default_role = "code"  # single backticks in docstrings
+smartquotes = False  # they would change the quotes of code
+
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True

@@ -321,8 +321,8 @@ for method, ((new, _), (delta, _)) in runs.items():
 #
 # If you change the rank, do you have to search for the learning rate again? Each curve is a rank. With the teaching
 # conventions the curves are shifted: a larger rank gets as far with a smaller learning rate, and diverges sooner. With
-# `alpha / r` and the default draw they nearly coincide, so one search serves all ranks. (`train_many` trains all of
-# these runs in one compiled step; the notebook `many_runs` is about it.)
+# `alpha / r` and the default draw they nearly coincide at small rates, and diverge at about the same one. (`train_many`
+# trains all of these runs in one compiled step; the notebook `many_runs` is about it.)
 
 # %%
 conventions = {

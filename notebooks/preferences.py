@@ -290,7 +290,9 @@ for text, value, advantage in zip(texts, rewards[0], advantages(jnp.asarray(rewa
 # %% [markdown]
 # The loss raises the probability of tokens by their answer's advantage, and holds the policy to a reference by a
 # penalty of `beta` times the divergence. The base alone is the reference again; `Frozen` would set another. At a rate
-# of 1e-3 the policy soon gives the same answer to everything, which earns a quarter; 2e-4 is slow enough to learn.
+# of 1e-3 the policy soon gives the same answer to everything. That earns 0.4 here: 1 for a quarter of the problems,
+# and 0.2 for the form of the others. Compare the reward on held-out problems with it: a short run learns the form
+# first.
 
 # %%
 answer_log_probs = LogProbabilities(apply_fn, max_labels=NEW_TOKENS)

@@ -283,7 +283,8 @@ plt.show()
 #
 # Project W onto the directions U and V of ΔW: `‖UᵀWVᵀ‖`. Compare it with the top directions of W and with random ones:
 # a ΔW that repeats what W emphasizes would be near the former. The amplification `‖ΔW‖ / ‖UᵀWVᵀ‖` says how much ΔW
-# emphasizes its directions. For GPT-3 the paper reports 21.6 at rank 4 and 1.9 at rank 64.
+# emphasizes its directions. For GPT-3 the paper reports 21.6 at rank 4 and 1.9 at rank 64. This small encoder differs:
+# W has hardly more of the directions of ΔW than of random ones, and at the large rank ΔW is smaller than W there.
 
 # %%
 changes = {name: analysis.amplification(last[name], base, rank=SMALL, axes=axes_of) for name in (names[0], *others)}
@@ -317,7 +318,8 @@ plt.show()
 #
 # Each output of a weight has a vector of weights, with a length and a direction. ΔM is the mean change of the lengths,
 # ΔD that of the directions (1 − cosine). A point is a layer after an epoch. LoRA's points lie on a line: it changes
-# both in proportion. DoRA, which has a parameter for each length, and full fine-tuning need not.
+# both in proportion. DoRA, which has a parameter for each length, and full fine-tuning need not: the paper finds
+# negative correlations for these two. In this short run they are positive, and smaller than LoRA's.
 
 # %%
 figure, panels = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")

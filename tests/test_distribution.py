@@ -17,7 +17,7 @@ import lora_jax as lora
 from lora_jax.commands import machine
 
 ROOT = Path(lora.__file__).parents[1]
-FIRST_PAGE = ROOT / "README.md"
+FIRST_PAGE = ROOT / "docs" / "index.md"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
@@ -105,7 +105,7 @@ def test_the_description_is_the_readme_with_absolute_links(metadata):
 
 
 def test_the_first_example_runs_from_the_wheel(environment):
-    example = re.search(r"```python\n(.*?)```", FIRST_PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
+    example = "\n".join(re.findall(r"```python\n(.*?)```", FIRST_PAGE.read_text(encoding="utf-8"), re.DOTALL))
     check = "\nimport pathlib, sys\nassert pathlib.Path(lora.__file__).is_relative_to(sys.prefix), lora.__file__\n"
     result = run(environment, "python", "-W", "error", "-c", example + check)
     assert result.returncode == 0, result.stderr
