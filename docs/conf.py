@@ -81,9 +81,14 @@ def copy_notebooks(app) -> None:
         (target / notebook.name).write_text(text.replace(badge, "Open in Colab"), encoding="utf-8")
 
 
+BACKTICKS = re.compile(r"(:[\w:]+:`[^`]+`|`[^`]+`_+|``.+?``)|`([^`]+)`", re.DOTALL)
+"""Roles, links and literals, or code in single backticks."""
+
+
 def quote_code(app, what, name, obj, options, lines) -> None:
     """Makes `code` in a docstring ``code``, before its sections are divided at colons."""
-    lines[:] = [re.sub(r"(?<![:`])`([^`<]+)`(?![`_])", r"``\1``", line) for line in lines]
+    text = BACKTICKS.sub(lambda match: match[1] or f"``{match[2]}``", "\n".join(lines))
+    lines[:] = text.split("\n")
 
 
 def setup(app) -> None:
