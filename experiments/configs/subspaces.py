@@ -18,7 +18,7 @@ class Config(Comparison):
     """
 
     STUDY = "experiments.studies.subspaces"
-    MINUTES = 8
+    MINUTES = 4
     FAST: ClassVar = {"rank": 1, "large_rank": 3, "seeds": 2}
 
     out: Path = Path("runs/subspaces")
@@ -37,7 +37,7 @@ class Config(Comparison):
     """The large rank, as in the paper."""
 
     layer: int | None = None
-    """The layer of the figure, from 0; None is the middle one. The record has all layers."""
+    """The layer of the figure, from 0; None is the middle one. The record has φ of the first and of all directions in all layers."""
 
     lr: float = 3e-3
     """Peak learning rate, for the alpha of 32."""

@@ -136,10 +136,11 @@ def _observed(claim: str, holds: bool, figures: str) -> Finding:
 
 
 def entries(summaries: Sequence[Summary]) -> dict[str, Any]:
-    """Returns overlaps and amplifications of all layers for the record."""
+    """Returns φ(1, all), φ(all, all) and amplifications of all layers for the record."""
     return {
         "overlaps": {
-            path: {name: x.round(4).tolist() for name, x in x.items()} for path, x in overlaps(summaries).items()
+            path: {name: {"first": float(x[0, -1]), "all": float(x[-1, -1])} for name, x in grids.items()}
+            for path, grids in overlaps(summaries).items()
         },
         "amplifications": {
             row.row.name: {
