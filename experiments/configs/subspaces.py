@@ -37,7 +37,8 @@ class Config(Comparison):
     """The large rank, as in the paper."""
 
     layer: int | None = None
-    """The layer of the figure, from 0; None is the middle one. The record has φ of the first and of all directions in all layers."""
+    """The layer of the figure, from 0; None is the middle one. The record has φ of the first and of all directions of
+    every layer."""
 
     lr: float = 3e-3
     """Peak learning rate, for the alpha of 32."""
