@@ -49,7 +49,7 @@ def tags(fields: Fields) -> dict[str, frozenset[str]]:
     values: dict[str, set[str]] = defaultdict(set)
     for tag in fields.get("Tag", "").split(","):
         facet, _, value = tag.strip().partition("::")
-        if value and value != "TODO":
+        if value and value != "TODO":  # debtags has works-with::TODO for packages that are not tagged yet
             values[facet].add(value)
     return {facet: frozenset(by_facet) for facet, by_facet in values.items()}
 

@@ -13,9 +13,9 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from experiments.tasks.debian_sections.make import stanzas
 
@@ -37,6 +37,12 @@ ITEM = re.compile(r"[*+o-] +(?=\S)")
 VERSION = re.compile(r"[-.]?\d[\d.]*")
 SHARED = 0.5  # maximum share of word sequences that a held-out description shares with the training data
 WORDS = 6  # length of those sequences
+
+
+class Written(Protocol):
+    """An example of a data set."""
+
+    def line(self) -> str: ...
 
 
 class Example(NamedTuple):
@@ -167,7 +173,7 @@ def _hash(name: str) -> bytes:
     return hashlib.sha256(name.encode()).digest()
 
 
-def write(directory: Path, splits: dict[str, list[Example]]) -> None:
+def write(directory: Path, splits: Mapping[str, Sequence[Written]]) -> None:
     """Writes a compressed file for each split."""
     for name, packages in splits.items():
         text = "".join(example.line() for example in packages)

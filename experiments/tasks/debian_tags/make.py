@@ -6,7 +6,6 @@
 The same package lists yield the same lines in the same order.
 """
 
-import gzip
 import hashlib
 import json
 import re
@@ -18,7 +17,7 @@ from typing import NamedTuple
 
 from experiments.tasks.debian_fields.make import tags
 from experiments.tasks.debian_sections.make import stanzas
-from experiments.tasks.debian_synopses.make import NOT_REAL, NOT_REAL_NAME, PER_SOURCE, SYNOPSIS, split, stem
+from experiments.tasks.debian_synopses.make import NOT_REAL, NOT_REAL_NAME, PER_SOURCE, SYNOPSIS, split, stem, write
 
 SYSTEM = "Describe the software package that has these tags in one short line."
 SIZES = {"train": 2500, "validation": 200, "test": 400}
@@ -81,14 +80,6 @@ def divide(packages: Sequence[Example]) -> dict[str, list[Example]]:
     return {
         name: [example for example in packages if split(example.source) == name][:size] for name, size in SIZES.items()
     }
-
-
-def write(directory: Path, splits: Mapping[str, Sequence[Example]]) -> None:
-    """Writes a compressed file for each split."""
-    for name, packages in splits.items():
-        text = "".join(example.line() for example in packages)
-        (directory / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
-        print(f"{name}: {len(packages)} examples")
 
 
 def main() -> None:
