@@ -261,7 +261,7 @@ def test_the_error_is_paired_over_examples_and_seeds():
     one, other = summary("one", [0.8, 0.6, 0.7]), summary("other", [0.7, 0.5, 0.6])
     points, error = judge.difference(one, other)
     assert points == pytest.approx(10)
-    by_example = np.mean([np.array(a, float) - b for a, b in zip(one.correct, other.correct)], axis=0)
+    by_example = np.mean([np.array(a, float) - b for a, b in zip(one.contributions, other.contributions)], axis=0)
     assert error == pytest.approx(100 * by_example.std(ddof=1) / np.sqrt(1000))  # the seeds agree
 
 
