@@ -1,6 +1,6 @@
 """The settings of the LoRA paper on GLUE: RoBERTa (table 9) and DeBERTa (table 10), with the results of table 2."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments.configs import papers
@@ -10,7 +10,6 @@ TASKS = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")
 """The order of the tables' columns."""
 
 _LORA, _FULL, _BITFIT = r"^LoRA on query and value, r = \d+$", "^full fine-tuning$", "^BitFit$"
-_ROBERTA = "RoBERTa-{size}, such as FacebookAI/roberta-{size}"
 _WORDS = {"sst2": "SST-2", "cola": "CoLA", "stsb": "STS-B"}
 
 _BASE = {
@@ -102,8 +101,30 @@ def _adapters(task: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def _heading(model: str):
-    return lambda task: f"paper: {model}, {_WORDS.get(task, task.upper())}"
+def _preset(
+    name: str,
+    source: str,
+    table: Mapping[str, Sequence[Any]],
+    notes: Sequence[str],
+    rows: Callable[[str], Mapping[str, Mapping[str, Any]]] = lambda task: {},
+    *,
+    title: str,
+    model: str,
+    model_type: str,
+    width: int,
+    **shared: Any,
+) -> Preset:
+    return Preset(
+        f"LoRA, {source}",
+        model,
+        TASKS,
+        lambda task: _fields(table, task, **shared),
+        lambda task: _rows(name, task, rows(task)),
+        heading=lambda task: f"paper: {title}, {_WORDS.get(task, task.upper())}",
+        model_type=model_type,
+        width=width,
+        notes=(*notes, *papers.NOTES),
+    )
 
 
 _START = (
@@ -114,92 +135,65 @@ _CITED = (
     "authors, the latter those of LoRA."
 )
 _BATCH = "The batch size is that of the table, which the scripts use on each of several GPUs."
-_FULL_ROW = {_FULL: {"epochs": 10}}
+_ROBERTA = {"model_type": "roberta", "ranks": (8,), "warmup": 0.06, "weight_decay": 0.1, "full_lr": (1e-5, 2e-5, 3e-5)}
+_ROBERTA_BASE = _ROBERTA | {
+    "title": "RoBERTa-base",
+    "model": "RoBERTa-base, such as FacebookAI/roberta-base",
+    "width": 768,
+    "alpha": 8.0,
+}
+_ROBERTA_LARGE = _ROBERTA | {
+    "title": "RoBERTa-large",
+    "model": "RoBERTa-large, such as FacebookAI/roberta-large",
+    "width": 1024,
+    "alpha": 16.0,
+}
+
+
+def _full(task: str) -> dict[str, dict[str, Any]]:
+    return {_FULL: {"epochs": 10}}
+
 
 PRESETS: dict[str, Preset] = {
-    "roberta-base": Preset(
-        "LoRA, table 9, RoBERTa-base",
-        _ROBERTA.format(size="base"),
-        TASKS,
-        lambda task: _fields(
-            _BASE,
-            task,
-            methods=("head", "bitfit", "full", "lora"),
-            ranks=(8,),
-            alpha=8.0,
-            warmup=0.06,
-            weight_decay=0.1,
-            full_lr=(1e-5, 2e-5, 3e-5),
-        ),
-        lambda task: _rows("roberta-base", task, _FULL_ROW),
-        _heading("RoBERTa-base"),
-        "roberta",
-        768,
-        (
-            "Alpha is the table's 8; the scripts have 16. Weight decay is the scripts'.",
-            _BATCH,
-            _START,
-            _CITED,
-            *papers.NOTES,
-        ),
+    "roberta-base": _preset(
+        "roberta-base",
+        "table 9, RoBERTa-base",
+        _BASE,
+        ["Alpha is the table's 8; the scripts have 16. Weight decay is the scripts'.", _BATCH, _START, _CITED],
+        _full,
+        methods=("head", "bitfit", "full", "lora"),
+        **_ROBERTA_BASE,
     ),
-    "roberta-large": Preset(
-        "LoRA, table 9, RoBERTa-large",
-        _ROBERTA.format(size="large"),
-        TASKS,
-        lambda task: _fields(
-            _LARGE,
-            task,
-            methods=("head", "full", "lora"),
-            ranks=(8,),
-            alpha=16.0,
-            warmup=0.06,
-            weight_decay=0.1,
-            full_lr=(1e-5, 2e-5, 3e-5),
-        ),
-        lambda task: _rows("roberta-large", task, _FULL_ROW),
-        _heading("RoBERTa-large"),
-        "roberta",
-        1024,
-        (
+    "roberta-large": _preset(
+        "roberta-large",
+        "table 9, RoBERTa-large",
+        _LARGE,
+        [
             "The values are the table's; the scripts have other ones for CoLA (3e-4 instead of 2e-4) and STS-B (4 "
             "examples, 10 epochs, 3e-4, 128 tokens instead of 8, 30, 2e-4, 512). Weight decay is the scripts'.",
             _BATCH,
             _START,
             _CITED,
-            *papers.NOTES,
-        ),
+        ],
+        _full,
+        methods=("head", "full", "lora"),
+        **_ROBERTA_LARGE,
     ),
-    "roberta-large-houlsby": Preset(
-        "LoRA, table 9, RoBERTa-large in the setting of Houlsby et al.",
-        _ROBERTA.format(size="large"),
-        TASKS,
-        lambda task: _fields(
-            _LARGE_HOULSBY,
-            task,
-            methods=("head", "lora", "houlsby", "pfeiffer"),
-            ranks=(8,),
-            sizes=(8, 16, 64),
-            alpha=16.0,
-            warmup=0.06,
-            weight_decay=0.1,
-        ),
-        lambda task: _rows("roberta-large-houlsby", task, _adapters(task)),
-        _heading("RoBERTa-large"),
-        "roberta",
-        1024,
-        ("Houlsby adapters of 16 and Pfeiffer adapters of 8 are not in the paper.", _BATCH, *papers.NOTES),
+    "roberta-large-houlsby": _preset(
+        "roberta-large-houlsby",
+        "table 9, RoBERTa-large in the setting of Houlsby et al.",
+        _LARGE_HOULSBY,
+        ["Houlsby adapters of 16 and Pfeiffer adapters of 8 are not in the paper.", _BATCH],
+        _adapters,
+        methods=("head", "lora", "houlsby", "pfeiffer"),
+        sizes=(8, 16, 64),
+        **_ROBERTA_LARGE,
     ),
-    "deberta-xxl": Preset(
-        "LoRA, table 10, DeBERTa-XXL",
-        "DeBERTa-v2-XXL, such as a directory with microsoft/deberta-v2-xxlarge in safetensors and with tokenizer.json",
-        TASKS,
-        lambda task: _fields(_XXL, task, methods=("head", "lora"), ranks=(16,), alpha=32.0, warmup=0.1),
-        lambda task: _rows("deberta-xxl", task, {}),
-        _heading("DeBERTa-XXL"),
-        "deberta-v2",
-        1536,
-        (
+    "deberta-xxl": _preset(
+        "deberta-xxl",
+        "table 10, DeBERTa-XXL",
+        _XXL,
+        [
             "Rank 16 and alpha 32 are those of the scripts, the released checkpoint and the 4.7 million parameters of "
             "table 2; table 10 has 8 and 8. The scripts have other rates for CoLA (1.3e-4) and RTE (2.6e-4), and a "
             "warmup in steps.",
@@ -208,8 +202,15 @@ PRESETS: dict[str, Preset] = {
             "adds it.",
             _BATCH,
             _START,
-            *papers.NOTES,
-        ),
+        ],
+        title="DeBERTa-XXL",
+        model="DeBERTa-v2-XXL, such as a directory with microsoft/deberta-v2-xxlarge in safetensors and tokenizer.json",
+        model_type="deberta-v2",
+        width=1536,
+        methods=("head", "lora"),
+        ranks=(16,),
+        alpha=32.0,
+        warmup=0.1,
     ),
 }
 """The settings by the name of `--paper`."""

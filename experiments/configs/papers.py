@@ -6,12 +6,11 @@ papers' tables; where scripts or counts of the authors differ, a note of the pre
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.errors import UserError
-from experiments.input.official import catalog
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Preset:
     heading: Callable[[str], str] | None = None
     model_type: str | None = None
     width: int | None = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def task(self, name: str, model: str, usual_model: str, data: str) -> str:
         """Returns the task of GLUE that `data` means.
@@ -53,6 +52,8 @@ class Preset:
         Raises:
           UserError: Model or data are not those of the preset.
         """
+        from experiments.input.official import catalog  # imports NumPy, which the command line does without
+
         wanted = ", ".join(f"glue/{task}" for task in self.tasks)
         selection = catalog.find(data)
         task = selection.layout.name.removeprefix("glue/").partition("-")[0] if selection is not None else ""

@@ -17,12 +17,13 @@ import lora_jax as lora
 from experiments import command_line, configs, run
 from experiments.configs.comparison import Comparison
 from experiments.configs.which_weights import Config as WhichWeights
+from experiments.models.virtual import Shape
 from experiments.reports.page import command
 from experiments.reports.results import Outcome
-from experiments.studies import joint
+from experiments.studies import dora, joint, rank, which_weights
 from experiments.studies.comparison import figures, judge, program
 from experiments.studies.comparison.description import Row, Study, Summary
-from experiments.studies.problem import HEAD, accuracy, answers, load
+from experiments.studies.problem import HEAD, Problem, accuracy, answers, load
 from experiments.studies.rank_selection import Truncation
 
 pytestmark = pytest.mark.usefixtures("lenient")
@@ -45,7 +46,7 @@ def rows(config, problem):
         for rank in (1, 2)
     ]
     full = Row("full", {"": lora.Full()}, (1e-2,), "full", 2, paper="9.9")
-    few = Row("full, few examples", {"": lora.Full()}, (1e-2,), "few", 2, examples=24, epochs=2)
+    few = Row("full, few examples", {"": lora.Full()}, (1e-2,), "few", 2, examples=24, epochs=2, batch_size=8)
     return [Row("head alone", {}, series="head alone", position=0), *adapted, full, few]
 
 
@@ -177,12 +178,12 @@ def test_runs_of_one_kind_train_together(settings, tmp_path, monkeypatch):
     groups, real = [], joint.train_jointly
 
     def recorded(start, specs, rates, config, *args, **options):
-        groups.append((len(specs), config.seed))
+        groups.append((len(specs), config.seed, config.batch_size))
         return real(start, specs, rates, config, *args, **options)
 
     monkeypatch.setattr("experiments.studies.comparison.runs.train_jointly", recorded)
     program.run(dataclasses.replace(settings, out=tmp_path), STUDY)
-    assert groups == [(4, 0), (1, 0), (1, 0), (2, 1), (1, 1), (1, 1)]
+    assert groups == [(4, 0, 16), (1, 0, 16), (1, 0, 8), (2, 1, 16), (1, 1, 16), (1, 1, 8)]
 
 
 def test_finished_runs_are_read_and_others_resumed(settings, finished, tmp_path, monkeypatch, capsys):
@@ -209,8 +210,26 @@ def test_finished_runs_are_read_and_others_resumed(settings, finished, tmp_path,
     assert not list(config.out.glob("group-*"))
     monkeypatch.setattr(joint, "train", lambda *args, **kwargs: pytest.fail("trained again"))
     assert program.run(config, STUDY) == summaries
-    with pytest.raises(pytest.fail.Exception):
-        program.run(dataclasses.replace(config, clip=0.5), STUDY)
+    for other in ({"clip": 0.5}, {"weight_decay": 0.1}):
+        with pytest.raises(pytest.fail.Exception):
+            program.run(dataclasses.replace(config, **other), STUDY)
+
+
+def test_sizes_follow_the_shapes_of_the_model():
+    def kernel(*shape):
+        return {"kernel": np.zeros(shape)}
+
+    # those of MiniLM
+    attention = {name: kernel(384, 384) for name in ("query", "key", "value", "output")}
+    layer = {"attention": attention, "feed_forward": {"up": kernel(384, 1536), "down": kernel(1536, 384)}}
+    base = {"encoder": {"layers": {0: layer, 1: layer}}, "classifier": kernel(384, 3)}
+    problem = Problem(print, base, {}, ("a", "b", "c"), (12,), Shape(2, 12, 32, 384), "")
+    ranks = {row.name for row in which_weights.rows(WhichWeights(), problem)}
+    assert {"q, r = 36", "q, v, r = 18", "q, k, v, o, r = 9", "feed-forward, r = 7", "all linear, r = 4"} <= ranks
+    for rows in (rank.rows(rank.Config(), problem), dora.rows(dora.Config(), problem)):
+        recipes = [recipe for row in rows for recipe in row.spec.values()]
+        assert max(getattr(recipe, "rank", 0) for recipe in recipes) == 384
+    assert "all linear, r = 5" in {row.name for row in rank.rows(rank.Config(full_rank=5), problem)}
 
 
 @pytest.mark.parametrize("name", STUDIES)

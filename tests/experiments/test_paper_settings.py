@@ -2,23 +2,28 @@
 
 import dataclasses
 import json
+import math
+from typing import get_args, get_type_hints
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+import lora_jax as lora
 from experiments import flags, run
-from experiments.configs import glue, low_data, papers, rank, which_weights
+from experiments.configs import glue, low_data, papers, rank, subspaces, which_weights
 from experiments.configs.glue import Config
 from experiments.configs.low_data import Config as LowData
 from experiments.evaluation import tasks
 from experiments.input import labeled
+from experiments.models import bert, classifier
 from experiments.reports.page import command
 from experiments.studies import glue as study
 from experiments.studies.comparison import paper
 from experiments.studies.comparison.description import Row
 from experiments.studies.glue import STUDY
-from experiments.studies.problem import load
+from experiments.studies.problem import Problem, load
 from tests.experiments import official_data as official
 from tests.experiments.conftest import CONFIG, WORDS, bert_tensors, write_model
 
@@ -73,11 +78,11 @@ def roberta(tmp_path_factory):
     ],
 )
 def test_a_task_has_its_metrics(name, metric, titles, data, tiny_model, tmp_path, capsys):
-    config = Config(
-        fast=True, methods=("head", "lora"), model=str(tiny_model), data=f"glue/{name}:{data}", out=tmp_path
-    )
-    study.run(config)
+    shared = {"methods": ("head", "lora"), "lengths": (6,) if name == "cola" else (14,)}
+    config = Config(fast=True, model=str(tiny_model), data=f"glue/{name}:{data}", out=tmp_path)
+    study.run(dataclasses.replace(config, **shared))
     printed = " ".join(capsys.readouterr().out.split())
+    assert ("of the texts have 6 tokens or more; the tokens beyond are dropped" in printed) == (name == "cola")
     assert "the development examples take the place of test examples, and 8 of the 80 training examples" in printed
     page, record = (tmp_path / "README.md").read_text(), json.loads((tmp_path / "run.json").read_text())
     assert all(f" {title} |" in page for title in titles)
@@ -187,6 +192,26 @@ def test_the_values_of_the_paper_have_the_means_of_its_table(name, row):
     assert paper.heading(config).endswith(", STS-B")
 
 
+def test_the_rows_of_a_setting_have_the_counts_of_the_paper():
+    shape = bert.BertConfig(50265, 768, 12, 12, 3072, 514, 1, pad_token_id=1, model_type="roberta")
+    network = nnx.eval_shape(
+        lambda: classifier.SentenceClassifier(bert.Bert(shape, rngs=nnx.Rngs(0)), 768, 2, rngs=nnx.Rngs(0))
+    )
+    apply, base = lora.nnx.functional(network)
+    problem = Problem(apply, base, {}, ("a", "b"), (14,), network.encoder.shape, "")
+    config = Config(paper="roberta-base", model="some/model", data="glue/rte")
+    by_name = {row.name: row.spec for row in study.rows(config, problem)}
+    assert list(by_name) == ["head alone", "BitFit", "full fine-tuning", "LoRA on query and value, r = 8"]
+
+    def count(name):
+        delta = jax.eval_shape(lambda base: problem.delta(jax.random.key(0), base, by_name[name]), base)
+        leaves = jax.tree.leaves(lora.partition(delta)[0])
+        return sum(math.prod(leaf.shape) for leaf in leaves) - (768 + 1) * 2
+
+    assert count("LoRA on query and value, r = 8") == 294_912
+    assert count("BitFit") == 102_144
+
+
 def test_rows_have_hyperparameters_of_their_own():
     def rows(names, task="mnli", name="roberta-large-houlsby", **fields):
         usual = Config(paper=name, model="some/model", data=f"glue/{task}")
@@ -276,7 +301,8 @@ def test_what_the_user_can_put_right_is_one_sentence(data, tiny_model, tmp_path,
 
 
 def test_every_setting_fits_its_config():
-    for kind in (Config, which_weights.Config, rank.Config, LowData):
+    for kind in (Config, which_weights.Config, rank.Config, LowData, subspaces.Config):
+        assert kind.PRESETS.keys() == set(get_args(get_args(get_type_hints(kind)["paper"])[0]))
         for preset in kind.PRESETS.values():
             fields = {field.name for field in dataclasses.fields(kind)}
             assert all(preset.fields(task).keys() <= fields for task in preset.tasks)

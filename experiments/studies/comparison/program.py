@@ -10,6 +10,8 @@ from experiments.studies.problem import Problem, load
 from experiments.tasks import examples
 from experiments.training import outputs, processes
 
+_FEW = 0.01
+
 
 @outputs.exclusive
 def run(config: Comparison, study: Study) -> list[Summary]:
@@ -33,6 +35,8 @@ def run(config: Comparison, study: Study) -> list[Summary]:
         regression=True,
         development=config.paper is not None,
     )
+    if line := _truncated(problem):
+        console.print(line, highlight=False, soft_wrap=True)
     rows = paper.rows(config, study.rows(config, problem))
     summaries = run_rows(rows, problem, config, console)
     page = Page(
@@ -49,6 +53,15 @@ def run(config: Comparison, study: Study) -> list[Summary]:
     )
     page.publish(config, provenance.record(config), console)
     return summaries
+
+
+def _truncated(problem: Problem) -> str:
+    """Returns a line about texts of the maximum length, unless they are few."""
+    longest = problem.lengths[-1]
+    are_full = [len(sequence) == longest for split in problem.splits.values() for sequence in split.sequences]
+    share = sum(are_full) / len(are_full)
+    line = f"{share:.0%} of the texts have {longest} tokens or more; the tokens beyond are dropped, see --lengths"
+    return line if share > _FEW else ""
 
 
 def _conditions(config: Comparison, problem: Problem, summaries: list[Summary]) -> str:
