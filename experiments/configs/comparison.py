@@ -95,7 +95,7 @@ class Comparison:
 
     def __post_init__(self) -> None:
         fast = FAST | {"out": Path(f"{type(self).out}-fast")} | self.FAST
-        if self.paper is not None and not self.settled:
+        if isinstance(self.paper, str) and not self.settled:
             papers.apply(self, self.PRESETS, self.NO_PRESETS, fast)
         settings.use_fast(self, fast)
         settings.positive(self, "train_examples", "validation_examples", "test_examples", "seeds", "epochs")
@@ -104,8 +104,8 @@ class Comparison:
         settings.fraction(self, "warmup", "label_smoothing")
         settings.lengths(self)
 
-    def usual(self) -> Self:
-        """Returns the config without flags other than those that choose the paper, the model and the data."""
+    def preset(self) -> Self:
+        """Returns the settings of the paper for the model and the data, in place of the defaults."""
         return type(self)(paper=self.paper, model=self.model, data=self.data, fast=self.fast)
 
 

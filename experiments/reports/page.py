@@ -138,7 +138,7 @@ def command(config: Any) -> str:
     words = [f"python -m experiments.run {command_name(config)}"]
     if getattr(config, "fast", False):
         return " ".join([*words, "--fast"])
-    paper = config.usual() if getattr(config, "paper", None) else None
+    paper = config.preset() if getattr(config, "paper", False) else None
     for entry in dataclasses.fields(config):
         value, flag = getattr(config, entry.name), f"--{entry.name.replace('_', '-')}"
         usual = entry.default if paper is None or entry.name in _OF_PAPER else getattr(paper, entry.name)

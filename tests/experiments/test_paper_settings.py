@@ -251,7 +251,7 @@ def test_flags_win_over_the_paper():
 
     def parsed(*args):
         config = flags.parse(glue.DEFAULTS, "glue", [*chosen, *args])
-        return flags.parse(config.usual(), "glue", [*chosen, *args])
+        return flags.parse(config.preset(), "glue", [*chosen, *args])
 
     usual, ours = parsed(), parsed("--epochs", "1", "--batch-size", "16", "--methods", "lora,full")
     assert (usual.epochs, usual.batch_size, usual.lr, str(usual.out)) == (

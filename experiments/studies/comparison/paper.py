@@ -45,7 +45,7 @@ def rows(config: Comparison, rows: Sequence[Row]) -> list[Row]:
     preset = _preset(config)
     if preset is None:
         return list(rows)
-    usual = config.usual()
+    usual = config.preset()
     by_row = preset.rows(_task(config, preset))
 
     def changed(name: str) -> bool:
@@ -61,7 +61,7 @@ def rows(config: Comparison, rows: Sequence[Row]) -> list[Row]:
 
 
 def _preset(config: Comparison) -> Preset | None:
-    return None if config.paper is None else config.PRESETS[config.paper]
+    return config.PRESETS[config.paper] if config.paper else None
 
 
 def _task(config: Comparison, preset: Preset) -> str:

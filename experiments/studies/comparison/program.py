@@ -33,7 +33,7 @@ def run(config: Comparison, study: Study) -> list[Summary]:
         config.lengths,
         report=console.print,
         regression=True,
-        development=config.paper is not None,
+        development=bool(config.paper),
     )
     if line := _truncated(problem):
         console.print(line, highlight=False, soft_wrap=True)

@@ -125,7 +125,7 @@ class _Program:
     def announce(self, total: int) -> None:
         """Prints the number of runs, and about how long they take."""
         self._total = total
-        usual = not self._config.fast and self._config.paper is None
+        usual = not self._config.fast and not self._config.paper
         minutes = f"; with the default settings about {self._config.MINUTES} minutes" if usual else ""
         self._console.print(f"{total} runs{minutes}; after an interruption, the same command resumes", soft_wrap=True)
 
