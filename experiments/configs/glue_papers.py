@@ -133,14 +133,20 @@ _START = (
 _CITED = "The paper cites the result of full fine-tuning; here it has the rates and epochs of RoBERTa's authors."
 _BITFIT_CITED = "It cites that of BitFit, too; here it has the rate and epochs of LoRA."
 _BATCH = "The batch size is that of the table, which the scripts use on each of several GPUs."
-_ROBERTA = {"model_type": "roberta", "ranks": (8,), "warmup": 0.06, "weight_decay": 0.1, "full_lr": (1e-5, 2e-5, 3e-5)}
-_ROBERTA_BASE = _ROBERTA | {
+_ROBERTA: dict[str, Any] = {
+    "model_type": "roberta",
+    "ranks": (8,),
+    "warmup": 0.06,
+    "weight_decay": 0.1,
+    "full_lr": (1e-5, 2e-5, 3e-5),
+}
+_ROBERTA_BASE: dict[str, Any] = _ROBERTA | {
     "title": "RoBERTa-base",
     "model": "RoBERTa-base, such as FacebookAI/roberta-base",
     "width": 768,
     "alpha": 8.0,
 }
-_ROBERTA_LARGE = _ROBERTA | {
+_ROBERTA_LARGE: dict[str, Any] = _ROBERTA | {
     "title": "RoBERTa-large",
     "model": "RoBERTa-large, such as FacebookAI/roberta-large",
     "width": 1024,
