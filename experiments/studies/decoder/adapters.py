@@ -14,6 +14,7 @@ from experiments.configs.decoder import DecoderConfig
 from experiments.errors import UserError
 from experiments.models.weights import flatten_weights
 from lora_jax.io import join_names
+from lora_jax.peft import read_json
 
 LINEAR = {
     "attention": r"attention/(query|key|value|qkv|output)/kernel$",
@@ -28,16 +29,19 @@ OTHERS = {
     "head": r"^output/kernel$",
 }
 _OURS, _PEFT = "adapter.json", "adapter_config.json"  # files that identify the directory of an adapter
+_FULL = "Full"  # the kind of weights that are trained in full
 
 
 def make_spec(config: DecoderConfig, base: Any) -> dict[str, Any]:
-    """Returns the recipes of adapted weights by pattern.
+    """Returns the recipes of adapted weights by pattern; the pattern of full fine-tuning matches all weights.
 
     Raises:
       UserError: A pattern of `ranks` does not determine the rank of any weight.
     """
-    recipe = {"lora": lora.LoRA, "dora": lora.DoRA}[config.method]
     dtype = jnp.dtype(config.adapter_dtype)
+    if config.method == "full":
+        return {"": lora.Full(dtype)}
+    recipe = {"lora": lora.LoRA, "dora": lora.DoRA}[config.method]
 
     def with_rank(rank: int) -> Any:
         return recipe(rank, config.alpha, dropout=config.dropout, dtype=dtype)
@@ -113,6 +117,40 @@ def read_adapter(directory: Path, base: Any, names: Any, dtype: jnp.dtype, flag:
 def is_adapter(directory: Path) -> bool:
     """Whether a directory contains an adapter."""
     return any((directory / name).exists() for name in (_OURS, _PEFT))
+
+
+def is_full(directory: Path) -> bool:
+    """Whether a directory contains weights that were trained in full, and no adapter of another kind."""
+    if not (directory / _OURS).is_file():
+        return False
+    try:
+        return {entry["kind"] for entry in read_json(directory / _OURS)["adapters"].values()} == {_FULL}
+    except (ValueError, KeyError, TypeError, AttributeError):  # reading the adapter reports what is damaged
+        return False
+
+
+def trained_in_full(delta: Any) -> bool:
+    """Whether a delta has no adapters, only weights that are trained in full."""
+    return {adapter.kind for adapter in delta.values()} == {_FULL}
+
+
+def save_peft(directory: Path, delta: Any, names: Any, model: str, task_type: str) -> bool:
+    """Writes an adapter in PEFT's format, which has none for weights that were trained in full.
+
+    Args:
+      directory: The new directory.
+      delta: The adapter.
+      names: The names of the base's weights in Hugging Face layout.
+      model: The name of the base.
+      task_type: PEFT's name of the task.
+
+    Returns:
+      Whether it is written.
+    """
+    if trained_in_full(delta):
+        return False
+    lora.peft.save(directory, delta, names, base_model=model, task_type=task_type)
+    return True
 
 
 def check_adapter(directory: Path, flag: str = "--init-from") -> None:

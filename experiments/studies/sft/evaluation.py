@@ -18,6 +18,7 @@ from experiments.evaluation.answers import Answer, Answerer
 from experiments.evaluation.questions import Question
 from experiments.evaluation.scores import Scores, score, table
 from experiments.reports.results import read_json, write_json
+from experiments.studies.decoder.adapters import trained_in_full
 from experiments.studies.sft.assistant import Assistant
 from experiments.studies.sft.held_out import SHOTS, HeldOut, Questions, make_all_questions
 from experiments.training import outputs, processes
@@ -101,7 +102,8 @@ def _variants(base: Any, delta: Any, questions: Questions, *, with_base: bool) -
             yield BASE_SHOTS, lambda: (base, {}), questions.preceded
     if delta:
         yield TUNED, lambda: (base, delta), questions.alone
-        yield MERGED, lambda: (lora.merge(base, delta), {}), questions.alone
+        if not trained_in_full(delta):  # else merging changes nothing
+            yield MERGED, lambda: (lora.merge(base, delta), {}), questions.alone
 
 
 def _texts(
