@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from experiments import settings
 from experiments.configs.decoder import DecoderConfig, Quantization
+from experiments.configs.decoding import Decoding
 from experiments.configs.method_names import separated_by_commas
 from experiments.input.options import Options, TrainOn
 
@@ -25,7 +26,7 @@ Methods = Annotated[tuple[str, ...], separated_by_commas(tuple(METHODS))]
 
 
 @dataclass(frozen=True)
-class Config(DecoderConfig):
+class Config(Decoding, DecoderConfig):
     """Fine-tunes a decoder on conversations with LoRA, DoRA or in full, on anything from one CPU to a TPU pod.
 
     Every worker of a pod runs the same command. The base is frozen, in bfloat16 or in four bits; only the adapter is
@@ -91,7 +92,8 @@ class Config(DecoderConfig):
     perplexity, ROUGE-L and BLEU. None uses all, 0 none."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        DecoderConfig.__post_init__(self)
+        Decoding.__post_init__(self)
         settings.positive(self, "patience")
         settings.not_negative(self, "neftune", "test_examples")
         settings.fraction(self, "label_smoothing", "eval_share")
