@@ -39,6 +39,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     try:
         config = flags.parse(find_config(name).DEFAULTS, f"{_PROGRAM} {name}", rest)
+        if getattr(config, "paper", False):  # the flags win over the paper's settings
+            config = flags.parse(config.preset(), f"{_PROGRAM} {name}", rest)
         if hasattr(config, "CHECK"):
             importlib.import_module(config.CHECK).check(config)
         from experiments import execution  # takes seconds, since it imports JAX
