@@ -40,10 +40,10 @@ def open_reader(directory: Path = DEBIAN) -> Any:
     return wordnet
 
 
-def is_installed(directory: Path = DEBIAN) -> bool:
+def is_installed() -> bool:
     """Whether :func:`open_reader` returns a reader."""
     try:
-        open_reader(directory)
+        open_reader()
     except UserError:
         return False
     return True

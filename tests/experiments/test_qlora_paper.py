@@ -60,7 +60,7 @@ def test_layers_and_ranks_on_alpaca(alpaca, model, tmp_path, monkeypatch):
         0.1,
     )
     page = (tmp_path / "README.md").read_text()
-    assert "| all linear, r = 2 |" in page and "--paper" in page
+    assert "| all linear, r = 2 |" in page
     monkeypatch.setattr(sft_study, "_train", lambda *args: pytest.fail("trained again"))
     assert all_linear.run(config) == rows
 
