@@ -64,7 +64,7 @@ def test_the_papers_setting_end_to_end(data, tmp_path, monkeypatch):
     monkeypatch.setattr(answers.Answerer, "answer", lambda *args: decodings.append(args[-1]) or answer(*args))
     config = parsed("--paper", "--fast", "--model", "tiny-gpt2", "--data", f"e2e:{data}/e2e", "--out", tmp_path)
     rows = study.run(config)
-    assert [row.method for row in rows] == [BASE, SHOTS, QUERY_VALUE, FULL]
+    assert [row.method for row in rows] == [BASE, QUERY_VALUE, FULL]  # solved examples are longer than its sequences
     assert {(each.beams, each.length_penalty, each.no_repeat_ngram) for each in decodings} == {(10, 0.9, 4)}
     assert rows[0].metrics.keys() >= {"bleu", "nist", "rouge_l", "chrf", "ter"}
     page = (tmp_path / "README.md").read_text()

@@ -309,7 +309,7 @@ def test_schedules():
 
 
 def test_warmup_in_steps():
-    for warmup, expected in ((0.5, [0, 0.1, 1]), (5, [0, 0.2, 8 / 15]), (50, [0, 0.05, 0.6])):
+    for warmup, expected in ((0.5, [0, 0.1, 0.8]), (5, [0, 0.2, 8 / 15]), (50, [0, 0.05, 0.6])):
         rate = learning_rate(1.0, 20, warmup=warmup)
         np.testing.assert_allclose([float(rate(step)) for step in (0, 1, 12)], expected, atol=1e-6)
 

@@ -109,7 +109,7 @@ def _conditions(config: Config) -> str:
     same = "the same data" if config.data else "the data that the task is like"
     sentences.append(f"Below the measured rows of each task are the paper's for {same}.")
     if "e2e" in tasks:
-        sentences.append("CIDEr is absent: no maintained package computes it.")
+        sentences.append("CIDEr is absent: no maintained package computes it. METEOR needs WordNet.")
     if config.paper:
         sentences += [published.NOTES[task] for task in tasks]
     return " ".join(sentences)
