@@ -84,7 +84,7 @@ class Config(Comparison):
 
     def preset(self) -> Self:
         """Returns the settings of the paper, in place of the defaults."""
-        values: dict[str, Any] = SCRIPTS | _PAPER
+        values: dict[str, Any] = SCRIPTS | _PAPER | {"out": Path(f"{type(self).out}-paper")}
         if self.fast:
             values |= {"ranks": (2,), "steps": 2, "length": 64, "batch_size": 2, "test_examples": 2, "new_tokens": 4}
         return dataclasses.replace(type(self)(), paper=True, model=self.model, data=self.data, fast=self.fast, **values)

@@ -168,7 +168,7 @@ class Config(FineTuning, Decoding):
           UserError: See :meth:`sources`.
         """
         (name,) = self.sources()
-        values = PAPER[name] | _OF_ALL
+        values = PAPER[name] | _OF_ALL | {"out": Path(f"{type(self).out}-{name}")}
         if self.fast:
             values |= {setting: value for setting, value in self.FAST.items() if setting in values}
         return dataclasses.replace(type(self)(), paper=True, data=self.data, fast=self.fast, **values)

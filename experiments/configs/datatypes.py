@@ -80,7 +80,7 @@ class Config(FineTuning):
 
     def preset(self) -> Self:
         """Returns the settings of the paper's scripts, in place of the defaults."""
-        values = SCRIPTS | FIXED | {"rank": RANK}
+        values = SCRIPTS | FIXED | {"rank": RANK, "out": Path(f"{type(self).out}-paper")}
         if self.fast:
             values |= {"steps": self.FAST["steps"], "length": 128, "rank": 2}
         return dataclasses.replace(type(self)(), paper=True, data=self.data, fast=self.fast, **values)

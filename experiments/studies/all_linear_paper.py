@@ -43,7 +43,7 @@ class Measured:
       parameters: The number of trained parameters.
       perplexity: Perplexity per token of the reference answers.
       rouge_l: Mean ROUGE-L of the seeds, from 0 to 100.
-      error: Its standard error over the examples.
+      error: The standard error over the examples, the mean of the seeds'.
     """
 
     layers: str
@@ -141,7 +141,7 @@ def _measure(config: Config, layers: str, rank: int | None) -> Measured:
         parameters,
         float(np.mean([row.perplexity for row in scores])),
         float(np.mean([row.rouge_l for row in scores])),
-        float(np.mean([row.rouge_l_error for row in scores])),  # the examples are the same for all seeds
+        float(np.mean([row.rouge_l_error for row in scores])),
     )
 
 
