@@ -103,6 +103,11 @@ class DebertaConfig:
         return shape
 
     @property
+    def positions(self) -> int | None:
+        """The maximum number of tokens; None without absolute positions."""
+        return self.max_position_embeddings if self.position_biased_input else None
+
+    @property
     def span(self) -> int:
         """The number of relative positions of each sign."""
         return self.position_buckets or self.max_distance
@@ -252,11 +257,6 @@ class Deberta(nnx.Module):
         self.encoder = Encoder(config, options, dropout=dropout, rngs=rngs)
 
     @property
-    def positions(self) -> int | None:
-        """The maximum number of tokens; None without absolute positions."""
-        return self.config.max_position_embeddings if self.config.position_biased_input else None
-
-    @property
     def shape(self) -> Shape:
         """The sizes that those of virtual tokens follow from."""
         heads, width = self.config.num_attention_heads, self.config.hidden_size
@@ -287,8 +287,8 @@ class Deberta(nnx.Module):
           ValueError: There are more tokens than absolute positions.
         """
         count = virtual.in_sequence + tokens_BL.shape[1]
-        if self.positions is not None and count > self.positions:
-            raise ValueError(f"{count} tokens, {self.positions} positions")
+        if self.config.positions is not None and count > self.config.positions:
+            raise ValueError(f"{count} tokens, {self.config.positions} positions")
         types_BL = jnp.zeros_like(tokens_BL) if types_BL is None else types_BL
         x_BLD = self.embeddings(tokens_BL, types_BL, virtual)
         return self.encoder(x_BLD, virtual.pad(mask_BL.astype(bool), True), virtual)
