@@ -12,14 +12,15 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 import lora_jax as lora
 from experiments import command_line, configs, run
 from experiments.configs.comparison import Comparison
 from experiments.configs.which_weights import Config as WhichWeights
-from experiments.reports.page import command
+from experiments.reports.page import Grid, Page, command
 from experiments.reports.results import Outcome
-from experiments.studies import joint
+from experiments.studies import intrinsic_dimension, joint
 from experiments.studies.comparison import figures, judge, program
 from experiments.studies.comparison.description import Row, Study, Summary
 from experiments.studies.problem import HEAD, accuracy, answers, load
@@ -257,6 +258,46 @@ def test_verdicts():
     assert summary("half", [0.5, np.nan]).diverged == 1
 
 
+def test_a_finding_has_a_reason_only_if_it_is_not_observed(tmp_path):
+    high, low = summary("high", [0.8, 0.81]), summary("low", [0.7, 0.71])
+    observed, refuted = (judge.better("wins", *pair).because("chance") for pair in ((high, low), (low, high)))
+    assert observed.reason == "" and "reason" not in str(observed)
+    assert refuted.reason == "chance" and str(refuted).endswith("Likely reason: chance")
+    grid = Grid(["method"], [["LoRA"]])
+    page = Page("LoRA wins.", "a paper", "", grid, [observed, refuted], lambda figure: None)
+    page.publish(Config(out=tmp_path), {"devices": ["cpu"], "versions": {"jax": "1"}}, Console(quiet=True))
+    assert (tmp_path / "README.md").read_text().count("Likely reason: chance") == 1
+    findings = json.loads((tmp_path / "run.json").read_text())["findings"]
+    assert [finding["reason"] for finding in findings] == ["", "chance"]
+
+
+def test_the_intrinsic_dimension():
+    head = dataclasses.replace(summary("head", [0.6]), row=Row("head alone", {}, position=0))
+
+    def subspaces(form, scores):
+        return [
+            dataclasses.replace(summary(form, [score]), row=Row(form, {}, (1e-3,), form, position=size))
+            for size, score in scores.items()
+        ]
+
+    said = subspaces(intrinsic_dimension.SAID, {16: 0.62, 128: 0.69, 1024: 0.71})
+    plain = subspaces(intrinsic_dimension.PLAIN, {16: 0.6, 128: 0.62, 1024: np.nan})
+    rows = [head, *said, *plain, summary("full", [0.7])]
+    names = ("90 % of the score", "90 % of the gain")
+    assert intrinsic_dimension.thresholds(rows)[names[0]].mean == pytest.approx(63)
+    assert intrinsic_dimension.thresholds(rows)[names[1]].mean == pytest.approx(69)
+    sizes = intrinsic_dimension.d90([*rows[:-1], summary("full", [0.699])])
+    assert sizes == {
+        intrinsic_dimension.SAID: dict(zip(names, (128, 128))),
+        intrinsic_dimension.PLAIN: dict(zip(names, (None, None))),
+    }
+    few = intrinsic_dimension.d90([*rows[:-1], summary("full", [0.65])])  # the head alone reaches 58.5
+    assert [size[names[0]] for size in few.values()] == [0, 0]
+    cells = intrinsic_dimension.grid(rows).rows
+    assert cells[1][-3:-1] == ["none", "none"] and "diverged" in cells[1]
+    assert {len(cell) for cell in cells} == {len(intrinsic_dimension.grid(rows).header)}
+
+
 def test_the_error_is_paired_over_examples_and_seeds():
     one, other = summary("one", [0.8, 0.6, 0.7]), summary("other", [0.7, 0.5, 0.6])
     points, error = judge.difference(one, other)
@@ -276,6 +317,7 @@ def test_what_the_user_can_put_right_is_one_sentence(tmp_path, capsys):
         (["which-weights", "--budget", "7"], "budget must be a multiple of 12"),
         (["rank", "--seeds", "0"], "seeds must be positive"),
         (["low-data", "--sizes", "10", "20"], "size_epochs must be a positive number for each of the 2 sizes"),
+        (["intrinsic", "--dimensions", "32", "16"], "dimensions must be ascending, not 32 16"),
         (["low-data", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path)], "no such data directory"),
     ):
         assert run.main(flags) == 2

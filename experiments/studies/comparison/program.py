@@ -26,7 +26,7 @@ def run(config: Comparison, study: Study) -> list[Summary]:
     page = Page(
         claim=study.claim,
         source=study.source,
-        conditions=_conditions(config, problem, summaries),
+        conditions=_conditions(config, problem, study.note, summaries),
         grid=report.grid(summaries, study.paper) if study.grid is None else study.grid(summaries),
         findings=study.findings(summaries),
         draw=lambda figure: study.draw(figure, summaries),
@@ -37,12 +37,12 @@ def run(config: Comparison, study: Study) -> list[Summary]:
     return summaries
 
 
-def _conditions(config: Comparison, problem: Problem, summaries: list[Summary]) -> str:
+def _conditions(config: Comparison, problem: Problem, note: str, summaries: list[Summary]) -> str:
     minutes = sum(outcome.seconds for summary in summaries for outcome in summary.results) / 60
     seeds = "one seed" if config.seeds == 1 else f"mean ± standard deviation of {config.seeds} seeds"
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in problem.splits.items())
     return (
         f"{config.model} on {config.data}; examples: {sizes}; {seeds}. Validation examples select the head's penalty, "
-        "learning rates and the rows that findings compare; test examples are those of the table. The head is trained "
-        f"in every row and not counted. The runs of the table took {minutes:.0f} minutes of training."
+        f"learning rates and the rows that findings compare; test examples are those of the table. {note} The runs of "
+        f"the table took {minutes:.0f} minutes of training."
     )

@@ -1,0 +1,93 @@
+"""The intrinsic dimension d₉₀ from the accuracies of subspaces: thresholds, table, figure and findings."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from matplotlib.figure import Figure
+
+from experiments.reports.findings import Finding
+from experiments.reports.page import Grid
+from experiments.studies.comparison import figures, report
+from experiments.studies.comparison.description import Summary
+from experiments.studies.comparison.judge import best, better
+
+SAID, PLAIN = "a scale for each layer (SAID)", "plain"
+_PAPER = {SAID: "207: RoBERTa-large on MRPC", PLAIN: "750: a fully connected network on MNIST"}
+_SCORE, _GAIN = "90 % of the score", "90 % of the gain"
+_SHORT = "few steps are trained here, and random directions need more of them than full fine-tuning"
+_SCALES = "scales start from 1 and train at the rate of the coordinates, so that few steps hardly move them"
+
+
+def thresholds(summaries: Sequence[Summary]) -> dict[str, Summary]:
+    """Returns what d₉₀ compares with, example by example: 90 % of full fine-tuning's score, or of its gain over the
+    head alone.
+
+    Args:
+      summaries: The head alone, the subspaces, and full fine-tuning.
+    """
+    head, full = summaries[0], summaries[-1]
+    return {
+        name: replace(
+            full,
+            row=replace(full.row, name=name),
+            correct=[share * head.correct[0] + 0.9 * right for right in full.correct],
+        )
+        for name, share in ((_SCORE, 0.0), (_GAIN, 0.1))
+    }
+
+
+def d90(summaries: Sequence[Summary]) -> dict[str, dict[str, int | None]]:
+    """Returns the smallest dimension of each form whose mean accuracy reaches a threshold, by form and threshold.
+
+    It is 0 if the head alone reaches it, and None if no dimension does.
+    """
+    return {
+        form: {
+            name: next((int(row.x) for row in (summaries[0], *group) if row.mean >= threshold.mean), None)
+            for name, threshold in thresholds(summaries).items()
+        }
+        for form, group in _forms(summaries).items()
+    }
+
+
+def grid(summaries: Sequence[Summary]) -> Grid:
+    """Returns the accuracies by form and dimension, between those of the head alone and of all weights, and d₉₀."""
+    groups, dimensions = _forms(summaries), d90(summaries)
+    sizes = [f"d = {row.x:,.0f}" for row in next(iter(groups.values()))]
+    header = ["test accuracy, %", "head alone", *sizes, "all weights", *(f"d₉₀, {name}" for name in (_SCORE, _GAIN))]
+    cells = [
+        [
+            form,
+            *(report.score(row) for row in (summaries[0], *group, summaries[-1])),
+            *("none" if size is None else f"{size:,}" for size in dimensions[form].values()),
+            _PAPER[form],
+        ]
+        for form, group in groups.items()
+    ]
+    return Grid([*header, "papers: d₉₀ of the score"], cells)
+
+
+def draw(figure: Figure, summaries: Sequence[Summary]) -> None:
+    """Draws the accuracy by dimension, with full fine-tuning and the thresholds as horizontal lines."""
+    figures.lines(figure, summaries[:-1], xlabel="d, trained coordinates of the random subspace")
+    (axes,) = figure.axes
+    for row, style in zip((summaries[-1], *thresholds(summaries).values()), ("-", ":", "-.")):
+        axes.axhline(row.mean, color="#888888", linestyle=style, label=row.row.name)
+    axes.legend(fontsize=8, edgecolor="none", framealpha=0.85)
+
+
+def findings(summaries: Sequence[Summary]) -> list[Finding]:
+    """Compares the subspaces with 90 % of the gain, and both forms at the same dimension."""
+    groups, gain = _forms(summaries), thresholds(summaries)[_GAIN]
+    one, other = (group[len(group) // 2] for group in (groups[SAID], groups[PLAIN]))
+    return [
+        *(
+            better(f"a subspace reaches {_GAIN} of full fine-tuning, {form}", best(group), gain).because(_SHORT)
+            for form, group in groups.items()
+        ),
+        better("a scale for each layer is better than as many coordinates more", one, other).because(_SCALES),
+    ]
+
+
+def _forms(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
+    return {form: [row for row in summaries if row.row.series == form] for form in (SAID, PLAIN)}
