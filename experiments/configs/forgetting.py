@@ -28,7 +28,7 @@ class Config:
         "steps": 2,
         "length": 128,
         "examples": 4,
-        "characters": 200,
+        "characters": 100,
     }
 
     model: str = "smollm2-135m"

@@ -27,7 +27,7 @@ class Measured:
     Attributes:
       name: The name of the run.
       series: The method.
-      lr: The peak learning rate; None for the base.
+      lr: The peak learning rate; 0 for the base.
       parameters: The number of trained parameters.
       seconds: Time of training.
       task: The losses of held-out examples of the new task.
@@ -36,7 +36,7 @@ class Measured:
 
     name: str
     series: str
-    lr: float | None
+    lr: float
     parameters: int
     seconds: float
     task: Losses
@@ -66,9 +66,8 @@ def _grid(base: Measured, trained: Sequence[Measured]) -> Grid:
     rows = [[base.name, "–", "–", f"{base.task.mean:.3f}", "–", f"{base.other.mean:.3f}", "–"]]
     for row in trained:
         gain, forgotten = (f"{value:+.3f} ± {error:.3f}" for value, error in _changes(base, row))
-        rate = "–" if row.lr is None else short(row.lr)
         losses = f"{row.task.mean:.3f}", f"{row.other.mean:.3f}"
-        rows.append([row.name, f"{row.parameters:,}", rate, losses[0], gain, losses[1], forgotten])
+        rows.append([row.name, f"{row.parameters:,}", short(row.lr), losses[0], gain, losses[1], forgotten])
     return Grid(header, rows)
 
 

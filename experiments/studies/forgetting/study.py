@@ -21,6 +21,21 @@ from experiments.studies.sft.report import ADAPTER, BEST
 from experiments.training import outputs, processes
 
 
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A run of the study.
+
+    Attributes:
+      series: The method.
+      lr: The peak learning rate; 0 for the base, which is not trained.
+      config: The config of its training.
+    """
+
+    series: str
+    lr: float
+    config: sft.Config
+
+
 @outputs.exclusive
 def run(config: Config) -> list[Measured]:
     """Runs or resumes the study, prints a table and findings, and writes a page, a figure and a JSON record.
@@ -33,38 +48,38 @@ def run(config: Config) -> list[Measured]:
     console = processes.console()
     minutes = "" if config.fast else f"; with the default settings about {config.MINUTES} minutes"
     console.print(f"{len(variants)} runs{minutes}; after an interruption, the same command resumes", soft_wrap=True)
-    _, some = next(iter(variants.values()))
-    examples = read_examples(config, some)
+    some = next(iter(variants.values()))
+    examples = read_examples(config, some.config)
     rows = []
-    for name, (series, run_config) in {BASE: (BASE, some), **variants}.items():
+    for name, variant in {BASE: Variant(BASE, 0.0, some.config), **variants}.items():
         console.rule(name)
-        rows.append(_measure(name, series, run_config, examples, config.out / _file(name)))
+        rows.append(_measure(name, variant, examples, config.out / _file(name)))
     report.page(config, rows).publish(config, provenance.record(config), console)
     return rows
 
 
-def _variants(config: Config) -> dict[str, tuple[str, sft.Config]]:
-    """Returns the series and the config of each run by its name."""
-    largest: dict[str, Any] = {"rank": max(config.ranks), "lr": max(config.lr)}
-    adapted = {
-        f"LoRA, r = {rank}, rate {rate:g}": (LORA, {"rank": rank, "lr": rate})
-        for rank in config.ranks
-        for rate in config.lr
-    }
-    full = {f"full fine-tuning, rate {rate:g}": (FULL, {"method": "full", "lr": rate}) for rate in config.full_lr}
-    others = {
-        f"LoRA on attention, r = {largest['rank']}": (ATTENTION, largest | {"targets": ("attention",)}),
-        f"DoRA, r = {largest['rank']}": (DORA, largest | {"method": "dora"}),
-    }
-    variants = adapted | others | full
-    return {name: (series, _run_config(config, name, fields)) for name, (series, fields) in variants.items()}
+def _variants(config: Config) -> dict[str, Variant]:
+    """Returns the runs by name."""
+    largest, lr = max(config.ranks), max(config.lr)
+    runs: list[tuple[str, str, float, dict[str, Any]]] = [
+        *(
+            (f"LoRA, r = {rank}, rate {rate:g}", LORA, rate, {"rank": rank})
+            for rank in config.ranks
+            for rate in config.lr
+        ),
+        (f"LoRA on attention, r = {largest}", ATTENTION, lr, {"rank": largest, "targets": ("attention",)}),
+        (f"DoRA, r = {largest}", DORA, lr, {"rank": largest, "method": "dora"}),
+        *((f"full fine-tuning, rate {rate:g}", FULL, rate, {"method": "full"}) for rate in config.full_lr),
+    ]
+    return {name: Variant(series, lr, _run_config(config, name, lr, fields)) for name, series, lr, fields in runs}
 
 
-def _run_config(config: Config, name: str, fields: Mapping[str, Any]) -> sft.Config:
+def _run_config(config: Config, name: str, lr: float, fields: Mapping[str, Any]) -> sft.Config:
     return dataclasses.replace(
         sft.DEFAULTS,
         model=config.model,
         data=config.data,
+        lr=lr,
         steps=config.steps,
         length=config.length,
         validation_examples=0,
@@ -76,20 +91,21 @@ def _run_config(config: Config, name: str, fields: Mapping[str, Any]) -> sft.Con
     )
 
 
-def _measure(name: str, series: str, config: sft.Config, examples: Examples, path: Path) -> Measured:
+def _measure(name: str, variant: Variant, examples: Examples, path: Path) -> Measured:
     """Trains and measures a run, or reads its measurements."""
+    config = variant.config
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("out", "fresh")}
     digest = hashlib.sha256(json.dumps([settings, examples.digest], default=str).encode()).hexdigest()
     stored = read_json(path, dict) if path.exists() else {}
     if stored.pop("settings", None) == digest:
-        losses = {key: Losses(**stored.pop(key)) for key in ("task", "other")}
-        return Measured(**stored, **losses)
-    if series == BASE:
-        measured = Measured(name, series, None, 0, 0.0, *measure(config, None, examples))
-    else:
+        task, other = (Losses(**stored.pop(part)) for part in ("task", "other"))
+        return Measured(**stored, task=task, other=other)
+    adapter, parameters, seconds = None, 0, 0.0
+    if variant.series != BASE:
         trained = study.run(config)
-        task, other = measure(config, config.out / ADAPTER, examples)
-        measured = Measured(name, series, config.lr, trained.trained_parameters, trained.seconds, task, other)
+        adapter, parameters, seconds = config.out / ADAPTER, trained.trained_parameters, trained.seconds
+    task, other = measure(config, adapter, examples)
+    measured = Measured(name, variant.series, variant.lr, parameters, seconds, task, other)
     write_json(path, {"settings": digest} | dataclasses.asdict(measured))
     outputs.clear(config.out, BEST, "checkpoints")  # with full fine-tuning, gigabytes
     return measured
