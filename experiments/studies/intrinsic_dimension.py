@@ -51,20 +51,21 @@ def d90(summaries: Sequence[Summary]) -> dict[str, dict[str, int | None]]:
 
 
 def grid(summaries: Sequence[Summary]) -> Grid:
-    """Returns the accuracies by form and dimension, between those of the head alone and of all weights, and d₉₀."""
+    """Returns the accuracies by dimension, from the head alone to all weights, and d₉₀; a column for each form."""
     groups, dimensions = _forms(summaries), d90(summaries)
-    sizes = [f"d = {row.x:,.0f}" for row in next(iter(groups.values()))]
-    header = ["test accuracy, %", "head alone", *sizes, "all weights", *(f"d₉₀, {name}" for name in (_SCORE, _GAIN))]
-    cells = [
-        [
-            form,
-            *(report.score(row) for row in (summaries[0], *group, summaries[-1])),
-            *("none" if size is None else f"{size:,}" for size in dimensions[form].values()),
-            _PAPER[form],
-        ]
-        for form, group in groups.items()
+    head, *_, full = summaries
+    names = [head.row.name, *(f"d = {row.x:,.0f}" for row in groups[PLAIN]), full.row.name]
+    rows = [
+        [name, *map(report.score, row)]
+        for name, row in zip(names, zip(*([head, *group, full] for group in groups.values())))
     ]
-    return Grid([*header, "papers: d₉₀ of the score"], cells)
+    reached = [[f"d₉₀: {name}", *(_text(dimensions[form][name]) for form in groups)] for name in (_SCORE, _GAIN)]
+    papers = ["papers' d₉₀ of the score", *(_PAPER[form] for form in groups)]
+    return Grid(["test accuracy, %", *groups], [*rows, *reached, papers])
+
+
+def _text(dimension: int | None) -> str:
+    return "none of these" if dimension is None else f"{dimension:,}"
 
 
 def draw(figure: Figure, summaries: Sequence[Summary]) -> None:
@@ -77,16 +78,27 @@ def draw(figure: Figure, summaries: Sequence[Summary]) -> None:
 
 
 def findings(summaries: Sequence[Summary]) -> list[Finding]:
-    """Compares the subspaces with 90 % of the gain, and both forms at the same dimension."""
+    """Compares d₉₀ with the papers', the subspaces with 90 % of the gain, and both forms at the same dimension."""
     groups, gain = _forms(summaries), thresholds(summaries)[_GAIN]
     one, other = (group[len(group) // 2] for group in (groups[SAID], groups[PLAIN]))
     return [
+        _few(summaries),
         *(
             better(f"a subspace reaches {_GAIN} of full fine-tuning, {form}", best(group), gain).because(_SHORT)
             for form, group in groups.items()
         ),
         better("a scale for each layer is better than as many coordinates more", one, other).because(_SCALES),
     ]
+
+
+def _few(summaries: Sequence[Summary]) -> Finding:
+    """Judges the papers' claim: fewer than 1,000 coordinates reach 90 % of the score."""
+    sizes = {form: reached[_SCORE] for form, reached in d90(summaries).items()}
+    few = any(size is not None and size < 1000 for size in sizes.values())
+    figures = "; ".join(f"d₉₀ {_text(size)}, {form}" for form, size in sizes.items())
+    scores = f"{_SCORE} is {thresholds(summaries)[_SCORE].mean:.1f}, and the head alone has {summaries[0].mean:.1f}"
+    claim = f"fewer than 1,000 coordinates reach {_SCORE}"
+    return Finding(claim, "observed" if few else "not observed", f"{figures}; {scores}").because(_SHORT)
 
 
 def _forms(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:

@@ -282,20 +282,23 @@ def test_the_intrinsic_dimension():
 
     said = subspaces(intrinsic_dimension.SAID, {16: 0.62, 128: 0.69, 1024: 0.71})
     plain = subspaces(intrinsic_dimension.PLAIN, {16: 0.6, 128: 0.62, 1024: np.nan})
-    rows = [head, *said, *plain, summary("full", [0.7])]
+    rows = [head, *said, *plain, summary("full", [0.699])]
     names = ("90 % of the score", "90 % of the gain")
-    assert intrinsic_dimension.thresholds(rows)[names[0]].mean == pytest.approx(63)
-    assert intrinsic_dimension.thresholds(rows)[names[1]].mean == pytest.approx(69)
-    sizes = intrinsic_dimension.d90([*rows[:-1], summary("full", [0.699])])
-    assert sizes == {
+    assert intrinsic_dimension.thresholds(rows)[names[0]].mean == pytest.approx(62.91)
+    assert intrinsic_dimension.thresholds(rows)[names[1]].mean == pytest.approx(68.91)
+    assert intrinsic_dimension.d90(rows) == {
         intrinsic_dimension.SAID: dict(zip(names, (128, 128))),
         intrinsic_dimension.PLAIN: dict(zip(names, (None, None))),
     }
     few = intrinsic_dimension.d90([*rows[:-1], summary("full", [0.65])])  # the head alone reaches 58.5
     assert [size[names[0]] for size in few.values()] == [0, 0]
+    claims = intrinsic_dimension.findings(rows)
+    assert claims[0].verdict == "observed" and "head alone has 60.0" in claims[0].figures
+    assert len(claims) == 4 and all(claim.reason for claim in claims if claim.verdict == "not observed")
     cells = intrinsic_dimension.grid(rows).rows
-    assert cells[1][-3:-1] == ["none", "none"] and "diverged" in cells[1]
-    assert {len(cell) for cell in cells} == {len(intrinsic_dimension.grid(rows).header)}
+    dimensions = ["128", "none of these"]
+    assert [row[1:] for row in cells[3:7]] == [["71.0", "diverged"], ["69.9"] * 2, dimensions, dimensions]
+    assert cells[0] == ["head alone", "60.0", "60.0"] and cells[1][0] == "d = 16"
 
 
 def test_the_error_is_paired_over_examples_and_seeds():

@@ -123,8 +123,9 @@ def _draw(figure: Figure, base: Measured, trained: Sequence[Measured]) -> None:
         axes.errorbar(x, y, y_errors, x_errors, fmt="o", color=color, elinewidth=1, capsize=2, label=series)
     for row in trained:
         (gain, _), (increase, _) = _changes(base, row)
-        label = f"{row.lr:g}" if row.series == FULL else row.name.removeprefix("LoRA, ")
-        axes.annotate(label, (increase, gain), xytext=(5, 5), textcoords="offset points", fontsize=7)
+        if row.series in (LORA, FULL):  # with several runs
+            label = row.name.removeprefix(f"{row.series}, ")
+            axes.annotate(label, (increase, gain), xytext=(5, 5), textcoords="offset points", fontsize=7)
     axes.axvline(0, color="#999999", linewidth=1)
     axes.set(xlabel="forgotten: increase of the loss of other text, nats per token")
     axes.set(ylabel="gain: decrease of the loss of the new task, nats per token")
