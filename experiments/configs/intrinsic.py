@@ -26,6 +26,9 @@ class Config(Comparison):
     out: Path = Path("runs/intrinsic")
     """The output directory. Runs that it already holds are resumed or read, not repeated."""
 
+    train_examples: int | None = 1600
+    """Number of training examples, from the beginning of the file. None uses all."""
+
     dimensions: tuple[int, ...] = (16, 128, 1024, 8192)
     """The numbers of trained coordinates."""
 

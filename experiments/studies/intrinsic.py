@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 
 import lora_jax as lora
 from experiments.baselines import intrinsic
 from experiments.configs.intrinsic import Config
+from experiments.errors import UserError
 from experiments.studies import intrinsic_dimension
 from experiments.studies.comparison import program
 from experiments.studies.comparison.description import Row, Study, Summary
@@ -40,7 +42,16 @@ class InSubspace:
 
 
 def rows(config: Config, problem: Problem) -> list[Row]:
-    """Returns the head alone, both forms at each dimension, and full fine-tuning."""
+    """Returns the head alone, both forms at each dimension, and full fine-tuning.
+
+    Raises:
+      UserError: The smallest dimension is too small for the scales of all layers.
+    """
+    smallest = partial(intrinsic.init, dimension=min(config.dimensions), pattern=_MOVED, layers=True)
+    try:
+        jax.eval_shape(smallest, jax.random.key(0), problem.base)
+    except ValueError as error:
+        raise UserError(f"dimensions: {error}") from None
     subspaces = [
         Row(
             f"{form}, d = {dimension:,}",

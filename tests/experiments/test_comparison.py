@@ -17,10 +17,12 @@ from rich.console import Console
 import lora_jax as lora
 from experiments import command_line, configs, run
 from experiments.configs.comparison import Comparison
+from experiments.configs.intrinsic import Config as Intrinsic
 from experiments.configs.which_weights import Config as WhichWeights
+from experiments.errors import UserError
 from experiments.reports.page import Grid, Page, command
 from experiments.reports.results import Outcome
-from experiments.studies import intrinsic_dimension, joint
+from experiments.studies import intrinsic, intrinsic_dimension, joint
 from experiments.studies.comparison import figures, judge, program
 from experiments.studies.comparison.description import Row, Study, Summary
 from experiments.studies.problem import HEAD, accuracy, answers, load
@@ -307,6 +309,12 @@ def test_the_error_is_paired_over_examples_and_seeds():
     assert points == pytest.approx(10)
     by_example = np.mean([np.array(a, float) - b for a, b in zip(one.correct, other.correct)], axis=0)
     assert error == pytest.approx(100 * by_example.std(ddof=1) / np.sqrt(1000))  # the seeds agree
+
+
+def test_a_subspace_has_more_coordinates_than_layers(settings):
+    problem = load(settings.model, settings.data, dict.fromkeys(("train", "test")), settings.lengths, str)
+    with pytest.raises(UserError, match="dimensions: dimension=2, expected more than the 2 scales"):
+        intrinsic.rows(Intrinsic(dimensions=(2, 16)), problem)
 
 
 def test_the_page_states_the_command():
