@@ -29,10 +29,10 @@ class Config(Comparison):
     train_examples: int | None = 1600
     """Number of training examples, from the beginning of the file. None uses all."""
 
-    dimensions: tuple[int, ...] = (16, 128, 1024, 8192)
+    dimensions: tuple[int, ...] = (128, 1024, 8192)
     """The numbers of trained coordinates."""
 
-    lr: tuple[float, ...] = (0.3, 1.0)
+    lr: tuple[float, ...] = (0.1, 0.3)
     """Peak learning rates of the coordinates, times the root of their number: about the distance that a step moves all
     weights. Validation selects one for each row."""
 
