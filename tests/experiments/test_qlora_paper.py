@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from experiments import command_line, execution
+from experiments.configs import sft
 from experiments.models import location
 from experiments.studies import all_linear, all_linear_paper, datatypes
 from experiments.studies.all_linear_paper import Measured
@@ -91,6 +92,25 @@ def test_flags_win_over_the_preset(alpaca):
     assert (types.rank, types.schedule, types.steps, types.alpha) == (16, "linear", 24, 16)
     layers = parsed("all-linear", "--paper", "--model", "llama", *data, "--lr", "3e-3", "--ranks", 2, 8, 32)
     assert (layers.lr, layers.ranks, layers.clip) == (3e-3, (2, 8, 32), 0.3)
+
+
+def test_the_default_settings_of_runs():
+    """Which determine whether results of data types are read again."""
+    config = type(command_line.find_config("datatypes").DEFAULTS)()
+    expected = sft.Config(
+        data=config.data,
+        train_on="all",
+        lr=1e-3,
+        epochs=24,
+        steps=24,
+        eval_every=24,
+        eval_share=0.9,
+        validation_examples=60,
+        samples=0,
+        quantize="nf4",
+        out=config.out / "nf4-double",
+    )
+    assert datatypes._run_config(config, "nf4, double", {"quantize": "nf4"}) == expected
 
 
 def test_verdicts():

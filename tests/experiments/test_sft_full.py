@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 import lora_jax as lora
 from experiments import run
-from experiments.configs import sft
+from experiments.configs import dpo, sft
 from experiments.configs.decoder import BatchSizes
 from experiments.errors import Preempted
 from experiments.models import families, location
@@ -100,6 +100,7 @@ def test_a_run_starts_from_trained_weights(finished, tmp_path):
 def test_the_learning_rate_is_that_of_full_fine_tuning():
     config, llama = sft.Config(method="full"), {"model_type": "llama", "hidden_size": 2000}
     assert config.model in config.SWEPT and choices.choose_rate(config, llama) == 5e-5
+    assert dpo.Config().lr == 1e-3 and choices.choose_rate(dpo.Config(method="full"), llama) == 5e-5
 
 
 @pytest.mark.parametrize(("on_host", "copies"), [(False, 4), (True, 2)])
