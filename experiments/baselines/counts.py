@@ -39,7 +39,7 @@ def _roberta(width: int, layers: int, attention_heads: int) -> Any:
 
 
 def _deberta_xxl() -> Any:
-    # The model has a convolution beside its first layer in addition, which none of the rows trains.
+    # Without the convolution beside the first layer, which none of the rows trains and stacked layers do not have.
     sizes = {"share_att_key": True, "pos_att_type": ("p2c", "c2p"), "position_buckets": 256}
     shape = deberta.DebertaConfig(
         128100, 1536, 48, 24, 6144, 512, position_biased_input=False, norm_rel_ebd="layer_norm", **sizes
@@ -159,6 +159,21 @@ def _gpt_lora(rank: int, weights: str = "qv") -> dict[str, lora.Recipe]:
     return spec | (_lora("attention/output", rank) if "o" in weights else {})
 
 
+def _bottleneck(size: int, pattern: str, *, norm: bool = False) -> Callable[[Any], dict[str, lora.Recipe]]:
+    recipe = lora.Bottleneck(size, "relu", norm=norm, axes=("batch", "in", "out"))
+    return lambda _: {rf"({pattern})/kernel$": recipe}
+
+
+_HOULSBY, _LATE = "attention/output|feed_forward/down", "feed_forward/down"
+"""After attention's output and the feed-forward's; after the latter only (Lin, with a normalization, and Pfeiffer)."""
+
+
+def _adapter_drop(size: int, layers: range) -> Callable[[Any], dict[str, lora.Recipe]]:
+    """Returns the spec of Pfeiffer adapters in some of the layers, which are not stacked."""
+    pattern = rf"layers/({'|'.join(map(str, layers))})/{_LATE}/kernel$"
+    return lambda _: {pattern: lora.Bottleneck(size, axes=("in", "out"))}
+
+
 def _virtual(*names: str) -> dict[str, lora.Recipe]:
     return {f"^({'|'.join(names)})$": lora.Full()}
 
@@ -183,6 +198,8 @@ def _gpt3_rows() -> list[Row]:
         reason = "twice the truncated 301.9M" if printed == "603.8M" else ""
         spec = _gpt_lora(rank, weights)
         rows.append(Row(f"LoRA r_{weights}={rank}", "GPT-3", lambda _, spec=spec: spec, printed, reason))
+    for bottleneck, printed in ((1, "7.1M"), (4, "21.2M"), (8, "40.1M"), (16, "77.9M"), (64, "304.4M")):
+        rows.append(Row(f"Houlsby r={bottleneck}", "GPT-3", _bottleneck(bottleneck, _HOULSBY), printed))
     for length, printed in ((40, "0.4M"), (72, "0.9M"), (136, "1.7M"), (264, "3.2M"), (520, "6.4M")):
         virtual = ((prompt_tuning.NAME, length),)
         rows.append(Row(f"PreEmbed l={length}", "GPT-3", lambda _: _virtual("prompt"), printed, virtual=virtual))
@@ -205,12 +222,20 @@ def _gpt3_rows() -> list[Row]:
 def _encoder_rows() -> list[Row]:
     """The rows of Table 2 of the LoRA paper, and the heads that it leaves out."""
     misprint = "T10's r=8 is a misprint: the checkpoint, the scripts and T2 have r=16"
+    powers = "the figure is that of the matrices alone, in units of 2^20"
     rows = [
         Row("LoRA r_qv=8", "RoBERTa-base", lambda _: _lora("query|value", 8), "0.3M"),
         Row("LoRA r_qv=8", "RoBERTa-large", lambda _: _lora("query|value", 8), "0.8M"),
         Row("LoRA r_qv=16", "DeBERTa-XXL", lambda _: _lora("query|value", 16), "4.7M"),
         Row("LoRA r_qv=8", "DeBERTa-XXL", lambda _: _lora("query|value", 8), "4.7M", misprint),
         Row("BitFit", "RoBERTa-base", _backbone_biases, "0.1M"),
+        # The paper cites these without sizes: a sixteenth of the width is usual, and only 4 layers round to 0.3M.
+        Row("AdapterDrop r=48, last 4 layers", "RoBERTa-base", _adapter_drop(48, range(8, 12)), "0.3M", scan=False),
+        Row("AdapterDrop r=48, all layers", "RoBERTa-base", _adapter_drop(48, range(12)), "0.9M", scan=False),
+        Row("Pfeiffer r=16", "RoBERTa-large", _bottleneck(16, _LATE), "0.8M"),
+        Row("Pfeiffer r=64", "RoBERTa-large", _bottleneck(64, _LATE), "3.0M", powers),
+        Row("Houlsby r=8", "RoBERTa-large", _bottleneck(8, _HOULSBY), "0.8M"),
+        Row("Houlsby r=64", "RoBERTa-large", _bottleneck(64, _HOULSBY), "6.0M", powers),
     ]
     return rows + [
         Row("head of 3 classes", model, specs.head) for model in ("RoBERTa-base", "RoBERTa-large", "DeBERTa-XXL")
@@ -226,6 +251,7 @@ def _decoder_rows() -> list[Row]:
     budget = "the figure is 0.1 % of the model; the authors' checkpoint has the exact count"
     more = "the paper has about 98,304 more, 4 vectors of the model's width for each layer"
     neither = "the figure fits neither a tied nor an untied embedding of 50,257 tokens"
+    nearest = "the figure is that of Lin's adapters, to which a size of 112 comes nearest"
     biases = "the figure is 12 · width · layers; a layer has 11 vectors of biases, and the last normalization one"
     return [
         Row("LoRA r_qv=4", "GPT-2 M", lambda _: _gpt_lora(4), "0.35M", budget),
@@ -233,6 +259,11 @@ def _decoder_rows() -> list[Row]:
         Row("full", "GPT-2 M", lambda _: specs.full(), "354.92M", more),
         Row("full", "GPT-2 L", lambda _: specs.full(), "774.03M"),
         Row("top 2 layers", "GPT-2 M", specs.top_layers, "25.19M", scan=False),
+        Row("Lin r=6", "GPT-2 M", _bottleneck(6, _LATE, norm=True), "0.37M"),
+        Row("Lin r=224", "GPT-2 M", _bottleneck(224, _LATE, norm=True), "11.09M"),
+        Row("Houlsby r=112", "GPT-2 M", _bottleneck(112, _HOULSBY), "11.09M", nearest),
+        Row("Lin r=8", "GPT-2 L", _bottleneck(8, _LATE, norm=True), "0.88M"),
+        Row("Lin r=248", "GPT-2 L", _bottleneck(248, _LATE, norm=True), "23.00M"),
         Row("full", "GPT-3", lambda _: specs.full(), "175,255.8M", neither),
         Row("full", "GPT-3 untied", lambda _: specs.full(), "175,255.8M", neither),
         Row("BitFit", "GPT-3", specs.bitfit, "14.2M", biases),

@@ -1,10 +1,15 @@
-"""The settings that studies share which compare methods of sentence classification."""
+"""The settings that studies share which compare methods on a task of sentences, or pairs of sentences."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar, Self
+
+import tyro
 
 from experiments import settings
+from experiments.configs import papers
+from experiments.configs.papers import Preset
 
 
 @dataclass(frozen=True)
@@ -12,12 +17,14 @@ class Comparison:
     """A base class of configs.
 
     A subclass names its study, its minutes and the values of `fast` that differ from :data:`FAST`. In `out`, a
-    subclass states its directory.
+    subclass states its directory, and in `paper` the names of its presets.
     """
 
     STUDY: ClassVar[str]
     MINUTES: ClassVar[int]
     FAST: ClassVar[dict[str, object]] = {}
+    PRESETS: ClassVar[Mapping[str, Preset]] = {}
+    NO_PRESETS: ClassVar[str] = "this study has no setting of a paper; glue has those of the LoRA paper"
 
     out: Path = Path("runs/comparison")
     """The output directory. Runs that it already holds are resumed or read, not repeated."""
@@ -29,11 +36,19 @@ class Comparison:
     """The smallest complete study: few examples, one seed, small settings."""
 
     model: str = "all-MiniLM-L6-v2"
-    """The base: a directory in Hugging Face layout (BERT), a name on the Hugging Face Hub, or all-MiniLM-L6-v2, which a
-    Python package provides."""
+    """The base: a directory in Hugging Face layout (BERT, RoBERTa, DeBERTa and so on), a name on the Hugging Face Hub,
+    or all-MiniLM-L6-v2, which a Python package provides."""
 
     data: str = "debian_sections"
-    """The data: debian_sections, which is shipped, or a directory in the quickstart's format."""
+    """The data: debian_sections, which is shipped; a directory in the quickstart's format; or one of GLUE's tasks, as
+    in glue/rte:DIRECTORY, or glue/rte on the Hugging Face Hub. GLUE's test labels are secret: the table is of the
+    development examples, and the validation examples are held out from training, at most a tenth."""
+
+    paper: str | None = None
+    """The setting of the study's paper; this study has none that an encoder can run."""
+
+    settled: Annotated[bool, tyro.conf.Suppress] = False
+    """Whether the values of the paper are set, so that other values are the user's."""
 
     train_examples: int | None = 2000
     """Number of training examples, from the beginning of the file. None uses all."""
@@ -72,16 +87,26 @@ class Comparison:
     clip: float = 1.0
     """Maximum global norm of each run's gradients."""
 
+    weight_decay: float = 0.0
+    """Weight decay of AdamW; 0 is Adam."""
+
     checkpoint_every: int = 50
     """Training steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        settings.use_fast(self, FAST | {"out": Path(f"{type(self).out}-fast")} | self.FAST)
+        fast = FAST | {"out": Path(f"{type(self).out}-fast")} | self.FAST
+        if isinstance(self.paper, str) and not self.settled:
+            papers.apply(self, self.PRESETS, self.NO_PRESETS, fast)
+        settings.use_fast(self, fast)
         settings.positive(self, "train_examples", "validation_examples", "test_examples", "seeds", "epochs")
         settings.positive(self, "batch_size", "alpha", "clip", "checkpoint_every")
-        settings.not_negative(self, "seed")
+        settings.not_negative(self, "seed", "weight_decay")
         settings.fraction(self, "warmup", "label_smoothing")
         settings.lengths(self)
+
+    def preset(self) -> Self:
+        """Returns the settings of the paper for the model and the data, in place of the defaults."""
+        return type(self)(paper=self.paper, model=self.model, data=self.data, fast=self.fast)
 
 
 FAST = {
@@ -89,6 +114,7 @@ FAST = {
     "validation_examples": 32,
     "test_examples": 32,
     "seeds": 1,
+    "epochs": 1,
     "lengths": (14,),
 }
 """What `fast` sets in every comparison, unless it is set otherwise."""

@@ -19,6 +19,10 @@ class Config(Comparison):
 
     STUDY = "experiments.studies.dora"
     MINUTES = 20
+    NO_PRESETS = (
+        "DoRA's setting (table 8) is LLaMA on commonsense reasoning, which no encoder runs; run sft --methods "
+        "lora,dora --data commonsense:DIRECTORY --model with a Llama"
+    )
     FAST: ClassVar = {"ranks": (1, 2), "full_rank": 8}
 
     out: Path = Path("runs/dora")
@@ -27,8 +31,8 @@ class Config(Comparison):
     ranks: tuple[int, ...] = (2, 4, 8, 16)
     """The ranks; the middle one is that of DoRA's parts, and of the changes of magnitude and direction."""
 
-    full_rank: int = 384
-    """The rank of weight normalization: the width of the model."""
+    full_rank: int | None = None
+    """The rank of weight normalization; None is the width of the model."""
 
     lr: float = 3e-3
     """Peak learning rate of LoRA and DoRA, for the alpha of 32."""

@@ -2,10 +2,30 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from experiments import settings
+from experiments.configs import glue_papers, papers
 from experiments.configs.comparison import Comparison
+from experiments.configs.method_names import separated_by_commas
+
+METHODS = (
+    *("head", "bitfit", "top-layers", "full", "lora", "lora-linear", "houlsby", "pfeiffer"),
+    *("prefix", "prompt", "lora-prompt"),
+)
+Methods = Annotated[tuple[str, ...], separated_by_commas(METHODS)]
+_GPT3 = papers.gpt3(
+    "LoRA, tables 12 and 15",
+    lambda task: {
+        "^BitFit$": {"rates": (papers.GPT3_RATES["BitFit"],)},
+        "adapters": {"rates": (papers.GPT3_RATES["adapters"],)},
+        "^prompt": {"rates": (papers.GPT3_RATES["PreEmbed"],)},
+    },
+    methods=("head", "bitfit", "full", "lora", "houlsby", "prefix", "prompt"),
+    lr=(papers.GPT3_RATES["LoRA"],),
+    full_lr=(papers.GPT3_RATES["full"],),
+    prefix_lr=(papers.GPT3_RATES["PreLayer"],),
+)
 
 
 @dataclass(frozen=True)
@@ -15,15 +35,25 @@ class Config(Comparison):
     Full fine-tuning, BitFit, the top two layers, bottleneck adapters (Houlsby, Pfeiffer), prefix tuning, prompt tuning,
     LoRA, LoRA with a prompt, and the head alone. Of two learning rates, validation selects one for each row. The paper
     trains RoBERTa and DeBERTa on GLUE, and GPT-3 175B on WikiSQL and MNLI. Here all-MiniLM-L6-v2 classifies Debian
-    packages into sections.
+    packages into sections; --paper, with --model and --data, is the original setting.
     """
 
     STUDY = "experiments.studies.glue"
     MINUTES = 45
+    PRESETS: ClassVar = glue_papers.PRESETS | {"gpt-3": _GPT3}
     FAST: ClassVar = {"ranks": (2,), "linear_ranks": (1,), "sizes": (2,), "prefixes": (2,), "prompts": (2,)}
 
     out: Path = Path("runs/glue")
     """The output directory. Runs that it already holds are resumed or read, not repeated."""
+
+    paper: Literal["roberta-base", "roberta-large", "roberta-large-houlsby", "deberta-xxl", "gpt-3"] | None = None
+    """The setting of the LoRA paper on one of GLUE's tasks, with --model and --data: roberta-base and roberta-large
+    (table 9), roberta-large-houlsby (table 9, fixed length and batch size, with adapters), deberta-xxl (table 10), or
+    gpt-3 (table 12 on MNLI, for another model). Other flags win."""
+
+    methods: Methods = METHODS
+    """The methods to compare, separated by commas: head (alone), bitfit, top-layers, full, lora (on query and value),
+    lora-linear (on all linear layers), houlsby, pfeiffer, prefix, prompt, lora-prompt."""
 
     ranks: tuple[int, ...] = (1, 8, 64)
     """Ranks of LoRA on query and value."""

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from experiments import settings
+from experiments.configs import papers
 from experiments.configs.comparison import Comparison
 
 
@@ -18,11 +19,29 @@ class Config(Comparison):
     """
 
     STUDY = "experiments.studies.low_data"
+    PRESETS: ClassVar = {
+        "gpt-3": papers.gpt3(
+            "LoRA, tables 16 and 17",
+            lambda task: {
+                ", (100|1,000) examples$": {"batch_size": 20},
+                ", 10,000 examples$": {"batch_size": 100},
+            },
+            sizes=(100, 1000, 10_000, 391_702),
+            size_epochs=(40, 40, 4, 2),
+            lr=(papers.GPT3_RATES["LoRA"],),
+            full_lr=(papers.GPT3_RATES["full"],),
+            prefix_lr=(5e-5, 1e-4),
+        )
+    }
     MINUTES = 20
     FAST: ClassVar = {"sizes": (24, 48), "size_epochs": (1, 1)}
 
     out: Path = Path("runs/low-data")
     """The output directory. Runs that it already holds are resumed or read, not repeated."""
+
+    paper: Literal["gpt-3"] | None = None
+    """The setting of the paper: gpt-3 (tables 16 and 17) on MNLI, for --model instead of GPT-3 175B,
+    with --data glue/mnli or glue/mnli:DIRECTORY. Other flags win."""
 
     train_examples: int | None = 4000
     """Number of training examples, from the beginning of the file: the largest of the sizes. None uses all."""

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from experiments import settings
+from experiments.configs import papers
 from experiments.configs.comparison import Comparison
 
 
@@ -18,16 +19,23 @@ class Config(Comparison):
 
     STUDY = "experiments.studies.rank"
     MINUTES = 20
+    PRESETS: ClassVar = {
+        "gpt-3": papers.gpt3("LoRA, tables 6 and 12", lr=papers.GPT3_RATES["LoRA"], full_lr=papers.GPT3_RATES["full"])
+    }
     FAST: ClassVar = {"ranks": (1, 4), "full_rank": 8}
 
     out: Path = Path("runs/rank")
     """The output directory. Runs that it already holds are resumed or read, not repeated."""
 
+    paper: Literal["gpt-3"] | None = None
+    """The setting of the paper: gpt-3 (tables 6 and 12) on MNLI, for --model instead of GPT-3 175B,
+    with --data glue/mnli or glue/mnli:DIRECTORY. Other flags win."""
+
     ranks: tuple[int, ...] = (1, 2, 4, 8, 64)
     """The ranks: those of the paper."""
 
-    full_rank: int = 384
-    """The rank of LoRA on all linear layers that is compared with full fine-tuning: the width of the model."""
+    full_rank: int | None = None
+    """The rank of LoRA on all linear layers that is compared with full fine-tuning; None is the width of the model."""
 
     lr: float = 3e-3
     """Peak learning rate of LoRA, for the alpha of 32."""

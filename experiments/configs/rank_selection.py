@@ -19,6 +19,10 @@ class Config(Comparison):
 
     STUDY = "experiments.studies.rank_selection"
     MINUTES = 15
+    NO_PRESETS = (
+        "this study tests an open question of the LoRA paper, which has no setting for it; choose --model, --data and "
+        "--lr, or run glue --paper roberta-base"
+    )
     FAST: ClassVar = {"ranks": (1, 4), "energies": (0.9, 0.5)}
 
     out: Path = Path("runs/rank-selection")

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from experiments import settings
+from experiments.configs import papers
 from experiments.configs.comparison import Comparison
 
 
@@ -19,10 +20,15 @@ class Config(Comparison):
 
     STUDY = "experiments.studies.subspaces"
     MINUTES = 4
+    PRESETS: ClassVar = {"gpt-3": papers.gpt3("LoRA, figures 3 and 4, tables 7 and 12", lr=papers.GPT3_RATES["LoRA"])}
     FAST: ClassVar = {"rank": 1, "large_rank": 3, "seeds": 2}
 
     out: Path = Path("runs/subspaces")
     """The output directory. Runs that it already holds are resumed or read, not repeated."""
+
+    paper: Literal["gpt-3"] | None = None
+    """The setting of the paper: gpt-3 (figures 3 and 4, table 12) on MNLI, for --model instead of GPT-3 175B,
+    with --data glue/mnli or glue/mnli:DIRECTORY. Other flags win."""
 
     seeds: int = 2
     """Runs of each row, at least 2: the first two are compared."""

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from experiments import settings
+from experiments.configs import papers
 from experiments.configs.comparison import Comparison
 
 
@@ -19,14 +20,19 @@ class Config(Comparison):
 
     STUDY = "experiments.studies.which_weights"
     MINUTES = 20
+    PRESETS: ClassVar = {"gpt-3": papers.gpt3("LoRA, tables 5 and 12", budget=12, lr=papers.GPT3_RATES["LoRA"])}
     FAST: ClassVar = {"budget": 12}
 
     out: Path = Path("runs/which-weights")
     """The output directory. Runs that it already holds are resumed or read, not repeated."""
 
+    paper: Literal["gpt-3"] | None = None
+    """The setting of the paper: gpt-3 (tables 5 and 12) on MNLI, for --model instead of GPT-3 175B,
+    with --data glue/mnli or glue/mnli:DIRECTORY. Other flags win."""
+
     budget: int = 36
     """The rank of an adapter of one weight of attention; two weights get half of it each, and so on. A multiple of
-    12."""
+    12; the paper has 8, which three weights cannot share."""
 
     lr: float = 3e-3
     """Peak learning rate, for the alpha of 32."""

@@ -1,6 +1,7 @@
 """Labeled texts for encoders: a directory of tables with labels, or one of GLUE's tasks."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from experiments.input.official.glue_tasks import TASKS
 from experiments.tasks import examples
 from experiments.tasks.batching import NO_LABEL
 from experiments.tasks.examples import Examples
+
+_HELD_OUT = 1000  # held-out training examples, unless another number is asked for
 
 
 def load(data: str, split: str, limit: int | None = None) -> Examples:
@@ -44,22 +47,47 @@ def load(data: str, split: str, limit: int | None = None) -> Examples:
 
 
 def load_splits(
-    data: str, limits: Mapping[str, int | None], report: Callable[[str], None] = lambda line: None
+    data: str,
+    limits: Mapping[str, int | None],
+    report: Callable[[str], None] = lambda line: None,
+    *,
+    development: bool = False,
 ) -> dict[str, Examples]:
     """Reads several splits of a data set.
 
-    The validation examples take the place of test examples whose labels are secret, as in papers.
+    If the labels of the test examples are secret, the development examples take their place, as in papers, and
+    validation examples are held out from training. So nothing is selected on the examples that are reported.
 
     Args:
       data: See :func:`load`.
       limits: The number of examples of each split; None keeps all.
-      report: Called with a line on test examples whose labels are secret.
+      report: Called with a line on test examples that others replace.
+      development: Whether to do so even if the labels of the test examples are public (MRPC's may be), since papers
+        report the development examples.
 
     Raises:
       UserError: See :func:`load`.
     """
-    splits = {split: load(data, split, limit) for split, limit in limits.items()}
-    if "test" in splits and not splits["test"].are_labeled:
-        report(f"{data}: the labels of the test examples are secret; the validation examples take their place")
-        splits["test"] = splits.get("validation") or load(data, "validation", limits["test"])
-    return splits
+    if "test" not in limits or (not development and load(data, "test").are_labeled):
+        return {split: load(data, split, limit) for split, limit in limits.items()}
+    splits = {"test": replace(load(data, "validation", limits["test"]), is_development=True)}
+    why = "papers report the development examples" if development else "the labels of the test examples are secret"
+    line = f"{data}: {why}; the development examples take the place of test examples"
+    if len(limits) > 1:
+        train = load(data, "train")
+        if len(train) < 2:
+            raise UserError(f"{data}: one training example, expected more, of which some are held out for validation")
+        held_out = _held_out(len(train), limits.get("validation"))
+        rest = train.select(np.setdiff1d(np.arange(len(train)), held_out))
+        where = f"{data}, train without {len(held_out):,} held-out examples"
+        splits["train"] = examples.first(rest, limits.get("train"), where)
+        splits["validation"] = train.select(held_out)
+        line += f", and {len(held_out):,} of the {len(train):,} training examples, chosen at random, are for validation"
+    report(line)
+    return {split: splits[split] for split in limits}
+
+
+def _held_out(count: int, limit: int | None) -> np.ndarray:
+    """Returns the ascending indices of held-out training examples: at most a tenth of all, the same for every seed."""
+    size = max(1, min(count // 10, _HELD_OUT if limit is None else limit))
+    return np.sort(np.random.default_rng(0).permutation(count)[:size])

@@ -184,6 +184,11 @@ class Bert(nnx.Module):
         self.encoder = Encoder(config, options, dropout=dropout, rngs=rngs)
 
     @property
+    def positions(self) -> int:
+        """The maximum number of tokens."""
+        return self.config.positions
+
+    @property
     def shape(self) -> Shape:
         """The sizes that those of virtual tokens follow from."""
         heads, width = self.config.num_attention_heads, self.config.hidden_size

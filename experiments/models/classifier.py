@@ -1,4 +1,4 @@
-"""A sentence classifier: an encoder, the mean over its tokens, and a linear layer.
+"""A sentence classifier or regression: an encoder, the mean over its tokens, and a linear layer.
 
 The heads of transformers are in :mod:`experiments.models.heads`.
 """
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.models import bert
+from experiments.models import bert, checkpoint, deberta
 from experiments.models.virtual import NO_VIRTUAL, Virtual
 from lora_jax.peft import Names
 
@@ -26,7 +26,15 @@ class SentenceClassifier(nnx.Module):
       rngs: Required by the linear layer, not used.
     """
 
-    def __init__(self, encoder: bert.Bert, width: int, classes: int, separator: int | None = None, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        encoder: bert.Bert | deberta.Deberta,
+        width: int,
+        classes: int,
+        separator: int | None = None,
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.encoder, self.separator = encoder, separator
         self.classifier = nnx.Linear(width, classes, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
@@ -44,17 +52,18 @@ class SentenceClassifier(nnx.Module):
 
 
 def load(directory: Path, classes: int, separator: int | None = None) -> SentenceClassifier:
-    """Returns a classifier on the BERT encoder of a checkpoint in Hugging Face layout.
+    """Returns a classifier on the encoder of a checkpoint in Hugging Face layout: of BERT's family, or DeBERTa.
 
     Args:
       directory: The directory of the checkpoint.
-      classes: The number of classes.
+      classes: The number of classes; one output for a regression.
       separator: See :class:`SentenceClassifier`.
 
     Raises:
       UserError: The directory's config or weights are missing, damaged or of another architecture.
     """
-    encoder = bert.load(directory)
+    is_deberta = checkpoint.read_config(directory).get("model_type") == "deberta-v2"
+    encoder = deberta.load(directory) if is_deberta else bert.load(directory)
     return SentenceClassifier(encoder, encoder.config.hidden_size, classes, separator, rngs=nnx.Rngs(0))
 
 

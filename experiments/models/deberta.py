@@ -23,10 +23,11 @@ from experiments.models import checkpoint
 from experiments.models import config as config_json
 from experiments.models.bert_names import LINEARS, NORMS, embedding_weights, layer_weights
 from experiments.models.blocks import Attention, encoder_layers, products, split_heads
+from experiments.models.deberta_convolution import ACTIVATIONS, Convolution
 from experiments.models.norm import LayerNorm
 from experiments.models.options import DEFAULT, Options
 from experiments.models.virtual import NO_VIRTUAL, Shape, Virtual
-from lora_jax.peft import Names, Weight
+from lora_jax.peft import CONV1D, Names, Weight
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class DebertaConfig:
       position_buckets: The number of buckets of relative positions of each sign, coarser with distance; 0 has none.
       max_relative_positions: The maximum distance.
       norm_rel_ebd: 'layer_norm' normalizes the embeddings of relative positions, 'none' does not.
+      conv_kernel_size: The number of tokens under the convolution beside the first layer; 0 has none.
+      conv_act: The activation of the convolution.
     """
 
     vocab_size: int
@@ -57,6 +60,8 @@ class DebertaConfig:
     position_buckets: int = 0
     max_relative_positions: int = 0
     norm_rel_ebd: str = "none"
+    conv_kernel_size: int = 0
+    conv_act: str = "tanh"
     model_type: str = "deberta-v2"
 
     @classmethod
@@ -72,7 +77,9 @@ class DebertaConfig:
             "model_type": ("deberta-v2",),
             "hidden_act": ("gelu",),
             "pooler_hidden_act": ("gelu",),
-            "conv_kernel_size": (0,),
+            "conv_kernel_size": (0, 3, 5, 7),
+            "conv_groups": (1,),
+            "conv_act": tuple(ACTIVATIONS),
             "embedding_size": (width,),
             "pooler_hidden_size": (width,),
             "attention_head_size": (width // heads if isinstance(width, int) and isinstance(heads, int) else width,),
@@ -186,7 +193,11 @@ class DisentangledAttention(Attention):
 
 
 class Encoder(nnx.Module):
-    """The sequence of layers, and the embeddings of relative positions that all of them attend to."""
+    """The sequence of layers, and the embeddings of relative positions that all of them attend to.
+
+    Raises:
+      UserError: The layers are stacked, and a convolution would be beside the first one.
+    """
 
     def __init__(self, config: DebertaConfig, options: Options, *, dropout: float, rngs: nnx.Rngs):
         self.config, self.options = config, options
@@ -199,13 +210,25 @@ class Encoder(nnx.Module):
             return DisentangledAttention(config, options, dropout=dropout, rngs=rngs)
 
         self.layers = encoder_layers(config, attention, options, norm_first=False, dropout=dropout, rngs=rngs)
+        self.convolution = nnx.data(None)
+        if size := config.conv_kernel_size:
+            if options.scan:
+                raise UserError("a convolution beside the first layer needs unrolled layers, Options(scan=False)")
+            width, epsilon = config.hidden_size, config.layer_norm_eps
+            self.convolution = Convolution(width, size, config.conv_act, epsilon, options, dropout=dropout, rngs=rngs)
 
     def __call__(self, x_BLD: jax.Array, mask_BL: jax.Array, virtual: Virtual) -> jax.Array:
         relative_RD = self.relative(jnp.arange(2 * self.config.span))
         if self.relative_norm is not None:
             relative_RD = self.relative_norm(relative_RD)
         rows_LL = jnp.asarray(relative_rows(x_BLD.shape[1], self.config))
-        return virtual.run(self.layers, x_BLD, mask_BL, relative_RD, rows_LL, options=self.options)
+        shared = mask_BL, relative_RD, rows_LL
+        if self.convolution is None:
+            return virtual.run(self.layers, x_BLD, *shared, options=self.options)
+        first, *others = self.layers
+        after_BLD = virtual.of_layers(slice(1)).run([first], x_BLD, *shared, options=self.options)
+        x_BLD = self.convolution(x_BLD, after_BLD, mask_BL)
+        return virtual.of_layers(slice(1, None)).run(others, x_BLD, *shared, options=self.options)
 
 
 class Deberta(nnx.Module):
@@ -227,6 +250,11 @@ class Deberta(nnx.Module):
         self.config = config
         self.embeddings = Embeddings(config, options, dropout=dropout, rngs=rngs)
         self.encoder = Encoder(config, options, dropout=dropout, rngs=rngs)
+
+    @property
+    def positions(self) -> int | None:
+        """The maximum number of tokens; None without absolute positions."""
+        return self.config.max_position_embeddings if self.config.position_biased_input else None
 
     @property
     def shape(self) -> Shape:
@@ -259,8 +287,8 @@ class Deberta(nnx.Module):
           ValueError: There are more tokens than absolute positions.
         """
         count = virtual.in_sequence + tokens_BL.shape[1]
-        if self.config.position_biased_input and count > self.config.max_position_embeddings:
-            raise ValueError(f"{count} tokens, {self.config.max_position_embeddings} positions")
+        if self.positions is not None and count > self.positions:
+            raise ValueError(f"{count} tokens, {self.positions} positions")
         types_BL = jnp.zeros_like(tokens_BL) if types_BL is None else types_BL
         x_BLD = self.embeddings(tokens_BL, types_BL, virtual)
         return self.encoder(x_BLD, virtual.pad(mask_BL.astype(bool), True), virtual)
@@ -297,6 +325,10 @@ NAMES = Names(
         Weight("encoder/relative/embedding", "deberta.encoder.rel_embeddings.weight", module="embedding"),
         Weight("encoder/relative_norm/scale", "deberta.encoder.LayerNorm.weight"),
         Weight("encoder/relative_norm/bias", "deberta.encoder.LayerNorm.bias"),
+        Weight("encoder/convolution/conv/kernel", "deberta.encoder.conv.conv.weight", CONV1D),
+        Weight("encoder/convolution/conv/bias", "deberta.encoder.conv.conv.bias"),
+        Weight("encoder/convolution/norm/scale", "deberta.encoder.conv.LayerNorm.weight"),
+        Weight("encoder/convolution/norm/bias", "deberta.encoder.conv.LayerNorm.bias"),
         *layer_weights("deberta.encoder.layer.{layer}", _LINEARS, NORMS),
     ),
     prefix="deberta.",

@@ -79,6 +79,11 @@ class Virtual:
         """Returns a mask or ids of the tokens of texts after `value` for each virtual token of a sequence."""
         return jnp.pad(x_BL, ((0, 0), (self.in_sequence, 0)), constant_values=value)
 
+    def of_layers(self, layers: slice) -> "Virtual":
+        """Returns the virtual tokens of some of the layers."""
+        by_layer = {name: getattr(self, name) for name in ("inputs_NPD", "keys_NPGK", "values_NPGK")}
+        return dataclasses.replace(self, **{name: x[layers] for name, x in by_layer.items() if x is not None})
+
     def run(self, layers: stack.Layers, x_BLD: jax.Array, *shared: Any, options: Options) -> jax.Array:
         """Returns the output of the last layer of an encoder; see :func:`experiments.models.stack.run`."""
         states = None if self.pair_NPGK is None else stack.unstack_states(self.pair_NPGK, options)

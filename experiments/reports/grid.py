@@ -14,6 +14,7 @@ def draw_grid(
     columns: Sequence[str],
     *,
     labels: tuple[str, str],
+    score: str,
     chosen: tuple[int, int],
 ) -> None:
     """Draws a heat map of scores in percent.
@@ -24,6 +25,7 @@ def draw_grid(
       rows: Names of the rows, from bottom to top.
       columns: Names of the columns.
       labels: The axis labels of rows and columns.
+      score: The name of the score.
       chosen: Row and column of the cell to highlight.
     """
     axes = figure.subplots()
@@ -46,4 +48,4 @@ def draw_grid(
     axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, label="validation accuracy, %").outline.set_visible(False)
+    figure.colorbar(image, ax=axes, label=f"{score}, %").outline.set_visible(False)

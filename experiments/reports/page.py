@@ -19,7 +19,8 @@ from experiments.reports.results import without_nan, write_json
 from lora_jax.io import replace_file
 
 FILES = ("README.md", "figure.png", "run.json")
-_NOT_SHOWN = ("out", "fresh", "checkpoint_every")
+_NOT_SHOWN = ("out", "fresh", "checkpoint_every", "settled")
+_OF_PAPER = ("paper", "model", "data")  # what chooses the values of a paper
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,11 @@ def command(config: Any) -> str:
     words = [f"python -m experiments.run {command_name(config)}"]
     if getattr(config, "fast", False):
         return " ".join([*words, "--fast"])
+    paper = config.preset() if getattr(config, "paper", False) else None
     for entry in dataclasses.fields(config):
         value, flag = getattr(config, entry.name), f"--{entry.name.replace('_', '-')}"
-        if entry.name in _NOT_SHOWN or value == entry.default:
+        usual = entry.default if paper is None or entry.name in _OF_PAPER else getattr(paper, entry.name)
+        if entry.name in _NOT_SHOWN or value == usual:
             continue
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))

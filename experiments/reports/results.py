@@ -23,8 +23,9 @@ class Outcome:
       trained_parameters: Number of trained scalars.
       adapter_bytes: Size of the saved adapter.
       seconds: Time of training and evaluation, including compilation.
-      validation_accuracy: Validation accuracy at the end; NaN if training diverged.
-      test_accuracy: Test accuracy at the end; NaN if training diverged, or if it is not measured.
+      validation_accuracy: Validation accuracy at the end, or the score of a task with another metric; NaN if training
+        diverged.
+      test_accuracy: The same on test; NaN if training diverged, or if it is not measured.
       lr: The peak learning rate; None for a fitted head.
     """
 

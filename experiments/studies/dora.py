@@ -63,7 +63,7 @@ def rows(config: Config, problem: Problem) -> list[Row]:
         row("QDoRA", dora, "QDoRA", middle, rules=nf4),
         row(
             "weight normalization",
-            lora.DoRA(config.full_rank, alpha, norm_gradient=True),
+            lora.DoRA(config.full_rank or problem.shape.width, alpha, norm_gradient=True),
             "weight normalization",
             max(config.ranks),
         ),

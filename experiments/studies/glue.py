@@ -22,10 +22,23 @@ _FULL = "RoBERTa 86.4; GPT-3 73.8 / 89.5"
 _BOTH_PAPER = {64: "GPT-3 76.2 / 91.3"}
 """The paper's values by rank, size or number of virtual tokens: RoBERTa-base, the mean of GLUE (table 2); GPT-3 175B,
 WikiSQL / MNLI (tables 6 and 15)."""
+_SERIES = {
+    "head": "head alone",
+    "bitfit": "BitFit",
+    "top-layers": "top layers",
+    "full": "full fine-tuning",
+    "lora": "LoRA, query and value",
+    "lora-linear": "LoRA, all linear layers",
+    "houlsby": "Houlsby adapters",
+    "pfeiffer": "Pfeiffer adapters",
+    "prefix": "prefix tuning",
+    "prompt": "prompt tuning",
+    "lora-prompt": "LoRA and prompt",
+}
 
 
 def rows(config: Config, problem: Problem) -> list[Row]:
-    """Returns every method at its sizes."""
+    """Returns the methods of the config at their sizes."""
     head = {HEAD: lora.Full()}
     lora_rows = [
         Row(
@@ -100,33 +113,39 @@ def rows(config: Config, problem: Problem) -> list[Row]:
             specs.full(),
             config.full_lr,
             "full fine-tuning",
-            paper="RoBERTa 86.4; GPT-3 73.8 / 89.5",
+            paper=_FULL,
         ),
     ]
-    return [*whole, *lora_rows, *linear, *bottlenecks, *prefixes, *prompts, both]
+    names = {series: name for name, series in _SERIES.items()}
+    every = [*whole, *lora_rows, *linear, *bottlenecks, *prefixes, *prompts, both]
+    return [row for row in every if names[row.series] in config.methods]
 
 
 def findings(summaries: Sequence[Summary]) -> list[Finding]:
-    """Compares LoRA with full fine-tuning and the other methods, each at its best size."""
+    """Compares LoRA with full fine-tuning and the other methods that were run, each at its best size."""
     series: dict[str, list[Summary]] = {}
     for summary in summaries:
         series.setdefault(summary.row.series, []).append(summary)
     selected = {name: best(group) for name, group in series.items()}
-    adapted = best([selected["LoRA, query and value"], selected["LoRA, all linear layers"]])
-    return [
-        as_good("LoRA is as good as full fine-tuning", adapted, selected["full fine-tuning"]),
-        *(
-            as_good(f"LoRA is as good as {name}, or better", adapted, selected[name])
+    adapted = [selected[name] for name in ("LoRA, query and value", "LoRA, all linear layers") if name in selected]
+    if not adapted:
+        return []
+    claims = {
+        "full fine-tuning": (as_good, "LoRA is as good as full fine-tuning"),
+        **{
+            name: (as_good, f"LoRA is as good as {name}, or better")
             for name in ("Houlsby adapters", "Pfeiffer adapters", "BitFit", "top layers")
-        ),
-        better("LoRA is better than prefix tuning", adapted, selected["prefix tuning"]),
-        better("LoRA is better than prompt tuning", adapted, selected["prompt tuning"]),
-        better(
-            "a longer prefix may be worse than a shorter one",
-            selected["prefix tuning"],
-            max(series["prefix tuning"], key=lambda row: row.parameters),
-        ),
+        },
+        "prefix tuning": (better, "LoRA is better than prefix tuning"),
+        "prompt tuning": (better, "LoRA is better than prompt tuning"),
+    }
+    result = [
+        judge(claim, best(adapted), selected[name]) for name, (judge, claim) in claims.items() if name in selected
     ]
+    if "prefix tuning" in series:
+        longest = max(series["prefix tuning"], key=lambda row: row.parameters)
+        result.append(better("a longer prefix may be worse than a shorter one", selected["prefix tuning"], longest))
+    return result
 
 
 STUDY = Study(

@@ -12,7 +12,7 @@ from rich.console import Console
 import lora_jax as lora
 from experiments.baselines import head as baseline
 from experiments.reports.results import Result, stored_bytes
-from experiments.studies.problem import HEAD, Problem, accuracy, answers
+from experiments.studies.problem import HEAD, Problem, answers
 from experiments.training.progress import bar
 
 
@@ -40,8 +40,15 @@ def run(problem: Problem, directory: Path, console: Console) -> Start:
     started = time.perf_counter()
     features = _features(problem, console)
     labeled = {name: (features[name], split.labels) for name, split in problem.splits.items()}
-    fitted = baseline.fit(labeled["train"], labeled["validation"], len(problem.names))
+    if problem.task.is_regression:
+        fitted = baseline.fit_regression(labeled["train"], labeled["validation"])
+    else:
+        fitted = baseline.fit(labeled["train"], labeled["validation"], len(problem.names))
     seconds = time.perf_counter() - started
+
+    def score(split: str) -> float:
+        return problem.task.score(features[split] @ fitted.kernel + fitted.bias, problem.splits[split].labels)
+
     base = problem.with_head(fitted.kernel, fitted.bias)
     lora.save(adapter, problem.delta(jax.random.key(0), base, {HEAD: lora.Full()}), base=problem.base)
     result = Result(
@@ -51,9 +58,9 @@ def run(problem: Problem, directory: Path, console: Console) -> Start:
         adam_bytes=None,
         adapter_bytes=stored_bytes(adapter),
         seconds=seconds,
-        validation_accuracy=fitted.validation_accuracy,
+        validation_accuracy=score("validation"),
         lr=None,
-        test_accuracy=accuracy(features["test"] @ fitted.kernel + fitted.bias, problem.splits["test"]),
+        test_accuracy=score("test"),
         merged_difference=0.0,
         merged_agreement=1.0,
         losses=[],
@@ -61,7 +68,7 @@ def run(problem: Problem, directory: Path, console: Console) -> Start:
     )
     result.save(stored)
     console.print(
-        f"head: C = {fitted.penalty:.2g}, validation {fitted.validation_accuracy:.1%}, {seconds:.0f} s",
+        f"head: C = {fitted.penalty:.2g}, validation {result.validation_accuracy:.1%}, {seconds:.0f} s",
         highlight=False,
     )
     return Start(problem, base, result)

@@ -26,14 +26,16 @@ def thresholds(summaries: Sequence[Summary]) -> dict[str, Summary]:
       summaries: The head alone, the subspaces, and full fine-tuning.
     """
     head, full = summaries[0], summaries[-1]
-    return {
-        name: replace(
-            full,
-            row=replace(full.row, name=name),
-            correct=[share * head.correct[0] + 0.9 * right for right in full.correct],
-        )
-        for name, share in ((_SCORE, 0.0), (_GAIN, 0.1))
-    }
+    floor, answers = head.results[0].test_accuracy, head.contributions[0]
+
+    def threshold(name: str, share: float) -> Summary:
+        results = [
+            replace(outcome, test_accuracy=0.9 * outcome.test_accuracy + share * floor) for outcome in full.results
+        ]
+        contributions = [0.9 * right + share * answers for right in full.contributions]
+        return replace(full, row=replace(full.row, name=name), results=results, contributions=contributions)
+
+    return {name: threshold(name, share) for name, share in ((_SCORE, 0.0), (_GAIN, 0.1))}
 
 
 def d90(summaries: Sequence[Summary]) -> dict[str, dict[str, int | None]]:
@@ -61,7 +63,7 @@ def grid(summaries: Sequence[Summary]) -> Grid:
     ]
     reached = [[f"d₉₀: {name}", *(_text(dimensions[form][name]) for form in groups)] for name in (_SCORE, _GAIN)]
     papers = ["papers' d₉₀ of the score", *(_PAPER[form] for form in groups)]
-    return Grid(["test accuracy, %", *groups], [*rows, *reached, papers])
+    return Grid([head.title, *groups], [*rows, *reached, papers])
 
 
 def _text(dimension: int | None) -> str:

@@ -15,6 +15,7 @@ from experiments.errors import UserError
 from experiments.studies.head import Start
 from experiments.studies.methods import loss_function
 from experiments.studies.problem import answers
+from experiments.studies.task import CLASSIFICATION, Task
 from experiments.training.loop import plan_steps, train
 from experiments.training.optimizer import adam
 from experiments.training.progress import bar
@@ -51,17 +52,19 @@ class Joint:
 
     Attributes:
       deltas: The trained adapters.
-      logits: `float[examples, adapters, classes]` on the validation examples; NaN if training diverged.
-      history: The measurements: the mean loss over adapters of every step, and the best validation accuracy.
+      logits: `float[examples, adapters, outputs]` on the validation examples; NaN if training diverged.
+      history: The measurements: the mean loss over adapters of every step, and the best validation score.
+      task: The task.
     """
 
     deltas: list[dict[str, Any]]
     logits: np.ndarray
     history: History
+    task: Task = CLASSIFICATION
 
-    def accuracies(self, labels: np.ndarray) -> np.ndarray:
-        """Returns the validation accuracy of each adapter; NaN if training diverged."""
-        return _accuracies(self.logits, labels)
+    def scores(self, labels: np.ndarray) -> np.ndarray:
+        """Returns the validation score of each adapter; NaN if training diverged."""
+        return _scores(self.task, self.logits, labels)
 
 
 def train_jointly(
@@ -77,6 +80,7 @@ def train_jointly(
     snapshot: Callable[[int, list[dict[str, Any]]], None] | None = None,
     wrap: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] | None = None,
     penalty: float = 0.0,
+    weight_decay: float = 0.0,
 ) -> Joint:
     """Trains an adapter for each spec and learning rate, or resumes their run.
 
@@ -92,6 +96,7 @@ def train_jointly(
       snapshot: Called at every evaluation with the step and the adapters.
       wrap: Wraps the optimizer of each adapter: `wrap(tx, steps)`.
       penalty: The weight of AdaLoRA's orthogonality penalty in the loss.
+      weight_decay: As for :func:`experiments.training.optimizer.adam`.
 
     Raises:
       Diverged: The training of all adapters diverged.
@@ -105,12 +110,12 @@ def train_jointly(
     due = {steps} if once else due
 
     def tx(lr):
-        inner = adam(lr, steps, warmup=settings.warmup, clip=settings.clip)
+        inner = adam(lr, steps, warmup=settings.warmup, clip=settings.clip, weight_decay=weight_decay)
         return inner if wrap is None else wrap(inner, steps)
 
     keys = jax.random.split(jax.random.key(settings.seed), len(deltas))
     states = lora.TrainStates.create(start.base, deltas, tx, keys, {"lr": list(rates)})
-    loss = loss_function(problem.apply, settings.label_smoothing, penalty)
+    loss = loss_function(problem.apply, settings.label_smoothing, penalty, problem.task)
     step = lora.train_many(loss, tx, batch_axes=None, at_once=at_once)
     logits, labels = _logits_function(start), splits["validation"].labels
     logits_at: dict[int, np.ndarray] = {}  # of the last evaluation
@@ -120,7 +125,7 @@ def train_jointly(
         logits_at[_last_step(states)] = logits(states)
         if snapshot is not None:
             snapshot(_last_step(states), lora.unstack(states.delta, deltas))
-        return float(np.nanmax(_accuracies(logits_at[_last_step(states)], labels)))
+        return float(np.nanmax(_scores(problem.task, logits_at[_last_step(states)], labels)))
 
     with bar(console, f"{len(deltas)} adapters", settings.epochs * len(splits["train"])) as progress:
         states, history = train(
@@ -137,7 +142,7 @@ def train_jointly(
         )
     if _last_step(states) not in logits_at:  # resumed after the last step
         evaluate(states)
-    return Joint(lora.unstack(states.delta, deltas), logits_at[_last_step(states)], history)
+    return Joint(lora.unstack(states.delta, deltas), logits_at[_last_step(states)], history, problem.task)
 
 
 def _last_step(states: lora.TrainStates) -> int:
@@ -189,6 +194,6 @@ def _logits_function(start: Start) -> Callable[[lora.TrainStates], np.ndarray]:
     return logits
 
 
-def _accuracies(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    right = logits.argmax(axis=-1) == labels[:, None]
-    return np.where(np.isfinite(logits).all(axis=(0, 2)), right.mean(axis=0), np.nan)
+def _scores(task: Task, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    members = np.moveaxis(logits, 1, 0)
+    return np.array([task.score(one, labels) if np.isfinite(one).all() else np.nan for one in members])

@@ -15,6 +15,7 @@ from experiments.models import bert
 from experiments.reports.results import Result, stored_bytes
 from experiments.studies.head import Start
 from experiments.studies.problem import accuracy, answers
+from experiments.studies.task import CLASSIFICATION, Task
 from experiments.training import mesh as meshes
 from experiments.training import outputs, processes
 from experiments.training.loop import plan_steps, train
@@ -156,20 +157,22 @@ def fit(
         )
 
 
-def loss_function(apply: Callable, label_smoothing: float, penalty: float = 0.0) -> Callable:
-    """Returns a loss function for `lora.train_step`: the summed cross-entropy and the number of examples.
+def loss_function(
+    apply: Callable, label_smoothing: float, penalty: float = 0.0, task: Task = CLASSIFICATION
+) -> Callable:
+    """Returns a loss function for `lora.train_step`: the sum of the losses and the number of examples.
 
     Args:
       apply: The model.
       label_smoothing: The probability that is spread evenly over the classes.
       penalty: The weight of AdaLoRA's orthogonality penalty.
+      task: The task, whose loss it is.
     """
     adapted = lora.adapt(apply)
 
     def loss(base, delta, batch, key):
-        logits, _ = adapted(base, delta, batch["tokens"], batch["mask"])
-        targets = optax.smooth_labels(jax.nn.one_hot(batch["labels"], logits.shape[-1]), label_smoothing)
-        losses = optax.softmax_cross_entropy(logits, targets)
+        outputs, _ = adapted(base, delta, batch["tokens"], batch["mask"])
+        losses = task.losses(outputs, batch["labels"], label_smoothing)
         total, count = jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"])
         return total + (count * penalty * lora.optim.orthogonality(delta) if penalty else 0.0), count
 

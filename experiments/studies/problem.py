@@ -1,5 +1,6 @@
-"""Sentence classification: a pretrained classifier as a pure function, and tokenized splits."""
+"""Sentence classification or regression: a pretrained model as a pure function, and tokenized splits."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,11 @@ from jax.sharding import Mesh
 import lora_jax as lora
 from experiments.errors import UserError
 from experiments.input import labeled
-from experiments.models import checkpoint, classifier, location
+from experiments.models import classifier, location
 from experiments.models.virtual import Shape
 from experiments.studies import provenance
+from experiments.studies import task as tasks
+from experiments.studies.task import CLASSIFICATION, Task
 from experiments.tasks import text
 from experiments.tasks.batching import assemble, plan
 from experiments.training import mesh as meshes
@@ -25,7 +28,7 @@ HEAD = r"^classifier/"
 
 @dataclass(frozen=True)
 class Split:
-    """Tokenized examples: the token ids of each, and `int32[examples]` labels."""
+    """Tokenized examples: the token ids of each, and labels, `int32[examples]` or `float32[examples]`."""
 
     sequences: list[np.ndarray]
     labels: np.ndarray
@@ -36,16 +39,18 @@ class Split:
 
 @dataclass(frozen=True)
 class Problem:
-    """A model and a classification task.
+    """A model and a task.
 
     Attributes:
       apply: `apply(base, tokens, mask) -> (logits, sentence vectors)`.
       base: The pretrained parameters with a classifier, a plain nested dict.
       splits: `train`, `validation` and `test`.
-      names: The labels, in the order of the logits.
+      names: The labels, in the order of the logits; of a regression none.
       lengths: The lengths to which sequences are padded.
       shape: The sizes of the encoder, for virtual tokens.
       digest: A digest of the model and the data.
+      task: What trains and scores the outputs.
+      reported: What the examples of `test` are.
     """
 
     apply: Callable
@@ -55,6 +60,13 @@ class Problem:
     lengths: tuple[int, ...]
     shape: Shape
     digest: str
+    task: Task = CLASSIFICATION
+    reported: str = "test"
+
+    def rank_one(self, pattern: str) -> int:
+        """Returns the number of parameters of LoRA of rank 1 on the kernels that a pattern matches."""
+        flat = lora.paths.flatten(self.base)
+        return sum(sum(leaf.shape) for path, leaf in zip(flat.paths, flat.leaves) if re.search(pattern, path))
 
     def with_head(self, kernel: np.ndarray, bias: np.ndarray) -> dict[str, Any]:
         """Returns the base with another classifier."""
@@ -108,6 +120,9 @@ def load(
     limits: dict[str, int | None],
     lengths: tuple[int, ...],
     report: Callable[[str], None],
+    *,
+    regression: bool = False,
+    development: bool = False,
 ) -> Problem:
     """Loads the model and the data.
 
@@ -117,31 +132,34 @@ def load(
       limits: Number of examples of each split.
       lengths: See :func:`experiments.tasks.batching.plan`. Longer texts are truncated.
       report: Called with lines that describe model and data.
-
+      regression: Whether labels may be numbers. The task then has GLUE's metrics, otherwise the accuracy.
+      development: See :func:`experiments.input.labeled.load_splits`.
     Raises:
-      UserError: Model or data are missing or malformed.
+      UserError: Model or data are missing or malformed, or labels are numbers without `regression`.
     """
-    loaded = labeled.load_splits(data, limits, report)
+    loaded = labeled.load_splits(data, limits, report, development=development)
     names = loaded["train"].names
-    if not names:
+    if not names and not regression:
         raise UserError(f"{data}: the labels are numbers, expected classes; this study does not fit a regression")
     directory = location.find(model)
-    positions = checkpoint.read_config(directory).get("max_position_embeddings", lengths[-1])
-    if lengths[-1] > positions:
-        raise UserError(f"lengths go up to {lengths[-1]}, but {model} has only {positions} positions")
     tokenizer = text.load_tokenizer(directory)
     splits = {
         name: Split(text.encode(tokenizer, split.texts, lengths[-1]), split.labels) for name, split in loaded.items()
     }
     separator = text.separator(tokenizer) if loaded["train"].are_pairs else None
-    network = classifier.load(directory, len(names), separator)
+    network = classifier.load(directory, len(names) or 1, separator)
+    if network.encoder.positions is not None and lengths[-1] > network.encoder.positions:
+        raise UserError(f"lengths go up to {lengths[-1]}, but {model} has only {network.encoder.positions} positions")
     apply, base = lora.nnx.functional(network)
     count = sum(leaf.size for leaf in jax.tree.leaves(base))
     report(f"base: {model}, {count:,} parameters with the new head")
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
-    report(f"data: {data}, {len(names)} classes; examples: {sizes}")
+    kinds = f"{len(names)} classes" if names else "numbers"
+    report(f"data: {data}, {kinds}; examples: {sizes}")
     digest = provenance.digest(directory, loaded)
-    return Problem(apply, base, splits, names, lengths, network.encoder.shape, digest)
+    task = tasks.of_data(data, is_regression=not names) if regression else CLASSIFICATION
+    reported = "development" if loaded["test"].is_development else "test"
+    return Problem(apply, base, splits, names, lengths, network.encoder.shape, digest, task, reported)
 
 
 def answers(

@@ -28,8 +28,9 @@ _PAPER_RANKS = (1, 2, 4, 8, 64)
 def rows(config: Config, problem: Problem) -> list[Row]:
     """Returns a row for each target and rank, full rank, and full fine-tuning."""
     adapted = [_row(config, target, rank) for target in _TARGETS for rank in config.ranks]
-    full = Row("full fine-tuning", {"": lora.Full()}, (config.full_lr,), "full fine-tuning", config.full_rank)
-    return [*adapted, _row(config, "all linear", config.full_rank), full]
+    width = config.full_rank or problem.shape.width
+    full = Row("full fine-tuning", {"": lora.Full()}, (config.full_lr,), "full fine-tuning", width)
+    return [*adapted, _row(config, "all linear", width), full]
 
 
 def _row(config: Config, target: str, rank: int) -> Row:

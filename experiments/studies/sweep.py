@@ -28,18 +28,19 @@ def rows(config: Config, problem: Problem) -> list[Row]:
 
 
 def best(summaries: Sequence[Summary]) -> Summary:
-    """Returns the row with the best validation accuracy."""
-    return max(summaries, key=lambda summary: np.nan_to_num(list(summary.tried.values()), nan=-1.0).max())
+    """Returns the row with the best validation score."""
+    return max(summaries, key=lambda summary: np.nan_to_num(list(summary.tried.values()), nan=-np.inf).max())
 
 
 def grid(summaries: Sequence[Summary]) -> Grid:
-    """Returns the validation accuracy by rank (down) and learning rate (across), and the test accuracy of the best."""
+    """Returns the validation score by rank (down) and learning rate (across), and the test score of the best."""
     rates = list(summaries[0].tried)
     rows = []
     for summary in summaries:
         cells = ["diverged" if np.isnan(score) else f"{100 * score:.1f}" for score in summary.tried.values()]
         rows.append([summary.row.name, *cells, f"{summary.mean:.1f}"])
-    return Grid(["rank", *map(short, rates), "test accuracy of the best, %"], rows)
+    title = f"{summaries[0].title.removesuffix(', %')} of the best, %"
+    return Grid(["rank", *map(short, rates), title], rows)
 
 
 def findings(summaries: Sequence[Summary]) -> list[Finding]:
@@ -63,12 +64,13 @@ def findings(summaries: Sequence[Summary]) -> list[Finding]:
 
 
 def draw(figure: Figure, summaries: Sequence[Summary]) -> None:
-    """Draws the validation accuracies as a heat map, with the best one marked."""
+    """Draws the validation scores as a heat map, with the best one marked."""
     scores = np.array([list(summary.tried.values()) for summary in summaries])
     rates = [short(rate) for rate in summaries[0].tried]
     chosen = divmod(int(np.nanargmax(scores)), len(rates))
     ranks = [summary.row.name for summary in summaries]
-    draw_grid(figure, scores, ranks, rates, labels=("rank", "peak learning rate"), chosen=chosen)
+    score = f"validation {summaries[0].task.metric.title}"
+    draw_grid(figure, scores, ranks, rates, labels=("rank", "peak learning rate"), score=score, chosen=chosen)
 
 
 STUDY = Study(

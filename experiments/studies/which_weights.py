@@ -21,29 +21,33 @@ _PAPER = {
     "q, v": "73.7 / 91.3",
     "q, k, v, o": "73.7 / 91.7",
 }
-_FEED_FORWARD, _ALL = 5, 9
-"""Parameters of rank 1 on both feed-forward weights, and on all linear weights, in those of one attention weight."""
+_QUERY = "attention/query/kernel"
 
 
 def rows(config: Config, problem: Problem) -> list[Row]:
     """Returns a row for each subset of the attention weights, for the feed-forward and for all linear weights."""
     subsets = [subset for count in range(1, 5) for subset in combinations(_NAMES, count)]
     attention = [
-        _row(config, ", ".join(subset), f"attention/({'|'.join(_NAMES[name] for name in subset)})/kernel", len(subset))
+        _row(
+            config,
+            problem,
+            ", ".join(subset),
+            f"attention/({'|'.join(_NAMES[name] for name in subset)})/kernel",
+            f"{len(subset)} weights of attention",
+        )
         for subset in subsets
     ]
     return [
         Row("head alone", {}, series="head alone"),
         *attention,
-        _row(config, "feed-forward", "feed_forward/.*kernel", _FEED_FORWARD),
-        _row(config, "all linear", "(attention|feed_forward)/.*kernel", _ALL),
+        _row(config, problem, "feed-forward", "feed_forward/.*kernel", "feed-forward"),
+        _row(config, problem, "all linear", "(attention|feed_forward)/.*kernel", "all linear"),
     ]
 
 
-def _row(config: Config, name: str, pattern: str, factor: int) -> Row:
-    rank = max(1, round(config.budget / factor))
+def _row(config: Config, problem: Problem, name: str, pattern: str, series: str) -> Row:
+    rank = max(1, round(config.budget * problem.rank_one(_QUERY) / problem.rank_one(pattern)))
     spec = {pattern: lora.LoRA(rank, alpha=config.alpha), HEAD: lora.Full()}
-    series = f"{factor} weights of attention" if factor <= len(_NAMES) else name
     return Row(f"{name}, r = {rank}", spec, (config.lr,), series=series, paper=_PAPER.get(name, ""))
 
 

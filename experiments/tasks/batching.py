@@ -11,7 +11,7 @@ import numpy as np
 
 Batch = dict[str, np.ndarray]
 Labels = np.ndarray | Sequence[np.ndarray]
-"""`int32[examples]`, or for each example an array with a label per token."""
+"""`int32[examples]`, `float32[examples]` of a regression, or for each example an array with a label per token."""
 
 NO_LABEL = -1
 
@@ -59,12 +59,13 @@ def assemble(planned: Planned, sequences: Sequence[np.ndarray], labels: Labels, 
 
     Returns:
       `tokens` int32 and `mask` bool `[batch_size, length]`, `labels` int32 and `weights` float32 `[batch_size]`. Labels
-      of tokens are `[batch_size, length]` and `NO_LABEL` at padding.
+      of a regression are float32; labels of tokens are `[batch_size, length]` and `NO_LABEL` at padding.
     """
+    is_number = isinstance(labels, np.ndarray) and labels.dtype.kind == "f"
     batch: Batch = {
         "tokens": np.zeros((batch_size, planned.length), np.int32),
         "mask": np.zeros((batch_size, planned.length), bool),
-        "labels": np.zeros(batch_size, np.int32),
+        "labels": np.zeros(batch_size, np.float32 if is_number else np.int32),
         "weights": np.zeros(batch_size, np.float32),
     }
     for row, index in enumerate(planned.indices):

@@ -2,7 +2,7 @@
 
 import gzip
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ class Examples:
       labels: `int32[examples]`, indices in `names`, `NO_LABEL` where the data set keeps the label secret; of a
         regression `float32[examples]`, NaN where it is secret.
       names: The names of the labels, in the order of a model's outputs; of a regression none.
+      is_development: Whether they are development examples in the place of test examples whose labels are secret.
     """
 
     texts: tuple[Any, ...]
     labels: np.ndarray
     names: tuple[str, ...]
+    is_development: bool = False
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -46,6 +48,10 @@ class Examples:
     def are_labeled(self) -> bool:
         """Whether the labels are public."""
         return bool(np.all(self.labels >= 0))
+
+    def select(self, indices: np.ndarray) -> "Examples":
+        """Returns some of the examples."""
+        return replace(self, texts=tuple(self.texts[index] for index in indices), labels=self.labels[indices])
 
 
 def limits(config: Any) -> dict[str, int | None]:
@@ -104,7 +110,7 @@ def first(examples: Examples, limit: int | None, where: str) -> Examples:
         return examples
     if not 0 < limit <= len(examples):
         raise UserError(f"{where}: expected at least {limit} examples, got {len(examples)}; None uses all")
-    return Examples(examples.texts[:limit], examples.labels[:limit], examples.names)
+    return replace(examples, texts=examples.texts[:limit], labels=examples.labels[:limit])
 
 
 def _labels(path: Path) -> tuple[str, ...]:

@@ -113,6 +113,17 @@ def test_roberta_counts_positions_after_its_padding():
         model(jnp.ones((1, 23), jnp.int32), jnp.ones((1, 23), bool))
 
 
+@pytest.mark.parametrize("name", ["roberta", "deberta_v3", "deberta_conv"])
+def test_a_sentence_classifier_ignores_what_is_at_padding(name):
+    model = classifier.load(encoders.MODELS / name, 3)
+    tokens = jnp.array([[0, 7, 9, 2]], jnp.int32)
+    _, alone = model(tokens, jnp.ones_like(tokens, bool))
+    for filler in (0, 5):  # batches are padded with zeros, whatever the tokenizer's padding token
+        padded = jnp.pad(tokens, ((0, 0), (0, 3)), constant_values=filler)
+        _, vectors = model(padded, jnp.arange(7)[None] < 4)
+        np.testing.assert_allclose(vectors, alone, atol=1e-5)
+
+
 def test_pairs_of_sentences(minilm):
     tokenizer = text.load_tokenizer(minilm)
     first, second = ["a board game", "mail"], ["with dice", "reads and writes mail folders, and sorts them"]

@@ -20,12 +20,13 @@ from experiments.configs.comparison import Comparison
 from experiments.configs.intrinsic import Config as Intrinsic
 from experiments.configs.which_weights import Config as WhichWeights
 from experiments.errors import UserError
+from experiments.models.virtual import Shape
 from experiments.reports.page import Grid, Page, command
 from experiments.reports.results import Outcome
-from experiments.studies import intrinsic, intrinsic_dimension, joint
+from experiments.studies import dora, intrinsic, intrinsic_dimension, joint, rank, which_weights
 from experiments.studies.comparison import figures, judge, program
 from experiments.studies.comparison.description import Row, Study, Summary
-from experiments.studies.problem import HEAD, accuracy, answers, load
+from experiments.studies.problem import HEAD, Problem, accuracy, answers, load
 from experiments.studies.rank_selection import Truncation
 
 pytestmark = pytest.mark.usefixtures("lenient")
@@ -48,7 +49,7 @@ def rows(config, problem):
         for rank in (1, 2)
     ]
     full = Row("full", {"": lora.Full()}, (1e-2,), "full", 2, paper="9.9")
-    few = Row("full, few examples", {"": lora.Full()}, (1e-2,), "few", 2, examples=24, epochs=2)
+    few = Row("full, few examples", {"": lora.Full()}, (1e-2,), "few", 2, examples=24, epochs=2, batch_size=8)
     return [Row("head alone", {}, series="head alone", position=0), *adapted, full, few]
 
 
@@ -180,12 +181,12 @@ def test_runs_of_one_kind_train_together(settings, tmp_path, monkeypatch):
     groups, real = [], joint.train_jointly
 
     def recorded(start, specs, rates, config, *args, **options):
-        groups.append((len(specs), config.seed))
+        groups.append((len(specs), config.seed, config.batch_size))
         return real(start, specs, rates, config, *args, **options)
 
     monkeypatch.setattr("experiments.studies.comparison.runs.train_jointly", recorded)
     program.run(dataclasses.replace(settings, out=tmp_path), STUDY)
-    assert groups == [(4, 0), (1, 0), (1, 0), (2, 1), (1, 1), (1, 1)]
+    assert groups == [(4, 0, 16), (1, 0, 16), (1, 0, 8), (2, 1, 16), (1, 1, 16), (1, 1, 8)]
 
 
 def test_finished_runs_are_read_and_others_resumed(settings, finished, tmp_path, monkeypatch, capsys):
@@ -212,8 +213,26 @@ def test_finished_runs_are_read_and_others_resumed(settings, finished, tmp_path,
     assert not list(config.out.glob("group-*"))
     monkeypatch.setattr(joint, "train", lambda *args, **kwargs: pytest.fail("trained again"))
     assert program.run(config, STUDY) == summaries
-    with pytest.raises(pytest.fail.Exception):
-        program.run(dataclasses.replace(config, clip=0.5), STUDY)
+    for other in ({"clip": 0.5}, {"weight_decay": 0.1}):
+        with pytest.raises(pytest.fail.Exception):
+            program.run(dataclasses.replace(config, **other), STUDY)
+
+
+def test_sizes_follow_the_shapes_of_the_model():
+    def kernel(*shape):
+        return {"kernel": np.zeros(shape)}
+
+    # those of MiniLM
+    attention = {name: kernel(384, 384) for name in ("query", "key", "value", "output")}
+    layer = {"attention": attention, "feed_forward": {"up": kernel(384, 1536), "down": kernel(1536, 384)}}
+    base = {"encoder": {"layers": {0: layer, 1: layer}}, "classifier": kernel(384, 3)}
+    problem = Problem(print, base, {}, ("a", "b", "c"), (12,), Shape(2, 12, 32, 384), "")
+    ranks = {row.name for row in which_weights.rows(WhichWeights(), problem)}
+    assert {"q, r = 36", "q, v, r = 18", "q, k, v, o, r = 9", "feed-forward, r = 7", "all linear, r = 4"} <= ranks
+    for rows in (rank.rows(rank.Config(), problem), dora.rows(dora.Config(), problem)):
+        recipes = [recipe for row in rows for recipe in row.spec.values()]
+        assert max(getattr(recipe, "rank", 0) for recipe in recipes) == 384
+    assert "all linear, r = 5" in {row.name for row in rank.rows(rank.Config(full_rank=5), problem)}
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -274,7 +293,9 @@ def test_a_finding_has_a_reason_only_if_it_is_not_observed(tmp_path):
 
 
 def test_the_intrinsic_dimension():
-    head = dataclasses.replace(summary("head", [0.6]), row=Row("head alone", {}, position=0))
+    problem = SimpleNamespace(reported="test", task=SimpleNamespace(metric=SimpleNamespace(title="accuracy")))
+    start = SimpleNamespace(problem=problem, result=SimpleNamespace(trained_parameters=3))
+    head = dataclasses.replace(summary("head", [0.6]), row=Row("head alone", {}, position=0), start=start)
 
     def subspaces(form, scores):
         return [
@@ -307,7 +328,7 @@ def test_the_error_is_paired_over_examples_and_seeds():
     one, other = summary("one", [0.8, 0.6, 0.7]), summary("other", [0.7, 0.5, 0.6])
     points, error = judge.difference(one, other)
     assert points == pytest.approx(10)
-    by_example = np.mean([np.array(a, float) - b for a, b in zip(one.correct, other.correct)], axis=0)
+    by_example = np.mean([np.array(a, float) - b for a, b in zip(one.contributions, other.contributions)], axis=0)
     assert error == pytest.approx(100 * by_example.std(ddof=1) / np.sqrt(1000))  # the seeds agree
 
 

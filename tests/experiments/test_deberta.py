@@ -41,6 +41,14 @@ def test_adapters_are_factored(name, options):
     encoders.check_adapters(name, options)
 
 
+def test_the_convolution_of_the_large_models_agrees_with_transformers(tmp_path):
+    encoders.check_parity("deberta_conv")
+    encoders.check_round_trip("deberta_conv", DEFAULT, tmp_path)
+    encoders.check_adapters("deberta_conv", DEFAULT)
+    with pytest.raises(UserError, match=r"needs unrolled layers, Options\(scan=False\)"):
+        encoders.load("deberta_conv", Options(scan=True))
+
+
 def test_positions_that_are_not_added_to_words_may_be_stored(tmp_path):
     # the released v3 checkpoints hold them
     (tmp_path / "config.json").write_bytes((encoders.MODELS / "deberta_v3" / "config.json").read_bytes())
@@ -85,7 +93,9 @@ def test_other_attention_kernels_are_refused():
     ("change", "message"),
     [
         ({"model_type": "deberta"}, "model_type is 'deberta', supported is 'deberta-v2'"),
-        ({"conv_kernel_size": 3}, "conv_kernel_size is 3, supported is 0"),
+        ({"conv_kernel_size": 4}, "conv_kernel_size is 4, supported is 0 or 3"),
+        ({"conv_groups": 2}, "conv_groups is 2, supported is 1"),
+        ({"conv_act": "relu"}, "conv_act is 'relu', supported is 'tanh' or 'gelu'"),
         ({"relative_attention": False}, "relative_attention is false"),
         ({"pos_att_type": ["p2p"]}, "pos_att_type has 'p2p'"),
         ({"norm_rel_ebd": "batch"}, "norm_rel_ebd is 'batch'"),

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -28,10 +28,29 @@ def test_folded_head_is_the_standardised_regression(classes):
     probabilities = np.exp(logits - logits.max(-1, keepdims=True))
     probabilities /= probabilities.sum(-1, keepdims=True)
     np.testing.assert_allclose(probabilities, pipeline.predict_proba(validation[0]), atol=2e-3)
-    assert fitted.validation_accuracy == pipeline.score(*validation)
+    assert np.mean(logits.argmax(-1) == validation[1]) == pipeline.score(*validation)
     expected = log_loss(validation[1], pipeline.predict_proba(validation[0]), labels=list(range(classes)))
     assert fitted.validation_loss == pytest.approx(expected, rel=1e-2)
     assert fitted.kernel.dtype == fitted.bias.dtype == np.float32
+
+
+def test_a_regression_has_the_smallest_error_on_validation():
+    def numbers(seed):
+        features, labels = clusters(3, seed=seed)
+        return features, (features @ [1, 0.1, 5, 0, 1, -0.2] + labels).astype(np.float32)
+
+    train, validation = numbers(0), numbers(1)
+    best = head.fit_regression(train, validation)
+    pipeline = make_pipeline(StandardScaler(), Ridge(alpha=1 / best.penalty)).fit(*train)
+    predictions = (validation[0] @ best.kernel + best.bias)[:, 0]
+    np.testing.assert_allclose(predictions, pipeline.predict(validation[0]), atol=2e-3)
+    assert best.validation_loss == pytest.approx(np.mean((predictions - validation[1]) ** 2))
+    assert best.kernel.shape == (6, 1) and best.kernel.dtype == best.bias.dtype == np.float32
+    for penalty in head.PENALTIES:
+        one = head.fit_regression(train, validation, penalties=[penalty])
+        assert best.validation_loss <= one.validation_loss + 1e-6
+    with pytest.raises(UserError, match="all training examples have the same label"):
+        head.fit_regression((train[0], train[1] * 0), validation)
 
 
 def test_validation_chooses_the_penalty():

@@ -1,4 +1,4 @@
-"""Figures of comparisons: accuracy against parameters or another setting, and bars."""
+"""Figures of comparisons: scores against parameters or another setting, and bars."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 from experiments.studies.comparison.description import Summary
 
 _COLORS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#72b7b2", "#9d755d", "#eeca3b", "#1f3d66")
-_LABEL = "test accuracy, %"
 
 
 def lines(
@@ -18,7 +17,7 @@ def lines(
     xlabel: str = "trained parameters, without the head's",
     xscale: Literal["linear", "log"] = "log",
 ) -> None:
-    """Draws the accuracy against the rows' positions: a line for each series, with standard deviations over seeds.
+    """Draws the scores against the rows' positions: a line for each series, with standard deviations over seeds.
 
     A row without parameters of its own, such as the head alone, is a horizontal line.
     """
@@ -42,7 +41,7 @@ def lines(
             capsize=2,
             label=name,
         )
-    axes.set(xlabel=xlabel, ylabel=_LABEL, xscale=xscale)
+    axes.set(xlabel=xlabel, ylabel=summaries[0].title, xscale=xscale)
     if all(summary.row.position is not None for summary in summaries if summary.row.rates):
         ticks = sorted({summary.x for summary in summaries if summary.row.rates})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -56,7 +55,7 @@ def bars(figure: Figure, summaries: Sequence[Summary]) -> None:
     """Draws a horizontal bar for each row that did not diverge, from the best to the worst, with standard deviations
     over seeds."""
     axes = figure.subplots()
-    rows = sorted((row for row in summaries if row.correct), key=lambda row: row.mean)
+    rows = sorted((row for row in summaries if row.contributions), key=lambda row: row.mean)
     series = list(dict.fromkeys(row.row.series for row in summaries))
     colors = [_COLORS[series.index(row.row.series) % len(_COLORS)] for row in rows]
     axes.barh(
@@ -65,6 +64,6 @@ def bars(figure: Figure, summaries: Sequence[Summary]) -> None:
     lowest = min(row.mean - row.deviation for row in rows)
     highest = max(row.mean + row.deviation for row in rows)
     margin = 0.1 * max(highest - lowest, 1.0)
-    axes.set(xlabel=_LABEL, xlim=(lowest - margin, highest + margin))
+    axes.set(xlabel=summaries[0].title, xlim=(lowest - margin, highest + margin))
     axes.grid(alpha=0.25, axis="x")
     axes.spines[["top", "right"]].set_visible(False)

@@ -13,14 +13,14 @@ STANDARD_ERRORS = 2.0
 
 
 def difference(one: Summary, other: Summary) -> tuple[float, float]:
-    """Returns the difference of the test accuracies in points, and its standard error; NaN if all runs diverged.
+    """Returns the difference of the test scores in points, and its standard error; NaN if all runs diverged.
 
     Differences are paired: by test example, and by seed if both rows ran with the same ones. The error combines the
     variance over examples and that over seeds.
     """
-    if not one.correct or not other.correct:
+    if not one.contributions or not other.contributions:
         return math.nan, math.nan
-    pairs = np.array(one.correct, float), np.array(other.correct, float)
+    pairs = np.array(one.contributions, float), np.array(other.contributions, float)
     if len(pairs[0]) != len(pairs[1]):  # a head alone, or runs that diverged: seeds are not paired
         by_seed = sum(rows.mean(axis=1).var(ddof=1) / len(rows) for rows in pairs if len(rows) > 1)
         by_example = pairs[0].mean(axis=0) - pairs[1].mean(axis=0)
@@ -29,16 +29,16 @@ def difference(one: Summary, other: Summary) -> tuple[float, float]:
         by_seed = differences.mean(axis=1).var(ddof=1) / len(differences) if len(differences) > 1 else 0.0
         by_example = differences.mean(axis=0)
     error = math.sqrt(float(by_seed) + by_example.var(ddof=1) / len(by_example))
-    return 100 * float(by_example.mean()), 100 * error
+    return one.mean - other.mean, 100 * error
 
 
 def best(rows: Sequence[Summary]) -> Summary:
-    """Returns the row with the best validation accuracy; of equal ones, and if all diverged, the first."""
-    return rows[int(np.argmax(np.nan_to_num([row.validation for row in rows], nan=-1.0)))]
+    """Returns the row with the best validation score; of equal ones, and if all diverged, the first."""
+    return rows[int(np.argmax(np.nan_to_num([row.validation for row in rows], nan=-np.inf)))]
 
 
 def better(claim: str, one: Summary, other: Summary) -> Finding:
-    """Judges the claim that one row has a higher accuracy than another."""
+    """Judges the claim that one row has a higher score than another."""
     points, error = difference(one, other)
     verdict: Verdict = "observed" if points > STANDARD_ERRORS * error else "not decided"
     refuted = points < -STANDARD_ERRORS * error
@@ -73,5 +73,5 @@ def not_worse(points: float, error: float, margin: float = 1.0) -> Verdict:
 
 def _evidence(one: Summary, other: Summary, points: float, error: float) -> str:
     if math.isnan(points):
-        return f"{one.row.name if not one.correct else other.row.name} diverged"
+        return f"{one.row.name if not one.contributions else other.row.name} diverged"
     return f"{one.row.name} minus {other.row.name}: {points:+.1f} ± {error:.1f} points (standard error)"

@@ -3,12 +3,14 @@
 from experiments.configs.comparison import Comparison
 from experiments.reports.page import FILES, Page
 from experiments.studies import provenance
-from experiments.studies.comparison import report
+from experiments.studies.comparison import paper, report
 from experiments.studies.comparison.description import Study, Summary
 from experiments.studies.comparison.runs import run_rows
 from experiments.studies.problem import Problem, load
 from experiments.tasks import examples
 from experiments.training import outputs, processes
+
+_FEW = 0.01
 
 
 @outputs.exclusive
@@ -21,13 +23,29 @@ def run(config: Comparison, study: Study) -> list[Summary]:
     outputs.claim(config.out, *FILES)
     console = processes.console()
     console.print(f"{study.source}: {study.claim}", highlight=False)
-    problem = load(config.model, config.data, examples.limits(config), config.lengths, report=console.print)
-    summaries = run_rows(study.rows(config, problem), problem, config, console)
+    notes = paper.notes(config)
+    for note in notes:
+        console.print(note, highlight=False, soft_wrap=True)
+    problem = load(
+        config.model,
+        config.data,
+        examples.limits(config),
+        config.lengths,
+        report=console.print,
+        regression=True,
+        development=bool(config.paper),
+    )
+    if line := _truncated(problem):
+        console.print(line, highlight=False, soft_wrap=True)
+    rows = paper.rows(config, study.rows(config, problem))
+    summaries = run_rows(rows, problem, config, console)
     page = Page(
         claim=study.claim,
         source=study.source,
-        conditions=_conditions(config, problem, study.note, summaries),
-        grid=report.grid(summaries, study.paper) if study.grid is None else study.grid(summaries),
+        conditions=" ".join([_conditions(config, problem, study.note, summaries), *notes]),
+        grid=report.grid(summaries, paper.heading(config) or study.paper)
+        if study.grid is None
+        else study.grid(summaries),
         findings=study.findings(summaries),
         draw=lambda figure: study.draw(figure, summaries),
         entries={"rows": [report.as_json(summary) for summary in summaries], **study.entries(summaries)},
@@ -37,12 +55,23 @@ def run(config: Comparison, study: Study) -> list[Summary]:
     return summaries
 
 
+def _truncated(problem: Problem) -> str:
+    """Returns a line about texts of the maximum length, unless they are few."""
+    longest = problem.lengths[-1]
+    are_full = [len(sequence) == longest for split in problem.splits.values() for sequence in split.sequences]
+    share = sum(are_full) / len(are_full)
+    line = f"{share:.0%} of the texts have {longest} tokens or more; the tokens beyond are dropped, see --lengths"
+    return line if share > _FEW else ""
+
+
 def _conditions(config: Comparison, problem: Problem, note: str, summaries: list[Summary]) -> str:
     minutes = sum(outcome.seconds for summary in summaries for outcome in summary.results) / 60
     seeds = "one seed" if config.seeds == 1 else f"mean ± standard deviation of {config.seeds} seeds"
-    sizes = ", ".join(f"{len(split):,} {name}" for name, split in problem.splits.items())
+    names = {"train": "train", "validation": "validation", "test": problem.reported}
+    sizes = ", ".join(f"{len(problem.splits[split]):,} {name}" for split, name in names.items())
+    held_out = "" if problem.reported == "test" else ", which are held out from training,"
     return (
-        f"{config.model} on {config.data}; examples: {sizes}; {seeds}. Validation examples select the head's penalty, "
-        f"learning rates and the rows that findings compare; test examples are those of the table. {note} The runs of "
-        f"the table took {minutes:.0f} minutes of training."
+        f"{config.model} on {config.data}; examples: {sizes}; {seeds}. Validation examples{held_out} select the head's "
+        f"penalty, learning rates and the rows that findings compare; {problem.reported} examples are those of the "
+        f"table. {note} The runs of the table took {minutes:.0f} minutes of training."
     )

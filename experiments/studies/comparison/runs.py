@@ -107,9 +107,9 @@ def run_rows(rows: Sequence[Row], problem: Problem, config: Comparison, console:
 
 
 def _best_rate(row: Row, seed: int, results: Mapping[Key, Outcome]) -> float:
-    """Returns the learning rate with the best validation accuracy; the first one of equal ones."""
+    """Returns the learning rate with the best validation score; the first one of equal ones."""
     scores = [results[Key(row.name, rate, seed)].validation_accuracy for rate in row.rates]
-    return row.rates[int(np.argmax(np.nan_to_num(scores, nan=-1.0)))]
+    return row.rates[int(np.argmax(np.nan_to_num(scores, nan=-np.inf)))]
 
 
 class _Program:
@@ -120,12 +120,13 @@ class _Program:
         self._total, self._done, self._seconds, self._trained = 0, 0, 0.0, 0
         self._directories: dict[tuple[str, str], Path] = {}
         self._adapted: dict[int, Callable] = {}
-        self._correct_heads: dict[str, np.ndarray] = {}
+        self._heads: dict[str, np.ndarray] = {}  # predictions
 
     def announce(self, total: int) -> None:
         """Prints the number of runs, and about how long they take."""
         self._total = total
-        minutes = "" if self._config.fast else f"; with the default settings about {self._config.MINUTES} minutes"
+        usual = not self._config.fast and not self._config.paper
+        minutes = f"; with the default settings about {self._config.MINUTES} minutes" if usual else ""
         self._console.print(f"{total} runs{minutes}; after an interruption, the same command resumes", soft_wrap=True)
 
     def run(self, members: Iterable[Member]) -> dict[Key, Outcome]:
@@ -147,9 +148,9 @@ class _Program:
         """Returns the summary of a row that trains nothing: the converged head."""
         start = self._starts.of(row)
         key = repr(row.examples)
-        if key not in self._correct_heads:
-            self._correct_heads[key] = self._correct(start, start.base, {})
-        return Summary(row, [start.result], [self._correct_heads[key]], start)
+        if key not in self._heads:
+            self._heads[key] = self._predict(start, start.base, {})
+        return Summary.of(row, [start.result], [self._heads[key]], start)
 
     def summarize(
         self, row: Row, members: Sequence[Member], outcomes: Sequence[Outcome], tried: Mapping[float, float]
@@ -160,21 +161,21 @@ class _Program:
           row: The row.
           members: The runs of the row or of its parent, one for each seed.
           outcomes: Their outcomes.
-          tried: The validation accuracy of the first seed by learning rate.
+          tried: The validation score of the first seed by learning rate.
         """
         start = self._starts.of(row, members[0].seed)
         directories = [self.directory(member) for member in members]
-        tested, correct = [], []
+        tested, predictions = [], []
         for index, (member, outcome) in enumerate(zip(members, outcomes)):
             if np.isnan(outcome.validation_accuracy):
                 tested.append(replace(outcome, method=row.name))
+                predictions.append(None)
                 continue
             if row.parent:
                 directories[index], outcome = self._finish(row, member)
-            right = self._test(member, directories[index])
-            tested.append(replace(outcome, test_accuracy=float(right.mean())))
-            correct.append(right)
-        return Summary(row, tested, correct, start, directories, tried)
+            tested.append(outcome)
+            predictions.append(self._test(member, directories[index]))
+        return Summary.of(row, tested, predictions, start, directories=directories, tried=tried)
 
     def _finish(self, row: Row, parent: Member) -> tuple[Path, Outcome]:
         """Changes the adapters of a parent; returns their directory and outcome, without a test."""
@@ -188,21 +189,21 @@ class _Program:
         return directory, Outcome.load(stored)
 
     def _test(self, member: Member, directory: Path) -> np.ndarray:
-        """Returns which test examples the stored adapter of a run answers correctly, `bool[examples]`."""
-        path = directory / "test_correct.npy"
+        """Returns the predictions of the stored adapter of a run for the test examples."""
+        path = directory / "test_predictions.npy"
         if not path.exists():
             start = self._starts.of(member.row, member.seed)
             delta = lora.load(directory / ADAPTER, start.problem.base)
-            correct = self._correct(start, self._base(member), delta)
+            predictions = self._predict(start, self._base(member), delta)
             with replace_file(path) as file:
-                np.save(file, correct)
+                np.save(file, predictions)
         return np.load(path)
 
-    def _correct(self, start: Start, base: Any, delta: dict[str, Any]) -> np.ndarray:
+    def _predict(self, start: Start, base: Any, delta: dict[str, Any]) -> np.ndarray:
         split = start.problem.splits["test"]
         adapted = self._adapted.setdefault(id(start.problem.apply), jax.jit(lora.adapt(start.problem.apply)))
-        logits = answers(lambda *inputs: adapted(base, delta, *inputs)[0], split, start.problem.lengths)
-        return logits.argmax(axis=-1) == split.labels
+        outputs = answers(lambda *inputs: adapted(base, delta, *inputs)[0], split, start.problem.lengths)
+        return start.problem.task.predict(outputs)
 
     def _base(self, member: Member) -> Any:
         """Returns the base of a run, which may be quantized."""
@@ -236,16 +237,17 @@ class _Program:
                 snapshot=partial(self._save_step, group, start) if group[0].row.tracked else None,
                 wrap=group[0].row.optimizer,
                 penalty=group[0].row.penalty,
+                weight_decay=self._config.weight_decay,
             )
         except Diverged:
             self._console.print(f"  diverged: {title}")
             results = {member.key: self._write_diverged(member, start) for member in group}
         else:
-            accuracies = joint.accuracies(start.problem.splits["validation"].labels)
+            scores = joint.scores(start.problem.splits["validation"].labels)
             seconds = joint.history.seconds / len(group)
             results = {
-                member.key: self._write(member, self.directory(member), delta, float(accuracy), start, seconds)
-                for member, delta, accuracy in zip(group, joint.deltas, accuracies)
+                member.key: self._write(member, self.directory(member), delta, float(score), start, seconds)
+                for member, delta, score in zip(group, joint.deltas, scores)
             }
         outputs.remove(directory)
         self._done, self._trained = last, self._trained + len(group)
@@ -264,13 +266,13 @@ class _Program:
         return self._write_outcome(member, self.directory(member), delta, math.nan, 0.0)
 
     def _write(
-        self, member: Member, directory: Path, delta: dict[str, Any], accuracy: float, start: Start, seconds: float
+        self, member: Member, directory: Path, delta: dict[str, Any], score: float, start: Start, seconds: float
     ) -> Outcome:
         lora.save(directory / ADAPTER, delta, base=start.problem.base)  # the delta replaces the head
-        return self._write_outcome(member, directory, delta, accuracy, seconds)
+        return self._write_outcome(member, directory, delta, score, seconds)
 
     def _write_outcome(
-        self, member: Member, directory: Path, delta: dict[str, Any], accuracy: float, seconds: float
+        self, member: Member, directory: Path, delta: dict[str, Any], score: float, seconds: float
     ) -> Outcome:
         outcome = Outcome(
             method=member.row.name,
@@ -278,7 +280,7 @@ class _Program:
             trained_parameters=sum(leaf.size for leaf in jax.tree.leaves(lora.partition(delta)[0])),
             adapter_bytes=stored_bytes(directory / ADAPTER),
             seconds=seconds,
-            validation_accuracy=accuracy,
+            validation_accuracy=score,
             test_accuracy=math.nan,
             lr=member.rate,
         )
@@ -305,12 +307,15 @@ class _Program:
         row, problem = member.row, self._starts.of(member.row, member.seed).problem
         what = [row.spec, row.rules, row.examples, row.tracked, row.change, row.optimizer, row.penalty]
         shared = [getattr(self._shared(member), name) for name in _SHARED]
-        return [problem.digest, problem.lengths, *map(repr, what), member.rate, *shared]
+        decay = [self._config.weight_decay] if self._config.weight_decay else []  # so that older runs are read
+        return [problem.digest, problem.lengths, *map(repr, what), member.rate, *shared, *decay]
 
     def _shared(self, member: Member) -> Comparison:
-        """Returns the config with the seed and the epochs of a run."""
-        epochs = self._config.epochs if member.row.epochs is None else member.row.epochs
-        return replace(self._config, seed=member.seed, epochs=epochs)
+        """Returns the config with the seed, the epochs and the batch size of a run."""
+        row, config = member.row, self._config
+        epochs = config.epochs if row.epochs is None else row.epochs
+        batch_size = config.batch_size if row.batch_size is None else row.batch_size
+        return replace(config, seed=member.seed, epochs=epochs, batch_size=batch_size)
 
 
 def _kind(member: Member) -> str:
@@ -322,8 +327,8 @@ def _kind(member: Member) -> str:
     row = member.row
     whole = {pattern: recipe for pattern, recipe in row.spec.items() if isinstance(recipe, lora.Full | lora.Rows)}
     kinds = sorted({repr(_without_rank(recipe)) for recipe in row.spec.values()})
-    shared = (row.rules, row.examples, row.epochs, row.tracked, row.change, row.optimizer, row.penalty, member.seed)
-    return repr((kinds, whole, shared))
+    data = (row.rules, row.examples, row.epochs, row.batch_size, member.seed)
+    return repr((kinds, whole, data, row.tracked, row.change, row.optimizer, row.penalty))
 
 
 def _without_rank(recipe: Any) -> Any:

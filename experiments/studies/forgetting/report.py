@@ -83,21 +83,20 @@ def _findings(base: Measured, trained: Sequence[Measured]) -> list[Finding]:
     nearest = min(adapted, key=lambda row: abs(row.task.mean - full.task.mean))
     largest = [row for row in adapted if row.parameters == max(row.parameters for row in adapted)]
     slow, fast = (bound(largest, key=lambda row: row.lr) for bound in (min, max))
-    increase, error = fast.other.minus(slow.other)
-    figures = f"loss of other text, {fast.name} minus {slow.name}: {increase:+.3f} ± {error:.3f}"
-    return [
-        _forgets_less(nearest, full).because(_NEAR),
-        Finding("a larger learning rate forgets more", _sign(increase, error), figures).because(_SHORT),
-    ]
+    findings = [_forgets_less(nearest, full).because(_NEAR)]
+    if fast is not slow:
+        increase, error = fast.other.minus(slow.other)
+        figures = f"loss of other text, {fast.name} minus {slow.name}: {increase:+.3f} ± {error:.3f}"
+        claim = "a larger learning rate forgets more"
+        findings.append(Finding(claim, _sign(increase, error), figures).because(_SHORT))
+    return findings
 
 
 def _forgets_less(one: Measured, other: Measured) -> Finding:
     """Judges the claim that one run forgets less than another and does not learn less."""
     (gain, gain_error), (increase, error) = other.task.minus(one.task), one.other.minus(other.other)
     verdict = _sign(-increase, error)
-    if (verdict == "observed" and _sign(gain, gain_error) == "not observed") or (
-        verdict == "not observed" and _sign(gain, gain_error) == "observed"
-    ):
+    if (verdict == "observed" and gain < -gain_error) or (verdict == "not observed" and gain > gain_error):
         verdict = "not decided"  # it also learns less, or more
     figures = (
         f"{one.name} minus {other.name}: loss of other text {increase:+.3f} ± {error:.3f}, gain of the task "

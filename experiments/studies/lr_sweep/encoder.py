@@ -115,7 +115,7 @@ def _curve(config: Config, start: Start, line: Line, rule: float, before: np.nda
         line.name,
         list(line.rates),
         _losses(joint.logits, labels),
-        joint.accuracies(labels),
+        joint.scores(labels),
         start=float(before.mean()),
         rule=rule,
         seconds=joint.history.seconds,
