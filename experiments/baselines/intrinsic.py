@@ -1,6 +1,7 @@
 """Intrinsic dimension: all weights move within a random subspace of few dimensions, θ = θ₀ + P(z).
 
-P is the Fastfood transform: its memory is linear in the number of weights, and its time is log-linear.
+P is the Fastfood transform, a block of it for every d weights: its memory is linear in the number of weights n, and
+its time is n·log d.
 
 References:
   Li et al., `Measuring the Intrinsic Dimension of Objective Landscapes <https://arxiv.org/abs/1804.08838>`_, 2018
@@ -28,7 +29,7 @@ NAME = "intrinsic"
 TRAINED = rf"^{NAME}/(z|scales)$"
 """A pattern of the paths that train; the rest of the entry is the fixed projection."""
 
-_BLOCK = 64  # the size of the Hadamard matrices that are multiplied, a power of two
+_BLOCK = 128  # the size of the Hadamard matrices that are multiplied, a power of two
 _LAYER = re.compile(r"(?:^|/)layers/(\d+)/")
 
 
@@ -44,7 +45,9 @@ def init(key: jax.Array, base: Any, dimension: int, *, pattern: str = "", layers
         `dimension` minus the number of layers, so that both forms train as many numbers.
 
     Returns:
-      `{"z": float32[dimension], "scales": float32[layers] (if `layers`), "projection": {path: arrays}}`.
+      `{"z": float32[dimension], "scales": float32[layers] (if `layers`), "projection": {"signs": int8[size],
+      "permutation": int32[size], "gauss": {path: float32[blocks, size]}}}`, where `size` is the power of two from
+      `dimension` on.
 
     Raises:
       ValueError: No path matches, there are fewer dimensions than layers, or `layers` and the layers are stacked.
@@ -60,10 +63,7 @@ def init(key: jax.Array, base: Any, dimension: int, *, pattern: str = "", layers
     count = dimension - len(set(groups.values())) if layers else dimension
     if count < 1:
         raise ValueError(f"dimension={dimension}, expected more than the {dimension - count} scales of layers.")
-    projection = {
-        path: _projection(path_key, math.prod(leaf.shape), count)
-        for path_key, (path, leaf) in zip(jax.random.split(key, len(leaves)), leaves.items())
-    }
+    projection = _projection(key, {path: leaf.size for path, leaf in leaves.items()}, count)
     entry: dict[str, Any] = {"z": jnp.zeros(count), "projection": projection}
     return entry | ({"scales": jnp.ones(len(set(groups.values())))} if layers else {})
 
@@ -83,11 +83,12 @@ def delta(entry: Mapping[str, Any], base: Any) -> dict[str, lora.Adapter]:
       ((4, 3), True)
     """
     leaves = lora.paths.flatten(base).as_dict()
-    groups = _groups(entry["projection"])
+    changes = _project(entry["z"], entry["projection"])
+    groups = _groups(changes)
     result: dict[str, lora.Adapter] = {}
-    for path, fixed in entry["projection"].items():
+    for path, change in changes.items():
         weight = leaves[path]
-        change = _project(entry["z"], fixed, math.prod(weight.shape)).reshape(weight.shape)
+        change = change.reshape(-1)[: math.prod(weight.shape)].reshape(weight.shape)
         scale = entry["scales"][groups[path]] if "scales" in entry else jnp.ones(())
         offset = lora.Offset().create(jax.random.key(0), weight, ())
         result[path] = dataclasses.replace(offset, value=scale * change)
@@ -124,34 +125,45 @@ def _groups(paths: Mapping[str, Any]) -> dict[str, int]:
     return {path: order[name] for path, name in layer.items()}
 
 
-def _projection(key: jax.Array, weights: int, dimension: int) -> dict[str, jax.Array]:
-    """Returns the random signs, permutation and Gaussian numbers of a Fastfood transform."""
-    size = _padded(max(weights, dimension))
-    signs_key, permutation_key, gauss_key = jax.random.split(key, 3)
+def _projection(key: jax.Array, sizes: Mapping[str, int], dimension: int) -> dict[str, Any]:
+    """Returns the random signs, permutation and Gaussian numbers of a Fastfood transform.
+
+    All blocks share signs and permutation. The numbers are scaled so that a column of P has norm 1.
+    """
+    size = _padded(dimension)
+    signs_key, permutation_key, *keys = jax.random.split(key, 2 + len(sizes))
+    gauss = {
+        path: jax.random.normal(path_key, (-(-count // size), size))
+        for path_key, (path, count) in zip(keys, sizes.items())
+    }
+    norm = jnp.sqrt(size * sum(jnp.sum(jnp.square(numbers)) for numbers in gauss.values()))
     return {
         "signs": jax.random.rademacher(signs_key, (size,), jnp.int8),
         "permutation": jax.random.permutation(permutation_key, size),
-        "gauss": jax.random.normal(gauss_key, (size,)),
+        "gauss": {path: numbers / norm for path, numbers in gauss.items()},
     }
 
 
-def _project(z: jax.Array, fixed: Mapping[str, jax.Array], weights: int) -> jax.Array:
-    """Computes H·G·Π·H·B·z, padded with zeros, for the first `weights` numbers; a whole column has norm 1."""
-    size = fixed["gauss"].shape[0]
-    padded = jnp.pad(z, (0, size - z.shape[0])) * fixed["signs"].astype(z.dtype)
-    mixed = _hadamard(padded)[fixed["permutation"]] * fixed["gauss"]
-    norm = jnp.sqrt(size * jnp.sum(jnp.square(fixed["gauss"])))
-    return _hadamard(mixed)[:weights] / norm
+def _project(z: jax.Array, projection: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Computes H·G·Π·H·B·z, with z padded by zeros, for all blocks of each path: `[blocks, size]`."""
+    signs, gauss = projection["signs"], projection["gauss"]
+    padded = jnp.pad(z, (0, len(signs) - len(z))) * signs.astype(z.dtype)
+    mixed = _hadamard(padded)[projection["permutation"]]
+    blocks = _hadamard(jnp.concatenate(list(gauss.values())) * mixed[None])
+    ends = np.cumsum([len(numbers) for numbers in gauss.values()])
+    return dict(zip(gauss, jnp.split(blocks, ends[:-1])))
 
 
 def _hadamard(x: jax.Array) -> jax.Array:
-    """Multiplies by the Hadamard matrix, by a factor of it at a time: the matrix is a Kronecker power."""
-    size, rest = x.shape[0], x.shape[0]
+    """Multiplies the last axis by the Hadamard matrix, by a factor of it at a time: it is a Kronecker power."""
+    *rows, size = x.shape
+    rest = size
     while rest > 1:
         block = min(_BLOCK, rest)
         rest //= block
         # The axis that is multiplied moves to the front, so that after all factors the order is the first one.
-        x = (x.reshape(size // block, block) @ np.asarray(hadamard(block), x.dtype)).T.reshape(-1)
+        x = x.reshape(*rows, size // block, block) @ np.asarray(hadamard(block), x.dtype)
+        x = jnp.swapaxes(x, -1, -2).reshape(*rows, size)
     return x
 
 

@@ -109,7 +109,7 @@ class Page:
         console.print(f"written to {out}: {', '.join(FILES)}", highlight=False)
 
     def _text(self, config: Any, machine: str) -> str:
-        verdicts = [f"- **{finding.verdict}**: {finding.claim}. {finding.figures}" for finding in self.findings]
+        verdicts = [f"- **{finding.verdict}**: {finding.claim}. {finding.evidence}" for finding in self.findings]
         parts = [
             f"# {command_name(config)}",
             f"{self.claim.rstrip('.')} ({self.source}).",

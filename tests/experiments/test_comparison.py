@@ -12,15 +12,18 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 import lora_jax as lora
 from experiments import command_line, configs, run
 from experiments.configs.comparison import Comparison
+from experiments.configs.intrinsic import Config as Intrinsic
 from experiments.configs.which_weights import Config as WhichWeights
+from experiments.errors import UserError
 from experiments.models.virtual import Shape
-from experiments.reports.page import command
+from experiments.reports.page import Grid, Page, command
 from experiments.reports.results import Outcome
-from experiments.studies import dora, joint, rank, which_weights
+from experiments.studies import dora, intrinsic, intrinsic_dimension, joint, rank, which_weights
 from experiments.studies.comparison import figures, judge, program
 from experiments.studies.comparison.description import Row, Study, Summary
 from experiments.studies.problem import HEAD, Problem, accuracy, answers, load
@@ -276,12 +279,63 @@ def test_verdicts():
     assert summary("half", [0.5, np.nan]).diverged == 1
 
 
+def test_a_finding_has_a_reason_only_if_it_is_not_observed(tmp_path):
+    high, low = summary("high", [0.8, 0.81]), summary("low", [0.7, 0.71])
+    observed, refuted = (judge.better("wins", *pair).because("chance") for pair in ((high, low), (low, high)))
+    assert observed.reason == "" and "reason" not in str(observed)
+    assert refuted.reason == "chance" and str(refuted).endswith("Likely reason: chance")
+    grid = Grid(["method"], [["LoRA"]])
+    page = Page("LoRA wins.", "a paper", "", grid, [observed, refuted], lambda figure: None)
+    page.publish(Config(out=tmp_path), {"devices": ["cpu"], "versions": {"jax": "1"}}, Console(quiet=True))
+    assert (tmp_path / "README.md").read_text().count("Likely reason: chance") == 1
+    findings = json.loads((tmp_path / "run.json").read_text())["findings"]
+    assert [finding["reason"] for finding in findings] == ["", "chance"]
+
+
+def test_the_intrinsic_dimension():
+    problem = SimpleNamespace(reported="test", task=SimpleNamespace(metric=SimpleNamespace(title="accuracy")))
+    start = SimpleNamespace(problem=problem, result=SimpleNamespace(trained_parameters=3))
+    head = dataclasses.replace(summary("head", [0.6]), row=Row("head alone", {}, position=0), start=start)
+
+    def subspaces(form, scores):
+        return [
+            dataclasses.replace(summary(form, [score]), row=Row(form, {}, (1e-3,), form, position=size))
+            for size, score in scores.items()
+        ]
+
+    said = subspaces(intrinsic_dimension.SAID, {16: 0.62, 128: 0.69, 1024: 0.71})
+    plain = subspaces(intrinsic_dimension.PLAIN, {16: 0.6, 128: 0.62, 1024: np.nan})
+    rows = [head, *said, *plain, summary("full", [0.699])]
+    names = ("90 % of the score", "90 % of the gain")
+    assert intrinsic_dimension.thresholds(rows)[names[0]].mean == pytest.approx(62.91)
+    assert intrinsic_dimension.thresholds(rows)[names[1]].mean == pytest.approx(68.91)
+    assert intrinsic_dimension.d90(rows) == {
+        intrinsic_dimension.SAID: dict(zip(names, (128, 128))),
+        intrinsic_dimension.PLAIN: dict(zip(names, (None, None))),
+    }
+    few = intrinsic_dimension.d90([*rows[:-1], summary("full", [0.65])])  # the head alone reaches 58.5
+    assert [size[names[0]] for size in few.values()] == [0, 0]
+    claims = intrinsic_dimension.findings(rows)
+    assert claims[0].verdict == "observed" and "head alone has 60.0" in claims[0].figures
+    assert len(claims) == 4 and all(claim.reason for claim in claims if claim.verdict == "not observed")
+    cells = intrinsic_dimension.grid(rows).rows
+    dimensions = ["128", "none of these"]
+    assert [row[1:] for row in cells[3:7]] == [["71.0", "diverged"], ["69.9"] * 2, dimensions, dimensions]
+    assert cells[0] == ["head alone", "60.0", "60.0"] and cells[1][0] == "d = 16"
+
+
 def test_the_error_is_paired_over_examples_and_seeds():
     one, other = summary("one", [0.8, 0.6, 0.7]), summary("other", [0.7, 0.5, 0.6])
     points, error = judge.difference(one, other)
     assert points == pytest.approx(10)
     by_example = np.mean([np.array(a, float) - b for a, b in zip(one.contributions, other.contributions)], axis=0)
     assert error == pytest.approx(100 * by_example.std(ddof=1) / np.sqrt(1000))  # the seeds agree
+
+
+def test_a_subspace_has_more_coordinates_than_layers(settings):
+    problem = load(settings.model, settings.data, dict.fromkeys(("train", "test")), settings.lengths, str)
+    with pytest.raises(UserError, match="dimensions: dimension=2, expected more than the 2 scales"):
+        intrinsic.rows(Intrinsic(dimensions=(2, 16)), problem)
 
 
 def test_the_page_states_the_command():
@@ -295,6 +349,7 @@ def test_what_the_user_can_put_right_is_one_sentence(tmp_path, capsys):
         (["which-weights", "--budget", "7"], "budget must be a multiple of 12"),
         (["rank", "--seeds", "0"], "seeds must be positive"),
         (["low-data", "--sizes", "10", "20"], "size_epochs must be a positive number for each of the 2 sizes"),
+        (["intrinsic", "--dimensions", "32", "16"], "dimensions must be ascending, not 32 16"),
         (["low-data", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path)], "no such data directory"),
     ):
         assert run.main(flags) == 2

@@ -188,6 +188,7 @@ class Study:
       grid: Returns the table; None is the table of scores.
       entries: Returns further entries of the JSON record.
       size: Width and height of the figure in inches.
+      note: Sentences of the page that say what is trained and counted.
     """
 
     claim: str
@@ -199,3 +200,4 @@ class Study:
     grid: Callable[[Sequence[Summary]], Grid] | None = None
     entries: Callable[[Sequence[Summary]], Mapping[str, Any]] = lambda summaries: {}
     size: tuple[float, float] = (7.5, 4.6)
+    note: str = "The head is trained in every row and not counted."

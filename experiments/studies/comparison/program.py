@@ -42,7 +42,7 @@ def run(config: Comparison, study: Study) -> list[Summary]:
     page = Page(
         claim=study.claim,
         source=study.source,
-        conditions=" ".join([_conditions(config, problem, summaries), *notes]),
+        conditions=" ".join([_conditions(config, problem, study.note, summaries), *notes]),
         grid=report.grid(summaries, paper.heading(config) or study.paper)
         if study.grid is None
         else study.grid(summaries),
@@ -64,7 +64,7 @@ def _truncated(problem: Problem) -> str:
     return line if share > _FEW else ""
 
 
-def _conditions(config: Comparison, problem: Problem, summaries: list[Summary]) -> str:
+def _conditions(config: Comparison, problem: Problem, note: str, summaries: list[Summary]) -> str:
     minutes = sum(outcome.seconds for summary in summaries for outcome in summary.results) / 60
     seeds = "one seed" if config.seeds == 1 else f"mean ± standard deviation of {config.seeds} seeds"
     names = {"train": "train", "validation": "validation", "test": problem.reported}
@@ -73,6 +73,5 @@ def _conditions(config: Comparison, problem: Problem, summaries: list[Summary]) 
     return (
         f"{config.model} on {config.data}; examples: {sizes}; {seeds}. Validation examples{held_out} select the head's "
         f"penalty, learning rates and the rows that findings compare; {problem.reported} examples are those of the "
-        "table. The head is trained in every row and not counted. The runs of the table took "
-        f"{minutes:.0f} minutes of training."
+        f"table. {note} The runs of the table took {minutes:.0f} minutes of training."
     )

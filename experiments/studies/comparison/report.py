@@ -24,8 +24,8 @@ def grid(summaries: Sequence[Summary], paper: str) -> Grid:
     for summary in summaries:
         first = summary.results[0]
         rate = [short(first.lr) if first.lr is not None else "–"] if several else []
-        row = [summary.row.name, f"{summary.parameters:,}", size(first.adapter_bytes), *rate, _score(summary)]
-        row += [f"{score:.1f}" for score in summary.others.values()] or ["–"] * len(others)
+        row = [summary.row.name, f"{summary.parameters:,}", size(first.adapter_bytes), *rate, score(summary)]
+        row += [f"{other:.1f}" for other in summary.others.values()] or ["–"] * len(others)
         rows.append([*row, summary.row.paper or "–"] if paper else row)
     return Grid([*header, paper] if paper else header, rows)
 
@@ -55,7 +55,8 @@ def as_json(summary: Summary) -> dict[str, Any]:
     }
 
 
-def _score(summary: Summary) -> str:
+def score(summary: Summary) -> str:
+    """Returns the mean score of a row, its standard deviation over seeds, and how many diverged."""
     if not summary.contributions:
         return "diverged"
     mean = f"{summary.mean:.1f}"
