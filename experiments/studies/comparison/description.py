@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import optax
 from matplotlib.figure import Figure
+from rich.console import Console
 
 import lora_jax as lora
 from experiments.reports.findings import Finding
@@ -74,7 +75,7 @@ class Summary:
       contributions: What each test example contributes to the score, `float[examples]` for each seed that did not
         diverge; of the accuracy, whether it is answered correctly.
       start: The starting point of the first seed.
-      directories: The directories of the runs by seed; empty for the head alone.
+      directories: The directories of the runs by seed; that of the head for the head alone.
       tried: The validation score of the first seed by learning rate; NaN if training diverged.
       others: The further metrics of the task by name: their mean over these seeds in percent.
     """
@@ -188,6 +189,9 @@ class Study:
       grid: Returns the table; None is the table of scores.
       entries: Returns further entries of the JSON record.
       size: Width and height of the figure in inches.
+      apart: Whether every run trains alone, with its own time, and is evaluated after every pass, for curves.
+      after: Called at the end in the first process, for what a study writes and prints beyond its page:
+        `after(config, summaries, console)`.
     """
 
     claim: str
@@ -199,3 +203,5 @@ class Study:
     grid: Callable[[Sequence[Summary]], Grid] | None = None
     entries: Callable[[Sequence[Summary]], Mapping[str, Any]] = lambda summaries: {}
     size: tuple[float, float] = (7.5, 4.6)
+    apart: bool = False
+    after: Callable[[Any, Sequence[Summary], Console], None] = lambda config, summaries, console: None
