@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,10 +50,12 @@ class Grid:
         return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
     def table(self) -> Table:
-        """Returns the table for the screen."""
+        """Returns the table for the screen; names of columns are in several lines if they are wider than the cells."""
         result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for index, name in enumerate(self.header):
-            result.add_column(name, justify="right" if index else "left", no_wrap=not index)
+            width = max(1, *map(len, name.split()), *(len(row[index]) for row in self.rows))
+            heading = "\n".join(textwrap.wrap(name, width))
+            result.add_column(heading, justify="right" if index else "left", no_wrap=not index)
         for row in self.rows:
             result.add_row(*row)
         return result
