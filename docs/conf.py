@@ -48,7 +48,13 @@ python_use_unqualified_type_names = True
 html_theme = "sphinx_book_theme"
 html_title = "lora_jax"
 html_favicon = "_static/favicon.svg"
-html_context = {"default_mode": "auto"}  # light or dark
+html_context = {
+    "default_mode": "auto",  # light or dark
+    "edit_page_provider_name": "GitHub",
+    "edit_page_url_template": "https://github.com/lora-jax/lora_jax/edit/main/"
+    "{% set source = {'changelog.md': 'CHANGELOG.md', 'contributing.md': 'CONTRIBUTING.md'}[file_name] %}"
+    "{{ source or (file_name if file_name.startswith('notebooks/') else 'docs/' + file_name) }}",
+}
 html_static_path = ["_static", str(MATHJAX)]
 html_css_files = ["site.css"]
 html_copy_source = False
@@ -81,6 +87,13 @@ def copy_notebooks(app) -> None:
         (target / notebook.name).write_text(text.replace(badge, "Open in Colab"), encoding="utf-8")
 
 
+def relink(app, path, docname, content) -> None:
+    """Makes links of the repository's changelog and guide for contributors, which pages include, those of the site."""
+    if path.name in ("CHANGELOG.md", "CONTRIBUTING.md"):
+        for name, target in {"docs/": "", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}.items():
+            content[0] = content[0].replace(f"]({name}", f"]({target}")
+
+
 BACKTICKS = re.compile(r"(:[\w:]+:`[^`]+`|`[^`]+`_+|``.+?``)|`([^`]+)`", re.DOTALL)
 """Roles, links and literals, or code in single backticks."""
 
@@ -94,3 +107,4 @@ def quote_code(app, what, name, obj, options, lines) -> None:
 def setup(app) -> None:
     app.connect("autodoc-process-docstring", quote_code, priority=400)  # before napoleon's 500
     app.connect("builder-inited", copy_notebooks)
+    app.connect("include-read", relink)

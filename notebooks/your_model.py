@@ -22,11 +22,18 @@
 # its tree of parameters. You write one small transformer four times, adapt all four with one spec, and see equal
 # outputs and training runs. Then you scan over the layers, as large models do, and see the same outputs again.
 #
-# **Measured on 2 CPU cores: 2 min, 1.3 GB. Estimates: Colab's CPU 3 min, T4 1 min, v5e-1 1 min.** Almost all
-# of the time is compilation, which takes 1.7 × as long on Colab's 2 slower cores and as long as here on a GPU or TPU;
-# the arithmetic, 1 TFLOP, takes seconds on each.
+# | | 2 CPU cores, measured | Colab's CPU | T4 | v5e-1 |
+# | --- | --- | --- | --- | --- |
+# | minutes | 2 | 3 | 1 | 1 |
+# | memory | 1.3 GB | 1.3 GB | 0.2 GB | 0.2 GB |
+#
+# Colab's columns are estimates. *Minutes:* its two CPU cores take 1.7 times as long. Almost all of the time is
+# compilation, which takes as long as here on a GPU or TPU; the arithmetic, 1 TFLOP, takes seconds on each. *Memory:* on
+# Colab's CPU as here; on an accelerator, arrays take at most 0.1 GB (the digits and small networks), and the
+# temporaries of the largest step 0.1 GB, by XLA's memory analysis on a CPU.
 
-# %%
+# %% tags=["hide-input"]
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -44,7 +51,10 @@ except ImportError:
 
     if not SOURCE.exists():
         sh(f"git clone --depth 1 https://github.com/lora-jax/lora_jax {SOURCE}")
-    sh(f"{sys.executable} -m pip install -q ./{SOURCE} equinox matplotlib scikit-learn")
+    # A GPU or TPU needs JAX's plugin in the version of JAX, so that both are installed together.
+    plugins = {"libtpu": "tpu", "jax_cuda12_plugin": "cuda12", "jax_cuda13_plugin": "cuda13"}
+    extras = ",".join(extra for module, extra in plugins.items() if importlib.util.find_spec(module))
+    sh(f"{sys.executable} -m pip install -q ./{SOURCE} 'jax[{extras}]' equinox matplotlib scikit-learn")
     sys.path.insert(0, str(SOURCE))
 
 # %%
@@ -448,6 +458,8 @@ plt.show()
 # %%
 minutes, memory = (time.perf_counter() - START) / 60, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 print(f"{minutes:.1f} minutes and {memory:.1f} GB of memory at most")
+if stats := jax.local_devices()[0].memory_stats():  # of a GPU or TPU
+    print(f"{stats['peak_bytes_in_use'] / 1e9:.1f} GB of the device's memory at most")
 
 # %% [markdown]
 # ## What next

@@ -22,6 +22,7 @@ PAGES = {
     "how_it_works.html": "How it works",
     "guides/training.html": "Training",
     "methods/dora.html": "DoRA",
+    "notebooks/lora_from_scratch.html": "LoRA and DoRA from scratch",
     "reference/core.html": "Core",
     "troubleshooting.html": "Troubleshooting",
 }
@@ -91,7 +92,7 @@ def find_problems(chromium: str, address: str) -> list[str]:
 def take_screenshots(chromium: str, address: str, folder: Path) -> None:
     """Writes images of pages at two widths, light and dark."""
     folder.mkdir(parents=True, exist_ok=True)
-    for page in ("index.html", "guides/training.html", "reference/core.html"):
+    for page in ("index.html", "guides/training.html", "notebooks/lora_from_scratch.html", "reference/core.html"):
         for size, (width, height) in SIZES.items():
             for theme, options in {"light": (), "dark": ("--blink-settings=preferredColorScheme=0",)}.items():
                 name = f"{Path(page).parent.name or 'start'}-{size}-{theme}.png"

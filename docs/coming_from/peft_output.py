@@ -18,12 +18,18 @@ class Net(torch.nn.Module):
 
 
 torch.manual_seed(0)
-config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["hidden"], modules_to_save=["head"])
+config = peft.LoraConfig(
+    r=4,
+    lora_alpha=8,
+    target_modules=["hidden"],
+    modules_to_save=["head"],
+)
 model = peft.get_peft_model(Net(), config)
 print(f"peft {peft.__version__}, torch {torch.__version__}")
 model.print_trainable_parameters()
 
-optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+trained = [p for p in model.parameters() if p.requires_grad]
+optimizer = torch.optim.Adam(trained, lr=1e-2)
 x, y = torch.ones(8, 64), torch.zeros(8, 3)
 for _ in range(100):
     loss = ((model(x) - y) ** 2).mean()

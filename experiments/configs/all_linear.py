@@ -1,11 +1,27 @@
 """Which layers QLoRA has to adapt (QLoRA paper, figure 2)."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from experiments import settings
 from experiments.configs.comparison import Comparison
+from experiments.configs.qlora_scripts import RANK, SCRIPTS
+
+_PAPER: dict[str, Any] = {
+    "ranks": (8, RANK),
+    "full_lr": 2e-5,  # that of Alpaca's authors
+    "seeds": 1,
+    "train_examples": None,
+    "validation_examples": None,
+    "test_examples": 200,
+    "label_smoothing": 0.0,
+    "new_tokens": 256,
+}
+
+
+_OF_PAPER = ("steps", "dropout", "length", "new_tokens")
 
 
 @dataclass(frozen=True)
@@ -15,6 +31,10 @@ class Config(Comparison):
     The paper trains LLaMA 7B on Alpaca: LoRA on all linear layers is needed to match full fine-tuning, and the rank
     does not matter then. Here all-MiniLM-L6-v2, whose linear layers are stored as NF4 with double quantization,
     classifies Debian packages.
+
+    With --paper, the decoder that --model names is trained on the conversations that --data names (alpaca:DIRECTORY or
+    oasst1:DIRECTORY) with the hyperparameters of the authors' scripts for 7B parameters, and scored by the ROUGE-L of
+    its answers to held-out examples. Flags that are set win. See docs/guides/data.md.
     """
 
     STUDY = "experiments.studies.all_linear"
@@ -33,9 +53,41 @@ class Config(Comparison):
     full_lr: float = 2e-4
     """Peak learning rate of full fine-tuning, without quantization."""
 
+    paper: bool = False
+    """The paper's task and hyperparameters, for the decoder and the conversations that are named."""
+
+    steps: int | None = None
+    """With --paper, the maximum number of training steps."""
+
+    dropout: float = 0.0
+    """With --paper, the dropout rate of the adapters' inputs."""
+
+    length: int | None = None
+    """With --paper, the tokens per sequence. Longer examples are truncated."""
+
+    new_tokens: int | None = None
+    """With --paper, the maximum number of tokens per answer."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        settings.positive(self, "ranks", "lr", "full_lr")
+        settings.positive(self, "ranks", "lr", "full_lr", "steps", "length", "new_tokens")
+        settings.fraction(self, "dropout")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        changed = [name for name in defaults if getattr(self, name) != defaults[name]]
+        if not self.paper and (unused := [name for name in _OF_PAPER if name in changed]):
+            raise ValueError(f"{' and '.join(unused)}: only with --paper")
+        if self.paper and not {"model", "data"} <= {*changed}:
+            raise ValueError(
+                "--paper: pass a decoder and conversations of the original setting, as in --model huggyllama/llama-7b "
+                "--data alpaca:DIRECTORY (or oasst1:DIRECTORY)"
+            )
+
+    def preset(self) -> Self:
+        """Returns the settings of the paper, in place of the defaults."""
+        values: dict[str, Any] = SCRIPTS | _PAPER | {"out": Path(f"{type(self).out}-paper")}
+        if self.fast:
+            values |= {"ranks": (2,), "steps": 2, "length": 64, "batch_size": 2, "test_examples": 2, "new_tokens": 4}
+        return dataclasses.replace(type(self)(), paper=True, model=self.model, data=self.data, fast=self.fast, **values)
 
 
 DEFAULTS = Config()

@@ -1,19 +1,26 @@
 """The perplexity of a base in several data types, before and after adaptation (QLoRA paper, tables 2 and 3)."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from experiments import settings
+from experiments.configs.fine_tuning import FineTuning
+from experiments.configs.qlora_scripts import FIXED, RANK, SCRIPTS
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(FineTuning):
     """Compares data types of the base by the perplexity of held-out text, before and after LoRA (QLoRA, tables 2, 3).
 
     The base as its GGUF file stores it (Q4_1 for SmolLM2), dequantized to float32, and quantized again to Int8, NF4,
     FP4 and Int4, with and without double quantization. The text is that of whole conversations: long descriptions of
     Debian packages and their synopses. A second figure shows how often each of the sixteen codes occurs.
+
+    With --paper, the base that --model names is adapted to the data that --data names (alpaca:DIRECTORY,
+    oasst1:DIRECTORY or any other text) with the hyperparameters of the authors' scripts for 7B parameters. Flags that
+    are set win. See docs/guides/data.md.
     """
 
     STUDY = "experiments.studies.datatypes"
@@ -26,8 +33,20 @@ class Config:
     data: tuple[str, ...] = ("debian_synopses:0.04",)
     """The data, named as for sft."""
 
-    steps: int = 24
-    """Training steps, of one sequence each."""
+    validation_share: float = 0.0
+    """Fraction of the training examples to hold out for validation, if the data has no validation examples."""
+
+    paper: bool = False
+    """The hyperparameters of the paper's scripts, for the model and the data that are named."""
+
+    rank: int = 16
+    """Rank of the LoRA factors."""
+
+    length: int | None = None
+    """Tokens per sequence. None is sft's choice for the data."""
+
+    steps: int | None = 24
+    """Maximum number of training steps. None trains for all epochs."""
 
     validation_examples: int = 60
     """Number of validation examples."""
@@ -49,8 +68,22 @@ class Config:
 
     def __post_init__(self) -> None:
         settings.use_fast(self, self.FAST | {"out": Path(f"{type(self).out}-fast")})
-        settings.positive(self, "steps", "validation_examples", "lr")
+        self.check_fine_tuning()
+        settings.positive(self, "validation_examples", "lr", "rank", "length")
         settings.not_negative(self, "seed")
+        settings.fraction(self, "validation_share")
+        if self.paper and self.data == type(self).data:
+            raise ValueError(
+                "--paper: pass a model and text as in the original setting, for example --model huggyllama/llama-7b "
+                "--data oasst1:DIRECTORY --validation-share 0.05"
+            )
+
+    def preset(self) -> Self:
+        """Returns the settings of the paper's scripts, in place of the defaults."""
+        values = SCRIPTS | FIXED | {"rank": RANK, "out": Path(f"{type(self).out}-paper")}
+        if self.fast:
+            values |= {"steps": self.FAST["steps"], "length": 128, "rank": 2}
+        return dataclasses.replace(type(self)(), paper=True, data=self.data, fast=self.fast, **values)
 
 
 DEFAULTS = Config()

@@ -86,8 +86,10 @@ class DecoderConfig(Runtime):
     """The adapter to start from: a directory that lora_jax or PEFT wrote. It determines method, targets, ranks, alpha
     and dropout."""
 
-    method: Literal["lora", "dora"] = "lora"
-    """The adapter method."""
+    method: Literal["lora", "dora", "full"] = "lora"
+    """The adapter method. full trains all weights instead (full fine-tuning), at a rate without the factor of ten for
+    LoRA; the memory of a step then also holds a trained copy, gradients and optimizer state of every weight, and there
+    is no PEFT export: merge writes the model."""
 
     targets: tuple[Target, ...] = ("attention", "feed-forward")
     """The weights to adapt: attention projections, feed-forward layers (including the experts of a mixture), query or
@@ -165,14 +167,14 @@ class DecoderConfig(Runtime):
     lr: float | Literal["auto"] | None = None
     """Peak learning rate. auto applies a published rule: ten times the rate of full fine-tuning, by hidden size (LoRA
     Without Regret, and the cookbook beside it). None is the best rate of short runs for smollm2-135m, and auto for
-    other models. The rate is printed."""
+    other models and for full fine-tuning. The rate is printed."""
 
     schedule: Schedule = "linear"
     """The learning rate after warmup: it decays to the floor linearly or along a cosine, stays constant, or (wsd) stays
     constant and then decays linearly."""
 
     warmup: float = 0.03
-    """Fraction of the steps in which the learning rate rises from 0."""
+    """Fraction of the steps in which the learning rate rises from 0; from 1 on, the number of these steps."""
 
     lr_floor: float = 0.0
     """The final learning rate, as a fraction of the peak."""
@@ -181,7 +183,8 @@ class DecoderConfig(Runtime):
     """Fraction of the steps in which the wsd schedule decays."""
 
     weight_decay: float = 0.0
-    """AdamW's weight decay of the LoRA factors. DoRA's magnitudes do not decay."""
+    """AdamW's weight decay of the LoRA factors, and of all matrices in full fine-tuning. DoRA's magnitudes do not
+    decay."""
 
     clip: float | None = 1.0
     """Maximum global norm of the gradients. None does not clip."""
@@ -228,8 +231,8 @@ class DecoderConfig(Runtime):
         settings.positive(self, "steps", "train_examples", "new_tokens")
         settings.use_fast(self, self.FAST)
         settings.positive(self, "max_minutes", "eval_every", "log_every")
-        settings.not_negative(self, "lr", "weight_decay", "samples", "seed", "validation_examples")
-        settings.fraction(self, "warmup", "dropout", "validation_share")
+        settings.not_negative(self, "lr", "weight_decay", "samples", "seed", "validation_examples", "warmup")
+        settings.fraction(self, "dropout", "validation_share")
         if self.length is not None and self.length >= 2**31:
             raise ValueError(f"length must be below 2**31, not {self.length}")
         if not 0 <= self.lr_floor <= 1:
@@ -242,13 +245,18 @@ class DecoderConfig(Runtime):
             raise ValueError("validation and validation_share exclude each other; set only one of them")
         self.rank_patterns()
         parse_arguments(self.template_arguments)
-        if self.init_from is not None:
-            defaults = {field.name: field.default for field in dataclasses.fields(self)}
-            changed = [name for name in OF_ADAPTER if getattr(self, name) != defaults[name]]
-            if changed:
-                raise ValueError(
-                    f"--init-from: the adapter determines {', '.join(changed)}; set either --init-from or these"
-                )
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        changed = [name for name in OF_ADAPTER if getattr(self, name) != defaults[name]]
+        if self.init_from is not None and changed:
+            raise ValueError(
+                f"--init-from: the adapter determines {', '.join(changed)}; set either --init-from or these"
+            )
+        if self.method == "full" and changed != ["method"]:
+            raise ValueError(f"method full trains all weights and has no {', '.join(changed[1:])}")
+        if self.method == "full" and self.quantize != "none":
+            raise ValueError(
+                f"method full trains the weights, of which quantize {self.quantize} stores codes; use quantize none"
+            )
 
     @property
     def row_length(self) -> int:

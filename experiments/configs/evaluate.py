@@ -5,12 +5,13 @@ from pathlib import Path
 
 from experiments import settings
 from experiments.configs.decoder import Float, Quantization
+from experiments.configs.decoding import Decoding
 from experiments.input.forms import FormName
 from experiments.training.runtime import Runtime
 
 
 @dataclass(frozen=True)
-class Config(Runtime):
+class Config(Decoding, Runtime):
     """Answers held-out examples and prints perplexity, ROUGE-L and BLEU.
 
     It compares the base, the base with three training examples in its prompt, and the adapter, unmerged and merged.
@@ -57,7 +58,8 @@ class Config(Runtime):
     """Compute the scores again, even if --out holds them."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Runtime.__post_init__(self)
+        Decoding.__post_init__(self)
         settings.positive(self, "test_examples", "new_tokens")
         if isinstance(self.data, str):
             object.__setattr__(self, "data", (self.data,))

@@ -17,7 +17,8 @@ class PostTraining(DecoderConfig, abc.ABC):
 
     lr: float | Literal["auto"] | None = 1e-3
     """Peak learning rate. auto applies a published rule for supervised fine-tuning: ten times the rate of full
-    fine-tuning, by hidden size (LoRA Without Regret, and the cookbook beside it)."""
+    fine-tuning, by hidden size (LoRA Without Regret, and the cookbook beside it). With --method full the default is
+    auto, without the factor of ten."""
 
     length: int | None = None
     """Tokens of a prompt with its answer. Longer records are left out. None is the smallest multiple of 16 that keeps
@@ -35,6 +36,8 @@ class PostTraining(DecoderConfig, abc.ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.method == "full" and self.lr == type(self).lr:
+            object.__setattr__(self, "lr", "auto")
         if self.validation_examples == 0:
             raise ValueError("validation_examples is 0; expected at least one record to compare base and adapter on")
 

@@ -8,15 +8,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from experiments import settings
 from experiments.configs.decoder import DecoderConfig, Quantization
+from experiments.configs.decoding import Decoding
 from experiments.configs.method_names import separated_by_commas
 from experiments.input.options import Options, TrainOn
 
-METHODS: dict[str, tuple[Literal["lora", "dora"], Quantization]] = {
+METHODS: dict[str, tuple[Literal["lora", "dora", "full"], Quantization]] = {
     "lora": ("lora", "none"),
     "dora": ("dora", "none"),
     "qlora": ("lora", "nf4"),
     "qdora": ("dora", "nf4"),
     "stored": ("lora", "stored"),
+    "full": ("full", "none"),
 }
 """The adapter method and the quantization of each of the methods that a run may compare."""
 
@@ -24,14 +26,14 @@ Methods = Annotated[tuple[str, ...], separated_by_commas(tuple(METHODS))]
 
 
 @dataclass(frozen=True)
-class Config(DecoderConfig):
-    """Fine-tunes a decoder on conversations with LoRA or DoRA, on anything from one CPU to a TPU pod.
+class Config(Decoding, DecoderConfig):
+    """Fine-tunes a decoder on conversations with LoRA, DoRA or in full, on anything from one CPU to a TPU pod.
 
     Every worker of a pod runs the same command. The base is frozen, in bfloat16 or in four bits; only the adapter is
-    trained and checkpointed. Conversations are rendered with the checkpoint's chat template and packed into sequences,
-    and the loss covers the assistant's answers. The study writes sample answers from before and after training, the
-    adapter (also in PEFT's format) and all measurements to --out. After an interruption or preemption, the same command
-    resumes.
+    trained and checkpointed (with --method full, a copy of all weights). Conversations are rendered with the
+    checkpoint's chat template and packed into sequences, and the loss covers the assistant's answers. The study writes
+    sample answers from before and after training, the adapter (also in PEFT's format) and all measurements to --out.
+    After an interruption or preemption, the same command resumes.
     """
 
     STUDY = "experiments.studies.sft.comparison"
@@ -60,8 +62,8 @@ class Config(DecoderConfig):
 
     methods: Methods = ()
     """Methods to compare in one table, separated by commas: lora, dora, qlora (LoRA on a base in NF4), qdora, stored
-    (LoRA on the codes of a GGUF file). Each run is in a subdirectory of --out. Empty trains one adapter with --method
-    and --quantize."""
+    (LoRA on the codes of a GGUF file), full (full fine-tuning). Each run is in a subdirectory of --out. A number for
+    --lr applies to all of them. Empty trains one adapter with --method and --quantize."""
 
     train_on: TrainOn = "answers"
     """The text that the loss covers: all answers of the assistant (or completions), the last answer, or everything."""
@@ -90,7 +92,8 @@ class Config(DecoderConfig):
     perplexity, ROUGE-L and BLEU. None uses all, 0 none."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        DecoderConfig.__post_init__(self)
+        Decoding.__post_init__(self)
         settings.positive(self, "patience")
         settings.not_negative(self, "neftune", "test_examples")
         settings.fraction(self, "label_smoothing", "eval_share")

@@ -16,6 +16,7 @@ import numpy as np
 
 import lora_jax as lora
 from experiments import generation
+from experiments.configs.decoding import GREEDY, Decoding
 from experiments.evaluation.questions import Question
 from experiments.models.cache import Cache
 from experiments.models.decoder import Decoder
@@ -68,18 +69,20 @@ class Answerer:
         questions: Sequence[Question],
         new_tokens: int,
         report: Callable[[int], None] = lambda count: None,
+        decoding: Decoding = GREEDY,
     ) -> list[Answer]:
-        """Answers each question by greedy decoding.
+        """Answers each question by greedy decoding or beam search.
 
         Args:
           params: Base and delta.
           questions: The questions; see :meth:`fits`.
           new_tokens: Maximum number of tokens per answer.
           report: Called with the number of answers of each finished batch.
+          decoding: How answers are generated.
         """
         if not questions:
             return []
-        layout = _Layout.of(questions, new_tokens)
+        layout = _Layout.of(questions, new_tokens, decoding.beams)
         begin = self._begin(params, questions[0].prompt[: layout.shared], layout)
         answers: dict[int, Answer] = {}
         order = sorted(range(len(questions)), key=lambda number: len(questions[number].prompt))
@@ -87,7 +90,7 @@ class Answerer:
             numbers = order[first : first + layout.rows]
             batch = [questions[number] for number in numbers]
             batch += batch[-1:] * (layout.rows - len(batch))  # the same shapes for all batches
-            results = self._batch(params, batch, begin, layout, new_tokens)
+            results = self._batch(params, batch, begin, layout, new_tokens, decoding)
             answers.update(zip(numbers, results))
             report(len(numbers))
         return [answers[number] for number in range(len(questions))]
@@ -102,7 +105,13 @@ class Answerer:
         return generation.prefill(self._step, params, jnp.asarray(tokens[None]), cache=cache, copies=layout.rows)
 
     def _batch(
-        self, params: tuple[Any, Any], batch: list[Question], cache: Cache, layout: "_Layout", new_tokens: int
+        self,
+        params: tuple[Any, Any],
+        batch: list[Question],
+        cache: Cache,
+        layout: "_Layout",
+        new_tokens: int,
+        decoding: Decoding,
     ) -> list[Answer]:
         prompts = [question.prompt[layout.shared :] for question in batch]
         rest, mask = _pad([prompt[:-1] for prompt in prompts], _PIECE, left=True)
@@ -115,10 +124,19 @@ class Answerer:
         labels, is_label = _pad([question.answer for question in batch], layout.answer)
         inputs = np.concatenate([last, labels[:, :-1]], axis=1)
         losses = self._losses(*params, inputs, is_label, np.where(is_label, labels, -1), cache)
-        pad = self._ends[0] if self._ends else 0
-        tokens = generation.greedy(
-            self._step, params, jnp.asarray(last), cache=cache, new_tokens=new_tokens, eos=self._ends, pad=pad
-        )
+        options: dict[str, Any] = {
+            "cache": cache,
+            "new_tokens": new_tokens,
+            "eos": self._ends,
+            "pad": self._ends[0] if self._ends else 0,
+            "no_repeat": decoding.no_repeat_ngram,
+            "prompt_repeats": True,
+        }
+        if decoding.beams == 1:
+            tokens = generation.greedy(self._step, params, jnp.asarray(last), **options)
+        else:
+            options |= {"beams": decoding.beams, "length_penalty": decoding.length_penalty}
+            tokens = generation.beam_search(self._step, params, jnp.asarray(last), **options).tokens_BKN[:, 0]
         rows, sums = meshes.gather(tokens), meshes.gather(losses)
         before_end = np.cumsum(np.isin(rows, self._ends), axis=1) == 0
         texts = [self._decode(row[keep].tolist()).strip() for row, keep in zip(rows, before_end)]
@@ -135,14 +153,14 @@ class _Layout:
     answer: int
 
     @classmethod
-    def of(cls, questions: Sequence[Question], new_tokens: int) -> "_Layout":
+    def of(cls, questions: Sequence[Question], new_tokens: int, beams: int) -> "_Layout":
         prompts = [question.prompt for question in questions]
         # Each prompt keeps at least one token, whose logits give the first token of the answer.
         shared = min(min(map(len, prompts)) - 1, _count_shared(prompts))
         rest = _round_up(max(map(len, prompts)) - shared - 1, _PIECE)
         answer = _round_up(max(len(question.answer) for question in questions), _ANSWER)
         slots = shared + rest + max(answer, new_tokens)
-        batches = -(-len(prompts) // min(_ROWS, max(1, _TOKENS // slots)))
+        batches = -(-len(prompts) // min(_ROWS, max(1, _TOKENS // (slots * beams))))
         return cls(shared, -(-len(prompts) // batches), slots, answer)
 
 

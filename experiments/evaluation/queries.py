@@ -1,10 +1,11 @@
-"""The metrics of WikiSQL: whether a query is right, and whether it has the right result.
+"""The metrics of generated SQL: whether a query has the right logical form, and whether it has the right result.
 
 References:
   Zhong et al., `Seq2SQL <https://arxiv.org/abs/1709.00103>`_, 2017, §4
 """
 
 import contextlib
+import dataclasses
 import re
 import sqlite3
 from collections.abc import Sequence
@@ -13,12 +14,14 @@ from typing import Any
 from experiments.errors import UserError
 from experiments.input.official import sql
 from experiments.input.official.wikisql import Answer
+from experiments.tasks.sql_questions import tables
 
+_STATEMENT = re.compile(r"\bselect\b[^;`]*", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")
 
 
 def score(texts: Sequence[str], answers: Sequence[Answer]) -> dict[str, float]:
-    """Returns the accuracies of logical forms and of results, from 0 to 100.
+    """Returns the accuracies of logical forms and of results on WikiSQL, from 0 to 100.
 
     The order of conditions and the case of values do not matter.
 
@@ -38,9 +41,37 @@ def score(texts: Sequence[str], answers: Sequence[Answer]) -> dict[str, float]:
                 expected = execute(database, answer.table, answer.query)
             except (sqlite3.Error, ValueError) as error:
                 raise UserError(f"{answer.database}: the right query fails on table {answer.table} ({error})") from None
-            forms.append(query is not None and _form(query) == _form(answer.query))
+            forms.append(query is not None and _form(_as_texts(query)) == _form(_as_texts(answer.query)))
             results.append(query is not None and _result(database, answer.table, query) == expected)
-    return {"logical_form": 100 * sum(forms) / len(forms), "execution": 100 * sum(results) / len(results)}
+    return _accuracies(forms, results)
+
+
+def score_tables(texts: Sequence[str], references: Sequence[str], rows: Sequence[tables.Table]) -> dict[str, float]:
+    """Returns the accuracies of logical forms and of results on tables of `sql_questions`, from 0 to 100.
+
+    Args:
+      texts: The answers of a model.
+      references: The right queries.
+      rows: The table of each.
+    """
+    forms, results = [], []
+    for text, reference, table in zip(texts, references, rows, strict=True):
+        query, parts = statement(text), (table["columns"], table["name"])
+        form, right = sql.parse(query, *parts), sql.parse(reference, *parts)
+        forms.append(form is not None and right is not None and _form(form) == _form(right))
+        results.append(tables.execute(table, query) == tables.execute(table, reference))
+    return _accuracies(forms, results)
+
+
+def statement(answer: str) -> str:
+    """Returns the first query in a model's answer, which may be in a block of code; the answer if there is none.
+
+    Example:
+      >>> statement("The query is:\\n```sql\\nSELECT city\\nFROM cities;\\n```")
+      'SELECT city FROM cities'
+    """
+    match = _STATEMENT.search(answer)
+    return " ".join((match[0] if match else answer).split())
 
 
 def execute(database: sqlite3.Connection, table: str, query: sql.Query) -> list[Any]:
@@ -78,9 +109,23 @@ def _result(database: sqlite3.Connection, table: str, query: sql.Query) -> list[
         return None
 
 
+def _accuracies(forms: Sequence[bool], results: Sequence[bool]) -> dict[str, float]:
+    return {"logical_form": 100 * sum(forms) / len(forms), "execution": 100 * sum(results) / len(results)}
+
+
 def _form(query: sql.Query) -> tuple[int, int, frozenset]:
-    conditions = ((column, operator, str(content).lower()) for column, operator, content in query.conditions)
+    """Returns what is compared of a query: neither the order of its conditions nor the case of its texts."""
+    conditions = (
+        (column, operator, content.lower() if isinstance(content, str) else content)
+        for column, operator, content in query.conditions
+    )
     return query.select, query.aggregate, frozenset(conditions)
+
+
+def _as_texts(query: sql.Query) -> sql.Query:
+    """Returns a query with numbers as texts: WikiSQL stores some as texts."""
+    conditions = tuple((column, operator, str(content)) for column, operator, content in query.conditions)
+    return dataclasses.replace(query, conditions=conditions)
 
 
 def _to_number(content: str | float) -> float:

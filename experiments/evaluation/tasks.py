@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from experiments.errors import UserError
-from experiments.evaluation import choices, labels, queries, reading, texts
+from experiments.evaluation import choices, labels, queries, reading, texts, wordnet
 from experiments.input.official.commonsense import LAYOUTS as COMMONSENSE
 from experiments.input.official.glue_tasks import TASKS as GLUE
 
@@ -44,7 +44,8 @@ _TEXTS: dict[str, Mapping[str, Metric]] = {
     },
     "samsum": {f"rouge_{kind.lower()}": _samsum_rouge(f"rouge{kind}") for kind in ("1", "2", "L")},
 }
-_OPTIONAL = ("meteor",)  # need files that no Python package has
+_OPTIONAL: dict[str, Callable[[], bool]] = {"meteor": wordnet.is_installed}
+"""Metrics that need files which no Python package has, and whether these are installed."""
 _WHOLE: dict[str, Callable[[Sequence[str], Sequence[Any]], dict[str, float]]] = {
     "squad": reading.score,
     "squad-v2": reading.score,
@@ -73,7 +74,7 @@ def evaluate(
       task: The name of the data set, such as `e2e` or `glue/cola`.
       predictions: The generated texts; for GLUE also the indices of labels, or numbers.
       answers: What they are compared with: `Example.answer` of each example, for GLUE also the array of labels.
-      metrics: Those of :func:`names` to compute. None computes all except METEOR, which needs WordNet.
+      metrics: Those of :func:`names` to compute. None computes all, METEOR only if WordNet is installed.
 
     Raises:
       UserError: The task or a metric does not exist, the numbers of predictions and answers differ, or a file that the
@@ -94,7 +95,8 @@ def evaluate(
     available = names(task)
     if unknown := [name for name in metrics or () if name not in available]:
         raise UserError(f"{task}: no metric {unknown[0]}; expected {', '.join(available)} (CIDEr is not implemented)")
-    chosen = [name for name in available if (name in metrics if metrics else name not in _OPTIONAL)]
+    default = [name for name in available if name not in _OPTIONAL or _OPTIONAL[name]()]
+    chosen = [name for name in available if name in metrics] if metrics else default
     if task in _TEXTS:
         return {name: _TEXTS[task][name](predictions, answers) for name in chosen}
     truth = np.asarray(answers)

@@ -40,6 +40,15 @@ def open_reader(directory: Path = DEBIAN) -> Any:
     return wordnet
 
 
+def is_installed() -> bool:
+    """Whether :func:`open_reader` returns a reader."""
+    try:
+        open_reader()
+    except UserError:
+        return False
+    return True
+
+
 def _debian_reader(directory: Path) -> Any:
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 

@@ -58,6 +58,7 @@ def beam_search(
     eos: int | Sequence[int] | None = None,
     pad: int = 0,
     no_repeat: int = 0,
+    prompt_repeats: bool = False,
 ) -> Beams:
     """Continues each prompt with the texts of the highest scores, by beam search.
 
@@ -78,12 +79,13 @@ def beam_search(
       eos: The token or tokens that end a text.
       pad: The token after the end of a text.
       no_repeat: The size n of n-grams that may not occur twice in a prompt and its continuation; 0 allows all. Others
-        need an empty cache.
+        need an empty cache, unless `prompt_repeats`.
+      prompt_repeats: Whether n-grams of the prompt may occur again, so that only those of the continuation may not.
 
     Raises:
       ValueError: The cache does not fit, or the vocabulary is smaller than the number of candidates.
     """
-    prompts.check(tokens_BL, new_tokens, cache, no_repeat)
+    prompts.check(tokens_BL, new_tokens, cache, 0 if prompt_repeats else no_repeat)
     if beams < 1:
         raise ValueError(f"beams={beams}, expected at least 1.")
     if early_stopping not in (True, False, "never"):
@@ -101,12 +103,16 @@ def beam_search(
         prompts.ends(eos),
         pad,
         no_repeat,
+        prompt_repeats,
     )
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("step", "length_penalty", "new_tokens", "beams", "early_stopping", "eos", "pad", "no_repeat"),
+    static_argnames=(
+        *("step", "length_penalty", "new_tokens", "beams", "early_stopping", "eos", "pad", "no_repeat"),
+        "prompt_repeats",
+    ),
 )
 def _search(
     step: Step,
@@ -121,10 +127,12 @@ def _search(
     eos: tuple[int, ...],
     pad: int,
     no_repeat: int,
+    prompt_repeats: bool,
 ) -> Beams:
     tokens_BL, mask_BL = prompts.align(tokens_BL, mask_BL)
     batch, length = tokens_BL.shape
-    begins_Z = jnp.repeat(jnp.argmax(mask_BL, axis=1), beams)  # Z is B times K
+    begins_B = jnp.full(batch, length) if prompt_repeats else jnp.argmax(mask_BL, axis=1)
+    begins_Z = jnp.repeat(begins_B, beams)  # Z is B times K
     # This is enough for all beams to continue, even if every end token is among the best candidates.
     candidates = max(2, 1 + len(eos)) * beams
 

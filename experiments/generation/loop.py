@@ -44,6 +44,7 @@ def greedy(
     eos: int | Sequence[int] | None = None,
     pad: int = 0,
     no_repeat: int = 0,
+    prompt_repeats: bool = False,
 ) -> jax.Array:
     """Continues each prompt with the likeliest tokens.
 
@@ -58,7 +59,8 @@ def greedy(
       eos: The token or tokens that end a text.
       pad: The token after the end of a text.
       no_repeat: The size n of n-grams that may not occur twice in a prompt and its continuation; 0 allows all. Others
-        need an empty cache.
+        need an empty cache, unless `prompt_repeats`.
+      prompt_repeats: Whether n-grams of the prompt may occur again, so that only those of the continuation may not.
 
     Returns:
       The new tokens, `int[batch, new_tokens]`.
@@ -66,9 +68,22 @@ def greedy(
     Raises:
       ValueError: The cache does not fit.
     """
-    prompts.check(tokens_BL, new_tokens, cache, no_repeat)
+    prompts.check(tokens_BL, new_tokens, cache, 0 if prompt_repeats else no_repeat)
     return _continue(
-        None, step, params, tokens_BL, mask_BL, cache, None, None, new_tokens, prompts.ends(eos), pad, no_repeat, None
+        None,
+        step,
+        params,
+        tokens_BL,
+        mask_BL,
+        cache,
+        None,
+        None,
+        new_tokens,
+        prompts.ends(eos),
+        pad,
+        no_repeat,
+        None,
+        prompt_repeats,
     )
 
 
@@ -132,10 +147,13 @@ def sample(
         pad,
         no_repeat,
         top_k,
+        False,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("step", "new_tokens", "eos", "pad", "no_repeat", "top_k"))
+@functools.partial(
+    jax.jit, static_argnames=("step", "new_tokens", "eos", "pad", "no_repeat", "top_k", "prompt_repeats")
+)
 def _continue(
     key: jax.Array | None,
     step: Step,
@@ -150,11 +168,12 @@ def _continue(
     pad: int,
     no_repeat: int,
     top_k: int | None,
+    prompt_repeats: bool,
 ) -> jax.Array:
     """Samples with a key; selects the likeliest tokens without one."""
     tokens_BL, mask_BL = prompts.align(tokens_BL, mask_BL)
     batch, length = tokens_BL.shape
-    begins_B = jnp.argmax(mask_BL, axis=1)
+    begins_B = jnp.full(batch, length) if prompt_repeats else jnp.argmax(mask_BL, axis=1)
 
     def choose(logits_BV: jax.Array, texts_BT: jax.Array, count: jax.Array | int) -> jax.Array:
         logits_BV = logits_BV.astype(jnp.float32)

@@ -28,8 +28,9 @@ def count_flops(base: Any, delta: Any, shape: Any, length: int) -> Flops:
     """Returns the operations of training an adapter on a frozen base without rematerialization.
 
     A token takes 2 operations per base weight in the forward pass and 2 in the backward pass, which computes only the
-    gradient of the input, and 6 per adapter parameter. Attention takes 2 causal products in the forward and 4 in the
-    backward pass, counted as if each sequence were one example. Lookups and elementwise functions are not counted.
+    gradient of the input, and 6 per adapter parameter; the gradient of a weight that is trained in full takes 2 more.
+    Attention takes 2 causal products in the forward and 4 in the backward pass, counted as if each sequence were one
+    example. Lookups and elementwise functions are not counted.
 
     Args:
       base: The parameters, or their shapes.
@@ -42,13 +43,18 @@ def count_flops(base: Any, delta: Any, shape: Any, length: int) -> Flops:
     """
     weights, trained = multiplied_weights(base, shape), lora.partition(delta)[0]
     head = _HEAD if _HEAD in weights else _EMBEDDING
-    factors = {path: sum(leaf.size for leaf in jax.tree.leaves(trained[path])) for path in trained}
+    adapters = {
+        path: 2.0 * weights.get(path, 0)
+        if delta[path].kind == "Full"
+        else 6.0 * sum(leaf.size for leaf in jax.tree.leaves(trained[path]))
+        for path in trained
+    }
     layers = getattr(shape, "num_hidden_layers", None) or shape.n_layer
     # The heads' total width, which for GPT-2 is the model's width.
     heads_width = shape.num_attention_heads * shape.head_dim if hasattr(shape, "head_dim") else shape.n_embd
     attention = 6 * layers * heads_width * length
-    label = 4.0 * weights.pop(head) + 6.0 * factors.pop(head, 0)
-    return Flops(4.0 * sum(weights.values()) + 6.0 * sum(factors.values()) + attention, label)
+    label = 4.0 * weights.pop(head) + adapters.pop(head, 0.0)
+    return Flops(4.0 * sum(weights.values()) + sum(adapters.values()) + attention, label)
 
 
 def multiplied_weights(base: Any, shape: Any) -> dict[str, float]:

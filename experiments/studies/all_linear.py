@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import lora_jax as lora
 from experiments.baselines.specs import LINEAR, QUERY_VALUE
 from experiments.configs.all_linear import Config
 from experiments.reports.findings import Finding
+from experiments.studies import all_linear_paper
 from experiments.studies.comparison import figures, program
 from experiments.studies.comparison.description import Row, Study, Summary
 from experiments.studies.comparison.judge import as_good, best, better
@@ -59,6 +61,7 @@ STUDY = Study(
 )
 
 
-def run(config: Config) -> list[Summary]:
-    """Runs the study; see :func:`experiments.studies.comparison.program.run`."""
-    return program.run(config, STUDY)
+def run(config: Config) -> list[Any]:
+    """Runs the study; see :func:`experiments.studies.comparison.program.run`, or with the paper's task
+    :func:`experiments.studies.all_linear_paper.run`."""
+    return all_linear_paper.run(config) if config.paper else program.run(config, STUDY)

@@ -17,7 +17,7 @@ def run(config: Config) -> list[Scores]:
     adapter = None if config.adapter is None else recorded.find_adapter(config.adapter)
     names = ("model", "quantize", "dtype", "template", "out", "fresh", "new_tokens", "mesh")
     trained, _ = recorded.restore(adapter, **{name: getattr(config, name) for name in names})
-    trained = dataclasses.replace(trained, test_examples=config.test_examples)
+    trained = dataclasses.replace(trained, test_examples=config.test_examples, **vars(config.decoding()))
     named = trained
     if config.data:
         named = dataclasses.replace(

@@ -22,7 +22,7 @@ def adam(
     Args:
       lr: The peak learning rate.
       steps: The number of steps of the run.
-      warmup: The fraction of the steps in which the learning rate rises linearly from 0.
+      warmup: The fraction of the steps in which the learning rate rises linearly from 0; from 1 on, their number.
       clip: The maximum global norm of the gradients; None does not clip.
       weight_decay: 0 is Adam. Factors decay toward the base; magnitudes and gains do not decay
         (:func:`lora_jax.optim.decay_mask`).
@@ -71,7 +71,7 @@ def learning_rate(
     Args:
       lr: The peak learning rate.
       steps: The number of steps of the run.
-      warmup: The fraction of the steps in which the rate rises.
+      warmup: The fraction of the steps in which the rate rises; from 1 on, the number of these steps.
       schedule: 'linear' and 'cosine' decay to the floor in the remaining steps; 'constant' stays at the peak; 'wsd'
         (warmup, stable, decay) stays at the peak and decays linearly in the last steps.
       floor: The final rate, as a fraction of the peak.
@@ -85,7 +85,7 @@ def learning_rate(
     References:
       Hu et al., `MiniCPM <https://arxiv.org/abs/2404.06395>`_, 2024, §4 (wsd)
     """
-    rise = round(warmup * steps)
+    rise = min(round(warmup * steps if warmup < 1 else warmup), steps)
     rest = max(steps - rise, 1)
     up = optax.linear_schedule(0.0, lr, max(rise, 1))
     if schedule == "constant":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [*(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")), *sorted(DOCS.rglob("*.md"))]
 
 _FENCE = re.compile(r"^(?P<fence>```+|:::+)(?P<info>[^\n`]*)$")
 
@@ -56,6 +56,12 @@ def blocks(page: Path) -> Iterator[Block]:
             start, fence, language, adjacent = number, match["fence"], match["info"].strip(), after_block
         elif line.strip():
             after_block = False
+
+
+def included(page: Path) -> Iterator[Path]:
+    """Yields the pages that a page includes."""
+    for target in re.findall(r"^```+\{include\} (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        yield (page.parent / target).resolve()
 
 
 def prose(page: Path) -> str:

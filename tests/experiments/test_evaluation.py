@@ -12,6 +12,7 @@ import pytest
 
 import lora_jax as lora
 from experiments import generation, run
+from experiments.configs.decoding import Decoding
 from experiments.evaluation import answers, questions, scores, tasks
 from experiments.evaluation.answers import Answer, Answerer
 from experiments.evaluation.questions import make_questions, precede
@@ -74,6 +75,22 @@ def test_answers_and_losses_are_those_of_single_questions(asked, monkeypatch, ge
             (tokens,) = generation.greedy(step, params, prompt, cache=cache, new_tokens=NEW, eos=3).tolist()
             assert result.text == " ".join(map(str, tokens[: tokens.index(3)] if 3 in tokens else tokens))
     assert counts == [3, 3, 1] * 2
+
+
+def test_answers_by_beam_search_are_those_of_single_questions(asked, monkeypatch):
+    monkeypatch.setattr(answers, "_ROWS", 3)
+    model = llama.load(location.find("tiny-llama"))
+    apply, base = lora.nnx.functional(model)
+    answerer = Answerer(model, lambda tokens: " ".join(map(str, tokens)), [3])
+    decoding = Decoding(beams=3, length_penalty=0.5, no_repeat_ngram=2)
+    results = answerer.answer((base, {}), asked.alone[:4], NEW, decoding=decoding)
+    step = generation.make_step(apply)
+    for question, result in zip(asked.alone, results):
+        prompt = jnp.asarray(question.prompt)[None]
+        options = {"cache": model.cache(1, prompt.shape[1] + NEW), "new_tokens": NEW, "eos": 3, "prompt_repeats": True}
+        beams = generation.beam_search(step, base, prompt, **options, beams=3, length_penalty=0.5, no_repeat=2)
+        tokens = beams.tokens_BKN[0, 0].tolist()
+        assert result.text == " ".join(map(str, tokens[: tokens.index(3)] if 3 in tokens else tokens))
 
 
 def test_scores_of_known_answers():

@@ -1,6 +1,7 @@
 """Generation: what transformers generates, padding on any side, base + delta, filters, and the edges of a cache."""
 
 import doctest
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,24 @@ def test_no_token_twice():
     for prompt, mask, row in zip(args[2], args[3], continuations):
         text = [*prompt[mask], *row]
         assert len(set(row)) == NEW and set(row).isdisjoint(text[: -len(row)])
+
+
+def test_only_what_is_generated_is_not_repeated():
+    model = load("gpt2")
+    (step, base, prompts, mask), how = arguments("gpt2", model)
+    how |= {"eos": None, "no_repeat": 2, "prompt_repeats": True}
+    texts = generation.greedy(step, base, prompts, mask, **how)
+    for row in np.asarray(texts):
+        pairs = list(itertools.pairwise(row.tolist()))
+        assert len(set(pairs)) == len(pairs)
+    beams = generation.beam_search(step, base, prompts, mask, **how, beams=3).tokens_BKN
+    # The cache may hold the beginning of the prompts.
+    begun = generation.prefill(step, base, prompts[:, :-1], mask[:, :-1], cache=how.pop("cache"))
+    last = prompts[:, -1:]
+    np.testing.assert_array_equal(generation.greedy(step, base, last, cache=begun, **how), texts)
+    again = generation.beam_search(step, base, last, cache=begun, **how, beams=3).tokens_BKN
+    np.testing.assert_array_equal(again, beams)
+    assert (beams[:, 0] != texts).any()
 
 
 def test_base_and_delta_generate_what_merged_weights_generate(getkey):

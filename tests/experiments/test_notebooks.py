@@ -1,7 +1,9 @@
 """Every notebook runs from top to bottom, and its two forms say the same."""
 
 import contextlib
+import importlib.metadata
 import io
+import math
 import os
 import re
 import subprocess
@@ -15,6 +17,8 @@ import jupytext
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import lora_jax as lora
 
@@ -22,12 +26,63 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted(path.relative_to(ROOT) for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 
+HIDE = """
+import sys
+from importlib.machinery import PathFinder
+
+class Installed(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {hidden!r} else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Installed
+"""
+"""Makes modules as if they were not installed."""
+
+
+def with_dependencies(*requirements: str) -> set[str]:
+    """The names of distributions, and of all that they need."""
+    names, rest, visited = set(), list(map(Requirement, requirements)), set()
+    while rest:
+        requirement = rest.pop()
+        name, extras = canonicalize_name(requirement.name), requirement.extras or {""}
+        if (name, frozenset(extras)) in visited:
+            continue
+        visited.add((name, frozenset(extras)))
+        names.add(name)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of another system
+            needed = map(Requirement, importlib.metadata.requires(name) or ())
+            rest += [
+                one
+                for one in needed
+                if not one.marker or any(one.marker.evaluate({"extra": extra}) for extra in extras)
+            ]
+    return names
+
+
+def not_installed_by(cell) -> set[str]:
+    """The modules of this environment that neither the first cell of a notebook installs nor a kernel needs."""
+    names = with_dependencies("ipykernel")
+    for options, words in re.findall(r"pip install -q (--no-deps )?(.*)\"\)", cell.source):
+        words = words.replace("./{SOURCE}", "lora-jax").replace("{extras}", "").replace("'", "").split()
+        names |= set(words) if options else with_dependencies(*words)
+    owners = importlib.metadata.packages_distributions()
+    return {module for module, among in owners.items() if not names & set(map(canonicalize_name, among))}
+
+
+def first_cell(notebook):
+    return next(cell for cell in nbformat.read(ROOT / notebook, as_version=4).cells if cell.cell_type == "code")
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=str)
-def test_runs(notebook, monkeypatch):
+def test_runs_with_what_its_first_cell_installs(notebook, monkeypatch):
     monkeypatch.setenv("NOTEBOOK_FAST", "1")
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # the tests' eight devices
     content = nbformat.read(ROOT / notebook, as_version=4)
+    hidden = not_installed_by(first_cell(notebook))
+    assert {"pytest", "orbax"} & hidden == {"pytest"}
+    content.cells.insert(0, nbformat.v4.new_code_cell(HIDE.format(hidden=hidden)))
     NotebookClient(content, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
 
 
@@ -53,8 +108,14 @@ def test_outputs_are_those_of_a_full_run(notebook):
     assert drawn >= sum("plt.show()" in cell.source for cell in code)
     text = "".join(output.text for output in outputs if output.output_type == "stream")
     (minutes, memory) = re.findall(r"^([\d.]+) minutes and ([\d.]+) GB of memory", text, re.MULTILINE)[-1]
-    (stated,) = (cell.source for cell in content.cells if "Measured on 2 CPU cores" in cell.source)
-    assert f"Measured on 2 CPU cores: {float(minutes):.0f} min, {memory} GB." in stated
+    (stated,) = (cell.source for cell in content.cells if "2 CPU cores, measured" in cell.source)
+    rows = {row[0]: row[1:] for row in re.findall(r"^\| (\w+) \|" + r" (\S+)(?: GB)? \|" * 4, stated, re.MULTILINE)}
+    here, colab, *accelerators = map(int, rows["minutes"])
+    assert (here, colab) == (round(float(minutes)), math.ceil(1.7 * float(minutes)))
+    assert "take 1.7 times as long" in stated and max(accelerators) <= colab
+    sizes = r"arrays take at most ([\d.]+) GB \(.+?\), and the temporaries of the largest step ([\d.]+) GB"
+    (device,) = re.findall(sizes, " ".join(stated.split()))
+    assert rows["memory"] == (memory, memory, *[f"{sum(map(float, device)):.1f}"] * 2)
 
 
 GIT = """#!{python}
@@ -72,13 +133,14 @@ for name in ("experiments", "lora_jax"):
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=str)
 def test_the_first_cell_survives_a_restart_of_the_kernel(notebook, tmp_path):
-    (cell, *_) = (cell for cell in nbformat.read(ROOT / notebook, as_version=4).cells if cell.cell_type == "code")
+    cell = first_cell(notebook)
     log, programs, modules = tmp_path / "log", tmp_path / "programs", tmp_path / "modules"
     programs.mkdir()
     modules.mkdir()
     (programs / "git").write_text(GIT.format(python=sys.executable, log=str(log), root=str(ROOT)))
     (programs / "git").chmod(0o755)
-    (modules / "pip.py").write_text("")
+    (modules / "pip.py").write_text(f"import sys\nprint(*sys.argv[1:], file=open({str(tmp_path / 'pip')!r}, 'a'))")
+    (modules / "jax_cuda12_plugin").mkdir()  # as on a machine with a GPU
     packages = sysconfig.get_path("purelib")
     # -S: what is installed is importable, this checkout is not
     environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": f"{modules}:{packages}"}
@@ -92,6 +154,7 @@ def test_the_first_cell_survives_a_restart_of_the_kernel(notebook, tmp_path):
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert (done.returncode, done.stdout) == (0, "experiments lora_jax\n"), done.stderr
     assert log.read_text() == "clone\n"
+    assert re.match(r"install -q \./lora_jax_source(\[gguf\])? jax\[cuda12\] ", (tmp_path / "pip").read_text())
 
 
 def test_explain_shows_what_the_text_mentions(monkeypatch):

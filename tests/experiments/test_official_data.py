@@ -157,7 +157,7 @@ def test_wikisql(tmp_path):
     [
         "",
         'SELECT "Nobody" FROM table',
-        "SELECT Team FROM table",
+        'SELECT "Team" FROM tables',
         'SELECT MEDIAN("Team") FROM table',
         'SELECT "Team" FROM table AND "Player" = \'x\'',
         'SELECT "Team" FROM table WHERE "Player" = x',
@@ -167,6 +167,11 @@ def test_wikisql(tmp_path):
 )
 def test_other_sql_has_no_logical_form(text):
     assert sql.parse(text, ("Player", "Team")) is None
+
+
+def test_names_need_no_quotes():
+    text = "select count(Team) from Games where player = 'x'"
+    assert sql.parse(text, ("Player", "Team"), "games") == sql.Query(1, 3, ((0, 0, "x"),))
 
 
 @pytest.mark.parametrize(

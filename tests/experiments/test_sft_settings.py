@@ -184,6 +184,16 @@ def test_ranks_by_pattern(settings):
         program.abstract(dataclasses.replace(settings, ranks=("attention=3", "query=4")))
 
 
+def test_query_and_value_of_a_fused_kernel():
+    config = Config(model="tiny-gpt2", targets=("value", "query"), rank=2, ranks=("qkv=3",), length=64)
+    (adapter,) = program.abstract(config).delta.values()
+    layers, rank, width = adapter.a.shape[0], 3, adapter.a.shape[-1]
+    assert adapter.blocks == (True, False, True)
+    assert adapter.a.shape == adapter.b.shape == (layers, 2, rank, width)
+    whole = program.abstract(dataclasses.replace(config, targets=("attention",))).delta["layers/attention/qkv/kernel"]
+    assert whole.blocks == (True,) and whole.b.shape == (layers, rank, 3 * width)
+
+
 def test_evaluations_have_a_share_of_the_time(settings, tmp_path, capsys, lenient):
     config = dataclasses.replace(settings, out=tmp_path, eval_share=0.3, steps=2)
     console = Console(file=io.StringIO(), width=200)
@@ -296,6 +306,12 @@ def test_schedules():
     np.testing.assert_allclose(rates["cosine"][:4], [0, 0.5, 1, 0.6], rtol=1e-5)
     np.testing.assert_allclose(rates["constant"], [0, 0.5, 1, 1, 1], rtol=1e-5)
     np.testing.assert_allclose(rates["wsd"], [0, 0.5, 1, 1, 0.2 + 0.8 / 30], rtol=1e-5)
+
+
+def test_warmup_in_steps():
+    for warmup, expected in ((0.5, [0, 0.1, 0.8]), (5, [0, 0.2, 8 / 15]), (50, [0, 0.05, 0.6])):
+        rate = learning_rate(1.0, 20, warmup=warmup)
+        np.testing.assert_allclose([float(rate(step)) for step in (0, 1, 12)], expected, atol=1e-6)
 
 
 def test_a_loss_that_is_not_finite_names_its_cause():

@@ -1,6 +1,7 @@
 """Metrics of official data sets: values computed by hand, and those of the libraries' own examples."""
 
 import doctest
+import functools
 import math
 
 import nltk
@@ -78,6 +79,7 @@ def test_meteor_is_that_of_nltks_example(tmp_path, monkeypatch):
     # Both words match, in one chunk: precision and recall are 1, and half of (1/2)³ is the penalty.
     assert texts.meteor(["the auto"], [("the car",)]) == pytest.approx(100 * (1 - 0.5 / 8))
     assert tasks.evaluate("e2e", ["the auto"], [("the car",)], ["meteor"]) == {"meteor": pytest.approx(93.75)}
+    assert tasks.evaluate("e2e", ["the auto"], [("the car",)])["meteor"] == pytest.approx(93.75)
 
 
 def write_wordnet(directory):
@@ -99,6 +101,8 @@ def test_without_wordnet_meteor_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     with pytest.raises(UserError, match=r"install Debian's package wordnet-base, or run python -m nltk\.downloader"):
         wordnet.open_reader(tmp_path / "nowhere")
+    monkeypatch.setattr(wordnet, "open_reader", functools.partial(wordnet.open_reader, tmp_path / "nowhere"))
+    assert "meteor" not in tasks.evaluate("e2e", ["the auto"], [("the car",)])
 
 
 def test_rouge_takes_the_best_reference():

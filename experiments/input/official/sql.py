@@ -1,6 +1,6 @@
 """SQL queries on one table, as text and in WikiSQL's logical form.
 
-Names of columns and texts are quoted, so that the text can be parsed without knowing where a name ends.
+Names of columns and texts are written in quotes, so that the text can be parsed without knowing where a name ends.
 """
 
 import json
@@ -58,21 +58,26 @@ def write(query: Query, columns: Sequence[str]) -> str:
     return f"SELECT {selected} FROM table" + (f" WHERE {' AND '.join(conditions)}" if conditions else "")
 
 
-_NAME, _TEXT, _NUMBER = r'"((?:[^"]|"")*)"', r"'((?:[^']|'')*)'", r"([-+]?[\d.]+(?:e[-+]?\d+)?)"
-_SELECT = re.compile(rf'\s*SELECT\s+(?:(MAX|MIN|COUNT|SUM|AVG)\s*\(\s*{_NAME}\s*\)|{_NAME})\s+FROM\s+"?table"?', re.I)
+_NAME, _TEXT, _NUMBER = r'("(?:[^"]|"")*"|\w+)', r"'((?:[^']|'')*)'", r"([-+]?[\d.]+(?:e[-+]?\d+)?)"
+_SELECT = re.compile(rf"\s*SELECT\s+(?:(MAX|MIN|COUNT|SUM|AVG)\s*\(\s*{_NAME}\s*\)|{_NAME})\s+FROM\s+{_NAME}", re.I)
 _CONDITION = re.compile(rf"\s+(WHERE|AND)\s+{_NAME}\s*([=<>])\s*(?:{_TEXT}|{_NUMBER})", re.I)
 
 
-def parse(text: str, columns: Sequence[str]) -> Query | None:
+def parse(text: str, columns: Sequence[str], table: str = "table") -> Query | None:
     """Returns the logical form of SQL as :func:`write` writes it; None if it is something else.
 
+    Args:
+      text: The SQL. A name of letters, digits and underscores needs no quotes, and the case of names does not matter.
+      columns: The names of the columns.
+      table: The name of the table.
+
     Example:
-      >>> parse('select "Team" from table where "Points" > 3', ("Player", "Team", "Points"))
+      >>> parse('select "Team" from table where Points > 3', ("Player", "Team", "Points"))
       Query(select=1, aggregate=0, conditions=((2, 1, 3),))
     """
     number_of = {name.casefold(): number for number, name in enumerate(columns)}
     start = _SELECT.match(text)
-    if start is None:
+    if start is None or _name(start[4]) != table.casefold():
         return None
     names, conditions, end = [start[2] if start[1] else start[3]], [], start.end()
     while match := _CONDITION.match(text, end):
@@ -85,11 +90,15 @@ def parse(text: str, columns: Sequence[str]) -> Query | None:
             return None
         conditions.append((OPERATORS.index(match[3]), content))
         end = match.end()
-    indices = [number_of.get(name.replace('""', '"').casefold(), -1) for name in names]
+    indices = [number_of.get(_name(name), -1) for name in names]
     if text[end:].strip(" \n;") or -1 in indices:
         return None
     aggregate = AGGREGATES.index((start[1] or "").upper())
     return Query(indices[0], aggregate, tuple((i, *condition) for i, condition in zip(indices[1:], conditions)))
+
+
+def _name(text: str) -> str:
+    return (text[1:-1].replace('""', '"') if text.startswith('"') else text).casefold()
 
 
 def _literal(content: str | float) -> str:

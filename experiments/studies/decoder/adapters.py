@@ -14,6 +14,7 @@ from experiments.configs.decoder import DecoderConfig
 from experiments.errors import UserError
 from experiments.models.weights import flatten_weights
 from lora_jax.io import join_names
+from lora_jax.peft import read_json
 
 LINEAR = {
     "attention": r"attention/(query|key|value|qkv|output)/kernel$",
@@ -28,36 +29,59 @@ OTHERS = {
     "head": r"^output/kernel$",
 }
 _OURS, _PEFT = "adapter.json", "adapter_config.json"  # files that identify the directory of an adapter
+_FUSED, _PARTS = r"attention/qkv/kernel$", ("query", "key", "value")
+_FULL = "Full"  # the kind of weights that are trained in full
 
 
 def make_spec(config: DecoderConfig, base: Any) -> dict[str, Any]:
-    """Returns the recipes of adapted weights by pattern.
+    """Returns the recipes of adapted weights by pattern; the pattern of full fine-tuning matches all weights.
 
     Raises:
       UserError: A pattern of `ranks` does not determine the rank of any weight.
     """
-    recipe = {"lora": lora.LoRA, "dora": lora.DoRA}[config.method]
     dtype = jnp.dtype(config.adapter_dtype)
+    if config.method == "full":
+        return {"": lora.Full(dtype)}
+    recipe = {"lora": lora.LoRA, "dora": lora.DoRA}[config.method]
 
-    def with_rank(rank: int) -> Any:
-        return recipe(rank, config.alpha, dropout=config.dropout, dtype=dtype)
+    def with_rank(rank: int, blocks: Any) -> Any:
+        return recipe(rank, config.alpha, blocks=blocks, dropout=config.dropout, dtype=dtype)
 
-    targets = [(LINEAR | OTHERS)[target] for target in config.targets]
+    targets = _blocks_by_pattern(config, base)
     patterns = config.rank_patterns()
     if not patterns:
-        return {target: with_rank(config.rank) for target in targets}
-    adapted = [path for path in flatten_weights(base) if any(re.search(target, path) for target in targets)]
+        return {target: with_rank(config.rank, blocks) for target, blocks in targets.items()}
+    blocks_of = {
+        path: next((blocks for target, blocks in targets.items() if re.search(target, path)), None)
+        for path in flatten_weights(base)
+    }
+    adapted = [path for path, blocks in blocks_of.items() if blocks is not None]
     first = {path: next((pattern for pattern in patterns if re.search(pattern, path)), None) for path in adapted}
     for pattern in patterns:
         if pattern not in first.values():
             earlier = any(re.search(pattern, path) for path in adapted)
             why = "matches only weights that an earlier pattern matches" if earlier else "matches no adapted weight"
             raise UserError(f"ranks: {pattern!r} {why}; these are adapted: {', '.join(adapted)}")
-    exact = {f"^{re.escape(path)}$": patterns[pattern] if pattern else config.rank for path, pattern in first.items()}
     unmatched = [target for target in targets if not any(re.search(target, path) for path in adapted)]
-    return {path: with_rank(rank) for path, rank in exact.items()} | {
-        target: with_rank(config.rank) for target in unmatched
+    ranks = [
+        (f"^{re.escape(path)}$", patterns[pattern] if pattern else config.rank, path) for path, pattern in first.items()
+    ]
+    return {exact: with_rank(rank, blocks_of[path]) for exact, rank, path in ranks} | {
+        target: with_rank(config.rank, targets[target]) for target in unmatched
     }
+
+
+def _blocks_by_pattern(config: DecoderConfig, base: Any) -> dict[str, int | tuple[bool, ...]]:
+    """Returns the patterns of a config's targets, and the parts of a weight that are adapted: of a fused kernel of
+    query, key and value only those that are targets."""
+    fused = any(re.search(_FUSED, path) for path in flatten_weights(base))
+    blocks: dict[str, int | tuple[bool, ...]] = {}
+    for target in config.targets:
+        if fused and target in _PARTS:
+            blocks[_FUSED] = tuple(part in config.targets for part in _PARTS)
+        else:
+            blocks[(LINEAR | OTHERS)[target]] = 1
+    return blocks
 
 
 def new_adapter(
@@ -113,6 +137,40 @@ def read_adapter(directory: Path, base: Any, names: Any, dtype: jnp.dtype, flag:
 def is_adapter(directory: Path) -> bool:
     """Whether a directory contains an adapter."""
     return any((directory / name).exists() for name in (_OURS, _PEFT))
+
+
+def is_full(directory: Path) -> bool:
+    """Whether a directory contains weights that were trained in full, and no adapter of another kind."""
+    if not (directory / _OURS).is_file():
+        return False
+    try:
+        return {entry["kind"] for entry in read_json(directory / _OURS)["adapters"].values()} == {_FULL}
+    except (ValueError, KeyError, TypeError, AttributeError):  # reading the adapter reports what is damaged
+        return False
+
+
+def trained_in_full(delta: Any) -> bool:
+    """Whether a delta has no adapters, only weights that are trained in full."""
+    return {adapter.kind for adapter in delta.values()} == {_FULL}
+
+
+def save_peft(directory: Path, delta: Any, names: Any, model: str, task_type: str) -> bool:
+    """Writes an adapter in PEFT's format, which has none for weights that were trained in full.
+
+    Args:
+      directory: The new directory.
+      delta: The adapter.
+      names: The names of the base's weights in Hugging Face layout.
+      model: The name of the base.
+      task_type: PEFT's name of the task.
+
+    Returns:
+      Whether it is written.
+    """
+    if trained_in_full(delta):
+        return False
+    lora.peft.save(directory, delta, names, base_model=model, task_type=task_type)
+    return True
 
 
 def check_adapter(directory: Path, flag: str = "--init-from") -> None:

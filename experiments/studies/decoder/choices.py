@@ -16,6 +16,7 @@ from experiments.models import families
 from experiments.models.activations import activation_bytes
 from experiments.models.decoder import Decoder
 from experiments.models.options import Options, Platform, Remat
+from experiments.studies.decoder.adapters import is_full
 from experiments.training.optimizer import published_rate
 
 _BYTES = {"nf4": 0.6, "fp4": 0.6, "int4": 0.6, "int8": 1.1}  # of a quantized weight
@@ -50,12 +51,13 @@ def choose_rate(config: DecoderConfig, description: Mapping[str, Any], console: 
     """
     if isinstance(config.lr, float | int):
         return config.lr
-    if config.lr is None and config.model in config.SWEPT:
+    full = trains_base(config)
+    if config.lr is None and config.model in config.SWEPT and not full:
         rate, origin = config.SWEPT[config.model], f"the best of short runs of {config.model}"
     else:
         kind, size = str(description.get("model_type")), description.get("hidden_size") or description.get("n_embd")
-        rate = float(f"{published_rate(int(size or 2000), kind):.2g}")
-        origin = f"the published rule for LoRA on a model of hidden size {size:,}"
+        rate = float(f"{published_rate(int(size or 2000), kind, full=full):.2g}")
+        origin = f"the published rule for {'full fine-tuning' if full else 'LoRA'} on a model of hidden size {size:,}"
     if console is not None:
         console.print(f"lr {rate:.2g}: {origin}", highlight=False, soft_wrap=True)
     return rate
@@ -82,8 +84,12 @@ def choose_remat(
     mesh, size = config.mesh, np.dtype(jnp.dtype(config.dtype)).itemsize
     rows = config.rows_per_example * config.batch_size // (config.batch.accumulate * mesh.replicas) or 1
     base = weights * _BYTES.get(config.quantize, size) / (mesh.fsdp * mesh.tensor)
+    trained = 0.0
+    if trains_base(config):  # a copy of the weights, their gradients and, unless it is on the host, Adam's state
+        copies = 2 if config.optimizer_on_host else 4
+        trained = copies * weights * np.dtype(jnp.dtype(config.adapter_dtype)).itemsize / (mesh.fsdp * mesh.tensor)
     memory = device_memory(mesh.count)
-    budget = (memory - base) / 2
+    budget = (memory - base - trained) / 2
     flash = config.attention in ("flash", "cudnn")
     estimates: dict[Remat, float] = {
         remat: activation_bytes(shape, rows, config.row_length, size, remat, flash=flash) for remat in _FASTEST_FIRST
@@ -94,8 +100,14 @@ def choose_remat(
             chosen = remat
     if console is not None:
         about = f"about {estimates[chosen] / 1e9:.2g} GB of activations, {base / 1e9:.2g} GB of weights"
+        about += f", {trained / 1e9:.2g} GB of trained weights with gradients and optimizer state" if trained else ""
         console.print(f"remat {chosen}: {about}, {memory / 1e9:.3g} GB of memory", highlight=False, soft_wrap=True)
     return chosen
+
+
+def trains_base(config: DecoderConfig) -> bool:
+    """Whether a config trains all weights of the base: full fine-tuning, from the base or from fine-tuned weights."""
+    return config.method == "full" or (config.init_from is not None and is_full(config.init_from))
 
 
 def device_memory(devices: int) -> float:

@@ -4,8 +4,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from rich.console import Console
+
 from experiments.reports.results import read_record
 from experiments.training.run import History
+
+
+def show_not_exported(adapter: Path, console: Console) -> None:
+    """Prints why there is no PEFT export of weights that are trained in full."""
+    console.print(
+        "PEFT's format holds no weights that are trained in full; the model to serve is written by "
+        f"python -m experiments.run merge --adapter {adapter}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

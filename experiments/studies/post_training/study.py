@@ -15,8 +15,10 @@ from experiments.objectives.reference import Frozen
 from experiments.reports.results import write_json
 from experiments.studies.decoder import program as programs
 from experiments.studies.decoder import runs
+from experiments.studies.decoder.adapters import save_peft
 from experiments.studies.decoder.choices import longest_sequence
 from experiments.studies.decoder.program import Program
+from experiments.studies.decoder.report import show_not_exported
 from experiments.studies.post_training.data import Data, read_data
 from experiments.studies.post_training.report import (
     ADAPTER,
@@ -141,7 +143,8 @@ def _train(
         names = program.family.names(program.shape)
         lora.save(config.out / ADAPTER, delta, names=names)
         write_run(config.out / ADAPTER, config, data.records[0])
-        lora.peft.save(config.out / PEFT, delta, names, base_model=config.model, task_type=task.task_type)
+        if not save_peft(config.out / PEFT, delta, names, config.model, task.task_type):
+            show_not_exported(config.out / ADAPTER, console)
         write_json(config.out / RESULT, asdict(report))
     processes.wait("written")
     return report

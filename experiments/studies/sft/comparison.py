@@ -2,10 +2,12 @@
 
 import dataclasses
 from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 
-from experiments.configs.sft import METHODS, Config
+from experiments.configs.decoder import OF_ADAPTER
+from experiments.configs.sft import DEFAULTS, METHODS, Config
 from experiments.evaluation.scores import Scores
 from experiments.input import sources
 from experiments.reports.page import FILES
@@ -38,7 +40,10 @@ def run(config: Config) -> list[Trained]:
     for name in config.methods:
         method, quantize = METHODS[name]
         console.rule(name)
-        one = dataclasses.replace(config, methods=(), method=method, quantize=quantize, out=config.out / name)
+        fields: dict[str, Any] = {"methods": (), "method": method, "quantize": quantize, "out": config.out / name}
+        if method == "full":  # has no ranks, targets and so on
+            fields = {setting: getattr(DEFAULTS, setting) for setting in OF_ADAPTER} | fields
+        one = dataclasses.replace(config, **fields)
         results.append(_run(one, name, console, with_base=quantize not in quantizations))
         quantizations.add(quantize)
     if processes.is_first():

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 import lora_jax as lora
+from experiments.configs.decoding import GREEDY
 from experiments.configs.sft import Config
 from experiments.errors import UserError
 from experiments.evaluation import tasks
@@ -18,6 +19,7 @@ from experiments.evaluation.answers import Answer, Answerer
 from experiments.evaluation.questions import Question
 from experiments.evaluation.scores import Scores, score, table
 from experiments.reports.results import read_json, write_json
+from experiments.studies.decoder.adapters import trained_in_full
 from experiments.studies.sft.assistant import Assistant
 from experiments.studies.sft.held_out import SHOTS, HeldOut, Questions, make_all_questions
 from experiments.training import outputs, processes
@@ -70,7 +72,7 @@ def run(config: Config, held_out: HeldOut, adapter: Path | None, *, with_base: b
             with bar(console, "answers", sum(len(asked) for _, _, asked in variants)) as progress:
                 for name, params, asked in variants:
                     report = functools.partial(progress.advance, note=name)
-                    answers[name] = answerer.answer(params(), asked, config.new_tokens, report)
+                    answers[name] = answerer.answer(params(), asked, config.new_tokens, report, config.decoding())
         references = [question.reference for question in questions.alone]
         scores = [score(name, rows, references) for name, rows in answers.items()]
         metrics = {name: _task_metrics(rows, questions) for name, rows in answers.items()} if questions.task else {}
@@ -101,7 +103,8 @@ def _variants(base: Any, delta: Any, questions: Questions, *, with_base: bool) -
             yield BASE_SHOTS, lambda: (base, {}), questions.preceded
     if delta:
         yield TUNED, lambda: (base, delta), questions.alone
-        yield MERGED, lambda: (lora.merge(base, delta), {}), questions.alone
+        if not trained_in_full(delta):  # else merging changes nothing
+            yield MERGED, lambda: (lora.merge(base, delta), {}), questions.alone
 
 
 def _texts(
@@ -120,7 +123,8 @@ def _settings(
 ) -> dict[str, Any]:
     """Returns everything that determines the answers."""
     asked = [(q.prompt.tolist(), q.answer.tolist()) for q in (*questions.alone, *questions.preceded)]
-    return {
+    search = {} if config.decoding() == GREEDY else {"decoding": vars(config.decoding())}
+    return search | {
         "model": config.model,
         "base": _digest(assistant.directory, "config.json") if assistant.directory.is_dir() else None,
         "adapter": None if adapter is None else _digest(adapter),

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from experiments.configs.sft import Config
 from experiments.reports import curves
-from experiments.studies.decoder.report import RunReport
+from experiments.studies.decoder.report import RunReport, show_not_exported
 from experiments.studies.sft.samples import Prompts
 
 ADAPTER, BEST, RESULT = "adapter", "adapter-best", "result.json"
@@ -63,9 +63,13 @@ def show(config: Config, report: Report, console: Console) -> None:
         + (f", ended early: {report.ended}" if report.ended else ""),
         highlight=False,
     )
+    exported = (config.out / PEFT).is_dir()
+    names = [f"{name} and {peft}" if exported else name for name, peft in ((BEST, PEFT), (ADAPTER, PEFT_LAST))]
     console.print(
-        f"written to {config.out}: {BEST} and {PEFT} (the best step, {best:,}), {ADAPTER} and {PEFT_LAST} (the last "
-        f"step, {last:,}), {RESULT}, loss.png, metrics.jsonl, tensorboard",
+        f"written to {config.out}: {names[0]} (the best step, {best:,}), {names[1]} (the last step, {last:,}), "
+        f"{RESULT}, loss.png, metrics.jsonl, tensorboard",
         highlight=False,
         soft_wrap=True,
     )
+    if not exported:
+        show_not_exported(config.out / BEST, console)

@@ -19,6 +19,7 @@ from experiments.models.flops import count_flops
 from experiments.reports.results import write_json
 from experiments.studies.decoder import program as programs
 from experiments.studies.decoder import runs
+from experiments.studies.decoder.adapters import save_peft
 from experiments.studies.decoder.choices import choose_remat, count_weights, longest_sequence
 from experiments.studies.decoder.program import Program
 from experiments.studies.sft.data import Data, read_data
@@ -70,6 +71,9 @@ _NOT_NUMBERS = (
         "eval_share",
         "eval_first",
         "test_examples",
+        "beams",
+        "length_penalty",
+        "no_repeat_ngram",
         "methods",
         "fast",
     ),
@@ -173,7 +177,7 @@ def _train(
             lora.save(config.out / name, delta, names=names)
             write_run(config.out / name, config, data.records[0])
         for name, adapter in ((PEFT, BEST), (PEFT_LAST, ADAPTER)):
-            lora.peft.save(config.out / name, adapters[adapter], names, base_model=config.model, task_type="CAUSAL_LM")
+            save_peft(config.out / name, adapters[adapter], names, config.model, "CAUSAL_LM")
         write_json(config.out / RESULT, asdict(report))
     processes.wait("written")
     return report

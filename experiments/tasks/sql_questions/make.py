@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.tasks.sql_questions import topics
-from experiments.tasks.sql_questions.queries import Table, execute
+from experiments.tasks.sql_questions.tables import Table, execute
 from experiments.tasks.sql_questions.topics import Topic
 
 SYSTEM = "Translate the question into one SQL query on the table."
