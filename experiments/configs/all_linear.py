@@ -53,7 +53,7 @@ class Config(Comparison):
     full_lr: float = 2e-4
     """Peak learning rate of full fine-tuning, without quantization."""
 
-    paper: bool = False
+    paper: bool = False  # pyrefly: ignore[bad-override]: it has one setting, which needs no name
     """The paper's task and hyperparameters, for the decoder and the conversations that are named."""
 
     steps: int | None = None
