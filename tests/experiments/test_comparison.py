@@ -227,8 +227,8 @@ def test_the_smallest_study(name, tiny_model, tiny_data, tmp_path, capsys):
         type(command_line.find_config(name).DEFAULTS)(fast=True),
         model=str(tiny_model),
         data=str(tiny_data),
-        validation_examples=None,
-        test_examples=None,
+        validation_examples=30,
+        test_examples=30,
         lengths=(12,),
         out=tmp_path,
     )
