@@ -21,7 +21,7 @@ _PAPER: dict[str, Any] = {
 }
 
 
-_OF_PAPER = ("steps", "dropout", "length", "new_tokens")
+_OF_PAPER = ("steps", "dropout", "length", "new_tokens", "template")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Config(Comparison):
     full_lr: float = 2e-4
     """Peak learning rate of full fine-tuning, without quantization."""
 
-    paper: bool = False  # pyrefly: ignore[bad-override]: it has one setting, which needs no name
+    paper: bool = False  # pyrefly: ignore[bad-override]
     """The paper's task and hyperparameters, for the decoder and the conversations that are named."""
 
     steps: int | None = None
@@ -67,6 +67,9 @@ class Config(Comparison):
 
     new_tokens: int | None = None
     """With --paper, the maximum number of tokens per answer."""
+
+    template: str | None = None
+    """With --paper, a chat template for a model without one, as for sft."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

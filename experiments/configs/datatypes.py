@@ -45,6 +45,9 @@ class Config(FineTuning):
     length: int | None = None
     """Tokens per sequence. None is sft's choice for the data."""
 
+    template: str | None = None
+    """A chat template for a model without one, as for sft."""
+
     steps: int | None = 24
     """Maximum number of training steps. None trains for all epochs."""
 

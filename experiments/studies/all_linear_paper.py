@@ -102,6 +102,7 @@ def _run_config(config: Config, layers: str, rank: int | None, seed: int) -> sft
         sft.DEFAULTS,
         model=config.model,
         data=(config.data,),
+        template=config.template,
         on_bad="skip",  # Alpaca has empty answers
         train_examples=config.train_examples,
         validation_examples=0,
@@ -112,6 +113,7 @@ def _run_config(config: Config, layers: str, rank: int | None, seed: int) -> sft
         batch=BatchSizes(config.batch_size),
         length=config.length,
         warmup=config.warmup,
+        weight_decay=config.weight_decay,
         clip=config.clip,
         label_smoothing=config.label_smoothing,
         new_tokens=config.new_tokens or sft.DEFAULTS.new_tokens,

@@ -100,6 +100,7 @@ def _run_config(config: Config, name: str, fields: Mapping[str, Any]) -> sft.Con
         sft.DEFAULTS,
         model=config.model,
         data=config.data,
+        template=config.template,
         on_bad="skip" if config.paper else "error",  # Alpaca has empty answers
         train_on="all",
         rank=config.rank,

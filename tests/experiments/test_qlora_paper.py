@@ -1,13 +1,11 @@
 """The studies of QLoRA's tables and figures with the settings of its authors."""
 
 import json
-import shutil
 
 import pytest
 
 from experiments import command_line, execution
 from experiments.configs import sft
-from experiments.models import location
 from experiments.studies import all_linear, all_linear_paper, datatypes
 from experiments.studies.all_linear_paper import Measured
 from experiments.studies.sft import study as sft_study
@@ -34,18 +32,11 @@ def alpaca(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A tiny Llama with a chat template."""
-    directory = tmp_path_factory.mktemp("model") / "llama"
-    shutil.copytree(location.find("tiny-llama"), directory)
-    template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
-    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    return directory
+TINY = ("--model", "tiny-llama", "--template", "{% for message in messages %}{{ message.content }}\n{% endfor %}")
 
 
-def test_layers_and_ranks_on_alpaca(alpaca, model, tmp_path, monkeypatch):
-    config = parsed("all-linear", "--paper", "--fast", "--model", model, "--data", alpaca, "--out", tmp_path)
+def test_layers_and_ranks_on_alpaca(alpaca, tmp_path, monkeypatch):
+    config = parsed("all-linear", "--paper", "--fast", *TINY, "--data", alpaca, "--out", tmp_path)
     rows = all_linear.run(config)
     assert [(row.layers, row.rank) for row in rows] == [
         *((layers, 2) for layers in all_linear_paper._TARGETS),
@@ -66,9 +57,9 @@ def test_layers_and_ranks_on_alpaca(alpaca, model, tmp_path, monkeypatch):
     assert all_linear.run(config) == rows
 
 
-def test_data_types_of_a_base_in_bfloat16(alpaca, model, tmp_path):
+def test_data_types_of_a_base_in_bfloat16(alpaca, tmp_path):
     flags = ("--data", f"alpaca:{alpaca}", "--validation-share", 0.2, "--batch-size", 2, "--out", tmp_path)
-    rows = datatypes.run(parsed("datatypes", "--paper", "--fast", "--model", model, *flags))
+    rows = datatypes.run(parsed("datatypes", "--paper", "--fast", *TINY, *flags))
     assert rows[0].name == "bfloat16" and rows[0].bits == 16
     assert all(row.after != row.before for row in rows)
     settings = json.loads((tmp_path / "nf4-double" / "config.json").read_text())
