@@ -29,7 +29,7 @@ def load(data: str, split: str, limit: int | None = None) -> Examples:
     Raises:
       UserError: Files are missing or malformed, the split has fewer than `limit` examples, or the data has no labels.
     """
-    selection = None if data in examples.SHIPPED else catalog.find(data)
+    selection = _official(data)
     if selection is None:
         if data not in examples.SHIPPED and not Path(data).is_dir():
             raise UserError(f"{data}: no such data directory{catalog.nearest(data)}")
@@ -68,7 +68,8 @@ def load_splits(
     Raises:
       UserError: See :func:`load`.
     """
-    if "test" not in limits or (not development and load(data, "test").are_labeled):
+    is_official = "test" in limits and _official(data) is not None
+    if not is_official or (not development and load(data, "test").are_labeled):
         return {split: load(data, split, limit) for split, limit in limits.items()}
     splits = {"test": replace(load(data, "validation", limits["test"]), is_development=True)}
     why = "papers report the development examples" if development else "the labels of the test examples are secret"
@@ -85,6 +86,11 @@ def load_splits(
         line += f", and {len(held_out):,} of the {len(train):,} training examples, chosen at random, are for validation"
     report(line)
     return {split: splits[split] for split in limits}
+
+
+def _official(data: str) -> catalog.Selection | None:
+    """Returns the official data set that a name means; None if it means a directory with public labels."""
+    return None if data in examples.SHIPPED else catalog.find(data)
 
 
 def _held_out(count: int, limit: int | None) -> np.ndarray:

@@ -184,11 +184,6 @@ class Bert(TextEncoder):
         self.projection = nnx.Linear(*sizes, dtype=options.dtype, rngs=rngs) if sizes[0] != sizes[1] else None
         self.encoder = Encoder(config, options, dropout=dropout, rngs=rngs)
 
-    @property
-    def positions(self) -> int:
-        """The maximum number of tokens."""
-        return self.config.positions
-
     def embed(self, tokens_BL: jax.Array, types_BL: jax.Array, virtual: Virtual) -> jax.Array:
         """Returns the input of the first layer, `float[batch, length, width]`."""
         x_BLD = super().embed(tokens_BL, types_BL, virtual)

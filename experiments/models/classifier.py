@@ -62,9 +62,20 @@ def load(directory: Path, classes: int, separator: int | None = None) -> Sentenc
     Raises:
       UserError: The directory's config or weights are missing, damaged or of another architecture.
     """
-    is_deberta = checkpoint.read_config(directory).get("model_type") == "deberta-v2"
+    is_deberta = isinstance(read_config(directory), deberta.DebertaConfig)
     encoder = deberta.load(directory) if is_deberta else bert.load(directory)
     return SentenceClassifier(encoder, encoder.config.hidden_size, classes, separator, rngs=nnx.Rngs(0))
+
+
+def read_config(directory: Path) -> bert.BertConfig | deberta.DebertaConfig:
+    """Returns the shape of the encoder of a checkpoint.
+
+    Raises:
+      UserError: The config is missing or damaged, or of another architecture.
+    """
+    content = checkpoint.read_config(directory)
+    kind = deberta.DebertaConfig if content.get("model_type") == "deberta-v2" else bert.BertConfig
+    return kind.from_json(content)
 
 
 def encoder_names(config: bert.BertConfig, root: str = "encoder/") -> Names:

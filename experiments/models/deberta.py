@@ -104,6 +104,11 @@ class DebertaConfig:
         return shape
 
     @property
+    def positions(self) -> int | None:
+        """The maximum number of tokens; None without absolute positions."""
+        return self.max_position_embeddings if self.position_biased_input else None
+
+    @property
     def span(self) -> int:
         """The number of relative positions of each sign."""
         return self.position_buckets or self.max_distance
@@ -251,11 +256,6 @@ class Deberta(TextEncoder):
         self.config = config
         self.embeddings = Embeddings(config, options, dropout=dropout, rngs=rngs)
         self.encoder = Encoder(config, options, dropout=dropout, rngs=rngs)
-
-    @property
-    def positions(self) -> int | None:
-        """The maximum number of tokens; None without absolute positions."""
-        return self.config.max_position_embeddings if self.config.position_biased_input else None
 
 
 def load(

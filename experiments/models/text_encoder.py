@@ -16,7 +16,8 @@ class TextEncoder(nnx.Module):
     """A base class: embeddings and encoder.
 
     Attributes:
-      config: The shape, with the fields of Hugging Face's `config.json`.
+      config: The shape, with the fields of Hugging Face's `config.json`, and `positions`, the maximum number of tokens
+        or None.
       embeddings: `embeddings(tokens, types, virtual)`.
       encoder: `encoder(embedded, mask, virtual)`.
     """
@@ -24,11 +25,6 @@ class TextEncoder(nnx.Module):
     config: Any
     embeddings: Any
     encoder: Any
-
-    @property
-    def positions(self) -> int | None:
-        """The maximum number of tokens; None without absolute positions."""
-        raise NotImplementedError
 
     @property
     def shape(self) -> Shape:
@@ -66,8 +62,8 @@ class TextEncoder(nnx.Module):
           ValueError: There are more tokens than absolute positions.
         """
         count = virtual.in_sequence + tokens_BL.shape[1]
-        if self.positions is not None and count > self.positions:
-            raise ValueError(f"{count} tokens, {self.positions} positions")
+        if self.config.positions is not None and count > self.config.positions:
+            raise ValueError(f"{count} tokens, {self.config.positions} positions")
         types_BL = jnp.zeros_like(tokens_BL) if types_BL is None else types_BL
         x_BLD = self.embed(tokens_BL, types_BL, virtual)
         return self.encoder(x_BLD, virtual.pad(mask_BL.astype(bool), True), virtual)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 import lora_jax as lora
 from experiments.errors import UserError
 from experiments.input import labeled
-from experiments.models import checkpoint, classifier, location
+from experiments.models import classifier, location
 from experiments.models.virtual import Shape
 from experiments.studies import provenance
 from experiments.studies import task as tasks
@@ -170,15 +170,15 @@ def load(
     if not names and not regression:
         raise UserError(f"{data}: the labels are numbers, expected classes; this study does not fit a regression")
     directory = location.find(model)
-    checkpoint.read_config(directory)  # raises without one, which says more than a missing tokenizer
+    positions = classifier.read_config(directory).positions
+    if positions is not None and lengths[-1] > positions:
+        raise UserError(f"lengths go up to {lengths[-1]}, but {model} has only {positions} positions")
     tokenizer = text.load_tokenizer(directory)
     splits = {
         name: Split(text.encode(tokenizer, split.texts, lengths[-1]), split.labels) for name, split in loaded.items()
     }
     separator = text.separator(tokenizer) if loaded["train"].are_pairs else None
     network = classifier.load(directory, len(names) or 1, separator)
-    if network.encoder.positions is not None and lengths[-1] > network.encoder.positions:
-        raise UserError(f"lengths go up to {lengths[-1]}, but {model} has only {network.encoder.positions} positions")
     apply, base = lora.nnx.functional(network)
     count = sum(leaf.size for leaf in jax.tree.leaves(base))
     report(f"base: {model}, {count:,} parameters with the new head")
