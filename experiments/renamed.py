@@ -12,6 +12,7 @@ NAMES = {
     "experiments.models.cache.Sight": "AttentionContext",
     "experiments.models.rope.turn": "apply_rope",
     "experiments.studies.language_model.config": "experiments.configs.language_model",
+    "experiments.studies.methods": "experiments.studies.joint",
     "experiments.studies.sft.config": "experiments.configs.sft",
     "experiments.training.chunked_loss": "experiments.models.chunked_loss",
 }

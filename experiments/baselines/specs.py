@@ -15,6 +15,9 @@ import lora_jax as lora
 from experiments.errors import UserError
 
 Spec = dict[str, lora.Recipe]
+QUERY_VALUE, LINEAR = "attention/(query|value)/kernel", "(attention|feed_forward)/.*kernel"
+"""Patterns of the weights that the LoRA paper adapts, and of all linear weights of the layers."""
+
 _HEADS = ("pooler", "classifier", "score", "output")
 _LAYER = re.compile(r"(?:^|/)layers/(\d+)/")
 

@@ -30,9 +30,10 @@ from experiments.benchmarks import gpt2_step_model as model
 from experiments.benchmarks.step import rotations
 from experiments.configs import quickstart
 from experiments.errors import UserError
-from experiments.studies.methods import loss_function
+from experiments.studies.joint import loss_function
 from experiments.studies.problem import Problem, load
-from experiments.studies.quickstart import make_method
+from experiments.studies.quickstart import make_row
+from experiments.training.optimizer import adam
 from experiments.training.stream import Stream
 
 ROUTED, SINGLE, GROUPED = "one adapter per example", "one adapter for all", "the same, grouped"
@@ -139,10 +140,11 @@ def time_forwards(config: Config, length: int) -> dict[str, list[float]]:
 def time_training(config: Config, problem: Problem) -> dict[str, Training]:
     """Measures simultaneous and sequential training of all adapters, from cleared caches."""
     members, trained = range(config.adapters), config.trained
-    method = make_method("lora", trained)
-    tx, loss = method.optimizer(config.steps), loss_function(problem.apply, trained.label_smoothing)
+    row = make_row("lora", trained)
+    tx = adam(row.rates[0], config.steps, warmup=trained.warmup, clip=trained.clip)
+    loss = loss_function(problem.apply, trained.label_smoothing)
     keys = jax.random.split(jax.random.key(0), config.adapters)
-    deltas = [problem.delta(key, problem.base, method.spec) for key in keys]
+    deltas = [problem.delta(key, problem.base, row.spec) for key in keys]
     train = problem.splits["train"]
     streams = [Stream(train.sequences, train.labels, problem.lengths, trained.batch_size, seed) for seed in members]
     batches = [[stream[step] for step in range(config.steps)] for stream in streams]

@@ -1,7 +1,7 @@
 """Checks that transformers and peft reproduce the predictions of an adapter that the quickstart exported.
 
     python -m experiments.run quickstart --export peft
-    python -m experiments.checks.exported_quickstart runs/quickstart/lora-seed0-… --base DIRECTORY
+    python -m experiments.checks.exported_quickstart runs/quickstart/lora-lr-0.003-seed0-… --base DIRECTORY
 
 The second command needs torch, transformers, peft and numpy, and no dependency of this project. It runs the code in the
 export's README on all test examples of the run and compares its logits with those of the run. --base is a local copy of

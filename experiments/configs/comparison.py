@@ -10,10 +10,11 @@ import tyro
 from experiments import settings
 from experiments.configs import papers
 from experiments.configs.papers import Preset
+from experiments.training.runtime import Runtime
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Runtime):
     """A base class of configs.
 
     A subclass names its study, its minutes and the values of `fast` that differ from :data:`FAST`. In `out`, a
@@ -94,6 +95,7 @@ class Comparison:
     """Training steps between checkpoints."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         fast = FAST | {"out": Path(f"{type(self).out}-fast")} | self.FAST
         if isinstance(self.paper, str) and not self.settled:
             papers.apply(self, self.PRESETS, self.NO_PRESETS, fast)

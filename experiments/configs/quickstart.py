@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from experiments import settings
+from experiments.configs.comparison import Comparison
 from experiments.configs.method_names import separated_by_commas
-from experiments.training.runtime import Runtime
 
 METHODS = ("head", "lora", "qlora", "qdora", "all-linear", "full")
 
@@ -15,19 +15,20 @@ Methods = Annotated[tuple[str, ...], separated_by_commas(METHODS)]
 
 
 @dataclass(frozen=True)
-class Config(Runtime):
+class Config(Comparison):
     """Classifies Debian packages into archive sections with all-MiniLM-L6-v2 and LoRA.
 
     Test accuracy, mean of three seeds: 69.5 % for the head alone; 73.5 % with LoRA on query and value (72.4 % with
     --epochs 1), which trains 81 thousand parameters; 76.2 % with LoRA on every linear layer, which trains 339 thousand;
     75.6 % with full fine-tuning of all 23 million.
 
-    The default takes under 4 minutes on 2 CPU cores and about 1.4 GB of memory. It writes the adapter, a JSON record
-    and a plot of the run to --out. After an interruption, the same command resumes.
+    The default takes under 4 minutes on 2 CPU cores and about 1.4 GB of memory. It writes the adapter, a page with a
+    figure, and a JSON record to --out. After an interruption, the same command resumes.
     """
 
     STUDY = "experiments.studies.quickstart"
     MINUTES = 4
+    NO_PRESETS = "the quickstart has no setting of a paper; glue has those of the LoRA paper"
 
     methods: Methods = ("head", "lora")
     """The methods to compare, separated by commas: head (logistic regression on frozen features), lora (LoRA on query
@@ -47,13 +48,6 @@ class Config(Runtime):
     """peft also writes the adapters in PEFT's format, with the head and a README that shows how to open them with
     transformers and peft."""
 
-    fresh: bool = False
-    """Start over, even if --out holds a finished or interrupted run with the same settings."""
-
-    model: str = "all-MiniLM-L6-v2"
-    """The base: a directory in Hugging Face layout (BERT), a name on the Hugging Face Hub, or all-MiniLM-L6-v2, which a
-    Python package provides."""
-
     data: str = "debian_sections"
     """The data: debian_sections, which is shipped; a directory with labels.txt and the splits train, validation and
     test as .tsv or .tsv.gz, each with a header, the label in the first column and the text in the last; or one of
@@ -63,7 +57,7 @@ class Config(Runtime):
     """Number of training examples, from the beginning of the file. None uses all."""
 
     validation_examples: int | None = None
-    """Number of validation examples. They select the head's penalty and are the plot's accuracy. None uses all."""
+    """Number of validation examples. They select the head's penalty and are the figure's accuracy. None uses all."""
 
     test_examples: int | None = 2000
     """Number of test examples. They are evaluated once, at the end. None uses all."""
@@ -91,26 +85,10 @@ class Config(Runtime):
     full_lr: float = 2e-4
     """Peak learning rate of full fine-tuning. The published rule gives 1.8e-4."""
 
-    warmup: float = 0.06
-    """Fraction of the steps in which the learning rate rises from 0. It decays linearly to 0 afterwards."""
-
-    label_smoothing: float = 0.1
-    """Label smoothing in training: the probability that is spread evenly over the classes. The converged head that
-    training starts from is overconfident."""
-
-    clip: float = 1.0
-    """Maximum global norm of the gradients."""
-
-    checkpoint_every: int = 50
-    """Training steps between checkpoints."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        settings.positive(self, "seeds", "epochs", "batch_size", "rank", "checkpoint_every", "clip", "alpha")
-        settings.positive(self, "train_examples", "validation_examples", "test_examples")
+        settings.positive(self, "rank")
         settings.not_negative(self, "lora_lr", "all_linear_lr", "full_lr")
-        settings.fraction(self, "warmup", "label_smoothing")
-        settings.lengths(self)
 
 
 DEFAULTS = Config()

@@ -27,7 +27,8 @@ from experiments.models.bert_names import DISTILBERT_NAMES, SPELLINGS, UNUSED, e
 from experiments.models.blocks import Attention, encoder_layers
 from experiments.models.norm import LayerNorm
 from experiments.models.options import DEFAULT, Options
-from experiments.models.virtual import NO_VIRTUAL, Shape, Virtual
+from experiments.models.text_encoder import TextEncoder
+from experiments.models.virtual import NO_VIRTUAL, Virtual
 from lora_jax.peft import Names
 
 _ROBERTA = ("roberta", "xlm-roberta", "camembert")  # the same architecture, and the same prefix in checkpoints
@@ -165,7 +166,7 @@ class Encoder(nnx.Module):
         return virtual.run(self.layers, x_BLD, mask_BL, options=self.options)
 
 
-class Bert(nnx.Module):
+class Bert(TextEncoder):
     """Embeddings and encoder.
 
     Args:
@@ -183,44 +184,10 @@ class Bert(nnx.Module):
         self.projection = nnx.Linear(*sizes, dtype=options.dtype, rngs=rngs) if sizes[0] != sizes[1] else None
         self.encoder = Encoder(config, options, dropout=dropout, rngs=rngs)
 
-    @property
-    def shape(self) -> Shape:
-        """The sizes that those of virtual tokens follow from."""
-        heads, width = self.config.num_attention_heads, self.config.hidden_size
-        return Shape(self.config.num_hidden_layers, heads, width // heads, width)
-
-    def __call__(
-        self,
-        tokens_BL: jax.Array,
-        mask_BL: jax.Array,
-        types_BL: jax.Array | None = None,
-        *,
-        virtual: Virtual = NO_VIRTUAL,
-    ) -> jax.Array:
-        """Returns the last hidden states.
-
-        Args:
-          tokens_BL: Token ids, `int[batch, length]`.
-          mask_BL: True (or 1) at tokens, False at padding. RoBERTa's positions count the tokens that differ from its
-            padding token, so padding must be that token.
-          types_BL: Segment ids; None is segment 0 for all tokens.
-          virtual: Virtual tokens. Keys and values are seen by every token and have no position; tokens of the other
-            forms are the first ones of every sequence, in segment 0.
-
-        Returns:
-          `float[batch, length, width]`, where the length includes the virtual tokens of a sequence; undefined at
-          padding.
-
-        Raises:
-          ValueError: There are more tokens than positions.
-        """
-        if (count := virtual.in_sequence + tokens_BL.shape[1]) > self.config.positions:
-            raise ValueError(f"{count} tokens, {self.config.positions} positions")
-        types_BL = jnp.zeros_like(tokens_BL) if types_BL is None else types_BL
-        x_BLD = self.embeddings(tokens_BL, types_BL, virtual)
-        if self.projection is not None:
-            x_BLD = self.projection(x_BLD)
-        return self.encoder(x_BLD, virtual.pad(mask_BL.astype(bool), True), virtual)
+    def embed(self, tokens_BL: jax.Array, types_BL: jax.Array, virtual: Virtual) -> jax.Array:
+        """Returns the input of the first layer, `float[batch, length, width]`."""
+        x_BLD = super().embed(tokens_BL, types_BL, virtual)
+        return x_BLD if self.projection is None else self.projection(x_BLD)
 
 
 def load(

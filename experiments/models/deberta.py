@@ -26,7 +26,8 @@ from experiments.models.blocks import Attention, encoder_layers, products, split
 from experiments.models.deberta_convolution import ACTIVATIONS, Convolution
 from experiments.models.norm import LayerNorm
 from experiments.models.options import DEFAULT, Options
-from experiments.models.virtual import NO_VIRTUAL, Shape, Virtual
+from experiments.models.text_encoder import TextEncoder
+from experiments.models.virtual import Virtual
 from lora_jax.peft import CONV1D, Names, Weight
 
 
@@ -236,7 +237,7 @@ class Encoder(nnx.Module):
         return virtual.of_layers(slice(1, None)).run(others, x_BLD, *shared, options=self.options)
 
 
-class Deberta(nnx.Module):
+class Deberta(TextEncoder):
     """Embeddings and encoder.
 
     Args:
@@ -255,43 +256,6 @@ class Deberta(nnx.Module):
         self.config = config
         self.embeddings = Embeddings(config, options, dropout=dropout, rngs=rngs)
         self.encoder = Encoder(config, options, dropout=dropout, rngs=rngs)
-
-    @property
-    def shape(self) -> Shape:
-        """The sizes that those of virtual tokens follow from."""
-        heads, width = self.config.num_attention_heads, self.config.hidden_size
-        return Shape(self.config.num_hidden_layers, heads, width // heads, width)
-
-    def __call__(
-        self,
-        tokens_BL: jax.Array,
-        mask_BL: jax.Array,
-        types_BL: jax.Array | None = None,
-        *,
-        virtual: Virtual = NO_VIRTUAL,
-    ) -> jax.Array:
-        """Returns the last hidden states.
-
-        Args:
-          tokens_BL: Token ids, `int[batch, length]`.
-          mask_BL: True (or 1) at tokens, False at padding.
-          types_BL: Segment ids; None is segment 0 for all tokens. Ignored without segment embeddings.
-          virtual: Virtual tokens. Keys and values are seen by every token and have no position, absolute or relative;
-            tokens of the other forms are the first ones of every sequence, in segment 0.
-
-        Returns:
-          `float[batch, length, width]`, where the length includes the virtual tokens of a sequence; undefined at
-          padding.
-
-        Raises:
-          ValueError: There are more tokens than absolute positions.
-        """
-        count = virtual.in_sequence + tokens_BL.shape[1]
-        if self.config.positions is not None and count > self.config.positions:
-            raise ValueError(f"{count} tokens, {self.config.positions} positions")
-        types_BL = jnp.zeros_like(tokens_BL) if types_BL is None else types_BL
-        x_BLD = self.embeddings(tokens_BL, types_BL, virtual)
-        return self.encoder(x_BLD, virtual.pad(mask_BL.astype(bool), True), virtual)
 
 
 def load(

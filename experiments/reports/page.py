@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,10 +50,12 @@ class Grid:
         return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
     def table(self) -> Table:
-        """Returns the table for the screen."""
+        """Returns the table for the screen; names of columns are in several lines if they are wider than the cells."""
         result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for index, name in enumerate(self.header):
-            result.add_column(name, justify="right" if index else "left", no_wrap=not index)
+            width = max(1, *map(len, name.split()), *(len(row[index]) for row in self.rows))
+            heading = "\n".join(textwrap.wrap(name, width))
+            result.add_column(heading, justify="right" if index else "left", no_wrap=not index)
         for row in self.rows:
             result.add_row(*row)
         return result
@@ -138,14 +141,26 @@ def command(config: Any) -> str:
     words = [f"python -m experiments.run {command_name(config)}"]
     if getattr(config, "fast", False):
         return " ".join([*words, "--fast"])
-    paper = config.preset() if getattr(config, "paper", False) else None
+    default = type(config)()
+    paper = config.preset() if getattr(config, "paper", False) else default
+    usual = {
+        entry.name: getattr(default if entry.name in _OF_PAPER else paper, entry.name)
+        for entry in dataclasses.fields(config)
+    }
+    return " ".join([*words, *_flags(config, usual)])
+
+
+def _flags(config: Any, usual: Mapping[str, Any], prefix: str = "--") -> list[str]:
+    """Returns the flags of the fields that differ from usual values; those of a group follow its name and a dot."""
+    words: list[str] = []
     for entry in dataclasses.fields(config):
-        value, flag = getattr(config, entry.name), f"--{entry.name.replace('_', '-')}"
-        usual = entry.default if paper is None or entry.name in _OF_PAPER else getattr(paper, entry.name)
-        if entry.name in _NOT_SHOWN or value == usual:
+        value, flag = getattr(config, entry.name), prefix + entry.name.strip("_").replace("_", "-")
+        if entry.name in _NOT_SHOWN or value == usual[entry.name]:
             continue
-        if isinstance(value, bool):
+        if dataclasses.is_dataclass(value):
+            words += _flags(value, vars(usual[entry.name]), f"{flag}.")
+        elif isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         else:
             words += [flag, *(shlex.quote(str(part)) for part in (value if isinstance(value, tuple) else [value]))]
-    return " ".join(words)
+    return words

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -47,34 +47,11 @@ class Outcome:
         """Reads an outcome that :meth:`save` wrote."""
 
         def make(content: Any) -> Self:
+            values = {field.name: content[field.name] for field in fields(cls)}  # earlier versions wrote others too
             accuracies = {name: content[name] for name in ("validation_accuracy", "test_accuracy")}
-            return cls(**content | {name: math.nan if x is None else x for name, x in accuracies.items()})
+            return cls(**values | {name: math.nan if x is None else x for name, x in accuracies.items()})
 
         return read_json(path, make)
-
-
-@dataclass(frozen=True)
-class Result(Outcome):
-    """An outcome with the measurements of its run.
-
-    Attributes:
-      adam_bytes: Size of the optimizer state; None if there was no optimizer.
-      merged_difference: Largest absolute difference between merged and unmerged test logits.
-      merged_agreement: Fraction of test examples for which both predict the same class.
-      losses: The loss of every training step.
-      evaluations: Pairs (step, validation accuracy).
-    """
-
-    adam_bytes: int | None
-    merged_difference: float
-    merged_agreement: float
-    losses: list[float]
-    evaluations: list[tuple[int, float]]
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Reads a result that :meth:`save` wrote."""
-        return read_record(path, cls, {"evaluations": tuple})
 
 
 def stored_bytes(directory: Path) -> int:

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import lora_jax as lora
+from experiments.baselines.specs import LINEAR, QUERY_VALUE
 from experiments.configs.all_linear import Config
 from experiments.reports.findings import Finding
 from experiments.studies import all_linear_paper
@@ -13,12 +14,11 @@ from experiments.studies.comparison.description import Row, Study, Summary
 from experiments.studies.comparison.judge import as_good, best, better
 from experiments.studies.problem import HEAD, Problem
 
-_LINEAR = "(attention|feed_forward)/.*kernel"
 _TARGETS = {
-    "query, value": "attention/(query|value)/kernel",
+    "query, value": QUERY_VALUE,
     "attention": "attention/.*kernel",
     "feed-forward": "feed_forward/.*kernel",
-    "all linear": _LINEAR,
+    "all linear": LINEAR,
 }
 
 
@@ -31,7 +31,7 @@ def rows(config: Config, problem: Problem) -> list[Row]:
             (config.lr,),
             series=target,
             position=rank,
-            rules={_LINEAR: lora.NF4(double=True)},
+            rules={LINEAR: lora.NF4(double=True)},
         )
         for target, pattern in _TARGETS.items()
         for rank in config.ranks

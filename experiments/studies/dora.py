@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 import lora_jax as lora
+from experiments.baselines.specs import LINEAR, QUERY_VALUE
 from experiments.configs.dora import Config
 from experiments.reports.findings import Finding
 from experiments.studies.comparison import figures, program
@@ -15,8 +16,7 @@ from experiments.studies.problem import HEAD, Problem
 from lora_jax import analysis
 
 _GRADIENT = "DoRA, gradient through the norm"
-_LINEAR, _QKV = "(attention|feed_forward)/.*kernel", "attention/(query|key|value)/kernel"
-_TRACKED = "attention/(query|value)/kernel"
+_QKV = "attention/(query|key|value)/kernel"
 _PAPER = {4: ("39.5", "61.9"), 8: ("40.7", "77.9"), 16: ("70.9", "77.5")}
 """LoRA and DoRA by rank: LLaMA 7B, mean of eight commonsense tasks."""
 _CORRELATIONS = {"full": -0.62, "DoRA": -0.31, "LoRA": 0.83}
@@ -27,7 +27,7 @@ def rows(config: Config, problem: Problem) -> list[Row]:
     rates, middle, alpha = (config.lr,), config.rank, config.alpha
 
     def row(name: str, recipe: lora.Recipe, series: str, position: float, **fields) -> Row:
-        spec = fields.pop("spec", {_LINEAR: recipe}) | {HEAD: lora.Full()}
+        spec = fields.pop("spec", {LINEAR: recipe}) | {HEAD: lora.Full()}
         return Row(name, spec, fields.pop("rates", rates), series, position, **fields)
 
     by_rank = [
@@ -37,12 +37,12 @@ def rows(config: Config, problem: Problem) -> list[Row]:
             name,
             rank,
             paper=_PAPER.get(rank, ("", ""))[index],
-            tracked=_TRACKED if rank == middle else "",
+            tracked=QUERY_VALUE if rank == middle else "",
         )
         for index, (name, recipe) in enumerate({"LoRA": lora.LoRA, "DoRA": lora.DoRA}.items())
         for rank in config.ranks
     ]
-    dora, nf4 = lora.DoRA(middle, alpha), {_LINEAR: lora.NF4()}
+    dora, nf4 = lora.DoRA(middle, alpha), {LINEAR: lora.NF4()}
     parts = [
         row(
             "DoRA, gradient through the norm",
@@ -56,7 +56,7 @@ def rows(config: Config, problem: Problem) -> list[Row]:
             dora,
             "q, k, v",
             middle,
-            spec={_QKV: dora, _LINEAR: lora.IA3()},
+            spec={_QKV: dora, LINEAR: lora.IA3()},
             paper="77.5 (r = 32)",
         ),
         row("QLoRA", lora.LoRA(middle, alpha), "QLoRA", middle, rules=nf4),
@@ -73,7 +73,7 @@ def rows(config: Config, problem: Problem) -> list[Row]:
             (config.full_lr,),
             "full fine-tuning",
             max(config.ranks),
-            tracked=_TRACKED,
+            tracked=QUERY_VALUE,
         ),
     ]
     return [*by_rank, *parts]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import lora_jax as lora
 from experiments.baselines import specs
+from experiments.baselines.specs import LINEAR, QUERY_VALUE
 from experiments.configs.glue import Config
 from experiments.reports.findings import Finding
 from experiments.studies.comparison import figures, program
@@ -12,7 +13,6 @@ from experiments.studies.comparison.judge import as_good, best, better
 from experiments.studies.problem import HEAD, Problem
 from experiments.studies.virtual_starts import PREFIX, PROMPT, WithPrefix, WithPrompt
 
-_QV, _LINEAR = "attention/(query|value)/kernel", "(attention|feed_forward)/.*kernel"
 _LATE, _BOTH = "feed_forward/down/kernel", "(attention/output|feed_forward/down)/kernel"
 _LORA = {1: "GPT-3 73.4 / 91.3", 8: "RoBERTa 87.2; GPT-3 73.8 / 91.6", 64: "GPT-3 73.5 / 91.4"}
 _HOULSBY_PAPER = {8: "GPT-3 73.2 / 91.5", 64: "GPT-3 72.6 / 91.5"}
@@ -40,24 +40,19 @@ _SERIES = {
 def rows(config: Config, problem: Problem) -> list[Row]:
     """Returns the methods of the config at their sizes."""
     head = {HEAD: lora.Full()}
-    lora_rows = [
+    adapted = [
         Row(
-            f"LoRA on query and value, r = {rank}",
-            {_QV: lora.LoRA(rank, config.alpha)} | head,
+            f"LoRA on {where}, r = {rank}",
+            {pattern: lora.LoRA(rank, config.alpha)} | head,
             config.lr,
-            "LoRA, query and value",
-            paper=_LORA.get(rank, ""),
+            f"LoRA, {where}",
+            paper=paper.get(rank, ""),
         )
-        for rank in config.ranks
-    ]
-    linear = [
-        Row(
-            f"LoRA on all linear layers, r = {rank}",
-            {_LINEAR: lora.LoRA(rank, config.alpha)} | head,
-            config.lr,
-            "LoRA, all linear layers",
+        for where, pattern, ranks, paper in (
+            ("query and value", QUERY_VALUE, config.ranks, _LORA),
+            ("all linear layers", LINEAR, config.linear_ranks, {}),
         )
-        for rank in config.linear_ranks
+        for rank in ranks
     ]
     bottlenecks = [
         Row(
@@ -73,31 +68,24 @@ def rows(config: Config, problem: Problem) -> list[Row]:
         )
         for size in config.sizes
     ]
-    prefixes = [
+    virtual = [
         Row(
-            f"prefix of {length}",
-            {PREFIX: lora.Full()} | head,
+            f"{kind} of {length}",
+            {pattern: lora.Full()} | head,
             config.prefix_lr,
-            "prefix tuning",
-            paper=_PREFIX.get(length, ""),
-            change=WithPrefix(length),
+            f"{kind} tuning",
+            paper=paper.get(length, ""),
+            change=change(length),
         )
-        for length in config.prefixes
-    ]
-    prompts = [
-        Row(
-            f"prompt of {length}",
-            {PROMPT: lora.Full()} | head,
-            config.prefix_lr,
-            "prompt tuning",
-            paper=_PROMPT.get(length, ""),
-            change=WithPrompt(length),
+        for kind, pattern, lengths, change, paper in (
+            ("prefix", PREFIX, config.prefixes, WithPrefix, _PREFIX),
+            ("prompt", PROMPT, config.prompts, WithPrompt, _PROMPT),
         )
-        for length in config.prompts
+        for length in lengths
     ]
     both = Row(
         f"LoRA, r = {max(config.ranks)}, with a prompt of {config.prompts[0]}",
-        {_QV: lora.LoRA(max(config.ranks), config.alpha), PROMPT: lora.Full()} | head,
+        {QUERY_VALUE: lora.LoRA(max(config.ranks), config.alpha), PROMPT: lora.Full()} | head,
         config.lr,
         "LoRA and prompt",
         paper=_BOTH_PAPER.get(max(config.ranks), ""),
@@ -117,7 +105,7 @@ def rows(config: Config, problem: Problem) -> list[Row]:
         ),
     ]
     names = {series: name for name, series in _SERIES.items()}
-    every = [*whole, *lora_rows, *linear, *bottlenecks, *prefixes, *prompts, both]
+    every = [*whole, *adapted, *bottlenecks, *virtual, both]
     return [row for row in every if names[row.series] in config.methods]
 
 

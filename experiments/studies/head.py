@@ -11,8 +11,8 @@ from rich.console import Console
 
 import lora_jax as lora
 from experiments.baselines import head as baseline
-from experiments.reports.results import Result, stored_bytes
-from experiments.studies.problem import HEAD, Problem, answers
+from experiments.reports.results import Outcome, stored_bytes
+from experiments.studies.problem import HEAD, PREDICTIONS, Problem, answers
 from experiments.training.progress import bar
 
 
@@ -24,11 +24,13 @@ class Start:
       problem: The model and the task.
       base: The base with the converged head.
       result: The result of the head alone.
+      directory: The directory of the head, with its adapter.
     """
 
     problem: Problem
     base: dict[str, Any]
-    result: Result
+    result: Outcome
+    directory: Path
 
 
 def run(problem: Problem, directory: Path, console: Console) -> Start:
@@ -36,7 +38,7 @@ def run(problem: Problem, directory: Path, console: Console) -> Start:
     adapter, stored = directory / "adapter", directory / "result.json"
     if stored.exists():
         base = lora.merge(problem.base, lora.load(adapter, problem.base))
-        return Start(problem, base, Result.load(stored))
+        return Start(problem, base, Outcome.load(stored), directory)
     started = time.perf_counter()
     features = _features(problem, console)
     labeled = {name: (features[name], split.labels) for name, split in problem.splits.items()}
@@ -46,32 +48,31 @@ def run(problem: Problem, directory: Path, console: Console) -> Start:
         fitted = baseline.fit(labeled["train"], labeled["validation"], len(problem.names))
     seconds = time.perf_counter() - started
 
+    def outputs(split: str) -> np.ndarray:
+        return features[split] @ fitted.kernel + fitted.bias
+
     def score(split: str) -> float:
-        return problem.task.score(features[split] @ fitted.kernel + fitted.bias, problem.splits[split].labels)
+        return problem.task.score(outputs(split), problem.splits[split].labels)
 
     base = problem.with_head(fitted.kernel, fitted.bias)
     lora.save(adapter, problem.delta(jax.random.key(0), base, {HEAD: lora.Full()}), base=problem.base)
-    result = Result(
+    result = Outcome(
         method="head",
         seed=0,
         trained_parameters=fitted.kernel.size + fitted.bias.size,
-        adam_bytes=None,
         adapter_bytes=stored_bytes(adapter),
         seconds=seconds,
         validation_accuracy=score("validation"),
         lr=None,
         test_accuracy=score("test"),
-        merged_difference=0.0,
-        merged_agreement=1.0,
-        losses=[],
-        evaluations=[],
     )
+    np.save(directory / PREDICTIONS, problem.task.predict(outputs("test")))
     result.save(stored)
     console.print(
         f"head: C = {fitted.penalty:.2g}, validation {result.validation_accuracy:.1%}, {seconds:.0f} s",
         highlight=False,
     )
-    return Start(problem, base, result)
+    return Start(problem, base, result, directory)
 
 
 def _features(problem: Problem, console: Console) -> dict[str, np.ndarray]:

@@ -1,21 +1,22 @@
 """Trains adapters of several specs and learning rates at once, on the same batches and one copy of the base."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from rich.console import Console
 
 import lora_jax as lora
 from experiments.errors import UserError
 from experiments.studies.head import Start
-from experiments.studies.methods import loss_function
-from experiments.studies.problem import answers
+from experiments.studies.problem import Problem, answers
 from experiments.studies.task import CLASSIFICATION, Task
+from experiments.training import mesh as meshes
 from experiments.training.loop import plan_steps, train
 from experiments.training.optimizer import adam
 from experiments.training.progress import bar
@@ -105,7 +106,7 @@ def train_jointly(
     stream = Stream(
         splits["train"].sequences, splits["train"].labels, problem.lengths, settings.batch_size, settings.seed
     )
-    deltas = _deltas(start, specs, settings.seed, stream)
+    deltas = _deltas(start, specs, settings.seed, stream, run.mesh)
     steps, due = plan_steps(settings.epochs, stream.steps_per_epoch)
     due = {steps} if once else due
 
@@ -115,9 +116,11 @@ def train_jointly(
 
     keys = jax.random.split(jax.random.key(settings.seed), len(deltas))
     states = lora.TrainStates.create(start.base, deltas, tx, keys, {"lr": list(rates)})
+    fixed = {name: getattr(states, name) for name in ("hyper", "active", "present")}  # a step does not put them there
+    states = states.replace(**meshes.replicate(run.mesh, fixed))
     loss = loss_function(problem.apply, settings.label_smoothing, penalty, problem.task)
     step = lora.train_many(loss, tx, batch_axes=None, at_once=at_once)
-    logits, labels = _logits_function(start), splits["validation"].labels
+    logits, labels = _logits_function(problem, deltas, run.mesh), splits["validation"].labels
     logits_at: dict[int, np.ndarray] = {}  # of the last evaluation
 
     def evaluate(states: lora.TrainStates) -> float:
@@ -127,17 +130,17 @@ def train_jointly(
             snapshot(_last_step(states), lora.unstack(states.delta, deltas))
         return float(np.nanmax(_scores(problem.task, logits_at[_last_step(states)], labels)))
 
-    with bar(console, f"{len(deltas)} adapters", settings.epochs * len(splits["train"])) as progress:
+    with bar(console, "training", settings.epochs * len(splits["train"])) as progress:
         states, history = train(
             run,
-            average_members(step),
+            average_members(step, run.mesh),
             states,
             stream,
             steps,
             due=due,
             score=start.result.validation_accuracy,
             evaluate=evaluate,
-            format_score="{:.1%} at best".format,
+            format_score=("{:.1%} at best" if len(deltas) > 1 else "{:.1%}").format,
             bar=progress,
         )
     if _last_step(states) not in logits_at:  # resumed after the last step
@@ -149,7 +152,9 @@ def _last_step(states: lora.TrainStates) -> int:
     return int(states.step.max())
 
 
-def _deltas(start: Start, specs: Sequence[Mapping[str, Any]], seed: int, stream: Stream) -> list[dict[str, Any]]:
+def _deltas(
+    start: Start, specs: Sequence[Mapping[str, Any]], seed: int, stream: Stream, mesh: Mesh
+) -> list[dict[str, Any]]:
     key, by_spec = jax.random.key(seed), {}
     for spec in specs:
         if repr(spec) not in by_spec:
@@ -157,35 +162,77 @@ def _deltas(start: Start, specs: Sequence[Mapping[str, Any]], seed: int, stream:
                 batches = [(batch["tokens"], batch["mask"]) for batch in map(stream.__getitem__, range(_READ))]
                 by_spec[repr(spec)] = start.problem.prepare(key, start.base, spec, batches)
             else:
-                by_spec[repr(spec)] = start.problem.delta(key, start.base, spec)
+                by_spec[repr(spec)] = start.problem.delta(key, start.base, spec, mesh)
     return [by_spec[repr(spec)] for spec in specs]
 
 
-def average_members(step: Callable) -> Callable:
+def average_members(step: Callable, mesh: Mesh) -> Callable:
     """Wraps a step of :func:`lora_jax.train_many` for the training loop, which reads one loss.
 
     Its metrics become means over the members; members whose loss or gradient is not finite are deactivated.
+
+    Args:
+      step: The step.
+      mesh: The mesh of its states.
     """
 
     def wrapped(states: lora.TrainStates, batch: Any) -> tuple[lora.TrainStates, dict[str, Any]]:
         states, metrics = step(states, batch)
-        finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"]) & np.asarray(states.active)
+        active = np.asarray(states.active)
+        finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"]) & active
         if not finite.any():
             raise Diverged("all adapters diverged; try smaller learning rates")
         means = {name: np.mean(np.asarray(metrics[name])[finite]) for name in ("loss", "grad_norm")}
-        return replace(states, active=jnp.asarray(finite)), means
+        if (finite != active).any():
+            states = states.replace(active=meshes.replicate(mesh, jnp.asarray(finite)))
+        return states, means
 
     return wrapped
 
 
-def _logits_function(start: Start) -> Callable[[lora.TrainStates], np.ndarray]:
+def loss_function(
+    apply: Callable, label_smoothing: float, penalty: float = 0.0, task: Task = CLASSIFICATION
+) -> Callable:
+    """Returns a loss function for `lora.train_step`: the sum of the losses and the number of examples.
+
+    Args:
+      apply: The model.
+      label_smoothing: The probability that is spread evenly over the classes.
+      penalty: The weight of AdaLoRA's orthogonality penalty.
+      task: The task, whose loss it is.
+    """
+    adapted = lora.adapt(apply)
+
+    def loss(base, delta, batch, key):
+        outputs, _ = adapted(base, delta, batch["tokens"], batch["mask"])
+        losses = task.losses(outputs, batch["labels"], label_smoothing)
+        total, count = jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"])
+        return total + (count * penalty * lora.optim.orthogonality(delta) if penalty else 0.0), count
+
+    return loss
+
+
+def _logits_function(
+    problem: Problem, deltas: Sequence[dict[str, Any]], mesh: Mesh
+) -> Callable[[lora.TrainStates], np.ndarray]:
     """Returns a function from states to the validation logits of each adapter; NaN if it diverged."""
-    problem = start.problem
-    adapted = jax.jit(jax.vmap(lora.adapt(problem.apply), in_axes=(None, 0, None, None), out_axes=1))
+    if len(deltas) == 1:  # by the function that also computes the outputs of stored adapters, which is compiled once
+
+        def logits_of_one(states: lora.TrainStates) -> np.ndarray:
+            (delta,) = lora.unstack(states.delta, deltas)
+            return problem.outputs(states.base, delta, "validation", mesh)[:, None]
+
+        return logits_of_one
+    adapted = jax.jit(
+        jax.vmap(lora.adapt(problem.apply), in_axes=(None, 0, None, None), out_axes=1),
+        out_shardings=meshes.replicated(mesh),
+    )
 
     def logits(states: lora.TrainStates) -> np.ndarray:
         values = answers(
-            lambda *inputs: adapted(states.base, states.delta, *inputs)[0],
+            lambda *inputs: adapted(
+                states.base, states.delta, *(meshes.shard_examples(mesh, array) for array in inputs)
+            )[0],
             problem.splits["validation"],
             problem.lengths,
         )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import lora_jax as lora
+from experiments.baselines.specs import QUERY_VALUE
 from experiments.configs.low_data import Config
 from experiments.reports.findings import Finding
 from experiments.studies.comparison import figures, program
@@ -22,7 +23,7 @@ _PAPER = {
 
 def rows(config: Config, problem: Problem) -> list[Row]:
     """Returns a row for each method and number of examples."""
-    adapted = {"attention/(query|value)/kernel": lora.LoRA(config.rank, alpha=config.alpha), HEAD: lora.Full()}
+    adapted = {QUERY_VALUE: lora.LoRA(config.rank, alpha=config.alpha), HEAD: lora.Full()}
     methods = {
         "head alone": ({}, (), None),
         "LoRA": (adapted, config.lr, None),

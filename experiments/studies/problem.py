@@ -1,5 +1,6 @@
 """Sentence classification or regression: a pretrained model as a pure function, and tokenized splits."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from experiments.training import mesh as meshes
 
 EVALUATION_BATCH = 128
 HEAD = r"^classifier/"
+PREDICTIONS = "test_predictions.npy"
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,25 @@ class Problem:
             raise ValueError("The initializers change the base, which is shared with other runs.")
         return delta
 
+    def outputs(
+        self, base: Mapping[str, Any], delta: Mapping[str, Any], split: str, mesh: Mesh | None = None
+    ) -> np.ndarray:
+        """Returns the outputs of the model for each example of a split, `float[examples, outputs]`.
+
+        Args:
+          base: The base, on the mesh; it may be quantized.
+          delta: The adapters; none is the base alone.
+          split: The name of the split.
+          mesh: The mesh, which divides the examples; None is one device.
+        """
+        function = _compiled(self.apply, bool(delta), None if mesh is None or mesh.size == 1 else mesh)
+
+        def answer(*inputs: np.ndarray) -> jax.Array:
+            arrays = inputs if mesh is None else [meshes.shard_examples(mesh, array) for array in inputs]
+            return (function(base, delta, *arrays) if delta else function(base, *arrays))[0]
+
+        return answers(answer, self.splits[split], self.lengths)
+
     def check(self, name: str, spec: Mapping[str, Any]) -> None:
         """Raises a UserError if the spec of a method does not fit the base."""
         try:
@@ -112,6 +133,13 @@ class Problem:
     def _shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         shape = (1, self.lengths[0])
         return jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool)
+
+
+@functools.cache
+def _compiled(apply: Callable, adapted: bool, mesh: Mesh | None) -> Callable:
+    """Returns one compiled function for all calls, so that each length is compiled once."""
+    function = lora.adapt(apply) if adapted else apply
+    return jax.jit(function) if mesh is None else jax.jit(function, out_shardings=meshes.replicated(mesh))
 
 
 def load(

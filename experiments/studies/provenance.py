@@ -15,7 +15,8 @@ from experiments.tasks.examples import Examples
 from experiments.training import outputs, processes
 
 _WRITTEN = (
-    *("adapter", "step-[0-9]*", "merged", "peft", "test_logits.npy", "test_correct.npy", "test_predictions.npy"),
+    *("adapter", "step-[0-9]*", "merged", "merged.json", "peft"),
+    *("test_logits.npy", "test_correct.npy", "test_predictions.npy"),
     *("checkpoints", "config.json", "history.json", "metrics.jsonl", "profile", "result.json", "tensorboard"),
 )
 """Names that studies write in the directory of a run."""

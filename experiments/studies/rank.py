@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import lora_jax as lora
+from experiments.baselines.specs import LINEAR, QUERY_VALUE
 from experiments.configs.rank import Config
 from experiments.reports.findings import Finding
 from experiments.studies.comparison import figures, program
@@ -13,9 +14,9 @@ from experiments.studies.problem import HEAD, Problem
 
 _TARGETS = {
     "query": "attention/query/kernel",
-    "query, value": "attention/(query|value)/kernel",
+    "query, value": QUERY_VALUE,
     "attention": "attention/.*kernel",
-    "all linear": "(attention|feed_forward)/.*kernel",
+    "all linear": LINEAR,
 }
 _PAPER = {
     "query": ("68.8 / 90.7", "69.6 / 90.9", "70.5 / 91.1", "70.4 / 90.7", "70.0 / 90.7"),

@@ -7,6 +7,7 @@ from typing import Any
 import optax
 
 import lora_jax as lora
+from experiments.baselines.specs import LINEAR
 from experiments.configs.rank_selection import Config
 from experiments.reports.findings import Finding
 from experiments.studies.comparison import figures, program
@@ -14,7 +15,6 @@ from experiments.studies.comparison.description import Row, Study, Summary
 from experiments.studies.comparison.judge import as_good
 from experiments.studies.problem import HEAD, Problem
 
-_LINEAR = "(attention|feed_forward)/.*kernel"
 _PENALTY = 0.1  # the authors' weight of AdaLoRA's penalty
 _ALL = 1 - 1e-9
 
@@ -46,7 +46,7 @@ def rows(config: Config, problem: Problem) -> list[Row]:
     largest, target, rates = max(config.ranks), config.target_rank, (config.lr,)
 
     def spec(recipe: lora.Recipe) -> dict[str, lora.Recipe]:
-        return {_LINEAR: recipe, HEAD: lora.Full()}
+        return {LINEAR: recipe, HEAD: lora.Full()}
 
     uniform = [
         Row(f"LoRA, r = {rank}", spec(lora.LoRA(rank, config.alpha)), rates, "uniform LoRA") for rank in config.ranks

@@ -26,7 +26,7 @@ def load(directory: str | Path) -> Callable[[str | tuple[str, str]], str]:
     """Loads the classifier that a run of the quickstart trained, merged into its base.
 
     Args:
-      directory: The directory of the run, such as `runs/quickstart/lora-seed0-…`.
+      directory: The directory of the run, such as `runs/quickstart/lora-lr-0.003-seed0-…`.
 
     Returns:
       A function from a sentence, or a pair of sentences, to its label.

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import lora_jax as lora
+from experiments.baselines.specs import QUERY_VALUE
 from experiments.configs.subspaces import Config
 from experiments.errors import UserError
 from experiments.reports.findings import Finding, Verdict
@@ -20,7 +21,6 @@ from experiments.studies.comparison.description import Row, Study, Summary
 from experiments.studies.problem import HEAD, Problem
 from lora_jax import analysis
 
-_TRACKED = r"attention/(query|value)/kernel"
 _PAPER = {"small": "0.32 / 21.67 / 0.02; 6.91; 21.6", "large": "1.90 / 37.71 / 0.33; 3.57; 1.9"}
 """r = 4 and r = 64, query of layer 48 of 96."""
 
@@ -40,7 +40,7 @@ def rows(config: Config, problem: Problem) -> list[Row]:
 
 
 def _spec(rank: int, alpha: float) -> dict:
-    return {_TRACKED: lora.LoRA(rank, alpha=alpha), HEAD: lora.Full()}
+    return {QUERY_VALUE: lora.LoRA(rank, alpha=alpha), HEAD: lora.Full()}
 
 
 def overlaps(summaries: Sequence[Summary]) -> dict[str, dict[str, np.ndarray]]:
@@ -67,7 +67,7 @@ def overlaps(summaries: Sequence[Summary]) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _adapted(path: str) -> bool:
-    return re.search(_TRACKED, path) is not None
+    return re.search(QUERY_VALUE, path) is not None
 
 
 def amplifications(summary: Summary) -> dict[str, analysis.Amplification]:

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import lora_jax as lora
+from experiments.baselines.specs import QUERY_VALUE
 from experiments.configs.sweep import Config
 from experiments.reports.findings import Finding
 from experiments.reports.grid import draw_grid
@@ -15,14 +16,13 @@ from experiments.studies.comparison import program
 from experiments.studies.comparison.description import Row, Study, Summary
 from experiments.studies.problem import HEAD, Problem
 
-_QUERY_VALUE = r"attention/(query|value)/kernel"
 _TOLERANCE = 2.0  # a factor of learning rates that are about the same
 
 
 def rows(config: Config, problem: Problem) -> list[Row]:
     """Returns a row for each rank."""
     return [
-        Row(f"{rank}", {_QUERY_VALUE: lora.LoRA(rank, alpha=config.alpha), HEAD: lora.Full()}, config.learning_rates)
+        Row(f"{rank}", {QUERY_VALUE: lora.LoRA(rank, alpha=config.alpha), HEAD: lora.Full()}, config.learning_rates)
         for rank in config.ranks
     ]
 

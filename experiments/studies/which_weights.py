@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import combinations
 
 import lora_jax as lora
+from experiments.baselines.specs import LINEAR
 from experiments.configs.which_weights import Config
 from experiments.reports.findings import Finding
 from experiments.studies.comparison import figures, program
@@ -41,7 +42,7 @@ def rows(config: Config, problem: Problem) -> list[Row]:
         Row("head alone", {}, series="head alone"),
         *attention,
         _row(config, problem, "feed-forward", "feed_forward/.*kernel", "feed-forward"),
-        _row(config, problem, "all linear", "(attention|feed_forward)/.*kernel", "all linear"),
+        _row(config, problem, "all linear", LINEAR, "all linear"),
     ]
 
 

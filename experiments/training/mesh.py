@@ -158,6 +158,13 @@ def put_rows(mesh: Mesh, rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {name: _shard(mesh, array, len(array), 0) for name, array in rows.items()}
 
 
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """Puts arrays that every process holds on the mesh; returns them unchanged if it has one device."""
+    if mesh.size == 1:
+        return tree
+    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), replicated(mesh)), tree)
+
+
 def shard_examples(mesh: Mesh, examples: np.ndarray) -> Any:
     """Shards examples that every process holds over the mesh; returns them unchanged if they are not divisible."""
     return _shard(mesh, examples, len(examples), 0) if len(examples) % _replicas(mesh) == 0 else examples

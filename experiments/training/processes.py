@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,6 +62,18 @@ def first_before_others() -> Iterator[None]:
         raise
     if is_first():
         broadcast(0)
+
+
+def exists(path: Path) -> bool:
+    """Whether the first process sees a file; the same in every process."""
+    return bool(broadcast(path.exists()))
+
+
+def write(write_files: Callable[[], object]) -> None:
+    """Calls a function in the first process; the others wait for it, and then see the files that it writes."""
+    with first_before_others():
+        if is_first():
+            write_files()
 
 
 def check_shared(directory: Path) -> None:

@@ -130,6 +130,34 @@ def interrupt_at(monkeypatch):
     monkeypatch.setattr(lora, "train_step", real)
 
 
+@pytest.fixture
+def interrupt_many_at(monkeypatch):
+    """A function that makes a step of joint training call `what()` before it; returns the list of runs that begin.
+
+    Its arguments are the index of the run, from 1 on, the number of the step, from 1 on, and `what`.
+    """
+    real = lora.train_many
+
+    def at(run, number, what):
+        begun = []
+
+        def train_many(*args, **options):
+            step = real(*args, **options)
+            begun.append(len(begun) + 1)
+
+            def stepping(states, batch):
+                if len(begun) == run and int(states.step[0]) + 1 == number:
+                    what()
+                return step(states, batch)
+
+            return stepping
+
+        monkeypatch.setattr(lora, "train_many", train_many)
+        return begun
+
+    return at
+
+
 CHATML = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -189,24 +189,13 @@ def test_runs_of_one_kind_train_together(settings, tmp_path, monkeypatch):
     assert groups == [(4, 0, 16), (1, 0, 16), (1, 0, 8), (2, 1, 16), (1, 1, 16), (1, 1, 8)]
 
 
-def test_finished_runs_are_read_and_others_resumed(settings, finished, tmp_path, monkeypatch, capsys):
-    config, real, begun = dataclasses.replace(settings, out=tmp_path), lora.train_many, []
-
-    def interrupted(*args, **kwargs):
-        step = real(*args, **kwargs)
-        begun.append(len(begun))
-
-        def stepping(states, batch):
-            if len(begun) == 2 and int(states.step[0]) == 1:
-                os.kill(os.getpid(), signal.SIGINT)
-            return step(states, batch)
-
-        return stepping
-
-    monkeypatch.setattr(lora, "train_many", interrupted)
+def test_finished_runs_are_read_and_others_resumed(
+    settings, finished, tmp_path, monkeypatch, interrupt_many_at, capsys
+):
+    config = dataclasses.replace(settings, out=tmp_path)
+    interrupt_many_at(2, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         program.run(config, STUDY)
-    monkeypatch.setattr(lora, "train_many", real)
     summaries = program.run(config, STUDY)
     assert "resumed at step 2 of 3" in capsys.readouterr().out
     assert [summary.mean for summary in summaries] == [summary.mean for summary in finished[1]]
@@ -241,8 +230,8 @@ def test_the_smallest_study(name, tiny_model, tiny_data, tmp_path, capsys):
         type(command_line.find_config(name).DEFAULTS)(fast=True),
         model=str(tiny_model),
         data=str(tiny_data),
-        validation_examples=None,
-        test_examples=None,
+        validation_examples=30,
+        test_examples=30,
         lengths=(12,),
         out=tmp_path,
     )

@@ -142,6 +142,9 @@ def test_methods_are_compared_in_one_table(tuned):
         perplexities = [row["perplexity"] for row in result["scores"]]
         assert perplexities[-2] == pytest.approx(perplexities[-1], rel=1e-3)
         assert perplexities[-2] != pytest.approx(results[0]["scores"][0]["perplexity"], rel=1e-3)
+    page = (tuned / "out" / "README.md").read_text()
+    assert page.startswith("# sft\n") and "| dora | " in page and "dora is as good as lora" in page
+    assert (tuned / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_shows_what_the_run_has_scored(tuned, tmp_path, capsys, monkeypatch):

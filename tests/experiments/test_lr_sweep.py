@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 
-import lora_jax as lora
 from experiments import command_line, run
 from experiments.configs.lr_sweep import Config
 from experiments.studies import joint
@@ -69,25 +68,11 @@ def test_every_curve_is_measured_and_written(finished):
     assert (config.out / "lr-sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_interrupted_sweep_repeats_no_finished_curve(settings, finished, tmp_path, monkeypatch, capsys):
-    config, real, begun = (
-        dataclasses.replace(settings, out=tmp_path, decoder=None),
-        lora.train_many,
-        [],
-    )
-
-    def interrupted(*args, **kwargs):
-        step = real(*args, **kwargs)
-        begun.append(len(begun))
-
-        def stepping(states, batch):
-            if len(begun) == 2 and int(states.step[0]) == 1:
-                os.kill(os.getpid(), signal.SIGINT)
-            return step(states, batch)
-
-        return stepping
-
-    monkeypatch.setattr(lora, "train_many", interrupted)
+def test_an_interrupted_sweep_repeats_no_finished_curve(
+    settings, finished, tmp_path, monkeypatch, interrupt_many_at, capsys
+):
+    config = dataclasses.replace(settings, out=tmp_path, decoder=None)
+    begun = interrupt_many_at(2, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert command(config, monkeypatch) == 130
     assert capsys.readouterr().err == "interrupted: the same command resumes\n"
     curves = study.run(config)

@@ -96,23 +96,11 @@ def test_a_member_trains_on_the_batches_of_its_task(settings):
     assert Streams(streams).examples(0) == 16
 
 
-def test_an_interrupted_run_resumes(settings, finished, tmp_path, monkeypatch, capsys):
-    config, real = dataclasses.replace(settings, out=tmp_path), lora.train_many
-
-    def interrupted(*args, **kwargs):
-        step = real(*args, **kwargs)
-
-        def stepping(states, batch):
-            if int(states.step[0]) == 1:
-                os.kill(os.getpid(), signal.SIGINT)
-            return step(states, batch)
-
-        return stepping
-
-    monkeypatch.setattr(lora, "train_many", interrupted)
+def test_an_interrupted_run_resumes(settings, finished, tmp_path, monkeypatch, interrupt_many_at, capsys):
+    config = dataclasses.replace(settings, out=tmp_path)
+    interrupt_many_at(1, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         study.run(config)
-    monkeypatch.setattr(lora, "train_many", real)
     results = study.run(config)
     assert "resumed at step 2 of 6" in capsys.readouterr().out
     for one, other in zip(results.adapters, finished[1].adapters):

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 import safetensors
-from rich.console import Console
 from safetensors.numpy import load_file
 
 import lora_jax as lora
@@ -21,9 +20,13 @@ from experiments import run
 from experiments.configs.quickstart import Config
 from experiments.errors import UserError
 from experiments.models import bert, classifier
-from experiments.reports.results import Result
-from experiments.reports.table import merged_line, size, spread, table
-from experiments.studies import methods, quickstart, sentences
+from experiments.reports.page import command
+from experiments.reports.table import size, spread
+from experiments.studies import joint, quickstart, sentences
+from experiments.studies.comparison import program, starts
+from experiments.studies.problem import accuracy, answers, load
+from experiments.training import record
+from experiments.training.mesh_sizes import MeshSizes
 from tests.experiments import official_data as official
 from tests.experiments.conftest import CONFIG
 
@@ -53,7 +56,7 @@ def settings(tiny_model, tiny_data):
 
 @pytest.fixture(scope="module")
 def finished(settings, tmp_path_factory):
-    """The config and the results of a run that nothing interrupted."""
+    """The config and the summaries of a run that nothing interrupted."""
     config = dataclasses.replace(settings, out=tmp_path_factory.mktemp("finished"), seeds=2)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         return config, quickstart.run(config)
@@ -71,38 +74,66 @@ def runs(config, method):
     return [path for path in config.out.iterdir() if path.name.startswith(f"{method}-")]
 
 
+def values(directory, name):
+    return [line[name] for line in record.read(directory / "metrics.jsonl") if name in line]
+
+
 def same(one, other):
-    assert one.losses == other.losses
-    assert one.evaluations == other.evaluations
-    assert one.test_accuracy == other.test_accuracy and one.merged_difference == other.merged_difference
+    """Checks that two summaries are of the same runs."""
+    for first, second in zip(one.results, other.results, strict=True):
+        measured = {"seconds": 0, "adapter_bytes": 0}  # compressed metadata varies by some bytes
+        assert dataclasses.replace(first, **measured) == dataclasses.replace(second, **measured)
+    if one.row.rates:
+        for first, second in zip(one.directories, other.directories, strict=True):
+            assert values(first, "loss") == values(second, "loss")
+            assert values(first, "validation") == values(second, "validation")
+            assert (first / "merged.json").read_text() == (second / "merged.json").read_text()
 
 
 def test_all_methods(config, capsys):
     config = dataclasses.replace(config, methods=("head", "lora", "qlora", "qdora", "all-linear", "full"))
-    results = quickstart.run(config)
-    out = capsys.readouterr().out
-    by_method = {result.method: result for result in results}
+    summaries = quickstart.run(config)
+    out = " ".join(capsys.readouterr().out.split())
+    by_method = {summary.row.name: summary for summary in summaries}
     assert list(by_method) == list(config.methods)
     assert all(name in out for name in by_method)
-    assert "merged and unmerged predictions agree: 100.00%" in out
+    assert "observed: merged and unmerged predictions agree. 100.00% of the test examples" in out
+    assert "LoRA is better than the head alone" in out and "QLoRA is as good as LoRA" in out
+    losses, trained = {}, {name: summary.results[0].trained_parameters for name, summary in by_method.items()}
     for name in config.methods[1:]:
-        assert by_method[name].merged_difference < 1e-5
-        first, second = np.mean(np.split(np.array(by_method[name].losses), 2), axis=1)  # over the same examples
-        assert second < first
-        assert by_method[name].evaluations[0] == (0, by_method["head"].validation_accuracy)
-        assert by_method[name].adam_bytes >= 8 * by_method[name].trained_parameters
+        (directory,) = by_method[name].directories
+        assert json.loads((directory / "merged.json").read_text())["difference"] < 1e-5
+        losses[name] = values(directory, "loss")
+        first, second = np.mean(np.split(np.array(losses[name]), 2), axis=1)  # over the same examples
+        assert second < first and len(values(directory, "validation")) == config.epochs
     head = 17 * 3
-    assert by_method["head"].trained_parameters == head and by_method["head"].adam_bytes is None
-    assert by_method["lora"].trained_parameters == head + 2 * 2 * (16 + 16)
-    assert by_method["qlora"].trained_parameters == by_method["lora"].trained_parameters
-    assert by_method["qdora"].trained_parameters == by_method["lora"].trained_parameters + 2 * 16
-    assert by_method["qlora"].losses != by_method["lora"].losses
-    assert by_method["all-linear"].trained_parameters == head + 2 * (4 * (16 + 16) + 2 * (16 + 32))
+    assert trained["head"] == head
+    assert trained["lora"] == trained["qlora"] == head + 2 * 2 * (16 + 16)
+    assert trained["qdora"] == trained["lora"] + 2 * 16
+    assert losses["qlora"] != losses["lora"]
+    assert trained["all-linear"] == head + 2 * (4 * (16 + 16) + 2 * (16 + 32))
 
-    record = json.loads((config.out / "run.json").read_text())
-    assert [result["method"] for result in record["results"]] == list(by_method)
-    assert record["config"]["rank"] == 2 and "jax" in record["versions"]
-    assert (config.out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    state = {row[0]: row[2] for row in quickstart.grid(summaries).rows}
+    assert state["head"] == "–" and state["lora"] == size(8 * trained["lora"] + 8)  # and two counts of steps
+    written = json.loads((config.out / "run.json").read_text())
+    assert [row["name"] for row in written["rows"]] == list(by_method)
+    assert written["config"]["rank"] == 2 and "jax" in written["versions"]
+    assert (config.out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    page = (config.out / "README.md").read_text()
+    assert page.startswith("# quickstart\n") and "| all-linear | " in page
+
+
+def test_a_mesh_computes_the_same(config, finished):
+    on_mesh = dataclasses.replace(config, mesh=MeshSizes(data=2, fsdp=2), methods=("lora",))
+    (summary,) = quickstart.run(on_mesh)
+    one_device = finished[1][1]
+    np.testing.assert_allclose(
+        values(summary.directories[0], "loss"), values(one_device.directories[0], "loss"), rtol=1e-4
+    )
+    assert summary.results[0].test_accuracy == one_device.results[0].test_accuracy
+    assert "--mesh.data 2 --mesh.fsdp 2" in command(on_mesh)
+    with pytest.raises(UserError, match="batch_size 16 cannot be divided over a mesh"):
+        quickstart.run(dataclasses.replace(config, mesh=MeshSizes(data=3)))
 
 
 def test_pairs_of_an_official_data_set(settings, tmp_path, capsys):
@@ -116,7 +147,7 @@ def test_pairs_of_an_official_data_set(settings, tmp_path, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "the development examples take the place of test examples, and 4 of the 48 training examples" in shown
     assert "44 train, 4 validation, 48 test" in shown
-    assert all(result.validation_accuracy in (0, 0.25, 0.5, 0.75, 1) for result in (head, tuned))
+    assert all(one.results[0].validation_accuracy in (0, 0.25, 0.5, 0.75, 1) for one in (head, tuned))
     (directory,) = runs(dataclasses.replace(settings, **options), "lora")
     assert sentences.load(directory)(("chess 1", "board")) in words
     official.write_glue(tmp_path / "all")
@@ -125,26 +156,26 @@ def test_pairs_of_an_official_data_set(settings, tmp_path, capsys):
 
 
 def test_saved_adapter_gives_the_reported_accuracy(finished):
-    config, (_, result, _) = finished
-    problem = quickstart.load(config.model, config.data, dict.fromkeys(("train", "test")), config.lengths, str)
-    (directory,) = runs(config, "lora-seed0")
+    config, (_, tuned) = finished
+    problem = load(config.model, config.data, dict.fromkeys(("train", "test")), config.lengths, str)
+    (directory,) = runs(config, "lora-lr-0.03-seed0")
     params = lora.merge(problem.base, lora.load(directory / "adapter", problem.base))
     apply = jax.jit(problem.apply)
-    logits = methods.answers(lambda *inputs: apply(params, *inputs)[0], problem.splits["test"], problem.lengths)
-    assert methods.accuracy(logits, problem.splits["test"]) == result.test_accuracy
+    logits = answers(lambda *inputs: apply(params, *inputs)[0], problem.splits["test"], problem.lengths)
+    assert accuracy(logits, problem.splits["test"]) == tuned.results[0].test_accuracy
     assert not (directory / "checkpoints").exists()
 
 
 def test_exported_adapter_and_head_reproduce_the_predictions(settings, finished, tmp_path, capsys):
     config = dataclasses.replace(settings, out=tmp_path / "out", export="peft")
     shutil.copytree(finished[0].out, config.out)
-    quickstart.run(config)
+    _, tuned = quickstart.run(config)
     directory = next(path for path in runs(config, "lora") if "seed0" in path.name)
     assert not any((path / "peft").exists() for path in runs(config, "head"))
     assert f"PEFT: {directory / 'peft'}" in capsys.readouterr().out
 
     # the adapter on the published weights, and the head of the export, without the head that training began with
-    problem = quickstart.load(config.model, config.data, dict.fromkeys(("train", "test")), config.lengths, str)
+    problem = load(config.model, config.data, dict.fromkeys(("train", "test")), config.lengths, str)
     names = classifier.encoder_names(bert.BertConfig.from_json(CONFIG))
     delta = lora.peft.load(directory / "peft", problem.base, names)
     head = load_file(directory / "peft" / "classifier.safetensors")
@@ -152,10 +183,10 @@ def test_exported_adapter_and_head_reproduce_the_predictions(settings, finished,
     with safetensors.safe_open(directory / "peft" / "adapter_model.safetensors", "np") as file:
         assert all(key.startswith("base_model.model.encoder.layer.0.") for key in file.keys())  # noqa: SIM118
     adapted = jax.jit(lora.adapt(problem.apply))
-    vectors = methods.answers(lambda *x: adapted(problem.base, delta, *x)[1], problem.splits["test"], problem.lengths)
+    vectors = answers(lambda *x: adapted(problem.base, delta, *x)[1], problem.splits["test"], problem.lengths)
     logits = np.load(directory / "test_logits.npy")
     np.testing.assert_allclose(vectors @ head["weight"].T + head["bias"], logits, atol=1e-5)
-    assert methods.accuracy(logits, problem.splits["test"]) == Result.load(directory / "result.json").test_accuracy
+    assert accuracy(logits, problem.splits["test"]) == tuned.results[0].test_accuracy
 
     readme = (directory / "peft" / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
@@ -166,7 +197,7 @@ def test_exported_adapter_and_head_reproduce_the_predictions(settings, finished,
 
 
 def test_a_rank_above_the_weights_is_refused_before_any_work(settings, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(quickstart.head, "run", lambda *args: pytest.fail("the head was fitted"))
+    monkeypatch.setattr(starts.head, "run", lambda *args: pytest.fail("the head was fitted"))
     for flags in (["quickstart"], ["sweep", "--ranks", "2", "999"]):
         extra = ["--rank", "999"] if flags == ["quickstart"] else []
         shared = ["--model", settings.model, "--data", settings.data, "--lengths", "12", "--train-examples", "None"]
@@ -177,10 +208,11 @@ def test_a_rank_above_the_weights_is_refused_before_any_work(settings, tmp_path,
 
 
 def test_a_sentence_is_classified_by_what_the_study_prints(finished, capsys):
-    config, results = finished
-    assert quickstart.run(config) == results
+    config, summaries = finished
+    assert quickstart.run(config) == summaries
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    code = lines[lines.index("in Python, from here:") + 1 :]
+    (start,) = (i for i, line in enumerate(lines) if line.endswith("in Python, from here:"))
+    code = lines[start + 1 :]
     assert len(code) == 2
     exec("\n".join(code), {})
     assert capsys.readouterr().out.strip() in ("games", "mail", "sound")
@@ -218,42 +250,44 @@ def interrupt():
     [(interrupt, KeyboardInterrupt, 8), (kill, Killed, 6)],
     ids=["interrupted", "killed"],
 )
-def test_resumed_run_is_the_same_run(config, finished, interrupt_at, capsys, what, raised, resumed_at):
-    interrupt_at(8, what)
+def test_resumed_run_is_the_same_run(config, finished, interrupt_many_at, capsys, what, raised, resumed_at):
+    config = dataclasses.replace(config, seeds=2)
+    interrupt_many_at(1, 8, what)
     with pytest.raises(raised):
         quickstart.run(config)
-    interrupt_at(0, None)
-    head, resumed = quickstart.run(config)
+    summaries = quickstart.run(config)
     assert f"resumed at step {resumed_at} of 10" in capsys.readouterr().out
-    same(head, finished[1][0])
-    same(resumed, finished[1][1])
+    for one, other in zip(summaries, finished[1], strict=True):
+        same(one, other)
 
 
 def test_finished_runs_are_not_repeated_unless_asked(settings, finished, monkeypatch, tmp_path):
     config = dataclasses.replace(settings, out=tmp_path / "out", seeds=2)
     shutil.copytree(finished[0].out, config.out)
-    monkeypatch.setattr(methods, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    monkeypatch.setattr(joint, "train", lambda *args, **kwargs: pytest.fail("trained again"))
     for one, other in zip(quickstart.run(config), finished[1], strict=True):
         same(one, other)
     with pytest.raises(pytest.fail.Exception):
         quickstart.run(dataclasses.replace(config, lora_lr=1e-4))
     with pytest.raises(pytest.fail.Exception):
         quickstart.run(dataclasses.replace(config, fresh=True))
-    assert not any((run / "result.json").exists() for run in runs(config, "lora-seed0"))
+    for name in ("result.json", "merged.json"):
+        assert not any((run / name).exists() for run in runs(config, "lora-lr-0.03-seed0"))
 
 
 def test_seeds_differ_and_are_summarized(finished):
-    _, results = finished
-    assert [(result.method, result.seed) for result in results] == [("head", 0), ("lora", 0), ("lora", 1)]
-    assert results[1].losses != results[2].losses
-    console = Console(width=100)
-    with console.capture() as captured:
-        console.print(table(results))
-    assert "±" in captured.get()
+    _, (head, tuned) = finished
+    assert [(outcome.method, outcome.seed) for outcome in (*head.results, *tuned.results)] == [
+        ("head", 0),
+        ("lora", 0),
+        ("lora", 1),
+    ]
+    assert values(tuned.directories[0], "loss") != values(tuned.directories[1], "loss")
+    assert "±" in quickstart.grid([head, tuned]).rows[1][-1]
 
 
-def test_interrupt_on_the_command_line(config, interrupt_at, capsys, monkeypatch):
-    interrupt_at(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+def test_interrupt_on_the_command_line(config, interrupt_many_at, capsys, monkeypatch):
+    interrupt_many_at(1, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     monkeypatch.setattr("tyro.cli", lambda *args, **kwargs: config)
     assert run.main(["quickstart"]) == 75
     assert capsys.readouterr().err == "preempted at step 2: saved; the same command resumes\n"
@@ -262,7 +296,7 @@ def test_interrupt_on_the_command_line(config, interrupt_at, capsys, monkeypatch
 
 def test_preempted_before_the_steps(config, capsys, monkeypatch):
     monkeypatch.setattr("tyro.cli", lambda *args, **kwargs: config)
-    monkeypatch.setattr(quickstart, "load", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(program, "load", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
     assert run.main(["quickstart"]) == 75
     assert capsys.readouterr().err.startswith("preempted outside of the steps")
 
@@ -278,7 +312,7 @@ def test_preempted_while_python_collects_garbage(config, capsys, monkeypatch):
         time.sleep(10)
 
     monkeypatch.setattr("tyro.cli", lambda *args, **kwargs: config)
-    monkeypatch.setattr(quickstart, "load", load)
+    monkeypatch.setattr(program, "load", load)
     assert run.main(["quickstart"]) == 75
     assert capsys.readouterr().err == "preempted outside of the steps: nothing to save; the same command resumes\n"
 
@@ -288,7 +322,7 @@ def test_out_of_memory_in_one_sentence(config, capsys, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte.\nmore")
 
     monkeypatch.setattr("tyro.cli", lambda *args, **kwargs: config)
-    monkeypatch.setattr(quickstart, "load", full)
+    monkeypatch.setattr(program, "load", full)
     assert run.main(["quickstart"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: out of memory (RESOURCE_EXHAUSTED") and said.count("\n") == 1
@@ -298,25 +332,12 @@ def test_diverging_training_says_so(config, capsys, monkeypatch):
     config = dataclasses.replace(config, lora_lr=1e30, clip=1e30)
     monkeypatch.setattr("tyro.cli", lambda *args, **kwargs: config)
     assert run.main(["quickstart"]) == 2
-    assert "try a smaller learning rate" in capsys.readouterr().err
+    assert "try smaller learning rates" in capsys.readouterr().err
 
 
 def test_text_of_the_table():
     assert (size(999), size(1500), size(2.5e6), size(7e9)) == ("999 B", "1.5 kB", "2.5 MB", "7.0 GB")
     assert spread([1.0], "{:.1f}") == "1.0" and spread([1.0, 3.0], "{:.1f}") == "2.0 ± 1.4"
-    result = Result(
-        method="lora",
-        seed=0,
-        trained_parameters=1,
-        adapter_bytes=9,
-        seconds=1.0,
-        validation_accuracy=0.5,
-        test_accuracy=0.5,
-        lr=1e-3,
-        adam_bytes=8,
-        merged_difference=0.01,
-        merged_agreement=0.995,
-        losses=[1.0],
-        evaluations=[(0, 0.5)],
-    )
-    assert merged_line([result]).startswith("merged and unmerged predictions differ: 99.50%")
+    (finding,) = quickstart.merged_finding([{"agreement": 0.995, "difference": 0.01}])
+    assert finding.verdict == "not observed" and finding.figures.startswith("99.50% of the test examples")
+    assert not quickstart.merged_finding([])

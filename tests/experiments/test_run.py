@@ -11,7 +11,7 @@ from experiments import command_line, configs, pods, run
 from experiments.configs import language_model, quickstart, sft
 from experiments.configs.decoder import BatchSizes
 from experiments.errors import UserError
-from experiments.reports.results import Result
+from experiments.reports.results import Outcome
 from experiments.training.mesh import MeshSizes
 
 
@@ -53,7 +53,7 @@ def test_help_of_a_config_documents_every_field(capsys, monkeypatch):
     status, out, _ = answer(capsys, "quickstart", "--help")
     assert status == 0
     for field in dataclasses.fields(quickstart.Config):
-        assert "--" + field.name.replace("_", "-") in out
+        assert field.name == "settled" or "--" + field.name.replace("_", "-") in out
     assert "Rank of the LoRA factors" in out
 
 
@@ -144,6 +144,7 @@ def test_what_the_user_can_put_right_is_one_sentence(capsys, tmp_path, tiny_data
     data = tmp_path / "data"
     data.mkdir()
     (data / "labels.txt").write_text("games\nmail\n")
+    (data / "test.tsv").write_text("label\ttext\ngames\tchess\n")
     (data / "train.tsv").write_text("label\ttext\nsport\tball\n")
     check("label 'sport' is not in", *ours[:4], "--data", data)
     (data / "train.tsv").write_text("")
@@ -188,4 +189,4 @@ def test_a_damaged_record_is_one_sentence(content, tmp_path):
     path = tmp_path / "result.json"
     path.write_text(content)
     with pytest.raises(UserError, match=r"result\.json: damaged, or of another version .*--fresh starts over"):
-        Result.load(path)
+        Outcome.load(path)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import optax
 from matplotlib.figure import Figure
+from rich.console import Console
 
 import lora_jax as lora
 from experiments.reports.findings import Finding
@@ -74,7 +75,7 @@ class Summary:
       contributions: What each test example contributes to the score, `float[examples]` for each seed that did not
         diverge; of the accuracy, whether it is answered correctly.
       start: The starting point of the first seed.
-      directories: The directories of the runs by seed; empty for the head alone.
+      directories: The directories of the runs by seed; that of the head for the head alone.
       tried: The validation score of the first seed by learning rate; NaN if training diverged.
       others: The further metrics of the task by name: their mean over these seeds in percent.
     """
@@ -189,6 +190,9 @@ class Study:
       entries: Returns further entries of the JSON record.
       size: Width and height of the figure in inches.
       note: Sentences of the page that say what is trained and counted.
+      apart: Whether every run trains alone, with its own time, and is evaluated after every pass, for curves.
+      after: Called at the end in the first process, for what a study writes and prints beyond its page:
+        `after(config, summaries, console)`.
     """
 
     claim: str
@@ -201,3 +205,5 @@ class Study:
     entries: Callable[[Sequence[Summary]], Mapping[str, Any]] = lambda summaries: {}
     size: tuple[float, float] = (7.5, 4.6)
     note: str = "The head is trained in every row and not counted."
+    apart: bool = False
+    after: Callable[[Any, Sequence[Summary], Console], None] = lambda config, summaries, console: None

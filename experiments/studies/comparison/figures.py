@@ -1,13 +1,14 @@
-"""Figures of comparisons: scores against parameters or another setting, and bars."""
+"""Figures of comparisons: scores against parameters or another setting, bars, and curves over steps."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
+import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.reports.curves import COLORS, finish, plot_losses
 from experiments.studies.comparison.description import Summary
-
-_COLORS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#72b7b2", "#9d755d", "#eeca3b", "#1f3d66")
+from experiments.training import record
 
 
 def lines(
@@ -26,7 +27,7 @@ def lines(
     for summary in summaries:
         series.setdefault(summary.row.series or summary.row.name, []).append(summary)
     for index, (name, rows) in enumerate(series.items()):
-        color = _COLORS[index % len(_COLORS)]
+        color = COLORS[index % len(COLORS)]
         if not any(row.x for row in rows):
             axes.axhline(rows[0].mean, color=color, linestyle="--", label=name)
             continue
@@ -57,7 +58,7 @@ def bars(figure: Figure, summaries: Sequence[Summary]) -> None:
     axes = figure.subplots()
     rows = sorted((row for row in summaries if row.contributions), key=lambda row: row.mean)
     series = list(dict.fromkeys(row.row.series for row in summaries))
-    colors = [_COLORS[series.index(row.row.series) % len(_COLORS)] for row in rows]
+    colors = [COLORS[series.index(row.row.series) % len(COLORS)] for row in rows]
     axes.barh(
         [row.row.name for row in rows], [row.mean for row in rows], xerr=[row.deviation for row in rows], color=colors
     )
@@ -67,3 +68,41 @@ def bars(figure: Figure, summaries: Sequence[Summary]) -> None:
     axes.set(xlabel=summaries[0].title, xlim=(lowest - margin, highest + margin))
     axes.grid(alpha=0.25, axis="x")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def curves(figure: Figure, summaries: Sequence[Summary]) -> None:
+    """Draws the training loss on the left and the validation score on the right, of runs that train apart.
+
+    Each row has a color; the mean over its seeds is drawn on top. The head alone is a horizontal line.
+    """
+    left, right = figure.subplots(1, 2)
+    for color, summary in zip(COLORS, summaries):
+        label = f"{summary.row.name} ({summary.start.problem.reported} {summary.mean:.1f} %)"
+        before = 100 * summary.start.result.validation_accuracy
+        if not summary.row.rates:
+            right.axhline(before, color=color, linestyle="--", label=label)
+            continue
+        runs = [
+            record.read(directory / record.METRICS)
+            for directory, outcome in zip(summary.directories, summary.results)
+            if not np.isnan(outcome.validation_accuracy)
+        ]
+        if not runs:
+            continue
+        plot_losses(left, color, summary.row.name, [_values(run, "loss")[1] for run in runs])
+        steps = [0, *_values(runs[0], "validation")[0]]
+        scores = [[before, *(100 * _values(run, "validation")[1])] for run in runs]
+        if len(runs) > 1:
+            right.plot(steps, np.transpose(scores), color=color, alpha=0.3, linewidth=0.8)
+        right.plot(steps, np.mean(scores, axis=0), color=color, marker="o", markersize=4, label=label)
+    left.set(xlabel="step", ylabel="training loss", title="loss")
+    metric = summaries[0].task.metric.title
+    right.set(xlabel="step", ylabel=f"validation {metric}, %", title=metric)
+    for axes in (left, right):
+        finish(axes)
+
+
+def _values(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], np.ndarray]:
+    """Returns the steps and the values of a metric."""
+    pairs = [(line["step"], line[name]) for line in lines if name in line]
+    return [step for step, _ in pairs], np.array([value for _, value in pairs])

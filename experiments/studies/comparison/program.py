@@ -1,5 +1,9 @@
 """Runs a comparison: its runs, its table beside the paper's values, its figure, its page and its record."""
 
+from collections.abc import Sequence
+
+from rich.console import Console
+
 from experiments.configs.comparison import Comparison
 from experiments.reports.page import FILES, Page
 from experiments.studies import provenance
@@ -8,6 +12,7 @@ from experiments.studies.comparison.description import Study, Summary
 from experiments.studies.comparison.runs import run_rows
 from experiments.studies.problem import Problem, load
 from experiments.tasks import examples
+from experiments.training import mesh as meshes
 from experiments.training import outputs, processes
 
 _FEW = 0.01
@@ -20,8 +25,10 @@ def run(config: Comparison, study: Study) -> list[Summary]:
     Raises:
       UserError: Model or data are missing or malformed, a row does not fit the model, or training diverged.
     """
-    outputs.claim(config.out, *FILES)
     console = processes.console()
+    meshes.make_mesh(config.mesh)  # raises if it does not fit, before anything is read
+    meshes.check_batch(config.batch_size, config.mesh, "batch_size")
+    processes.write(lambda: outputs.claim(config.out, *FILES))
     console.print(f"{study.source}: {study.claim}", highlight=False)
     notes = paper.notes(config)
     for note in notes:
@@ -38,11 +45,25 @@ def run(config: Comparison, study: Study) -> list[Summary]:
     if line := _truncated(problem):
         console.print(line, highlight=False, soft_wrap=True)
     rows = paper.rows(config, study.rows(config, problem))
-    summaries = run_rows(rows, problem, config, console)
+    summaries = run_rows(rows, problem, config, console, apart=study.apart)
+    if processes.is_first():
+        _publish(config, study, problem, summaries, notes, console)
+        study.after(config, summaries, console)
+    return summaries
+
+
+def _publish(
+    config: Comparison,
+    study: Study,
+    problem: Problem,
+    summaries: list[Summary],
+    notes: Sequence[str],
+    console: Console,
+) -> None:
     page = Page(
         claim=study.claim,
         source=study.source,
-        conditions=" ".join([_conditions(config, problem, study.note, summaries), *notes]),
+        conditions=" ".join([_conditions(config, study, problem, summaries), *notes]),
         grid=report.grid(summaries, paper.heading(config) or study.paper)
         if study.grid is None
         else study.grid(summaries),
@@ -52,7 +73,6 @@ def run(config: Comparison, study: Study) -> list[Summary]:
         size=study.size,
     )
     page.publish(config, provenance.record(config), console)
-    return summaries
 
 
 def _truncated(problem: Problem) -> str:
@@ -64,7 +84,8 @@ def _truncated(problem: Problem) -> str:
     return line if share > _FEW else ""
 
 
-def _conditions(config: Comparison, problem: Problem, note: str, summaries: list[Summary]) -> str:
+def _conditions(config: Comparison, study: Study, problem: Problem, summaries: list[Summary]) -> str:
+    note = f"{study.note} " if study.note else ""
     minutes = sum(outcome.seconds for summary in summaries for outcome in summary.results) / 60
     seeds = "one seed" if config.seeds == 1 else f"mean ± standard deviation of {config.seeds} seeds"
     names = {"train": "train", "validation": "validation", "test": problem.reported}
@@ -73,5 +94,5 @@ def _conditions(config: Comparison, problem: Problem, note: str, summaries: list
     return (
         f"{config.model} on {config.data}; examples: {sizes}; {seeds}. Validation examples{held_out} select the head's "
         f"penalty, learning rates and the rows that findings compare; {problem.reported} examples are those of the "
-        f"table. {note} The runs of the table took {minutes:.0f} minutes of training."
+        f"table. {note}The runs of the table took {minutes:.0f} minutes of training."
     )

@@ -4,10 +4,10 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,54 +16,28 @@ from rich.console import Console
 import lora_jax as lora
 from experiments.configs.comparison import Comparison
 from experiments.errors import UserError
+from experiments.models import bert
 from experiments.reports.results import Outcome, stored_bytes
 from experiments.studies import provenance
 from experiments.studies.comparison.description import ADAPTER, STEP, Row, Summary
+from experiments.studies.comparison.members import Key, Member, kind
 from experiments.studies.comparison.starts import Starts
 from experiments.studies.head import Start
 from experiments.studies.joint import Diverged, train_jointly
-from experiments.studies.problem import Problem, answers
+from experiments.studies.problem import PREDICTIONS, Problem
 from experiments.training import mesh as meshes
-from experiments.training import outputs
-from experiments.training.mesh import MeshSizes
+from experiments.training import outputs, processes
 from experiments.training.run import TrainingRun
 from lora_jax.io import replace_file
 
 _SHARED = ("seed", "epochs", "batch_size", "warmup", "label_smoothing", "clip")
 """The settings of a config that affect every run."""
-_LARGE = 64  # ranks up to which adapters are padded to train together
 _AT_ONCE = 2  # members that train in parallel on a CPU; see experiments/benchmarks/RESULTS.md
 
 
-class Key(NamedTuple):
-    """The name of a run's row, its peak learning rate, and its random seed."""
-
-    row: str
-    rate: float
-    seed: int
-
-
-@dataclass(frozen=True)
-class Member:
-    """A run: a row with one learning rate and one seed.
-
-    Attributes:
-      row: The row.
-      rate: The peak learning rate.
-      seed: The random seed of the initial factors and the order of the examples.
-    """
-
-    row: Row
-    rate: float
-    seed: int
-
-    @property
-    def key(self) -> Key:
-        """What identifies the run."""
-        return Key(self.row.name, self.rate, self.seed)
-
-
-def run_rows(rows: Sequence[Row], problem: Problem, config: Comparison, console: Console) -> list[Summary]:
+def run_rows(
+    rows: Sequence[Row], problem: Problem, config: Comparison, console: Console, *, apart: bool = False
+) -> list[Summary]:
     """Trains, resumes or reads all runs of a comparison.
 
     Args:
@@ -71,6 +45,7 @@ def run_rows(rows: Sequence[Row], problem: Problem, config: Comparison, console:
       problem: The model and the task.
       config: The settings that all runs share.
       console: The output.
+      apart: See :class:`experiments.studies.comparison.description.Study`.
 
     Raises:
       UserError: The spec of a row does not fit the base, or all runs of a group diverged.
@@ -84,7 +59,7 @@ def run_rows(rows: Sequence[Row], problem: Problem, config: Comparison, console:
         if row.change is None and not any(recipe.reads for recipe in row.spec.values()):
             problem.check(row.name, row.spec)
     starts = Starts(problem, config, console)
-    program = _Program(starts, config, console)
+    program = _Program(starts, config, console, apart)
     seeds = range(config.seed, config.seed + config.seeds)
     first = [Member(row, rate, seeds[0]) for row in trained for rate in row.rates]
     program.announce(len(first) + len(trained) * len(seeds[1:]))
@@ -115,19 +90,19 @@ def _best_rate(row: Row, seed: int, results: Mapping[Key, Outcome]) -> float:
 class _Program:
     """Runs members in groups that train together."""
 
-    def __init__(self, starts: Starts, config: Comparison, console: Console):
-        self._starts, self._config, self._console = starts, config, console
+    def __init__(self, starts: Starts, config: Comparison, console: Console, apart: bool):
+        self._starts, self._config, self._console, self._apart = starts, config, console, apart
+        self._mesh = meshes.make_mesh(config.mesh)
         self._total, self._done, self._seconds, self._trained = 0, 0, 0.0, 0
         self._directories: dict[tuple[str, str], Path] = {}
-        self._adapted: dict[int, Callable] = {}
-        self._heads: dict[str, np.ndarray] = {}  # predictions
 
     def announce(self, total: int) -> None:
         """Prints the number of runs, and about how long they take."""
         self._total = total
         usual = not self._config.fast and not self._config.paper
         minutes = f"; with the default settings about {self._config.MINUTES} minutes" if usual else ""
-        self._console.print(f"{total} runs{minutes}; after an interruption, the same command resumes", soft_wrap=True)
+        runs = "1 run" if total == 1 else f"{total} runs"
+        self._console.print(f"{runs}{minutes}; after an interruption, the same command resumes", soft_wrap=True)
 
     def run(self, members: Iterable[Member]) -> dict[Key, Outcome]:
         """Returns the result of each member."""
@@ -135,11 +110,11 @@ class _Program:
         groups: dict[str, list[Member]] = {}
         for member in members:
             stored = self.directory(member) / "result.json"
-            if stored.exists():
+            if processes.exists(stored):
                 results[member.key] = Outcome.load(stored)
                 self._done += 1
             else:
-                groups.setdefault(_kind(member), []).append(member)
+                groups.setdefault(repr(member.key) if self._apart else kind(member), []).append(member)
         for group in groups.values():
             results |= self._train(group)
         return results
@@ -147,10 +122,8 @@ class _Program:
     def summarize_head(self, row: Row) -> Summary:
         """Returns the summary of a row that trains nothing: the converged head."""
         start = self._starts.of(row)
-        key = repr(row.examples)
-        if key not in self._heads:
-            self._heads[key] = self._predict(start, start.base, {})
-        return Summary.of(row, [start.result], [self._heads[key]], start)
+        predictions = self._predict(start, start.directory, lambda: (start.base, {}))
+        return Summary.of(row, [start.result], [predictions], start, directories=[start.directory])
 
     def summarize(
         self, row: Row, members: Sequence[Member], outcomes: Sequence[Outcome], tried: Mapping[float, float]
@@ -183,32 +156,33 @@ class _Program:
         start, member = self._starts.of(parent.row, parent.seed), Member(row, parent.rate, parent.seed)
         directory = self._make_directory(member, [*self._settings(parent), repr(row.finish)])
         stored = directory / "result.json"
-        if not stored.exists():
+        if not processes.exists(stored):
             delta = row.finish(lora.load(self.directory(parent) / ADAPTER, start.problem.base))
             self._write(member, directory, delta, math.nan, start, 0.0)
         return directory, Outcome.load(stored)
 
     def _test(self, member: Member, directory: Path) -> np.ndarray:
         """Returns the predictions of the stored adapter of a run for the test examples."""
-        path = directory / "test_predictions.npy"
-        if not path.exists():
-            start = self._starts.of(member.row, member.seed)
-            delta = lora.load(directory / ADAPTER, start.problem.base)
-            predictions = self._predict(start, self._base(member), delta)
-            with replace_file(path) as file:
-                np.save(file, predictions)
-        return np.load(path)
+        start = self._starts.of(member.row, member.seed)
 
-    def _predict(self, start: Start, base: Any, delta: dict[str, Any]) -> np.ndarray:
-        split = start.problem.splits["test"]
-        adapted = self._adapted.setdefault(id(start.problem.apply), jax.jit(lora.adapt(start.problem.apply)))
-        outputs = answers(lambda *inputs: adapted(base, delta, *inputs)[0], split, start.problem.lengths)
-        return start.problem.task.predict(outputs)
+        def load() -> tuple[Any, dict[str, Any]]:
+            return self._base(member), meshes.gather(lora.load(directory / ADAPTER, start.problem.base))
+
+        return self._predict(start, directory, load)
+
+    def _predict(self, start: Start, directory: Path, load: Callable[[], tuple[Any, dict[str, Any]]]) -> np.ndarray:
+        """Returns the predictions that a directory stores; computes them from base and adapters the first time."""
+        path = directory / PREDICTIONS
+        if not processes.exists(path):
+            outputs = start.problem.outputs(*load(), "test", self._mesh)
+            processes.write(partial(_save, path, start.problem.task.predict(outputs)))
+        return np.load(path)
 
     def _base(self, member: Member) -> Any:
         """Returns the base of a run, which may be quantized."""
         start, rules = self._starts.of(member.row, member.seed), member.row.rules
-        return start.problem.quantize(start.base, rules) if rules else start.base
+        base = meshes.put_weights(self._mesh, bert.AXES, start.base)
+        return start.problem.quantize(base, rules) if rules else base
 
     def _train(self, group: Sequence[Member]) -> dict[Key, Outcome]:
         first, last = self._done + 1, self._done + len(group)
@@ -221,8 +195,11 @@ class _Program:
         which = f"run {first}" if first == last else f"runs {first} to {last}"
         self._console.print(f"{which} of {self._total}: {title}, seed {group[0].seed}{left}", highlight=False)
         start = self._starts.of(group[0].row, group[0].seed)
-        directory = self._clear_once("group", [self._settings(member) for member in group])
-        run = TrainingRun(directory, meshes.make_mesh(MeshSizes()), asdict(self._config), self._config.checkpoint_every)
+        config, alone = self._config, len(group) == 1
+        settings = [self._settings(member) for member in group]
+        directory = self.directory(group[0]) if alone else self._clear_once("group", settings)
+        profile = config.profiled_steps()
+        run = TrainingRun(directory, self._mesh, asdict(config), config.checkpoint_every, profile=profile)
         began = time.perf_counter()
         try:
             joint = train_jointly(
@@ -233,11 +210,11 @@ class _Program:
                 run,
                 self._console,
                 at_once=_AT_ONCE if jax.default_backend() == "cpu" else None,
-                once=not group[0].row.tracked,
+                once=not (group[0].row.tracked or self._apart),
                 snapshot=partial(self._save_step, group, start) if group[0].row.tracked else None,
                 wrap=group[0].row.optimizer,
                 penalty=group[0].row.penalty,
-                weight_decay=self._config.weight_decay,
+                weight_decay=config.weight_decay,
             )
         except Diverged:
             self._console.print(f"  diverged: {title}")
@@ -249,7 +226,8 @@ class _Program:
                 member.key: self._write(member, self.directory(member), delta, float(score), start, seconds)
                 for member, delta, score in zip(group, joint.deltas, scores)
             }
-        outputs.remove(directory)
+        finish = partial(outputs.clear, directory, "checkpoints") if alone else partial(outputs.remove, directory)
+        processes.write(finish)
         self._done, self._trained = last, self._trained + len(group)
         self._seconds += time.perf_counter() - began
         return results
@@ -257,7 +235,11 @@ class _Program:
     def _save_step(self, group: Sequence[Member], start: Start, step: int, deltas: Sequence[dict[str, Any]]) -> None:
         for member, delta in zip(group, deltas):
             tracked = {path: node for path, node in delta.items() if re.search(member.row.tracked, path)}
-            lora.save(self.directory(member) / f"{STEP}{step:05}", tracked, base=start.problem.base)
+            self._save(self.directory(member) / f"{STEP}{step:05}", tracked, start)
+
+    def _save(self, directory: Path, delta: dict[str, Any], start: Start) -> None:
+        delta = meshes.gather(delta)
+        processes.write(lambda: lora.save(directory, delta, base=start.problem.base))
 
     def _write_diverged(self, member: Member, start: Start) -> Outcome:
         delta = jax.eval_shape(
@@ -268,7 +250,7 @@ class _Program:
     def _write(
         self, member: Member, directory: Path, delta: dict[str, Any], score: float, start: Start, seconds: float
     ) -> Outcome:
-        lora.save(directory / ADAPTER, delta, base=start.problem.base)  # the delta replaces the head
+        self._save(directory / ADAPTER, delta, start)  # the delta replaces the head
         return self._write_outcome(member, directory, delta, score, seconds)
 
     def _write_outcome(
@@ -284,7 +266,7 @@ class _Program:
             test_accuracy=math.nan,
             lr=member.rate,
         )
-        outcome.save(directory / "result.json")
+        processes.write(lambda: outcome.save(directory / "result.json"))
         return outcome
 
     def directory(self, member: Member) -> Path:
@@ -318,18 +300,6 @@ class _Program:
         return replace(config, seed=member.seed, epochs=epochs, batch_size=batch_size)
 
 
-def _kind(member: Member) -> str:
-    """Returns what must be equal for runs that train together.
-
-    Adapters that differ in rank or paths are stacked, with zeros where a member has none. Large ranks would cost the
-    others too much, and adapters as large as their weights train together only if their patterns are the same.
-    """
-    row = member.row
-    whole = {pattern: recipe for pattern, recipe in row.spec.items() if isinstance(recipe, lora.Full | lora.Rows)}
-    kinds = sorted({repr(_without_rank(recipe)) for recipe in row.spec.values()})
-    data = (row.rules, row.examples, row.epochs, row.batch_size, member.seed)
-    return repr((kinds, whole, data, row.tracked, row.change, row.optimizer, row.penalty))
-
-
-def _without_rank(recipe: Any) -> Any:
-    return replace(recipe, rank=1) if 1 <= getattr(recipe, "rank", 0) <= _LARGE else recipe
+def _save(path: Path, array: np.ndarray) -> None:
+    with replace_file(path) as file:
+        np.save(file, array)

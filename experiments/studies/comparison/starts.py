@@ -10,6 +10,7 @@ from experiments.studies import head, provenance
 from experiments.studies.comparison.description import Row
 from experiments.studies.head import Start
 from experiments.studies.problem import Problem, Split
+from experiments.training import processes
 
 
 class Starts:
@@ -42,4 +43,5 @@ class Starts:
         problem = replace(self._problem, splits=self._problem.splits | {"train": split})
         inputs = [problem.digest, problem.lengths, count]
         directory = provenance.directory(self._config.out, "head", inputs, fresh=self._config.fresh)
-        return head.run(problem, directory, self._console)
+        with processes.first_before_others():
+            return head.run(problem, directory, self._console)

@@ -10,6 +10,7 @@ import optax
 from rich.console import Console
 
 import lora_jax as lora
+from experiments.baselines.specs import LINEAR
 from experiments.configs.lr_sweep import Config
 from experiments.models import bert, checkpoint, location
 from experiments.studies import head, provenance
@@ -24,7 +25,6 @@ from experiments.training.optimizer import published_rate
 from experiments.training.run import TrainingRun
 
 LORA, ATTENTION, FULL = "LoRA, rank {}", "LoRA on attention, rank {}", "full fine-tuning"
-_LINEAR = r"(attention|feed_forward)/.*kernel"
 _ATTENTION = r"attention/.*kernel"
 _AT_ONCE = 2  # members that train in parallel on a CPU; see experiments/benchmarks/RESULTS.md
 
@@ -46,7 +46,7 @@ class Line:
 
 def lines(config: Config) -> list[Line]:
     """Returns the curves of a config. The head is trained in all of them, with the same learning rate."""
-    adapted = [(LORA, _LINEAR, rank) for rank in config.ranks]
+    adapted = [(LORA, LINEAR, rank) for rank in config.ranks]
     if config.attention:
         adapted.append((ATTENTION, _ATTENTION, config.attention_rank))
     curves = [

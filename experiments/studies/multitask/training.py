@@ -11,13 +11,13 @@ import numpy as np
 from rich.console import Console
 
 import lora_jax as lora
+from experiments.baselines.specs import LINEAR
 from experiments.configs.multitask import Config
 from experiments.errors import UserError
 from experiments.reports.results import Outcome, stored_bytes
-from experiments.studies import head, methods, provenance
+from experiments.studies import head, provenance
 from experiments.studies.head import Start
-from experiments.studies.joint import average_members
-from experiments.studies.methods import Method, loss_function
+from experiments.studies.joint import average_members, loss_function, train_jointly
 from experiments.studies.multitask.problems import Task
 from experiments.studies.problem import HEAD, Split, accuracy, answers
 from experiments.tasks.batching import Batch
@@ -30,7 +30,6 @@ from experiments.training.progress import bar
 from experiments.training.run import TrainingRun
 from experiments.training.stream import Stream
 
-_LINEAR = "(attention|feed_forward)/.*kernel"
 _AT_ONCE = 2  # members that train in parallel on a CPU; see experiments/benchmarks/RESULTS.md
 _SETTINGS = ("seed", "epochs", "batch_size", "length", "rank", "alpha", "lr", "full_lr", "warmup", "clip")
 
@@ -93,7 +92,7 @@ def train_adapters(
         seconds = (time.perf_counter() - began) / len(tasks)
         adapted = jax.jit(lora.adapt(tasks[0].problem.apply))
         for task, directory, delta in zip(tasks, directories, deltas):
-            _store(task, directory, adapted, delta, seconds, config)
+            _store(task, directory, adapted, delta, seconds, config, "adapter", config.lr)
         outputs.remove(group)
     outcomes = [Outcome.load(directory / "result.json") for directory in directories]
     return outcomes, [lora.load(path / "adapter", task.problem.base) for path, task in zip(directories, tasks)]
@@ -102,7 +101,7 @@ def train_adapters(
 def _fit(
     tasks: Sequence[Task], starts: Sequence[Start], config: Config, run: TrainingRun, console: Console
 ) -> list[dict[str, Any]]:
-    spec = {_LINEAR: lora.LoRA(config.rank, alpha=config.alpha), HEAD: lora.Full()}
+    spec = {LINEAR: lora.LoRA(config.rank, alpha=config.alpha), HEAD: lora.Full()}
     keys = jax.random.split(jax.random.key(config.seed), len(starts))
     deltas = [start.problem.delta(key, start.base, spec) for start, key in zip(starts, keys)]
     problem = starts[0].problem
@@ -113,15 +112,14 @@ def _fit(
     total, _ = plan_steps(config.epochs, streams.steps_per_epoch)
     tx = adam(config.lr, total, warmup=config.warmup, clip=config.clip)
     step = lora.train_many(
-        # Label smoothing would also raise the classes that a task does not have.
-        loss_function(problem.apply, label_smoothing=0.0),
+        loss_function(problem.apply, config.label_smoothing),
         tx,
         at_once=_AT_ONCE if jax.default_backend() == "cpu" else None,
     )
     with bar(console, f"{len(deltas)} adapters", config.epochs * sum(map(len, parts))) as progress:
         states, _ = train(
             run,
-            average_members(step),
+            average_members(step, run.mesh),
             lora.TrainStates.create(problem.base, deltas, tx, keys),  # the deltas replace the head
             streams,
             total,
@@ -137,7 +135,14 @@ def _fit(
 
 
 def _store(
-    task: Task, directory: Path, adapted: Callable, delta: dict[str, Any], seconds: float, config: Config
+    task: Task,
+    directory: Path,
+    adapted: Callable,
+    delta: dict[str, Any],
+    seconds: float,
+    config: Config,
+    method: str,
+    lr: float,
 ) -> None:
     problem = task.problem
 
@@ -146,14 +151,14 @@ def _store(
 
     lora.save(directory / "adapter", delta, base=problem.base)
     Outcome(
-        method="adapter",
+        method=method,
         seed=config.seed,
         trained_parameters=sum(leaf.size for leaf in jax.tree.leaves(lora.partition(delta)[0])),
         adapter_bytes=stored_bytes(directory / "adapter"),
         seconds=seconds,
         validation_accuracy=score(problem.splits["validation"]),
         test_accuracy=score(problem.splits["test"]),
-        lr=config.lr,
+        lr=lr,
     ).save(directory / "result.json")
 
 
@@ -163,18 +168,15 @@ def train_full(tasks: Sequence[Task], starts: Sequence[Start], config: Config, c
     for task, start in zip(tasks, starts):
         inputs = [task.name, *_settings(config), task.problem.digest, len(task.problem.names)]
         directory = _directory(config, f"full-{task.name}", inputs)
-        run = TrainingRun(directory, meshes.make_mesh(MeshSizes()), asdict(config), config.checkpoint_every)
-        method = Method(
-            f"full fine-tuning, {task.name}",
-            {"": lora.Full()},
-            config.full_lr,
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            warmup=config.warmup,
-            clip=config.clip,
-            label_smoothing=0.0,
-        )
-        outcomes.append(methods.run(start, method, config.seed, run, console))
+        if not (directory / "result.json").exists():
+            method = f"full fine-tuning, {task.name}"
+            console.print(method, highlight=False)
+            run = TrainingRun(directory, meshes.make_mesh(MeshSizes()), asdict(config), config.checkpoint_every)
+            joint = train_jointly(start, [{"": lora.Full()}], [config.full_lr], config, run, console, once=True)
+            adapted, seconds = jax.jit(lora.adapt(task.problem.apply)), joint.history.seconds
+            _store(task, directory, adapted, joint.deltas[0], seconds, config, method, config.full_lr)
+            outputs.clear(directory, "checkpoints")
+        outcomes.append(Outcome.load(directory / "result.json"))
     return outcomes
 
 
