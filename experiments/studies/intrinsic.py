@@ -38,7 +38,7 @@ class InSubspace:
         problem, added = start.problem, {intrinsic.NAME: entry}
         problem = replace(problem, apply=intrinsic.adapt(problem.apply), base=problem.base | added)
         result = replace(start.result, trained_parameters=0)  # the head moves with the layers
-        return Start(problem, start.base | added, result)
+        return replace(start, problem=problem, base=start.base | added, result=result)
 
 
 def rows(config: Config, problem: Problem) -> list[Row]:

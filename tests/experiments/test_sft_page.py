@@ -20,8 +20,9 @@ def trained(name, rouge, *, quantize="none", merged=None, base=17.5):
 
 def test_the_page_of_one_method():
     result = page(Config(test_examples=200), [trained("lora", 32.2)])
-    assert [row[0] for row in result.grid.rows] == [evaluation.BASE, evaluation.BASE_SHOTS, "lora"]
-    assert result.grid.rows[-1][1:] == ["10", "60", "2.500", "10.9", "32.2 ± 1.6", "7.9"]
+    assert [row[0] for row in result.grid.rows] == [evaluation.BASE, evaluation.BASE_SHOTS, "lora", "lora, merged"]
+    assert result.grid.rows[-1][1:] == ["–", "–", "–", "10.9", "32.2 ± 1.6", "7.9"]
+    assert result.grid.rows[-2][1:] == ["10", "60", "2.500", "10.9", "32.2 ± 1.6", "7.9"]
     assert [finding.verdict for finding in result.findings] == ["observed"] * 3
     assert "+14.7" in result.findings[0].figures and "200 test examples" in result.conditions
     result.draw(figure := Figure())
@@ -32,7 +33,7 @@ def test_methods_are_compared_with_the_first():
     results = [trained("lora", 32.2), trained("qlora", 25.0, quantize="nf4", merged=24.0, base=24.0)]
     names = [row[0] for row in grid(results).rows]
     shots = evaluation.BASE_SHOTS
-    assert names == ["base", shots, "base (nf4)", f"{shots} (nf4)", "lora", "qlora"]
+    assert names == ["base", shots, "base (nf4)", f"{shots} (nf4)", "lora", "lora, merged", "qlora", "qlora, merged"]
     verdicts = {finding.claim: finding.verdict for finding in page(Config(), results).findings}
     assert verdicts["qlora is as good as lora"] == "not observed"
     assert verdicts["qlora is better than the base"] == "not decided"

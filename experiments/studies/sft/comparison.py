@@ -30,7 +30,7 @@ def run(config: Config) -> list[Trained]:
     """
     console = processes.console()
     if not config.methods:
-        results = [_run(config, _name(config), console, with_base=True)]
+        results = [_run(config, _name(config), console, with_base=True, with_table=False)]  # the page has them
         if processes.is_first() and results[0].scores:
             _publish(config, results, console)
         return results
@@ -44,7 +44,7 @@ def run(config: Config) -> list[Trained]:
         if method == "full":  # has no ranks, targets and so on
             fields = {setting: getattr(DEFAULTS, setting) for setting in OF_ADAPTER} | fields
         one = dataclasses.replace(config, **fields)
-        results.append(_run(one, name, console, with_base=quantize not in quantizations))
+        results.append(_run(one, name, console, with_base=quantize not in quantizations, with_table=True))
         quantizations.add(quantize)
     if processes.is_first():
         console.rule()
@@ -58,7 +58,7 @@ def _publish(config: Config, results: list[Trained], console: Console) -> None:
     page(config, results).publish(config, provenance.record(config), console)
 
 
-def _run(config: Config, name: str, console: Console, *, with_base: bool) -> Trained:
+def _run(config: Config, name: str, console: Console, *, with_base: bool, with_table: bool) -> Trained:
     report: Report = study.run(config)
     scores: list[Scores] = []
     if config.test_examples != 0:
@@ -71,7 +71,7 @@ def _run(config: Config, name: str, console: Console, *, with_base: bool) -> Tra
                 soft_wrap=True,
             )
         else:
-            scores = evaluation.run(config, held_out, config.out / BEST, with_base=with_base)
+            scores = evaluation.run(config, held_out, config.out / BEST, with_base=with_base, with_table=with_table)
     loss = dict(report.evaluations).get(report.best_step)
     return Trained(
         name,

@@ -32,7 +32,9 @@ Variant = tuple[str, Callable[[], tuple[Any, Any]], list[Question]]
 
 
 @outputs.exclusive
-def run(config: Config, held_out: HeldOut, adapter: Path | None, *, with_base: bool = True) -> list[Scores]:
+def run(
+    config: Config, held_out: HeldOut, adapter: Path | None, *, with_base: bool = True, with_table: bool = True
+) -> list[Scores]:
     """Answers held-out examples, prints the scores, and writes them and all answers as JSON to `config.out`.
 
     Args:
@@ -40,6 +42,7 @@ def run(config: Config, held_out: HeldOut, adapter: Path | None, *, with_base: b
       held_out: The examples.
       adapter: The adapter; None evaluates the base only.
       with_base: Whether to evaluate the base too.
+      with_table: Whether to print the table of scores.
 
     Raises:
       UserError: Model, adapter or data are missing, malformed or incompatible.
@@ -80,7 +83,8 @@ def run(config: Config, held_out: HeldOut, adapter: Path | None, *, with_base: b
             texts = _texts(questions.alone, answers, assistant.decode)
             record = {"settings": settings, "data": held_out.title, "scores": list(map(asdict, scores))}
             write_json(path, record | {"metrics": metrics, "answers": texts})
-    console.print(table(scores))
+    if with_table:
+        console.print(table(scores))
     if metrics:
         console.print(tasks.table(metrics))
     console.print(

@@ -45,7 +45,7 @@ class Trained:
 
 
 def grid(results: Sequence[Trained]) -> Grid:
-    """Returns costs and scores: a line for each base and for each method."""
+    """Returns costs and scores: a line for each base and for each method, unmerged and merged."""
     rows = []
     for result in results:
         for name in (evaluation.BASE, evaluation.BASE_SHOTS):
@@ -57,6 +57,8 @@ def grid(results: Sequence[Trained]) -> Grid:
         costs = [f"{result.trained_parameters:,}", f"{result.seconds:.0f}", loss]
         tuned = result.scored(evaluation.TUNED)
         rows.append([result.name, *costs, *(("–",) * 3 if tuned is None else cells(tuned))])
+        if merged := result.scored(evaluation.MERGED):
+            rows.append([f"{result.name}, merged", "–", "–", "–", *cells(merged)])
     return Grid(["method", "trained parameters", "seconds", "validation loss", "perplexity", "ROUGE-L", "BLEU"], rows)
 
 
