@@ -7,10 +7,10 @@ from typing import Annotated, Any, ClassVar, Self
 
 from experiments import settings
 from experiments.configs.decoder import Target
-from experiments.configs.decoding import Decoding
 from experiments.configs.fine_tuning import FineTuning
 from experiments.configs.method_names import separated_by_commas
 from experiments.errors import UserError
+from experiments.evaluation.decoding import Decoding
 from experiments.input.official import catalog
 
 METHODS: dict[str, tuple[Target, ...]] = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from experiments import settings
 from experiments.configs.decoder import Float, Quantization
-from experiments.configs.decoding import Decoding
+from experiments.evaluation.decoding import Decoding
 from experiments.input.forms import FormName
 from experiments.training.runtime import Runtime
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from experiments import settings
 from experiments.configs.decoder import DecoderConfig, Quantization
-from experiments.configs.decoding import Decoding
 from experiments.configs.method_names import separated_by_commas
+from experiments.evaluation.decoding import Decoding
 from experiments.input.options import Options, TrainOn
 
 METHODS: dict[str, tuple[Literal["lora", "dora", "full"], Quantization]] = {

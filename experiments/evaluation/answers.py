@@ -16,7 +16,7 @@ import numpy as np
 
 import lora_jax as lora
 from experiments import generation
-from experiments.configs.decoding import GREEDY, Decoding
+from experiments.evaluation.decoding import GREEDY, Decoding
 from experiments.evaluation.questions import Question
 from experiments.models.cache import Cache
 from experiments.models.decoder import Decoder

@@ -12,9 +12,9 @@ import pytest
 
 import lora_jax as lora
 from experiments import generation, run
-from experiments.configs.decoding import Decoding
 from experiments.evaluation import answers, questions, scores, tasks
 from experiments.evaluation.answers import Answer, Answerer
+from experiments.evaluation.decoding import Decoding
 from experiments.evaluation.questions import make_questions, precede
 from experiments.input.records import Completion, Conversation, Text
 from experiments.models import llama, location

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 
 import lora_jax as lora
-from experiments.configs.decoding import GREEDY
 from experiments.configs.sft import Config
 from experiments.errors import UserError
 from experiments.evaluation import tasks
 from experiments.evaluation.answers import Answer, Answerer
+from experiments.evaluation.decoding import GREEDY
 from experiments.evaluation.questions import Question
 from experiments.evaluation.scores import Scores, score, table
 from experiments.reports.results import read_json, write_json
