@@ -79,7 +79,7 @@ class Config(FineTuning, Decoding):
     """
 
     STUDY = "experiments.studies.data_to_text.study"
-    MINUTES = 60
+    MINUTES = 45
     FAST: ClassVar = {
         "model": "tiny-llama",
         "tasks": ("debian_tags", "sql_questions"),
@@ -117,13 +117,13 @@ class Config(FineTuning, Decoding):
     full_lr: float | None = None
     """Peak learning rate of full fine-tuning. None is sft's choice for the model."""
 
-    steps: int | None = 64
+    steps: int | None = 48
     """Maximum number of training steps of each run. None trains for all epochs."""
 
     length: int = 256
     """Tokens per sequence."""
 
-    test_examples: int | None = 60
+    test_examples: int | None = 40
     """Number of test examples of each task, from the beginning. None uses all."""
 
     new_tokens: int = 40

@@ -112,10 +112,10 @@ def test_the_default_settings_of_runs():
         model="smollm2-135m",
         data=("debian_tags",),
         length=256,
-        epochs=64,
-        steps=64,
+        epochs=48,
+        steps=48,
         validation_examples=0,
-        test_examples=60,
+        test_examples=40,
         samples=0,
         out=Config.out / "debian_tags-attention-feed-forward",
     )
