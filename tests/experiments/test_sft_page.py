@@ -1,5 +1,8 @@
 """The page of supervised fine-tuning: its table, findings and figure, from given scores."""
 
+from dataclasses import replace
+from pathlib import Path
+
 from matplotlib.figure import Figure
 
 from experiments.configs.sft import Config
@@ -48,3 +51,18 @@ def test_methods_are_compared_with_the_first():
 def test_the_command_states_flags_of_groups():
     config = Config(test_examples=200, methods=("lora", "dora"))
     assert command(config) == "python -m experiments.run sft --methods lora dora --test-examples 200"
+
+
+def test_the_conditions_are_those_of_the_run():
+    result = trained("lora", 32.2)
+    of = {
+        config: page(config, [result]).conditions
+        for config in (Config(), Config(method="full"), Config(methods=("full",)), Config(methods=("lora", "full")))
+    }
+    assert ["rank 16" in text for text in of.values()] == [True, False, False, True]
+    assert all("of the step with the smallest validation loss." in text for text in of.values())
+    assert "from runs/old" in page(Config(init_from=Path("runs/old")), [result]).conditions
+    alone = page(Config(), [replace(result, validation_loss=None, evaluations=[])]).conditions
+    assert "The scores are of the last step." in alone
+    unscored = page(Config(), [replace(result, scores=[])]).conditions
+    assert unscored == "smollm2-135m on debian_synopses:0.06; rank 16, 3 steps. Training took 1 minutes."

@@ -77,12 +77,23 @@ def page(config: Config, results: Sequence[Trained]) -> Page:
 
 def _conditions(config: Config, results: Sequence[Trained]) -> str:
     steps, minutes = len(results[0].losses), sum(result.seconds for result in results) / 60
-    examples = f"{results[0].scores[0].examples:,} test examples; " if results[0].scores else ""
-    return (
-        f"{config.model} on {' and '.join(config.data)}; rank {config.rank}, {steps:,} steps; {examples}perplexity per "
-        "token of the reference answers, ROUGE-L with its standard error, BLEU. The scores are of the step with the "
-        f"smallest validation loss. Training took {minutes:.0f} minutes."
-    )
+    sentences = [f"{config.model} on {' and '.join(config.data)}; {_adapter(config)}{steps:,} steps"]
+    if results[0].scores:
+        sentences[0] += (
+            f"; {results[0].scores[0].examples:,} test examples; perplexity per token of the reference answers, "
+            "ROUGE-L with its standard error, BLEU"
+        )
+        selected = "step with the smallest validation loss" if results[0].evaluations else "last step"
+        sentences.append(f"The scores are of the {selected}")
+    sentences.append(f"Training took {minutes:.0f} minutes")
+    return " ".join(f"{sentence}." for sentence in sentences)
+
+
+def _adapter(config: Config) -> str:
+    """Returns the rank of the adapters, or the adapter that training starts from; empty in full fine-tuning."""
+    if config.init_from is not None:
+        return f"from {config.init_from}, "
+    return "" if {*(config.methods or (config.method,))} == {"full"} else f"rank {config.rank}, "
 
 
 def _findings(results: Sequence[Trained]) -> Iterator[Finding]:
