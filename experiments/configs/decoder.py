@@ -17,7 +17,7 @@ from experiments.models.options import AttentionKernel, Remat
 from experiments.training.options import Schedule
 from experiments.training.runtime import Runtime
 
-Target = Literal["attention", "feed-forward", "query", "value", "embedding", "head"]
+Target = Literal["attention", "feed-forward", "query", "key", "value", "gate", "up", "down", "embedding", "head"]
 Float = Literal["float32", "bfloat16"]
 Quantization = Literal["none", "nf4", "fp4", "int8", "int4", "stored"]
 
@@ -92,10 +92,10 @@ class DecoderConfig(Runtime):
     is no PEFT export: merge writes the model."""
 
     targets: tuple[Target, ...] = ("attention", "feed-forward")
-    """The weights to adapt: attention projections, feed-forward layers (including the experts of a mixture), query or
-    value projections alone (the LoRA paper adapts both), the token embedding, the output head. The default is all
-    linear layers of the blocks: feed-forward layers matter most, and attention alone is worse at equal parameters (LoRA
-    Without Regret)."""
+    """The weights to adapt: attention projections, feed-forward layers (including the experts of a mixture), one of
+    these alone (query, key, value; gate, up, down), the token embedding, the output head. The LoRA paper adapts query
+    and value. The default is all linear layers of the blocks: feed-forward layers matter most, and attention alone is
+    worse at equal parameters (LoRA Without Regret)."""
 
     rank: int = 16
     """Rank of the LoRA factors."""
@@ -245,18 +245,28 @@ class DecoderConfig(Runtime):
             raise ValueError("validation and validation_share exclude each other; set only one of them")
         self.rank_patterns()
         parse_arguments(self.template_arguments)
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        changed = [name for name in OF_ADAPTER if getattr(self, name) != defaults[name]]
+        changed = self.changed(*OF_ADAPTER)
         if self.init_from is not None and changed:
             raise ValueError(
                 f"--init-from: the adapter determines {', '.join(changed)}; set either --init-from or these"
             )
-        if self.method == "full" and changed != ["method"]:
-            raise ValueError(f"method full trains all weights and has no {', '.join(changed[1:])}")
+        if self.method == "full":
+            self.check_full()
         if self.method == "full" and self.quantize != "none":
             raise ValueError(
                 f"method full trains the weights, of which quantize {self.quantize} stores codes; use quantize none"
             )
+
+    def check_full(self) -> None:
+        """Raises a ValueError if a setting of adapters is set, of which full fine-tuning has none."""
+        if changed := self.changed(*OF_ADAPTER[1:]):
+            flags = " and ".join(f"--{name}" for name in changed)
+            raise ValueError(f"method full trains all weights and has no {', '.join(changed)}; drop {flags}")
+
+    def changed(self, *names: str) -> list[str]:
+        """Returns those of some settings that differ from their default."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
 
     @property
     def row_length(self) -> int:

@@ -97,13 +97,24 @@ class Config(Decoding, DecoderConfig):
         settings.positive(self, "patience")
         settings.not_negative(self, "neftune", "test_examples")
         settings.fraction(self, "label_smoothing", "eval_share")
-        if self.methods and (self.method != "lora" or self.quantize != "none" or self.init_from is not None):
-            raise ValueError(
-                "methods determines method and quantize, and every run starts from a new adapter; set only it"
-            )
+        if self.methods:
+            self._check_methods()
         needed = [name for name in ("patience", "eval_every") if getattr(self, name) is not None]
         if needed and not self.evaluates:
             raise ValueError(f"{' and '.join(needed)}: eval_share or validation_examples is 0, so nothing is evaluated")
+
+    def _check_methods(self) -> None:
+        """Raises a ValueError if a setting is set that `methods` determines, or that none of them has."""
+        if self.init_from is not None:
+            raise ValueError("methods: every run starts from a new adapter; drop --init-from, or --methods")
+        if changed := self.changed("method", "quantize"):
+            kinds = {METHODS[name][0] for name in self.methods} if self.method == "lora" else {self.method}
+            near = [name for name, (kind, quantize) in METHODS.items() if kind in kinds and quantize == self.quantize]
+            flags = " ".join(f"--{name} {getattr(self, name)}" for name in changed)
+            hint = f"use --methods {','.join(near)}" if near else f"run {flags} without --methods"
+            raise ValueError(f"methods determines method and quantize; instead of {flags}, {hint}")
+        if {*self.methods} == {"full"}:
+            self.check_full()
 
     @property
     def evaluates(self) -> bool:

@@ -140,7 +140,7 @@ def test_it_is_compared_with_adapters(finished, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--rank", "4", "--alpha", "8"], "method full trains all weights and has no rank, alpha"),
+        (["--rank", "4", "--alpha", "8"], "method full trains all weights and has no rank, alpha; drop --rank and"),
         (["--quantize", "nf4"], "method full trains the weights, of which quantize nf4 stores codes; use quantize"),
         (["--init-from", "x"], "--init-from: the adapter determines method"),
     ],
@@ -148,4 +148,21 @@ def test_it_is_compared_with_adapters(finished, tmp_path, capsys):
 def test_what_a_user_can_put_right(flags, message, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     assert run.main(["sft", "--method", "full", *flags]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--methods", "full", "--rank", "8"], "method full trains all weights and has no rank; drop --rank"),
+        (["--methods", "lora", "--quantize", "nf4"], "instead of --quantize nf4, use --methods qlora"),
+        (["--methods", "dora,lora", "--quantize", "nf4"], "instead of --quantize nf4, use --methods qlora,qdora"),
+        (["--methods", "lora", "--quantize", "int8"], "run --quantize int8 without --methods"),
+        (["--methods", "lora", "--method", "dora"], "instead of --method dora, use --methods dora"),
+        (["--methods", "lora", "--init-from", "x"], "drop --init-from, or --methods"),
+    ],
+)
+def test_settings_that_exclude_methods(flags, message, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    assert run.main(["sft", *flags]) == 2
     assert message in " ".join(capsys.readouterr().err.split())

@@ -194,6 +194,16 @@ def test_query_and_value_of_a_fused_kernel():
     assert whole.blocks == (True,) and whole.b.shape == (layers, rank, 3 * width)
 
 
+def test_the_weights_that_doras_authors_adapt():
+    config = Config(model="tiny-llama", targets=("query", "key", "value", "up", "down"), length=64)
+    paths = {path.removesuffix("/kernel").rpartition("layers/")[2] for path in program.abstract(config).delta}
+    assert paths == {
+        *(f"attention/{name}" for name in ("query", "key", "value")),
+        "feed_forward/up",
+        "feed_forward/down",
+    }
+
+
 def test_evaluations_have_a_share_of_the_time(settings, tmp_path, capsys, lenient):
     config = dataclasses.replace(settings, out=tmp_path, eval_share=0.3, steps=2)
     console = Console(file=io.StringIO(), width=200)

@@ -23,8 +23,8 @@ LINEAR = {
 """Patterns of the linear layers of all blocks, by target. A quantized base has all of them quantized."""
 
 OTHERS = {
-    "query": r"attention/query/kernel$",
-    "value": r"attention/value/kernel$",
+    **{name: rf"attention/{name}/kernel$" for name in ("query", "key", "value")},
+    **{name: rf"feed_forward/{name}/kernel$" for name in ("gate", "up", "down")},
     "embedding": r"^token/embedding$",
     "head": r"^output/kernel$",
 }
