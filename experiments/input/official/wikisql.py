@@ -40,6 +40,8 @@ def _rows(paths: Sequence[Path], split: str) -> Rows:
         header = value(table, "header", list, where)
         columns[value(table, "id", str, where)] = sql.column_names([str(name) for name in header])
     database = paths[0].with_suffix(".db")
+    if not database.is_file():
+        raise UserError(f"{database}: no such file; WikiSQL's queries are executed on it, and it is next to {paths[0]}")
     rows = []
     for where, row in json_rows(paths[:1], split):
         table = value(row, "table_id", str, where)

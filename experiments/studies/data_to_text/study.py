@@ -83,10 +83,11 @@ def _run_config(config: Config, task: str, data: str, method: str) -> sft.Config
 
 def _measure(task: str, method: str, config: sft.Config, *, with_base: bool) -> list[Measured]:
     """Trains a method, and scores its answers and, with the first method of a task, those of the base."""
+    held_out = _held_out(task, config)  # before training, in case files are missing
     trained = study.run(config)
     if config.method == "full" and processes.is_first():
         outputs.clear(config.out, "checkpoints")  # of three times the weights
-    scores = evaluation.run(config, _held_out(task, config), config.out / BEST, with_base=with_base)
+    scores = evaluation.run(config, held_out, config.out / BEST, with_base=with_base)
     answers, official = read_json(
         config.out / evaluation.SCORES, lambda content: (content["answers"], content["metrics"])
     )

@@ -59,10 +59,12 @@ def _publish(config: Config, results: list[Trained], console: Console) -> None:
 
 
 def _run(config: Config, name: str, console: Console, *, with_base: bool, with_table: bool) -> Trained:
+    held_out = (
+        find_held_out(config) if config.test_examples != 0 else None
+    )  # before training, in case files are missing
     report: Report = study.run(config)
     scores: list[Scores] = []
     if config.test_examples != 0:
-        held_out = find_held_out(config)
         if held_out is None:
             console.print(
                 f"no scores of answers: {sources.unweighted(config.data)} has no test or validation examples; "
