@@ -1,11 +1,11 @@
 """Data to text, summaries and SQL with a decoder: the base, LoRA on two sets of layers, full fine-tuning."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from experiments import settings
+from experiments.configs import presets
 from experiments.configs.decoder import Target
 from experiments.configs.fine_tuning import FineTuning
 from experiments.configs.method_names import separated_by_commas
@@ -49,12 +49,16 @@ _GPT3 = {
     "weight_decay": 0.1,
 }
 _WARMUP = 250_000  # tokens
-PAPER: dict[str, dict[str, Any]] = {
-    "e2e": _GPT2,
-    "wikisql": _GPT3 | {"length": 384, "warmup": round(_WARMUP / (128 * 384)), "new_tokens": 64},
-    "samsum": _GPT3 | {"length": 2048, "warmup": round(_WARMUP / (128 * 2048)), "new_tokens": 128},
+PAPERS: dict[str, dict[str, dict[str, Any]]] = {
+    "gpt-2": {"e2e": _GPT2},
+    "gpt-3": {
+        "wikisql": _GPT3 | {"length": 384, "warmup": round(_WARMUP / (128 * 384)), "new_tokens": 64},
+        "samsum": _GPT3 | {"length": 2048, "warmup": round(_WARMUP / (128 * 2048)), "new_tokens": 128},
+    },
 }
-"""The hyperparameters of the paper by data set (LoRA, tables 11 and 12)."""
+"""The hyperparameters of the paper by the name of `--paper` and data set (LoRA, tables 11 and 12)."""
+
+_OFFICIAL = [name for settings in PAPERS.values() for name in settings]
 
 _OF_ALL: dict[str, Any] = {
     "methods": ("query-value", "full"),
@@ -62,6 +66,7 @@ _OF_ALL: dict[str, Any] = {
     "pack": False,
     "test_examples": None,
 }
+_FAST_PAPER: dict[str, Any] = {"epochs": 1, "batch_size": 2, "warmup": 1, "beams": 2}
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,8 @@ class Config(FineTuning, Decoding):
     and with solved examples in its prompt, and after LoRA on query and value, LoRA on all linear layers, and full
     fine-tuning.
 
-    With --paper, the hyperparameters and the decoding are the paper's for the official data set that --data names:
-    GPT-2 medium or large on E2E (tables 3 and 11), or the settings of GPT-3 on WikiSQL or SAMSum with another model
-    (tables 4 and 12). Flags that are set win. See docs/guides/data.md.
+    With --paper, the hyperparameters and the decoding are the paper's for the official data set that --data names and
+    the model that --model names. Flags that are set win. See docs/guides/data.md.
     """
 
     STUDY = "experiments.studies.data_to_text.study"
@@ -101,8 +105,9 @@ class Config(FineTuning, Decoding):
     """Official data sets instead of the tasks: e2e:DIRECTORY, wikisql:DIRECTORY or samsum:DIRECTORY, with the files as
     they are distributed. WikiSQL is scored on its validation examples, as in the paper, the others on test examples."""
 
-    paper: bool = False
-    """The paper's hyperparameters and decoding for the data set of --data."""
+    paper: Literal["gpt-2", "gpt-3"] | None = None
+    """The setting of the LoRA paper, with --model and --data: gpt-2 (medium or large, on E2E, tables 3 and 11), or
+    gpt-3 (on WikiSQL or SAMSum, tables 4 and 12, for another model)."""
 
     methods: Methods = tuple(METHODS)
     """The methods to train, separated by commas: query-value and linear (LoRA on these layers), full (full
@@ -145,7 +150,8 @@ class Config(FineTuning, Decoding):
     """The smallest complete study: a tiny model with random weights, which supports the shorter texts only."""
 
     def __post_init__(self) -> None:
-        settings.use_fast(self, self.FAST | {"out": Path(f"{type(self).out}-fast")})
+        if self.paper is None:  # otherwise preset() has set the values, and others are the user's
+            settings.use_fast(self, self.FAST | {"out": Path(f"{type(self).out}-fast")})
         self.check_fine_tuning()
         Decoding.__post_init__(self)
         settings.positive(self, "rank", "lr", "full_lr", "length", "test_examples", "new_tokens")
@@ -155,23 +161,30 @@ class Config(FineTuning, Decoding):
             raise ValueError(f"tasks must be one or more of {', '.join(tasks)}, each once; got {' '.join(self.tasks)}")
         if not self.methods:
             raise ValueError(f"methods must be one or more of {', '.join(METHODS)}")
-        if self.paper and len(self.data) != 1:
+        if self.data and self.tasks not in (tasks, self.FAST["tasks"]):
+            raise ValueError("tasks and data exclude each other; set only one of them")
+        if self.paper and (self.model == type(self).model or len(self.data) != 1):
+            model = "openai-community/gpt2-medium" if self.paper == "gpt-2" else "DIRECTORY"
+            data = " or ".join(f"{name}:DIRECTORY" for name in PAPERS[self.paper])
             raise ValueError(
-                "--paper: pass the model and one data set of the original setting, as in --model "
-                "openai-community/gpt2-medium --data e2e:DIRECTORY; the others are wikisql:DIRECTORY, samsum:DIRECTORY"
+                f"--paper {self.paper}: pass the model and one data set of the original setting, as in --model {model} "
+                f"--data {data}"
             )
 
     def preset(self) -> Self:
-        """Returns the settings of the paper for the data, in place of the defaults.
+        """Returns the settings of the paper for the model and the data, in place of the defaults.
 
         Raises:
-          UserError: See :meth:`sources`.
+          UserError: The data is not that of the paper; see :meth:`sources`.
         """
+        if self.paper is None:
+            return type(self)()
         (name,) = self.sources()
-        values = PAPER[name] | _OF_ALL | {"out": Path(f"{type(self).out}-{name}")}
-        if self.fast:
-            values |= {setting: value for setting, value in self.FAST.items() if setting in values}
-        return dataclasses.replace(type(self)(), paper=True, data=self.data, fast=self.fast, **values)
+        if name not in PAPERS[self.paper]:
+            other = next(paper for paper, settings in PAPERS.items() if name in settings)
+            raise UserError(f"--paper {self.paper} has no setting for --data {self.data[0]}; --paper {other} has one")
+        values = PAPERS[self.paper][name] | _OF_ALL
+        return presets.preset(self, f"{self.paper}-{name}", values, self.FAST | _FAST_PAPER)
 
     def sources(self) -> dict[str, str]:
         """Returns what `--data` of sft is for each task, by the name of the task.
@@ -185,9 +198,9 @@ class Config(FineTuning, Decoding):
         for data in self.data:
             selection = catalog.find(data)
             name = None if selection is None else selection.layout.name
-            if name not in PAPER or name in named:
+            if name not in _OFFICIAL or name in named:
                 raise UserError(
-                    f"--data {data}: expected different data sets of {', '.join(PAPER)}, as in e2e:DIRECTORY"
+                    f"--data {data}: expected different data sets of {', '.join(_OFFICIAL)}, as in e2e:DIRECTORY"
                 )
             named[name] = data
         return named

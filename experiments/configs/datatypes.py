@@ -1,13 +1,15 @@
 """The perplexity of a base in several data types, before and after adaptation (QLoRA paper, tables 2 and 3)."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from experiments import settings
+from experiments.configs import presets
 from experiments.configs.fine_tuning import FineTuning
 from experiments.configs.qlora_scripts import FIXED, RANK, SCRIPTS
+
+_FAST_PAPER: dict[str, Any] = {"length": 128, "rank": 2, "batch_size": 2}
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Config(FineTuning):
     FP4 and Int4, with and without double quantization. The text is that of whole conversations: long descriptions of
     Debian packages and their synopses. A second figure shows how often each of the sixteen codes occurs.
 
-    With --paper, the base that --model names is adapted to the data that --data names (alpaca:DIRECTORY,
+    With --paper llama-7b, the base that --model names is adapted to the data that --data names (alpaca:DIRECTORY,
     oasst1:DIRECTORY or any other text) with the hyperparameters of the authors' scripts for 7B parameters. Flags that
     are set win. See docs/guides/data.md.
     """
@@ -36,8 +38,8 @@ class Config(FineTuning):
     validation_share: float = 0.0
     """Fraction of the training examples to hold out for validation, if the data has no validation examples."""
 
-    paper: bool = False
-    """The hyperparameters of the paper's scripts, for the model and the data that are named."""
+    paper: Literal["llama-7b"] | None = None
+    """The setting of QLoRA's scripts for 7B parameters, with --model and --data."""
 
     rank: int = 16
     """Rank of the LoRA factors."""
@@ -70,23 +72,21 @@ class Config(FineTuning):
     """The smallest complete study: a tiny model with random weights."""
 
     def __post_init__(self) -> None:
-        settings.use_fast(self, self.FAST | {"out": Path(f"{type(self).out}-fast")})
+        if self.paper is None:  # otherwise preset() has set the values, and others are the user's
+            settings.use_fast(self, self.FAST | {"out": Path(f"{type(self).out}-fast")})
         self.check_fine_tuning()
         settings.positive(self, "validation_examples", "lr", "rank", "length")
         settings.not_negative(self, "seed")
         settings.fraction(self, "validation_share")
-        if self.paper and self.data == type(self).data:
+        if self.paper and (self.model == type(self).model or self.data == type(self).data):
             raise ValueError(
-                "--paper: pass a model and text as in the original setting, for example --model huggyllama/llama-7b "
-                "--data oasst1:DIRECTORY --validation-share 0.05"
+                f"--paper {self.paper}: pass a model and text as in the original setting, for example --model "
+                "huggyllama/llama-7b --data oasst1:DIRECTORY --validation-share 0.05"
             )
 
     def preset(self) -> Self:
-        """Returns the settings of the paper's scripts, in place of the defaults."""
-        values = SCRIPTS | FIXED | {"rank": RANK, "out": Path(f"{type(self).out}-paper")}
-        if self.fast:
-            values |= {"steps": self.FAST["steps"], "length": 128, "rank": 2}
-        return dataclasses.replace(type(self)(), paper=True, data=self.data, fast=self.fast, **values)
+        """Returns the settings of the paper's scripts for the model and the data, in place of the defaults."""
+        return presets.preset(self, str(self.paper), SCRIPTS | FIXED | {"rank": RANK}, self.FAST | _FAST_PAPER)
 
 
 DEFAULTS = Config()

@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from experiments import settings
-from experiments.configs.decoder import DecoderConfig, Quantization
+from experiments.configs import presets
+from experiments.configs.decoder import BatchSizes, DecoderConfig, Quantization
 from experiments.configs.method_names import separated_by_commas
 from experiments.evaluation.decoding import Decoding
 from experiments.input.options import Options, TrainOn
@@ -23,6 +24,30 @@ METHODS: dict[str, tuple[Literal["lora", "dora", "full"], Quantization]] = {
 """The adapter method and the quantization of each of the methods that a run may compare."""
 
 Methods = Annotated[tuple[str, ...], separated_by_commas(tuple(METHODS))]
+
+_COMMONSENSE: dict[str, Any] = {
+    "methods": ("dora",),
+    "targets": ("query", "key", "value", "up", "down"),
+    "rank": 32,
+    "alpha": 64.0,
+    "dropout": 0.05,
+    "lr": 1e-4,
+    "batch": BatchSizes(16),
+    "epochs": 3,
+    "warmup": 100,
+    "length": 256,
+    "dtype": "bfloat16",  # the authors' is float16
+    "train_on": "all",
+    "pack": False,
+    "validation_share": 120 / 170_420,  # of which one evaluation in 80 steps chooses the adapter
+    "eval_every": 80,
+    "test_examples": None,
+    "beams": 4,
+    "new_tokens": 32,
+}
+"""The setting of LLaMA 7B (DoRA, table 8, and the authors' scripts)."""
+
+_FAST_PAPER: dict[str, Any] = {"rank": 2, "batch": BatchSizes(2), "eval_every": 2, "warmup": 1, "new_tokens": 4}
 
 
 @dataclass(frozen=True)
@@ -65,6 +90,10 @@ class Config(Decoding, DecoderConfig):
     (LoRA on the codes of a GGUF file), full (full fine-tuning). Each run is in a subdirectory of --out. A number for
     --lr applies to all of them. Empty trains one adapter with --method and --quantize."""
 
+    paper: Literal["commonsense"] | None = None
+    """The setting of a paper, with --model and --data: commonsense (DoRA, table 8, of LLaMA 7B on commonsense
+    reasoning). Flags that are set win. See docs/guides/data.md."""
+
     train_on: TrainOn = "answers"
     """The text that the loss covers: all answers of the assistant (or completions), the last answer, or everything."""
 
@@ -97,11 +126,20 @@ class Config(Decoding, DecoderConfig):
         settings.positive(self, "patience")
         settings.not_negative(self, "neftune", "test_examples")
         settings.fraction(self, "label_smoothing", "eval_share")
+        if self.paper and len(self.changed("model", "data")) < 2:
+            raise ValueError(
+                f"--paper {self.paper}: pass a model and data as in the original setting, for example --model "
+                "huggyllama/llama-7b --data commonsense:DIRECTORY"
+            )
         if self.methods:
             self._check_methods()
         needed = [name for name in ("patience", "eval_every") if getattr(self, name) is not None]
         if needed and not self.evaluates:
             raise ValueError(f"{' and '.join(needed)}: eval_share or validation_examples is 0, so nothing is evaluated")
+
+    def preset(self) -> Self:
+        """Returns the settings of the paper for the model and the data, in place of the defaults."""
+        return presets.preset(self, str(self.paper), _COMMONSENSE, {**self.FAST, **_FAST_PAPER})
 
     def _check_methods(self) -> None:
         """Raises a ValueError if a setting is set that `methods` determines, or that none of them has."""

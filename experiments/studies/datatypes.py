@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 
 from experiments.configs import sft
 from experiments.configs.datatypes import Config
+from experiments.errors import UserError
+from experiments.input import sources
 from experiments.models import location
 from experiments.models.formats import FORMATS
 from experiments.pretrained.files import open_files
@@ -54,8 +56,13 @@ def run(config: Config) -> list[Measured]:
     """Measures all data types, prints a table and findings, and writes a page, a figure and a JSON record.
 
     Raises:
-      UserError: See :func:`experiments.studies.sft.study.run`.
+      UserError: There is no validation data; see also :func:`experiments.studies.sft.study.run`.
     """
+    _, validation = sources.splits(config.data)
+    if validation is None and not config.validation_share:
+        raise UserError(
+            f"--data {' '.join(config.data)} has no validation examples; hold some out with --validation-share"
+        )
     outputs.claim(config.out, *FILES)
     console = processes.console()
     rows, bases = [], {}

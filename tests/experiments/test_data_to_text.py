@@ -8,6 +8,7 @@ import pytest
 from experiments import command_line, execution
 from experiments.configs import data_to_text
 from experiments.configs.data_to_text import Config
+from experiments.errors import UserError
 from experiments.evaluation import answers
 from experiments.studies.data_to_text import report, study
 from experiments.studies.data_to_text.report import BASE, FULL, LINEAR, QUERY_VALUE, SHOTS, Measured
@@ -62,16 +63,18 @@ def test_the_papers_setting_end_to_end(data, tmp_path, monkeypatch):
     decodings = []
     answer = answers.Answerer.answer
     monkeypatch.setattr(answers.Answerer, "answer", lambda *args: decodings.append(args[-1]) or answer(*args))
-    config = parsed("--paper", "--fast", "--model", "tiny-gpt2", "--data", f"e2e:{data}/e2e", "--out", tmp_path)
+    flags = ("--paper", "gpt-2", "--fast", "--model", "tiny-gpt2", "--data", f"e2e:{data}/e2e")
+    config = parsed(*flags, "--out", tmp_path)
+    assert parsed(*flags).out.name == "data-to-text-gpt-2-e2e-fast"
     rows = study.run(config)
     assert [row.method for row in rows] == [BASE, QUERY_VALUE, FULL]  # solved examples are longer than its sequences
-    assert {(each.beams, each.length_penalty, each.no_repeat_ngram) for each in decodings} == {(10, 0.9, 4)}
+    assert {(each.beams, each.length_penalty, each.no_repeat_ngram) for each in decodings} == {(2, 0.9, 4)}
     assert rows[0].metrics.keys() >= {"bleu", "nist", "rouge_l", "chrf", "ter"}
     page = (tmp_path / "README.md").read_text()
     assert "| paper's GPT-2 M, LoRA | 0.35M |" in page and "CIDEr is absent" in page
     assert "its formula gives 393,216 and 737,280" in page
     settings = json.loads((tmp_path / "e2e-query-value" / "config.json").read_text())
-    assert settings["dropout"] == settings["label_smoothing"] == 0.1 and settings["warmup"] == 500
+    assert settings["dropout"] == settings["label_smoothing"] == 0.1 and settings["warmup"] == 1
     assert settings["targets"] == ["query", "value"] and settings["pack"] is False and settings["clip"] is None
 
 
@@ -83,15 +86,25 @@ def test_wikisql_is_scored_on_its_validation_examples(data, tmp_path):
     assert stored["data"].startswith(f"wikisql:{data}/wikisql:validation")
 
 
+def test_a_missing_database_is_noticed_before_training(tmp_path, monkeypatch):
+    root = official.write_wikisql(tmp_path / "wikisql")
+    (root / "dev.db").unlink()
+    monkeypatch.setattr(sft_study, "run", lambda config: pytest.fail("trained"))
+    config = parsed("--fast", "--data", f"wikisql:{root}", "--out", tmp_path / "out")
+    with pytest.raises(UserError, match=r"dev\.db: no such file; WikiSQL's queries are executed on it"):
+        study.run(config)
+
+
 def test_presets_are_the_papers(data):
-    gpt2 = parsed("--paper", "--model", "gpt2-medium", "--data", f"e2e:{data}/e2e")
+    gpt2 = parsed("--paper", "gpt-2", "--model", "gpt2-medium", "--data", f"e2e:{data}/e2e")
     assert gpt2.model == "gpt2-medium" and gpt2.methods == (QUERY_VALUE, FULL)
     assert (gpt2.rank, gpt2.alpha, gpt2.lr, gpt2.weight_decay, gpt2.dropout) == (4, 32.0, 2e-4, 0.01, 0.1)
     assert (gpt2.label_smoothing, gpt2.batch_size, gpt2.epochs, gpt2.steps, gpt2.warmup) == (0.1, 8, 5, None, 500)
     assert (gpt2.beams, gpt2.length_penalty, gpt2.no_repeat_ngram, gpt2.length) == (10, 0.9, 4, 512)
     assert (gpt2.new_tokens, gpt2.test_examples, gpt2.clip, gpt2.pack) == (64, None, None, False)
+    assert gpt2.out.name == "data-to-text-gpt-2-e2e"
     for name, length, warmup in (("wikisql", 384, 5), ("samsum", 2048, 1)):
-        gpt3 = parsed("--paper", "--data", data / name)  # recognized by its files
+        gpt3 = parsed("--paper", "gpt-3", "--model", "other", "--data", data / name)  # recognized by its files
         assert (gpt3.length, gpt3.warmup, gpt3.lr, gpt3.full_lr, gpt3.weight_decay) == (length, warmup, 2e-4, 5e-6, 0.1)
         assert (gpt3.batch_size, gpt3.epochs, gpt3.rank, gpt3.alpha, gpt3.beams) == (128, 2, 8, 8.0, 1)
 
@@ -99,7 +112,7 @@ def test_presets_are_the_papers(data):
 def test_flags_win_over_the_preset(data):
     """Also those with the value that is the default without it."""
     flags = ("--rank", 16, "--steps", 64, "--beams", 1, "--length-penalty", 0.8, "--methods", "query-value,linear,full")
-    config = parsed("--paper", "--data", f"e2e:{data}/e2e", *flags)
+    config = parsed("--paper", "gpt-2", "--model", "other", "--data", f"e2e:{data}/e2e", *flags)
     assert (config.rank, config.steps, config.beams, config.length_penalty) == (16, 64, 1, 0.8)
     assert config.methods == tuple(data_to_text.METHODS) and config.lr == 2e-4
 
@@ -152,8 +165,19 @@ def test_verdicts():
             ["--tasks", "e2e"],
             "tasks must be one or more of debian_tags, debian_synopses, sql_questions, each once; got e2e",
         ),
-        (["--paper"], "--paper: pass the model and one data set of the original setting, as in --model"),
-        (["--paper", "--data", "nowhere"], "--data nowhere: expected different data sets of e2e, wikisql, samsum"),
+        (["--paper"], "gpt-2"),
+        (
+            ["--paper", "gpt-3", "--data", "samsum:x"],
+            "--paper gpt-3: pass the model and one data set of the original setting, as in --model DIRECTORY --data "
+            "wikisql:DIRECTORY or samsum:DIRECTORY",
+        ),
+        (["--paper", "gpt-2", "--model", "x"], "--paper gpt-2: pass the model and one data set"),
+        (
+            ["--paper", "gpt-2", "--model", "x", "--data", "nowhere"],
+            "--data nowhere: expected different data sets of e2e, wikisql, samsum",
+        ),
+        (["--paper", "gpt-2", "--model", "x", "--data", "samsum"], "--data samsum; --paper gpt-3 has one"),
+        (["--tasks", "sql_questions", "--data", "e2e:x"], "tasks and data exclude each other"),
         (["--data", "e2e:nowhere"], "e2e:nowhere: no such directory nowhere"),
         (["--methods", "query-value,all"], "unknown method 'all'; expected one of query-value, linear, full"),
         (["--beams", "0"], "beams must be positive"),

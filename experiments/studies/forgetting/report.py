@@ -1,16 +1,15 @@
 """The table, the findings and the figure of the study."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from matplotlib.figure import Figure
 
 from experiments.configs.forgetting import Config
-from experiments.reports.findings import Finding, Verdict
+from experiments.reports import verdicts
+from experiments.reports.findings import Finding
 from experiments.reports.page import Grid, Page
 from experiments.reports.table import short
-from experiments.studies.comparison.judge import STANDARD_ERRORS
 from experiments.studies.forgetting.losses import Losses
 
 BASE, LORA, ATTENTION, DORA, FULL = "base", "LoRA", "LoRA, attention only", "DoRA", "full fine-tuning"
@@ -88,14 +87,14 @@ def _findings(base: Measured, trained: Sequence[Measured]) -> list[Finding]:
         increase, error = fast.other.minus(slow.other)
         figures = f"loss of other text, {fast.name} minus {slow.name}: {increase:+.3f} ± {error:.3f}"
         claim = "a larger learning rate forgets more"
-        findings.append(Finding(claim, _sign(increase, error), figures).because(_SHORT))
+        findings.append(Finding(claim, verdicts.positive(increase, error), figures).because(_SHORT))
     return findings
 
 
 def _forgets_less(one: Measured, other: Measured) -> Finding:
     """Judges the claim that one run forgets less than another and does not learn less."""
     (gain, gain_error), (increase, error) = other.task.minus(one.task), one.other.minus(other.other)
-    verdict = _sign(-increase, error)
+    verdict = verdicts.positive(-increase, error)
     if (verdict == "observed" and gain < -gain_error) or (verdict == "not observed" and gain > gain_error):
         verdict = "not decided"  # it also learns less, or more
     figures = (
@@ -103,13 +102,6 @@ def _forgets_less(one: Measured, other: Measured) -> Finding:
         f"{gain:+.3f} ± {gain_error:.3f}"
     )
     return Finding(_CLAIM, verdict, figures)
-
-
-def _sign(difference: float, error: float) -> Verdict:
-    """Judges the claim that a difference is positive."""
-    if math.isnan(error) or abs(difference) <= STANDARD_ERRORS * error:
-        return "not decided"
-    return "observed" if difference > 0 else "not observed"
 
 
 def _draw(figure: Figure, base: Measured, trained: Sequence[Measured]) -> None:

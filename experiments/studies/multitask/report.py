@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.configs.multitask import Config
+from experiments.reports import verdicts
 from experiments.reports.findings import Finding
 from experiments.reports.page import Grid, Page
 from experiments.reports.results import Outcome
 from experiments.reports.table import size
-from experiments.studies.comparison import judge
 from experiments.studies.multitask.problems import Task
 from experiments.studies.multitask.serving import Served
 
@@ -94,7 +94,7 @@ def _findings(results: Results) -> list[Finding]:
     return [
         Finding(
             "adapters are as good as full models",
-            judge.not_worse(mean, error),
+            verdicts.not_worse(mean, error),
             f"adapter minus full model: {mean:+.1f} ± {error:.1f} points, mean and standard error over the tasks",
         ),
         Finding(

@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from experiments.reports.findings import Finding, Verdict
-from experiments.studies.comparison.judge import STANDARD_ERRORS, not_worse
+from experiments.reports import verdicts
+from experiments.reports.findings import Finding
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,12 @@ class Scored:
 def better(claim: str, one: Scored, other: Scored) -> Finding:
     """Judges the claim that one score is higher than another."""
     points, error, evidence = _difference(one, other)
-    verdict: Verdict = "observed" if points > STANDARD_ERRORS * error else "not decided"
-    return Finding(claim, "not observed" if points < -STANDARD_ERRORS * error else verdict, evidence)
+    return Finding(claim, verdicts.positive(points, error), evidence)
 
 
 def as_good(claim: str, one: Scored, other: Scored) -> Finding:
     """Judges the claim that one score is at most one point worse than another."""
-    points, error, evidence = _difference(one, other)
-    return Finding(claim, not_worse(points, error), f"{evidence}; up to 1 point worse is as good")
+    return verdicts.as_good(claim, *_difference(one, other))
 
 
 def _difference(one: Scored, other: Scored) -> tuple[float, float, str]:

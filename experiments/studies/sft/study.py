@@ -75,6 +75,7 @@ _NOT_NUMBERS = (
         "length_penalty",
         "no_repeat_ngram",
         "methods",
+        "paper",
         "fast",
     ),
 )
