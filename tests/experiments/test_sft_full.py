@@ -126,7 +126,8 @@ def test_operations_of_a_step(finished):
     assert one.token - attention == pytest.approx(1.5 * (other.token - attention))
 
 
-def test_it_is_compared_with_adapters(finished, tmp_path, capsys):
+def test_it_is_compared_with_adapters(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     config, _ = finished
     flags = ["--model", config.model, "--data", "debian_sections", "--fast", "--length", "32", "--batch.global", "4"]
     flags += ["--methods", "lora,full", "--rank", "2", "--train-examples", "32", "--out", str(tmp_path)]
