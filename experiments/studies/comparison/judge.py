@@ -5,11 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.reports.findings import Finding, Verdict
+from experiments.reports import verdicts
+from experiments.reports.findings import Finding
 from experiments.studies.comparison.description import Summary
-
-STANDARD_ERRORS = 2.0
-"""Differences of up to so many standard errors do not distinguish two rows."""
 
 
 def difference(one: Summary, other: Summary) -> tuple[float, float]:
@@ -40,9 +38,7 @@ def best(rows: Sequence[Summary]) -> Summary:
 def better(claim: str, one: Summary, other: Summary) -> Finding:
     """Judges the claim that one row has a higher score than another."""
     points, error = difference(one, other)
-    verdict: Verdict = "observed" if points > STANDARD_ERRORS * error else "not decided"
-    refuted = points < -STANDARD_ERRORS * error
-    return Finding(claim, "not observed" if refuted else verdict, _evidence(one, other, points, error))
+    return Finding(claim, verdicts.positive(points, error), _evidence(one, other, points, error))
 
 
 def as_good(claim: str, one: Summary, other: Summary, margin: float = 1.0) -> Finding:
@@ -55,20 +51,7 @@ def as_good(claim: str, one: Summary, other: Summary, margin: float = 1.0) -> Fi
       margin: The points that do not count.
     """
     points, error = difference(one, other)
-    evidence = f"{_evidence(one, other, points, error)}; up to {margin:g} points worse is as good"
-    return Finding(claim, not_worse(points, error, margin), evidence)
-
-
-def not_worse(points: float, error: float, margin: float = 1.0) -> Verdict:
-    """Judges a difference in points, with its standard error, that may be negative by at most `margin`.
-
-    Example:
-      >>> not_worse(-0.2, 0.1), not_worse(-0.2, 1.0), not_worse(-3.0, 0.1)
-      ('observed', 'not decided', 'not observed')
-    """
-    if points + STANDARD_ERRORS * error < -margin:
-        return "not observed"
-    return "observed" if points - STANDARD_ERRORS * error > -margin else "not decided"
+    return verdicts.as_good(claim, points, error, _evidence(one, other, points, error), margin)
 
 
 def _evidence(one: Summary, other: Summary, points: float, error: float) -> str:
