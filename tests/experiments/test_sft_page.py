@@ -1,5 +1,6 @@
 """The page of supervised fine-tuning: its table, findings and figure, from given scores."""
 
+import doctest
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from matplotlib.figure import Figure
 
 from experiments.configs.sft import Config
 from experiments.evaluation.scores import Scores
+from experiments.reports import verdicts
 from experiments.reports.page import command
 from experiments.studies.sft import evaluation
 from experiments.studies.sft.page import Trained, grid, page
@@ -66,3 +68,7 @@ def test_the_conditions_are_those_of_the_run():
     assert "The scores are of the last step." in alone
     unscored = page(Config(), [replace(result, scores=[])]).conditions
     assert unscored == "smollm2-135m on debian_synopses:0.06; rank 16, 3 steps. Training took 1 minutes."
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(verdicts).failed == 0
