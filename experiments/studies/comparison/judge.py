@@ -55,7 +55,8 @@ def as_good(claim: str, one: Summary, other: Summary, margin: float = 1.0) -> Fi
       margin: The points that do not count.
     """
     points, error = difference(one, other)
-    evidence = f"{_evidence(one, other, points, error)}; up to {margin:g} points worse is as good"
+    unit = "point" if margin == 1 else "points"
+    evidence = f"{_evidence(one, other, points, error)}; up to {margin:g} {unit} worse is as good"
     return Finding(claim, not_worse(points, error, margin), evidence)
 
 
