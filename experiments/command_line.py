@@ -6,6 +6,7 @@ import pkgutil
 import shutil
 import sys
 import textwrap
+import typing
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -38,8 +39,10 @@ def main(args: Sequence[str] | None = None) -> int:
         print(listing())
         return 0
     try:
-        config = flags.parse(find_config(name).DEFAULTS, f"{_PROGRAM} {name}", rest)
-        if getattr(config, "paper", False):  # the flags win over the paper's settings
+        defaults = find_config(name).DEFAULTS
+        _check_paper(type(defaults), rest)
+        config = flags.parse(defaults, f"{_PROGRAM} {name}", rest)
+        if getattr(config, "paper", None):  # the flags win over the paper's settings
             config = flags.parse(config.preset(), f"{_PROGRAM} {name}", rest)
         if hasattr(config, "CHECK"):
             importlib.import_module(config.CHECK).check(config)
@@ -53,6 +56,14 @@ def main(args: Sequence[str] | None = None) -> int:
         if status is None:
             raise
         return status
+
+
+def _check_paper(kind: type, args: Sequence[str]) -> None:
+    """Raises a UserError with the names of settings if `--paper` is without one."""
+    hint = typing.get_type_hints(kind).get("paper")
+    names = [name for option in typing.get_args(hint) for name in typing.get_args(option)]
+    if names and any(arg == "--paper" and after.startswith("-") for arg, after in zip(args, [*args[1:], "--"])):
+        raise UserError(f"--paper needs a name: {', '.join(names)}")
 
 
 def usage() -> str:

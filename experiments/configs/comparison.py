@@ -3,12 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
-
-import tyro
+from typing import ClassVar, Self
 
 from experiments import settings
-from experiments.configs import papers
 from experiments.configs.papers import Preset
 from experiments.training.runtime import Runtime
 
@@ -18,14 +15,12 @@ class Comparison(Runtime):
     """A base class of configs.
 
     A subclass names its study, its minutes and the values of `fast` that differ from :data:`FAST`. In `out`, a
-    subclass states its directory, and in `paper` the names of its presets.
+    subclass states its directory.
     """
 
     STUDY: ClassVar[str]
     MINUTES: ClassVar[int]
     FAST: ClassVar[dict[str, object]] = {}
-    PRESETS: ClassVar[Mapping[str, Preset]] = {}
-    NO_PRESETS: ClassVar[str] = "this study has no setting of a paper; glue has those of the LoRA paper"
 
     out: Path = Path("runs/comparison")
     """The output directory. Runs that it already holds are resumed or read, not repeated."""
@@ -44,12 +39,6 @@ class Comparison(Runtime):
     """The data: debian_sections, which is shipped; a directory in the quickstart's format; or one of GLUE's tasks, as
     in glue/rte:DIRECTORY, or glue/rte on the Hugging Face Hub. GLUE's test labels are secret: the table is of the
     development examples, and the validation examples are held out from training, at most a tenth."""
-
-    paper: str | None = None
-    """The setting of the study's paper; this study has none that an encoder can run."""
-
-    settled: Annotated[bool, tyro.conf.Suppress] = False
-    """Whether the values of the paper are set, so that other values are the user's."""
 
     train_examples: int | None = 2000
     """Number of training examples, from the beginning of the file. None uses all."""
@@ -96,19 +85,63 @@ class Comparison(Runtime):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fast = FAST | {"out": Path(f"{type(self).out}-fast")} | self.FAST
-        if isinstance(self.paper, str) and not self.settled:
-            papers.apply(self, self.PRESETS, self.NO_PRESETS, fast)
-        settings.use_fast(self, fast)
+        self._use_fast()
         settings.positive(self, "train_examples", "validation_examples", "test_examples", "seeds", "epochs")
         settings.positive(self, "batch_size", "alpha", "clip", "checkpoint_every")
         settings.not_negative(self, "seed", "weight_decay")
         settings.fraction(self, "warmup", "label_smoothing")
         settings.lengths(self)
 
+    def _use_fast(self) -> None:
+        """Sets the values of `fast` if it is set."""
+        settings.use_fast(self, FAST | {"out": Path(f"{type(self).out}-fast")} | self.FAST)
+
+
+@dataclass(frozen=True)
+class PaperComparison(Comparison):
+    """A base class of configs that have the settings of papers.
+
+    A subclass states the names of its presets in `paper`.
+    """
+
+    PRESETS: ClassVar[Mapping[str, Preset]]
+
+    paper: str | None = None
+    """The setting of a paper. In Python, :meth:`preset` sets its values."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.paper is not None and self.paper not in self.PRESETS:
+            raise ValueError(f"paper must be one of {', '.join(self.PRESETS)}, not {self.paper}")
+
     def preset(self) -> Self:
-        """Returns the settings of the paper for the model and the data, in place of the defaults."""
-        return type(self)(paper=self.paper, model=self.model, data=self.data, fast=self.fast)
+        """Returns the settings of the paper for the model and the data, in place of the defaults.
+
+        Those of `fast` win over the paper's.
+
+        Raises:
+          UserError: Model or data are not those of the paper.
+        """
+        assert self.paper is not None
+        kind, task = type(self), self.task()
+        out = f"{kind.out}-{self.paper}-{task}"
+        values = self.PRESETS[self.paper].fields(task) | {"out": Path(out)}
+        if self.fast:
+            values |= FAST | self.FAST | {"out": Path(f"{out}-fast")}
+        return kind(paper=self.paper, model=self.model, data=self.data, fast=self.fast, **values)
+
+    def task(self) -> str:
+        """Returns the task of GLUE that `data` means in the setting of the paper.
+
+        Raises:
+          UserError: Model or data are not those of the paper.
+        """
+        assert self.paper is not None
+        return self.PRESETS[self.paper].task(self.paper, self.model, type(self).model, self.data)
+
+    def _use_fast(self) -> None:
+        if self.paper is None:  # otherwise preset() has set the values, and others are the user's
+            super()._use_fast()
 
 
 FAST = {

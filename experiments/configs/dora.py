@@ -15,14 +15,13 @@ class Config(Comparison):
     The paper adapts LLaMA 7B for commonsense reasoning (tables 1, 6 and 7), and finds that ΔM and ΔD, the changes of
     magnitude and direction, are negatively correlated in full fine-tuning and DoRA, and positively in LoRA (figure 2).
     Here all-MiniLM-L6-v2 classifies Debian packages; all linear layers are adapted.
+
+    There is no --paper: the original setting (table 8) is of LLaMA, a decoder, on commonsense reasoning. It is that of
+    sft --methods lora,dora --data commonsense:DIRECTORY.
     """
 
     STUDY = "experiments.studies.dora"
     MINUTES = 20
-    NO_PRESETS = (
-        "DoRA's setting (table 8) is LLaMA on commonsense reasoning, which no encoder runs; run sft --methods "
-        "lora,dora --data commonsense:DIRECTORY --model with a Llama"
-    )
     FAST: ClassVar = {"ranks": (1, 2), "full_rank": 8}
 
     out: Path = Path("runs/dora")

@@ -6,20 +6,20 @@ from typing import Annotated, ClassVar, Literal
 
 from experiments import settings
 from experiments.configs import glue_papers, papers
-from experiments.configs.comparison import Comparison
+from experiments.configs.comparison import PaperComparison
 from experiments.configs.method_names import separated_by_commas
 
 METHODS = (
     *("head", "bitfit", "top-layers", "full", "lora", "lora-linear", "houlsby", "pfeiffer"),
-    *("prefix", "prompt", "lora-prompt"),
+    *("prefix", "prompt", "lora-prompt", "adapter-drop"),
 )
 Methods = Annotated[tuple[str, ...], separated_by_commas(METHODS)]
 _GPT3 = papers.gpt3(
     "LoRA, tables 12 and 15",
     lambda task: {
-        "^BitFit$": {"rates": (papers.GPT3_RATES["BitFit"],)},
-        "adapters": {"rates": (papers.GPT3_RATES["adapters"],)},
-        "^prompt": {"rates": (papers.GPT3_RATES["PreEmbed"],)},
+        "^BitFit$": {"lr": (papers.GPT3_RATES["BitFit"],)},
+        "adapters": {"lr": (papers.GPT3_RATES["adapters"],)},
+        "^prompt": {"prefix_lr": (papers.GPT3_RATES["PreEmbed"],)},
     },
     methods=("head", "bitfit", "full", "lora", "houlsby", "prefix", "prompt"),
     lr=(papers.GPT3_RATES["LoRA"],),
@@ -29,7 +29,7 @@ _GPT3 = papers.gpt3(
 
 
 @dataclass(frozen=True)
-class Config(Comparison):
+class Config(PaperComparison):
     """Trains every method of the LoRA paper's tables 2 and 15 at several sizes, and draws accuracy against parameters.
 
     Full fine-tuning, BitFit, the top two layers, bottleneck adapters (Houlsby, Pfeiffer), prefix tuning, prompt tuning,
@@ -51,9 +51,10 @@ class Config(Comparison):
     (table 9), roberta-large-houlsby (table 9, fixed length and batch size, with adapters), deberta-xxl (table 10), or
     gpt-3 (table 12 on MNLI, for another model). Other flags win."""
 
-    methods: Methods = METHODS
+    methods: Methods = METHODS[:-1]
     """The methods to compare, separated by commas: head (alone), bitfit, top-layers, full, lora (on query and value),
-    lora-linear (on all linear layers), houlsby, pfeiffer, prefix, prompt, lora-prompt."""
+    lora-linear (on all linear layers), houlsby, pfeiffer, prefix, prompt, lora-prompt, adapter-drop (Pfeiffer adapters
+    of a sixteenth of the width, in the last third of the layers and in all)."""
 
     ranks: tuple[int, ...] = (1, 8, 64)
     """Ranks of LoRA on query and value."""

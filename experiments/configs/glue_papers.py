@@ -41,6 +41,8 @@ _RESULTS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "roberta-base": {
         _FULL: ["87.6", "94.8", "90.2", "63.6", "92.8", "91.9", "78.7", "91.2"],
         _BITFIT: ["84.7", "93.7", "92.7", "62.0", "91.8", "84.0", "81.5", "90.8"],
+        "^AdapterDrop, size 48, 4 layers$": ["87.1", "94.2", "88.5", "60.8", "93.1", "90.2", "71.5", "89.7"],
+        "^AdapterDrop, size 48, 12 layers$": ["87.3", "94.7", "88.4", "62.6", "93.0", "90.6", "75.9", "90.3"],
         _LORA: ["87.5±.3", "95.1±.2", "89.7±.7", "63.4±1.2", "93.3±.3", "90.8±.1", "86.6±.7", "91.5±.2"],
     },
     "roberta-large": {
@@ -77,7 +79,7 @@ def _fields(table: Mapping[str, Sequence[Any]], task: str, **shared: Any) -> dic
 
 
 def _rows(name: str, task: str, hyperparameters: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns the hyperparameters of rows, and the paper's values; rows that it does not have, have none."""
+    """Returns the hyperparameters of rows, and the paper's results; rows that it does not have, have none."""
     results = {pattern: values[TASKS.index(task)].replace("±", " ± ") for pattern, values in _RESULTS[name].items()}
     patterns = list(dict.fromkeys([*results, *hyperparameters, ""]))
     return {pattern: {"paper": results.get(pattern, ""), **hyperparameters.get(pattern, {})} for pattern in patterns}
@@ -87,7 +89,7 @@ def _adapters(task: str) -> dict[str, dict[str, Any]]:
     """The adapters of Houlsby's setting: 32 examples per step, a rate of 3e-4 with exceptions for the larger ones."""
 
     def row(epochs: int, rate: float = 3e-4) -> dict[str, Any]:
-        return {"rates": (rate,), "epochs": epochs, "batch_size": 32}
+        return {"lr": (rate,), "epochs": epochs, "batch_size": 32}
 
     index, slow = TASKS.index(task), 3e-5
     pfeiffer, houlsby = row(5 if task == "mnli" else _PFEIFFER[index]), row(_HOULSBY[index])
@@ -116,11 +118,11 @@ def _preset(
 ) -> Preset:
     return Preset(
         f"LoRA, {source}",
-        model,
         TASKS,
         lambda task: _fields(table, task, **shared),
         lambda task: _rows(name, task, rows(task)),
         heading=lambda task: f"paper: {title}, {_WORDS.get(task, task.upper())}",
+        model=model,
         model_type=model_type,
         width=width,
         notes=(*notes, *papers.NOTES),
@@ -131,7 +133,10 @@ _START = (
     "In the paper, runs on MRPC, RTE and STS-B start from the adapter of MNLI; these start from the pretrained model."
 )
 _CITED = "The paper cites the result of full fine-tuning; here it has the rates and epochs of RoBERTa's authors."
-_BITFIT_CITED = "It cites that of BitFit, too; here it has the rate and epochs of LoRA."
+_OTHERS_CITED = (
+    "It cites those of BitFit and AdapterDrop, too; here these have the rate and epochs of LoRA. It states 0.3 and 0.9 "
+    "million parameters of AdapterDrop, which adapters of size 48 in 4 and in 12 layers have."
+)
 _BATCH = "The batch size is that of the table, which the scripts use on each of several GPUs."
 _ROBERTA: dict[str, Any] = {
     "model_type": "roberta",
@@ -142,13 +147,13 @@ _ROBERTA: dict[str, Any] = {
 }
 _ROBERTA_BASE: dict[str, Any] = _ROBERTA | {
     "title": "RoBERTa-base",
-    "model": "RoBERTa-base, such as FacebookAI/roberta-base",
+    "model": "RoBERTa-base: a directory or FacebookAI/roberta-base",
     "width": 768,
     "alpha": 8.0,
 }
 _ROBERTA_LARGE: dict[str, Any] = _ROBERTA | {
     "title": "RoBERTa-large",
-    "model": "RoBERTa-large, such as FacebookAI/roberta-large",
+    "model": "RoBERTa-large: a directory or FacebookAI/roberta-large",
     "width": 1024,
     "alpha": 16.0,
 }
@@ -168,10 +173,10 @@ PRESETS: dict[str, Preset] = {
             _BATCH,
             _START,
             _CITED,
-            _BITFIT_CITED,
+            _OTHERS_CITED,
         ],
         _full,
-        methods=("head", "bitfit", "full", "lora"),
+        methods=("head", "bitfit", "full", "lora", "adapter-drop"),
         **_ROBERTA_BASE,
     ),
     "roberta-large": _preset(
@@ -218,7 +223,7 @@ PRESETS: dict[str, Preset] = {
             _START,
         ],
         title="DeBERTa-XXL",
-        model="DeBERTa-v2-XXL, such as a directory with microsoft/deberta-v2-xxlarge in safetensors and tokenizer.json",
+        model="DeBERTa-v2-XXL: a directory with microsoft/deberta-v2-xxlarge in safetensors, and tokenizer.json",
         model_type="deberta-v2",
         width=1536,
         methods=("head", "lora"),

@@ -17,6 +17,8 @@ class Config(Comparison):
     embeddings do not. Since that head alone scores high, a second threshold is 90 % of what full fine-tuning gains over
     it. d₉₀ is the smallest of the dimensions whose mean test accuracy reaches a threshold, and 0 if the head alone
     does. Here all-MiniLM-L6-v2 classifies Debian packages.
+
+    There is no --paper: learning rates depend on the projection, and validation selects them here.
     """
 
     STUDY = "experiments.studies.intrinsic"

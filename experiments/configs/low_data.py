@@ -6,11 +6,11 @@ from typing import ClassVar, Literal
 
 from experiments import settings
 from experiments.configs import papers
-from experiments.configs.comparison import Comparison
+from experiments.configs.comparison import PaperComparison
 
 
 @dataclass(frozen=True)
-class Config(Comparison):
+class Config(PaperComparison):
     """Trains on 100, 1,000 and all examples with LoRA, prefix tuning and full fine-tuning (LoRA, table 16).
 
     The paper adapts GPT-3 175B on subsets of MNLI, for 40, 40 and 4 epochs, and finds that LoRA is as good as full
@@ -27,6 +27,10 @@ class Config(Comparison):
                 ", 10,000 examples$": {"batch_size": 100},
             },
             sizes=(100, 1000, 10_000, 391_702),
+            heading=None,
+            notes=(
+                "The warmup is 0.8 % of the steps with few examples, too, of which 250,000 tokens are a larger share.",
+            ),
             size_epochs=(40, 40, 4, 2),
             lr=(papers.GPT3_RATES["LoRA"],),
             full_lr=(papers.GPT3_RATES["full"],),

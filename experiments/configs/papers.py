@@ -1,13 +1,11 @@
 """The original settings of papers, which `--paper NAME` sets in the comparisons of methods.
 
-A preset sets the fields of a config that no flag sets, and hyperparameters of single rows. The values are those of the
+A preset sets the fields of a config that no flag sets, also for single rows. The values are those of the
 papers' tables; where scripts or counts of the authors differ, a note of the preset says which value it has.
 """
 
-import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from experiments.errors import UserError
@@ -19,23 +17,24 @@ class Preset:
 
     Attributes:
       source: The paper and the table.
-      model: The model that it is for, as a sentence names it.
       tasks: The tasks of GLUE that it has.
       fields: Returns the values of a config's fields by name: `fields(task)`.
-      rows: Returns fields of rows by pattern of their names, of which the first match counts: `rows(task)`. They
-        replace the rates, epochs and batch size of the config, and the paper's value.
-      heading: Returns the heading of the column of the paper's values: `heading(task)`; None is that of the study.
+      rows: Returns what differs by row: `rows(task)`, by pattern of the rows' names, of which the first match counts.
+        It has the values of a config's fields that a row has instead (a learning rate, `epochs`, `batch_size`), by
+        name, unless a flag sets them; and under `paper`, the paper's result.
+      heading: Returns the heading of the column of the paper's results: `heading(task)`; None is that of the study.
+      model: The model that it is for, as a sentence names it.
       model_type: The `model_type` of the model's `config.json`; None accepts every encoder.
       width: The width of the paper's model; None if it is another one than encoders have.
       notes: Sentences about the differences between the paper's runs and these.
     """
 
     source: str
-    model: str
     tasks: tuple[str, ...]
     fields: Callable[[str], dict[str, Any]]
     rows: Callable[[str], Mapping[str, Mapping[str, Any]]] = lambda task: {}
     heading: Callable[[str], str] | None = None
+    model: str = ""
     model_type: str | None = None
     width: int | None = None
     notes: tuple[str, ...] = ()
@@ -46,7 +45,7 @@ class Preset:
         Args:
           name: The name of the preset.
           model: The value of `--model`.
-          usual_model: Its default, which is no model of a paper.
+          usual_model: Its default.
           data: The value of `--data`.
 
         Raises:
@@ -54,45 +53,21 @@ class Preset:
         """
         from experiments.input.official import catalog  # imports NumPy, which the command line does without
 
-        wanted = ", ".join(f"glue/{task}" for task in self.tasks)
         selection = catalog.find(data)
-        task = selection.layout.name.removeprefix("glue/").partition("-")[0] if selection is not None else ""
+        layout = "" if selection is None else selection.layout.name
         missing = []
-        if model == usual_model:
-            missing.append(f"--model with a directory or a name on the Hub, of {self.model}")
-        if selection is None or not selection.layout.name.startswith("glue/"):
+        if self.model_type is not None and model == usual_model:
+            missing.append(f"--model, {self.model}")
+        if not layout.startswith("glue/"):
             example = f"glue/{self.tasks[0]}"
-            missing.append(f"--data with one of GLUE's tasks ({example}:DIRECTORY, or {example} on the Hub)")
+            missing.append(f"--data, one of GLUE's tasks: {example}:DIRECTORY, or {example} on the Hub")
         if missing:
-            raise UserError(f"--paper {name} needs {', and '.join(missing)}")
+            raise UserError(f"--paper {name} needs {'; and '.join(missing)}")
+        task = layout.removeprefix("glue/").partition("-")[0]
         if task not in self.tasks:
+            wanted = ", ".join(f"glue/{task}" for task in self.tasks)
             raise UserError(f"--paper {name}: {self.source} has no setting for {data}; it has {wanted}")
         return task
-
-
-def apply(config: Any, presets: Mapping[str, Preset], absent: str, fast: Mapping[str, Any]) -> None:
-    """Sets the fields of a config to those of the paper that it names, unless they differ from their default.
-
-    Args:
-      config: A comparison's config whose `settled` is false; afterwards it is true.
-      presets: The presets of its study by name.
-      absent: Why the study has no presets, and what to run instead.
-      fast: The values of `--fast`, which win over the paper's.
-
-    Raises:
-      UserError: There is no such preset, or model or data are not those of the paper.
-    """
-    if config.paper not in presets:
-        near = difflib.get_close_matches(config.paper, presets, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(presets)}"
-        raise UserError(f"--paper {config.paper}: {hint if presets else absent}")
-    preset, kind = presets[config.paper], type(config)
-    task = preset.task(config.paper, config.model, kind.model, config.data)
-    values = {"out": Path(f"{kind.out}-{config.paper}-{task}"), **preset.fields(task)}
-    for name, value in {**values, **(fast if config.fast else {})}.items():
-        if getattr(config, name) == getattr(kind, name):
-            object.__setattr__(config, name, value)
-    object.__setattr__(config, "settled", True)
 
 
 def lengths(longest: int) -> tuple[int, ...]:
@@ -121,16 +96,23 @@ GPT3_RATES = {"LoRA": 2e-4, "full": 5e-6, "BitFit": 1.6e-3, "PreEmbed": 5e-4, "P
 
 
 def gpt3(
-    source: str, rows: Callable[[str], Mapping[str, Mapping[str, Any]]] = lambda task: {}, **fields: Any
+    source: str,
+    rows: Callable[[str], Mapping[str, Mapping[str, Any]]] = lambda task: {},
+    heading: str | None = "paper: GPT-3 175B, MNLI",
+    notes: Sequence[str] = (),
+    **fields: Any,
 ) -> Preset:
     """Returns the setting of the LoRA paper's GPT-3 175B on MNLI (table 12), for another model.
 
     Args:
       source: The paper and the tables.
       rows: See :class:`Preset`.
+      heading: The heading of the column of the paper's results; None is that of the study.
+      notes: What differs from the paper in the study alone.
       **fields: The values of a study's own fields, or others than those of table 12.
     """
     shared = {
+        "alpha": 8.0,
         "epochs": 2,
         "batch_size": 128,
         "warmup": 0.008,
@@ -139,15 +121,17 @@ def gpt3(
     }
     return Preset(
         source,
-        "any encoder, such as FacebookAI/roberta-large",
         ("mnli",),
         lambda task: {**ALL, **shared, **fields},
         rows,
+        heading=None if heading is None else lambda task: heading,
         notes=(
             "The paper's model is GPT-3 175B, for which its learning rates were chosen.",
-            "Texts have up to 512 tokens instead of 768, and the warmup of 250,000 tokens is 0.8 % of two passes over "
-            "MNLI, of some 40 tokens an example.",
-            "The paper does not state alpha.",
+            "Texts have up to 512 tokens instead of 768. The warmup is 0.8 % of the steps: the paper's 250,000 tokens "
+            "are that share of two passes over MNLI, of some 40 tokens an example.",
+            "The paper does not state alpha for GPT-3. It sets alpha to the first rank that it tries and does not "
+            "change it with the rank, so alpha is 8, the rank of table 12.",
+            *notes,
             *NOTES,
         ),
     )

@@ -24,11 +24,12 @@ class Config(Comparison):
 
     The default takes under 4 minutes on 2 CPU cores and about 1.4 GB of memory. It writes the adapter, a page with a
     figure, and a JSON record to --out. After an interruption, the same command resumes.
+
+    There is no --paper: the settings of the LoRA paper are those of glue.
     """
 
     STUDY = "experiments.studies.quickstart"
     MINUTES = 4
-    NO_PRESETS = "the quickstart has no setting of a paper; glue has those of the LoRA paper"
 
     methods: Methods = ("head", "lora")
     """The methods to compare, separated by commas: head (logistic regression on frozen features), lora (LoRA on query

@@ -15,14 +15,12 @@ class Config(Comparison):
     Uniform LoRA on all linear layers; AdaLoRA, which prunes in training; EVA, which distributes ranks before training;
     and truncation of trained LoRA by one threshold for the singular values of all weights, which needs no other
     training. The question is whether a quarter of the parameters is enough for at most half a point less.
+
+    There is no --paper: this is an open question of the LoRA paper, which has no setting for it.
     """
 
     STUDY = "experiments.studies.rank_selection"
     MINUTES = 15
-    NO_PRESETS = (
-        "this study tests an open question of the LoRA paper, which has no setting for it; choose --model, --data and "
-        "--lr, or run glue --paper roberta-base"
-    )
     FAST: ClassVar = {"ranks": (1, 4), "energies": (0.9, 0.5)}
 
     out: Path = Path("runs/rank-selection")

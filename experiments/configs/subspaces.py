@@ -6,11 +6,11 @@ from typing import ClassVar, Literal
 
 from experiments import settings
 from experiments.configs import papers
-from experiments.configs.comparison import Comparison
+from experiments.configs.comparison import PaperComparison
 
 
 @dataclass(frozen=True)
-class Config(Comparison):
+class Config(PaperComparison):
     """Compares the directions that LoRA of two ranks and two seeds learns (LoRA, figures 3 and 4, table 7).
 
     The overlap φ(i, j) of the first i directions of one run and the first j of another is 1 if one space contains the

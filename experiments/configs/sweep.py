@@ -18,6 +18,8 @@ class Config(Comparison):
 
     The default takes under 10 minutes on 2 CPU cores and about 4 GB of memory. It writes the adapters, a page, a JSON
     record and a heat map to --out. After an interruption, the same command resumes.
+
+    There is no --paper, since no paper has this sweep.
     """
 
     STUDY = "experiments.studies.sweep"

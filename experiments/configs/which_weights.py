@@ -6,11 +6,11 @@ from typing import ClassVar, Literal
 
 from experiments import settings
 from experiments.configs import papers
-from experiments.configs.comparison import Comparison
+from experiments.configs.comparison import PaperComparison
 
 
 @dataclass(frozen=True)
-class Config(Comparison):
+class Config(PaperComparison):
     """Adapts every subset of query, key, value and output with the same number of parameters (LoRA paper, table 5).
 
     The ranks are such that every subset has as many parameters; the feed-forward layers, and all linear layers, follow

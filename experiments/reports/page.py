@@ -20,8 +20,7 @@ from experiments.reports.results import without_nan, write_json
 from lora_jax.io import replace_file
 
 FILES = ("README.md", "figure.png", "run.json")
-_NOT_SHOWN = ("out", "fresh", "checkpoint_every", "settled")
-_OF_PAPER = ("paper", "model", "data")  # what chooses the values of a paper
+_NOT_SHOWN = ("out", "fresh", "checkpoint_every")
 
 
 @dataclass(frozen=True)
@@ -137,17 +136,19 @@ def command(config: Any) -> str:
       >>> from experiments.configs.which_weights import Config
       >>> command(Config(seeds=2, lengths=(14, 20)))
       'python -m experiments.run which-weights --seeds 2 --lengths 14 20'
+      >>> command(Config(fast=True, batch_size=8))
+      'python -m experiments.run which-weights --fast --batch-size 8'
     """
-    words = [f"python -m experiments.run {command_name(config)}"]
-    if getattr(config, "fast", False):
-        return " ".join([*words, "--fast"])
-    default = type(config)()
-    paper = config.preset() if getattr(config, "paper", False) else default
-    usual = {
-        entry.name: getattr(default if entry.name in _OF_PAPER else paper, entry.name)
-        for entry in dataclasses.fields(config)
-    }
-    return " ".join([*words, *_flags(config, usual)])
+    return " ".join([f"python -m experiments.run {command_name(config)}", *changed_flags(config)])
+
+
+def changed_flags(config: Any) -> list[str]:
+    """Returns the flags that differ from the defaults, or from the values that `--paper` and `--fast` set."""
+    fast = {"fast": True} if getattr(config, "fast", False) else {}
+    usual = vars(type(config)(**fast))
+    if getattr(config, "paper", None):  # these three choose the other values
+        usual = vars(config.preset()) | {name: usual[name] for name in ("paper", "model", "data")}
+    return ["--fast"] * len(fast) + _flags(config, usual)
 
 
 def _flags(config: Any, usual: Mapping[str, Any], prefix: str = "--") -> list[str]:

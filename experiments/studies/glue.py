@@ -1,12 +1,14 @@
 """Every method that the LoRA paper compares, by trained parameters (LoRA paper, tables 2 and 15, figure 2)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import lora_jax as lora
 from experiments.baselines import specs
 from experiments.baselines.specs import LINEAR, QUERY_VALUE
 from experiments.configs.glue import Config
 from experiments.reports.findings import Finding
+from experiments.studies import glue_results
 from experiments.studies.comparison import figures, program
 from experiments.studies.comparison.description import Row, Study, Summary
 from experiments.studies.comparison.judge import as_good, best, better
@@ -14,14 +16,6 @@ from experiments.studies.problem import HEAD, Problem
 from experiments.studies.virtual_starts import PREFIX, PROMPT, WithPrefix, WithPrompt
 
 _LATE, _BOTH = "feed_forward/down/kernel", "(attention/output|feed_forward/down)/kernel"
-_LORA = {1: "GPT-3 73.4 / 91.3", 8: "RoBERTa 87.2; GPT-3 73.8 / 91.6", 64: "GPT-3 73.5 / 91.4"}
-_HOULSBY_PAPER = {8: "GPT-3 73.2 / 91.5", 64: "GPT-3 72.6 / 91.5"}
-_PREFIX = {4: "GPT-3 68.5 / 89.2", 16: "GPT-3 70.1 / 89.5", 64: "GPT-3 64.9 / 87.9"}  # PreLayer of as many tokens
-_PROMPT = {32: "GPT-3 55.9 / 84.9"}  # PreEmbed
-_FULL = "RoBERTa 86.4; GPT-3 73.8 / 89.5"
-_BOTH_PAPER = {64: "GPT-3 76.2 / 91.3"}
-"""The paper's values by rank, size or number of virtual tokens: RoBERTa-base, the mean of GLUE (table 2); GPT-3 175B,
-WikiSQL / MNLI (tables 6 and 15)."""
 _SERIES = {
     "head": "head alone",
     "bitfit": "BitFit",
@@ -34,6 +28,7 @@ _SERIES = {
     "prefix": "prefix tuning",
     "prompt": "prompt tuning",
     "lora-prompt": "LoRA and prompt",
+    "adapter-drop": "AdapterDrop",
 }
 
 
@@ -46,11 +41,10 @@ def rows(config: Config, problem: Problem) -> list[Row]:
             {pattern: lora.LoRA(rank, config.alpha)} | head,
             config.lr,
             f"LoRA, {where}",
-            paper=paper.get(rank, ""),
         )
-        for where, pattern, ranks, paper in (
-            ("query and value", QUERY_VALUE, config.ranks, _LORA),
-            ("all linear layers", LINEAR, config.linear_ranks, {}),
+        for where, pattern, ranks in (
+            ("query and value", QUERY_VALUE, config.ranks),
+            ("all linear layers", LINEAR, config.linear_ranks),
         )
         for rank in ranks
     ]
@@ -60,11 +54,10 @@ def rows(config: Config, problem: Problem) -> list[Row]:
             {pattern: lora.Bottleneck(size, activation)} | head,
             config.lr,
             name,
-            paper=paper.get(size, ""),
         )
-        for name, pattern, activation, paper in (
-            ("Houlsby adapters", _BOTH, "swish", _HOULSBY_PAPER),
-            ("Pfeiffer adapters", _LATE, "relu", {}),
+        for name, pattern, activation in (
+            ("Houlsby adapters", _BOTH, "swish"),
+            ("Pfeiffer adapters", _LATE, "relu"),
         )
         for size in config.sizes
     ]
@@ -74,12 +67,11 @@ def rows(config: Config, problem: Problem) -> list[Row]:
             {pattern: lora.Full()} | head,
             config.prefix_lr,
             f"{kind} tuning",
-            paper=paper.get(length, ""),
             change=change(length),
         )
-        for kind, pattern, lengths, change, paper in (
-            ("prefix", PREFIX, config.prefixes, WithPrefix, _PREFIX),
-            ("prompt", PROMPT, config.prompts, WithPrompt, _PROMPT),
+        for kind, pattern, lengths, change in (
+            ("prefix", PREFIX, config.prefixes, WithPrefix),
+            ("prompt", PROMPT, config.prompts, WithPrompt),
         )
         for length in lengths
     ]
@@ -88,25 +80,37 @@ def rows(config: Config, problem: Problem) -> list[Row]:
         {QUERY_VALUE: lora.LoRA(max(config.ranks), config.alpha), PROMPT: lora.Full()} | head,
         config.lr,
         "LoRA and prompt",
-        paper=_BOTH_PAPER.get(max(config.ranks), ""),
         change=WithPrompt(config.prompts[0]),
     )
     count = min(2, problem.shape.layers)
     whole = [
         Row("head alone", {}, series="head alone"),
-        Row("BitFit", specs.bitfit(problem.base) | head, config.lr, "BitFit", paper="RoBERTa 85.2; GPT-3 71.3 / 91.0"),
+        Row("BitFit", specs.bitfit(problem.base) | head, config.lr, "BitFit"),
         Row(f"top {count} layers", specs.top_layers(problem.base, count) | head, config.full_lr, "top layers"),
-        Row(
-            "full fine-tuning",
-            specs.full(),
-            config.full_lr,
-            "full fine-tuning",
-            paper=_FULL,
-        ),
+        Row("full fine-tuning", specs.full(), config.full_lr, "full fine-tuning"),
     ]
     names = {series: name for name, series in _SERIES.items()}
-    every = [*whole, *adapted, *bottlenecks, *virtual, both]
-    return [row for row in every if names[row.series] in config.methods]
+    every = [*whole, *adapted, *bottlenecks, *virtual, both, *_adapter_drop(config, problem)]
+    return [
+        replace(row, paper=glue_results.of(config, row.name)) for row in every if names[row.series] in config.methods
+    ]
+
+
+def _adapter_drop(config: Config, problem: Problem) -> list[Row]:
+    """Returns Pfeiffer adapters in the last third of the layers, and in all: AdapterDrop drops those of the first."""
+    layers, size = problem.shape.layers, problem.shape.width // 16
+    return [
+        Row(
+            f"AdapterDrop, size {size}, {count} layers",
+            {
+                rf"layers/({'|'.join(map(str, range(layers - count, layers)))})/{_LATE}": lora.Bottleneck(size, "relu"),
+                HEAD: lora.Full(),
+            },
+            config.lr,
+            "AdapterDrop",
+        )
+        for count in dict.fromkeys((max(1, layers // 3), layers))
+    ]
 
 
 def findings(summaries: Sequence[Summary]) -> list[Finding]:
@@ -122,7 +126,7 @@ def findings(summaries: Sequence[Summary]) -> list[Finding]:
         "full fine-tuning": (as_good, "LoRA is as good as full fine-tuning"),
         **{
             name: (as_good, f"LoRA is as good as {name}, or better")
-            for name in ("Houlsby adapters", "Pfeiffer adapters", "BitFit", "top layers")
+            for name in ("Houlsby adapters", "Pfeiffer adapters", "AdapterDrop", "BitFit", "top layers")
         },
         "prefix tuning": (better, "LoRA is better than prefix tuning"),
         "prompt tuning": (better, "LoRA is better than prompt tuning"),

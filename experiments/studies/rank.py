@@ -7,7 +7,7 @@ import lora_jax as lora
 from experiments.baselines.specs import LINEAR, QUERY_VALUE
 from experiments.configs.rank import Config
 from experiments.reports.findings import Finding
-from experiments.studies.comparison import figures, program
+from experiments.studies.comparison import figures, paper, program
 from experiments.studies.comparison.description import Row, Study, Summary
 from experiments.studies.comparison.judge import as_good, better
 from experiments.studies.problem import HEAD, Problem
@@ -24,6 +24,20 @@ _PAPER = {
     "attention": ("74.1 / 91.2", "73.7 / 91.7", "74.0 / 91.7", "74.0 / 91.5", "73.9 / 91.4"),
 }
 _PAPER_RANKS = (1, 2, 4, 8, 64)
+_E2E = {
+    1: "68.72",
+    2: "69.17",
+    4: "70.38",
+    8: "69.57",
+    16: "69.61",
+    32: "69.33",
+    64: "69.24",
+    128: "68.73",
+    256: "68.92",
+    512: "68.78",
+    1024: "69.37",
+}
+"""BLEU of GPT-2 medium with query and value adapted (table 18)."""
 
 
 def rows(config: Config, problem: Problem) -> list[Row]:
@@ -36,8 +50,15 @@ def rows(config: Config, problem: Problem) -> list[Row]:
 
 def _row(config: Config, target: str, rank: int) -> Row:
     spec = {_TARGETS[target]: lora.LoRA(rank, alpha=config.alpha), HEAD: lora.Full()}
-    paper = dict(zip(_PAPER_RANKS, _PAPER.get(target, ()))).get(rank, "")
-    return Row(f"{target}, r = {rank}", spec, (config.lr,), target, rank, paper)
+    return Row(f"{target}, r = {rank}", spec, (config.lr,), target, rank, _results(config, target, rank))
+
+
+def _results(config: Config, target: str, rank: int) -> str:
+    """Returns the paper's results; those of E2E only without `--paper`, which is another task."""
+    results = [paper.of_gpt3(config, dict(zip(_PAPER_RANKS, _PAPER.get(target, ()))).get(rank, ""))]
+    if target == "query, value" and rank in _E2E and config.paper is None:
+        results.append(f"E2E {_E2E[rank]}")
+    return "; ".join(filter(None, results))
 
 
 def findings(summaries: Sequence[Summary]) -> list[Finding]:
@@ -54,8 +75,8 @@ def findings(summaries: Sequence[Summary]) -> list[Finding]:
 
 STUDY = Study(
     claim="A rank of 1 is enough for query and value together; query alone needs more.",
-    source="LoRA, table 6 (GPT-3 175B)",
-    paper="paper: WikiSQL / MNLI",
+    source="LoRA, tables 6 (GPT-3 175B) and 18 (GPT-2 medium, BLEU on E2E)",
+    paper="paper: WikiSQL / MNLI; E2E",
     rows=rows,
     draw=partial(figures.lines, xlabel="rank"),
     findings=findings,

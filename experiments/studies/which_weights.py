@@ -7,7 +7,7 @@ import lora_jax as lora
 from experiments.baselines.specs import LINEAR
 from experiments.configs.which_weights import Config
 from experiments.reports.findings import Finding
-from experiments.studies.comparison import figures, program
+from experiments.studies.comparison import figures, paper, program
 from experiments.studies.comparison.description import Row, Study, Summary
 from experiments.studies.comparison.judge import as_good, best, better
 from experiments.studies.problem import HEAD, Problem
@@ -49,7 +49,8 @@ def rows(config: Config, problem: Problem) -> list[Row]:
 def _row(config: Config, problem: Problem, name: str, pattern: str, series: str) -> Row:
     rank = max(1, round(config.budget * problem.rank_one(_QUERY) / problem.rank_one(pattern)))
     spec = {pattern: lora.LoRA(rank, alpha=config.alpha), HEAD: lora.Full()}
-    return Row(f"{name}, r = {rank}", spec, (config.lr,), series=series, paper=_PAPER.get(name, ""))
+    results = paper.of_gpt3(config, _PAPER.get(name, ""))
+    return Row(f"{name}, r = {rank}", spec, (config.lr,), series=series, paper=results)
 
 
 def findings(summaries: Sequence[Summary]) -> list[Finding]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import jax
@@ -20,6 +21,9 @@ from experiments.input import labeled
 from experiments.models import bert, classifier
 from experiments.reports.page import command
 from experiments.studies import glue as study
+from experiments.studies import glue_results
+from experiments.studies import low_data as low_data_study
+from experiments.studies import rank as rank_study
 from experiments.studies.comparison import paper
 from experiments.studies.comparison.description import Row
 from experiments.studies.glue import STUDY
@@ -156,6 +160,8 @@ TASKS = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")
 MEANS = {  # of table 2
     ("roberta-base", "full fine-tuning"): 86.4,
     ("roberta-base", "BitFit"): 85.2,
+    ("roberta-base", "AdapterDrop, size 48, 4 layers"): 84.4,
+    ("roberta-base", "AdapterDrop, size 48, 12 layers"): 85.4,
     ("roberta-base", "LoRA on query and value, r = 8"): 87.2,
     ("roberta-large", "full fine-tuning"): 88.9,
     ("roberta-large", "LoRA on query and value, r = 8"): 89.0,
@@ -172,7 +178,7 @@ MEANS = {  # of table 2
 @pytest.mark.parametrize("name", LORA)
 def test_a_setting_has_the_values_of_its_table(name):
     for index, task in enumerate(TASKS):
-        config = Config(paper=name, model="some/model", data=f"glue/{task}")
+        config = Config(paper=name, model="some/model", data=f"glue/{task}").preset()
         for field, text in LORA[name].items():
             value = {"lr": 1e4 * config.lr[0], "lengths": config.lengths[-1]}.get(field, getattr(config, field))
             assert value == pytest.approx(float(text.split()[index])), (task, field)
@@ -184,7 +190,7 @@ def test_a_setting_has_the_values_of_its_table(name):
 def test_the_values_of_the_paper_have_the_means_of_its_table(name, row):
     values = []
     for task in TASKS:
-        config = Config(paper=name, model="some/model", data=f"glue/{task}")
+        config = Config(paper=name, model="some/model", data=f"glue/{task}").preset()
         ours, other = paper.rows(config, [Row(row, {}, (1e-3,), paper="x"), Row("prompt of 8", {}, (1e-3,), paper="x")])
         assert other.paper == ""
         values.append(float(ours.paper.split()[0]))
@@ -199,9 +205,10 @@ def test_the_rows_of_a_setting_have_the_counts_of_the_paper():
     )
     apply, base = lora.nnx.functional(network)
     problem = Problem(apply, base, {}, ("a", "b"), (14,), network.encoder.shape, "")
-    config = Config(paper="roberta-base", model="some/model", data="glue/rte")
+    config = Config(paper="roberta-base", model="some/model", data="glue/rte").preset()
     by_name = {row.name: row.spec for row in study.rows(config, problem)}
-    assert list(by_name) == ["head alone", "BitFit", "full fine-tuning", "LoRA on query and value, r = 8"]
+    drop = [f"AdapterDrop, size 48, {layers} layers" for layers in (4, 12)]
+    assert list(by_name) == ["head alone", "BitFit", "full fine-tuning", "LoRA on query and value, r = 8", *drop]
 
     def count(name):
         delta = jax.eval_shape(lambda base: problem.delta(jax.random.key(0), base, by_name[name]), base)
@@ -210,11 +217,12 @@ def test_the_rows_of_a_setting_have_the_counts_of_the_paper():
 
     assert count("LoRA on query and value, r = 8") == 294_912
     assert count("BitFit") == 102_144
+    assert [count(name) for name in drop] == [298_176, 894_528]
 
 
 def test_rows_have_hyperparameters_of_their_own():
     def rows(names, task="mnli", name="roberta-large-houlsby", **fields):
-        usual = Config(paper=name, model="some/model", data=f"glue/{task}")
+        usual = Config(paper=name, model="some/model", data=f"glue/{task}").preset()
         return paper.rows(dataclasses.replace(usual, **fields), [Row(row, {}, (2e-4,)) for row in names])
 
     adapters = [f"{kind} adapters, size {size}" for kind in ("Pfeiffer", "Houlsby") for size in (64, 8)]
@@ -227,23 +235,61 @@ def test_rows_have_hyperparameters_of_their_own():
     assert [(row.rates, row.epochs) for row in rows(adapters, "rte")] == [((3e-4,), 20)] * 4
     (row,) = rows(adapters[:1], epochs=1, lr=(1e-3,))  # flags win
     assert (row.rates, row.epochs, row.batch_size) == ((2e-4,), None, 32)
+    (row,) = rows(adapters[:1], full_lr=(1e-5,))  # the flag of another rate
+    assert row.rates == (3e-5,)
     (full,) = rows(["full fine-tuning"], name="roberta-base")
-    assert full.epochs == 10 and Config(paper="roberta-base", model="a/b", data="glue/rte").full_lr[0] == 1e-5
+    assert full.epochs == 10 and full.rates == (2e-4,)
+    fast = Config(paper="roberta-base", model="a/b", data="glue/rte", fast=True).preset()
+    assert paper.rows(fast, [full])[0] == dataclasses.replace(full, paper="78.7") and fast.epochs == 1
+    (full,) = paper.rows(fast, [Row("full fine-tuning", {}, (1e-5,))])
+    assert full.epochs is None
 
 
 def test_gpt3_is_for_other_models_on_mnli():
     chosen = {"paper": "gpt-3", "model": "some/model", "data": "glue/mnli"}
     for kind in (which_weights.Config, rank.Config, LowData, Config):
-        config = kind(**chosen)
-        assert (config.batch_size, config.epochs, config.weight_decay) == (128, 2, 0.1)
+        config = kind(**chosen).preset()
+        assert (config.batch_size, config.epochs, config.weight_decay, config.alpha) == (128, 2, 0.1, 8)
         assert np.atleast_1d(config.lr).tolist() == [2e-4]
-    few = LowData(**chosen)
+    few = LowData(**chosen).preset()
     assert (few.sizes[:3], few.size_epochs, few.full_lr) == ((100, 1000, 10_000), (40, 40, 4, 2), (5e-6,))
     by_size = paper.rows(few, [Row(f"prefix tuning, {size:,} examples", {}, (1.0,)) for size in few.sizes])
     assert [row.batch_size for row in by_size] == [20, 20, 100, None]
-    others = paper.rows(Config(**chosen), [Row("BitFit", {}, (1.0,), paper="71.3"), Row("prompt of 8", {}, (1.0,))])
-    assert [row.rates for row in others] == [(1.6e-3,), (5e-4,)] and others[0].paper == "71.3"
-    assert paper.heading(few) == ""
+    others = [Row("BitFit", {}, (1.0,), paper="71.3"), Row("prompt of 8", {}, (1.0,))]
+    usual = Config(**chosen).preset()
+    first, second = paper.rows(usual, others)
+    assert (first.rates, second.rates, first.paper) == ((1.6e-3,), (5e-4,), "71.3")
+    assert [row.rates for row in paper.rows(dataclasses.replace(usual, full_lr=(1.0,)), others)] == [
+        first.rates,
+        second.rates,
+    ]
+    assert [row.rates for row in paper.rows(dataclasses.replace(usual, lr=(1.0,)), others)] == [(1.0,), second.rates]
+    assert paper.heading(few) == "" and paper.heading(usual) == "paper: GPT-3 175B, MNLI"
+    assert rank.Config(paper="gpt-3", data="glue/mnli").preset().model == rank.DEFAULTS.model  # any encoder
+
+
+def test_the_table_has_the_result_of_the_task():
+    chosen = {"paper": "gpt-3", "data": "glue/mnli"}
+    name = "LoRA on query and value, r = 8"
+    assert glue_results.of(Config(), name) == "RoBERTa 87.2; GPT-3 73.8 / 91.6"
+    assert glue_results.of(Config(**chosen), name) == "91.6"
+    shape = SimpleNamespace(width=16, layers=1)
+    problem = SimpleNamespace(shape=shape)
+    by_name = {row.name: row.paper for row in rank_study.rows(rank.Config(ranks=(1, 16)), problem)}
+    assert by_name["query, value, r = 1"] == "73.4 / 91.3; E2E 68.72" and by_name["query, r = 16"] == ""
+    assert by_name["query, value, r = 16"] == "E2E 69.61"
+    alone = {row.name: row.paper for row in rank_study.rows(rank.Config(**chosen), problem)}
+    assert alone["query, value, r = 1"] == "91.3" and alone["query, value, r = 64"] == "91.4"
+    few = {row.name: row.paper for row in low_data_study.rows(LowData(**chosen).preset(), problem)}
+    assert few["LoRA, 10,000 examples"] == "89.2" and few["full fine-tuning, 391,702 examples"] == "89.5"
+
+
+def test_values_that_are_defaults_win_over_the_paper():
+    config = Config(paper="roberta-base", model="some/model", data="glue/rte").preset()
+    ours = dataclasses.replace(config, epochs=1, alpha=32.0, seeds=3)
+    assert (config.epochs, ours.epochs, ours.alpha, ours.seeds) == (80, 1, 32, 3)
+    with pytest.raises(ValueError, match=r"paper must be one of roberta-base, .*, not roberta"):
+        Config(paper="roberta")
 
 
 def test_flags_win_over_the_paper():
@@ -261,11 +307,16 @@ def test_flags_win_over_the_paper():
         "runs/glue-roberta-large-cola",
     )
     assert (ours.epochs, ours.batch_size, ours.lr, ours.methods) == (1, 16, (2e-4,), ("lora", "full"))
-    assert command(usual) == "python -m experiments.run glue --model some/model --data glue/cola --paper roberta-large"
-    assert command(ours) == f"{command(usual)} --epochs 1 --batch-size 16 --methods lora full"
+    named = "--model some/model --data glue/cola"
+    assert command(usual) == f"python -m experiments.run glue {named} --paper roberta-large"
+    changed = f"{named} --epochs 1 --batch-size 16 --paper roberta-large --methods lora full"
+    assert command(ours) == f"python -m experiments.run glue {changed}"
     assert dataclasses.replace(ours, seed=3).epochs == 1
-    fast = parsed("--fast", "--alpha", "3")
+    fast = parsed("--fast", "--alpha", "3", "--seeds", "3")
     assert (fast.epochs, fast.train_examples, fast.ranks, fast.alpha, fast.lr) == (1, 48, (2,), 3, (2e-4,))
+    assert (fast.seeds, str(fast.out)) == (3, "runs/glue-roberta-large-cola-fast")
+    changed = f"--fast {named} --seeds 3 --alpha 3.0 --paper roberta-large"
+    assert command(fast) == f"python -m experiments.run glue {changed}"
 
 
 def test_a_study_in_the_setting_of_its_paper(data, roberta, tmp_path, capsys):
@@ -286,13 +337,19 @@ def test_what_the_user_can_put_right_is_one_sentence(data, tiny_model, tmp_path,
     cola = ["--data", f"glue/cola:{data}"]
     model = ["--model", str(tiny_model)]
     for args, message in (
-        (["glue", "--paper", "roberta-base"], "needs --model with a directory or a name on the Hub"),
-        (["glue", "--paper", "roberta-base", *model], "needs --data with one of GLUE's tasks (glue/mnli:DIRECTORY"),
+        (
+            ["glue", "--paper", "roberta-base"],
+            "needs --model, RoBERTa-base: a directory or FacebookAI/",
+        ),
+        (["glue", "--paper", "roberta-base", *model], "needs --data, one of GLUE's tasks: glue/mnli:DIRECTORY, or"),
         (["glue", "--paper", "roberta-base", *model, *cola], "is of the type bert, expected RoBERTa-base"),
         (["rank", "--paper", "gpt-3", *model, *cola], "has no setting for"),
-        (["dora", "--paper", "dora", *model, *cola], "which no encoder runs; run sft --methods lora,dora"),
-        (["rank-selection", "--paper", "lora"], "open question of the LoRA paper"),
-        (["sweep", "--paper", "lora"], "this study has no setting of a paper"),
+        (["glue", *model, "--paper"], "--paper needs a name: roberta-base, roberta-large, roberta-large-houlsby"),
+        (["rank", "--paper", *model], "--paper needs a name: gpt-3"),
+        *(
+            ([name, "--paper", "lora"], "Unrecognized options: --paper, lora")
+            for name in ("dora", "rank-selection", "sweep", "intrinsic", "quickstart")
+        ),
         (["glue", "--methods", "lora,lor"], "unknown method 'lor'"),
         (["glue", "--paper", "roberta"], "roberta-base"),
     ):

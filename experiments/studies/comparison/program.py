@@ -40,7 +40,7 @@ def run(config: Comparison, study: Study) -> list[Summary]:
         config.lengths,
         report=console.print,
         regression=True,
-        development=bool(config.paper),
+        development=paper.preset(config) is not None,
     )
     if line := _truncated(problem):
         console.print(line, highlight=False, soft_wrap=True)

@@ -17,6 +17,7 @@ import lora_jax as lora
 from experiments.configs.comparison import Comparison
 from experiments.errors import UserError
 from experiments.models import bert
+from experiments.reports.page import changed_flags
 from experiments.reports.results import Outcome, stored_bytes
 from experiments.studies import provenance
 from experiments.studies.comparison.description import ADAPTER, STEP, Row, Summary
@@ -99,8 +100,7 @@ class _Program:
     def announce(self, total: int) -> None:
         """Prints the number of runs, and about how long they take."""
         self._total = total
-        usual = not self._config.fast and not self._config.paper
-        minutes = f"; with the default settings about {self._config.MINUTES} minutes" if usual else ""
+        minutes = "" if changed_flags(self._config) else f"; about {self._config.MINUTES} minutes on 2 CPU cores"
         runs = "1 run" if total == 1 else f"{total} runs"
         self._console.print(f"{runs}{minutes}; after an interruption, the same command resumes", soft_wrap=True)
 
