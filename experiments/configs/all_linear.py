@@ -1,11 +1,11 @@
 """Which layers QLoRA has to adapt (QLoRA paper, figure 2)."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from experiments import settings
+from experiments.configs import presets
 from experiments.configs.comparison import Comparison
 from experiments.configs.qlora_scripts import RANK, SCRIPTS
 
@@ -14,14 +14,21 @@ _PAPER: dict[str, Any] = {
     "full_lr": 2e-5,  # that of Alpaca's authors
     "seeds": 1,
     "train_examples": None,
-    "validation_examples": None,
     "test_examples": 200,
     "label_smoothing": 0.0,
     "new_tokens": 256,
 }
-
-
-_OF_PAPER = ("steps", "dropout", "length", "new_tokens", "template")
+_FAST_PAPER: dict[str, Any] = {
+    "train_examples": 16,
+    "ranks": (2,),
+    "steps": 2,
+    "length": 64,
+    "batch_size": 2,
+    "test_examples": 2,
+    "new_tokens": 4,
+}
+_OF_DECODERS = ("steps", "dropout", "length", "new_tokens", "template")
+_OF_ENCODERS = ("validation_examples", "lengths")
 
 
 @dataclass(frozen=True)
@@ -32,9 +39,9 @@ class Config(Comparison):
     does not matter then. Here all-MiniLM-L6-v2, whose linear layers are stored as NF4 with double quantization,
     classifies Debian packages.
 
-    With --paper, the decoder that --model names is trained on the conversations that --data names (alpaca:DIRECTORY or
-    oasst1:DIRECTORY) with the hyperparameters of the authors' scripts for 7B parameters, and scored by the ROUGE-L of
-    its answers to held-out examples. Flags that are set win. See docs/guides/data.md.
+    With --paper llama-7b, the decoder that --model names is trained on the conversations that --data names
+    (alpaca:DIRECTORY or oasst1:DIRECTORY) with the hyperparameters of the authors' scripts for 7B parameters, and
+    scored by the ROUGE-L of its answers to held-out examples. Flags that are set win. See docs/guides/data.md.
     """
 
     STUDY = "experiments.studies.all_linear"
@@ -53,11 +60,11 @@ class Config(Comparison):
     full_lr: float = 2e-4
     """Peak learning rate of full fine-tuning, without quantization."""
 
-    paper: bool = False  # pyrefly: ignore[bad-override]
-    """The paper's task and hyperparameters, for the decoder and the conversations that are named."""
+    paper: Literal["llama-7b"] | None = None
+    """The task of the paper and the setting of its scripts for 7B parameters, with --model and --data."""
 
     steps: int | None = None
-    """With --paper, the maximum number of training steps."""
+    """With --paper, the maximum number of training steps of each run."""
 
     dropout: float = 0.0
     """With --paper, the dropout rate of the adapters' inputs."""
@@ -75,22 +82,27 @@ class Config(Comparison):
         super().__post_init__()
         settings.positive(self, "ranks", "lr", "full_lr", "steps", "length", "new_tokens")
         settings.fraction(self, "dropout")
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        changed = [name for name in defaults if getattr(self, name) != defaults[name]]
-        if not self.paper and (unused := [name for name in _OF_PAPER if name in changed]):
-            raise ValueError(f"{' and '.join(unused)}: only with --paper")
-        if self.paper and not {"model", "data"} <= {*changed}:
+        unused = [name for name in (_OF_ENCODERS if self.paper else _OF_DECODERS) if self._is_set(name)]
+        if unused:
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in unused)
+            raise ValueError(f"{flags}: only {'without' if self.paper else 'with'} --paper; drop {flags}")
+        if self.paper and not (self._is_set("model") and self._is_set("data")):
             raise ValueError(
-                "--paper: pass a decoder and conversations of the original setting, as in --model huggyllama/llama-7b "
-                "--data alpaca:DIRECTORY (or oasst1:DIRECTORY)"
+                f"--paper {self.paper}: pass a decoder and conversations of the original setting, as in --model "
+                "huggyllama/llama-7b --data alpaca:DIRECTORY (or oasst1:DIRECTORY)"
             )
 
+    def _use_fast(self) -> None:
+        if self.paper is None:  # otherwise preset() has set the values, and others are the user's
+            super()._use_fast()
+
+    def _is_set(self, name: str) -> bool:
+        """Whether the value of a setting is not its default; `fast` changes no setting that is asked for here."""
+        return getattr(self, name) != getattr(type(self), name)
+
     def preset(self) -> Self:
-        """Returns the settings of the paper, in place of the defaults."""
-        values: dict[str, Any] = SCRIPTS | _PAPER | {"out": Path(f"{type(self).out}-paper")}
-        if self.fast:
-            values |= {"ranks": (2,), "steps": 2, "length": 64, "batch_size": 2, "test_examples": 2, "new_tokens": 4}
-        return dataclasses.replace(type(self)(), paper=True, model=self.model, data=self.data, fast=self.fast, **values)
+        """Returns the settings of the paper for the model and the data, in place of the defaults."""
+        return presets.preset(self, str(self.paper), SCRIPTS | _PAPER, _FAST_PAPER)
 
 
 DEFAULTS = Config()

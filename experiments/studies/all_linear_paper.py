@@ -79,10 +79,10 @@ def run(config: Config) -> list[Measured]:
         claim="LoRA on all linear layers of a quantized base matches full fine-tuning, whatever the rank",
         source="QLoRA, figure 2 (LLaMA 7B on Alpaca, ROUGE-L)",
         conditions=f"{config.model} in bfloat16 on {config.data}: ROUGE-L ± its standard error of greedy answers to "
-        f"{config.test_examples} held-out examples, {config.seeds} seeds; LoRA with alpha {config.alpha:g} on a base "
-        f"in NF4 with double quantization, {config.steps} steps of {config.batch_size} sequences, as in the authors' "
-        f"scripts, which also group examples by length. The learning rate of full fine-tuning, {config.full_lr:g}, is "
-        "that of Alpaca's authors.",
+        f"{config.test_examples or 'all'} held-out examples, {config.seeds} seeds; LoRA with alpha {config.alpha:g} on "
+        f"a base in NF4 with double quantization, {config.steps} steps of {config.batch_size} sequences, as in the "
+        "authors' scripts, which also group examples by length. The learning rate of full fine-tuning, "
+        f"{config.full_lr:g}, is that of Alpaca's authors.",
         grid=_grid(rows),
         findings=_findings(rows),
         draw=lambda figure: _draw(figure, rows),
@@ -118,6 +118,10 @@ def _run_config(config: Config, layers: str, rank: int | None, seed: int) -> sft
         label_smoothing=config.label_smoothing,
         new_tokens=config.new_tokens or sft.DEFAULTS.new_tokens,
         seed=seed,
+        checkpoint_every=config.checkpoint_every,
+        mesh=config.mesh,
+        distributed=config.distributed,
+        profile=config.profile,
         out=config.out / f"{name}-seed{seed}",
         fresh=config.fresh,
         **FIXED,
@@ -131,10 +135,10 @@ def _measure(config: Config, layers: str, rank: int | None) -> Measured:
     scores, parameters = [], 0
     for seed in range(config.seed, config.seed + config.seeds):
         run_config = _run_config(config, layers, rank, seed)
-        parameters = study.run(run_config).trained_parameters
         held_out = find_held_out(run_config)
         if held_out is None:
             raise UserError(f"--data {sources.unweighted(run_config.data)}: no held-out examples to answer")
+        parameters = study.run(run_config).trained_parameters
         answered = evaluation.run(run_config, held_out, run_config.out / BEST, with_base=False)
         scores.append(next(row for row in answered if row.name == evaluation.TUNED))
     return Measured(
