@@ -16,8 +16,8 @@ class Config(Comparison):
     magnitude and direction, are negatively correlated in full fine-tuning and DoRA, and positively in LoRA (figure 2).
     Here all-MiniLM-L6-v2 classifies Debian packages; all linear layers are adapted.
 
-    There is no --paper: the original setting (table 8) is of LLaMA, a decoder, on commonsense reasoning. It is that of
-    sft --methods lora,dora --data commonsense:DIRECTORY.
+    There is no --paper: the original setting (table 8) is of LLaMA, a decoder, on commonsense reasoning:
+    sft --paper commonsense.
     """
 
     STUDY = "experiments.studies.dora"
