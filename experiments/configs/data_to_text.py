@@ -177,8 +177,7 @@ class Config(FineTuning, Decoding):
         Raises:
           UserError: The data is not that of the paper; see :meth:`sources`.
         """
-        if self.paper is None:
-            return type(self)()
+        assert self.paper is not None
         (name,) = self.sources()
         if name not in PAPERS[self.paper]:
             other = next(paper for paper, settings in PAPERS.items() if name in settings)
