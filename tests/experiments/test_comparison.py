@@ -302,8 +302,9 @@ def test_the_intrinsic_dimension():
         intrinsic_dimension.SAID: dict(zip(names, (128, 128))),
         intrinsic_dimension.PLAIN: dict(zip(names, (None, None))),
     }
-    few = intrinsic_dimension.d90([*rows[:-1], summary("full", [0.65])])  # the head alone reaches 58.5
-    assert [size[names[0]] for size in few.values()] == [0, 0]
+    easy = [*rows[:-1], summary("full", [0.65])]  # the head alone reaches 58.5
+    assert [size[names[0]] for size in intrinsic_dimension.d90(easy).values()] == [0, 0]
+    assert intrinsic_dimension.findings(easy)[0].verdict == "not decided"
     claims = intrinsic_dimension.findings(rows)
     assert claims[0].verdict == "observed" and "head alone has 60.0" in claims[0].figures
     assert len(claims) == 4 and all(claim.reason for claim in claims if claim.verdict == "not observed")

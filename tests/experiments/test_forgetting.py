@@ -51,7 +51,7 @@ def measured(series, task, other, *, lr=1e-3, parameters=10):
 def test_verdicts(task, other, verdict):
     base, full = measured("base", 2.0, 2.0), measured(FULL, 1.0, 2.3, lr=1e-4)
     slow = measured(LORA, 1.5, 2.0)
-    finding, rates = report._findings(base, [slow, measured(LORA, task, other, lr=3e-3), full])
+    finding, rates = report._findings(Config(), base, [slow, measured(LORA, task, other, lr=3e-3), full])
     assert finding.verdict == verdict and bool(finding.reason) == (verdict == "not observed")
     assert rates.verdict == "observed" and "+" in rates.figures
 

@@ -15,8 +15,6 @@ from experiments.studies.forgetting.losses import Losses
 
 BASE, LORA, ATTENTION, DORA, FULL = "base", "LoRA", "LoRA, attention only", "DoRA", "full fine-tuning"
 _COLORS = {LORA: "#4c78a8", ATTENTION: "#9ecae9", DORA: "#54a24b", FULL: "#f58518"}
-_NEAR = "the runs are short, and at a tenth of LoRA's rate full fine-tuning changes the weights little, too"
-_SHORT = "the runs are short and change the base little at either rate"
 _CLAIM = "LoRA forgets less than full fine-tuning that learns as much of a new task"
 
 
@@ -55,7 +53,7 @@ def page(config: Config, rows: Sequence[Measured]) -> Page:
         f"the second halves of {len(base.other.sums)} texts of Python's language reference; ± is the standard error "
         f"over examples of the difference from the base. Training took {minutes:.0f} minutes.",
         grid=_grid(base, trained),
-        findings=_findings(base, trained),
+        findings=_findings(config, base, trained),
         draw=lambda figure: _draw(figure, base, trained),
         entries={"rows": [asdict(row) for row in rows]},
     )
@@ -76,19 +74,25 @@ def _changes(base: Measured, row: Measured) -> tuple[tuple[float, float], tuple[
     return base.task.minus(row.task), row.other.minus(base.other)
 
 
-def _findings(base: Measured, trained: Sequence[Measured]) -> list[Finding]:
+def _findings(config: Config, base: Measured, trained: Sequence[Measured]) -> list[Finding]:
     """Compares full fine-tuning with the LoRA whose loss of the task is nearest, and the rates of the largest rank."""
     full = min((row for row in trained if row.series == FULL), key=lambda row: row.task.mean)
     adapted = [row for row in trained if row.series == LORA]
     nearest = min(adapted, key=lambda row: abs(row.task.mean - full.task.mean))
     largest = [row for row in adapted if row.parameters == max(row.parameters for row in adapted)]
     slow, fast = (bound(largest, key=lambda row: row.lr) for bound in (min, max))
-    findings = [_forgets_less(nearest, full).because(_NEAR)]
+    findings = [
+        _forgets_less(nearest, full).because(f"{config.steps} steps of full fine-tuning change the weights little, too")
+    ]
     if fast is not slow:
         increase, error = fast.other.minus(slow.other)
         figures = f"loss of other text, {fast.name} minus {slow.name}: {increase:+.3f} ± {error:.3f}"
         claim = "a larger learning rate forgets more"
-        findings.append(Finding(claim, _sign(increase, error), figures).because(_SHORT))
+        findings.append(
+            Finding(claim, _sign(increase, error), figures).because(
+                f"{config.steps} steps change the base little at either rate"
+            )
+        )
     return findings
 
 

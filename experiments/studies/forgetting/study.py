@@ -107,7 +107,8 @@ def _measure(name: str, variant: Variant, examples: Examples, path: Path) -> Mea
     task, other = measure(config, adapter, examples)
     measured = Measured(name, variant.series, variant.lr, parameters, seconds, task, other)
     write_json(path, {"settings": digest} | dataclasses.asdict(measured))
-    outputs.clear(config.out, BEST, "checkpoints")  # with full fine-tuning, gigabytes
+    if variant.series != BASE:
+        outputs.clear(config.out, BEST, "checkpoints")  # with full fine-tuning, gigabytes
     return measured
 
 
