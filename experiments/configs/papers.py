@@ -130,7 +130,7 @@ def gpt3(
             "Texts have up to 512 tokens instead of 768. The warmup is 0.8 % of the steps: the paper's 250,000 tokens "
             "are that share of two passes over MNLI, of some 40 tokens an example.",
             "The paper does not state alpha for GPT-3. It sets alpha to the first rank that it tries and does not "
-            "change it with the rank, so alpha is 8, the rank of table 12.",
+            "change it with the rank, so alpha is 8, the rank of table 17.",
             *notes,
             *NOTES,
         ),

@@ -321,7 +321,7 @@ def test_flags_win_over_the_paper():
 
 def test_a_study_in_the_setting_of_its_paper(data, roberta, tmp_path, capsys):
     args = ["--paper", "roberta-base", "--fast", "--model", roberta, "--data", f"glue/mrpc:{data}", "--out", tmp_path]
-    assert run.main(["glue", *map(str, args), "--methods", "full,lora", "--full-lr", "1e-3"]) == 0
+    assert run.main(["glue", *map(str, args), "--methods", "full,lora,adapter-drop", "--full-lr", "1e-3"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert (
         "Setting: LoRA, table 9, RoBERTa-base." in printed and "Alpha is the table's 8; the scripts have 16" in printed
