@@ -54,7 +54,7 @@ class Grid:
         for index, name in enumerate(self.header):
             width = max(1, *map(len, name.split()), *(len(row[index]) for row in self.rows))
             heading = "\n".join(textwrap.wrap(name, width))
-            result.add_column(heading, justify="right" if index else "left", no_wrap=not index)
+            result.add_column(heading, justify="right" if index else "left", no_wrap=bool(index))
         for row in self.rows:
             result.add_row(*row)
         return result

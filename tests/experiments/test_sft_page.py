@@ -4,7 +4,11 @@ import doctest
 from dataclasses import replace
 from pathlib import Path
 
+import dataclasses
+import io
+
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from experiments.configs.sft import Config
 from experiments.evaluation.scores import Scores
@@ -48,6 +52,15 @@ def test_methods_are_compared_with_the_first():
         "dora is as good as lora",
         "dora: the merged adapter has the scores of the unmerged one",
     ]
+
+
+def test_numbers_are_whole_on_a_narrow_screen():
+    """The names of methods are wrapped, and those of columns."""
+    wide = dataclasses.replace(trained("full", 32.2), trained_parameters=134_515_008)
+    console = Console(width=80, file=io.StringIO())
+    console.print(grid([wide]).table())
+    shown = console.file.getvalue()
+    assert "134,515,008" in shown and "32.2 ± 1.6" in shown and "…" not in shown
 
 
 def test_the_command_states_flags_of_groups():
