@@ -1,11 +1,9 @@
 """The page of supervised fine-tuning: its table, findings and figure, from given scores."""
 
 import doctest
+import io
 from dataclasses import replace
 from pathlib import Path
-
-import dataclasses
-import io
 
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -56,7 +54,7 @@ def test_methods_are_compared_with_the_first():
 
 def test_numbers_are_whole_on_a_narrow_screen():
     """The names of methods are wrapped, and those of columns."""
-    wide = dataclasses.replace(trained("full", 32.2), trained_parameters=134_515_008)
+    wide = replace(trained("full", 32.2), trained_parameters=134_515_008)
     console = Console(width=80, file=io.StringIO())
     console.print(grid([wide]).table())
     shown = console.file.getvalue()
