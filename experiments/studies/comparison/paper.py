@@ -33,7 +33,7 @@ def notes(config: Comparison) -> list[str]:
     if setting.model_type is not None and kind != setting.model_type:
         raise UserError(f"--paper {config.paper}: {config.model} is of the type {kind}, expected {setting.model}")
     lines = [f"Setting: {setting.source}.", *setting.notes]
-    if setting.width is not None and width != setting.width:
+    if setting.width is not None and isinstance(width, int) and width != setting.width:
         lines.append(f"The paper's model has a width of {setting.width:,}, this one {width:,}.")
     return lines
 
