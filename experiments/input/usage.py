@@ -113,9 +113,9 @@ def show(console: Console, splits: Mapping[str, Sequence[Usage]], length: int, l
     console.print(table, highlight=False)
     for split, files in splits.items():
         for line in _notes(files, length):
-            console.print(f"{split}: {line}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{split}: {line}", highlight=False, soft_wrap=True)
         if line := _truncation(files, length, longest):
-            console.print(f"{split}: {line}", style="bold yellow", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{split}: {line}", style="bold yellow", highlight=False, soft_wrap=True)
 
 
 def _short(name: str) -> str:

@@ -46,4 +46,4 @@ class Finding:
 def show(findings: Sequence[Finding], console: Console) -> None:
     """Prints a line for each finding."""
     for finding in findings:
-        console.print(str(finding), highlight=False, markup=False, soft_wrap=True)
+        console.print(str(finding), highlight=False, soft_wrap=True)

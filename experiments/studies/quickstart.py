@@ -148,7 +148,7 @@ def after(config: Config, summaries: Sequence[Summary], console: Console) -> Non
         "from experiments.studies import sentences",
         f"print(sentences.load({str(last)!r})('a chess engine that plays over the internet'))",
     ):
-        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
 
 
 def _export(summary: Summary, index: int, model: str, console: Console) -> None:

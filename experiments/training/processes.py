@@ -107,8 +107,11 @@ class _Output(Console):
 
 
 def console() -> Console:
-    """Returns a console that prints in the first process only; a closed output raises BrokenPipeError."""
-    return _Output(quiet=not is_first())
+    """Returns a console that prints text as it is, brackets included, in the first process only.
+
+    A closed output raises BrokenPipeError.
+    """
+    return _Output(markup=False, quiet=not is_first())
 
 
 @contextmanager

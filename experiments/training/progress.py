@@ -69,7 +69,11 @@ def format_duration(seconds: float) -> str:
 def bar(console: Console, name: str, examples: int) -> Iterator[Bar]:
     """A context in which a bar is drawn."""
     # The bar fills the rest of the width.
-    columns = (TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(None),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
     columns = (*columns, _Speed(), TextColumn("ETA"), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console, expand=True, disable=not console.is_terminal) as progress:
         yield Bar(progress, name, examples)

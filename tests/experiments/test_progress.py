@@ -6,7 +6,7 @@ import io
 import pytest
 from rich.console import Console
 
-from experiments.training import progress
+from experiments.training import processes, progress
 
 
 @pytest.fixture
@@ -51,3 +51,8 @@ def test_a_terminal_has_a_bar(clock):
 
 def test_examples_in_docstrings():
     assert doctest.testmod(progress).failed == 0
+
+
+def test_brackets_are_text(capsys):
+    processes.console().print("pip install 'jax[tpu]', [bold]", highlight=False, soft_wrap=True)
+    assert capsys.readouterr().out == "pip install 'jax[tpu]', [bold]\n"

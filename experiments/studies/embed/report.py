@@ -101,11 +101,11 @@ def show_examples(console: Console, results: Sequence[Result], pairs: Pairs) -> 
     others = [index for index in changed if after.ranks[index] > 0]
     for index in [*corrected, *others][:_SHOWN]:
         pair = pairs.texts[index]
-        console.print(_short(pair.anchor), style="bold", highlight=False, markup=False)
+        console.print(_short(pair.anchor), style="bold", highlight=False)
         for result in (before, after):
             nearest = pairs.texts[result.nearest[index]].positive
-            console.print(f"  {result.method}: {_short(nearest)}", highlight=False, markup=False)
-        console.print(f"  right: {_short(pair.positive)}", highlight=False, markup=False)
+            console.print(f"  {result.method}: {_short(nearest)}", highlight=False)
+        console.print(f"  right: {_short(pair.positive)}", highlight=False)
 
 
 def _short(text: str) -> str:

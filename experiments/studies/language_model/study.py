@@ -134,8 +134,8 @@ def _show(report: Report, config: Config, console: Console) -> None:
     console.print(table)
     indices = np.linspace(0, len(report.texts) - 1, min(config.samples, len(report.texts))).round().astype(int)
     for prompt, before, after in (report.texts[i] for i in indices):
-        console.print(prompt, style="bold", highlight=False, markup=False)
-        console.print(f"  before: {_short(before)}\n  after:  {_short(after)}", highlight=False, markup=False)
+        console.print(prompt, style="bold", highlight=False)
+        console.print(f"  before: {_short(before)}\n  after:  {_short(after)}", highlight=False)
     console.print(agreement_table(report.agreements))
     console.print(
         f"{report.trained_parameters:,} trained parameters, {report.seconds:.0f} s of training; "

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from experiments.reports.table import short
 from experiments.studies.lr_sweep.curve import Curve
@@ -30,12 +31,12 @@ def loss_table(curves: Sequence[Curve]) -> Table:
     return rows
 
 
-def _cell(curve: Curve, index: int) -> str:
+def _cell(curve: Curve, index: int) -> str | Text:
     loss = curve.losses[index]
     if loss is None:
         return "div."
     if index == curve.best:
-        return f"[bold]{loss:.3f}[/]"
+        return Text(f"{loss:.3f}", style="bold")
     return f"{loss:.3f}{'*' if curve.rates[index] in curve.as_good else ''}"
 
 

@@ -82,9 +82,9 @@ def verdict(report: Report, aim: Aim) -> str:
 def show(report: Report, aim: Aim, console: Console) -> None:
     """Prints a report."""
     for prompt, *answers in report.texts:
-        console.print(_short(prompt), style="bold", highlight=False, markup=False)
+        console.print(_short(prompt), style="bold", highlight=False)
         for name, answer in zip(("base", "adapter"), answers):
-            console.print(f"  {name}: {_short(answer)}", highlight=False, markup=False)
+            console.print(f"  {name}: {_short(answer)}", highlight=False)
     console.print(table(report))
     count = len(report.before[aim.measure])
     console.print(

@@ -57,7 +57,7 @@ def run(config: PostTraining, task: Task) -> Report:
     config, directory, description = runs.begin(config, _WRITTEN, console)
 
     def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)
 
     data = read_data(config, directory, say, longest_sequence(description), task.new_tokens(config))
     config = replace(config, length=data.length)

@@ -68,7 +68,7 @@ def read_data(
     """
 
     def report(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)
 
     splits, findings = _checked_splits(config, report)
     digests = [records.digest for records in splits.values()]

@@ -34,17 +34,17 @@ class Report(RunReport):
 def show_answers(prompts: Prompts, answers: Sequence[str], console: Console) -> None:
     """Prints the base's answers to the prompts."""
     for prompt, answer in zip(prompts.texts, answers):
-        console.print(f"{prompt}\n", style="bold", highlight=False, markup=False)
-        console.print(f"the base answers: {answer}\n", highlight=False, markup=False)
+        console.print(f"{prompt}\n", style="bold", highlight=False)
+        console.print(f"the base answers: {answer}\n", highlight=False)
     if prompts.omitted:
         line = f"{prompts.omitted:,} longer prompts are left out of these samples"
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False)
 
 
 def show(config: Config, report: Report, console: Console) -> None:
     """Prints a report, with the texts before and after training side by side, and plots its losses."""
     for prompt, *texts in report.texts:
-        console.print(prompt, style="bold", highlight=False, markup=False)
+        console.print(prompt, style="bold", highlight=False)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
         for name in ("before", "after", "example"):
             table.add_column(name, overflow="fold", ratio=1)
